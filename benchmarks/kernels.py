@@ -1,0 +1,241 @@
+"""Speed of the fused pass on this CPU, beside the memory it runs on and beside the same work in plain torch.
+
+    python -m benchmarks.kernels [--quick] [--isa scalar|avx2|avx512] [--threads 1 2 ...]
+
+One JSON line a result. `gelem_per_s` is the median over repeats (p20, p80, n beside it) of wall time; `per_core` is
+that over the threads used. `gb_per_s` counts what the pass must read and write once: weight, weight back, lanes;
+`share_of_memcpy` sets it beside the best torch copy on the same number of threads, measured before and after each case. `times_torch` is the ratio to torch doing the same: seeded normal_ (or randint signs), add, cast, one lane
+after the other; its numbers differ from ours, the work does not.
+
+The size is chosen so that weights and lanes lie in memory, not in a cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, installed or not
+
+from zo_offload import native
+from zo_offload.formats import get_format
+from zo_offload.fused import Perturbation, Update, fused_pass
+from zo_offload.noise import NoiseSpec
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    distribution: str
+    store: str
+    updates: int
+    lanes: int
+    out: torch.dtype = torch.float32
+    rounds: int = 10
+    rounding: str = "nearest"
+    torch_too: bool = False
+    quick: bool = False
+
+    def bytes_per_element(self) -> int:
+        size = get_format(self.store).nbytes(1)
+        return size + (size if self.updates else 0) + self.lanes * self.out.itemsize
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+CASES = [
+    Case("step", "gaussian", "bf16", 1, 2, BF16, torch_too=True, quick=True),
+    Case("step", "gaussian", "bf16", 1, 2, FP32, torch_too=True, quick=True),
+    Case("step", "gaussian", "fp32", 1, 2, FP32, torch_too=True, quick=True),
+    Case("step", "gaussian", "fp16", 1, 2, torch.float16, torch_too=True),
+    Case("step, 7 rounds", "gaussian", "bf16", 1, 2, BF16, rounds=7),
+    Case("step, stochastic", "gaussian", "bf16", 1, 2, BF16, rounding="stochastic"),
+    Case("update", "gaussian", "bf16", 1, 0, torch_too=True, quick=True),
+    Case("update", "gaussian", "fp32", 1, 0, torch_too=True),
+    Case("replay of 8", "gaussian", "bf16", 8, 0),
+    Case("lane", "gaussian", "bf16", 0, 1, BF16),
+    Case("step", "rademacher", "bf16", 1, 2, BF16, torch_too=True, quick=True),
+    Case("step", "rademacher", "bf16", 1, 2, FP32),
+    Case("step", "rademacher", "fp32", 1, 2, FP32, torch_too=True),
+    Case("step, stochastic", "rademacher", "bf16", 1, 2, BF16, rounding="stochastic"),
+    Case("update", "rademacher", "bf16", 1, 0, torch_too=True, quick=True),
+    Case("replay of 8", "rademacher", "bf16", 8, 0),
+    Case("evaluation (decode)", "gaussian", "bf16", 0, 1, FP32),
+]
+
+
+def repeat(work: Callable[[], None], seconds: float, least: int = 3) -> list[float]:
+    """Seconds of each repeat, after one to warm up; every repeat is kept."""
+    work()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < least or time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def quantile(times: list[float], q: float) -> float:
+    return sorted(times)[min(len(times) - 1, round(q * (len(times) - 1)))]
+
+
+class Bench:
+    """Buffers shared by all cases, so that none of them pays for fresh pages."""
+
+    def __init__(self, numel: int, seconds: float) -> None:
+        self.numel, self.seconds = numel, seconds
+        self.values = torch.randn(numel) * 0.02
+        self.outs = [torch.zeros(numel), torch.zeros(numel)]
+        self.source, self.target = torch.zeros(4 * numel, dtype=torch.uint8), torch.zeros(4 * numel, dtype=torch.uint8)
+
+    def lanes(self, case: Case) -> list[Tensor]:
+        return [out.view(case.out)[: self.numel] for out in self.outs[: case.lanes]]
+
+    def memcpy_gb_per_s(self, threads: int) -> float:
+        """Read and written bytes of a plain copy, both counted."""
+        torch.set_num_threads(threads)
+        times = repeat(lambda: self._ignore(self.target.copy_(self.source)), self.seconds / 3)
+        return 2 * self.source.numel() / min(times) / 1e9  # a floor: the best it can do
+
+    @staticmethod
+    def _ignore(_: object) -> None:
+        return None
+
+    def ours(self, case: Case, threads: int) -> list[float]:
+        fmt = get_format(case.store)
+        stored = self.values.to(fmt.torch_dtype).view(torch.uint8)
+        spec = NoiseSpec(case.distribution, case.rounds)  # type: ignore[arg-type]
+        updates = [Update(k, 2.0**-20) for k in range(case.updates)]
+        scale = 0.0 if case.name.startswith("evaluation") else 2.0**-10
+        lanes = [Perturbation(99, sign * scale) for sign in (1, -1)[: case.lanes]]
+        return repeat(
+            lambda: fused_pass(
+                stored, fmt, param_id=1, numel=self.numel, updates=updates, rounding=case.rounding,  # type: ignore[arg-type]
+                noise=spec, perturbations=lanes, outs=self.lanes(case), threads=threads,
+            ),
+            self.seconds,
+        )  # fmt: skip
+
+    def plain_torch(self, case: Case, threads: int) -> list[float]:
+        """MeZO as usually written: seed, draw, add, in the weight's dtype; noise drawn once for both lanes."""
+        torch.set_num_threads(threads)
+        dtype = get_format(case.store).torch_dtype
+        weight, z = self.values.to(dtype), torch.empty(self.numel, dtype=dtype)
+
+        def draw(seed: int) -> None:
+            torch.manual_seed(seed)
+            if case.distribution == "gaussian":
+                z.normal_()
+            else:
+                z.copy_(torch.randint(0, 2, z.shape, dtype=torch.int8)).mul_(2).sub_(1)
+
+        def work() -> None:
+            for k in range(case.updates):
+                draw(k)
+                weight.add_(z, alpha=-(2.0**-20))
+            if case.lanes:
+                draw(99)
+                for sign, out in zip((1, -1), self.lanes(case), strict=False):
+                    out.copy_(torch.add(weight, z, alpha=sign * 2.0**-10))
+
+        return repeat(work, 0.0, least=2)
+
+
+def results(bench: Bench, cases: list[Case], thread_counts: list[int], with_torch: bool) -> Iterator[dict[str, object]]:
+    library = native.library()
+    about = {
+        "benchmark": "kernels",
+        "isa": library.isa if library else "reference",
+        "machine": machine(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "commit": commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
+        "measured": True,
+    }
+    for threads in thread_counts:
+        for case in cases:
+            copy_before = bench.memcpy_gb_per_s(threads)
+            times = bench.ours(case, threads)
+            copy = max(copy_before, bench.memcpy_gb_per_s(threads))
+            speed = [bench.numel / quantile(times, q) / 1e9 for q in (0.5, 0.8, 0.2)]
+            moved = speed[0] * case.bytes_per_element()
+            result: dict[str, object] = {
+                "case": case.name, "distribution": case.distribution, "rounds": case.rounds, "store": case.store,
+                "updates": case.updates, "lanes": case.lanes, "out": str(case.out).removeprefix("torch."),
+                "rounding": case.rounding, "threads": threads, "numel": bench.numel, "n": len(times),
+                "gelem_per_s": round(speed[0], 4), "p20": round(speed[1], 4), "p80": round(speed[2], 4),
+                "per_core": round(speed[0] / threads, 4), "gb_per_s": round(moved, 2),
+                "memcpy_gb_per_s": round(copy, 2), "share_of_memcpy": round(moved / copy, 3),
+            }  # fmt: skip
+            if case.torch_too and with_torch:
+                plain = bench.numel / quantile(bench.plain_torch(case, threads), 0.5) / 1e9
+                result |= {"torch_gelem_per_s": round(plain, 4), "times_torch": round(speed[0] / plain, 1)}
+            yield result | about
+    yield call_overhead() | about
+
+
+def call_overhead() -> dict[str, object]:
+    """A call for a parameter too small to matter: what a model with many of them pays, Python included."""
+    n, fmt = 768, get_format("bf16")
+    stored, outs = torch.zeros(2 * n, dtype=torch.uint8), [torch.zeros(n), torch.zeros(n)]
+    updates, lanes = [Update(1, 0.5)], [Perturbation(2, 0.5), Perturbation(2, -0.5)]
+
+    def work() -> None:
+        for _ in range(100):
+            fused_pass(stored, fmt, param_id=1, numel=n, updates=updates, noise=NoiseSpec(), perturbations=lanes,
+                       outs=outs)  # fmt: skip
+
+    times = [t / 100 * 1e6 for t in repeat(work, 0.3)]
+    p50, p20, p80 = (round(quantile(times, q), 2) for q in (0.5, 0.2, 0.8))
+    return {"case": "small call", "numel": n, "us_per_call": p50, "p20": p20, "p80": p80, "n": len(times)}
+
+
+def machine() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor()
+    return f"{model}, {platform.system()} {platform.machine()}"
+
+
+def commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="main cases only, about ten seconds")
+    parser.add_argument("--isa", choices=native.ISAS, help="instead of the best this CPU has")
+    parser.add_argument("--threads", type=int, nargs="+", default=None, help="default: 1, and 2 where there are two")
+    parser.add_argument("--no-torch", action="store_true", help="leave out plain torch")
+    options = parser.parse_args()
+    if options.isa:
+        chosen = native.Library(native.LIBRARY, options.isa)
+        native.library = lambda: chosen
+    threads = options.threads or sorted({1, min(2, torch.get_num_threads())})
+    numel, seconds = (1 << 23, 0.15) if options.quick else (1 << 25, 1.0)
+    if native.library() is None:
+        numel, seconds = 1 << 20, 0.0
+    cases = [case for case in CASES if case.quick or not options.quick]
+    for result in results(Bench(numel, seconds), cases, threads, not options.no_torch):
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

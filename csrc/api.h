@@ -1,0 +1,59 @@
+// The plain C interface of the native libraries: pointers, sizes and scalars; no torch, no Python.
+//
+// One call is one fused pass (fused.h) over consecutive elements of one parameter, or over gathered rows of it.
+// Everything is 64-bit clean. The structs have no padding the compiler could choose: Python packs them with `struct`.
+#ifndef ZO_API_H
+#define ZO_API_H
+#include "formats.h"
+
+#define ZO_ABI_VERSION 1
+
+enum { ZO_OK = 0, ZO_ERROR_FORMAT = 1, ZO_ERROR_NOISE = 2, ZO_ERROR_ISA = 3, ZO_ERROR_MEMORY = 4 };
+enum { ZO_SCALAR = 0, ZO_AVX2 = 1, ZO_AVX512 = 2, ZO_NUM_ISAS = 3 };
+
+enum { ZO_UPDATE_FOLD = 1 };
+struct zo_update {  // w <- fma(-coeff, z(seed), w * decay), then rounded to the storage format if it folds
+  zo_u64 seed;
+  float coeff, decay;
+  zo_u32 flags, reserved;
+};
+
+struct zo_lane {  // out <- round(fma(scale, z(seed), w)); neighbours of one seed share one z
+  zo_u64 seed;
+  void* out;
+  float scale;
+  zo_u32 format;  // of out
+};
+
+enum { ZO_WRITE_BACK = 1, ZO_STOCHASTIC = 2 };
+struct zo_pass {
+  void* stored;              // with rows: of the whole parameter, else of its element `offset`
+  void* aux[3];              // planes beside the values (scales, minima, state); none yet, must be null
+  const zo_i64* rows;        // null, or num_rows row indices: row r is elements [r * numel, (r + 1) * numel)
+  const zo_update* updates;  // null: they follow this struct, and the lanes follow them
+  const zo_lane* lanes;
+  zo_u64 numel, offset, num_rows;
+  zo_u32 num_updates, num_lanes;
+  zo_u32 format, group;  // group: elements a scale; none yet, 0
+  zo_u32 param_id, distribution, rounds, flags;
+};
+
+static_assert(sizeof(zo_update) == 24 && sizeof(zo_lane) == 24 && sizeof(zo_pass) == 112, "packed by Python");
+
+#if !defined(__CUDACC_RTC__)
+#if defined(_WIN32)
+#define ZO_EXPORT extern "C" __declspec(dllexport)
+#else
+#define ZO_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+// CPU library. Each returns a ZO_ERROR code; `threads` counts the caller, and the result does not depend on it.
+ZO_EXPORT int zo_cpu_pass(const zo_pass* pass, int isa, int threads);
+ZO_EXPORT int zo_cpu_noise(float* out, zo_u64 numel, zo_u64 offset, zo_u64 seed, zo_u32 param_id, zo_u32 distribution,
+                           zo_u32 rounds, int isa, int threads);
+ZO_EXPORT int zo_cpu_philox(const zo_u32* counter, const zo_u32* key, zo_u32 rounds, zo_u32* out);  // for known answers
+ZO_EXPORT zo_u32 zo_cpu_isas(void);  // bit i: ISA i is built in and this CPU has it
+ZO_EXPORT zo_u32 zo_abi_version(void);
+ZO_EXPORT zo_u32 zo_layout_version(void);
+#endif
+
+#endif

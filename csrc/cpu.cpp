@@ -1,0 +1,223 @@
+// The CPU library's entry points: check, make key schedules, cut into chunks, run on the pool.
+#include "cpu_threads.h"
+#include "cpu_work.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define ZO_X86 1
+#endif
+
+namespace {
+
+// Elements a chunk, powers of two: small enough to share out evenly, large enough to make its overhead vanish.
+const zo_u64 MIN_CHUNK = 1 << 13, MAX_CHUNK = 1 << 16;
+// Below this many element-streams a call stays on its thread: waking another costs more than it saves.
+const zo_u64 SMALL = 1 << 16;
+
+// Flush-to-zero or another rounding mode (torch.set_flush_denormal) would change results: standard mode while we run.
+class StandardFloat {
+#if ZO_X86
+ public:
+  StandardFloat() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~StandardFloat() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+bool has_isa(int isa) {
+  switch (isa) {
+    case ZO_SCALAR: return true;
+#if ZO_X86
+    case ZO_AVX2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case ZO_AVX512:
+      return has_isa(ZO_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+    default: return false;
+  }
+}
+
+zo_kernels kernels_of(int isa) {
+#if ZO_X86
+  if (isa == ZO_AVX512) return zo_kernels_avx512();
+  if (isa == ZO_AVX2) return zo_kernels_avx2();
+#endif
+  return zo_kernels_scalar();
+}
+
+void make_key(zo_key* key, zo_u64 seed, zo_u32 param_id, zo_u32 tag) {
+  zo_u32 k0 = (zo_u32)seed, k1 = (zo_u32)(seed >> 32);
+  for (int r = 0; r < 10; ++r) {
+    key->k0[r] = k0;
+    key->k1[r] = k1;
+    k0 += ZO_PHILOX_W0;
+    k1 += ZO_PHILOX_W1;
+  }
+  key->param_id = param_id;
+  key->tag = tag;
+  key->fresh = 1;
+}
+
+// Noise, and for stochastic rounding random bits, of every update; noise of every lane whose seed is a new one.
+void make_keys(const zo_pass& pass, zo_work* work, zo_key* keys) {
+  const zo_u32 tag = pass.distribution == ZO_GAUSSIAN ? ZO_TAG_GAUSSIAN : ZO_TAG_RADEMACHER;
+  work->tag = (int)tag;
+  work->update_keys = keys;
+  for (zo_u32 k = 0; k < pass.num_updates; ++k) make_key(keys++, work->updates[k].seed, pass.param_id, tag);
+  work->rounding_keys = keys;
+  if (pass.flags & ZO_STOCHASTIC)
+    for (zo_u32 k = 0; k < pass.num_updates; ++k)
+      make_key(keys++, work->updates[k].seed, pass.param_id, ZO_TAG_ROUNDING);
+  work->lane_keys = keys;
+  bool made = false;
+  zo_u64 seed = 0;
+  for (zo_u32 j = 0; j < pass.num_lanes; ++j, ++keys) {
+    const zo_lane& lane = work->lanes[j];
+    keys->fresh = 0;
+    if (lane.scale == 0.0f || (made && lane.seed == seed)) continue;
+    make_key(keys, seed = lane.seed, pass.param_id, tag);
+    made = true;
+  }
+}
+
+struct Job {
+  const zo_work* work;
+  void (*segment)(const zo_work*, zo_u8*, zo_u64, zo_u64, zo_u64);
+  void (*noise)(const zo_key*, zo_u64, zo_u64, float*);
+  const zo_key* key;
+  float* out;
+  zo_u64 begin, end, chunk, rows_per_chunk;
+};
+
+zo_u64 chunk_size(zo_u64 elements, int threads) {
+  zo_u64 size = MAX_CHUNK;
+  while (size > MIN_CHUNK && elements < 4 * size * (zo_u64)threads) size /= 2;
+  return size;
+}
+
+// Chunk c of the elements [begin, end): cut at multiples of the chunk size of the element index, so tiles stay aligned.
+void chunk_range(const Job& job, zo_u64 c, zo_u64* from, zo_u64* to) {
+  const zo_u64 base = (job.begin & ~(job.chunk - 1)) + c * job.chunk;
+  *from = base < job.begin ? job.begin : base;
+  *to = base + job.chunk < job.end ? base + job.chunk : job.end;
+}
+
+void pass_chunk(void* context, uint64_t c) {
+  const Job& job = *(const Job*)context;
+  const zo_pass& pass = *job.work->pass;
+  StandardFloat guard;
+  zo_u64 from, to;
+  chunk_range(job, c, &from, &to);
+  const zo_u64 at = from - job.begin;
+  job.segment(job.work, (zo_u8*)pass.stored + at * zo_format_bytes((int)pass.format), from, to - from, at);
+}
+
+void rows_chunk(void* context, uint64_t c) {
+  const Job& job = *(const Job*)context;
+  const zo_pass& pass = *job.work->pass;
+  StandardFloat guard;
+  const zo_u64 last = (c + 1) * job.rows_per_chunk;
+  for (zo_u64 u = c * job.rows_per_chunk; u < last && u < pass.num_rows; ++u) {
+    const zo_u64 g = (zo_u64)pass.rows[u] * pass.numel;
+    job.segment(job.work, (zo_u8*)pass.stored + g * zo_format_bytes((int)pass.format), g, pass.numel, u * pass.numel);
+  }
+}
+
+void noise_chunk(void* context, uint64_t c) {
+  const Job& job = *(const Job*)context;
+  StandardFloat guard;
+  zo_u64 from, to;
+  chunk_range(job, c, &from, &to);
+  job.noise(job.key, from, to - from, job.out + (from - job.begin));
+}
+
+// Cuts [begin, end) into chunks and runs them; `streams`: how many noises and outputs an element costs.
+void run_range(Job& job, zo::ChunkFn fn, zo_u64 begin, zo_u64 numel, zo_u64 streams, int threads) {
+  if (numel == 0) return;
+  if (threads < 1 || numel * streams < SMALL) threads = 1;
+  job.begin = begin;
+  job.end = begin + numel;
+  job.chunk = chunk_size(numel, threads);
+  zo::pool().run(fn, &job, (job.end - (begin & ~(job.chunk - 1)) + job.chunk - 1) / job.chunk, threads);
+}
+
+void run_rows(Job& job, const zo_pass& pass, zo_u64 streams, int threads) {
+  const zo_u64 numel = pass.num_rows * pass.numel;
+  if (numel == 0) return;
+  if (threads < 1 || numel * streams < SMALL) threads = 1;
+  job.rows_per_chunk = (chunk_size(numel, threads) + pass.numel - 1) / pass.numel;
+  zo::pool().run(rows_chunk, &job, (pass.num_rows + job.rows_per_chunk - 1) / job.rows_per_chunk, threads);
+}
+
+int check(const zo_pass& pass, const zo_work& work, int isa) {
+  if (!has_isa(isa)) return ZO_ERROR_ISA;
+  if (pass.format >= ZO_NUM_FORMATS || pass.aux[0] || pass.aux[1] || pass.aux[2] || pass.group) return ZO_ERROR_FORMAT;
+  for (zo_u32 j = 0; j < pass.num_lanes; ++j)
+    if (work.lanes[j].format >= ZO_NUM_FORMATS) return ZO_ERROR_FORMAT;
+  if (pass.distribution > ZO_RADEMACHER || (pass.rounds != 7 && pass.rounds != 10)) return ZO_ERROR_NOISE;
+  return ZO_OK;
+}
+
+}  // namespace
+
+int zo_cpu_pass(const zo_pass* pass, int isa, int threads) {
+  zo_work work;
+  work.pass = pass;
+  work.updates = pass->updates ? pass->updates : (const zo_update*)(pass + 1);
+  work.lanes = pass->lanes ? pass->lanes : (const zo_lane*)(work.updates + pass->num_updates);
+  work.last_fold = zo_last_fold(work.updates, pass->num_updates);
+  if (int error = check(*pass, work, isa)) return error;
+
+  zo_key few[16];
+  const zo_u64 num_keys = 2 * (zo_u64)pass->num_updates + pass->num_lanes;
+  zo_key* keys = num_keys <= 16 ? few : new (std::nothrow) zo_key[num_keys];
+  if (!keys) return ZO_ERROR_MEMORY;
+  make_keys(*pass, &work, keys);
+
+  Job job = {};
+  job.work = &work;
+  job.segment = kernels_of(isa).segment[pass->rounds == 10];
+  const zo_u64 streams = 1 + pass->num_updates + pass->num_lanes;
+  if (pass->rows)
+    run_rows(job, *pass, streams, threads);
+  else
+    run_range(job, pass_chunk, pass->offset, pass->numel, streams, threads);
+  if (keys != few) delete[] keys;
+  return ZO_OK;
+}
+
+int zo_cpu_noise(float* out, zo_u64 numel, zo_u64 offset, zo_u64 seed, zo_u32 param_id, zo_u32 distribution,
+                 zo_u32 rounds, int isa, int threads) {
+  if (!has_isa(isa)) return ZO_ERROR_ISA;
+  if (distribution > ZO_RADEMACHER || (rounds != 7 && rounds != 10)) return ZO_ERROR_NOISE;
+  zo_key key;
+  make_key(&key, seed, param_id, distribution == ZO_GAUSSIAN ? ZO_TAG_GAUSSIAN : ZO_TAG_RADEMACHER);
+  Job job = {};
+  job.noise = kernels_of(isa).noise[rounds == 10];
+  job.key = &key;
+  job.out = out;
+  run_range(job, noise_chunk, offset, numel, 1, threads);
+  return ZO_OK;
+}
+
+int zo_cpu_philox(const zo_u32* counter, const zo_u32* key, zo_u32 rounds, zo_u32* out) {
+  const zo_u64 block = counter[0] | (zo_u64)counter[1] << 32, seed = key[0] | (zo_u64)key[1] << 32;
+  if (rounds != 7 && rounds != 10) return ZO_ERROR_NOISE;
+  zo_words w = rounds == 7 ? zo_philox<7>(block, counter[2], counter[3], seed)
+                           : zo_philox<10>(block, counter[2], counter[3], seed);
+  for (int i = 0; i < 4; ++i) out[i] = w.w[i];
+  return ZO_OK;
+}
+
+zo_u32 zo_cpu_isas(void) {
+  zo_u32 mask = 0;
+  for (int isa = 0; isa < ZO_NUM_ISAS; ++isa)
+    if (has_isa(isa)) mask |= 1u << isa;
+  return mask;
+}
+
+zo_u32 zo_abi_version(void) { return ZO_ABI_VERSION; }
+zo_u32 zo_layout_version(void) { return ZO_LAYOUT_VERSION; }

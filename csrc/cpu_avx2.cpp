@@ -1,0 +1,70 @@
+// AVX2 + FMA + F16C kernels. Built with its own flags; cpu.cpp calls it only on a CPU that has them.
+#include <immintrin.h>
+
+#include "cpu_tile.h"
+
+namespace {
+
+struct Avx2 {
+  typedef __m256i U;
+  typedef __m256 F;
+  enum { WIDTH = 8, BLOCKS = 4, GROUPS = 4 };
+  static ZO_HD U u(zo_u32 x) { return _mm256_set1_epi32((int)x); }
+  static ZO_HD F f(float x) { return _mm256_set1_ps(x); }
+  static ZO_HD U or_(U a, U b) { return _mm256_or_si256(a, b); }
+  static ZO_HD U and_(U a, U b) { return _mm256_and_si256(a, b); }
+  static ZO_HD U xor_(U a, U b) { return _mm256_xor_si256(a, b); }
+  static ZO_HD U add_u(U a, U b) { return _mm256_add_epi32(a, b); }
+  static ZO_HD U sub_u(U a, U b) { return _mm256_sub_epi32(a, b); }
+  template <int N> static ZO_HD U shl(U a) { return _mm256_slli_epi32(a, N); }
+  template <int N> static ZO_HD U shr(U a) { return _mm256_srli_epi32(a, N); }
+  static ZO_HD U select_less(U a, U b, U x, U y) { return _mm256_blendv_epi8(y, x, _mm256_cmpgt_epi32(b, a)); }
+  static ZO_HD U select_nan(F v, U x, U y) {
+    return bits(_mm256_blendv_ps(value(y), value(x), _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+  }
+  static ZO_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static ZO_HD F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static ZO_HD F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static ZO_HD F sqrt(F a) { return _mm256_sqrt_ps(a); }
+  static ZO_HD F to_float(U a) { return _mm256_cvtepi32_ps(a); }
+  static ZO_HD U truncate(F a) { return _mm256_cvttps_epi32(a); }
+  static ZO_HD U bits(F a) { return _mm256_castps_si256(a); }
+  static ZO_HD F value(U a) { return _mm256_castsi256_ps(a); }
+
+  static ZO_HD U u64(zo_u64 x) { return _mm256_set1_epi64x((zo_i64)x); }
+  static ZO_HD U add64(U a, U b) { return _mm256_add_epi64(a, b); }
+  static ZO_HD U mul64(U a, U b) { return _mm256_mul_epu32(a, b); }
+  static ZO_HD U upper(U a) { return _mm256_srli_epi64(a, 32); }
+  static ZO_HD U xor3(U a, U b, U c) { return xor_(a, xor_(b, c)); }
+  // block order of the 64-bit lanes: what unpacklo takes from each 128 bits comes first in memory
+  static ZO_HD U lanes() { return _mm256_setr_epi64x(0, 2, 1, 3); }
+  static ZO_HD U merge(U low, U high) { return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA); }
+  static ZO_HD F zip_low(F a, F b) { return _mm256_unpacklo_ps(a, b); }
+  static ZO_HD F zip_high(F a, F b) { return _mm256_unpackhi_ps(a, b); }
+  static ZO_HD void store_blocks(zo_u32* out, U c0, U c1, U c2, U c3) {
+    U a = merge(c0, c1), b = merge(c2, c3);
+    _mm256_storeu_si256((__m256i*)out, _mm256_unpacklo_epi64(a, b));
+    _mm256_storeu_si256((__m256i*)(out + 8), _mm256_unpackhi_epi64(a, b));
+  }
+
+  static ZO_HD F load(const float* p) { return _mm256_loadu_ps(p); }
+  static ZO_HD void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static ZO_HD U load16(const void* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+  static ZO_HD U pack(U a, U b) { return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xD8); }
+  static ZO_HD void store16(zo_u8* p, U a, U b) { _mm256_storeu_si256((__m256i*)p, pack(a, b)); }
+  static ZO_HD void store_upper16(zo_u8* p, U a, U b) { store16(p, shr<16>(a), shr<16>(b)); }
+  static ZO_HD F half_value(U codes) { return _mm256_cvtph_ps(_mm256_castsi256_si128(pack(codes, codes))); }
+  static ZO_HD U half_round(F x) {
+    U codes = _mm256_cvtepu16_epi32(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return select_nan(x, u(0x7e00), codes);
+  }
+  static ZO_HD F add_signed(F w, F scale, const zo_u32* signs, int i) {
+    const U shift = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    U sign = _mm256_sllv_epi32(u((zo_u32)((const zo_u8*)signs)[i / 8]), shift);
+    return zo_add_sign<Avx2>(w, scale, and_(sign, u(0x80000000u)));
+  }
+};
+
+}  // namespace
+
+extern "C" zo_kernels zo_kernels_avx2(void) { return kernels<Avx2>(); }

@@ -1,0 +1,78 @@
+// AVX-512 (F, BW, DQ, VL) kernels. Built with its own flags; cpu.cpp calls it only on a CPU that has them.
+#include <immintrin.h>
+
+#include "cpu_tile.h"
+
+namespace {
+
+struct Avx512 {
+  typedef __m512i U;
+  typedef __m512 F;
+  enum { WIDTH = 16, BLOCKS = 8, GROUPS = 4 };
+  static ZO_HD U u(zo_u32 x) { return _mm512_set1_epi32((int)x); }
+  static ZO_HD F f(float x) { return _mm512_set1_ps(x); }
+  static ZO_HD U or_(U a, U b) { return _mm512_or_si512(a, b); }
+  static ZO_HD U and_(U a, U b) { return _mm512_and_si512(a, b); }
+  static ZO_HD U xor_(U a, U b) { return _mm512_xor_si512(a, b); }
+  static ZO_HD U add_u(U a, U b) { return _mm512_add_epi32(a, b); }
+  static ZO_HD U sub_u(U a, U b) { return _mm512_sub_epi32(a, b); }
+  template <int N> static ZO_HD U shl(U a) { return _mm512_slli_epi32(a, N); }
+  template <int N> static ZO_HD U shr(U a) { return _mm512_srli_epi32(a, N); }
+  static ZO_HD U select_less(U a, U b, U x, U y) { return _mm512_mask_mov_epi32(y, _mm512_cmplt_epi32_mask(a, b), x); }
+  static ZO_HD U select_nan(F v, U x, U y) {
+    return _mm512_mask_mov_epi32(y, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), x);
+  }
+  static ZO_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static ZO_HD F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static ZO_HD F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static ZO_HD F sqrt(F a) { return _mm512_sqrt_ps(a); }
+  static ZO_HD F to_float(U a) { return _mm512_cvtepi32_ps(a); }
+  static ZO_HD U truncate(F a) { return _mm512_cvttps_epi32(a); }
+  static ZO_HD U bits(F a) { return _mm512_castps_si512(a); }
+  static ZO_HD F value(U a) { return _mm512_castsi512_ps(a); }
+
+  static ZO_HD U u64(zo_u64 x) { return _mm512_set1_epi64((zo_i64)x); }
+  static ZO_HD U add64(U a, U b) { return _mm512_add_epi64(a, b); }
+  static ZO_HD U mul64(U a, U b) { return _mm512_mul_epu32(a, b); }
+  static ZO_HD U upper(U a) { return _mm512_srli_epi64(a, 32); }
+  static ZO_HD U xor3(U a, U b, U c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+  // block order of the 64-bit lanes: what unpacklo takes from each 128 bits comes first in memory
+  static ZO_HD U lanes() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
+  static ZO_HD U merge(U low, U high) { return _mm512_mask_shuffle_epi32(low, 0xAAAA, high, _MM_PERM_CCAA); }
+  static ZO_HD F zip_low(F a, F b) { return _mm512_unpacklo_ps(a, b); }
+  static ZO_HD F zip_high(F a, F b) { return _mm512_unpackhi_ps(a, b); }
+  static ZO_HD void store_blocks(zo_u32* out, U c0, U c1, U c2, U c3) {
+    U a = merge(c0, c1), b = merge(c2, c3);
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(a, b));
+    _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi64(a, b));
+  }
+
+  static ZO_HD F load(const float* p) { return _mm512_loadu_ps(p); }
+  static ZO_HD void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static ZO_HD U load16(const void* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+  static ZO_HD void store16(zo_u8* p, U a, U b) {
+    const U even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22,
+                                    20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(a, even, b));
+  }
+  static ZO_HD void store_upper16(zo_u8* p, U a, U b) {
+    const U odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23,
+                                   21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(a, odd, b));
+  }
+  static ZO_HD F half_value(U codes) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(codes)); }
+  static ZO_HD U half_round(F x) {
+    U codes = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return select_nan(x, u(0x7e00), codes);
+  }
+  static ZO_HD F add_signed(F w, F scale, const zo_u32* signs, int i) {
+    zo_u16 mask;
+    __builtin_memcpy(&mask, (const zo_u8*)signs + i / 8, 2);
+    F flipped = value(xor_(bits(scale), u(0x80000000u)));
+    return _mm512_add_ps(w, _mm512_mask_mov_ps(scale, mask, flipped));
+  }
+};
+
+}  // namespace
+
+extern "C" zo_kernels zo_kernels_avx512(void) { return kernels<Avx512>(); }

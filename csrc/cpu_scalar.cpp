@@ -1,0 +1,33 @@
+// Portable kernels: the tile code with vectors of one element. Any C++17 compiler and CPU; slow without hardware fma.
+#include "cpu_tile.h"
+
+namespace {
+
+struct Scalar : ZoScalar {
+  enum { WIDTH = 1, BLOCKS = 1, GROUPS = 1 };
+  static ZO_HD float load(const float* p) {
+    float x;
+    __builtin_memcpy(&x, p, 4);
+    return x;
+  }
+  static ZO_HD void store(float* p, float x) { __builtin_memcpy(p, &x, 4); }
+  static ZO_HD zo_u32 load16(const void* p) {
+    zo_u16 x;
+    __builtin_memcpy(&x, p, 2);
+    return x;
+  }
+  static ZO_HD void store16(zo_u8* p, zo_u32 a, zo_u32 b) {
+    zo_u16 pair[2] = {(zo_u16)a, (zo_u16)b};
+    __builtin_memcpy(p, pair, 4);
+  }
+  static ZO_HD void store_upper16(zo_u8* p, zo_u32 a, zo_u32 b) { store16(p, a >> 16, b >> 16); }
+  static ZO_HD float half_value(zo_u32 code) { return zo_fp16_decode<ZoScalar>(code); }
+  static ZO_HD zo_u32 half_round(float x) { return zo_fp16_round<ZoScalar>(x); }
+  static ZO_HD float add_signed(float w, float scale, const zo_u32* signs, int i) {
+    return zo_add_sign<ZoScalar>(w, scale, signs[i >> 5] >> (i & 31) << 31);
+  }
+};
+
+}  // namespace
+
+extern "C" zo_kernels zo_kernels_scalar(void) { return kernels<Scalar>(); }

@@ -1,0 +1,34 @@
+// The fused pass for one element; what every tile, warp and vector of it must equal. No #include but ours.
+//
+//   w = decode(stored)
+//   for each update:  w = w * decay                  unless decay == 1
+//                     w = fma(-coeff, z, w)          unless coeff == 0
+//                     w = decode(encode(w))          if it folds
+//   stored = the bytes of the last fold              if write-back is on and any update folds
+//   for each lane:    out = round(fma(scale, z, w))  round(w) if scale == 0
+//
+// Skipping where a factor is 1 or 0 is part of the definition: it keeps the sign of a zero weight.
+#ifndef ZO_FUSED_H
+#define ZO_FUSED_H
+#include "api.h"
+
+template <class B>
+ZO_HD typename B::F zo_add_noise(typename B::F w, typename B::F scale, typename B::F z) {
+  return B::fma(scale, z, w);
+}
+
+// z = +-1 given as a sign bit (0 or 0x80000000): fma(scale, +-1, w) is one exact product and one rounded sum
+template <class B>
+ZO_HD typename B::F zo_add_sign(typename B::F w, typename B::F scale, typename B::U sign) {
+  return B::add(w, B::value(B::xor_(B::bits(scale), sign)));
+}
+
+// index of the last update that folds, or -1
+ZO_HD int zo_last_fold(const zo_update* updates, zo_u32 count) {
+  int last = -1;
+  for (zo_u32 i = 0; i < count; ++i)
+    if (updates[i].flags & ZO_UPDATE_FOLD) last = (int)i;
+  return last;
+}
+
+#endif

@@ -1,0 +1,157 @@
+// z(seed, parameter, element): the one definition of the noise, for g++, nvcc and NVRTC. No #include at all.
+//
+// Only u32 mul/xor/add/shift/and/or, i32 -> f32 and IEEE-754 binary32 mul/add/fma/sqrt, all rounded to nearest even:
+// no libm, no division, no approximation, so the bits are the same on every device. What would break that is a
+// compiler allowed to reorder or contract floating point, hence the #error below and the self-check at load.
+//
+// Formulas are templates over an arithmetic backend B (B::U 32-bit words, B::F floats): one element at a time here
+// (ZoScalar, host and CUDA), SIMD vectors in cpu_avx2.cpp and cpu_avx512.cpp.
+// Layout of the streams: zo_offload/noise.py. Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+#ifndef ZO_NOISE_H
+#define ZO_NOISE_H
+
+#if defined(__FAST_MATH__) && !defined(ZO_TEST_FAST_MATH)
+#error "zo_offload must not be built with -ffast-math or -Ofast: the noise would differ from every other build"
+#endif
+
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#define ZO_HD __host__ __device__ __forceinline__
+#define ZO_UNROLL _Pragma("unroll")
+#else
+#define ZO_HD inline __attribute__((always_inline))
+#define ZO_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+typedef unsigned char zo_u8;
+typedef unsigned short zo_u16;
+typedef unsigned int zo_u32;
+typedef int zo_i32;
+typedef unsigned long long zo_u64;
+typedef long long zo_i64;
+
+#define ZO_LAYOUT_VERSION 1
+
+#define ZO_PHILOX_M0 0xD2511F53u
+#define ZO_PHILOX_M1 0xCD9E8D57u
+#define ZO_PHILOX_W0 0x9E3779B9u
+#define ZO_PHILOX_W1 0xBB67AE85u
+
+// stream tags, counter word 3
+enum { ZO_TAG_GAUSSIAN = 0, ZO_TAG_RADEMACHER = 1, ZO_TAG_ROUNDING = 2, ZO_TAG_SEED = 3 };
+enum { ZO_GAUSSIAN = 0, ZO_RADEMACHER = 1 };
+
+struct zo_words {
+  zo_u32 w[4];
+};
+
+template <int R>
+ZO_HD zo_words zo_philox(zo_u64 block, zo_u32 word2, zo_u32 word3, zo_u64 seed) {
+  zo_u32 c0 = (zo_u32)block, c1 = (zo_u32)(block >> 32), c2 = word2, c3 = word3;
+  zo_u32 k0 = (zo_u32)seed, k1 = (zo_u32)(seed >> 32);
+  ZO_UNROLL
+  for (int r = 0; r < R; ++r) {
+    zo_u64 p0 = (zo_u64)ZO_PHILOX_M0 * c0, p1 = (zo_u64)ZO_PHILOX_M1 * c2;
+    c0 = (zo_u32)(p1 >> 32) ^ c1 ^ k0;
+    c2 = (zo_u32)(p0 >> 32) ^ c3 ^ k1;
+    c1 = (zo_u32)p1;
+    c3 = (zo_u32)p0;
+    k0 += ZO_PHILOX_W0;
+    k1 += ZO_PHILOX_W1;
+  }
+  zo_words out = {{c0, c1, c2, c3}};
+  return out;
+}
+
+// One element at a time. Comparisons and selects are by bits, so that a SIMD backend can mean the same.
+struct ZoScalar {
+  typedef zo_u32 U;
+  typedef float F;
+  static ZO_HD U u(zo_u32 x) { return x; }
+  static ZO_HD F f(float x) { return x; }
+  static ZO_HD U or_(U a, U b) { return a | b; }
+  static ZO_HD U and_(U a, U b) { return a & b; }
+  static ZO_HD U xor_(U a, U b) { return a ^ b; }
+  static ZO_HD U add_u(U a, U b) { return a + b; }
+  static ZO_HD U sub_u(U a, U b) { return a - b; }
+  template <int N> static ZO_HD U shl(U a) { return a << N; }
+  template <int N> static ZO_HD U shr(U a) { return a >> N; }
+  // a < b ? x : y, a and b signed
+  static ZO_HD U select_less(U a, U b, U x, U y) { return (zo_i32)a < (zo_i32)b ? x : y; }
+  // v is NaN ? x : y
+  static ZO_HD U select_nan(F v, U x, U y) { return (bits(v) & 0x7fffffffu) > 0x7f800000u ? x : y; }
+#if defined(__CUDA_ARCH__)
+  static ZO_HD F fma(F a, F b, F c) { return __fmaf_rn(a, b, c); }
+  static ZO_HD F mul(F a, F b) { return __fmul_rn(a, b); }
+  static ZO_HD F add(F a, F b) { return __fadd_rn(a, b); }
+  static ZO_HD F sqrt(F a) { return __fsqrt_rn(a); }
+  static ZO_HD F to_float(U a) { return __int2float_rn((zo_i32)a); }
+  static ZO_HD U truncate(F a) { return (U)__float2int_rz(a); }
+  static ZO_HD U bits(F a) { return __float_as_uint(a); }
+  static ZO_HD F value(U a) { return __uint_as_float(a); }
+#else
+  static ZO_HD F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
+  static ZO_HD F mul(F a, F b) { return a * b; }  // built with -ffp-contract=off
+  static ZO_HD F add(F a, F b) { return a + b; }
+  static ZO_HD F sqrt(F a) { return __builtin_sqrtf(a); }
+  static ZO_HD F to_float(U a) { return (float)(zo_i32)a; }
+  static ZO_HD U truncate(F a) { return (U)(zo_i32)a; }
+  static ZO_HD U bits(F a) {
+    U r;
+    __builtin_memcpy(&r, &a, 4);
+    return r;
+  }
+  static ZO_HD F value(U a) {
+    F r;
+    __builtin_memcpy(&r, &a, 4);
+    return r;
+  }
+#endif
+};
+
+// Box-Muller on two random words: 32 simple operations for two normals, error of the transform below 2e-6 of the
+// radius, |z| <= 6.556.
+template <class B>
+ZO_HD void zo_gaussian_pair(typename B::U a, typename B::U b, typename B::F& z0, typename B::F& z1) {
+  typedef typename B::U U;
+  typedef typename B::F F;
+  // radius r = sqrt(-2 ln u), u = |f| * 2^-31 in [2^-31, 1]; f < 0 and odd before rounding, so u is never 0
+  F f = B::to_float(B::or_(a, B::u(0x80000001u)));
+  U ix = B::bits(f);
+  U e = B::and_(B::sub_u(ix, B::u(0x80000000u + 0x3f3504f3u + (31u << 23))), B::u(0xff800000u));
+  F t = B::fma(B::value(B::sub_u(ix, e)), B::f(-4.656612873e-10f), B::f(-1.0f));  // m - 1, m in [sqrt(1/2), sqrt(2))
+  F q = B::f(-2.379220873e-01f);
+  q = B::fma(q, t, B::f(3.733570874e-01f));
+  q = B::fma(q, t, B::f(-4.099265933e-01f));
+  q = B::fma(q, t, B::f(4.981948733e-01f));
+  q = B::fma(q, t, B::f(-6.662901640e-01f));
+  q = B::fma(q, t, B::f(1.000022292e+00f));
+  q = B::fma(q, t, B::f(-2.000001907e+00f));
+  F r = B::sqrt(B::fma(B::to_float(e), B::f(-1.652591664e-07f), B::mul(q, t)));  // -2 ln(2) 2^-23 an exponent step
+  // angle v * pi/2, v in [-1, 1); the cosine's sign is a bit v does not use
+  F v = B::add(B::value(B::or_(B::template shr<9>(b), B::u(0x40000000u))), B::f(-3.0f));
+  F y = B::mul(v, v);
+  F s = B::f(-4.362469073e-03f);
+  s = B::fma(s, y, B::f(7.948765159e-02f));
+  s = B::fma(s, y, B::f(-6.459209919e-01f));
+  s = B::fma(s, y, B::f(1.570794821e+00f));
+  F c = B::f(8.581906441e-04f);
+  c = B::fma(c, y, B::f(-2.081062831e-02f));
+  c = B::fma(c, y, B::f(2.536507547e-01f));
+  c = B::fma(c, y, B::f(-1.233698249e+00f));
+  c = B::fma(c, y, B::f(9.999999404e-01f));
+  z0 = B::value(B::xor_(B::bits(B::mul(r, c)), B::template shl<31>(b)));
+  z1 = B::mul(B::mul(r, v), s);
+}
+
+// Element i of the gaussian stream lies in block i >> 2.
+template <int R>
+ZO_HD void zo_gaussian_block(zo_u64 block, zo_u32 param_id, zo_u64 seed, float z[4]) {
+  zo_words w = zo_philox<R>(block, param_id, ZO_TAG_GAUSSIAN, seed);
+  zo_gaussian_pair<ZoScalar>(w.w[0], w.w[1], z[0], z[1]);
+  zo_gaussian_pair<ZoScalar>(w.w[2], w.w[3], z[2], z[3]);
+}
+
+// Rademacher: element i is bit i & 31 of word (i >> 5) & 3 of block i >> 7, set for -1.
+// Rounding: element i has half-word i & 7 (low half of a word first) of block i >> 3.
+
+#endif

@@ -1,0 +1,477 @@
+"""The engine's contract: same numbers wherever the blocks live, however they move, and whenever the run was stopped."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from reference import run as plain_mezo
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from zo_offload import BudgetError, CheckpointError, ConfigError, DivergenceError, Engine, JournalError, MeZO, ZOError
+from zo_offload.streamer import Streamer
+from zo_offload.tiers import DiskTier
+
+VOCAB, STEPS = 211, 20
+METHOD = MeZO(lr=1e-3, eps=1e-3, weight_decay=0.1, batch_size=4)
+
+
+def tiny_opt(layers=4, dtype=torch.float32):
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=layers, ffn_dim=64, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=32,
+    )  # fmt: skip
+    return OPTForCausalLM(config).to(dtype).eval()
+
+
+def tiny_llama(layers=3, dtype=torch.float32):
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=layers, intermediate_size=48, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def batches(n=STEPS, rows=4, length=12):
+    g = torch.Generator().manual_seed(5)
+    return [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, VOCAB, (n, rows, length), generator=g)]
+
+
+def stored_weights(engine):
+    return dict(engine.weights())
+
+
+def train(model, steps=STEPS, data=None, micro_batches=1, method=METHOD, **settings):
+    """Losses and stored weights after `steps` steps."""
+    with Engine(model, method=method, **settings) as engine:
+        result = engine.fit(data or batches(), steps=steps, micro_batches=micro_batches)
+        return result.losses, stored_weights(engine)
+
+
+def assert_same(a, b):
+    assert a[0] == b[0]
+    for name in a[1]:
+        assert torch.equal(a[1][name], b[1][name]), f"{name}: {(a[1][name] != b[1][name]).sum()} values differ"
+
+
+WAYS = [
+    dict(offload="host"),
+    dict(offload="host", num_slots=2),
+    dict(offload="host", num_slots=2, prefetch=0),
+    dict(offload="host", num_slots=5, prefetch=3, io_threads=3),
+    dict(offload="host", overlap=False, num_slots=1),
+    dict(offload="disk"),
+    dict(offload="disk", num_slots=2, io_threads=2),
+    dict(offload="disk", overlap=False),
+    dict(offload="disk", order="block"),
+    dict(offload="none", order="block"),
+    dict(offload="none", threads=1),
+    dict(offload="none", threads=3),
+    dict(offload="disk", device_memory="100MB"),
+    dict(offload="disk", device_memory=200_000, order="block"),
+]
+
+
+@pytest.mark.parametrize("make", [tiny_opt, tiny_llama])
+@pytest.mark.parametrize("storage", ["fp32", "bf16", "fp16"])
+def test_where_and_how_blocks_move_changes_nothing(make, storage, tmp_path):
+    resident = train(make(), offload="none", storage=storage)
+    assert len(set(resident[0])) == STEPS, "the losses must move, or nothing is compared"
+    for i, way in enumerate(WAYS):
+        if way["offload"] == "disk":
+            way = {**way, "run_dir": tmp_path / f"run{i}"}
+        assert_same(resident, train(make(), storage=storage, **way))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_rounding_and_noise_are_the_same_in_every_tier(rounding, distribution, tmp_path):
+    method = MeZO(lr=1e-3, distribution=distribution, rounds=7, batch_size=4)
+    settings = dict(method=method, storage="bf16", rounding=rounding, steps=8)
+    resident = train(tiny_llama(), offload="none", **settings)
+    assert_same(resident, train(tiny_llama(), offload="disk", run_dir=tmp_path / "run", **settings))
+
+
+def test_stochastic_rounding_differs_from_nearest():
+    nearest = train(tiny_llama(), steps=3, storage="bf16")[1]
+    stochastic = train(tiny_llama(), steps=3, storage="bf16", rounding="stochastic")[1]
+    assert any(not torch.equal(nearest[n], stochastic[n]) for n in nearest)
+
+
+def test_micro_batches_are_lanes_of_the_same_step(tmp_path):
+    data = batches(6, rows=8)
+    whole = train(tiny_opt(), 6, data)
+    parts = train(tiny_opt(), 6, data, micro_batches=4)
+    again = train(tiny_opt(), 6, data, micro_batches=4, offload="disk", order="block", run_dir=tmp_path / "r")
+    assert_same(parts, again)
+    # the mean over parts is the mean over rows up to the rounding of float32 sums
+    assert parts[0] == pytest.approx(whole[0], rel=2e-5)
+
+
+@pytest.mark.parametrize("make", [tiny_opt, tiny_llama])
+def test_a_step_is_mezo(make):
+    """Against Algorithm 1 written plainly: float32 within twice the plain float32 path's own error from float64."""
+    data = batches(5)
+    settings = dict(lr=1e-3, eps=1e-3, weight_decay=0.1)
+    exact, plain = make().double(), make()
+    plain_mezo(exact, data, **settings)
+    plain_losses = plain_mezo(plain, data, **settings)
+    with Engine(make(), method=MeZO(batch_size=4, **settings)) as engine:
+        losses = engine.fit(data, steps=5).losses
+        weights = stored_weights(engine)
+    assert losses == pytest.approx([sum(pair) / 2 for pair in plain_losses], rel=1e-4)
+    start = {n: p.detach() for n, p in make().named_parameters()}
+    error = plain_error = moved = 0.0
+    plain_weights = {n: p.detach() for n, p in plain.named_parameters()}
+    for name, w in ((n, p.detach()) for n, p in exact.named_parameters()):
+        moved = max(moved, float((w - start[name]).abs().max()))
+        error = max(error, float((weights[name] - w).abs().max()))
+        plain_error = max(plain_error, float((plain_weights[name] - w).abs().max()))
+    assert moved > 20 * error, "the weights must move by much more than the error"
+    assert error <= 2 * plain_error + 1e-7
+
+
+@pytest.mark.parametrize("offload", ["none", "host", "disk"])
+@pytest.mark.parametrize("storage", ["fp32", "bf16"])
+def test_stopped_and_resumed_is_never_stopped(offload, storage, tmp_path):
+    make, settings = tiny_opt, dict(storage=storage, method=METHOD, offload=offload)
+    never = train(make(), 12, **{**settings, "run_dir": tmp_path / "never"})
+    with Engine(make(), run_dir=tmp_path / "run", **settings) as engine:
+        first = engine.fit(batches(), steps=5).losses
+    with Engine.resume(tmp_path / "run", make()) as engine:
+        rest = engine.fit(batches(), steps=12).losses
+        assert len(rest) == 7
+        assert_same(never, (first + rest, stored_weights(engine)))
+    other = "disk" if offload != "disk" else "host"  # the tier may change
+    if other == "host":
+        with Engine.resume(tmp_path / "run", make(), offload=other) as engine:
+            assert_same((never[0], never[1]), (never[0], stored_weights(engine)))
+
+
+def test_evaluation_in_between_changes_nothing(tmp_path):
+    def run(every, **settings):
+        with Engine(tiny_llama(), method=METHOD, storage="bf16", **settings) as engine:
+            result = engine.fit(batches(), steps=9, eval_data=batches(2), eval_every=every)
+            return result, stored_weights(engine)
+
+    often, once = run(1, offload="none"), run(100, offload="disk", run_dir=tmp_path / "run")
+    assert_same((often[0].losses, often[1]), (once[0].losses, once[1]))
+    assert often[0].evals[-1] == once[0].evals[-1]
+    assert [e["step"] for e in often[0].evals] == list(range(1, 10))
+
+
+def test_evaluation_sees_the_last_update(tmp_path):
+    """The deferred update of the last step is part of what evaluation, export and restore see."""
+    data = batches(3)
+    with Engine(tiny_opt(), method=METHOD) as engine:
+        engine.fit(data, steps=3)
+        value = engine.evaluate(data[:1])["loss"]
+        engine.save_pretrained(tmp_path / "out")
+        model = engine.restore()
+    with torch.no_grad():
+        assert value == float(model(**data[0]).loss)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, dict(exported.named_parameters())[name])
+
+
+@pytest.mark.parametrize("storage", [None, "bf16"])
+def test_export_gives_the_same_logits_in_plain_transformers(storage, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    batch = batches(1)[0]
+    with Engine(tmp_path / "base", method=METHOD, storage=storage, offload="disk", run_dir=tmp_path / "run") as engine:
+        engine.fit(batches(), steps=4)
+        with torch.no_grad():
+            want = engine.run(batch).logits
+        engine.save_pretrained(tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(plain(**batch).logits, want)
+
+
+def test_what_is_not_trainable_is_neither_perturbed_nor_written(tmp_path):
+    base = {n: p.detach().clone() for n, p in tiny_opt().named_parameters()}
+    with Engine(
+        tiny_opt(), method=METHOD, trainable="layers.*.self_attn", offload="disk", run_dir=tmp_path / "run"
+    ) as engine:
+        losses = engine.fit(batches(), steps=6).losses
+        weights = stored_weights(engine)
+        flushed = engine._running().traffic.flush_bytes
+    model = tiny_opt()
+    pairs = plain_mezo(model, batches(6), lr=1e-3, eps=1e-3, weight_decay=0.1, trainable=lambda n: "self_attn" in n)
+    assert losses == pytest.approx([sum(p) / 2 for p in pairs], rel=1e-5)
+    for name in base:
+        assert torch.equal(base[name], weights[name]) == ("self_attn" not in name), name
+    trained = sum(p.numel() * 4 for n, p in base.items() if "self_attn" in n)
+    assert flushed <= 6 * (trained + 64 * len(base)), "only the trained ranges go back"
+
+
+def test_a_checkpoint_and_the_same_module_in_memory_train_alike(tmp_path):
+    tiny_opt().save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 3
+    from_path = train(str(tmp_path / "base"), 6, offload="disk", run_dir=tmp_path / "run")
+    assert_same(from_path, train(tiny_opt(), 6))
+
+
+def test_any_callable_is_an_objective():
+    """A non-differentiable one: the share of wrong next tokens."""
+
+    def wrong(model, batch):
+        logits = model(input_ids=batch["input_ids"]).logits
+        return float((logits[:, :-1].argmax(-1) != batch["input_ids"][:, 1:]).float().mean())
+
+    with Engine(tiny_opt(), method=METHOD, objective=wrong) as engine:
+        losses = engine.fit(batches(), steps=3).losses
+    assert all(0 <= loss <= 1 for loss in losses)
+
+
+# ---- crashes and faults ----------------------------------------------------------------------------------------------
+
+CRASHING = """
+import sys, os, signal, torch
+sys.path.insert(0, {tests!r})
+import test_engine as t
+from zo_offload import Engine
+engine = Engine(t.tiny_opt(), method=t.METHOD, storage="bf16", offload="disk", run_dir={run!r})
+def kill(record):
+    if record.step == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+engine.fit(t.batches(), steps=12, callback=kill)
+"""
+
+
+@pytest.mark.parametrize("at", [0, 4])
+def test_a_killed_run_resumes_bit_for_bit(at, tmp_path):
+    here = os.path.dirname(__file__)
+    code = CRASHING.format(tests=here, run=str(tmp_path / "run"), at=at)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    never = train(tiny_opt(), 12, storage="bf16")
+    with Engine.resume(tmp_path / "run", tiny_opt()) as engine:
+        rest = engine.fit(batches(), steps=12).losses
+        assert rest == never[0][at + 1 :]
+        assert_same(never, (never[0], stored_weights(engine)))
+
+
+def test_a_torn_block_is_rebuilt_from_the_base(tmp_path, monkeypatch):
+    with Engine(tiny_opt(), method=METHOD, offload="disk", run_dir=tmp_path / "run") as engine:
+        engine.fit(batches(), steps=5)
+        want = stored_weights(engine)
+    path = tmp_path / "run" / "blocks" / "00002.zob"
+    tier = DiskTier.open(path.parent, engine.layout.block_bytes)
+    header = path.read_bytes()[:32]
+    monkeypatch.setattr(os, "pwritev", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        tier.flush(2, torch.zeros(engine.layout.block_bytes[2], dtype=torch.uint8), ((0, 64),), 6)
+    monkeypatch.undo()
+    tier.close()
+    assert path.read_bytes()[:32] != header, "the header must say that the block is torn"
+    with Engine.resume(tmp_path / "run", tiny_opt()) as engine:
+        assert_same(([], want), ([], stored_weights(engine)))
+
+
+def test_a_full_disk_stops_the_run_and_nothing_is_lost(tmp_path, monkeypatch):
+    never = train(tiny_opt(), 8)
+    real, count = os.pwritev, [0]
+
+    def full(*args):
+        count[0] += 1
+        if count[0] > 30:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    engine = Engine(tiny_opt(), method=METHOD, offload="disk", run_dir=tmp_path / "run")
+    engine._start()
+    monkeypatch.setattr(os, "pwritev", full)
+    with pytest.raises(OSError, match="No space"):
+        engine.fit(batches(), steps=8)
+    monkeypatch.undo()
+    with Engine.resume(tmp_path / "run", tiny_opt()) as engine:
+        assert engine.log.version == 0 or engine.log.version < 8
+        engine.fit(batches(), steps=8)
+        assert_same(never, (never[0], stored_weights(engine)))
+
+
+def test_an_exception_in_the_objective_leaves_the_engine_usable(tmp_path):
+    calls = [0]
+
+    def flaky(model, batch):
+        calls[0] += 1
+        loss = model(**batch).loss
+        if calls[0] == 6:
+            raise RuntimeError("user code failed")
+        return loss
+
+    never = train(tiny_opt(), 8)
+    with Engine(tiny_opt(), method=METHOD, objective=flaky, offload="disk", run_dir=tmp_path / "run") as engine:
+        with pytest.raises(RuntimeError, match="user code failed"):
+            engine.fit(batches(), steps=8)
+        engine.fit(batches(), steps=8)
+        assert_same(([], never[1]), ([], stored_weights(engine)))
+
+
+class Slow:
+    """A disk that takes its time: fetches and flushes end late and out of step with the compute."""
+
+    def __init__(self, tier, fetch_s, flush_s):
+        self.tier, self.fetch_s, self.flush_s = tier, fetch_s, flush_s
+
+    def fetch(self, *args):
+        time.sleep(self.fetch_s)
+        self.tier.fetch(*args)
+
+    def flush(self, *args):
+        time.sleep(self.flush_s)
+        self.tier.flush(*args)
+
+    def __getattr__(self, name):
+        return getattr(self.tier, name)
+
+
+@pytest.mark.parametrize("delays", [(0.0, 0.01), (0.01, 0.0), (0.003, 0.006)])
+def test_slow_copies_lose_no_race(delays, monkeypatch):
+    """Wide shallow blocks, long copies, short compute; the schedule's waits are all that keeps it right."""
+    want = train(tiny_opt(), 4)
+    made = Streamer.__init__
+
+    def slow(self, plan, layout, tier, *args, **kwargs):
+        made(self, plan, layout, Slow(tier, *delays), *args, **kwargs)
+
+    monkeypatch.setattr(Streamer, "__init__", slow)
+    for settings in (dict(num_slots=2), dict(num_slots=3, io_threads=2), dict(num_slots=4, prefetch=2)):
+        assert_same(want, train(tiny_opt(), 4, offload="host", **settings))
+
+
+# ---- what users get wrong ----------------------------------------------------------------------------------------
+
+
+def test_a_diverging_run_stops_with_its_weights_intact(tmp_path):
+    good = train(tiny_opt(), 3)
+
+    def objective(model, batch):
+        loss = model(**batch).loss
+        return loss * math.nan if engine.log.version == 3 else loss
+
+    with Engine(tiny_opt(), method=METHOD, objective=objective) as engine:
+        with pytest.raises(DivergenceError, match="step 3: losses nan and nan"):
+            engine.fit(batches(), steps=8)
+        assert_same(([], good[1]), ([], stored_weights(engine)))
+
+
+def test_nonfinite_steps_can_be_skipped_and_are_recorded(tmp_path):
+    method = MeZO(lr=1e-3, batch_size=4, on_nonfinite="skip")
+
+    def objective(model, batch):
+        loss = model(**batch).loss
+        return loss * math.nan if engine.log.version == 1 else loss
+
+    with Engine(tiny_opt(), method=method, objective=objective, run_dir=tmp_path / "run", offload="none") as engine:
+        engine.fit(batches(), steps=3)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [False, True, False]
+
+
+def test_an_update_that_overflows_the_format_is_refused():
+    with Engine(tiny_opt(), method=MeZO(lr=1e12, batch_size=4), storage="fp16") as engine:
+        with pytest.raises(DivergenceError, match="overflow"):
+            engine.fit(batches(), steps=2)
+
+
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        (dict(offload="ram"), ConfigError, "choose one of auto, none, host, disk"),
+        (dict(storage="int3"), ConfigError, "storage='int3': choose one of"),
+        (dict(offload="disk"), ConfigError, "needs run_dir"),
+        (dict(num_slots=1), ConfigError, "needs a slot to compute in and one to fetch into"),
+        (dict(prefetch=3), ConfigError, "expected 0..2"),
+        (dict(device="cuda"), ConfigError, "only 'cpu'"),
+        (dict(device_memory="lots"), ConfigError, "expected a number of bytes"),
+        (dict(seed=-1), ConfigError, "seed=-1"),
+        (dict(offload="host", device_memory=1000), BudgetError, "largest block 'model.decoder.layers"),
+        (dict(offload="none", device_memory=1000), BudgetError, "Use offload='disk'"),
+        (dict(trainable="no.such"), ZOError, "selects none"),
+        (dict(method=dict(lr=0.0)), ConfigError, "lr=0.0"),
+        (dict(method=dict(eps=math.nan)), ConfigError, "eps=nan"),
+        (dict(method=dict(schedule="sinus")), ConfigError, "sinus"),
+        (dict(method=dict(lr=2.0, weight_decay=1.0)), ConfigError, "erase the weights"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_made(settings, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        settings = dict(settings)
+        method = MeZO(**settings.pop("method", {}))
+        Engine(tiny_opt(), method=method, **settings)
+
+
+def test_wrong_paths_and_used_run_dirs_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        Engine(tmp_path / "nowhere")
+    with pytest.raises(JournalError, match="not a run directory"):
+        Engine.resume(tmp_path)
+    with Engine(tiny_opt(), method=METHOD, offload="disk", run_dir=tmp_path / "run") as engine:
+        engine.fit(batches(), steps=1)
+    with pytest.raises(ConfigError, match="pass it again"):
+        Engine.resume(tmp_path / "run")
+    with pytest.raises(JournalError, match="the base weights"):
+        other = tiny_opt()
+        other.model.decoder.layers[0].fc1.weight.data.add_(1)
+        with Engine.resume(tmp_path / "run", other, offload="host") as engine:
+            engine.evaluate(batches(1))
+    with pytest.raises(JournalError, match="seed"):
+        with Engine.resume(tmp_path / "run", tiny_opt(), seed=3) as engine:
+            engine.evaluate(batches(1))
+
+
+def test_nan_in_the_base_is_found_while_it_is_read():
+    model = tiny_opt()
+    model.model.decoder.layers[1].fc2.weight.data[3, 4] = math.nan
+    with pytest.raises(CheckpointError, match=r"layers.1.fc2.weight.*1 of"):
+        Engine(model).fit(batches(), steps=1)
+
+
+def test_values_a_format_cannot_hold_are_refused():
+    model = tiny_opt()
+    model.model.decoder.layers[1].fc2.weight.data[3, 4] = 1e6
+    with pytest.raises(CheckpointError, match="more than fp16 can hold"):
+        Engine(model, storage="fp16").fit(batches(), steps=1)
+
+
+def test_the_model_is_not_run_while_its_weights_are_away():
+    model = tiny_opt()
+    with Engine(model, method=METHOD) as engine:
+        engine.fit(batches(), steps=1)
+        with pytest.raises(ZOError):
+            model(**batches(1)[0])
+        engine.restore()
+    assert torch.isfinite(model(**batches(1)[0]).loss)
+
+
+def test_plain_modules_train_too(tmp_path):
+    def make():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 6, generator=g)
+    data = [{"x": row, "y": row.sum(0, keepdim=True)} for row in x]
+    objective = lambda m, b: (m(b["x"]) - b["y"]).square().mean()  # noqa: E731
+    method = MeZO(lr=5e-3, eps=1e-3, batch_size=64)
+    with Engine(copy.deepcopy(make()), method=method, objective=objective) as engine:
+        losses = engine.fit(data, steps=200).losses
+    assert losses[-1] < 0.5 * losses[0]
+    with Engine(
+        make(), method=method, objective=objective, offload="disk", run_dir=tmp_path / "run"
+    ) as engine:  # fmt: skip
+        assert engine.fit(data, steps=200).losses == losses

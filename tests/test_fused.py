@@ -1,0 +1,349 @@
+"""The fused pass: every variant equals the reference bit for bit, and the reference says what the contract says."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import threading
+import time
+
+import pytest
+import torch
+from native_variants import ISAS, each_isa, each_variant, using
+
+from zo_offload.errors import ConfigError
+from zo_offload.formats import FORMATS
+from zo_offload.fused import Perturbation, Update, fused_pass, fused_rows
+from zo_offload.noise import NoiseSpec, noise
+
+BF16, FP16, FP32 = FORMATS["bf16"], FORMATS["fp16"], FORMATS["fp32"]
+OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SPEC = NoiseSpec()
+
+
+def f32(x: float) -> float:
+    return torch.tensor(x, dtype=torch.float32).item()
+
+
+def weights(fmt, n, seed=0):
+    """Bytes of n ordinary weights with a few special ones among them."""
+    w = torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 0.02
+    special = torch.tensor([0.0, -0.0, 1e-40, -6e-8, 3e-5, 65504.0, float("inf"), float("-inf"), float("nan")])
+    at = torch.arange(min(n, special.numel()) if n > 64 else 0)
+    w[at * 7] = special[at]
+    return w.to(fmt.torch_dtype).view(torch.uint8)
+
+
+def bits(x):
+    return x.view(torch.int32 if x.element_size() == 4 else torch.int16 if x.element_size() == 2 else torch.uint8)
+
+
+def run(variant, stored, fmt, perturbations=(), dtypes=(), **kwargs):
+    """fused_pass on a copy; returns the bytes after it and the lanes, as integers."""
+    stored = stored.clone()
+    n = stored.numel() // fmt.nbytes(1)
+    outs = [torch.full((n,), 7.0, dtype=d) for d in dtypes]
+    with using(variant):
+        fused_pass(
+            stored, fmt, numel=n, perturbations=perturbations, outs=outs, **{"param_id": 5, "noise": SPEC} | kwargs
+        )
+    return [stored] + [bits(out) for out in outs]
+
+
+def assert_same(got, want, note=""):
+    for index, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert torch.equal(a, b), f"{note}: result {index}, {int((a != b).sum())} of {a.numel()} differ"
+
+
+def random_case(chance: random.Random):
+    fmt = chance.choice([BF16, FP16, FP32])
+    n = chance.choice([0, 1, 3, 64, 127, 128, 129, 1000, 1024, 1025, 2048, 3333, chance.randrange(5000)])
+    updates = [
+        Update(
+            chance.randrange(1 << 64),
+            chance.choice([0.0, f32(1e-6), f32(-3e-4), f32(0.25)]),
+            chance.choice([1.0, f32(0.999), f32(1 - 1e-6)]),
+            chance.random() < 0.7,
+        )
+        for _ in range(chance.choice([0, 0, 1, 1, 2, 5]))
+    ]
+    seeds = [chance.randrange(1 << 64) for _ in range(2)]
+    lanes = [
+        Perturbation(chance.choice(seeds), chance.choice([f32(1e-3), f32(-1e-3), 0.0, 100.0]))
+        for _ in range(chance.choice([0, 1, 2, 2, 5]))
+    ]
+    return (weights(fmt, n, chance.randrange(99)), fmt), dict(
+        updates=updates,
+        perturbations=lanes,
+        dtypes=[chance.choice(OUT_DTYPES) for _ in lanes],
+        offset=chance.choice([0, 0, 1, 100, 128, 1023, 1024 * 7, (1 << 34) - 500, (1 << 40) + 3]),
+        write_back=chance.random() < 0.8,
+        rounding=chance.choice(["nearest", "stochastic"]),
+        noise=NoiseSpec(chance.choice(["gaussian", "rademacher"]), chance.choice([7, 10])),
+        param_id=chance.randrange(1 << 32),
+    )
+
+
+@each_isa
+@pytest.mark.parametrize("part", range(4))
+def test_native_equals_the_reference(isa, part):
+    """Random cases over formats, noises, roundings, folds, lanes, odd sizes and far offsets; special values inside."""
+    chance = random.Random(part)
+    for number in range(40):
+        arguments, options = random_case(chance)
+        assert_same(
+            run(isa, *arguments, **options), run("reference", *arguments, **options), f"case {number} {options}"
+        )
+
+
+@each_isa
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("fmt", [BF16, FP16], ids=lambda f: f.name)
+def test_every_code_times_anything_is_encoded_as_by_the_reference(isa, fmt, rounding):
+    """All 2**16 stored values, scaled into normal, subnormal and overflowing results with full mantissas."""
+    stored = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.uint8)
+    for decay in (f32(0.999), f32(3.14159), f32(1.7e-3), f32(-5e-8), 60000.0):
+        options = dict(updates=[Update(1, 0.0, decay)], rounding=rounding)
+        assert_same(run(isa, stored, fmt, **options), run("reference", stored, fmt, **options), f"decay {decay}")
+
+
+@each_variant
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("fmt", [BF16, FP16, FP32], ids=lambda f: f.name)
+def test_pending_updates_in_one_call_equal_one_call_each(variant, fmt, rounding):
+    stored = weights(fmt, 3000)
+    updates = [Update(seed, f32(3e-3), f32(1 - 1e-3)) for seed in range(4)]
+    lanes = dict(perturbations=[Perturbation(9, f32(1e-3))], dtypes=[torch.float32])
+    together = run(variant, stored, fmt, updates=updates, rounding=rounding, offset=11, **lanes)
+    for update in updates[:-1]:
+        stored = run(variant, stored, fmt, updates=[update], rounding=rounding, offset=11)[0]
+    assert_same(together, run(variant, stored, fmt, updates=updates[-1:], rounding=rounding, offset=11, **lanes))
+
+
+@each_variant
+def test_unfolded_updates_reach_the_lanes_but_not_the_store(variant):
+    n = 2000
+    stored = weights(BF16, n)
+    folded, pending = Update(1, f32(1e-2)), Update(2, f32(1e-4), fold=False)
+    after = run(variant, stored, BF16, updates=[folded])[0]
+    got, lane = run(variant, stored, BF16, updates=[folded, pending], perturbations=[Perturbation(0, 0.0)],
+                    dtypes=[torch.float32])  # fmt: skip
+    assert torch.equal(got, after)
+    w = after.view(torch.bfloat16).float().double() - f32(1e-4) * noise(SPEC, 2, 5, n).double()
+    real = w.isfinite()
+    assert torch.equal(lane.view(torch.float32)[real], w.float()[real])  # a product of 24 x 24 bits is exact in float64
+    assert not torch.equal(lane, bits(after.view(torch.bfloat16).float()))
+
+
+@each_variant
+def test_sums_kept_in_float32_survive_where_folding_loses_them(variant):
+    """Ten updates far below half a bf16 step: folded each time nothing changes, folded once they add up."""
+    n = 512
+    stored = torch.ones(n, dtype=torch.bfloat16).view(torch.uint8)
+    spec = NoiseSpec("rademacher")
+    sign = noise(spec, 1, 5, n)
+    small = [Update(1, 2.0**-11, fold=k == 9) for k in range(10)]
+    each = run(variant, stored, BF16, updates=[Update(1, 2.0**-11)] * 10, noise=spec)[0].view(torch.bfloat16)
+    once = run(variant, stored, BF16, updates=small, noise=spec)[0].view(torch.bfloat16)
+    assert (each[sign > 0] == 1).all()
+    assert torch.equal(once, (1 - 10 * 2.0**-11 * sign).bfloat16())
+    assert (once != 1).all()
+
+
+@each_variant
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_lanes_see_the_value_as_stored(variant, rounding):
+    """A lane is made from decode(encode(w)), written back or not, not from the float32 w before rounding."""
+    stored = weights(BF16, 1500)
+    options = dict(updates=[Update(1, f32(1e-2))], rounding=rounding)
+    lane = dict(perturbations=[Perturbation(0, 0.0), Perturbation(3, f32(1e-3))], dtypes=[torch.float32] * 2)
+    after, plain, noisy = run(variant, stored, BF16, **options, **lane)
+    assert_same([plain, noisy], run(variant, after, BF16, **lane)[1:])
+    kept, *others = run(variant, stored, BF16, write_back=False, **options, **lane)
+    assert torch.equal(kept, stored)
+    assert_same(others, [plain, noisy])
+
+
+@each_variant
+def test_no_noise_keeps_every_bit(variant):
+    """scale 0 and coeff 0 leave a negative zero negative."""
+    stored = torch.full((200,), -0.0, dtype=torch.bfloat16).view(torch.uint8)
+    after, lane = run(variant, stored, BF16, updates=[Update(1, 0.0)], perturbations=[Perturbation(1, 0.0)],
+                      dtypes=[torch.float32])  # fmt: skip
+    assert torch.equal(after, stored)
+    assert (lane == -(1 << 31)).all()
+
+
+@each_variant
+def test_lanes_do_not_depend_on_their_neighbours(variant):
+    """Seeds a, b, a, a, none, a: each lane equals the same lane run alone, whatever its neighbours shared."""
+    stored = weights(BF16, 1300)
+    lanes = [Perturbation(s, f32(c)) for s, c in ((1, 1e-3), (2, 1e-3), (1, -1e-3), (1, 2e-3), (3, 0.0), (1, 5e-4))]
+    dtypes = [OUT_DTYPES[k % 3] for k in range(6)]
+    together = run(variant, stored, BF16, perturbations=lanes, dtypes=dtypes, offset=77)
+    for k in range(6):
+        alone = run(variant, stored, BF16, perturbations=[lanes[k]], dtypes=[dtypes[k]], offset=77)
+        assert torch.equal(together[k + 1], alone[1]), k
+
+
+@each_variant
+@pytest.mark.parametrize("fmt", [BF16, FP32], ids=lambda f: f.name)
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_pieces_equal_the_whole(variant, fmt, distribution):
+    """Cut anywhere, at odd addresses, in any order: a slice with its offset is that slice of the parameter."""
+    n, size = 5000, fmt.nbytes(1)
+    options = dict(updates=[Update(1, f32(1e-2))], rounding="stochastic", noise=NoiseSpec(distribution))
+    lane = dict(perturbations=[Perturbation(2, f32(1e-3))], dtypes=[torch.float32])
+    stored = weights(fmt, n)
+    whole = run(variant, stored, fmt, **options, **lane)
+    odd = torch.zeros(n * size + 1, dtype=torch.uint8)[1:]  # an address no vector likes
+    odd.copy_(stored)
+    cuts = [0, 1, 2, 130, 1023, 1024, 1151, 3000, 4999, n]
+    for start, end in random.Random(0).sample(list(itertools.pairwise(cuts)), len(cuts) - 1):
+        piece = odd[start * size : end * size]
+        out = torch.empty(end - start)
+        with using(variant):
+            fused_pass(piece, fmt, param_id=5, numel=end - start, offset=start, outs=[out],
+                       perturbations=lane["perturbations"], **options)  # fmt: skip
+        assert torch.equal(bits(out), whole[1][start:end]), (start, end)
+    assert torch.equal(odd, whole[0])
+
+
+@each_variant
+def test_thread_count_does_not_matter(variant):
+    stored = weights(BF16, 200_001)
+    options = dict(updates=[Update(1, f32(1e-2))], rounding="stochastic", offset=1000,
+                   perturbations=[Perturbation(2, f32(1e-3))] * 2, dtypes=[torch.float32, torch.bfloat16])  # fmt: skip
+    want = run(variant, stored, BF16, threads=1, **options)
+    for threads in (2, 5, 64):
+        assert_same(run(variant, stored, BF16, threads=threads, **options), want, f"{threads} threads")
+
+
+@each_variant
+@pytest.mark.parametrize("row_numel", [1, 48, 127, 768, 1030])
+def test_rows_equal_the_rows_of_the_whole(variant, row_numel):
+    num_rows = 40
+    stored = weights(BF16, num_rows * row_numel)
+    rows = torch.tensor([3, 0, 39, 3, 17])
+    options = dict(updates=[Update(1, f32(1e-2)), Update(2, f32(1e-4), fold=False)], rounding="stochastic")
+    lanes = [Perturbation(2, f32(1e-3)), Perturbation(2, f32(-1e-3))]
+    _, *whole = run(variant, stored, BF16, perturbations=lanes, dtypes=[torch.float32] * 2, **options)
+    outs = [torch.empty(len(rows), row_numel) for _ in lanes]
+    before = stored.clone()
+    with using(variant):
+        fused_rows(stored, BF16, param_id=5, row_numel=row_numel, rows=rows, noise=SPEC, perturbations=lanes, outs=outs,
+                   threads=3, **options)  # fmt: skip
+    for out, full in zip(outs, whole, strict=True):
+        assert torch.equal(bits(out), full.view(num_rows, row_numel)[rows])
+    assert torch.equal(stored, before)
+
+
+def test_the_pass_is_its_formula():
+    """One folded update and one lane, spelled out with float64 standing in for the exact sums."""
+    n = 4000
+    w = torch.randn(n, generator=torch.Generator().manual_seed(1))
+    stored, out = w.clone().view(torch.uint8), torch.empty(n)
+    fused_pass(stored, FP32, param_id=8, numel=n, updates=[Update(1, f32(1e-2), f32(0.99))],
+               noise=SPEC, perturbations=[Perturbation(2, f32(1e-3))], outs=[out])  # fmt: skip
+    decayed = w * f32(0.99)
+    after = (decayed.double() - f32(1e-2) * noise(SPEC, 1, 8, n).double()).float()
+    assert torch.equal(stored.view(torch.float32), after)
+    assert torch.equal(out, (after.double() + f32(1e-3) * noise(SPEC, 2, 8, n).double()).float())
+
+
+@each_isa
+def test_callers_float_mode_does_not_leak_in(isa):
+    """torch.set_flush_denormal(True) in the caller changes neither subnormal weights nor the mode afterwards."""
+    stored = weights(BF16, 1000)
+    tiny = torch.full((1000,), 1e-39).bfloat16().view(torch.uint8)
+    options = dict(updates=[Update(1, f32(1e-39), 0.5)])
+    want = [run(isa, s, BF16, **options) for s in (stored, tiny)]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormals")
+    try:
+        got = [run(isa, s, BF16, **options) for s in (stored, tiny)]
+        assert (torch.tensor([1e-39]) * 1.0).item() == 0.0, "the caller's mode was not restored"
+    finally:
+        torch.set_flush_denormal(False)
+    for a, b in zip(got, want, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.skipif(not ISAS, reason="the native library is not built")
+def test_calls_from_many_python_threads_do_not_mix():
+    """More callers than the pool has room for, each with its own weights."""
+    n = 150_000
+    stored = [weights(BF16, n, seed) for seed in range(4)]
+    options = dict(updates=[Update(1, f32(1e-2))], perturbations=[Perturbation(2, f32(1e-3))], dtypes=[torch.float32])
+    want = [run(ISAS[-1], s, BF16, threads=1, **options) for s in stored]
+    got: dict[tuple[int, int], list[torch.Tensor]] = {}
+
+    def caller(k: int) -> None:
+        for turn in range(8):
+            after, out = stored[k].clone(), torch.empty(n)
+            fused_pass(after, BF16, param_id=5, numel=n, updates=options["updates"], noise=SPEC, threads=2,
+                       perturbations=options["perturbations"], outs=[out])  # fmt: skip
+            got[k, turn] = [after, bits(out)]
+
+    threads = [threading.Thread(target=caller, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 32
+    for (k, turn), result in got.items():
+        assert_same(result, want[k], f"caller {k}, turn {turn}")
+
+
+@pytest.mark.skipif(not ISAS or not hasattr(os, "fork"), reason="needs the native library and fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_has_working_threads():
+    """The child has none of the parent's workers, asleep by now, and must neither wait for them nor wake them."""
+    z = noise(SPEC, 1, 2, 300_000, threads=2)
+    time.sleep(0.05)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if all(torch.equal(noise(SPEC, 1, 2, 300_000, threads=2), z) for _ in range(20)) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    good = dict(param_id=0, numel=8, noise=SPEC)
+    stored, out = torch.zeros(16, dtype=torch.uint8), torch.zeros(8)
+    one = [Perturbation(1, 0.5)]
+    cases = [
+        (r"8 bf16 elements are 16 bytes", dict(stored=stored[:15])),
+        (r"torch.float32", dict(stored=torch.zeros(16))),
+        (r"strides", dict(stored=torch.zeros(32, dtype=torch.uint8)[::2])),
+        (r"1 perturbations but 0 outputs", dict(perturbations=one)),
+        (r"shape \(7,\) cannot hold the 8", dict(perturbations=one, outs=[out[:7]])),
+        (r"torch.float64", dict(perturbations=one, outs=[out.double()])),
+        (r"must be contiguous", dict(perturbations=one, outs=[torch.zeros(16)[::2]])),
+        (r"on meta", dict(perturbations=one, outs=[torch.zeros(8, device="meta")])),
+        (r"rounding='up'", dict(rounding="up")),
+        (r"param_id=4294967296", dict(param_id=1 << 32)),
+        (r"offset", dict(offset=-1)),
+    ]
+    for message, change in cases:
+        options = {"stored": stored, **good, **change}
+        with pytest.raises(ConfigError, match=message):
+            fused_pass(options.pop("stored"), BF16, **options)
+    rows = dict(param_id=0, row_numel=4, noise=SPEC, perturbations=one, outs=[torch.zeros(1, 4)])
+    for message, bad in ((r"rows 2..2 asked of a parameter with 2", [2]), (r"rows -1..-1", [-1])):
+        with pytest.raises(ConfigError, match=message):
+            fused_rows(stored, BF16, rows=torch.tensor(bad), **rows)
+    with pytest.raises(ConfigError, match="int64"):
+        fused_rows(stored, BF16, rows=torch.tensor([0], dtype=torch.int32), **rows)
+    with pytest.raises(ConfigError, match="not a whole number"):
+        fused_rows(stored, BF16, rows=torch.tensor([0]), **rows | {"row_numel": 3})
+
+
+@pytest.mark.parametrize("value", [0.1, float("nan"), float("inf"), 1e300])
+def test_scalars_must_be_float32(value):
+    """A coefficient is the same number in the journal, in Python and in the kernel, or it is refused."""
+    for make in (lambda: Update(1, value), lambda: Update(1, 0.5, value), lambda: Perturbation(1, value)):
+        with pytest.raises(ConfigError, match="exactly a float32"):
+            make()
+    with pytest.raises(ConfigError, match="seed=-1"):
+        Update(-1, 0.5)

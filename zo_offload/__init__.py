@@ -1,0 +1,57 @@
+"""zo_offload: fine-tune models far larger than the device, with forward passes only.
+
+    from zo_offload import Engine, MeZO
+    engine = Engine("path/to/checkpoint", method=MeZO(lr=1e-6, eps=1e-3), offload="disk", run_dir="runs/a")
+    engine.fit("train.jsonl", steps=2000)
+    engine.save_pretrained("tuned/")
+
+Names are loaded when first used, so importing the package is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Engine": "engine",
+    "EngineConfig": "config",
+    "FitResult": "engine",
+    "MeZO": "methods",
+    "PRESETS": "methods",
+    "Checkpoint": "checkpoint",
+    "ZOError": "errors",
+    "ConfigError": "errors",
+    "CheckpointError": "errors",
+    "PlanError": "errors",
+    "BudgetError": "errors",
+    "DataError": "errors",
+    "JournalError": "errors",
+    "DivergenceError": "errors",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint as Checkpoint
+    from .config import EngineConfig as EngineConfig
+    from .engine import Engine as Engine
+    from .engine import FitResult as FitResult
+    from .errors import BudgetError as BudgetError
+    from .errors import CheckpointError as CheckpointError
+    from .errors import ConfigError as ConfigError
+    from .errors import DataError as DataError
+    from .errors import DivergenceError as DivergenceError
+    from .errors import JournalError as JournalError
+    from .errors import PlanError as PlanError
+    from .errors import ZOError as ZOError
+    from .methods import PRESETS as PRESETS
+    from .methods import MeZO as MeZO
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'zo_offload' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

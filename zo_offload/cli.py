@@ -1,0 +1,186 @@
+"""The command line: zo-offload fit | plan | eval | export. Output for people; the library itself never prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import ZOError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. Errors a user can cause are one line on standard error."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except ZOError as error:
+        print(f"zo-offload: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("zo-offload: stopped; the run can be resumed from its journal", file=sys.stderr)
+        return 130
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from .engine import Engine
+    from .methods import PRESETS, MeZO
+
+    if args.resume:
+        engine = Engine.resume(args.model, **_given(args, "device_memory", "offload"))
+    else:
+        recipe = {**(PRESETS[args.preset] if args.preset else {}), **_given(args, *_METHOD)}
+        engine = Engine(args.model, method=MeZO(**recipe), model_class=args.model_class, **_given(args, *_SETTINGS))
+    with engine:
+        result = engine.fit(
+            args.data, eval_data=args.eval_data, eval_every=args.eval_every, micro_batches=args.micro_batches,
+            steps=args.steps, batch_size=args.batch_size, progress=not args.quiet, **_data_options(args),
+        )  # fmt: skip
+        if args.out:
+            engine.save_pretrained(args.out)
+    print(
+        f"{result.steps} steps, {result.tokens_per_s:.0f} tokens/s, resident weights "
+        f"{result.resident_bytes / 1e6:.1f} MB of {result.model_bytes / 1e6:.1f} MB"
+    )
+    for values in result.evals:
+        print(json.dumps(values))
+    if args.out:
+        print(f"exported to {args.out}")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from .report import plan_report
+
+    for line in plan_report(
+        args.model, storage=args.storage, compute=args.compute, offload=args.offload, device_memory=args.device_memory,
+        tokens=args.tokens, batch_size=args.batch_size, trainable=args.trainable, model_class=args.model_class,
+    ):  # fmt: skip
+        print(line)
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    with _open(args) as engine:
+        values = engine.evaluate(args.data, batch_size=args.batch_size, **_data_options(args))
+    print(json.dumps(values))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    with _open(args) as engine:
+        files = engine.save_pretrained(args.out, max_shard_bytes=args.max_shard)
+    print(f"wrote {len(files)} files to {args.out}")
+    return 0
+
+
+def _open(args: argparse.Namespace) -> Any:
+    """An engine on a run directory (as its journal left it) or on a checkpoint."""
+    from . import runs
+    from .engine import Engine
+
+    if (Path(args.model) / runs.JOURNAL).exists():
+        return Engine.resume(args.model, **_given(args, "device_memory"))
+    return Engine(args.model, model_class=args.model_class, **_given(args, "offload", "storage", "device_memory"))
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+_METHOD = ("lr", "eps", "weight_decay", "schedule", "warmup_steps", "distribution", "rounds", "on_nonfinite")
+_SETTINGS = (
+    "offload", "storage", "compute", "rounding", "device_memory", "num_slots", "order", "trainable", "seed", "run_dir",
+)  # fmt: skip
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+
+
+def _data_options(args: argparse.Namespace) -> dict[str, Any]:
+    options = _given(args, "task", "template", "verbalizers", "text_column", "label_column", "max_length")
+    for key in ("template",):
+        if key in options:
+            options[key] = options[key].replace("\\n", "\n")
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="zo-offload", description="Fine-tune models far larger than the device.")
+    commands = parser.add_subparsers(required=True, metavar="fit | plan | eval | export")
+
+    fit = commands.add_parser("fit", help="fine-tune a checkpoint")
+    fit.add_argument("model", help="checkpoint directory or cached hub id; with --resume, the run directory")
+    fit.add_argument("--data", required=True, help="training data: .jsonl or .csv")
+    fit.add_argument("--eval-data", help="evaluation data: .jsonl or .csv")
+    fit.add_argument("--eval-every", type=int, help="steps between evaluations (always at the end)")
+    fit.add_argument("--steps", type=int, help="steps in all")
+    fit.add_argument("--batch-size", type=int)
+    fit.add_argument("--micro-batches", type=int, default=1, help="parts a batch is cut into")
+    fit.add_argument("--run-dir", help="journal, metrics and blocks")
+    fit.add_argument("--resume", action="store_true", help="continue the run in MODEL")
+    fit.add_argument("--out", help="export the tuned checkpoint here")
+    fit.add_argument("--preset", help="a published recipe: opt, opt-squad, opt-lora, opt-prefix, roberta")
+    for name, kind in (("lr", float), ("eps", float), ("weight-decay", float), ("warmup-steps", int), ("rounds", int)):
+        fit.add_argument(f"--{name}", type=kind)
+    fit.add_argument("--schedule", help="transformers' name of a learning rate schedule")
+    fit.add_argument("--distribution", choices=["gaussian", "rademacher"])
+    fit.add_argument("--on-nonfinite", choices=["stop", "skip"])
+    fit.add_argument("--rounding", choices=["nearest", "stochastic"])
+    fit.add_argument("--num-slots", type=int)
+    fit.add_argument("--order", choices=["auto", "module", "block"])
+    fit.add_argument("--seed", type=int)
+    fit.add_argument("--quiet", action="store_true", help="no progress bar")
+    _storage(fit)
+    _data(fit)
+    fit.set_defaults(run=_fit)
+
+    plan = commands.add_parser("plan", help="what a run would take: blocks, memory, traffic; reads no weights")
+    plan.add_argument("model", help="checkpoint directory, config.json, or a size such as opt-175b")
+    plan.add_argument("--tokens", type=int, default=512, help="tokens a row")
+    plan.add_argument("--batch-size", type=int, default=1)
+    _storage(plan)
+    plan.set_defaults(run=_plan)
+
+    evaluate = commands.add_parser("eval", help="loss and accuracy of a checkpoint or a run")
+    evaluate.add_argument("model", help="checkpoint or run directory")
+    evaluate.add_argument("--data", required=True)
+    evaluate.add_argument("--batch-size", type=int, default=16)
+    _storage(evaluate)
+    _data(evaluate)
+    evaluate.set_defaults(run=_eval)
+
+    export = commands.add_parser("export", help="a run's weights as a checkpoint for plain transformers")
+    export.add_argument("model", help="run directory (or a checkpoint, with --storage to convert it)")
+    export.add_argument("--out", required=True)
+    export.add_argument("--max-shard", default="5GB")
+    _storage(export)
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _storage(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--offload", choices=["auto", "none", "host", "disk"])
+    command.add_argument("--storage", choices=["fp32", "bf16", "fp16"])
+    command.add_argument("--compute", choices=["fp32", "bf16", "fp16"])
+    command.add_argument("--device-memory", help="budget such as 6GB")
+    command.add_argument("--trainable", help="glob on parameter names, such as 'layers.*.self_attn'")
+    command.add_argument("--model-class", help="such as AutoModelForSequenceClassification")
+
+
+def _data(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--task", choices=["auto", "lm", "classification", "prompt"])
+    command.add_argument("--template", help="prompt such as 'Review: {text}\\nSentiment:'")
+    command.add_argument("--verbalizers", nargs="+", help="one word a label, such as ' negative' ' positive'")
+    command.add_argument("--text-column")
+    command.add_argument("--label-column")
+    command.add_argument("--max-length", type=int)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

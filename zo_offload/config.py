@@ -1,0 +1,119 @@
+"""Engine settings: one frozen dataclass, checked at once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from .errors import ConfigError
+from .formats import FORMATS, Format, format_of, get_format
+from .plan import ParamSpec
+
+Offload = Literal["auto", "none", "host", "disk"]
+Order = Literal["auto", "module", "block", "lane"]
+Rounding = Literal["nearest", "stochastic"]
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(value: int | float | str, what: str = "size") -> int:
+    """Bytes from 6e9, "6GB" (1e9) or "6GiB" (2**30)."""
+    if isinstance(value, (int, float)):
+        number, unit = float(value), ""
+    else:
+        match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)\s*", value)
+        if not match or match[2].upper() not in _UNITS:
+            raise ConfigError(f"{what}={value!r}: expected a number of bytes such as 6000000000, '6GB' or '5.5GiB'")
+        number, unit = float(match[1]), match[2].upper()
+    if number <= 0:
+        raise ConfigError(f"{what}={value!r}: expected more than zero bytes")
+    return int(number * _UNITS[unit])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How an engine runs. No setting here changes the numbers of a run except storage, compute, rounding, seed and
+    trainable; those are part of its identity and are checked on resume."""
+
+    offload: Offload = "auto"
+    """Where blocks live: "none" in the device's memory, "host" in host memory behind a window, "disk" in files.
+    "auto": none if the stored model fits in half of the free memory, else disk."""
+    storage: str | None = None
+    """Format that weights are stored and updated in: fp32, bf16, fp16. Default: the checkpoint's (or module's) own."""
+    compute: str | None = None
+    """Dtype of the perturbed weights and so of the forward. Default: fp32 on the CPU for a checkpoint (16-bit matmuls
+    are slow on most CPUs), the module's own dtypes for a model given in memory."""
+    rounding: Rounding = "nearest"
+    """Of an update into 16-bit storage. "stochastic" keeps small updates on average; noise-keyed, so reproducible."""
+    device: str = "cpu"
+    """Only "cpu" is built yet."""
+    device_memory: int | float | str | None = None
+    """Budget for window, scratch and activations together, e.g. "3GB". What the window can spare pins blocks.
+    Default: the smallest window that overlaps (num_slots=3)."""
+    num_slots: int | None = None
+    """Blocks in the window; 2 overlap the fetch, 3 the flush too. Default 3, or what device_memory allows."""
+    prefetch: int | None = None
+    """Blocks fetched ahead, < num_slots. Default num_slots - 1."""
+    overlap: bool = True
+    """False runs the same ops one after the other on the calling thread."""
+    io_threads: int = 1
+    """Threads that fetch blocks."""
+    threads: int | None = None
+    """Threads of the native kernels. Default: torch.get_num_threads()."""
+    order: Order = "auto"
+    """Service order: "module" makes noise once for all lanes, "block" holds one lane's scratch and activations at a
+    time, "lane" runs one lane after another (models whose modules keep tensors between calls). "auto": module if it
+    fits the budget, else block."""
+    trainable: Any = None
+    """Which parameters train: a glob on module paths, a list of them, a predicate (name, parameter), "requires_grad",
+    or None for all."""
+    seed: int = 0
+    """Run seed: noise and data order are functions of it and the step."""
+    run_dir: str | Path | None = None
+    """Journal, metrics and (for disk) blocks. Needed by offload="disk" and by resume."""
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("offload", Offload), ("order", Order), ("rounding", Rounding)):
+            if getattr(self, name) not in get_args(choices):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(get_args(choices))}")
+        if self.storage is not None and self.storage not in FORMATS:
+            raise ConfigError(f"storage={self.storage!r}: choose one of {', '.join(FORMATS)}")
+        if self.compute is not None and self.compute not in DTYPES:
+            raise ConfigError(f"compute={self.compute!r}: choose one of {', '.join(DTYPES)}")
+        if self.device != "cpu":
+            raise ConfigError(f"device={self.device!r}: only 'cpu' is built yet (README, status table)")
+        if self.device_memory is not None:
+            parse_bytes(self.device_memory, "device_memory")
+        if self.num_slots is not None and self.num_slots < (2 if self.overlap else 1):
+            raise ConfigError(
+                f"num_slots={self.num_slots}: streaming needs a slot to compute in and one to fetch into (>= 2), "
+                "or overlap=False (>= 1)"
+            )
+        slots = self.num_slots or 3
+        if self.prefetch is not None and not 0 <= self.prefetch < slots:
+            raise ConfigError(f"prefetch={self.prefetch} with num_slots={slots}: expected 0..{slots - 1}")
+        if not self.overlap and self.prefetch:
+            raise ConfigError(f"prefetch={self.prefetch} with overlap=False: nothing is fetched ahead; leave it out")
+        if self.io_threads < 1:
+            raise ConfigError(f"io_threads={self.io_threads}: expected at least 1")
+        if not 0 <= self.seed < 1 << 64:
+            raise ConfigError(f"seed={self.seed}: expected 0 .. 2**64 - 1")
+        if self.offload == "disk" and self.run_dir is None:
+            raise ConfigError("offload='disk' needs run_dir=...: the blocks are written there")
+
+    @property
+    def ahead(self) -> int:
+        """Stays fetched before they are needed."""
+        if not self.overlap:
+            return 0
+        return self.prefetch if self.prefetch is not None else (self.num_slots or 3) - 1
+
+    def format_of(self, spec: ParamSpec, base_dtype: torch.dtype) -> Format:
+        """Storage format of one parameter: `storage`, or the base's own dtype."""
+        return get_format(self.storage) if self.storage is not None else format_of(base_dtype)

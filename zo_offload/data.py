@@ -1,0 +1,337 @@
+"""Training data as batches that are functions of the step.
+
+`make_batches` takes what users have: a DataLoader or other iterable of dicts of tensors, a dataset or list of dicts
+(text or tokenised), or a path to .jsonl or .csv. For data with random access the batch of step t is a pure function of
+(seed, t): epoch e is a permutation keyed by (seed, e), so a resumed run sees what an uninterrupted one would. Other
+iterables are read in order and started over at their end; resuming reads up to the step again. `fingerprint` of the
+batch is what the journal keeps to tell when that went wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .encode import IGNORED, Batch, Encoder, Row
+from .errors import DataError
+
+__all__ = [
+    "Batch", "Batches", "Encoder", "RowBatches", "StreamBatches", "batch_tokens", "fingerprint", "loss_weight",
+    "make_batches", "max_positions", "read_rows", "split_micro_batches",
+]  # fmt: skip
+
+LONGEST_CHECKED = 8  # rows tokenised at once to find one that the model cannot take before training starts
+
+
+class Batches:
+    """Batches by step, and one epoch of them in order. Subclasses give `batch` and `epoch`."""
+
+    def __init__(self, encoder: Encoder):
+        self.encoder = encoder
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a training step, 0-based."""
+        raise NotImplementedError
+
+    def epoch(self) -> Iterator[Batch]:
+        """Everything once, in the data's order, the last batch short if it must be; for evaluation."""
+        raise NotImplementedError
+
+    def measure(self, model: Any, batch: Batch, loss: Callable[[Any, Batch], float]) -> dict[str, tuple[float, float]]:
+        """name -> (value, weight) of one batch, from one forward; see `Encoder.measure`."""
+        return self.encoder.measure(model, batch, loss, loss_weight(batch))
+
+
+class RowBatches(Batches):
+    """Rows with random access. batch(step) is a function of (rows, batch_size, seed, shuffle, step) alone."""
+
+    def __init__(
+        self, rows: Sequence[Row] | Any, encoder: Encoder, *, batch_size: int, seed: int, shuffle: bool, name: str
+    ):
+        super().__init__(encoder)
+        if batch_size < 1:
+            raise DataError(f"batch_size={batch_size}: expected at least 1")
+        if len(rows) == 0:
+            raise DataError(f"{name} is empty.")
+        if shuffle and len(rows) < batch_size:
+            raise DataError(f"{name} has {len(rows)} rows, fewer than batch_size={batch_size}. Lower batch_size.")
+        self.rows, self.batch_size, self.seed, self.shuffle, self.name = rows, batch_size, seed, shuffle, name
+        self._order: tuple[int, list[int]] = (-1, [])
+        self._try_rows()
+
+    def __len__(self) -> int:
+        """Whole batches in an epoch."""
+        return len(self.rows) // self.batch_size
+
+    def batch(self, step: int) -> Batch:
+        if len(self) == 0:
+            raise DataError(f"{self.name} has {len(self.rows)} rows, fewer than batch_size={self.batch_size}.")
+        epoch, place = divmod(step, len(self))
+        order = self._epoch_order(epoch)
+        return self._collated(order[place * self.batch_size : (place + 1) * self.batch_size])
+
+    def epoch(self) -> Iterator[Batch]:
+        for begin in range(0, len(self.rows), self.batch_size):
+            yield self._collated(range(begin, min(begin + self.batch_size, len(self.rows))))
+
+    def _epoch_order(self, epoch: int) -> Sequence[int]:
+        if not self.shuffle:
+            return range(len(self.rows))
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+            self._order = (epoch, torch.randperm(len(self.rows), generator=generator).tolist())
+        return self._order[1]
+
+    def _collated(self, indices: Iterable[int]) -> Batch:
+        indices = list(indices)
+        rows = [self.encoder(self.rows[i], f"{self.name} row {i}") for i in indices]
+        return self.encoder.collate(rows, f"{self.name} rows {indices[0]}, ...")
+
+    def _try_rows(self) -> None:
+        """Raises now what the first and the longest rows would raise at some step."""
+        self.encoder(self.rows[0], f"{self.name} row 0")
+        if isinstance(self.rows, (list, tuple)) and all(isinstance(row, Mapping) for row in self.rows):
+            by_size = sorted(range(len(self.rows)), key=lambda i: -self.encoder.size_of(self.rows[i]))
+            for i in by_size[:LONGEST_CHECKED]:
+                self.encoder(self.rows[i], f"{self.name} row {i}")
+
+
+class StreamBatches(Batches):
+    """A DataLoader or another iterable of ready batches.
+
+    Steps must be asked for in rising order, or from the start again. While an epoch of a DataLoader begins, torch's
+    default generator is seeded from (seed, epoch), so its shuffling is the same in a resumed run; a generator given to
+    the DataLoader, or randomness inside the dataset, is the caller's to repeat.
+    """
+
+    def __init__(self, batches: Iterable[Any], encoder: Encoder, *, seed: int, name: str):
+        super().__init__(encoder)
+        self.batches, self.seed, self.name = batches, seed, name
+        self._epoch, self._next_step = -1, 0
+        self._iterator: Iterator[Any] | None = None
+
+    def batch(self, step: int) -> Batch:
+        if self._iterator is None or step < self._next_step:
+            if self._iterator is not None and iter(self.batches) is self.batches:
+                raise DataError(f"{self.name} cannot be read again from step {step}; pass a list or a DataLoader.")
+            self._epoch, self._next_step = -1, 0
+            self._iterator, first = self._begin()
+        else:
+            first = None
+        while True:
+            batch = first if first is not None else next(self._iterator, None)
+            first = None
+            if batch is None:
+                self._iterator, first = self._begin()
+                continue
+            self._next_step += 1
+            if self._next_step > step:
+                return self._checked(batch, f"{self.name} batch of step {step}")
+
+    def epoch(self) -> Iterator[Batch]:
+        empty = True
+        for index, batch in enumerate(self.batches):
+            empty = False
+            yield self._checked(batch, f"{self.name} batch {index}")
+        if empty:
+            raise DataError(
+                f"{self.name} gave no batches. If it is an iterator it was used up; pass a list or a DataLoader."
+            )
+
+    def _begin(self) -> tuple[Iterator[Any], Any]:
+        """A new epoch's iterator and its first batch."""
+        self._epoch += 1
+        with _seeded(_mix(self.seed, self._epoch)):
+            iterator = iter(self.batches)
+            first = next(iterator, None)
+        if first is None:
+            raise DataError(
+                f"{self.name} gave no batches in epoch {self._epoch} (after {self._next_step} in all). An empty "
+                "dataset, drop_last with fewer rows than a batch, or an iterator that can be read only once."
+            )
+        return iterator, first
+
+    def _checked(self, batch: Any, where: str) -> Batch:
+        if not isinstance(batch, Mapping):
+            raise DataError(
+                f"{where} is a {type(batch).__name__}; expected a dict of tensors named as the model's arguments."
+            )
+        if not any(isinstance(value, Tensor) for value in batch.values()):
+            kinds = ", ".join(f"{key}: {type(value).__name__}" for key, value in batch.items())
+            raise DataError(f"{where} holds no tensors ({kinds}). Collate rows into tensors, or pass the dataset.")
+        return dict(batch)
+
+
+def make_batches(
+    data: Any,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    shuffle: bool = True,
+    model: Any = None,
+    **encoding: Any,
+) -> Batches:
+    """Batches from a path (.jsonl, .csv), a dataset or list of dicts, a DataLoader or other iterable of dicts.
+
+    encoding: fields of `Encoder` (tokenizer, template, verbalizers, max_length, ...), for rows. model: its config says
+    how many tokens it takes and, by its class name, whether rows with a label but no template make sense. Batches from
+    a DataLoader or iterable keep their own size. `Batches` given as such are returned. Raises DataError.
+    """
+    if isinstance(data, Batches):
+        return data
+    config = getattr(model, "config", None)
+    if config is not None:
+        encoding.setdefault("max_positions", max_positions(config))
+    encoder = Encoder(**encoding, causal=type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")))
+    if isinstance(data, (str, Path)):
+        name = Path(data).name
+        return RowBatches(read_rows(data), encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=name)
+    name = type(data).__name__
+    if isinstance(data, Mapping) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise DataError(f"data is a {name}; expected a path, a dataset or list of dicts, or an iterable of batches.")
+    has_rows = not isinstance(data, DataLoader) and hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if has_rows and (len(data) == 0 or not _is_batch(data[0])):
+        return RowBatches(data, encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=name)
+    return StreamBatches(data, encoder, seed=seed, name=name)
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl (an object a line) or .csv (with a header), all in memory. Raises DataError with the line."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is not a file.")
+    readers = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".csv": _read_csv}
+    if path.suffix not in readers:
+        raise DataError(f"{path}: {path.suffix or 'no suffix'} is not read; give .jsonl or .csv, or a list of dicts.")
+    rows = readers[path.suffix](path)
+    if not rows:
+        raise DataError(f"{path} holds no rows.")
+    return rows
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} line {number} is not JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path} line {number} is a JSON {type(row).__name__}; expected an object with columns.")
+        rows.append(row)
+    return rows
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{path} line {reader.line_num}: {len(row)} fields do not match the header "
+                        f"{', '.join(reader.fieldnames or ())}."
+                    )
+                rows.append(row)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path} after line {reader.line_num}: {error}.") from error
+    return rows
+
+
+def max_positions(config: Any) -> int | None:
+    """Tokens that a transformers model can take, by its config; None where there is no fixed limit."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(limit := getattr(text, name, None), int) and limit > 0:
+            # RoBERTa and its kin number positions from pad_token_id + 1 in a table of that many rows more
+            offset = text.pad_token_id + 1 if "roberta" in text.model_type or text.model_type == "camembert" else 0
+            return limit - offset
+    return None
+
+
+def fingerprint(batch: Batch) -> int:
+    """crc32 over a batch's names, dtypes, shapes and contents."""
+    crc = 0
+    for key in sorted(batch):
+        value = batch[key]
+        if isinstance(value, Tensor):
+            crc = zlib.crc32(f"{key} {value.dtype} {list(value.shape)}".encode(), crc)
+            crc = zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+        else:
+            crc = zlib.crc32(f"{key} {value!r}".encode(), crc)
+    return crc
+
+
+def batch_tokens(batch: Batch) -> int:
+    """Tokens a batch makes the model read: attended ones, else input ids; rows where there are none."""
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    if isinstance(mask, Tensor):
+        return int((mask != 0).sum())
+    return ids.numel() if isinstance(ids, Tensor) else _rows(batch)
+
+
+def loss_weight(batch: Batch) -> float:
+    """What a batch's mean loss weighs among others: the number of labels that count, or of rows without labels."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dtype.is_floating_point:
+        return float(_rows(batch))
+    return float((labels != IGNORED).sum())
+
+
+def split_micro_batches(batch: Batch, parts: int) -> list[Batch]:
+    """The batch cut along its rows into `parts`, sizes differing by one at most; what has no rows goes to every part.
+
+    Padding stays as it is, so that each row is computed as in the whole batch. Raises DataError with fewer rows.
+    """
+    if parts == 1:
+        return [batch]
+    rows = _rows(batch)
+    if rows < parts:
+        raise DataError(
+            f"a batch of {rows} rows cannot be cut into {parts} micro-batches. Use fewer, or larger batches."
+        )
+    cut = {k: v.tensor_split(parts) for k, v in batch.items() if isinstance(v, Tensor) and v.dim() and len(v) == rows}
+    return [{key: cut[key][i] if key in cut else value for key, value in batch.items()} for i in range(parts)]
+
+
+def _rows(batch: Batch) -> int:
+    for key in ("input_ids", "labels", *batch):
+        if isinstance(value := batch.get(key), Tensor) and value.dim() > 0:
+            return len(value)
+    raise DataError(f"a batch without tensors: {', '.join(batch) or 'empty'}.")
+
+
+def _is_batch(value: Any) -> bool:
+    """A dict of tensors with a row dimension, as opposed to one row."""
+    if not isinstance(value, Mapping):
+        return False
+    ids = value.get("input_ids", value.get("labels"))
+    return isinstance(ids, Tensor) and ids.dim() >= (2 if "input_ids" in value else 1)
+
+
+def _mix(seed: int, epoch: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"data {seed} {epoch}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """torch's default generator at `seed` inside, untouched outside."""
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)

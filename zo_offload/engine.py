@@ -1,0 +1,425 @@
+"""The engine: fine-tune any transformer with forward passes only, its weights streamed through a small window.
+
+    engine = Engine("path/to/checkpoint", method=MeZO(lr=1e-6), offload="disk", run_dir="runs/a")
+    result = engine.fit("train.jsonl", steps=2000, eval_data="dev.jsonl")
+    engine.save_pretrained("tuned/")
+
+One step of MeZO, as this module runs it:
+
+    perturbations = method.perturbations(seed, step)              # +eps z, -eps z
+    losses = [loss of the model at w + perturbation, ...]         # lanes in lockstep, each block visited once
+    outcome = method.update(losses, lr)                           # the projected gradient
+    journal.append(outcome); log.append(outcome)                  # applied when each block is next visited
+
+The engine wires the parts and holds no algorithm.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from . import runs
+from .checkpoint import Checkpoint, save_pretrained
+from .config import DTYPES, EngineConfig, parse_bytes
+from .data import Batches, batch_tokens, fingerprint, loss_weight, make_batches, max_positions, split_micro_batches
+from .devices import CpuDevice
+from .errors import ConfigError, DataError, DivergenceError, PlanError
+from .fused import Perturbation, Update
+from .ingest import Base, ModuleBase
+from .journal import Journal, StepRecord
+from .lanes import Hub, Lane, PlanFault, hollow
+from .layout import Layout, make_layout
+from .memory import MemoryPlan, plan_memory, process_bytes
+from .methods import MeZO, lr_schedule
+from .plan import Plan, make_plan, relift
+from .progress import Progress
+from .session import choose_offload, start
+from .streamer import Streamer
+from .updates import UpdateLog
+
+Batch = Mapping[str, Any]
+Objective = Callable[[nn.Module, Batch], Any]
+
+_MAX_CORRECTIONS = 8  # of the plan, by watched runs; each adds a use, so a few are enough
+
+STILL = Perturbation(0, 0.0)  # the weights as they are: evaluation
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The default objective: `model(**batch).loss`."""
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise DataError(
+            f"{type(model).__name__} returned no loss for a batch with {sorted(batch)}: give labels, "
+            "or pass objective=(model, batch) -> loss"
+        )
+    return loss
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What `fit` did: losses of the steps it ran, evaluations by step, and the run's rates."""
+
+    steps: int
+    losses: list[float]
+    evals: list[dict[str, float]] = field(default_factory=list)
+    tokens_per_s: float = 0.0
+    seconds: float = 0.0
+    wait_share: float = 0.0
+    """Share of the time that compute waited for blocks: near 0, compute binds; near 1, fetches do."""
+    resident_bytes: int = 0
+    model_bytes: int = 0
+
+
+class Engine:
+    """Zeroth-order fine-tuning of a checkpoint on disk or a module in memory. See the module's docstring.
+
+    model: a checkpoint directory, a cached hub id, or an nn.Module (whose weights the engine then owns until
+    `restore` or `close` puts them back). objective: (model, batch) -> scalar, default `model(**batch).loss`; it may be
+    non-differentiable. settings: fields of `EngineConfig`. Every error a setting can cause is raised here, before
+    weights are read or anything is written.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        *,
+        method: MeZO | None = None,
+        objective: Objective | None = None,
+        tokenizer: Any = None,
+        model_class: Any = None,
+        example: Batch | None = None,
+        config: EngineConfig | None = None,
+        **settings: Any,
+    ) -> None:
+        self.config = config if config is not None else EngineConfig(**settings)
+        self.method = method if method is not None else MeZO()
+        self.objective = objective if objective is not None else model_loss
+        self.tokenizer = tokenizer
+        self.run_dir = Path(self.config.run_dir) if self.config.run_dir is not None else None
+        self._model_name = None if isinstance(model, nn.Module) else str(model)
+        self.process_bytes = process_bytes()
+        self.device = CpuDevice()
+        self.checkpoint: Checkpoint | None = None
+        self.base: Base
+        if isinstance(model, nn.Module):
+            self.model: nn.Module = model
+            self.base = ModuleBase(model)
+        else:
+            self.checkpoint = Checkpoint.open(model)
+            compute = DTYPES[self.config.compute or "fp32"]
+            self.model = self.checkpoint.build_model(compute, model_class, seed=self.config.seed)
+            self.base = self.checkpoint
+        self.plan: Plan = make_plan(self.model, example, trainable=self.config.trainable)
+        self.layout: Layout = make_layout(self.plan, lambda spec: self.config.format_of(spec, self.base.dtype_of(spec.name)))
+        self.offload = choose_offload(self.config, self.layout)
+        self.memory: MemoryPlan = self._plan_memory()
+        self.log = UpdateLog()
+        self.journal: Journal | None = None
+        self.evals: list[dict[str, float]] = []
+        self._streamer: Streamer | None = None
+        self._hub: Hub | None = None
+        self._closed = False
+
+    @classmethod
+    def resume(cls, run_dir: str | Path, model: nn.Module | None = None, **changes: Any) -> Engine:
+        """The engine of an earlier run, continued where its journal ends; bit-equal to one that never stopped.
+
+        model: the same module again, with its first weights, if the run was made from one in memory. changes: settings
+        that do not alter the numbers (offload, window, threads), and `objective`, `tokenizer`.
+        Raises JournalError if run_dir is not a run, or names what differs from it.
+        """
+        run_dir = Path(run_dir)
+        record = runs.load_config(run_dir)
+        if not (run_dir / runs.JOURNAL).exists():
+            raise ConfigError(f"{run_dir}: the run has no {runs.JOURNAL}: it never started. Begin it anew elsewhere")
+        if record["model"] is None and model is None:
+            raise ConfigError(f"{run_dir} was made from a module in memory: pass it again, Engine.resume(run_dir, model)")
+        if record["settings"]["trainable"] == "<predicate>" and "trainable" not in changes:
+            raise ConfigError(f"{run_dir} was made with trainable=<a function>: pass the same one to resume")
+        passed = {k: changes.pop(k) for k in ("objective", "tokenizer", "model_class", "example") if k in changes}
+        settings = {**record["settings"], **changes, "run_dir": run_dir}
+        method = MeZO(**record["method"])
+        return cls(model if model is not None else record["model"], method=method, **passed, **settings)
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        train_data: Any,
+        *,
+        steps: int | None = None,
+        batch_size: int | None = None,
+        eval_data: Any = None,
+        eval_every: int | None = None,
+        micro_batches: int = 1,
+        progress: bool = False,
+        callback: Callable[[StepRecord], None] | None = None,
+        **data_options: Any,
+    ) -> FitResult:
+        """Train until `steps` steps have been taken in all (a resumed run counts from its journal).
+
+        train_data: a DataLoader or other iterable of dicts of tensors, a dataset or list of dicts, or a path to JSONL
+        or CSV; see `data.make_batches` for data_options. micro_batches: parts a batch is cut into, each a lane of its
+        own (gradient accumulation: same weights, same step). eval_every: also at the end. callback: after each step.
+        Raises DataError, DivergenceError; whatever happens, the journal holds every finished step.
+        """
+        steps = self.method.steps if steps is None else steps
+        if steps < 1 or micro_batches < 1:
+            raise ConfigError(f"steps={steps}, micro_batches={micro_batches}: expected at least 1")
+        batches = self._batches(train_data, batch_size or self.method.batch_size, data_options)
+        evaluation = None
+        if eval_data is not None:
+            evaluation = self._batches(eval_data, batch_size or self.method.batch_size, data_options, shuffle=False)
+        factor = lr_schedule(self.method.schedule, self.method.warmup_steps, steps)
+        self._start()
+        losses: list[float] = []
+        tokens, begin, first = 0, time.perf_counter(), self.log.version
+        streamer = self._running()
+        streamer.traffic = type(streamer.traffic)()
+        with Progress(progress, first, steps) as bar, runs.Metrics(self._path(runs.METRICS)) as metrics:
+            try:
+                for step in range(first, steps):
+                    batch = batches.batch(step)
+                    record = self.step(batch, self.method.lr * factor(step), micro_batches=micro_batches)
+                    losses.append(record.loss)
+                    tokens += batch_tokens(batch)
+                    seconds = time.perf_counter() - begin
+                    wait = streamer.traffic.wait_s / seconds
+                    metrics.write(step=step, loss=record.loss, grad=record.grad, lr=record.lr, tokens=tokens,
+                                  seconds=round(seconds, 3), wait_share=round(wait, 4), skipped=record.skipped)  # fmt: skip
+                    bar.step(record.loss, tokens / seconds, wait)
+                    if callback is not None:
+                        callback(record)
+                    if evaluation is not None and eval_every and (step + 1) % eval_every == 0 and step + 1 < steps:
+                        self._evaluate_at(step + 1, evaluation, metrics)
+                if evaluation is not None:
+                    self._evaluate_at(self.log.version, evaluation, metrics)
+            finally:
+                streamer.flush_all()
+                if self.journal is not None:
+                    self.journal.make_durable(self.log.version)
+        seconds = time.perf_counter() - begin
+        return FitResult(
+            steps=len(losses), losses=losses, evals=list(self.evals), tokens_per_s=tokens / seconds, seconds=seconds,
+            wait_share=streamer.traffic.wait_s / seconds, resident_bytes=streamer.resident_bytes,
+            model_bytes=self.layout.total_bytes,
+        )  # fmt: skip
+
+    def step(self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1) -> StepRecord:
+        """One step on one batch: the lanes, the update, the journal. The update reaches each block at its next visit."""
+        self._start()
+        step = self.log.version
+        lr = self.method.lr if lr is None else lr
+        perturbations = self.method.perturbations(self.config.seed, step)
+        losses = self._losses(batch, perturbations, micro_batches)
+        try:
+            outcome = self.method.update(self.config.seed, step, losses, lr)
+            self._check_update(step, outcome.updates)
+            record = StepRecord(step, outcome.updates, outcome.loss, outcome.grad, lr, False, fingerprint(batch))
+        except DivergenceError:
+            if self.method.on_nonfinite == "stop":
+                raise
+            record = StepRecord(step, (), math.nan, math.nan, lr, True, fingerprint(batch))
+        if self.journal is not None:
+            self.journal.append(record)
+        self.log.append(record.updates)
+        return record
+
+    def evaluate(self, data: Any, *, batch_size: int | None = None, **data_options: Any) -> dict[str, float]:
+        """Mean loss, and accuracy where the data defines it, at the current weights. See `data.make_batches`."""
+        batches = self._batches(data, batch_size or self.method.batch_size, data_options, shuffle=False)
+        self._start()
+        return self._evaluate(batches)
+
+    def run(self, batch: Batch, call: Callable[[nn.Module, Batch], Any] | None = None) -> Any:
+        """One forward at the current weights: `call(model, batch)`, default `model(**batch)`. For logits, say."""
+        self._start()
+        return self._forward([Lane(STILL, batch)], call or (lambda model, inputs: model(**inputs)))[0]
+
+    # ---- results -----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory: str | Path, *, max_shard_bytes: int | float | str = 5e9) -> list[Path]:
+        """Write the current weights as a checkpoint that plain transformers loads, one tensor in memory at a time."""
+        self._start()
+        streamer = self._running()
+        streamer.flush_all()
+        return save_pretrained(
+            Path(directory), model=self.model, names=list(self.plan.params), read=streamer.read,
+            checkpoint=self.checkpoint, max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")),
+        )  # fmt: skip
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(canonical name, current value in the storage dtype) of every parameter, one in memory at a time."""
+        self._start()
+        streamer = self._running()
+        streamer.flush_all()
+        return ((name, streamer.read(name)) for name in self.plan.params)
+
+    def restore(self) -> nn.Module:
+        """Put the current weights into the module's parameters, whole, and return it; the engine is closed."""
+        weights = {name: tensor.to(self.plan.params[name].dtype) for name, tensor in self.weights()}
+        self.close()
+        for name, parameter in self.model.named_parameters():
+            parameter.data = weights.pop(name)
+        return self.model
+
+    def close(self) -> None:
+        """Flush, end the worker threads, close the journal. Safe to call twice; `with Engine(...)` calls it."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._hub is not None:
+            self._hub.detach()
+        if self._streamer is not None:
+            self._streamer.flush_all()
+            self._streamer.close()
+            self._streamer.tier.close()
+        if self.journal is not None:
+            self.journal.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ---- one pass ----------------------------------------------------------------------------------------------------
+
+    def _losses(self, batch: Batch, perturbations: Sequence[Perturbation], micro_batches: int) -> list[float]:
+        """The loss of each perturbation over the whole batch: micro-batches weighted by their labels."""
+        parts = split_micro_batches(batch, micro_batches)
+        weights = [loss_weight(part) for part in parts]
+        lanes = [Lane(perturbation, part) for perturbation in perturbations for part in parts]
+        losses = self._forward(lanes, self._loss)
+        total = sum(weights)
+        return [
+            sum(w * losses[i * len(parts) + j] for j, w in enumerate(weights)) / total
+            if len(parts) > 1
+            else losses[i]
+            for i in range(len(perturbations))
+        ]
+
+    def _loss(self, model: nn.Module, batch: Batch) -> float:
+        loss = self.objective(model, batch)
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ConfigError(f"the objective returned a tensor of shape {tuple(loss.shape)}; expected a scalar")
+            return float(loss.detach().item())
+        return float(loss)
+
+    def _forward(self, lanes: Sequence[Lane], call: Callable[[nn.Module, Batch], Any]) -> list[Any]:
+        """All lanes through the model once, streamed. A failure leaves the engine usable and the weights unharmed."""
+        streamer, hub = self._running(), self._hub
+        assert hub is not None
+        for _ in range(_MAX_CORRECTIONS):
+            streamer.begin_pass()
+            try:
+                with torch.no_grad():
+                    results = hub.run(lanes, call)
+                streamer.end_pass()
+            except PlanFault as fault:
+                # The watched run used a weight where the plan did not have it: lift its owner and run again.
+                streamer.abort_pass()
+                last = fault
+                self._adopt(relift(self.plan, fault.trace))
+                continue
+            except BaseException:
+                streamer.abort_pass()
+                raise
+            if not self.plan.traced and hub.trace is not None and hub.trace.complete:
+                self._adopt(relift(self.plan, hub.trace))  # the first real run shows what tracing could not
+            return results
+        raise PlanError(f"the plan still has faults after {_MAX_CORRECTIONS} corrections; the last: {last}")
+
+    def _adopt(self, plan: Plan) -> None:
+        self.plan = plan
+        self._running().set_plan(plan)
+        assert self._hub is not None
+        self._hub.adopt(plan)
+
+    def _evaluate(self, batches: Batches) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        weights: dict[str, float] = {}
+        for batch in batches.epoch():
+            values = self._forward([Lane(STILL, batch)], lambda model, b: batches.measure(model, b, self._loss))[0]
+            for name, (value, weight) in values.items():
+                sums[name] = sums.get(name, 0.0) + value * weight
+                weights[name] = weights.get(name, 0.0) + weight
+        return {name: sums[name] / weights[name] for name in sums if weights[name]}
+
+    def _evaluate_at(self, step: int, batches: Batches, metrics: runs.Metrics) -> None:
+        values = {"step": step, **self._evaluate(batches)}
+        self.evals.append(values)
+        metrics.write(**{("step" if k == "step" else f"eval_{k}"): v for k, v in values.items()})
+
+    # ---- getting under way -------------------------------------------------------------------------------------------
+
+    def _plan_memory(self) -> MemoryPlan:
+        config = self.config
+        budget = None if config.device_memory is None else parse_bytes(config.device_memory, "device_memory")
+        return plan_memory(
+            self.plan, self.layout, offload=self.offload, budget=budget, num_slots=config.num_slots,
+            perturbations=len(self.method.perturbations(config.seed, 0)), order=config.order, ahead=config.prefetch,
+            io_threads=config.io_threads if config.overlap else 0, process=self.process_bytes,
+        )  # fmt: skip
+
+    def _start(self) -> None:
+        """Fill or reopen the tier, hollow the model, wire hub and streamer. Once, at the first use."""
+        if self._closed:
+            raise ConfigError("this engine is closed; make another, or Engine.resume(run_dir)")
+        if self._streamer is not None:
+            return
+        tier, self.log, self.journal = start(
+            self.plan, self.layout, self.base, self.config, self.method, self.offload, self.device,
+            model_name=self._model_name,
+        )  # fmt: skip
+        hollow(self.model)
+        if isinstance(self.base, ModuleBase):
+            self.base.let_go()
+        self._streamer = Streamer(
+            self.plan, self.layout, tier, self.device, self.log, window=self.memory.window, noise=self.method.noise,
+            rounding=self.config.rounding, threads=self.config.threads,
+            durable=self.journal.make_durable if self.journal is not None and self.offload == "disk" else lambda _: None,
+        )  # fmt: skip
+        self._hub = Hub(self.model, self.plan, self._streamer, order=self.memory.order)
+        self._streamer.is_watched = lambda: self._hub is not None and self._hub.watching
+        self._hub.attach()
+
+    def _running(self) -> Streamer:
+        assert self._streamer is not None, "call _start first"
+        return self._streamer
+
+    def _check_update(self, step: int, updates: Sequence[Update]) -> None:
+        """An update that would overflow a 16-bit float format is refused before it reaches any weight."""
+        largest = max((abs(update.coeff) for update in updates), default=0.0) * 6.6  # |z| <= 6.56
+        limit = min((torch.finfo(place.fmt.torch_dtype).max for place in self.layout.places.values()), default=math.inf)
+        if largest >= limit:
+            raise DivergenceError(
+                f"step {step}: an update of {largest:g} would overflow the storage format (largest value {limit:g}). "
+                f"The weights are as after step {step - 1}. Lower lr or eps"
+            )
+
+    def _batches(self, data: Any, batch_size: int, options: dict[str, Any], shuffle: bool = True) -> Batches:
+        """Data as batches. Text without a tokenizer given uses the checkpoint's own."""
+        limit = max_positions(getattr(self.model, "config", None))
+        options = {"tokenizer": self._tokenizer(), "max_positions": limit, **options}
+        return make_batches(data, batch_size=batch_size, seed=self.config.seed, shuffle=shuffle, **options)
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None and self.checkpoint is not None and self.checkpoint.path is not None:
+            if any(file.name.startswith("tokenizer") for file in self.checkpoint.carried):
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.checkpoint.path, local_files_only=True)
+        return self.tokenizer
+
+    def _path(self, name: str) -> Path | None:
+        return None if self.run_dir is None else self.run_dir / name

@@ -1,0 +1,39 @@
+"""Every error a caller can cause.
+
+All derive from `ZOError`, which is a `ValueError`: what was asked, what was found, what to do. They are raised
+before memory is taken or anything is written wherever the cause can be known by then.
+"""
+
+from __future__ import annotations
+
+
+class ZOError(ValueError):
+    """Base of the errors this package raises on purpose."""
+
+
+class ConfigError(ZOError):
+    """An option has a value that cannot work, alone or beside another."""
+
+
+class CheckpointError(ZOError):
+    """A path is not a checkpoint, or a checkpoint is incomplete or damaged."""
+
+
+class PlanError(ZOError):
+    """The model uses its parameters in a way the plan cannot follow."""
+
+
+class BudgetError(ZOError):
+    """What was asked does not fit the given memory; the message names what would."""
+
+
+class DataError(ZOError):
+    """Training or evaluation data is unusable: empty, too long for the model, wrong columns."""
+
+
+class JournalError(ZOError):
+    """A journal is damaged or belongs to another run."""
+
+
+class DivergenceError(ZOError):
+    """A loss or an update is NaN or infinite; the weights are as after the last good step."""

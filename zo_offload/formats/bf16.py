@@ -1,0 +1,29 @@
+"""bfloat16 storage: the upper half of a float32."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from zo_offload.formats.base import bits_of, to_bytes16
+
+
+class BF16:
+    name: ClassVar[str] = "bf16"
+    code: ClassVar[int] = 1
+    torch_dtype: ClassVar[torch.dtype] = torch.bfloat16
+
+    def nbytes(self, numel: int) -> int:
+        return 2 * numel
+
+    def decode(self, stored: Tensor) -> Tensor:
+        return stored.clone().view(torch.bfloat16).to(torch.float32)  # a copy: the bytes may lie at any address
+
+    def encode(self, values: Tensor, sr_bits: Tensor | None) -> Tensor:
+        bits = bits_of(values)
+        # one rule for normal and subnormal values: a carry out of the mantissa is the next exponent
+        up = 0x7FFF + ((bits >> 16) & 1) if sr_bits is None else torch.where(values.isinf(), 0, sr_bits)
+        codes = torch.where(values.isnan(), 0x7FC0, (bits + up) >> 16)
+        return to_bytes16(codes)

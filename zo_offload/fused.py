@@ -1,0 +1,225 @@
+"""The fused pass: decode, apply pending updates, store back, emit perturbed weights; one visit of the bytes.
+
+The arithmetic, for each element, in float32, in this order:
+
+    w = decode(stored)
+    for each update:    w = w * decay                        unless decay == 1
+                        w = fma(-coeff, z(seed), w)          unless coeff == 0
+                        w = decode(encode(w))                if fold
+    stored = the bytes of the last fold                      if write_back and any update folds
+    for each lane j:    out_j = round(fma(scale_j, z(seed_j), w))       (w itself if scale_j == 0)
+
+`encode` rounds to nearest, or stochastically with random bits that are a function of (update seed, parameter,
+element). So the stored value after a step is a function of the first value and the updates alone, never of when a
+block happened to be visited: several pending updates in one call equal one call for each, bit for bit. Lanes see the
+value as stored, plus any trailing updates that do not fold.
+
+The native library does this a cache-sized tile at a time; without it `reference.py` does, with the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from zo_offload import native, reference
+from zo_offload.errors import ConfigError
+from zo_offload.formats import Format, format_of
+from zo_offload.noise import NoiseSpec
+
+Rounding = Literal["nearest", "stochastic"]
+
+
+def _check(what: str, seed: int, **scalars: float) -> None:
+    if not 0 <= seed < 1 << 64:
+        raise ConfigError(f"{what} has seed={seed}: must be >= 0 and < 2**64")
+    for name, value in scalars.items():
+        if not math.isfinite(value) or ctypes.c_float(value).value != value:
+            raise ConfigError(
+                f"{what} has {name}={value!r}: must be finite and exactly a float32; round it where it is made"
+            )
+
+
+@dataclass(frozen=True)
+class Update:
+    """One step's change of a parameter: w <- fma(-coeff, z(seed), w * decay)."""
+
+    seed: int
+    coeff: float
+    """Learning rate times projected gradient; exactly a float32."""
+    decay: float = 1.0
+    """1 - learning rate * weight decay; exactly a float32."""
+    fold: bool = True
+    """Round to the storage format after this update; False keeps the sum in float32 for the next one."""
+    packed: bytes = field(init=False, repr=False, compare=False)
+    """struct zo_update of csrc/api.h."""
+
+    def __post_init__(self) -> None:
+        _check("an update", self.seed, coeff=self.coeff, decay=self.decay)
+        object.__setattr__(self, "packed", native.PACK_UPDATE(self.seed, self.coeff, self.decay, bool(self.fold), 0))
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """One lane's weights: w + scale * z(seed). scale == 0 means the weights themselves (evaluation)."""
+
+    seed: int
+    scale: float
+
+    def __post_init__(self) -> None:
+        _check("a perturbation", self.seed, scale=self.scale)
+
+
+def fused_pass(
+    stored: Tensor,
+    fmt: Format,
+    *,
+    param_id: int,
+    numel: int,
+    offset: int = 0,
+    updates: Sequence[Update] = (),
+    write_back: bool = True,
+    rounding: Rounding = "nearest",
+    noise: NoiseSpec,
+    perturbations: Sequence[Perturbation] = (),
+    outs: Sequence[Tensor] = (),
+    threads: int | None = None,
+) -> None:
+    """Run the pass above over `numel` consecutive elements of one parameter.
+
+    Args:
+        stored: uint8, 1-D, contiguous, `fmt.nbytes(numel)` long; changed in place when something is written back.
+        offset: index of the first of these elements in its parameter, so a slice has the noise of its place.
+        outs: one contiguous tensor a perturbation, `numel` elements of float32, bfloat16 or float16; may not overlap
+            `stored` or each other. Consecutive perturbations of one seed share one z.
+        threads: of the native library; default torch.get_num_threads(). Does not change the result.
+    Raises ConfigError on sizes, dtypes or devices that do not fit together.
+    """
+    size = fmt.nbytes(numel) if numel > 0 else 0
+    _check_stored(stored, fmt, size, numel)
+    _check_call(param_id, offset, numel, rounding, perturbations, outs, stored.device)
+    for out in outs:
+        if out.numel() != numel:
+            raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold the {numel} elements of this pass")
+    stochastic = rounding == "stochastic"
+    library = native.library()
+    if library is None or fmt.code not in library.formats:
+        reference.fused_pass(
+            stored, fmt, param_id=param_id, numel=numel, offset=offset, updates=updates, write_back=write_back,
+            stochastic=stochastic, noise=noise, perturbations=perturbations, outs=outs,
+        )  # fmt: skip
+        return
+    library.run_pass(
+        stored=stored.data_ptr(), rows=0, numel=numel, offset=offset, num_rows=0, num_updates=len(updates),
+        num_lanes=len(outs), format=fmt.code, param_id=param_id, distribution=noise.distribution, rounds=noise.rounds,
+        write_back=write_back, stochastic=stochastic, tail=_tail(updates, perturbations, outs),
+        threads=torch.get_num_threads() if threads is None else threads,
+    )  # fmt: skip
+
+
+def fused_rows(
+    stored: Tensor,
+    fmt: Format,
+    *,
+    param_id: int,
+    row_numel: int,
+    rows: Tensor,
+    updates: Sequence[Update] = (),
+    rounding: Rounding = "nearest",
+    noise: NoiseSpec,
+    perturbations: Sequence[Perturbation],
+    outs: Sequence[Tensor],
+    threads: int | None = None,
+) -> None:
+    """The same arithmetic for gathered rows of a whole parameter; nothing is written back. For embeddings.
+
+    Args:
+        stored: uint8 bytes of the whole parameter, rows of `row_numel` elements.
+        rows: int64 [U], contiguous; row indices in any order, repeats allowed.
+        outs: one contiguous [U, row_numel] tensor a perturbation.
+    Raises ConfigError as `fused_pass`, and on a row outside the parameter.
+    """
+    if row_numel <= 0 or stored.numel() % fmt.nbytes(max(row_numel, 1)):
+        raise ConfigError(
+            f"{stored.numel()} stored bytes are not a whole number of {row_numel}-element {fmt.name} rows"
+        )
+    num_rows = stored.numel() // fmt.nbytes(row_numel)
+    _check_stored(stored, fmt, stored.numel(), num_rows * row_numel)
+    _check_call(param_id, 0, num_rows * row_numel, rounding, perturbations, outs, stored.device)
+    if rows.dtype != torch.int64 or rows.dim() != 1 or not rows.is_contiguous() or rows.device != stored.device:
+        raise ConfigError(
+            f"rows: need a contiguous 1-D int64 tensor on {stored.device}, got {rows.dtype} {tuple(rows.shape)} on "
+            f"{rows.device}"
+        )
+    count = rows.numel()
+    for out in outs:
+        if out.numel() != count * row_numel:
+            raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold {count} rows of {row_numel} elements")
+    if count == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(rows))
+    if low < 0 or high >= num_rows:
+        raise ConfigError(f"rows {low}..{high} asked of a parameter with {num_rows} rows")
+    stochastic = rounding == "stochastic"
+    library = native.library()
+    if library is None or fmt.code not in library.formats:
+        reference.fused_rows(
+            stored, fmt, param_id=param_id, row_numel=row_numel, rows=rows, updates=updates, stochastic=stochastic,
+            noise=noise, perturbations=perturbations, outs=[out.view(count, row_numel) for out in outs],
+        )  # fmt: skip
+        return
+    library.run_pass(
+        stored=stored.data_ptr(), rows=rows.data_ptr(), numel=row_numel, offset=0, num_rows=count,
+        num_updates=len(updates), num_lanes=len(outs), format=fmt.code, param_id=param_id,
+        distribution=noise.distribution, rounds=noise.rounds, write_back=False, stochastic=stochastic,
+        tail=_tail(updates, perturbations, outs), threads=torch.get_num_threads() if threads is None else threads,
+    )  # fmt: skip
+
+
+def _check_stored(stored: Tensor, fmt: Format, size: int, numel: int) -> None:
+    if stored.dtype != torch.uint8 or stored.dim() != 1 or not stored.is_contiguous() or stored.numel() != size:
+        raise ConfigError(
+            f"stored: {numel} {fmt.name} elements are {size} bytes in a contiguous 1-D uint8 tensor, got "
+            f"{stored.dtype} {tuple(stored.shape)} with strides {stored.stride()}"
+        )
+    if stored.device.type != "cpu":
+        raise ConfigError(f"stored is on {stored.device}: this pass runs on the CPU")
+
+
+def _check_call(
+    param_id: int,
+    offset: int,
+    numel: int,
+    rounding: str,
+    perturbations: Sequence[Perturbation],
+    outs: Sequence[Tensor],
+    device: torch.device,
+) -> None:
+    if not 0 <= param_id < 1 << 32:
+        raise ConfigError(f"param_id={param_id}: must be >= 0 and < 2**32")
+    if numel < 0 or offset < 0 or offset + numel > 1 << 62:
+        raise ConfigError(f"elements [{offset}, {offset} + {numel}): need 0 <= offset and offset + numel <= 2**62")
+    if rounding not in get_args(Rounding):
+        raise ConfigError(f"rounding={rounding!r}: choose one of {get_args(Rounding)}")
+    if len(perturbations) != len(outs):
+        raise ConfigError(f"{len(perturbations)} perturbations but {len(outs)} outputs: give one tensor a perturbation")
+    for out in outs:
+        if out.device != device or not out.is_contiguous():
+            raise ConfigError(
+                f"an output is on {out.device} with strides {out.stride()}: must be contiguous and on {device}"
+            )
+
+
+def _tail(updates: Sequence[Update], perturbations: Sequence[Perturbation], outs: Sequence[Tensor]) -> bytes:
+    """The zo_update and zo_lane arrays that follow struct zo_pass."""
+    lanes = [
+        native.PACK_LANE(p.seed, out.data_ptr(), p.scale, format_of(out.dtype).code)
+        for p, out in zip(perturbations, outs, strict=True)
+    ]
+    return b"".join([u.packed for u in updates] + lanes)

@@ -1,0 +1,112 @@
+"""Base weights into blocks: read one tensor at a time, convert to the storage format, write each block once.
+
+The base is a checkpoint or a module in memory, seen as a mapping from canonical parameter names to tensors. While it
+is read its digest is taken, so a resumed run can tell whether it stands on the same weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import tensor_digest
+from .errors import CheckpointError
+from .formats import Format
+from .layout import Layout
+from .plan import Plan
+from .tiers import Tier
+
+
+class Base(Protocol):
+    """Where a run's first weights come from."""
+
+    def load(self, name: str) -> Tensor:
+        """One parameter, by canonical name, in the base's dtype."""
+        ...
+
+    def dtype_of(self, name: str) -> torch.dtype: ...
+
+    def digest(self) -> str:
+        """Identity of all its names, dtypes, shapes and contents; reads only what was not loaded before."""
+        ...
+
+
+class ModuleBase:
+    """A module in memory as a base. Holds the parameters' own storages; `let_go` drops them once they are ingested."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._data: dict[str, Tensor] = {name: p.data for name, p in model.named_parameters()}
+        self._dtypes = {name: t.dtype for name, t in self._data.items()}
+        self._digests: dict[str, str] = {}
+
+    def load(self, name: str) -> Tensor:
+        tensor = self._data[name].detach().to("cpu").contiguous()
+        if name not in self._digests:
+            self._digests[name] = tensor_digest(name, tensor)
+        return tensor
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self._dtypes[name]
+
+    def digest(self) -> str:
+        for name in self._data:
+            if name not in self._digests:
+                self.load(name)
+        lines = "".join(f"{name} {self._digests[name]}\n" for name in sorted(self._digests))
+        return hashlib.blake2b(lines.encode(), digest_size=8).hexdigest()
+
+    def let_go(self) -> None:
+        self._data = {}
+
+
+def to_stored(name: str, tensor: Tensor, fmt: Format) -> Tensor:
+    """A base tensor's bytes in its storage format. Raises CheckpointError on NaN, inf, or values the format cannot hold.
+
+    A cast to the same or a wider format is exact; to a narrower one it rounds to nearest, as loading with that dtype
+    in transformers would.
+    """
+    flat = tensor.reshape(-1)
+    if not bool(torch.isfinite(flat).all()):
+        bad = int((~torch.isfinite(flat)).sum())
+        raise CheckpointError(f"parameter {name!r}: {bad} of {flat.numel()} values are NaN or infinite in the base")
+    stored = flat if flat.dtype == fmt.torch_dtype else flat.to(fmt.torch_dtype)
+    if stored is not flat and not bool(torch.isfinite(stored).all()):
+        raise CheckpointError(
+            f"parameter {name!r} has values up to {float(flat.abs().max()):g}, more than {fmt.name} can hold; "
+            "choose storage='bf16' or 'fp32'"
+        )
+    return stored.contiguous().view(torch.uint8)
+
+
+def ingest(
+    plan: Plan,
+    layout: Layout,
+    base: Base,
+    tier: Tier,
+    alloc: Callable[[int], Tensor],
+    *,
+    blocks: Iterable[int] | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Fill the tier's blocks (all, or those given) at version 0.
+
+    Memory: one block and one tensor. Raises CheckpointError if a tensor's size is not the plan's.
+    """
+    for index in range(len(plan.blocks)) if blocks is None else blocks:
+        view = tier.view(index)
+        buffer = alloc(layout.block_bytes[index]) if view is None else view
+        for name in plan.blocks[index].params:
+            _ingest_one(plan, layout, base, name, buffer)
+        tier.flush(index, buffer, ((0, layout.block_bytes[index]),), 0)
+        progress(layout.block_bytes[index])
+
+
+def _ingest_one(plan: Plan, layout: Layout, base: Base, name: str, buffer: Tensor) -> None:
+    tensor, spec, place = base.load(name), plan.params[name], layout.places[name]
+    if tensor.shape != spec.shape:
+        raise CheckpointError(f"parameter {name!r} is {tuple(tensor.shape)} in the base, {tuple(spec.shape)} in the model")
+    buffer[place.offset : place.offset + place.nbytes].copy_(to_stored(name, tensor, place.fmt))

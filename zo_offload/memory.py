@@ -1,0 +1,209 @@
+"""The memory plan: every term predicted before anything is allocated, and the largest window a budget allows.
+
+    window       slots x the largest streamed block, in storage bytes
+    pinned       blocks that stay in the window for the whole run (what the budget can spare)
+    scratch      perturbed weights of the modules a lane is inside of, in compute bytes
+    activations  what one forward keeps alive at its peak, for the lanes that are under way together
+    store        the model itself, where the tier is memory (offload "none" or "host")
+    process      what was there before: interpreter, torch, libraries, the caller's own data
+
+The budget `device_memory` covers the first four (and the store for "none", where the tier is the device).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+from .errors import BudgetError
+from .layout import Layout
+from .plan import Owner, Plan
+from .streamer import Window
+
+ServiceOrder = Literal["module", "block", "lane"]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that one lane's forward holds: at its peak, and while it waits between two blocks."""
+
+    peak: int = 0
+    between_blocks: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A window, a service order and what each term of memory will be, in bytes."""
+
+    window: Window
+    order: ServiceOrder
+    terms: Mapping[str, int]
+    budget: int | None
+
+    @property
+    def device_bytes(self) -> int:
+        """What `device_memory` bounds."""
+        return sum(self.terms[name] for name in ("window", "pinned", "scratch", "activations"))
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.terms.values())
+
+    def rows(self) -> list[tuple[str, int]]:
+        return [(name, nbytes) for name, nbytes in self.terms.items() if nbytes]
+
+
+def scratch_bytes(plan: Plan, order: ServiceOrder, perturbations: int, rows: int) -> int:
+    """Largest scratch under way at once: a module and the owners around it that are still active.
+
+    rows: most rows of an embedding that one batch looks up.
+    """
+    sizes = {owner.name: _owner_bytes(plan, owner, rows) for owner in plan.owners}
+    copies = perturbations if order == "module" else 1
+    worst = 0
+    for owner in plan.owners:
+        around = sum(sizes[other] for other in sizes if other != owner.name and _contains(other, owner.name))
+        worst = max(worst, sizes[owner.name] * copies + around * perturbations)
+    return worst
+
+
+def _contains(outer: str, inner: str) -> bool:
+    return outer == "" or inner.startswith(outer + ".")
+
+
+def _owner_bytes(plan: Plan, owner: Owner, rows: int) -> int:
+    total = 0
+    for name in owner.params:
+        spec = plan.params[name]
+        numel = min(rows, spec.shape[0]) * (spec.numel // spec.shape[0]) if owner.rows else spec.numel
+        total += numel * spec.dtype.itemsize
+    return total
+
+
+def pinned_blocks(plan: Plan, count: int) -> frozenset[int]:
+    """`count` blocks to keep: those visited more than once a pass first, then evenly spread, so that fetches are too."""
+    visits = Counter(plan.visits)
+    often = sorted((b for b in visits if visits[b] > 1), key=lambda b: -visits[b])[:count]
+    rest = [block.index for block in plan.blocks if block.index not in often]
+    left = count - len(often)
+    return frozenset(often) | {rest[i * len(rest) // left] for i in range(left)}
+
+
+def plan_memory(
+    plan: Plan,
+    layout: Layout,
+    *,
+    offload: str,
+    perturbations: int,
+    micro_batches: int = 1,
+    rows: int = 1 << 60,
+    activations: Activations = Activations(),
+    budget: int | None = None,
+    num_slots: int | None = None,
+    ahead: int | None = None,
+    order: str = "auto",
+    io_threads: int = 1,
+    process: int = 0,
+) -> MemoryPlan:
+    """The window and order to run with. Without a budget: the smallest window that overlaps, module order.
+
+    With one: the most pinned blocks that fit, module order if it fits with 3 slots, else block order, else 2 slots.
+    Raises BudgetError, with the terms and what would fit, if nothing does.
+    """
+    everything = frozenset(block.index for block in plan.blocks)
+    orders: list[ServiceOrder] = ["module", "block"] if order == "auto" else [order]  # type: ignore[list-item]
+    least_slots = 1 if io_threads == 0 else 2
+    slot_choices = [num_slots] if num_slots is not None else [3, 2, 1][: 4 - least_slots]
+    smallest: MemoryPlan | None = None
+    for which in orders:
+        for slots in slot_choices:
+            scratch = scratch_bytes(plan, which, perturbations, rows)
+            lanes = perturbations * micro_batches
+            held = (
+                lanes * activations.peak
+                if which == "module"
+                else activations.peak + (lanes - 1) * activations.between_blocks
+            )
+
+            def with_pinned(pinned: frozenset[int]) -> MemoryPlan:
+                streamed = [layout.block_bytes[b] for b in everything - pinned]
+                used = min(slots, len(streamed))
+                window = Window(max(used, 1), max(0, min(used - 1, ahead if ahead is not None else used - 1)), pinned,
+                                io_threads)  # fmt: skip
+                own_copy = 0 if offload == "none" else sum(layout.block_bytes[b] for b in pinned)
+                store = {"none": layout.total_bytes, "host": layout.total_bytes, "disk": 0}[offload]
+                terms = {
+                    "window": used * max(streamed, default=0),
+                    "pinned": store if offload == "none" else own_copy,
+                    "scratch": scratch,
+                    "activations": held,
+                    "store": 0 if offload == "none" else store,
+                    "process": process,
+                }
+                return MemoryPlan(window, which, terms, budget)
+
+            if offload == "none":
+                found = with_pinned(everything)
+                if budget is None or found.device_bytes <= budget:
+                    return found
+            else:
+                found = with_pinned(frozenset())
+                if budget is None:
+                    return found
+                if found.device_bytes <= budget:
+                    return _pin_more(plan, with_pinned, budget)
+            if smallest is None or found.device_bytes < smallest.device_bytes:
+                smallest = found
+    assert smallest is not None and budget is not None
+    raise _too_small(plan, layout, smallest, budget, offload)
+
+
+def _pin_more(plan: Plan, with_pinned: Any, budget: int) -> MemoryPlan:
+    """The most pinned blocks that the budget takes (the sizes are monotone in practice, so the first fit is kept)."""
+    for count in range(len(plan.blocks), -1, -1):
+        found: MemoryPlan = with_pinned(pinned_blocks(plan, count))
+        if found.device_bytes <= budget:
+            return found
+    raise AssertionError("the empty set was checked by the caller")
+
+
+def _too_small(plan: Plan, layout: Layout, least: MemoryPlan, budget: int, offload: str) -> BudgetError:
+    largest = max(plan.blocks, key=lambda block: layout.block_bytes[block.index])
+    terms = ", ".join(f"{name} {nbytes / 1e9:.3f} GB" for name, nbytes in least.rows() if name not in ("process", "store"))
+    hint = (
+        "Use offload='disk' or 'host'"
+        if offload == "none"
+        else "Use a smaller storage format, shorter or smaller batches, or micro_batches"
+    )
+    return BudgetError(
+        f"device_memory={budget / 1e9:.3f} GB is too small: the least that works with offload={offload!r} is "
+        f"{least.device_bytes / 1e9:.3f} GB ({terms}; largest block {largest.name!r} "
+        f"{layout.block_bytes[largest.index] / 1e9:.3f} GB). {hint}, or device_memory of at least that"
+    )
+
+
+def process_bytes() -> int:
+    """Resident bytes of this process now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def available_bytes() -> int:
+    """Memory that can still be taken on this host, control-group limit included."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            text = limit.read().strip()
+            if text != "max":
+                free = min(free, max(0, int(text) - int(used.read())))
+    except OSError:  # no such control group: the host's own figure holds
+        pass
+    return free
+
+

@@ -1,0 +1,132 @@
+"""MeZO: two forwards at w + eps z and w - eps z, then w <- w - lr (grad z + weight_decay w).
+
+grad = (L+ - L-) / (2 eps), the projected gradient (SPSA). Source: Malladi et al. 2023, "Fine-Tuning Language Models
+with Just Forward Passes", Algorithm 1. Unlike the original, w is never perturbed in place, so nothing drifts, and a
+step whose two losses tie still applies weight decay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import ConfigError, DivergenceError
+from ..fused import Perturbation, Update
+from ..noise import NoiseSpec, step_seed
+
+# lr, eps: the papers' full-parameter settings (MeZO, appendix on hyper-parameters); batch and steps are theirs too.
+PRESETS: dict[str, dict[str, Any]] = {
+    "opt": dict(lr=1e-6, eps=1e-3, schedule="constant", batch_size=16, steps=20_000),
+    "opt-squad": dict(lr=5e-7, eps=1e-3, schedule="constant", batch_size=16, steps=20_000),
+    "opt-lora": dict(lr=1e-4, eps=1e-2, schedule="constant", batch_size=16, steps=20_000),
+    "opt-prefix": dict(lr=1e-2, eps=1e-1, schedule="constant", batch_size=16, steps=20_000),
+    "roberta": dict(lr=1e-6, eps=1e-3, schedule="constant", batch_size=64, steps=100_000),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step's losses became: `updates` to apply, and the scalars to record."""
+
+    updates: tuple[Update, ...]
+    loss: float
+    grad: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeZO:
+    """Zeroth-order SGD with one two-sided perturbation a step."""
+
+    lr: float = 1e-6
+    """Peak learning rate (MeZO's full-parameter OPT recipe: 1e-6 or 1e-7)."""
+    eps: float = 1e-3
+    """Perturbation scale."""
+    weight_decay: float = 0.0
+    """Decoupled: w is multiplied by 1 - lr * weight_decay. Biases and norms (1-D parameters) are left out."""
+    schedule: str = "constant"
+    """Any of transformers' schedule names that is a function of the step (linear, cosine, ...)."""
+    warmup_steps: int = 0
+    distribution: Literal["gaussian", "rademacher"] = "gaussian"
+    rounds: Literal[7, 10] = 10
+    """Philox rounds of the noise. Part of the run's identity."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A NaN or infinite loss ends the run with an error, or skips the step (recorded in the journal)."""
+    batch_size: int = 16
+    """Default batch size of `fit`."""
+    steps: int = 1000
+    """Default number of steps of `fit`."""
+    name: str = field(default="mezo", init=False)
+
+    def __post_init__(self) -> None:
+        for what in ("lr", "eps"):
+            value = getattr(self, what)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{what}={value}: expected a positive number")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ConfigError(f"weight_decay={self.weight_decay}: expected zero or a positive number")
+        if self.lr * self.weight_decay >= 1:
+            raise ConfigError(f"lr * weight_decay = {self.lr * self.weight_decay:g} would erase the weights; keep it < 1")
+        if self.warmup_steps < 0 or self.steps < 1 or self.batch_size < 1:
+            raise ConfigError(
+                f"warmup_steps={self.warmup_steps}, steps={self.steps}, batch_size={self.batch_size}: "
+                "expected >= 0, >= 1, >= 1"
+            )
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise ConfigError(f"on_nonfinite={self.on_nonfinite!r}: expected 'stop' or 'skip'")
+        self.noise  # checks distribution and rounds
+        lr_schedule(self.schedule, self.warmup_steps, max(self.steps, self.warmup_steps))
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> MeZO:
+        """A published recipe by name (`PRESETS`), with any field changed."""
+        if name not in PRESETS:
+            raise ConfigError(f"preset {name!r} is not known; there are {', '.join(sorted(PRESETS))}")
+        return cls(**{**PRESETS[name], **changes})
+
+    @property
+    def noise(self) -> NoiseSpec:
+        return NoiseSpec(self.distribution, self.rounds)
+
+    def with_options(self, **changes: Any) -> MeZO:
+        return replace(self, **changes)
+
+    def perturbations(self, run_seed: int, step: int) -> tuple[Perturbation, ...]:
+        """The step's lanes: the same noise, added and subtracted."""
+        seed, eps = step_seed(run_seed, step), float(np.float32(self.eps))
+        return Perturbation(seed, eps), Perturbation(seed, -eps)
+
+    def update(self, run_seed: int, step: int, losses: Sequence[float], lr: float) -> Step:
+        """Losses at +eps and -eps -> the step's update. Raises DivergenceError if it is not finite."""
+        plus, minus = losses
+        grad = (plus - minus) / (2 * float(np.float32(self.eps)))  # the eps that the lanes really used
+        coeff = float(np.float32(lr * grad)) if abs(lr * grad) < 3e38 else math.inf
+        seed = step_seed(run_seed, step)
+        loss = (plus + minus) / 2
+        if not (math.isfinite(loss) and math.isfinite(grad) and math.isfinite(coeff)):
+            raise DivergenceError(
+                f"step {step}: losses {plus:g} and {minus:g} give an update of {lr * grad:g} "
+                f"(seed {seed}, lr {lr:g}, eps {self.eps:g}). The weights are as after step {step - 1}. "
+                "Lower lr or eps, or set on_nonfinite='skip'"
+            )
+        decay = float(np.float32(1 - lr * self.weight_decay))
+        return Step((Update(seed, coeff, decay),), loss, grad)
+
+
+def lr_schedule(name: str, warmup_steps: int, steps: int) -> Callable[[int], float]:
+    """transformers' schedule of that name as a function: step -> factor of the peak learning rate."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    try:
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"schedule {name!r} with {warmup_steps} warm-up steps: {error}") from None
+    lambdas = getattr(scheduler, "lr_lambdas", None)
+    if not lambdas:
+        raise ConfigError(f"schedule {name!r} depends on more than the step; use linear, cosine, constant, ...")
+    return lambdas[0]

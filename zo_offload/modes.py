@@ -1,0 +1,165 @@
+"""What a forward sets and expects to find again: torch's thread-local modes and the random number generators.
+
+Lanes share one thread, so whatever torch keeps per thread would leak from one lane into another: a lane that entered
+`inference_mode`, `autocast` or a `TorchFunctionMode` keeps it for itself. Python's context variables need nothing
+here: each greenlet has its own context.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+ModeState = tuple[Any, ...]
+
+_c = torch._C
+
+
+def current_modes() -> ModeState:
+    """Everything below as one comparable value; about a microsecond.
+
+    (grad, inference, (autocast cpu, cuda: enabled and dtype), default dtype, attention kernels, the two mode stacks).
+    Autocast's weight cache is not here: the hub keeps it off, because it is keyed by parameter.
+    """
+    autocast = (
+        torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
+    )  # fmt: skip
+    kernels = (
+        _c._get_flash_sdp_enabled(), _c._get_mem_efficient_sdp_enabled(), _c._get_math_sdp_enabled(),
+        _c._get_cudnn_sdp_enabled(),
+    )  # fmt: skip
+    return (
+        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, torch.get_default_dtype(), kernels,
+        _stack(_c._len_torch_function_stack(), _c._get_function_stack_at),
+        _stack(_c._len_torch_dispatch_stack(), _c._get_dispatch_stack_at),
+    )  # fmt: skip
+
+
+def _stack(length: int, at: Callable[[int], Any]) -> tuple[Any, ...]:
+    return tuple(at(i) for i in range(length)) if length else ()
+
+
+class LaneModes:
+    """The modes of one lane while it waits.
+
+    `park` is called in the lane just before it gives up control and leaves the thread as the hub had it; `resume`
+    puts the lane's modes back. Lanes park and resume in any order: every value is set, none is undone.
+    """
+
+    __slots__ = ("_guard", "_own")
+
+    def __init__(self) -> None:
+        self._own: ModeState | None = None
+        self._guard: Any = None
+
+    def park(self, hub: ModeState) -> None:
+        now = current_modes()
+        if now == hub:
+            return
+        self._own = now
+        _set_stacks(now, hub)
+        if now[1] != hub[1]:
+            # the guard's exit sets the thread back to this moment's state, whatever was set in between
+            self._guard = _c._InferenceMode(hub[1])
+            self._guard.__enter__()
+        _set_plain(hub)
+
+    def resume(self, hub: ModeState) -> None:
+        own = self._own
+        if own is None:
+            return
+        if self._guard is not None:
+            self._guard.__exit__(None, None, None)
+            self._guard = None
+        _set_plain(own)
+        _set_stacks(hub, own)
+        self._own = None
+
+
+def restore_modes(target: ModeState) -> None:
+    """Set the thread to `target` after a lane ended in an unknown state (inference mode excepted)."""
+    now = current_modes()
+    if now != target:
+        _set_stacks(now, target)
+        _set_plain(target)
+
+
+def _set_plain(state: ModeState) -> None:
+    grad, _, (cpu, cpu_dtype, cuda, cuda_dtype), dtype, (flash, efficient, math, cudnn) = state[:5]
+    _c._set_grad_enabled(grad)
+    torch.set_autocast_enabled("cpu", cpu)
+    torch.set_autocast_dtype("cpu", cpu_dtype)
+    torch.set_autocast_enabled("cuda", cuda)
+    torch.set_autocast_dtype("cuda", cuda_dtype)
+    if torch.get_default_dtype() is not dtype:
+        torch.set_default_dtype(dtype)
+    _c._set_sdp_use_flash(flash)
+    _c._set_sdp_use_mem_efficient(efficient)
+    _c._set_sdp_use_math(math)
+    _c._set_sdp_use_cudnn(cudnn)
+
+
+def _set_stacks(now: ModeState, target: ModeState) -> None:
+    _move_stack(now[5], target[5], _c._pop_torch_function_stack, _c._push_on_torch_function_stack)
+    _move_stack(now[6], target[6], lambda: _c._pop_torch_dispatch_stack(None), _c._push_on_torch_dispatch_stack)
+
+
+def _move_stack(
+    now: tuple[Any, ...], target: tuple[Any, ...], pop: Callable[[], Any], push: Callable[[Any], Any]
+) -> None:
+    same = 0
+    while same < len(now) and same < len(target) and now[same] is target[same]:
+        same += 1
+    for _ in now[same:]:
+        pop()
+    for mode in target[same:]:
+        push(mode)
+
+
+# ---- random numbers --------------------------------------------------------------------------------------------------
+
+
+def rng_state(kinds: frozenset[str] | None = None) -> dict[str, Any]:
+    """States of the generators a model may draw from: torch's on CPU and each CUDA device in use, Python's, numpy's."""
+    states: dict[str, Any] = {}
+    if kinds is None or "torch" in kinds:
+        states["torch"] = torch.get_rng_state()
+    if torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            if kinds is None or f"cuda:{device}" in kinds:
+                states[f"cuda:{device}"] = torch.cuda.get_rng_state(device)
+    if kinds is None or "python" in kinds:
+        states["python"] = random.getstate()
+    if "numpy" in sys.modules and (kinds is None or "numpy" in kinds):
+        states["numpy"] = sys.modules["numpy"].random.get_state()
+    return states
+
+
+def set_rng_state(states: dict[str, Any]) -> None:
+    for kind, state in states.items():
+        if kind == "torch":
+            torch.set_rng_state(state)
+        elif kind == "python":
+            random.setstate(state)
+        elif kind == "numpy":
+            sys.modules["numpy"].random.set_state(state)
+        else:
+            torch.cuda.set_rng_state(state, kind)
+
+
+def rng_kinds_that_differ(a: dict[str, Any], b: dict[str, Any]) -> frozenset[str]:
+    """Generators that were drawn from between two states."""
+    return frozenset(kind for kind in a if kind in b and not _same_state(a[kind], b[kind]))
+
+
+def _same_state(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(_same_state(x, y) for x, y in zip(a, b, strict=True))
+    return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)

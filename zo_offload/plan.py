@@ -1,0 +1,487 @@
+"""The plan of a model: what is stored together, which module needs which parameters, in which order.
+
+    make_plan   the module tree and a trace without weights -> Plan
+    relift      a plan and what a watched real run saw -> the same blocks with corrected owners and order
+
+An *owner* is a module that has its parameters while it runs. By default that is the module that holds them; a
+parameter used elsewhere is *lifted* to the nearest running module whose calls cover its uses, and so is the same
+parameter of every other module of that module's class, because what one layer does another may do on other data.
+If the trace fails, parameters of repeated layers are lifted to their layer until a real run shows their uses.
+
+A *block* is what streams as one: each element of an outermost repeated stack (ModuleList or Sequential with at least
+two children of one class), and the rest in execution order, in groups no larger than the largest of those. Models
+without a stack: their top-level children. A parameter belongs to the block of the module it is named after.
+
+Pure: no device, no I/O; on a model on meta it needs no weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import PlanError
+from .noise import assign_param_ids
+from .trace import ForwardCall, Path, Trace, trace_on_meta
+
+TrainableFilter = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter, stored once however many names it has."""
+
+    name: str
+    """Canonical name: the first in `model.named_parameters()`."""
+    aliases: tuple[str, ...]
+    """Its other names (ties)."""
+    param_id: int
+    shape: torch.Size
+    dtype: torch.dtype
+    """What the model computes with."""
+    trainable: bool
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A module whose parameters are there while it runs."""
+
+    name: str
+    """Module path; "" is the model itself."""
+    params: tuple[str, ...]
+    """Canonical names of the parameters installed while it runs, lifted ones included."""
+    block: int
+    """Block of its first parameter."""
+    rows: bool = False
+    """A plain nn.Embedding: it can be served the rows in use only."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parameters stored and streamed together."""
+
+    index: int
+    name: str
+    params: tuple[str, ...]
+    """Canonical names in execution order."""
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """One line of `Plan.describe()`."""
+
+    block: int
+    name: str
+    num_params: int
+    numel: int
+    trainable_numel: int
+    visits: int
+    """How often one forward comes to this block."""
+
+
+@dataclass(frozen=True)
+class ModuleTree:
+    """What planning needs to know of a model's modules, as plain data."""
+
+    classes: Mapping[str, str]
+    """Module path -> class, in definition order."""
+    names: Mapping[str, str]
+    """Every name of every parameter -> canonical name."""
+    containers: frozenset[str]
+    """Modules that never run themselves."""
+    gatherable: frozenset[str]
+    """Exact nn.Embedding modules without max_norm."""
+    elements: tuple[str, ...]
+    """Elements of the outermost repeated stacks."""
+
+    def element_of(self, module: str) -> str | None:
+        """The stack element that a module is or lies in."""
+        return next((name for name in _upwards(module) if name in self._elements), None)
+
+    @cached_property
+    def _elements(self) -> frozenset[str]:
+        return frozenset(self.elements)
+
+    @cached_property
+    def holders(self) -> dict[str, tuple[str, ...]]:
+        """Canonical name -> the modules that hold the parameter (several if it is tied), canonical one first."""
+        found: dict[str, dict[str, None]] = {}
+        for name, canonical in self.names.items():
+            holder = name.rpartition(".")[0]
+            if holder in self.classes:
+                found.setdefault(canonical, {})[holder] = None
+        return {name: tuple(holders) for name, holders in found.items()}
+
+    def runner(self, module: str) -> str:
+        """The module itself, or the nearest one above it that can run."""
+        return next(name for name in _upwards(module) if name not in self.containers or name == "")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the streamer and the lanes need to know of a model."""
+
+    params: Mapping[str, ParamSpec]
+    """In order of `model.named_parameters()`."""
+    owners: tuple[Owner, ...]
+    calls: tuple[int, ...]
+    """Owner per call, in execution order of one forward, repeats included. Owners not seen to run are missing."""
+    blocks: tuple[Block, ...]
+    traced: bool
+    """A whole forward was seen; if not, owners are guesses on the safe side, to be refined after the first real run."""
+    notes: tuple[str, ...]
+    tree: ModuleTree = field(repr=False)
+    trace: Trace = field(repr=False)
+
+    def block_of(self, name: str) -> int:
+        """Index of the block that stores a parameter (canonical name)."""
+        return self._block_of[name]
+
+    @cached_property
+    def _block_of(self) -> dict[str, int]:
+        return {name: block.index for block in self.blocks for name in block.params}
+
+    @cached_property
+    def visits(self) -> tuple[int, ...]:
+        """Blocks in the order one forward comes to them; calls one after another in one block are one visit."""
+        order: list[int] = []
+        for call in self.calls:
+            for name in self.owners[call].params:
+                block = self._block_of[name]
+                if not order or order[-1] != block:
+                    order.append(block)
+        return tuple(order)
+
+    @property
+    def numel(self) -> int:
+        return sum(p.numel for p in self.params.values())
+
+    @property
+    def trainable_numel(self) -> int:
+        return sum(p.numel for p in self.params.values() if p.trainable)
+
+    def lifted(self) -> dict[str, tuple[str, ...]]:
+        """Parameters not served at the modules that hold them: canonical name -> owners."""
+        owners: dict[str, list[str]] = {}
+        for owner in self.owners:
+            for name in owner.params:
+                owners.setdefault(name, []).append(owner.name)
+        return {n: tuple(o) for n, o in owners.items() if not set(o) <= set(self.tree.holders[n])}
+
+    def describe(self) -> list[BlockRow]:
+        """One row a block, for tables."""
+        specs, visits = self.params, self.visits
+        return [
+            BlockRow(
+                b.index, b.name, len(b.params), sum(specs[n].numel for n in b.params),
+                sum(specs[n].numel for n in b.params if specs[n].trainable), visits.count(b.index),
+            )
+            for b in self.blocks
+        ]  # fmt: skip
+
+
+def plan_digest(plan: Plan) -> str:
+    """32 hex digits over what fixes the stored bytes: parameters, their ids, and blocks. Owners and order are left
+    out, so a plan keeps its digest when it is relifted."""
+    rows = [[p.name, p.param_id, list(p.shape), str(p.dtype), p.trainable] for p in plan.params.values()]
+    blocks = [list(b.params) for b in plan.blocks]
+    return hashlib.blake2b(json.dumps([rows, blocks]).encode(), digest_size=16).hexdigest()
+
+
+def make_plan(
+    model: nn.Module, batch: Any = None, *, trainable: TrainableFilter = None, call: ForwardCall | None = None
+) -> Plan:
+    """Plan a model, from its module tree and one traced forward without weights.
+
+    Args:
+        model: weights may be real or on meta; it is not run itself and not changed.
+        batch: one batch as `call` takes it; only shapes and integer values matter. None: the model's `dummy_inputs`
+            if it has such (transformers), else no trace.
+        trainable: which parameters are perturbed and updated. None: those with requires_grad, or every floating one
+            if none has it. "requires_grad": strictly those. A callable: (name, parameter) -> bool. Else a glob or a
+            list of globs over dotted names: a glob of k segments selects a parameter if any k consecutive segments of
+            one of its names match, segment by segment (`*` stays within a segment), so "layers.*.self_attn" selects
+            everything in each layer's attention, "bias" every bias, "*" all.
+        call: how a lane calls the model; default `model(**batch)`.
+
+    Raises PlanError: no parameters, none trainable, a pattern that selects nothing, parameters of unknown shape, one
+    used outside of any module.
+    """
+    named = dict(model.named_parameters())
+    if not named:
+        raise PlanError(f"{type(model).__name__} has no parameters: nothing to train")
+    lazy = [n for n, p in named.items() if isinstance(p, nn.parameter.UninitializedTensorMixin)]
+    if lazy:
+        raise PlanError(f"parameters without a shape yet: {lazy[:5]}. Run the model once on a batch before planning it.")
+    tree = module_tree(model)
+    chosen = select_trainable(named, tree, trainable)
+    ids = assign_param_ids(list(named))
+    aliases: dict[str, list[str]] = {name: [] for name in named}
+    for name, canonical in tree.names.items():
+        if name != canonical:
+            aliases[canonical].append(name)
+    params = {
+        n: ParamSpec(n, tuple(aliases[n]), ids[n], p.shape, p.dtype, n in chosen) for n, p in named.items()
+    }
+    if batch is None:
+        batch = getattr(model, "dummy_inputs", None)
+    if batch is None:
+        trace = Trace({}, (), False, ("no batch to trace with",))
+    else:
+        trace = trace_on_meta(model, batch, call or (lambda m, b: m(**b)))
+    frozen = sum(p.numel for p in params.values() if p.dtype.is_floating_point and not p.trainable)
+    if trainable is None and frozen:
+        trace = replace(trace, notes=(*trace.notes, f"{frozen:,} parameters without requires_grad stay frozen"))
+    serving, notes = _serve(tree, trace)
+    blocks = _pack(tree, params, serving, trace)
+    return _assemble(params, blocks, tree, trace, serving, notes)
+
+
+def relift(plan: Plan, seen: Trace) -> Plan:
+    """The plan with what a watched real run saw (`Hub.trace`, `PlanFault.trace`). Parameters and blocks stay.
+
+    After a fault it lifts what was used elsewhere; after a first run under a guessed plan (`traced` False) it takes
+    back lifts that were not needed. Relift until a run has no fault: each adds a use, so this ends.
+    """
+    # a trace on meta that stopped knows uses, but not all: what the real run saw replaces it
+    trace = seen if seen.complete and not plan.trace.complete else plan.trace.merged(seen)
+    serving, notes = _serve(plan.tree, trace)
+    return _assemble(plan.params, plan.blocks, plan.tree, trace, serving, notes)
+
+
+# ---- module tree and filter ------------------------------------------------------------------------------------------
+
+
+def module_tree(model: nn.Module) -> ModuleTree:
+    """The model's modules as plain data."""
+    modules = dict(model.named_modules())
+    canonical = {id(p): name for name, p in model.named_parameters()}
+    names = {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    return ModuleTree(
+        classes={n: f"{type(m).__module__}.{type(m).__qualname__}" for n, m in modules.items()},
+        names=names,
+        containers=frozenset(n for n, m in modules.items() if isinstance(m, _CONTAINERS)),
+        gatherable=frozenset(n for n, m in modules.items() if gathers_rows(m)),
+        elements=tuple(_stack_elements(model, modules)),
+    )
+
+
+def gathers_rows(module: nn.Module) -> bool:
+    """Whether a call of this module reads only the rows of its weight that its input names."""
+    return (
+        type(module) is nn.Embedding and module.max_norm is None and "forward" not in vars(module)
+        and not module._forward_hooks and not module._forward_pre_hooks
+    )  # fmt: skip
+
+
+def _stack_elements(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    found: list[str] = []
+    name_of = {id(m): n for n, m in modules.items()}
+
+    def walk(module: nn.Module, seen: set[int]) -> None:
+        children = [c for c in module.children() if id(c) not in seen and any(True for _ in c.parameters())]
+        seen.update(map(id, children))
+        classes = [type(c) for c in children]
+        repeated = max((classes.count(c) for c in set(classes)), default=0) >= 2
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and repeated:
+            found.extend(name_of[id(c)] for c in children)
+            return
+        for child in children:
+            walk(child, seen)
+
+    walk(model, {id(model)})
+    if found:
+        return found
+    module = model  # no stack: top-level children, below wrappers that only hold one child
+    while True:
+        children = [c for c in module.children() if any(True for _ in c.parameters())]
+        if len(children) != 1 or any(True for _ in module.parameters(recurse=False)):
+            return [name_of[id(c)] for c in children]
+        module = children[0]
+
+
+def select_trainable(named: Mapping[str, nn.Parameter], tree: ModuleTree, trainable: TrainableFilter) -> set[str]:
+    """Canonical names that the filter selects; see `make_plan`."""
+    floating = {n: p for n, p in named.items() if p.dtype.is_floating_point}
+    if trainable is None or trainable == "requires_grad":
+        chosen = {n for n, p in floating.items() if p.requires_grad}
+        if not chosen and trainable is None:
+            chosen = set(floating)
+        what = "requires_grad"
+    elif callable(trainable):
+        chosen, what = {n for n, p in floating.items() if trainable(n, p)}, "the predicate"
+    else:
+        globs = [trainable] if isinstance(trainable, str) else list(trainable)
+        chosen, what = set(), f"trainable={trainable!r}"
+        for glob in globs:
+            selected = {c for name, c in tree.names.items() if c in floating and _glob_selects(glob, name)}
+            if not selected:
+                some = list(floating)[:: max(1, len(floating) // 4)][:5]
+                raise PlanError(
+                    f"trainable={glob!r} selects none of {len(floating)} floating parameters (such as {some}). A glob "
+                    f"must match consecutive dotted segments of a parameter's name."
+                )
+            chosen |= selected
+    if not chosen:
+        raise PlanError(f"{what} selects none of {len(floating)} floating parameters: nothing to train")
+    return chosen
+
+
+def _glob_selects(glob: str, name: str) -> bool:
+    want, have = glob.split("."), name.split(".")
+    return any(
+        all(fnmatchcase(segment, pattern) for segment, pattern in zip(have[i:], want, strict=False))
+        for i in range(len(have) - len(want) + 1)
+    )
+
+
+def _upwards(module: str) -> list[str]:
+    """The module's path and those of the modules it lies in, nearest first, "" last."""
+    parts = module.split(".") if module else []
+    return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
+
+
+# ---- owners ----------------------------------------------------------------------------------------------------------
+
+
+def _serve(tree: ModuleTree, trace: Trace) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """Canonical name -> modules that are served the parameter; and notes on lifts."""
+    above = _running_above(tree, trace)
+    serving = {n: _cover(n, trace.uses.get(n, frozenset()), tree, trace.complete) for n in tree.holders}
+    for name, owners in list(serving.items()):
+        for owner in owners - set(tree.holders[name]):
+            for sibling in _siblings(name, owner, tree):
+                serving[sibling[0]].add(sibling[1])
+    result = {}
+    for name, owners in serving.items():  # a module inside another that has the parameter needs no serving
+        outer = {o for o in owners if not (above[o] & owners - {o})}
+        result[name] = tuple(o for o in tree.classes if o in outer)
+    return result, trace.notes
+
+
+def _cover(name: str, uses: frozenset[Path], tree: ModuleTree, complete: bool) -> set[str]:
+    """Modules whose calls together cover the uses: a holder if it was running, else the innermost running module."""
+    holders = {tree.runner(h) for h in tree.holders[name]}
+    if () in uses:
+        raise PlanError(
+            f"parameter {name!r} is used outside of any module's call (by the code that calls the model). Weights are "
+            f"there only while modules run: put that computation into a module's forward."
+        )
+    cover = {next((m for m in reversed(path) if m in holders), path[-1]) for path in uses}
+    if not complete:  # what was not seen may be anything within the layer
+        cover |= {tree.element_of(h) or h for h in holders}
+    return cover or set(holders)
+
+
+def _siblings(name: str, owner: str, tree: ModuleTree) -> list[tuple[str, str]]:
+    """(parameter, module) for every module of the owner's class, with the parameter at the same place below it."""
+    prefix = f"{owner}." if owner else ""
+    places = [a[len(prefix) :] for a, c in tree.names.items() if c == name and a.startswith(prefix)]
+    peers = [m for m, cls in tree.classes.items() if cls == tree.classes[owner]] if owner else [""]
+    found = []
+    for peer in peers:
+        for place in places:
+            canonical = tree.names.get(f"{peer}.{place}" if peer else place)
+            if canonical is not None:
+                found.append((canonical, peer))
+    return found
+
+
+def _running_above(tree: ModuleTree, trace: Trace) -> dict[str, frozenset[str]]:
+    """Module -> modules that are running whenever it is called; by its path if it was not seen to run."""
+    above: dict[str, frozenset[str]] = {}
+    stack: list[str] = []
+    for depth, name in trace.order:
+        del stack[depth:]
+        outer = frozenset(stack)
+        above[name] = above[name] & outer if name in above else outer
+        stack.append(name)
+    for name in tree.classes:
+        if name not in above:
+            above[name] = frozenset(m for m in _upwards(name)[1:] if m not in tree.containers)
+    return above
+
+
+def _assemble(
+    params: Mapping[str, ParamSpec],
+    blocks: tuple[Block, ...],
+    tree: ModuleTree,
+    trace: Trace,
+    serving: Mapping[str, tuple[str, ...]],
+    notes: tuple[str, ...],
+) -> Plan:
+    served: dict[str, list[str]] = {}
+    for name in params:
+        for module in serving[name]:
+            served.setdefault(module, []).append(name)
+    block_of = {name: block.index for block in blocks for name in block.params}
+    called = [name for _, name in trace.order if name in served]
+    unseen = [name for name in tree.classes if name in served and name not in set(called)]
+    if not trace.complete:  # the order is a guess anyway: definition order for the rest
+        called += unseen
+    owners, index = [], {}
+    for name in dict.fromkeys([*called, *unseen]):
+        index[name] = len(owners)
+        mine = tuple(served[name])
+        rows = name in tree.gatherable and len(mine) == 1 and name in tree.holders[mine[0]]
+        owners.append(Owner(name, mine, block_of[mine[0]], rows))
+    calls = tuple(index[name] for name in called)
+    return Plan(params, tuple(owners), calls, blocks, trace.complete, notes, tree, trace)
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def _pack(
+    tree: ModuleTree, params: Mapping[str, ParamSpec], serving: Mapping[str, tuple[str, ...]], trace: Trace
+) -> tuple[Block, ...]:
+    """Blocks in the order a forward first comes to them."""
+    units: dict[str, list[str]] = {}  # stack element, or module outside of stacks -> its parameters
+    for name in params:
+        holder = tree.holders[name][0]
+        units.setdefault(tree.element_of(holder) or tree.runner(holder), []).append(name)
+    first = {module: i for i, (_, module) in reversed(list(enumerate(trace.order)))}
+    when, last = {}, -1
+    for unit, names in units.items():  # what was not seen to run stays behind what is defined before it
+        seen = [first[m] for n in names for m in serving[n] if m in first]
+        last = when[unit] = min(seen) if seen else last
+    nbytes = {u: sum(params[n].numel * params[n].dtype.itemsize for n in names) for u, names in units.items()}
+    cap = max((nbytes[u] for u in units if u in tree.elements), default=0)
+    groups: list[list[str]] = []
+    room = 0
+    for unit in sorted(units, key=lambda u: when[u]):
+        if unit in tree.elements:
+            groups.append([unit])
+            room = 0
+        elif groups and nbytes[unit] <= room:
+            groups[-1].append(unit)
+            room -= nbytes[unit]
+        else:
+            groups.append([unit])
+            room = cap - nbytes[unit]
+    blocks = []
+    for i, group in enumerate(groups):
+        names = [n for unit in group for n in sorted(units[unit], key=lambda n: _first_use(n, tree, serving, first))]
+        blocks.append(Block(i, "+".join(unit or "(model)" for unit in group), tuple(names)))
+    return tuple(blocks)
+
+
+def _first_use(
+    name: str, tree: ModuleTree, serving: Mapping[str, tuple[str, ...]], first: Mapping[str, int]
+) -> tuple[int, int]:
+    owner = min((first[m] for m in serving[name] if m in first), default=len(first))
+    return owner, min((first[h] for h in tree.holders[name] if h in first), default=len(first))

@@ -1,0 +1,234 @@
+"""The noise and the fused pass, slow and obvious: numpy integers and exactly rounded float32.
+
+This is what the native kernels are compared with, bit for bit, and what runs where no compiler was found. Nothing
+here is written for speed beyond working on chunks that fit a cache.
+
+numpy has no fma. A product of two float32 is exact in float64, the sum is taken there rounded *to odd*, and the last
+rounding to float32 is then the only one that counts (Boldo and Melquiond 2008).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from zo_offload.formats import Format
+    from zo_offload.fused import Perturbation, Update
+    from zo_offload.noise import NoiseSpec
+
+F32 = NDArray[np.float32]
+U32 = NDArray[np.uint32]
+U64 = NDArray[np.uint64]
+
+TAG_GAUSSIAN, TAG_RADEMACHER, TAG_ROUNDING, TAG_SEED = range(4)
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+_CHUNK = 1 << 15  # elements; a multiple of every block size, so only the first chunk starts inside a block
+
+
+def philox(counter: Sequence[U64], key: tuple[int, int], rounds: int) -> list[U64]:
+    """Philox4x32 of counter words given as uint64 arrays holding 32-bit values. Salmon et al. 2011, section 3.3."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    shift, low = np.uint64(32), np.uint64(_LOW)
+    for _ in range(rounds):
+        p0, p1 = c0 * np.uint64(_M0), c2 * np.uint64(_M1)
+        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & low, (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & low
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return [c0, c1, c2, c3]
+
+
+def philox_block(seed: int, block: int, param_id: int, tag: int, rounds: int) -> tuple[int, int, int, int]:
+    """The four words of one block, in plain integers."""
+    c0, c1, c2, c3 = block & _LOW, block >> 32, param_id, tag
+    k0, k1 = seed & _LOW, seed >> 32
+    for _ in range(rounds):
+        p0, p1 = c0 * _M0, c2 * _M1
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return c0, c1, c2, c3
+
+
+def words(seed: int, param_id: int, tag: int, rounds: int, first_block: int, num_blocks: int) -> U32:
+    """Philox output of consecutive blocks, uint32 [num_blocks, 4]."""
+    blocks = np.arange(num_blocks, dtype=np.uint64) + np.uint64(first_block)
+    same = np.ones_like(blocks)
+    counter = [blocks & np.uint64(_LOW), blocks >> np.uint64(32), same * np.uint64(param_id), same * np.uint64(tag)]
+    return np.stack(philox(counter, (seed & _LOW, seed >> 32), rounds), axis=1).astype(np.uint32)
+
+
+def fma(a: F32 | np.float32, b: F32 | np.float32, c: F32 | np.float32) -> F32:
+    """a * b + c with one rounding, as IEEE-754 binary32 fma."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        product = np.asarray(a, np.float64) * np.asarray(b, np.float64)  # 24 x 24 bits: exact
+        addend = np.asarray(c, np.float64)
+        total = np.asarray(product + addend)
+        # Knuth's TwoSum: what the float64 sum lost
+        part = total - product
+        lost = (product - (total - part)) + (addend - part)
+        # round to odd: if anything was lost and the last bit is even, step to the neighbour on the lost side
+        bits = total.view(np.int64)
+        step = np.isfinite(lost) & (lost != 0) & (bits & 1 == 0)
+        bits = bits + np.where(step, np.where((lost > 0) == (total > 0), 1, -1), 0)
+        return bits.view(np.float64).astype(np.float32)
+
+
+def _polynomial(x: F32, *coefficients: float) -> F32:
+    """Horner in fma, highest power first."""
+    value: F32 | np.float32 = np.float32(coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = fma(value, x, np.float32(coefficient))
+    return np.asarray(value)
+
+
+def gaussian_pair(a: U32, b: U32) -> tuple[F32, F32]:
+    """Box-Muller: two normals from two 32-bit words. The error of the transform is below 2e-6 of the radius."""
+    # radius r = sqrt(-2 ln u), u = |f| * 2**-31 in [2**-31, 1]; f is odd before rounding, so never 0
+    f = (a | np.uint32(0x80000001)).view(np.int32).astype(np.float32)
+    bits = f.view(np.uint32)
+    exponent = (bits - np.uint32((0x80000000 + 0x3F3504F3 + (31 << 23)) & _LOW)) & np.uint32(0xFF800000)
+    # f is negative: f / 2**31 = -m * 2**e with m in [sqrt(1/2), sqrt(2)); t = m - 1
+    t = fma((bits - exponent).view(np.float32), np.float32(-4.656612873e-10), np.float32(-1.0))
+    q = _polynomial(
+        t, -2.379220873e-01, 3.733570874e-01, -4.099265933e-01, 4.981948733e-01, -6.662901640e-01, 1.000022292e00,
+        -2.000001907e00,
+    )  # fmt: skip
+    log_power = exponent.view(np.int32).astype(np.float32)
+    r = np.sqrt(fma(log_power, np.float32(-1.652591664e-07), q * t))  # -2 ln(2) / 2**23 an exponent step
+    # angle v * pi / 2, v in [-1, 1); the cosine's sign is a bit v does not use
+    v = ((b >> np.uint32(9)) | np.uint32(0x40000000)).view(np.float32) + np.float32(-3.0)
+    y = v * v
+    sine = _polynomial(y, -4.362469073e-03, 7.948765159e-02, -6.459209919e-01, 1.570794821e00)
+    cosine = _polynomial(y, 8.581906441e-04, -2.081062831e-02, 2.536507547e-01, -1.233698249e00, 9.999999404e-01)
+    z0 = ((r * cosine).view(np.uint32) ^ (b << np.uint32(31))).view(np.float32)
+    return z0, (r * v) * sine
+
+
+def _chunks(n: int, offset: int) -> list[tuple[int, int]]:
+    """[start, end) pairs covering n elements, cut at multiples of _CHUNK of the element index."""
+    cuts = [0, *range(_CHUNK - offset % _CHUNK, n, _CHUNK), n]
+    return [(start, end) for start, end in pairwise(cuts) if end > start]
+
+
+def noise_into(out: F32, distribution: str, rounds: int, seed: int, param_id: int, offset: int) -> None:
+    """z of elements [offset, offset + len(out)) of a parameter."""
+    for start, end in _chunks(len(out), offset):
+        first, last = offset + start, offset + end
+        if distribution == "gaussian":
+            block = first >> 2
+            w = words(seed, param_id, TAG_GAUSSIAN, rounds, block, ((last + 3) >> 2) - block)
+            z = np.stack([*gaussian_pair(w[:, 0], w[:, 1]), *gaussian_pair(w[:, 2], w[:, 3])], axis=1).reshape(-1)
+            out[start:end] = z[first - 4 * block :][: end - start]
+        else:
+            block = first >> 7
+            w = words(seed, param_id, TAG_RADEMACHER, rounds, block, ((last + 127) >> 7) - block)
+            signs = np.unpackbits(w.view(np.uint8).reshape(-1), bitorder="little")[first - 128 * block :]
+            out[start:end] = 1.0 - 2.0 * signs[: end - start].astype(np.float32)
+
+
+def rounding_bits(rounds: int, seed: int, param_id: int, n: int, offset: int) -> Tensor:
+    """16 random bits an element for stochastic rounding, int32 [n]."""
+    block = offset >> 3
+    w = words(seed, param_id, TAG_ROUNDING, rounds, block, ((offset + n + 7) >> 3) - block)
+    halves = w.astype("<u4").view("<u2").reshape(-1)[offset - 8 * block :][:n]
+    return torch.from_numpy(halves.astype(np.int32))
+
+
+def _z(noise: NoiseSpec, seed: int, param_id: int, n: int, offset: int) -> F32:
+    z = np.empty(n, np.float32)
+    noise_into(z, noise.distribution, noise.rounds, seed, param_id, offset)
+    return z
+
+
+def _updated(
+    w: F32, fmt: Format, updates: Sequence[Update], noise: NoiseSpec, stochastic: bool, param_id: int, offset: int
+) -> tuple[F32, Tensor | None]:
+    """Weights after the updates in order, and the bytes of the last fold (None if nothing folds)."""
+    stored = None
+    for update in updates:
+        if update.decay != 1.0:
+            with np.errstate(invalid="ignore", over="ignore"):
+                w = w * np.float32(update.decay)
+        if update.coeff != 0.0:
+            w = fma(np.float32(-update.coeff), _z(noise, update.seed, param_id, len(w), offset), w)
+        if update.fold:
+            bits = rounding_bits(noise.rounds, update.seed, param_id, len(w), offset) if stochastic else None
+            stored = fmt.encode(torch.from_numpy(w), bits)
+            w = fmt.decode(stored).numpy()
+    return w, stored
+
+
+def _emit(
+    w: F32, noise: NoiseSpec, param_id: int, offset: int, perturbations: Sequence[Perturbation], outs: Sequence[Tensor]
+) -> None:
+    from zo_offload.formats import format_of
+
+    for perturbation, out in zip(perturbations, outs, strict=True):
+        value = w
+        if perturbation.scale != 0.0:
+            z = _z(noise, perturbation.seed, param_id, len(w), offset)
+            value = fma(np.float32(perturbation.scale), z, w)
+        rounded = format_of(out.dtype).encode(torch.from_numpy(np.ascontiguousarray(value)), None)
+        out.copy_(rounded.view(out.dtype))
+
+
+def fused_pass(
+    stored: Tensor,
+    fmt: Format,
+    *,
+    param_id: int,
+    numel: int,
+    offset: int,
+    updates: Sequence[Update],
+    write_back: bool,
+    stochastic: bool,
+    noise: NoiseSpec,
+    perturbations: Sequence[Perturbation],
+    outs: Sequence[Tensor],
+) -> None:
+    """`zo_offload.fused.fused_pass`, one idea a line. Arguments are checked there."""
+    for start, end in _chunks(numel, offset):
+        piece = stored[fmt.nbytes(start) : fmt.nbytes(end)]
+        w, folded = _updated(fmt.decode(piece).numpy(), fmt, updates, noise, stochastic, param_id, offset + start)
+        if write_back and folded is not None:
+            piece.copy_(folded)
+        _emit(w, noise, param_id, offset + start, perturbations, [out.view(-1)[start:end] for out in outs])
+
+
+def fused_rows(
+    stored: Tensor,
+    fmt: Format,
+    *,
+    param_id: int,
+    row_numel: int,
+    rows: Tensor,
+    updates: Sequence[Update],
+    stochastic: bool,
+    noise: NoiseSpec,
+    perturbations: Sequence[Perturbation],
+    outs: Sequence[Tensor],
+) -> None:
+    """`zo_offload.fused.fused_rows`: the fused pass of each row alone, nothing written back."""
+    for at, row in enumerate(rows.tolist()):
+        fused_pass(
+            stored[fmt.nbytes(row * row_numel) : fmt.nbytes((row + 1) * row_numel)],
+            fmt,
+            param_id=param_id,
+            numel=row_numel,
+            offset=row * row_numel,
+            updates=updates,
+            write_back=False,
+            stochastic=stochastic,
+            noise=noise,
+            perturbations=perturbations,
+            outs=[out[at] for out in outs],
+        )

@@ -1,0 +1,221 @@
+"""Safetensors files, one tensor at a time.
+
+Reading checks the header as a stranger's bytes before anything is read: sizes, offsets, dtypes and that the tensors
+tile the data without gaps. A tensor is then one `pread` into memory of its own: unlike a mapping it cannot turn into a
+bus error when the file is cut short under us, cannot alias the file, and may be called from any number of threads.
+
+Writing does not know what comes next: tensors arrive one by one, in whatever dtype they have. `ShardWriter` reserves
+room for the header, appends the data, and fills the header in at the end (the format allows trailing blanks in it).
+
+File layout, little-endian (https://github.com/huggingface/safetensors): header bytes u64 | JSON header, padded with
+blanks | data. Header: name -> {"dtype", "shape", "data_offsets": [begin, end]} from the data, and "__metadata__".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+READ_CHUNK_BYTES = 1 << 30  # Linux moves at most 0x7ffff000 bytes a call
+
+_TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
+}  # fmt: skip
+DTYPES: dict[str, torch.dtype] = {code: getattr(torch, t) for code, t in _TORCH_NAMES.items() if hasattr(torch, t)}
+CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file. begin and end are byte offsets from the start of the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+class SafetensorsFile:
+    """One file: its header, checked, and tensors on demand. Raises CheckpointError on any damage it can see."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._fd = -1
+        self.metadata, self.entries = read_header(path)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, in memory of its own."""
+        entry = self.entries[name]
+        if self._fd < 0:
+            self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        data = torch.empty(entry.nbytes, dtype=torch.uint8)
+        view = data.numpy().data
+        done = 0
+        while done < entry.nbytes:
+            got = os.preadv(self._fd, [view[done : done + READ_CHUNK_BYTES]], entry.begin + done)
+            if got == 0:
+                raise CheckpointError(
+                    f"{self.path}: ends at byte {entry.begin + done} inside tensor {name!r}, which goes on to byte "
+                    f"{entry.end}; the file was cut short after it was opened. Restore it."
+                )
+            done += got
+        return data.view(entry.dtype).reshape(entry.shape)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at interpreter exit `os` may be gone
+            self.close()
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
+    """(metadata, entries in the file's order). Checks everything that can be checked without reading the data."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors file. Download or copy it again.")
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER_BYTES or 8 + length > size:
+            raise CheckpointError(
+                f"{path}: header of {length} bytes in a file of {size} bytes; this is not a safetensors file, or it "
+                "was cut short. Download or copy it again."
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: the safetensors header is not JSON ({error}). Download or copy it again."
+        ) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the safetensors header is a JSON {type(header).__name__}, not an object.")
+    metadata = header.pop("__metadata__", None) or {}
+    entries = {name: _entry(path, name, value, 8 + length, size) for name, value in header.items()}
+    _check_tiling(path, entries, 8 + length, size)
+    return metadata, entries
+
+
+def _entry(path: Path, name: str, value: Any, data_begin: int, size: int) -> Entry:
+    try:
+        code, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        well_typed = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (TypeError, KeyError, ValueError):
+        well_typed = False
+    if not well_typed:
+        raise CheckpointError(f"{path}: header entry of tensor {name!r} is malformed: {str(value)[:200]}.")
+    if code not in DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has dtype {code}, which this torch ({torch.__version__}) lacks."
+        )
+    dtype = DTYPES[code]
+    if data_begin + end > size:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} ends at byte {data_begin + end}, but the file has {size} bytes; it was cut "
+            "short. Download or copy it again."
+        )
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} of shape {list(shape)} and dtype {code} needs "
+            f"{math.prod(shape) * dtype.itemsize} bytes, but its offsets [{begin}, {end}] hold {end - begin}."
+        )
+    return Entry(name, dtype, shape, data_begin + begin, data_begin + end)
+
+
+def _check_tiling(path: Path, entries: dict[str, Entry], data_begin: int, size: int) -> None:
+    at = data_begin
+    for entry in sorted(entries.values(), key=lambda e: (e.begin, e.end)):
+        if entry.begin != at:
+            raise CheckpointError(
+                f"{path}: tensor {entry.name!r} begins at byte {entry.begin}, and the one before it ends at {at}; "
+                "tensors must follow each other without gap or overlap."
+            )
+        at = entry.end
+    if at != size:
+        raise CheckpointError(f"{path}: {size - at} bytes after the last tensor (ends at byte {at} of {size}).")
+
+
+class ShardWriter:
+    """Writes one file whose tensors are not known in advance.
+
+    header_room: bytes kept for the header; `header_bound` gives one that suffices. Not atomic: write under another
+    name and rename. Tensor offsets stay multiples of the element size (`fits` says whether the next one's would be).
+    """
+
+    def __init__(self, path: Path, header_room: int, metadata: dict[str, str]):
+        self.path = path
+        self.nbytes = 0
+        self._header: dict[str, Any] = {"__metadata__": metadata}
+        self._room = -(-header_room // 8) * 8
+        self._file = open(path, "xb")  # noqa: SIM115  # finish or abandon closes it
+        self._file.seek(8 + self._room)
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in self._header if name != "__metadata__"]
+
+    def fits(self, tensor: Tensor, max_bytes: int) -> bool:
+        aligned = self.nbytes % tensor.dtype.itemsize == 0
+        return self.nbytes == 0 or (aligned and self.nbytes + tensor.nbytes <= max_bytes)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        assert name not in self._header, name
+        if tensor.dtype not in CODES:
+            raise CheckpointError(f"tensor {name!r} has dtype {tensor.dtype}, which safetensors cannot hold.")
+        begin = self.nbytes
+        for piece in as_bytes(tensor):
+            self._file.write(piece)
+        self.nbytes += tensor.nbytes
+        offsets = [begin, self.nbytes]
+        self._header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+
+    def finish(self) -> None:
+        """Header in place and everything on the medium."""
+        header = json.dumps(self._header, separators=(",", ":")).encode()
+        assert len(header) <= self._room, f"{len(header)} bytes of header in a room of {self._room}"
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError):  # closing flushes, and the disk may be full
+            self._file.close()
+
+
+def header_bound(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> int:
+    """Bytes that the header of any subset of these tensors needs at most."""
+    widest = [10**15, 10**15]
+    entries = {n: {"dtype": "F8_E4M3", "shape": list(s), "data_offsets": widest} for n, s in shapes.items()}
+    return len(json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode())
+
+
+def as_bytes(tensor: Tensor, chunk_bytes: int = 1 << 26) -> Iterator[memoryview]:
+    """The tensor's elements in order, as buffers, without a second copy of a contiguous one."""
+    view = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    for begin in range(0, len(view), chunk_bytes):
+        yield view[begin : begin + chunk_bytes]

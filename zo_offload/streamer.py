@@ -1,0 +1,433 @@
+"""Runs the schedule: blocks move through the window on worker streams while the lanes compute.
+
+The main thread walks the plan's visits. Before each it has enqueued the fetches of the next `ahead` stays, so copies
+run under the compute, across the end of a pass too. When a module's turn comes, `emit` makes its scratch weights from
+the block's stored bytes in one fused pass a parameter: apply the updates of the steps the parameter still lacks, write
+it back, emit the perturbed weights. What the block's modules did not ask for is brought up to date when the visit
+ends, so a block always leaves the window at one version.
+
+Contract: the bytes of a block at version v are a function of the base weights and the updates of steps 0..v-1 only.
+Window, prefetch, tier, order of service and evaluation in between cannot change them.
+
+Spans for profilers: `zo_offload.stream:fetch`, `:flush`, `:fused`, `:wait`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.profiler import record_function
+
+from .devices import CpuDevice, Event, Stream
+from .fused import Perturbation, Rounding, Update, fused_pass, fused_rows
+from .layout import Layout, Place
+from .noise import NoiseSpec
+from .plan import Owner, ParamSpec, Plan
+from .schedule import Op, OpKey, last_visits, schedule
+from .scratch import ScratchPool
+from .tiers import Tier
+from .updates import UpdateLog
+
+
+@dataclass(frozen=True)
+class Window:
+    """How blocks move. num_slots: places that blocks stream through; ahead: stays fetched before they are needed;
+    pinned: blocks that stay in memory; io_threads: workers for fetches (0: every op runs in order on the caller)."""
+
+    num_slots: int
+    ahead: int
+    pinned: frozenset[int]
+    io_threads: int = 1
+
+
+@dataclass
+class Slot:
+    """A place for one block and what is known of its bytes. `version` is per parameter while a visit is under way."""
+
+    memory: Tensor
+    block: int = -1
+    ready: Event | None = None
+    version: dict[str, int] = field(default_factory=dict)
+    dirty: bool = False
+
+
+@dataclass
+class Traffic:
+    """Counted since the last reset: bytes both ways, and seconds the compute thread spent where."""
+
+    fetch_bytes: int = 0
+    flush_bytes: int = 0
+    wait_s: float = 0.0
+    fused_s: float = 0.0
+
+
+class Streamer:
+    """The lanes' source of weights (`lanes.Source`) over a tier, a window of slots and the update log.
+
+    decays(spec): whether weight decay applies to a parameter. durable(version): called on the flush stream before
+    bytes that contain step version - 1 go to a persistent tier; returns when the journal holds that step for good.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        layout: Layout,
+        tier: Tier,
+        device: CpuDevice,
+        log: UpdateLog,
+        *,
+        window: Window,
+        noise: NoiseSpec,
+        rounding: Rounding = "nearest",
+        decays: Callable[[ParamSpec], bool] = lambda spec: len(spec.shape) > 1,
+        durable: Callable[[int], None] = lambda version: None,
+        threads: int | None = None,
+    ) -> None:
+        self.plan, self.layout, self.tier, self.device, self.log = plan, layout, tier, device, log
+        self.window, self.noise, self.rounding, self.threads = window, noise, rounding, threads
+        self.traffic = Traffic()
+        self.is_watched: Callable[[], bool] = lambda: False
+        """Whether the run under way is watched: it must tell one module's scratch from the next one's."""
+        self._durable = durable
+        self._decay = {name: decays(spec) for name, spec in plan.params.items()}
+        self._pool = ScratchPool(device.alloc)
+        self._pinned: dict[int, Slot] = {}
+        streamed = [b for b in range(len(plan.blocks)) if b not in window.pinned]
+        slot_bytes = max((layout.block_bytes[b] for b in streamed), default=0)
+        self._slots = [Slot(device.alloc(slot_bytes)) for _ in range(window.num_slots if streamed else 0)]
+        self._fetch_stream: Stream = device.stream("fetch", window.io_threads)
+        self._flush_stream: Stream = device.stream("flush", min(1, window.io_threads))
+        self._flushes: deque[Event] = deque()
+        self.set_plan(plan)
+
+    # ---- passes ----------------------------------------------------------------------------------------------------
+
+    def set_plan(self, plan: Plan) -> None:
+        """Take a plan whose owners were lifted or whose order was learnt; the blocks must be the same."""
+        assert [b.params for b in plan.blocks] == [b.params for b in self.plan.blocks]
+        self.plan = plan
+        self._visits = tuple(plan.visits)
+        self._last = last_visits(self._visits)
+        self._restart()
+
+    def begin_pass(self) -> None:
+        """Start one forward of all lanes."""
+        assert self._position == len(self._visits) or self._position == -1, "the last pass was neither ended nor reset"
+        if self._position != -1:
+            self._base += len(self._visits)
+        self._position = -1
+
+    def end_pass(self) -> None:
+        """All lanes have returned: bring the remaining blocks' visits to their end."""
+        while self._position < len(self._visits):
+            self._advance()
+
+    def abort_pass(self) -> None:
+        """A lane failed in mid-pass. Blocks keep their bytes and versions; the next pass starts over."""
+        slot = self._slot
+        if slot is not None:
+            self._settle(slot)
+        self._restart()
+
+    # ---- lanes.Source ----------------------------------------------------------------------------------------------
+
+    def emit(
+        self, owner: Owner, perturbations: Sequence[Perturbation], rows: Tensor | None = None
+    ) -> list[list[Tensor]]:
+        """Scratch weights of the owner's parameters, [perturbation][parameter]; see `lanes.Source`."""
+        scratch = self._pool.take(
+            [self._shape(name, rows) for name in owner.params],
+            [self.plan.params[name].dtype for name in owner.params],
+            len(perturbations),
+            fresh=self.is_watched(),
+        )
+        for index, name in enumerate(owner.params):
+            slot, writes = self._acquire(self.layout.places[name].block)
+            outs = [scratch.tensors[j][index] for j in range(len(perturbations))]
+            start = time.perf_counter()
+            with record_function("zo_offload.stream:fused"):
+                self._emit_one(name, slot, writes, perturbations, outs, rows)
+            self.traffic.fused_s += time.perf_counter() - start
+        return scratch.tensors
+
+    def release(self, scratch: list[list[Tensor]]) -> None:
+        """The last lane has left the owner: its scratch may be used again."""
+        self._pool.give(scratch)
+
+    # ---- whole-model operations --------------------------------------------------------------------------------------
+
+    def flush_all(self) -> None:
+        """Bring every block to the log's version in its tier. Called before save, return and close."""
+        self._restart()
+        self._raise_failed_flush()
+        target = self.log.version
+        for block in range(len(self.plan.blocks)):
+            if block not in self.layout.written or self.tier.version(block) == target:
+                continue
+            slot = self._load(block)
+            self._settle(slot)
+            self._write_back(slot)
+
+    def read(self, name: str) -> Tensor:
+        """A copy of one parameter's stored bytes as a tensor of its storage dtype and shape. After `flush_all`."""
+        place, spec = self.layout.places[name], self.plan.params[name]
+        data = self._load(place.block).memory[place.offset : place.offset + place.nbytes]
+        return data.clone().view(place.fmt.torch_dtype).view(spec.shape)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of weights in the device's memory: the window and the pinned blocks."""
+        pinned = sum(self.layout.block_bytes[block] for block in self.window.pinned)
+        return pinned + sum(slot.memory.numel() for slot in self._slots)
+
+    @property
+    def scratch_bytes(self) -> int:
+        return self._pool.nbytes
+
+    def close(self) -> None:
+        """End the worker threads and let the window go. Nothing is flushed; call flush_all first."""
+        self._restart()
+        self._fetch_stream.close()
+        self._flush_stream.close()
+        self._slots, self._pinned = [], {}
+        self._pool.clear()
+
+    # ---- walking the visits ------------------------------------------------------------------------------------------
+
+    def _restart(self) -> None:
+        """Forget what was fetched ahead; flush what was written. The next pass starts with a cold window."""
+        for slot in getattr(self, "_live", {}).values():
+            if slot.dirty and slot.block >= 0:
+                self._settle(slot)
+                self._enqueue_flush(slot, Event())
+        self._flush_stream.drain()
+        # Fetches that wait for a flush which will now never be enqueued must not wait for ever. What they read is
+        # not used.
+        for event in getattr(self, "_events", {}).values():
+            if not event.is_done():
+                event.set()
+        self._fetch_stream.drain()
+        self._events: dict[OpKey, Event] = {}
+        self._live: dict[int, Slot] = {}  # stay -> its slot, from fetch to the end of the stay
+        self._base, self._position = 0, -1
+        self._slot: Slot | None = None
+        self._stray: Slot | None = None
+        self._ops: Iterator[Op] = schedule(
+            self._visits,
+            num_slots=self.window.num_slots,
+            pinned=self.window.pinned,
+            ahead=self.window.ahead,
+            written=self.layout.written,
+        )
+
+    def _acquire(self, block: int) -> tuple[Slot, bool]:
+        """The slot that holds `block`, ready, and whether this visit writes it."""
+        position = self._position
+        if 0 <= position < len(self._visits) and self._visits[position] == block:
+            assert self._slot is not None
+            return self._slot, self._last[position] or block in self.window.pinned
+        try:
+            target = self._visits.index(block, max(0, position + 1))
+        except ValueError:
+            return self._acquire_stray(block), False
+        while self._position < target:
+            self._advance()
+        assert self._slot is not None
+        return self._slot, self._last[target] or block in self.window.pinned
+
+    def _acquire_stray(self, block: int) -> Slot:
+        """A block that the plan does not expect here (the forward took another way than the traced one).
+
+        It is read on the side, and not written: lanes apply what it lacks in registers, so the losses are the same.
+        """
+        if self._stray is None or self._stray.block != block:
+            self._stray = self._load(block, wait_for_flush=True)
+        return self._stray
+
+    def _advance(self) -> None:
+        """End the current visit and enter the next one: enqueue its ops, wait for its block."""
+        if self._position >= 0 and self._slot is not None:
+            if self._last[self._position] and self._slot.block in self.layout.written:
+                self._settle(self._slot)
+            self._stray = None
+        self._position += 1
+        if self._position == len(self._visits):
+            self._slot = None
+            return
+        for op in self._ops:
+            if op.kind == "fetch":
+                self._enqueue_fetch(op)
+            elif op.kind == "flush":
+                slot = self._live.pop(op.stay)
+                self._enqueue_flush(slot, self._event(op.key))
+            else:
+                assert op.visit == self._base + self._position, f"{op} at visit {self._base + self._position}"
+                self._slot = self._load(op.block) if op.stay < 0 else self._live[op.stay]
+                break
+        assert self._slot is not None
+        self._wait(self._slot)
+
+    def _wait(self, slot: Slot) -> None:
+        if slot.ready is not None:
+            start = time.perf_counter()
+            with record_function("zo_offload.stream:wait"):
+                slot.ready.wait()
+            self.traffic.wait_s += time.perf_counter() - start
+            slot.ready = None
+
+    def _enqueue_fetch(self, op: Op) -> None:
+        for stay in [s for s, slot in self._live.items() if slot is self._slots[op.slot]]:
+            del self._live[stay]  # a clean stay that ended: no flush op took it out
+        slot = self._slots[op.slot]
+        slot.block, slot.dirty = op.block, False
+        self._live[op.stay] = slot
+        out = slot.memory[: self.layout.block_bytes[op.block]]
+        after = [self._event(key) for key in op.after if key[0] == "flush"]  # computes ended before this was enqueued
+
+        def fetch() -> None:
+            with record_function("zo_offload.stream:fetch"):
+                self.tier.fetch(op.block, out)
+                slot.version = dict.fromkeys(self.plan.blocks[op.block].params, self.tier.version(op.block))
+
+        slot.ready = self._fetch_stream.submit(fetch, after, self._event(op.key))
+        self.traffic.fetch_bytes += out.numel()
+
+    def _enqueue_flush(self, slot: Slot, event: Event) -> None:
+        """Write a slot back if it was written; the event is set either way, since the next fetch waits for it."""
+        if not slot.dirty:
+            event.set()
+            return
+        block, version = slot.block, self._uniform_version(slot)
+        slot.dirty = False
+        data = slot.memory[: self.layout.block_bytes[block]]
+        spans = self.layout.spans[block]
+
+        def flush() -> None:
+            with record_function("zo_offload.stream:flush"):
+                self._durable(version)
+                self.tier.flush(block, data, spans, version)
+
+        self._flushes.append(self._flush_stream.submit(flush, (), event))
+        self.traffic.flush_bytes += sum(nbytes for _, nbytes in spans)
+        self._raise_failed_flush()
+
+    def _raise_failed_flush(self) -> None:
+        """A flush that failed stops the run at the next one, on the caller's thread, where it can be handled."""
+        while self._flushes and self._flushes[0].is_done():
+            self._flushes.popleft().wait()
+
+    def _event(self, key: OpKey) -> Event:
+        """The event of an op, made by whoever asks first. Old finished ones are dropped now and then."""
+        if len(self._events) > 8 * (len(self._visits) + self.window.num_slots) + 64:
+            recent = max(stay for _, stay in self._events) - 2 * (len(self._visits) + self.window.num_slots)
+            self._events = {k: e for k, e in self._events.items() if k[1] >= recent or not e.is_done()}
+        return self._events.setdefault(key, Event())
+
+    def _uniform_version(self, slot: Slot) -> int:
+        versions = {slot.version[n] for n in self.plan.blocks[slot.block].params if self.plan.params[n].trainable}
+        assert len(versions) == 1, f"block {slot.block} would be flushed at versions {sorted(versions)}"
+        return versions.pop()
+
+    # ---- one block -----------------------------------------------------------------------------------------------
+
+    def _load(self, block: int, wait_for_flush: bool = False) -> Slot:
+        """A block outside the schedule: a pinned one (loaded once), or a copy on the side."""
+        if block in self._pinned:
+            return self._pinned[block]
+        if wait_for_flush:
+            self._flush_stream.drain()
+        memory = self.tier.view(block)
+        if memory is None:
+            memory = self.device.alloc(self.layout.block_bytes[block])
+            self.tier.fetch(block, memory)
+            self.traffic.fetch_bytes += memory.numel()
+        slot = Slot(memory, block, version=dict.fromkeys(self.plan.blocks[block].params, self.tier.version(block)))
+        if block in self.window.pinned:
+            self._pinned[block] = slot
+        return slot
+
+    def _write_back(self, slot: Slot) -> None:
+        version = self._uniform_version(slot)
+        spans = self.layout.spans[slot.block]
+        self._durable(version)
+        self.tier.flush(slot.block, slot.memory[: self.layout.block_bytes[slot.block]], spans, version)
+        self.traffic.flush_bytes += sum(nbytes for _, nbytes in spans)
+        slot.dirty = False
+
+    def _settle(self, slot: Slot) -> None:
+        """Bring the parameters of a block that no module asked for to the same version as the others."""
+        self._wait(slot)
+        for name in self.plan.blocks[slot.block].params:
+            if self.plan.params[name].trainable and slot.version[name] < self.log.version:
+                self._fused(name, slot, True, (), ())
+
+    def _shape(self, name: str, rows: Tensor | None) -> tuple[int, ...]:
+        shape = tuple(self.plan.params[name].shape)
+        return shape if rows is None else (len(rows), *shape[1:])
+
+    def _emit_one(
+        self,
+        name: str,
+        slot: Slot,
+        writes: bool,
+        perturbations: Sequence[Perturbation],
+        outs: Sequence[Tensor],
+        rows: Tensor | None,
+    ) -> None:
+        spec = self.plan.params[name]
+        if not spec.trainable:
+            perturbations = [Perturbation(0, 0.0)] * len(outs)
+        if rows is None:
+            self._fused(name, slot, writes, perturbations, outs)
+            return
+        place = self.layout.places[name]
+        fused_rows(
+            self._bytes(slot, place),
+            place.fmt,
+            param_id=spec.param_id,
+            row_numel=spec.numel // spec.shape[0],
+            rows=rows,
+            updates=self._lacking(name, slot),
+            noise=self.noise,
+            rounding=self.rounding,
+            perturbations=perturbations,
+            outs=outs,
+            threads=self.threads,
+        )
+
+    def _fused(
+        self, name: str, slot: Slot, writes: bool, perturbations: Sequence[Perturbation], outs: Sequence[Tensor]
+    ) -> None:
+        place, spec = self.layout.places[name], self.plan.params[name]
+        updates = self._lacking(name, slot)
+        fused_pass(
+            self._bytes(slot, place),
+            place.fmt,
+            param_id=spec.param_id,
+            numel=spec.numel,
+            updates=updates,
+            write_back=writes and bool(updates),
+            rounding=self.rounding,
+            noise=self.noise,
+            perturbations=perturbations,
+            outs=outs,
+            threads=self.threads,
+        )
+        if writes and spec.trainable:
+            if slot.version[name] != self.log.version:
+                slot.dirty = True
+            slot.version[name] = self.log.version
+
+    def _lacking(self, name: str, slot: Slot) -> tuple[Update, ...]:
+        if not self.plan.params[name].trainable:
+            return ()
+        return self.log.since(slot.version[name], self._decay[name])
+
+    @staticmethod
+    def _bytes(slot: Slot, place: Place) -> Tensor:
+        return slot.memory[place.offset : place.offset + place.nbytes]
+

@@ -1,0 +1,35 @@
+"""Tiers: where blocks live between visits. A block is bytes plus a version, the number of steps folded into it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from .disk import DiskTier
+from .memory import HostTier, ResidentTier
+
+Spans = tuple[tuple[int, int], ...]
+
+
+class Tier(Protocol):
+    """What the streamer asks of a tier. fetch and flush block and may run on worker threads, one op a block at a time."""
+
+    def fetch(self, block: int, out: Tensor) -> None:
+        """Read the whole block into out (uint8, exactly the block's size)."""
+        ...
+
+    def flush(self, block: int, data: Tensor, spans: Spans, version: int) -> None:
+        """Write the ranges `spans` of data back; the block then has `version` steps folded in."""
+        ...
+
+    def version(self, block: int) -> int: ...
+
+    def view(self, block: int) -> Tensor | None:
+        """The block's bytes in place where the tier is the device's own memory, else None."""
+        ...
+
+    def close(self) -> None: ...
+
+
+__all__ = ["DiskTier", "HostTier", "ResidentTier", "Spans", "Tier"]

@@ -1,0 +1,43 @@
+"""Blocks in memory: on the device itself (`none`), or in host memory behind a window (`host`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+
+class HostTier:
+    """Blocks in host memory, one exact allocation each; fetch and flush are copies through the window."""
+
+    def __init__(self, block_bytes: Sequence[int], alloc: Callable[[int], Tensor]) -> None:
+        self._blocks = [alloc(nbytes) for nbytes in block_bytes]
+        self._versions = [0] * len(self._blocks)
+
+    def fetch(self, block: int, out: Tensor) -> None:
+        out.copy_(self._blocks[block])
+
+    def flush(self, block: int, data: Tensor, spans: tuple[tuple[int, int], ...], version: int) -> None:
+        for offset, nbytes in spans:
+            self._blocks[block][offset : offset + nbytes].copy_(data[offset : offset + nbytes])
+        self._versions[block] = version
+
+    def version(self, block: int) -> int:
+        return self._versions[block]
+
+    def view(self, block: int) -> Tensor | None:
+        return None
+
+    def close(self) -> None:
+        self._blocks = []
+
+
+class ResidentTier(HostTier):
+    """Blocks on the device for the whole run: nothing moves, updates happen in place."""
+
+    def view(self, block: int) -> Tensor | None:
+        return self._blocks[block]
+
+    def flush(self, block: int, data: Tensor, spans: tuple[tuple[int, int], ...], version: int) -> None:
+        assert data.data_ptr() == self._blocks[block].data_ptr(), "a resident block is its own window"
+        self._versions[block] = version
