@@ -4,8 +4,9 @@
 
 One JSON line a result. `gelem_per_s` is the median over repeats (p20, p80, n beside it) of wall time; `per_core` is
 that over the threads used. `gb_per_s` counts what the pass must read and write once: weight, weight back, lanes;
-`share_of_memcpy` sets it beside the best torch copy on the same number of threads, measured before and after each case. `times_torch` is the ratio to torch doing the same: seeded normal_ (or randint signs), add, cast, one lane
-after the other; its numbers differ from ours, the work does not.
+`share_of_memcpy` sets it beside the best torch copy on the same number of threads, measured before and after each
+case. `times_torch` is the ratio to torch doing the same: seeded normal_ (or randint signs), add, cast, one lane after
+the other; its numbers differ from ours, the work does not.
 
 The size is chosen so that weights and lanes lie in memory, not in a cache.
 """

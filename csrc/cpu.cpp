@@ -13,6 +13,9 @@ namespace {
 const zo_u64 MIN_CHUNK = 1 << 13, MAX_CHUNK = 1 << 16;
 // Below this many element-streams a call stays on its thread: waking another costs more than it saves.
 const zo_u64 SMALL = 1 << 16;
+// Lanes of more bytes than this would be read back from memory anyway. Storing past the cache saves reading each line
+// before it is overwritten: a fifth to a quarter faster at 32 Mi elements on Zen 5, no faster or slower below.
+const zo_u64 PAST_CACHE = 32 << 20;
 
 // Flush-to-zero or another rounding mode (torch.set_flush_denormal) would change results: standard mode while we run.
 class StandardFloat {
@@ -25,6 +28,13 @@ class StandardFloat {
   unsigned saved_;
 #endif
 };
+
+// Stores past the cache are not ordered with others: they must land before this thread says it is done.
+void order_stores() {
+#if ZO_X86
+  _mm_sfence();
+#endif
+}
 
 bool has_isa(int isa) {
   switch (isa) {
@@ -73,14 +83,17 @@ void make_keys(const zo_pass& pass, zo_work* work, zo_key* keys) {
       make_key(keys++, work->updates[k].seed, pass.param_id, ZO_TAG_ROUNDING);
   work->lane_keys = keys;
   bool made = false;
+  zo_u64 bytes = 0;
   zo_u64 seed = 0;
   for (zo_u32 j = 0; j < pass.num_lanes; ++j, ++keys) {
     const zo_lane& lane = work->lanes[j];
+    bytes += pass.numel * zo_format_bytes((int)lane.format);
     keys->fresh = 0;
     if (lane.scale == 0.0f || (made && lane.seed == seed)) continue;
     make_key(keys, seed = lane.seed, pass.param_id, tag);
     made = true;
   }
+  work->past_cache = !pass.rows && bytes > PAST_CACHE;
 }
 
 struct Job {
@@ -113,6 +126,7 @@ void pass_chunk(void* context, uint64_t c) {
   chunk_range(job, c, &from, &to);
   const zo_u64 at = from - job.begin;
   job.segment(job.work, (zo_u8*)pass.stored + at * zo_format_bytes((int)pass.format), from, to - from, at);
+  if (job.work->past_cache) order_stores();
 }
 
 void rows_chunk(void* context, uint64_t c) {

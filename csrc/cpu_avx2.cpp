@@ -49,11 +49,12 @@ struct Avx2 {
 
   static ZO_HD F load(const float* p) { return _mm256_loadu_ps(p); }
   static ZO_HD void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static ZO_HD void store_bits(void* p, U x) { _mm256_storeu_si256((__m256i*)p, x); }
+  static ZO_HD void store_past_cache(void* p, U x) { _mm256_stream_si256((__m256i*)p, x); }
   static ZO_HD U load16(const void* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
-  static ZO_HD U pack(U a, U b) { return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xD8); }
-  static ZO_HD void store16(zo_u8* p, U a, U b) { _mm256_storeu_si256((__m256i*)p, pack(a, b)); }
-  static ZO_HD void store_upper16(zo_u8* p, U a, U b) { store16(p, shr<16>(a), shr<16>(b)); }
-  static ZO_HD F half_value(U codes) { return _mm256_cvtph_ps(_mm256_castsi256_si128(pack(codes, codes))); }
+  static ZO_HD U pack16(U a, U b) { return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xD8); }
+  static ZO_HD U pack_upper16(U a, U b) { return pack16(shr<16>(a), shr<16>(b)); }
+  static ZO_HD F half_value(U codes) { return _mm256_cvtph_ps(_mm256_castsi256_si128(pack16(codes, codes))); }
   static ZO_HD U half_round(F x) {
     U codes = _mm256_cvtepu16_epi32(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     return select_nan(x, u(0x7e00), codes);

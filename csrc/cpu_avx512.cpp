@@ -49,16 +49,18 @@ struct Avx512 {
 
   static ZO_HD F load(const float* p) { return _mm512_loadu_ps(p); }
   static ZO_HD void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static ZO_HD void store_bits(void* p, U x) { _mm512_storeu_si512(p, x); }
+  static ZO_HD void store_past_cache(void* p, U x) { _mm512_stream_si512((__m512i*)p, x); }
   static ZO_HD U load16(const void* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
-  static ZO_HD void store16(zo_u8* p, U a, U b) {
+  static ZO_HD U pack16(U a, U b) {
     const U even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22,
                                     20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(a, even, b));
+    return _mm512_permutex2var_epi16(a, even, b);
   }
-  static ZO_HD void store_upper16(zo_u8* p, U a, U b) {
+  static ZO_HD U pack_upper16(U a, U b) {
     const U odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23,
                                    21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(a, odd, b));
+    return _mm512_permutex2var_epi16(a, odd, b);
   }
   static ZO_HD F half_value(U codes) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(codes)); }
   static ZO_HD U half_round(F x) {

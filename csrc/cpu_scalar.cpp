@@ -16,11 +16,10 @@ struct Scalar : ZoScalar {
     __builtin_memcpy(&x, p, 2);
     return x;
   }
-  static ZO_HD void store16(zo_u8* p, zo_u32 a, zo_u32 b) {
-    zo_u16 pair[2] = {(zo_u16)a, (zo_u16)b};
-    __builtin_memcpy(p, pair, 4);
-  }
-  static ZO_HD void store_upper16(zo_u8* p, zo_u32 a, zo_u32 b) { store16(p, a >> 16, b >> 16); }
+  static ZO_HD void store_bits(void* p, zo_u32 x) { __builtin_memcpy(p, &x, 4); }
+  static ZO_HD void store_past_cache(void* p, zo_u32 x) { store_bits(p, x); }
+  static ZO_HD zo_u32 pack16(zo_u32 a, zo_u32 b) { return a | b << 16; }
+  static ZO_HD zo_u32 pack_upper16(zo_u32 a, zo_u32 b) { return a >> 16 | (b & 0xffff0000u); }
   static ZO_HD float half_value(zo_u32 code) { return zo_fp16_decode<ZoScalar>(code); }
   static ZO_HD zo_u32 half_round(float x) { return zo_fp16_round<ZoScalar>(x); }
   static ZO_HD float add_signed(float w, float scale, const zo_u32* signs, int i) {

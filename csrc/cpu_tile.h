@@ -156,7 +156,7 @@ void encode(int format, zo_u8* stored, float* w, int n, const zo_u16* random) {
     }
   else if (format == ZO_BF16) {
     auto finish = [&](int i, U a, U b) {
-      V::store_upper16(stored + 2 * i, a, b);
+      V::store_bits(stored + 2 * i, V::pack_upper16(a, b));
       V::store(w + i, zo_bf16_value<V>(a));
       V::store(w + i + W, zo_bf16_value<V>(b));
     };
@@ -169,7 +169,7 @@ void encode(int format, zo_u8* stored, float* w, int n, const zo_u16* random) {
         finish(i, zo_bf16_round<V>(V::load(w + i)), zo_bf16_round<V>(V::load(w + i + W)));
   } else {
     auto finish = [&](int i, U a, U b) {
-      V::store16(stored + 2 * i, a, b);
+      V::store_bits(stored + 2 * i, V::pack16(a, b));
       V::store(w + i, V::half_value(a));
       V::store(w + i + W, V::half_value(b));
     };
@@ -182,17 +182,26 @@ void encode(int format, zo_u8* stored, float* w, int n, const zo_u16* random) {
   }
 }
 
+template <class V, bool PAST_CACHE>
+ZO_HD void put(void* p, typename V::U x) {
+  if constexpr (PAST_CACHE)
+    V::store_past_cache(p, x);
+  else
+    V::store_bits(p, x);
+}
+
 // out = round(value(i)) for i in steps of one vector
-template <class V, class Value>
+template <class V, bool PAST_CACHE, class Value>
 ZO_HD void emit(int format, zo_u8* out, int n, Value value) {
   const int W = V::WIDTH;
   if (format == ZO_FP32)
-    for (int i = 0; i < n; i += W) V::store((float*)out + i, V::value(zo_fp32_round<V>(value(i))));
+    for (int i = 0; i < n; i += W) put<V, PAST_CACHE>(out + 4 * i, zo_fp32_round<V>(value(i)));
   else if (format == ZO_BF16)
     for (int i = 0; i < n; i += 2 * W)
-      V::store_upper16(out + 2 * i, zo_bf16_round<V>(value(i)), zo_bf16_round<V>(value(i + W)));
+      put<V, PAST_CACHE>(out + 2 * i, V::pack_upper16(zo_bf16_round<V>(value(i)), zo_bf16_round<V>(value(i + W))));
   else
-    for (int i = 0; i < n; i += 2 * W) V::store16(out + 2 * i, V::half_round(value(i)), V::half_round(value(i + W)));
+    for (int i = 0; i < n; i += 2 * W)
+      put<V, PAST_CACHE>(out + 2 * i, V::pack16(V::half_round(value(i)), V::half_round(value(i + W))));
 }
 
 // Noise of one seed over one tile, ready to be added to several outputs.
@@ -227,16 +236,16 @@ __attribute__((noinline)) void update(float* w, const zo_update& u, const zo_key
   }
 }
 
-template <class V>
+template <class V, bool PAST_CACHE>
 __attribute__((noinline)) void lane(const float* w, const Noise& noise, int tag, float scale, int format, zo_u8* out,
                                     int n) {
   const typename V::F s = V::f(scale);
   if (scale == 0.0f)
-    emit<V>(format, out, n, [&](int i) { return V::load(w + i); });
+    emit<V, PAST_CACHE>(format, out, n, [&](int i) { return V::load(w + i); });
   else if (tag == ZO_TAG_GAUSSIAN)
-    emit<V>(format, out, n, [&](int i) { return zo_add_noise<V>(V::load(w + i), s, V::load(noise.z + i)); });
+    emit<V, PAST_CACHE>(format, out, n, [&](int i) { return zo_add_noise<V>(V::load(w + i), s, V::load(noise.z + i)); });
   else
-    emit<V>(format, out, n, [&](int i) { return V::add_signed(V::load(w + i), s, noise.signs, i); });
+    emit<V, PAST_CACHE>(format, out, n, [&](int i) { return V::add_signed(V::load(w + i), s, noise.signs, i); });
 }
 
 // ---- one run of consecutive elements
@@ -277,8 +286,14 @@ void segment(const zo_work* work, zo_u8* stored, zo_u64 g, zo_u64 n, zo_u64 out_
       if (work->lane_keys[j].fresh) make_noise<V, R>(work->lane_keys[j], first, span, noise);
       const int out_size = zo_format_bytes((int)l.format);
       zo_u8* out = (zo_u8*)l.out + out_at * out_size;
-      lane<V>(w, noise, work->tag, l.scale, (int)l.format, whole ? out : scratch, span);
-      if (!whole) __builtin_memcpy(out, scratch + head * out_size, (zo_u64)count * out_size);
+      if (!whole) {
+        lane<V, false>(w, noise, work->tag, l.scale, (int)l.format, scratch, span);
+        __builtin_memcpy(out, scratch + head * out_size, (zo_u64)count * out_size);
+      } else if (work->past_cache && ((zo_u64)out & 63) == 0) {
+        lane<V, true>(w, noise, work->tag, l.scale, (int)l.format, out, span);
+      } else {
+        lane<V, false>(w, noise, work->tag, l.scale, (int)l.format, out, span);
+      }
     }
     stored += (zo_u64)count * size;
     g += count;

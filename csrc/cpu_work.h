@@ -16,6 +16,7 @@ struct zo_work {
   const zo_lane* lanes;
   const zo_key *update_keys, *rounding_keys, *lane_keys;
   int last_fold, tag;
+  int past_cache;  // lanes are too large for a cache to keep: write them around it
 };
 
 struct zo_kernels {  // index 0: 7 rounds, 1: 10 rounds

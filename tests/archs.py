@@ -22,7 +22,8 @@ class Arch:
     batch: Callable[[int], dict[str, Any]]
     """seed -> keyword arguments of the model."""
     functional: bool = True
-    """torch.func.functional_call reaches all of its weights (nn.RNN keeps a second list that it does not)."""
+    """torch.func.functional_call can be the reference: not for nn.RNN, which keeps a second list of its weights, nor
+    for a module registered twice, which it leaves changed."""
 
 
 def _ints(seed: int, *shape: int, low: int = 5, high: int = V) -> Tensor:
@@ -118,11 +119,14 @@ CAUSAL = [
     Arch("gpt_neox", _lm("GPTNeoXConfig", **_LM), lm_batch),
     Arch("gpt_neox_japanese", _lm("GPTNeoXJapaneseConfig", vocab_size=V, hidden_size=32, num_hidden_layers=3,
                                   num_attention_heads=4, max_position_embeddings=32), lm_batch),
-    Arch("gptj", _lm("GPTJConfig", vocab_size=V, n_embd=32, n_layer=3, n_head=4, n_positions=32, rotary_dim=4), lm_batch),
+    Arch("gptj", _lm("GPTJConfig", vocab_size=V, n_embd=32, n_layer=3, n_head=4, n_positions=32, rotary_dim=4),
+         lm_batch),
     Arch("bloom", _lm("BloomConfig", vocab_size=V, hidden_size=32, n_layer=3, n_head=4), lm_batch),
-    Arch("falcon", _lm("FalconConfig", vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4), lm_batch),
+    Arch("falcon", _lm("FalconConfig", vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4),
+         lm_batch),
     Arch("mpt", _lm("MptConfig", vocab_size=V, d_model=32, n_layers=2, n_heads=4, max_seq_len=32), lm_batch),
-    Arch("codegen", _lm("CodeGenConfig", vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=32, rotary_dim=4), lm_batch),
+    Arch("codegen", _lm("CodeGenConfig", vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=32, rotary_dim=4),
+         lm_batch),
     Arch("phi", _lm("PhiConfig", **_LM), lm_batch),
     Arch("phi3", _lm("Phi3Config", **_GQA), lm_batch),
     Arch("mistral", _lm("MistralConfig", **_HEAD, sliding_window=6), lm_batch),
@@ -143,7 +147,8 @@ CAUSAL = [
 
 MOE = [
     Arch("mixtral", _lm("MixtralConfig", **_GQA, num_local_experts=4), lm_batch),
-    Arch("qwen3_moe", _lm("Qwen3MoeConfig", **_HEAD, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2), lm_batch),
+    Arch("qwen3_moe", _lm("Qwen3MoeConfig", **_HEAD, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
+         lm_batch),
     Arch("qwen2_moe", _lm("Qwen2MoeConfig", **_GQA, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2,
                           shared_expert_intermediate_size=24), lm_batch),
     Arch("gpt_oss", _lm("GptOssConfig", **dict(_HEAD, num_local_experts=4, num_experts_per_tok=2, sliding_window=6,
@@ -161,14 +166,16 @@ STATE_SPACE = [
     Arch("mamba", _lm("MambaConfig", vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4), ids_batch),
     Arch("mamba2", _lm("Mamba2Config", vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=8,
                        head_dim=8, n_groups=1, chunk_size=4), ids_batch),
-    Arch("falcon_mamba", _lm("FalconMambaConfig", vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4), ids_batch),
+    Arch("falcon_mamba", _lm("FalconMambaConfig", vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4),
+         ids_batch),
     Arch("jamba", _lm("JambaConfig", **dict(_GQA, num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1,
                                             expert_layer_period=2, expert_layer_offset=1, num_experts=4,
                                             mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False)), lm_batch),
     Arch("bamba", _lm("BambaConfig", **dict(_GQA, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8,
                                             mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=4)), lm_batch),
     Arch("rwkv", _lm("RwkvConfig", vocab_size=V, hidden_size=32, num_hidden_layers=2, context_length=32), ids_batch),
-    Arch("recurrent_gemma", _lm("RecurrentGemmaConfig", **dict(_GQA, lru_width=32, attention_window_size=8)), ids_batch),
+    Arch("recurrent_gemma", _lm("RecurrentGemmaConfig", **dict(_GQA, lru_width=32, attention_window_size=8)),
+         ids_batch),
 ]  # fmt: skip
 
 ENCODERS = [
@@ -180,7 +187,8 @@ ENCODERS = [
     Arch("electra", _of("ElectraForMaskedLM", "ElectraConfig", **_LM, embedding_size=16), mlm_batch),
     Arch("deberta_v2", _of("DebertaV2ForMaskedLM", "DebertaV2Config", **_LM, relative_attention=True,
                            pos_att_type=["p2c", "c2p"], position_buckets=8, share_att_key=True), mlm_batch),
-    Arch("modernbert", _of("ModernBertForMaskedLM", "ModernBertConfig", **dict(_LM, cls_token_id=1, sep_token_id=2)), mlm_batch),
+    Arch("modernbert", _of("ModernBertForMaskedLM", "ModernBertConfig", **dict(_LM, cls_token_id=1, sep_token_id=2)),
+         mlm_batch),
     Arch("mpnet", _of("MPNetForMaskedLM", "MPNetConfig", **_LM), mlm_batch),
 ]  # fmt: skip
 
@@ -212,7 +220,8 @@ VISION_AND_SPEECH = [
     Arch("clip", _clip, clip_batch),
     Arch("convnext", _of("ConvNextForImageClassification", "ConvNextConfig", hidden_sizes=[8, 16], depths=[2, 2],
                          num_stages=2, patch_size=2, num_labels=3), image_batch),
-    Arch("swin", _of("SwinForImageClassification", "SwinConfig", image_size=16, patch_size=2, embed_dim=8, depths=[2, 2],
+    Arch("swin", _of("SwinForImageClassification", "SwinConfig", image_size=16, patch_size=2, embed_dim=8,
+                     depths=[2, 2],
                      num_heads=[2, 4], window_size=4, num_labels=3), image_batch),
     Arch("resnet", _of("ResNetForImageClassification", "ResNetConfig", embedding_size=8, hidden_sizes=[8, 16],
                        depths=[1, 2], layer_type="basic", num_labels=3), image_batch),
@@ -222,7 +231,7 @@ VISION_AND_SPEECH = [
                          num_conv_pos_embedding_groups=2), wave_batch),
 ]  # fmt: skip
 
-# ---- plain torch: what transformers models do, one at a time -----------------------------------------------------------
+# ---- plain torch: what transformers models do, one at a time ------------------------------------------------------
 
 
 def vector_batch(seed: int) -> dict[str, Any]:
@@ -469,8 +478,9 @@ class Rows(nn.Module):
 
 PLAIN = [
     *(Arch(cls.__name__, cls, vector_batch) for cls in (
-        Attention, Encoder, ReadsChild, ReturnsParameter, ViewEscapes, ViewOutlivesCall, Lists, NestedTies,
+        Attention, Encoder, ReadsChild, ReturnsParameter, ViewEscapes, ViewOutlivesCall, Lists,
         DirectForward, Routed, EarlyExit, OldWeightNorm)),
+    Arch("NestedTies", NestedTies, vector_batch, functional=False),
     Arch("Lstm", Lstm, vector_batch, functional=False),
     Arch("Rows", Rows, lambda seed: {"ids": _ints(seed, B, T, low=0)}),
 ]  # fmt: skip

@@ -598,7 +598,7 @@ def test_one_group_of_tensors_is_alive_at_a_time(tmp_path):
 
 
 class Odd(nn.Module):
-    """Not a PreTrainedModel: sizes that are no multiple of anything, a tie, a scalar, an empty and an integer tensor."""
+    """Not a PreTrainedModel: sizes that are no multiple of anything, a tie, scalar, empty, an integer tensor."""
 
     def __init__(self):
         super().__init__()

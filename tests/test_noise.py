@@ -98,6 +98,10 @@ def test_fma_rounds_once():
         a[2500:3000] *= np.float32(2.0**-100)
     a[1500:2500], b[1500:2500] = np.float32(1 + 2.0**-12), (1 + chance.integers(0, 99, 1000) * 2.0**-12).astype("f4")
     c[1500:2500] = (2.0 ** chance.integers(20, 60, 1000) * chance.choice([-1, 1], 1000)).astype("f4")
+    # a product that float64 cannot tell from the tie it lies beside: rounding twice ends on the other side
+    k = chance.integers(15, 23, 1000)
+    a[3000:], b[3000:] = (1 + 2.0**-k).astype("f4"), ((1 - 2.0**-k) * chance.choice([-1, 1], 1000)).astype("f4")
+    c[3000:] = ((1 << 24) + 2 * chance.integers(0, 9, 1000)) * chance.choice([-1, 1], 1000)
     keep = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
     a, b, c = a[keep], b[keep], c[keep]
     assert len(a) > 3000

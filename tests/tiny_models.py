@@ -57,7 +57,10 @@ ZOO: dict[str, Tiny] = {
     "llama-tied": Tiny("LlamaForCausalLM", "LlamaConfig", dict(LLAMA, tie_word_embeddings=True)),
     "qwen3": Tiny("Qwen3ForCausalLM", "Qwen3Config", dict(LLAMA, head_dim=8, tie_word_embeddings=True)),
     "opt": Tiny("OPTForCausalLM", "OPTConfig", dict(TEXT, ffn_dim=48, word_embed_proj_dim=32)),
-    "gpt2": Tiny("GPT2LMHeadModel", "GPT2Config", dict(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4)),
+    "gpt2": Tiny(
+        "GPT2LMHeadModel", "GPT2Config",
+        dict(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4),
+    ),
     "gpt-neox": Tiny("GPTNeoXForCausalLM", "GPTNeoXConfig", BERT),
     "mixtral": Tiny("MixtralForCausalLM", "MixtralConfig", dict(LLAMA, num_local_experts=12, num_experts_per_tok=2)),
     "qwen3-moe": Tiny("Qwen3MoeForCausalLM", "Qwen3MoeConfig", dict(MOE, num_experts=4, head_dim=8)),
@@ -75,7 +78,10 @@ ZOO: dict[str, Tiny] = {
         ),
     ),
     "gemma3": Tiny("Gemma3ForCausalLM", "Gemma3TextConfig", dict(LLAMA, head_dim=8, sliding_window=8)),
-    "mamba": Tiny("MambaForCausalLM", "MambaConfig", dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8)),
+    "mamba": Tiny(
+        "MambaForCausalLM", "MambaConfig",
+        dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8),
+    ),
     "bert": Tiny("BertForSequenceClassification", "BertConfig", BERT),
     "bert-pretraining": Tiny("BertForPreTraining", "BertConfig", BERT),
     "roberta": Tiny("RobertaForMaskedLM", "RobertaConfig", BERT),
@@ -95,7 +101,10 @@ ZOO: dict[str, Tiny] = {
     "vit": Tiny(
         "ViTForImageClassification",
         "ViTConfig",
-        dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8),
+        dict(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16,
+            patch_size=8,
+        ),
         lambda: {"pixel_values": torch.randn(2, 3, 16, 16)},
     ),
     "resnet": Tiny(

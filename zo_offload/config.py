@@ -35,6 +35,15 @@ def parse_bytes(value: int | float | str, what: str = "size") -> int:
     return int(number * _UNITS[unit])
 
 
+def show_bytes(nbytes: float) -> str:
+    """A size for people: "403.1 MB". Units of 1000, as disks and links are sold."""
+    for unit in ("B", "kB", "MB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How an engine runs. No setting here changes the numbers of a run except storage, compute, rounding, seed and

@@ -28,6 +28,7 @@ import transformers
 from torch import Tensor, nn
 
 from . import runs
+from .activations import measure_activations
 from .checkpoint import Checkpoint, save_pretrained
 from .config import DTYPES, EngineConfig, parse_bytes
 from .data import Batches, batch_tokens, fingerprint, loss_weight, make_batches, max_positions, split_micro_batches
@@ -38,7 +39,7 @@ from .ingest import Base, ModuleBase
 from .journal import Journal, StepRecord
 from .lanes import Hub, Lane, PlanFault, hollow
 from .layout import Layout, make_layout
-from .memory import MemoryPlan, plan_memory, process_bytes
+from .memory import Activations, MemoryPlan, plan_memory, process_bytes
 from .methods import MeZO, lr_schedule
 from .plan import Plan, make_plan, relift
 from .progress import Progress
@@ -85,8 +86,10 @@ class Engine:
 
     model: a checkpoint directory, a cached hub id, or an nn.Module (whose weights the engine then owns until
     `restore` or `close` puts them back). objective: (model, batch) -> scalar, default `model(**batch).loss`; it may be
-    non-differentiable. settings: fields of `EngineConfig`. Every error a setting can cause is raised here, before
-    weights are read or anything is written.
+    non-differentiable. example: a batch to trace with, where the model has no dummy inputs of its own. base: first
+    weights of a module on meta. settings: fields of `EngineConfig`. Every error a setting can cause is raised here,
+    before weights are read or anything is written; what depends on the batch, at the first `fit`, before memory is
+    taken.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Engine:
         tokenizer: Any = None,
         model_class: Any = None,
         example: Batch | None = None,
+        base: Base | None = None,
         config: EngineConfig | None = None,
         **settings: Any,
     ) -> None:
@@ -113,7 +117,7 @@ class Engine:
         self.base: Base
         if isinstance(model, nn.Module):
             self.model: nn.Module = model
-            self.base = ModuleBase(model)
+            self.base = base if base is not None else ModuleBase(model)
         else:
             self.checkpoint = Checkpoint.open(model)
             compute = DTYPES[self.config.compute or "fp32"]
@@ -122,7 +126,7 @@ class Engine:
         self.plan: Plan = make_plan(self.model, example, trainable=self.config.trainable)
         self.layout: Layout = make_layout(self.plan, lambda spec: self.config.format_of(spec, self.base.dtype_of(spec.name)))
         self.offload = choose_offload(self.config, self.layout)
-        self.memory: MemoryPlan = self._plan_memory()
+        self.memory: MemoryPlan = self._plan_memory(example)
         self.log = UpdateLog()
         self.journal: Journal | None = None
         self.evals: list[dict[str, float]] = []
@@ -181,7 +185,7 @@ class Engine:
         if eval_data is not None:
             evaluation = self._batches(eval_data, batch_size or self.method.batch_size, data_options, shuffle=False)
         factor = lr_schedule(self.method.schedule, self.method.warmup_steps, steps)
-        self._start()
+        self._start(batches.batch(0), micro_batches)
         losses: list[float] = []
         tokens, begin, first = 0, time.perf_counter(), self.log.version
         streamer = self._running()
@@ -217,7 +221,7 @@ class Engine:
 
     def step(self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1) -> StepRecord:
         """One step on one batch: the lanes, the update, the journal. The update reaches each block at its next visit."""
-        self._start()
+        self._start(batch, micro_batches)
         step = self.log.version
         lr = self.method.lr if lr is None else lr
         perturbations = self.method.perturbations(self.config.seed, step)
@@ -238,12 +242,12 @@ class Engine:
     def evaluate(self, data: Any, *, batch_size: int | None = None, **data_options: Any) -> dict[str, float]:
         """Mean loss, and accuracy where the data defines it, at the current weights. See `data.make_batches`."""
         batches = self._batches(data, batch_size or self.method.batch_size, data_options, shuffle=False)
-        self._start()
+        self._start(next(iter(batches.epoch())))
         return self._evaluate(batches)
 
     def run(self, batch: Batch, call: Callable[[nn.Module, Batch], Any] | None = None) -> Any:
         """One forward at the current weights: `call(model, batch)`, default `model(**batch)`. For logits, say."""
-        self._start()
+        self._start(batch)
         return self._forward([Lane(STILL, batch)], call or (lambda model, inputs: model(**inputs)))[0]
 
     # ---- results -----------------------------------------------------------------------------------------------------
@@ -364,21 +368,29 @@ class Engine:
 
     # ---- getting under way -------------------------------------------------------------------------------------------
 
-    def _plan_memory(self) -> MemoryPlan:
-        config = self.config
+    def _plan_memory(self, batch: Batch | None, micro_batches: int = 1) -> MemoryPlan:
+        """Window and service order for lanes on a part of `batch`; without one, activations count as nothing."""
+        config, activations, rows = self.config, Activations(), 0
+        if batch is not None:
+            part = split_micro_batches(batch, micro_batches)[0]
+            activations = measure_activations(self.model, self.plan, part, self.objective)
+            rows = batch_tokens(batch)
         budget = None if config.device_memory is None else parse_bytes(config.device_memory, "device_memory")
         return plan_memory(
             self.plan, self.layout, offload=self.offload, budget=budget, num_slots=config.num_slots,
-            perturbations=len(self.method.perturbations(config.seed, 0)), order=config.order, ahead=config.prefetch,
-            io_threads=config.io_threads if config.overlap else 0, process=self.process_bytes,
+            perturbations=len(self.method.perturbations(config.seed, 0)), micro_batches=micro_batches,
+            order=config.order, ahead=config.prefetch, io_threads=config.io_threads if config.overlap else 0,
+            rows=rows, activations=activations, process=self.process_bytes,
         )  # fmt: skip
 
-    def _start(self) -> None:
+    def _start(self, batch: Batch | None = None, micro_batches: int = 1) -> None:
         """Fill or reopen the tier, hollow the model, wire hub and streamer. Once, at the first use."""
         if self._closed:
             raise ConfigError("this engine is closed; make another, or Engine.resume(run_dir)")
         if self._streamer is not None:
             return
+        if batch is not None:
+            self.memory = self._plan_memory(batch, micro_batches)
         tier, self.log, self.journal = start(
             self.plan, self.layout, self.base, self.config, self.method, self.offload, self.device,
             model_name=self._model_name,

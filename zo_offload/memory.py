@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 
+from .config import show_bytes
 from .errors import BudgetError
 from .layout import Layout
 from .plan import Owner, Plan
@@ -172,16 +173,16 @@ def _pin_more(plan: Plan, with_pinned: Any, budget: int) -> MemoryPlan:
 
 def _too_small(plan: Plan, layout: Layout, least: MemoryPlan, budget: int, offload: str) -> BudgetError:
     largest = max(plan.blocks, key=lambda block: layout.block_bytes[block.index])
-    terms = ", ".join(f"{name} {nbytes / 1e9:.3f} GB" for name, nbytes in least.rows() if name not in ("process", "store"))
+    terms = ", ".join(f"{name} {show_bytes(nbytes)}" for name, nbytes in least.rows() if name not in ("process", "store"))
     hint = (
         "Use offload='disk' or 'host'"
         if offload == "none"
         else "Use a smaller storage format, shorter or smaller batches, or micro_batches"
     )
     return BudgetError(
-        f"device_memory={budget / 1e9:.3f} GB is too small: the least that works with offload={offload!r} is "
-        f"{least.device_bytes / 1e9:.3f} GB ({terms}; largest block {largest.name!r} "
-        f"{layout.block_bytes[largest.index] / 1e9:.3f} GB). {hint}, or device_memory of at least that"
+        f"device_memory={show_bytes(budget)} is too small: the least that works with offload={offload!r} is "
+        f"{show_bytes(least.device_bytes)} ({terms}; largest block {largest.name!r} "
+        f"{show_bytes(layout.block_bytes[largest.index])}). {hint}, or device_memory of at least that"
     )
 
 

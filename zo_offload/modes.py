@@ -129,7 +129,7 @@ def rng_state(kinds: frozenset[str] | None = None) -> dict[str, Any]:
     states: dict[str, Any] = {}
     if kinds is None or "torch" in kinds:
         states["torch"] = torch.get_rng_state()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for device in range(torch.cuda.device_count()):
             if kinds is None or f"cuda:{device}" in kinds:
                 states[f"cuda:{device}"] = torch.cuda.get_rng_state(device)

@@ -224,9 +224,9 @@ def make_plan(
     named = dict(model.named_parameters())
     if not named:
         raise PlanError(f"{type(model).__name__} has no parameters: nothing to train")
-    lazy = [n for n, p in named.items() if isinstance(p, nn.parameter.UninitializedTensorMixin)]
+    lazy = [n for n, p in named.items() if isinstance(p, (nn.UninitializedParameter, nn.UninitializedBuffer))]
     if lazy:
-        raise PlanError(f"parameters without a shape yet: {lazy[:5]}. Run the model once on a batch before planning it.")
+        raise PlanError(f"parameters without a shape yet: {lazy[:5]}. Run the model once on a batch before planning")
     tree = module_tree(model)
     chosen = select_trainable(named, tree, trainable)
     ids = assign_param_ids(list(named))
@@ -433,7 +433,8 @@ def _assemble(
     unseen = [name for name in tree.classes if name in served and name not in set(called)]
     if not trace.complete:  # the order is a guess anyway: definition order for the rest
         called += unseen
-    owners, index = [], {}
+    owners: list[Owner] = []
+    index: dict[str, int] = {}
     for name in dict.fromkeys([*called, *unseen]):
         index[name] = len(owners)
         mine = tuple(served[name])

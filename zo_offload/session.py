@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from . import runs
-from .config import EngineConfig
+from .config import EngineConfig, show_bytes
 from .devices import CpuDevice
 from .errors import BudgetError, JournalError
 from .ingest import Base, ingest
@@ -37,14 +37,14 @@ def choose_offload(config: EngineConfig, layout: Layout) -> str:
             return "none"
         if config.run_dir is None:
             raise BudgetError(
-                f"the stored model takes {need / 1e9:.2f} GB and {free / 1e9:.2f} GB of memory is free: "
+                f"the stored model takes {show_bytes(need)} and {show_bytes(free)} of memory is free: "
                 "give run_dir=... so that it can stream from disk"
             )
         return "disk"
     if config.offload in ("none", "host") and need > free:
         raise BudgetError(
-            f"offload={config.offload!r} keeps the whole model in memory: {need / 1e9:.2f} GB, but "
-            f"{free / 1e9:.2f} GB is free. Use offload='disk', or a smaller storage format"
+            f"offload={config.offload!r} keeps the whole model in memory: {show_bytes(need)}, but "
+            f"{show_bytes(free)} is free. Use offload='disk', or a smaller storage format"
         )
     return config.offload
 

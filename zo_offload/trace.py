@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,14 +36,17 @@ log = logging.getLogger(__name__)
 Path = tuple[str, ...]
 """Names of nested running modules, outermost first; the root module is "". """
 
+Inputs = list[tuple[Tensor, int | None]]
+"""Tensors an op gets, each with its storage key."""
+
 ForwardCall = Callable[[nn.Module, Any], Any]
 """(model, batch) -> anything: how a lane calls the model."""
 
 _REAL_COPY_MAX_ELEMENTS = 1 << 20
 # ops that take a tensor for its shape, dtype or device only
 _SHAPE_ONLY = frozenset(
-    "empty_like zeros_like ones_like full_like rand_like randn_like randint_like "
-    "new_empty new_zeros new_ones new_full new_empty_strided sym_size sym_stride sym_numel sym_storage_offset".split()
+    "empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros new_ones new_full "
+    "new_empty_strided sym_size sym_stride sym_numel sym_storage_offset _has_compatible_shallow_copy_type".split()
 )
 
 
@@ -143,9 +146,14 @@ class Origin:
 def storage_key(tensor: Tensor) -> int | None:
     """Identity of the memory behind a tensor; None for layouts that have no single storage."""
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None
+
+
+def weak_storage(tensor: Tensor) -> StorageWeakRef:
+    """Keeps the key of a tensor's storage from being given to another, not the memory."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -156,11 +164,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-class UseWatch(TorchDispatchMode):
+class UseWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes which op reads which parameter, for the recorder in `self.recorder` (None: not looking)."""
 
     def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorder: Recorder | None = None
         self.origins: dict[int, Origin] = {}
         self._names = {id(p): name for name, p in params.items()}
@@ -170,7 +178,7 @@ class UseWatch(TorchDispatchMode):
         key = storage_key(tensor)
         if key is None or key in self.origins:
             return None
-        origin = Origin(name, StorageWeakRef(tensor.untyped_storage()), always)
+        origin = Origin(name, weak_storage(tensor), always)
         self.origins[key] = origin
         return origin
 
@@ -209,10 +217,10 @@ class UseWatch(TorchDispatchMode):
         recorder.use(origin.name, path)
         return path
 
-    def before(self, recorder: Recorder, func: Any, inputs: list[tuple[Tensor, int | None]], written: list[Tensor]) -> None:
+    def before(self, recorder: Recorder, func: Any, inputs: Inputs, written: list[Tensor]) -> None:
         """An op is about to run. `written`: inputs that it changes."""
 
-    def after(self, recorder: Recorder, inputs: list[tuple[Tensor, int | None]], outputs: list[Tensor]) -> None:
+    def after(self, recorder: Recorder, inputs: Inputs, outputs: list[Tensor]) -> None:
         """An op has run."""
 
     def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -229,7 +237,16 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
     return found
 
 
-class RunWatch(UseWatch):
+@dataclass(eq=False)
+class _Made:
+    """A tensor's memory: which lane made it, and whether weights or inputs went into it."""
+
+    ref: StorageWeakRef
+    by: Recorder
+    tainted: bool
+
+
+class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
     """Watches a real run of lanes: finds uses of weights that are away, and lanes that share state."""
 
     def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
@@ -237,7 +254,15 @@ class RunWatch(UseWatch):
         self.faults: list[str] = []
         self.crossings: list[str] = []
         self.notes: dict[str, None] = {}
-        self._made: dict[int, tuple[StorageWeakRef, Recorder]] = {}
+        self._made: dict[int, _Made] = {}
+        self._batch: dict[int, StorageWeakRef] = {}
+
+    def taint(self, tensors: Iterable[Tensor]) -> None:
+        """Inputs of lanes: what is computed from them is a lane's own."""
+        for t in tensors:
+            key = storage_key(t)
+            if key is not None and key not in self._batch:
+                self._batch[key] = weak_storage(t)
 
     def read(self, recorder: Recorder, tensor: Tensor, origin: Origin) -> tuple[Running, ...]:
         path = super().read(recorder, tensor, origin)
@@ -246,7 +271,7 @@ class RunWatch(UseWatch):
             self.faults.append(f"{origin.name!r} is used in {recorder.where()} {how}")
         return path
 
-    def before(self, recorder: Recorder, func: Any, inputs: list[tuple[Tensor, int | None]], written: list[Tensor]) -> None:
+    def before(self, recorder: Recorder, func: Any, inputs: Inputs, written: list[Tensor]) -> None:
         for t in written:
             key = storage_key(t)
             if key in self.origins:
@@ -260,21 +285,29 @@ class RunWatch(UseWatch):
                 self.notes[f"{recorder.where()} changes a tensor made before the forward; all lanes share it"] = None
         for _, key in inputs:
             made = self._made.get(key) if key is not None else None
-            if made is not None and made[1] is not recorder:
+            if made is not None and made.by is not recorder and made.tainted:
                 self.crossings.append(recorder.where())
 
-    def after(self, recorder: Recorder, inputs: list[tuple[Tensor, int | None]], outputs: list[Tensor]) -> None:
-        known = {key for _, key in inputs}
+    def after(self, recorder: Recorder, inputs: Inputs, outputs: list[Tensor]) -> None:
+        """Whose tensors these are. Only what comes from weights or inputs matters: a lane may well be the one that
+        fills a table of positions for all."""
+        known = {key for _, key in inputs if key is not None}
+        tainted = any(k in self.origins or k in self._batch for k in known)
+        tainted = tainted or any(k in self._made and self._made[k].tainted for k in known)
         for t in outputs:
             key = storage_key(t)
-            if key is not None and key not in known and key not in self._made and key not in self.origins:
-                self._made[key] = (StorageWeakRef(t.untyped_storage()), recorder)
+            if key is None or key in self.origins:
+                continue
+            if key in self._made:
+                self._made[key].tainted |= tainted
+            elif key not in known:
+                self._made[key] = _Made(weak_storage(t), recorder, tainted)
 
 
 # ---- the trace without weights ---------------------------------------------------------------------------------------
 
 
-class _MetaWatch(UseWatch):
+class _MetaWatch(UseWatch):  # type: ignore[no-untyped-call]
     """Runs what it can for real, the rest on meta; makes up values that only weights could give."""
 
     def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -343,6 +376,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
     for b in model.buffers():
         small = b.numel() <= _REAL_COPY_MAX_ELEMENTS and not b.is_meta
         memo[id(b)] = b.detach().cpu().clone() if small else torch.empty_like(b, device="meta")
+    for module in model.modules():
+        for value in vars(module).values():  # deepcopy refuses what autograd made (the weight of old-style weight norm)
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = torch.empty_like(value, device="meta", requires_grad=False)
     return copy.deepcopy(model, memo)
 
 
@@ -374,7 +411,8 @@ def trace_on_meta(model: nn.Module, batch: Any, call: ForwardCall) -> Trace:
     except Exception as error:  # whatever a model's code may raise without real values
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
         log.debug("trace on meta stopped", exc_info=True)
-        note = f"the trace without weights stopped in {recorder.where()} ({reason})"
+        last = f"at or after module {recorder.order[-1][1]!r}" if recorder.order else "before any module"
+        note = f"the trace without weights stopped {last} ({reason})"
         return _finished(recorder, complete=False, notes=(note,))
     return _finished(recorder, complete=True)
 

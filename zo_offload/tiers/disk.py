@@ -25,6 +25,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..config import show_bytes
 from ..errors import BudgetError, CheckpointError
 
 HEADER_BYTES = 4096
@@ -51,7 +52,7 @@ class DiskTier:
         free = shutil.disk_usage(directory).free
         if need > free:
             raise BudgetError(
-                f"offload='disk' needs {need / 1e9:.2f} GB in {directory}, but {free / 1e9:.2f} GB is free. "
+                f"offload='disk' needs {show_bytes(need)} in {directory}, but {show_bytes(free)} is free. "
                 "Choose another run_dir, or a smaller storage format"
             )
         for block, nbytes in enumerate(block_bytes):

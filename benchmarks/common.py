@@ -1,0 +1,64 @@
+"""What every benchmark says about itself: machine, versions, commit, date; and how repeats become numbers."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
+
+
+def quantile(times: list[float], q: float) -> float:
+    return sorted(times)[min(len(times) - 1, round(q * (len(times) - 1)))]
+
+
+def machine() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor()
+    return f"{model}, {platform.system()} {platform.machine()}"
+
+
+def commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def about(benchmark: str) -> dict[str, Any]:
+    """The fields that are the same in every result of a run."""
+    import torch
+    import transformers
+
+    from zo_offload import native
+
+    library = native.library()
+    return {
+        "benchmark": benchmark,
+        "isa": library.isa if library else "reference",
+        "threads": torch.get_num_threads(),
+        "machine": machine(),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "commit": commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
+        "measured": True,
+    }
+
+
+def emit(result: dict[str, Any], common: dict[str, Any]) -> None:
+    """One JSON line."""
+    print(json.dumps(result | common), flush=True)

@@ -1,0 +1,119 @@
+"""Peak resident memory of training a model streamed from disk, beside the plan's prediction.
+
+    python -m benchmarks.memory [--quick] [--models opt-1.3b opt-2.7b opt-6.7b] [--layers N ...] [--tokens 128]
+
+Each case runs in a process of its own: bf16 storage, fp32 compute, random weights written straight into blocks (the
+whole model is never in memory), three steps of batch 1. `peak_bytes` is the kernel's high-water mark (VmHWM) of that
+process; `predicted_bytes` what the plan said before anything was allocated; `model_bytes` the weights on disk. The
+opt-1.3b shape is also run with other numbers of layers: the peak must not follow them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import ROOT, about, emit
+
+
+class RandomBase:
+    """First weights made up on the spot, one tensor at a time."""
+
+    def __init__(self, shapes: dict[str, torch.Size]) -> None:
+        self._shapes = shapes
+        self._noise = (torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+
+    def load(self, name: str) -> Tensor:
+        numel = self._shapes[name].numel()
+        out = torch.empty(numel, dtype=torch.bfloat16)
+        for start in range(0, numel, self._noise.numel()):
+            out[start : start + self._noise.numel()] = self._noise[: numel - start]
+        return out.view(self._shapes[name])
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return torch.bfloat16
+
+    def digest(self) -> str:
+        return "random"
+
+
+def high_water_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def case(name: str, layers: int | None, tokens: int, steps: int, order: str) -> dict[str, Any]:
+    """Train in this process; returns what was predicted and what was seen."""
+    from transformers import OPTForCausalLM
+
+    from zo_offload import Engine, MeZO
+    from zo_offload.shapes import opt_config
+
+    config = opt_config(name)
+    if layers:
+        config.num_hidden_layers = layers
+    config.use_cache = False
+    with torch.device("meta"):
+        model = OPTForCausalLM(config).eval()
+    model.tie_weights()
+    ids = torch.randint(5, 50000, (1, tokens), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "labels": ids}
+    base = RandomBase({n: p.shape for n, p in model.named_parameters()})
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Engine(model, base=base, method=MeZO(lr=1e-6), offload="disk", run_dir=f"{folder}/run", order=order,
+                        example=batch)  # fmt: skip
+        predicted = engine.memory
+        times = []
+        with engine:
+            for _ in range(steps):
+                start = time.perf_counter()
+                engine.step(batch)
+                times.append(round(time.perf_counter() - start, 2))
+            traffic = engine._running().traffic
+    return {
+        "model": name, "layers": config.num_hidden_layers, "tokens": tokens, "order": predicted.order,
+        "model_bytes": engine.layout.total_bytes, "peak_bytes": high_water_bytes(),
+        "predicted_bytes": predicted.total_bytes, "terms": dict(predicted.terms), "step_s": times,
+        "wait_s": round(traffic.wait_s, 2), "fused_s": round(traffic.fused_s, 2),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["opt-1.3b", "opt-2.7b", "opt-6.7b"])
+    parser.add_argument("--layers", nargs="+", type=int, default=[6, 12, 48], help="of the opt-1.3b shape, besides its 24")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--order", default="block")
+    parser.add_argument("--quick", action="store_true", help="opt-125m only")
+    parser.add_argument("--one", nargs=2, metavar=("MODEL", "LAYERS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        layers = int(options.one[1]) or None
+        print(json.dumps(case(options.one[0], layers, options.tokens, options.steps, options.order)))
+        return
+    cases = [("opt-125m", 0)] if options.quick else [(m, 0) for m in options.models]
+    if not options.quick and "opt-1.3b" in options.models:
+        cases += [("opt-1.3b", n) for n in options.layers]
+    common = about("memory")
+    for name, layers in cases:
+        command = [sys.executable, "-m", "benchmarks.memory", "--one", name, str(layers), "--tokens", str(options.tokens),
+                   "--steps", str(options.steps), "--order", options.order]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        result = json.loads(done.stdout)
+        result["peak_over_predicted"] = round(result["peak_bytes"] / result["predicted_bytes"], 3)
+        result["peak_over_model"] = round(result["peak_bytes"] / result["model_bytes"], 3)
+        emit(result, common)
+
+
+if __name__ == "__main__":
+    main()

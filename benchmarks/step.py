@@ -1,0 +1,157 @@
+"""One MeZO step beside two plain forwards of the same model: the floor of any two-point method.
+
+    python -m benchmarks.step [--quick] [--models opt-125m opt-1.3b] [--tokens 128 512] [--repeats 5] [--out FILE]
+
+Random weights, random tokens, batch 1, fp32 compute and storage. For each way of running, its step and two plain
+forwards (loss included) are timed in turn in the same process, so a noisy machine disturbs both; `ratio` is the median
+of the pairs' ratios. Ways:
+    ours none | host | disk        Engine.step, everything resident, or streamed through 3 slots
+    plain mezo                     MeZO as usually written: +eps, forward, -2 eps, forward, +eps, update; torch noise
+    accelerate cpu | disk, twice   two forwards through accelerate's cpu_offload / disk_offload (it cannot train;
+                                   this is the least a user would pay)
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from benchmarks.common import about, emit, quantile
+from torch import nn
+
+from zo_offload import Engine, MeZO
+from zo_offload.shapes import opt_config
+
+Work = Callable[[], Any]
+
+
+def make_model(name: str) -> nn.Module:
+    from transformers import OPTForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = OPTForCausalLM(opt_config(name))
+    model = model.to_empty(device="cpu").eval()
+    model.tie_weights()
+    noise = torch.randn(1 << 20) * 0.02
+    with torch.no_grad():
+        for p in model.parameters():  # random enough for timing, and quick to make
+            flat = p.view(-1)
+            for start in range(0, flat.numel(), noise.numel()):
+                flat[start : start + noise.numel()] = noise[: flat.numel() - start]
+    model.config.use_cache = False
+    return model
+
+
+def pairs(work: Work, floor: Work, repeats: int) -> tuple[list[float], list[float]]:
+    """Times of work and of floor, taken in turn, after one of each to warm up."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for i in range(repeats + 1):
+        for which, fn in enumerate((work, floor)):
+            start = time.perf_counter()
+            fn()
+            if i:
+                times[which].append(time.perf_counter() - start)
+    return times
+
+
+def plain_mezo(model: nn.Module, batch: dict[str, torch.Tensor], eps: float = 1e-3, lr: float = 1e-6) -> Work:
+    step = [0]
+
+    def shift(seed: int, scale: float) -> None:
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.data.add_(torch.normal(0.0, 1.0, p.shape), alpha=scale)
+
+    def work() -> None:
+        with torch.no_grad():
+            seed = step[0] = step[0] + 1
+            shift(seed, eps)
+            plus = float(model(**batch).loss)
+            shift(seed, -2 * eps)
+            minus = float(model(**batch).loss)
+            shift(seed, eps)
+            shift(seed, -lr * (plus - minus) / (2 * eps))
+
+    return work
+
+
+def ways(name: str, batch: dict[str, torch.Tensor], folder: str) -> Iterator[tuple[str, Work, dict[str, Any]]]:
+    """Each way of running, with its work set up; the next one is set up only when this one is done with."""
+    for offload in ("none", "host", "disk"):
+        run_dir = tempfile.mkdtemp(dir=folder) if offload == "disk" else None
+        engine = Engine(make_model(name), method=MeZO(lr=1e-6), offload=offload, run_dir=run_dir and f"{run_dir}/run")
+        with engine:
+            engine.step(batch)
+            engine.step(batch)
+            streamer = engine._running()
+            yield f"ours {offload}", lambda engine=engine: engine.step(batch), {
+                "resident_bytes": streamer.resident_bytes,
+                "model_bytes": engine.layout.total_bytes,
+            }
+        del engine, streamer
+        gc.collect()
+    model = make_model(name)
+    yield "plain mezo", plain_mezo(model, batch), {}
+    del model
+    gc.collect()
+    from accelerate import cpu_offload, disk_offload
+
+    for where in ("cpu", "disk"):
+        model = make_model(name)
+        device = torch.device("cpu")
+        model = cpu_offload(model, device) if where == "cpu" else disk_offload(model, f"{folder}/accelerate", device)
+        yield f"accelerate {where}, twice", two_forwards(model, batch), {}
+        del model
+        gc.collect()
+
+
+def two_forwards(model: nn.Module, batch: dict[str, torch.Tensor]) -> Work:
+    def work() -> None:
+        with torch.no_grad():
+            for _ in range(2):
+                float(model(**batch).loss)
+
+    return work
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["opt-125m", "opt-1.3b"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[128, 512])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="opt-125m at 128 tokens, three repeats")
+    options = parser.parse_args()
+    if options.quick:
+        options.models, options.tokens, options.repeats = ["opt-125m"], [128], 3
+    common = about("step")
+    for name in options.models:
+        plain = make_model(name)
+        for tokens in options.tokens:
+            ids = torch.randint(5, 50000, (1, tokens), generator=torch.Generator().manual_seed(1))
+            batch = {"input_ids": ids, "labels": ids}
+            floor = two_forwards(plain, batch)
+            with tempfile.TemporaryDirectory() as folder:
+                for way, work, extra in ways(name, batch, folder):
+                    ours, two = pairs(work, floor, options.repeats)
+                    ratios = [a / b for a, b in zip(ours, two, strict=True)]
+                    emit(
+                        {
+                            "model": name, "tokens": tokens, "way": way, "ratio": round(quantile(ratios, 0.5), 3),
+                            "p20": round(quantile(ratios, 0.2), 3), "p80": round(quantile(ratios, 0.8), 3),
+                            "n": len(ratios), "step_s": round(quantile(ours, 0.5), 3),
+                            "two_forwards_s": round(quantile(two, 0.5), 3),
+                            "tokens_per_s": round(tokens / quantile(ours, 0.5), 1), **extra,
+                        },
+                        common,
+                    )  # fmt: skip
+        del plain
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""A source of scratch weights from a dict, and what lanes must equal: the whole model perturbed at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+from zo_offload.fused import Perturbation
+from zo_offload.lanes import Lane
+from zo_offload.plan import Owner, Plan
+
+PLUS, MINUS = Perturbation(1, 2**-6), Perturbation(1, -(2**-6))
+OTHER = Perturbation(2, 2**-6)
+
+
+def perturbed(name: str, w: Tensor, perturbation: Perturbation) -> Tensor:
+    """What any source must give for a parameter: a function of its name, values and the perturbation."""
+    generator = torch.Generator().manual_seed(perturbation.seed * 1_000_003 + sum(name.encode()))
+    return (w + perturbation.scale * torch.randn(w.shape, generator=generator)).to(w.dtype)
+
+
+class DictSource:
+    """Weights in a dict. Poisons scratch that is given back, so that using it later shows in the results.
+
+    arena: hand out slices of one buffer, again and again, as a streamer may.
+    """
+
+    def __init__(self, model: nn.Module, *, arena: bool = False) -> None:
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.out = 0
+        self.emits: list[tuple[str, list[Perturbation], Tensor | None]] = []
+        self._arena = torch.zeros(20 * sum(w.numel() for w in self.weights.values())) if arena else None
+        self._taken: dict[int, tuple[int, int]] = {}  # id of scratch handed out -> its place in the arena
+        self._cache: dict[Any, Tensor] = {}
+
+    def perturbed(self, name: str, perturbation: Perturbation) -> Tensor:
+        key = (name, perturbation)
+        if key not in self._cache:
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache[key] = perturbed(name, self.weights[name], perturbation)
+        return self._cache[key]
+
+    def emit(
+        self, owner: Owner, perturbations: Sequence[Perturbation], rows: Tensor | None = None
+    ) -> list[list[Tensor]]:
+        self.emits.append((owner.name, list(perturbations), rows))
+        self.out += 1
+        size = len(perturbations) * sum(self.weights[n].numel() for n in owner.params)
+        used = start = self._place(size)
+        scratch: list[list[Tensor]] = []
+        for p in perturbations:
+            scratch.append([])
+            for name in owner.params:
+                w = self.perturbed(name, p)
+                w = w if rows is None else w[rows]
+                if self._arena is None:
+                    scratch[-1].append(w.clone())
+                else:
+                    scratch[-1].append(self._arena[used : used + w.numel()].view(w.shape).copy_(w))
+                    used += w.numel()
+        self._taken[id(scratch)] = (start, start + size)
+        return scratch
+
+    def _place(self, size: int) -> int:
+        """The lowest place in the arena that is free."""
+        start = 0
+        for low, high in sorted(self._taken.values()):
+            if start + size <= low:
+                break
+            start = high
+        return start
+
+    def release(self, scratch: list[list[Tensor]]) -> None:
+        self.out -= 1
+        del self._taken[id(scratch)]
+        with torch.inference_mode():  # the lane's modes may be any
+            for t in tree_leaves(scratch):
+                t.fill_(float("nan"))
+
+
+def whole_model(
+    model: nn.Module, source: DictSource, lane: Lane, call: Callable[..., Any] | None = None, *, functional: bool = True
+) -> Any:
+    """The forward of one lane with all parameters perturbed at once."""
+    call = call or (lambda m, b: m(**b))
+    named = dict(model.named_parameters())
+    weights = {n: source.perturbed(n, lane.perturbation) for n in named}
+    if functional and call.__name__ == "<lambda>":
+        # as Parameters: matmul takes another path for weights that do not require grad
+        params = {n: nn.Parameter(w, requires_grad=named[n].requires_grad) for n, w in weights.items()}
+        with torch.no_grad():
+            return functional_call(model, params, (), dict(lane.batch))
+    before = {n: p.data for n, p in named.items()}
+    for n, p in named.items():
+        p.data = weights[n]
+    try:
+        with torch.no_grad():
+            return call(model, lane.batch)
+    finally:
+        for n, p in named.items():
+            p.data = before[n]
+
+
+def assert_same(got: Any, want: Any, what: str = "") -> None:
+    """Equal bit for bit in every tensor, and nowhere NaN."""
+    ours, theirs = tree_leaves(got), tree_leaves(want)
+    assert len(ours) == len(theirs), what
+    compared = 0
+    for x, y in zip(ours, theirs, strict=True):
+        if isinstance(y, Tensor):
+            assert not y.isnan().any(), f"{what}: the reference is NaN, so this compares nothing"
+            assert torch.equal(x, y), f"{what}: {(x != y).sum()} of {y.numel()} values differ"
+            compared += 1
+    assert compared, what
+
+
+def owners_of(plan: Plan) -> dict[str, set[str]]:
+    return {owner.name: set(owner.params) for owner in plan.owners}

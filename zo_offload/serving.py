@@ -1,0 +1,187 @@
+"""What a run of lanes is made of: owners, their scratch weights, and the lanes that hold them.
+
+While an owner does not run, its parameters hold placeholders. A `Frame` is one call of an owner in one lane, with the
+lane's weights for it; a lane is inside of its frames, outermost first. An `Emission` is the scratch of all lanes that
+were served together, and goes back to its source when the last of them has left the owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import greenlet
+import torch
+from torch import Tensor, nn
+
+from .fused import Perturbation
+from .modes import LaneModes
+from .plan import Owner, gathers_rows
+from .trace import Origin, Recorder
+
+set_data: Callable[[nn.Parameter, Tensor], None] = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One perturbed forward: whose weights, on which micro-batch."""
+
+    perturbation: Perturbation
+    batch: Any
+
+
+class Source(Protocol):
+    """Where scratch weights come from. Called under the modes of `Hub.run`'s caller and no_grad."""
+
+    def emit(
+        self, owner: Owner, perturbations: Sequence[Perturbation], rows: Tensor | None = None
+    ) -> list[list[Tensor]]:
+        """[perturbation][parameter of owner.params], in the parameters' shapes, dtypes and device.
+
+        rows: int64 [U], only for owners with `rows`: the result is [U, D], row i that of id rows[i].
+        """
+
+    def release(self, scratch: list[list[Tensor]]) -> None:
+        """Every lane that used `scratch` (the object `emit` returned) has left. May come in a lane's modes."""
+
+
+def placeholder(like: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """NaN (integers: the lowest value) expanded to a tensor's shape: a few bytes, and loud if computed with."""
+    if like.dtype.is_floating_point or like.dtype.is_complex:
+        value: float = float("nan")
+    else:
+        value = 0 if like.dtype is torch.bool else torch.iinfo(like.dtype).min
+    return torch.full((), value, dtype=like.dtype, device=device or like.device).expand(like.shape)
+
+
+def hollow(model: nn.Module, device: torch.device | str = "cpu") -> None:
+    """Give every parameter a placeholder on `device` instead of its values; ties stay ties.
+
+    Parameters that are on that device keep their identity; others (on meta) are replaced in every module that holds
+    them. Afterwards only lanes can run the model.
+    """
+    device = torch.device(device)
+    fresh: dict[int, nn.Parameter] = {}
+    keep: list[nn.Parameter] = []  # an id is only an id while its object lives
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if p.device == device or (p.device.type == device.type and device.index is None):
+                set_data(p, placeholder(p))
+                continue
+            if id(p) not in fresh:
+                keep.append(p)
+                fresh[id(p)] = nn.Parameter(placeholder(p, device), requires_grad=p.requires_grad)
+            setattr(module, name, fresh[id(p)])  # not _parameters[name]: nn.RNN keeps a second list
+
+
+class Served:
+    """One owner as the hub sees it: its parameters, and what they hold while it does not run."""
+
+    __slots__ = ("index", "module", "overlaps", "owner", "params", "resting", "rows")
+
+    def __init__(self, index: int, owner: Owner, module: nn.Module, params: list[nn.Parameter], resting: list[Tensor]):
+        self.index, self.owner, self.module, self.params, self.resting = index, owner, module, params, resting
+        self.overlaps = False  # another owner has one of its parameters too
+        self.rows = owner.rows and gathers_rows(module)
+
+
+class Emission:
+    """Scratch of one emit, until the last of its lanes has left the owner."""
+
+    __slots__ = ("lanes_inside", "release", "scratch")
+
+    def __init__(self, scratch: list[list[Tensor]], lanes_inside: int, release: Callable[[Any], None] | None) -> None:
+        self.scratch, self.lanes_inside, self.release = scratch, lanes_inside, release
+
+    def leave(self) -> None:
+        self.lanes_inside -= 1
+        if self.lanes_inside == 0:
+            scratch, self.scratch = self.scratch, []
+            if self.release is not None:
+                self.release(scratch)
+
+
+class Frame:
+    """An owner that is running in a lane, with the lane's weights for it."""
+
+    __slots__ = ("emission", "origins", "served", "weights")
+
+    def __init__(self, served: Served, weights: list[Tensor], emission: Emission) -> None:
+        self.served, self.weights, self.emission = served, weights, emission
+        self.origins: list[Origin] = []  # of the weights, in a watched run
+
+
+class LaneRun:
+    """One lane of the run under way."""
+
+    __slots__ = (
+        "cursor", "error", "failed_in", "frames", "glet", "ids", "index", "lane", "last", "modes", "position",
+        "recorder", "result", "rng", "want",
+    )  # fmt: skip
+
+    def __init__(self, index: int, lane: Lane) -> None:
+        self.index, self.lane = index, lane
+        self.glet: greenlet.greenlet | None = None
+        self.frames: list[Frame] = []  # owners running in it, outermost first
+        self.want = -1  # owner it waits for
+        self.ids: Tensor | None = None  # in: ids an embedding is called with; out: their places among the rows
+        self.cursor = 0  # calls of the plan behind it
+        self.position = 0  # call of the plan it waits for
+        self.modes = LaneModes()
+        self.rng: dict[str, Any] = {}
+        self.recorder = Recorder()
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.last = self.failed_in = ""
+
+    def __str__(self) -> str:
+        p = self.lane.perturbation
+        return f"lane {self.index} (seed {p.seed}, scale {p.scale:g})"
+
+
+def install(frame: Frame) -> None:
+    for p, w in zip(frame.served.params, frame.weights, strict=True):
+        set_data(p, w)
+
+
+def uninstall(frames: list[Frame]) -> None:
+    for frame in frames:
+        for p, rest in zip(frame.served.params, frame.served.resting, strict=True):
+            set_data(p, rest)
+
+
+def gather(served: Served, group: list[LaneRun]) -> Tensor:
+    """Rows [U] that the lanes of a group ask for; each lane's ids become places among them.
+
+    F.embedding checks padding_idx against the number of rows, so there are at least padding_idx + 1 (the last ones
+    are row 0 again).
+    """
+    ids = [lane.ids for lane in group]
+    assert all(isinstance(i, Tensor) for i in ids)
+    flat = torch.cat([i.reshape(-1) for i in ids])  # type: ignore[union-attr]
+    rows, places = torch.unique(flat.long(), return_inverse=True)
+    num_rows = served.params[0].shape[0]
+    if rows.numel() and (int(rows[0]) < 0 or int(rows[-1]) >= num_rows):
+        odd = int(rows[-1]) if int(rows[-1]) >= num_rows else int(rows[0])
+        raise IndexError(f"id {odd} is out of range for {served.owner.name!r}, an embedding of {num_rows} rows")
+    start = 0
+    for lane, i in zip(group, ids, strict=True):
+        lane.ids = places[start : start + i.numel()].view(i.shape)  # type: ignore[union-attr]
+        start += i.numel()  # type: ignore[union-attr]
+    padding = served.module.padding_idx
+    return nn.functional.pad(rows, (0, max(0, (0 if padding is None else int(padding)) + 1 - rows.numel())))  # type: ignore[arg-type]
+
+
+def kind_of(batch: Any) -> Any:
+    """What of a batch may steer the way through the model."""
+    if isinstance(batch, Mapping):
+        return tuple((k, kind_of(v)) for k, v in sorted(batch.items(), key=lambda item: str(item[0])))
+    if isinstance(batch, Tensor):
+        return batch.ndim, batch.dtype
+    if isinstance(batch, (list, tuple)):
+        return tuple(kind_of(v) for v in batch)
+    return batch if batch is None or isinstance(batch, (bool, str)) else type(batch)
+
+
