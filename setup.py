@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 # gcc 12 takes the deliberately undefined registers in its own AVX-512 header for a mistake
 FLAGS += ["-Wno-maybe-uninitialized"]
-LINK_FLAGS = "-shared -pthread -static-libstdc++ -static-libgcc".split()
+LINK_FLAGS = "-shared -s -pthread -static-libstdc++ -static-libgcc".split()
 SOURCES = {"csrc/cpu.cpp": [], "csrc/cpu_scalar.cpp": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     # one unit an instruction set, chosen at run time: only these files may use what their flags allow

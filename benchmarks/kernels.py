@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -161,6 +162,7 @@ def results(bench: Bench, cases: list[Case], thread_counts: list[int], with_torc
         "machine": machine(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "commit": commit(),
+        "load_average": os.getloadavg()[0],  # a busy machine measures its neighbours
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
         "measured": True,
     }
@@ -173,7 +175,8 @@ def results(bench: Bench, cases: list[Case], thread_counts: list[int], with_torc
             moved = speed[0] * case.bytes_per_element()
             result: dict[str, object] = {
                 "case": case.name, "distribution": case.distribution, "rounds": case.rounds, "store": case.store,
-                "updates": case.updates, "lanes": case.lanes, "out": str(case.out).removeprefix("torch."),
+                "updates": case.updates, "lanes": case.lanes,
+                "out": str(case.out).removeprefix("torch.") if case.lanes else None,
                 "rounding": case.rounding, "threads": threads, "numel": bench.numel, "n": len(times),
                 "gelem_per_s": round(speed[0], 4), "p20": round(speed[1], 4), "p80": round(speed[2], 4),
                 "per_core": round(speed[0] / threads, 4), "gb_per_s": round(moved, 2),

@@ -243,7 +243,8 @@ __attribute__((noinline)) void lane(const float* w, const Noise& noise, int tag,
   if (scale == 0.0f)
     emit<V, PAST_CACHE>(format, out, n, [&](int i) { return V::load(w + i); });
   else if (tag == ZO_TAG_GAUSSIAN)
-    emit<V, PAST_CACHE>(format, out, n, [&](int i) { return zo_add_noise<V>(V::load(w + i), s, V::load(noise.z + i)); });
+    emit<V, PAST_CACHE>(format, out, n,
+                        [&](int i) { return zo_add_noise<V>(V::load(w + i), s, V::load(noise.z + i)); });
   else
     emit<V, PAST_CACHE>(format, out, n, [&](int i) { return V::add_signed(V::load(w + i), s, noise.signs, i); });
 }

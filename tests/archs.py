@@ -373,6 +373,27 @@ class ViewOutlivesCall(nn.Module):
         return self.cell(self.mid(self.cell(x, kept)), kept)
 
 
+class _Borrower(nn.Module):
+    def __init__(self, cell: nn.Linear) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.cell(x)) @ self.cell.weight
+
+
+class Overlap(nn.Module):
+    """A module runs by itself and within one that reads its weight: both own the weight, at times at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.Linear(16, 16)
+        self.borrower = _Borrower(self.cell)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.borrower(torch.tanh(self.cell(x)))
+
+
 class Lists(nn.Module):
     """ParameterList and ParameterDict are modules that never run; a root parameter."""
 
@@ -481,6 +502,7 @@ PLAIN = [
         Attention, Encoder, ReadsChild, ReturnsParameter, ViewEscapes, ViewOutlivesCall, Lists,
         DirectForward, Routed, EarlyExit, OldWeightNorm)),
     Arch("NestedTies", NestedTies, vector_batch, functional=False),
+    Arch("Overlap", Overlap, vector_batch, functional=False),
     Arch("Lstm", Lstm, vector_batch, functional=False),
     Arch("Rows", Rows, lambda seed: {"ids": _ints(seed, B, T, low=0)}),
 ]  # fmt: skip

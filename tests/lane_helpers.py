@@ -27,14 +27,16 @@ def perturbed(name: str, w: Tensor, perturbation: Perturbation) -> Tensor:
 class DictSource:
     """Weights in a dict. Poisons scratch that is given back, so that using it later shows in the results.
 
-    arena: hand out slices of one buffer, again and again, as a streamer may.
+    memory: "fresh" tensors each time; slices of one "arena", again and again, as a streamer may; or a "pool" of whole
+    tensors that are used again.
     """
 
-    def __init__(self, model: nn.Module, *, arena: bool = False) -> None:
+    def __init__(self, model: nn.Module, memory: str = "fresh") -> None:
         self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
         self.out = 0
         self.emits: list[tuple[str, list[Perturbation], Tensor | None]] = []
-        self._arena = torch.zeros(20 * sum(w.numel() for w in self.weights.values())) if arena else None
+        self._arena = torch.zeros(20 * sum(w.numel() for w in self.weights.values())) if memory == "arena" else None
+        self._pool: dict[torch.Size, list[Tensor]] | None = {} if memory == "pool" else None
         self._taken: dict[int, tuple[int, int]] = {}  # id of scratch handed out -> its place in the arena
         self._cache: dict[Any, Tensor] = {}
 
@@ -58,7 +60,10 @@ class DictSource:
             for name in owner.params:
                 w = self.perturbed(name, p)
                 w = w if rows is None else w[rows]
-                if self._arena is None:
+                if self._pool is not None:
+                    free = self._pool.setdefault(w.shape, [])
+                    scratch[-1].append((free.pop() if free else torch.empty_like(w)).copy_(w))
+                elif self._arena is None:
                     scratch[-1].append(w.clone())
                 else:
                     scratch[-1].append(self._arena[used : used + w.numel()].view(w.shape).copy_(w))
@@ -81,6 +86,8 @@ class DictSource:
         with torch.inference_mode():  # the lane's modes may be any
             for t in tree_leaves(scratch):
                 t.fill_(float("nan"))
+                if self._pool is not None:
+                    self._pool[t.shape].append(t)
 
 
 def whole_model(

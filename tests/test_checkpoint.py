@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
-import threading
 import weakref
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -134,7 +134,7 @@ def test_an_export_is_what_transformers_would_save(tmp_path, name):
 
 def test_the_zoo_covers_conversions_ties_and_buffers(tmp_path):
     """The tests above would prove little if no tiny checkpoint needed them."""
-    for name in ("mixtral", "bart", "resnet"):
+    for name in ("mixtral", "hrm-text", "bart", "resnet"):
         ZOO[name].build().save_pretrained(tmp_path / name)
     stored = shapes(tmp_path / "mixtral")
     experts = Checkpoint.open(tmp_path / "mixtral")
@@ -143,6 +143,8 @@ def test_the_zoo_covers_conversions_ties_and_buffers(tmp_path):
     assert len(ties(Checkpoint.open(tmp_path / "bart").build_model())) < len(
         list(ZOO["bart"].build().named_parameters(remove_duplicate=False))
     )
+    split = shapes(tmp_path / "hrm-text")
+    assert any("gqkv_proj" in key for key in split) and not any("attn.q_proj" in key for key in split)
     assert any("running_mean" in name for name in Checkpoint.open(tmp_path / "resnet").buffer_names)
 
 
@@ -200,6 +202,17 @@ def test_modules_that_stay_in_fp32(tmp_path, dtype):
     assert_same_skeleton(Checkpoint.open(tmp_path).build_model(dtype), reference)
 
 
+def test_a_fused_tensor_is_read_once_for_all_its_parts(tmp_path, monkeypatch):
+    ZOO["hrm-text"].build().save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint.build_model()
+    read, reads = checkpoint._read, []
+    monkeypatch.setattr(checkpoint, "_read", lambda name: reads.append(name) or read(name))
+    for name in checkpoint.names:
+        checkpoint.load(name)
+    assert sorted(reads) == sorted(shapes(tmp_path)) and len(reads) < len(checkpoint.names)
+
+
 @pytest.mark.parametrize("equal", [True, False])
 def test_a_tie_with_both_sides_in_the_files_holds_if_they_are_equal(tmp_path, equal):
     ZOO["llama-tied"].build().save_pretrained(tmp_path)
@@ -239,24 +252,20 @@ def test_use_cache_is_off_in_the_model_and_as_before_in_an_export(tmp_path):
     assert transformers.AutoConfig.from_pretrained(tmp_path / "b").use_cache is True
 
 
-def test_threads_may_load_at_the_same_time(tmp_path):
-    ZOO["mixtral"].build().save_pretrained(tmp_path, max_shard_size="20KB")
+@pytest.mark.parametrize("name", ["mixtral", "hrm-text"])  # many tensors become one; one becomes many
+def test_threads_may_load_at_the_same_time(tmp_path, name):
+    ZOO[name].build().save_pretrained(tmp_path, max_shard_size="20KB")
     checkpoint = Checkpoint.open(tmp_path)
-    reference = transformers.MixtralForCausalLM.from_pretrained(tmp_path)
+    reference = getattr(transformers, ZOO[name].model).from_pretrained(tmp_path)
     checkpoint.build_model()
-    wrong: list[str] = []
+    parameters = list(reference.named_parameters())
 
-    def check() -> None:
-        for name, parameter in reference.named_parameters():
-            if not torch.equal(checkpoint.load(name), parameter):
-                wrong.append(name)
+    def wrong(turn: int) -> list[str]:
+        mine = parameters[turn:] + parameters[:turn]
+        return [name for name, parameter in mine if not torch.equal(checkpoint.load(name), parameter)]
 
-    threads = [threading.Thread(target=check) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(wrong, range(8))) == [[]] * 8
 
 
 # ---- parameters the files lack --------------------------------------------------------------------------------------
@@ -553,6 +562,16 @@ def test_hub_ids_come_from_the_cache_or_say_so(tmp_path, saved, monkeypatch):
 
 def export(path: Path, model: nn.Module, **options) -> list[Path]:
     return save_pretrained(path, model=model, **options)
+
+
+def test_ties_declared_both_ways_are_saved_once(tmp_path):
+    model = ZOO["llama-tied"].build()
+    names = ["lm_head.weight", "model.embed_tokens.weight"]
+    model._tied_weights_keys = dict(zip(names, reversed(names), strict=True))
+    model.save_pretrained(tmp_path / "theirs")
+    export(tmp_path / "ours", model)
+    assert shapes(tmp_path / "ours") == shapes(tmp_path / "theirs")
+    assert len(set(names) & set(shapes(tmp_path / "ours"))) == 1
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral", "bart", "bert"])

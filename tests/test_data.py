@@ -403,24 +403,26 @@ def test_accuracy_over_single_words(tokenizer):
 
 
 def test_accuracy_over_words_of_several_tokens(tokenizer):
-    options = dict(tokenizer=tokenizer, template="{text} It was", verbalizers=[" so bad", " good", " not very fine"])
-    rows = [{"text": text, "label": y} for text, y in [("the film", 1), ("a very very bad film", 0), ("film", 2)]]
-    batches = make_batches(rows, batch_size=3, shuffle=False, **options)
-    batch, model = batches.batch(0), ZOO["llama"].build()
+    words = [" bad", " so very good", " not fine film"]
+    texts = ["the film", "a very very bad film", "film", "it was", "review so boring", "good good good"]
+    model = ZOO["llama"].build()
+
+    def scores(text: str) -> list[float]:  # one by one, unpadded
+        start = tokenizer(text + " It was", return_tensors="pt")["input_ids"].shape[1]
+        full = [tokenizer(text + " It was" + word, return_tensors="pt")["input_ids"] for word in words]
+        logs = [model(f).logits[0, :-1].log_softmax(-1).gather(-1, f[0, 1:, None])[start - 1 :] for f in full]
+        return [float(log.mean()) for log in logs]
+
     with torch.no_grad():
+        best = [max(range(3), key=scores(text).__getitem__) for text in texts]
+        assert set(best) != {0}  # the sum of log-probabilities would favour the short one
+        rows = [{"text": text, "label": label} for text, label in zip(texts, best, strict=True)]
+        options = dict(tokenizer=tokenizer, template="{text} It was", verbalizers=words)
+        batches = make_batches(rows, batch_size=len(rows), shuffle=False, **options)
+        batch = batches.batch(0)
         values = batches.measure(model, batch, loss_of)
-        assert values["loss"] == (pytest.approx(loss_of(model, batch), abs=1e-5), 6.0)
-        right = 0
-        for row in rows:  # one by one, unpadded
-            scores = []
-            for word in options["verbalizers"]:
-                start, full = (
-                    tokenizer(row["text"] + " It was" + w, return_tensors="pt")["input_ids"] for w in ("", word)
-                )
-                logs = model(full).logits[0, :-1].log_softmax(-1).gather(-1, full[0, 1:, None])[:, 0]
-                scores.append(float(logs[start.shape[1] - 1 :].mean()))
-            right += scores.index(max(scores)) == row["label"]
-    assert values["accuracy"] == (pytest.approx(right / 3), 3.0)
+        assert values["accuracy"] == (1.0, 6.0)
+        assert values["loss"] == (pytest.approx(loss_of(model, batch), abs=1e-5), loss_weight(batch))
     with pytest.raises(DataError, match="not single tokens"):
         batches.encoder.candidate_loss(model, batch)
 

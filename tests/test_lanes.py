@@ -86,11 +86,11 @@ UNTRACED = [
 
 
 @pytest.mark.parametrize("name", UNTRACED)
-@pytest.mark.parametrize("arena", [False, True], ids=["fresh", "arena"])
-def test_a_model_that_cannot_be_traced_is_learnt_from_its_first_run(name: str, arena: bool) -> None:
+@pytest.mark.parametrize("memory", ["fresh", "arena", "pool"])
+def test_a_model_that_cannot_be_traced_is_learnt_from_its_first_run(name: str, memory: str) -> None:
     arch = ARCH[name]
     model = archs.build(arch)
-    source = DictSource(model, arena=arena)
+    source = DictSource(model, memory)
     lanes = two_lanes(arch)
     wanted = references(arch, model, source, lanes)
     plan = make_plan(model, call=lambda m, b: 1 / 0, batch=arch.batch(0))
@@ -120,11 +120,11 @@ def naive_plan(model: nn.Module) -> Plan:
     "name", ["Attention", "ReadsChild", "ReturnsParameter", "ViewEscapes", "ViewOutlivesCall", "DirectForward", "mamba"]
 )
 @pytest.mark.parametrize("order", ["module", "block"])
-@pytest.mark.parametrize("arena", [False, True], ids=["fresh", "arena"])
-def test_a_wrong_plan_is_a_fault_and_one_relift_mends_it(name: str, order: Any, arena: bool) -> None:
+@pytest.mark.parametrize("memory", ["fresh", "arena", "pool"])
+def test_a_wrong_plan_is_a_fault_and_one_relift_mends_it(name: str, order: Any, memory: str) -> None:
     arch = ARCH[name]
     model = archs.build(arch)
-    source = DictSource(model, arena=arena)
+    source = DictSource(model, memory)
     lanes = two_lanes(arch)
     wanted = references(arch, model, source, lanes)
     with Hub(model, naive_plan(model), source, order=order) as hub:
@@ -170,28 +170,53 @@ def test_block_order_takes_one_lane_at_a_time_through_a_block() -> None:
     assert turns[:6] == [(0, PLUS), (0, MINUS), (1, PLUS), (1, MINUS), (2, PLUS), (2, MINUS)]
 
 
-def test_scratch_is_let_go_as_soon_as_the_last_lane_leaves() -> None:
-    """A source that keeps nothing: at most one owner's scratch is alive whenever the next is made."""
-    arch = ARCH["opt"]
-    model = archs.build(arch)
+def test_lanes_that_part_are_together_again_where_their_ways_meet() -> None:
+    """The earliest waiting owner is served first, so that the lane ahead waits for the one behind."""
+
+    class Detour(Stack):
+        def forward(self, x: Tensor, between: Any = None) -> Tensor:
+            x = self.layers[0](x)
+            if between:
+                x = self.layers[1](x)
+            return self.layers[2](x)
+
+    model, x = Detour(), torch.randn(2, 16)
+    source = DictSource(model)
+    lanes = [Lane(PLUS, {"x": x, "between": False}), Lane(MINUS, {"x": x, "between": True})]
+    with Hub(model, make_plan(model, lanes[1].batch), source) as hub:
+        got = hub.run(lanes)
+    assert [(name, len(ps)) for name, ps, _ in source.emits] == [("layers.0", 2), ("layers.1", 1), ("layers.2", 2)]
+    for lane, y in zip(lanes, got, strict=True):
+        assert_same(y, whole_model(model, source, lane))
+
+
+@pytest.mark.parametrize("order", ["module", "block"])
+def test_scratch_is_let_go_as_soon_as_the_last_lane_leaves(order: Any) -> None:
+    """A source that keeps nothing: no scratch is alive between a module and the next, nor when more is made."""
+    model, _, x = stack()
     alive: list[weakref.ref[Tensor]] = []
-    most = 0
+    seen: list[tuple[str, int]] = []
+
+    def count(where: str) -> None:
+        seen.append((where, sum(ref() is not None for ref in alive)))
 
     class Frugal(DictSource):
         def emit(self, owner: Any, perturbations: Any, rows: Any = None) -> Any:
-            nonlocal most
-            most = max(most, sum(ref() is not None for ref in alive))
+            count("emit")
             scratch = super().emit(owner, perturbations, rows)
             alive.extend(weakref.ref(t) for ts in scratch for t in ts)
             return scratch
 
+    lanes = [Lane(p, {"x": x, "between": lambda x, i=i: count(f"lane {i}")}) for i, p in enumerate((PLUS, MINUS))]
     gc.disable()
     try:
-        with Hub(model, make_plan(model, arch.batch(0)), Frugal(model)) as hub:
-            hub.run(two_lanes(arch), watch=False)
+        with Hub(model, make_plan(model, {"x": x}), Frugal(model), order=order) as hub:
+            hub.run(lanes, watch=False)
     finally:
         gc.enable()
-    assert most == 0, f"{most} scratch tensors were still alive"
+    first = 4 if order == "module" else 0  # both lanes' weight and bias, held for the second lane
+    assert {n for where, n in seen if where == "lane 0"} == {first}
+    assert {n for where, n in seen if where != "lane 0"} == {0}
 
 
 def test_an_embedding_gets_the_rows_in_use_only() -> None:
@@ -303,13 +328,25 @@ def test_thread_local_modes_belong_to_a_lane(order: Any, outer: Any) -> None:
     assert_same(results[4], whole_model(model, source, Lane(PLUS, {"x": x})))
 
 
-def test_autocast_does_not_hand_one_lanes_cast_weights_to_another() -> None:
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_autocast_does_not_hand_one_lanes_cast_weights_to_another(where: str) -> None:
     model, source, x = stack()
     lanes = [Lane(p, {"x": x}) for p in (PLUS, MINUS, OTHER)]
-    autocast = torch.autocast("cpu", torch.bfloat16)  # made here, so its cache is on
-    with autocast, Hub(model, make_plan(model, {"x": x}), source) as hub:
-        got = hub.run(lanes, lambda m, b: [m(**b), m(**b)])
-        assert torch.is_autocast_cache_enabled()
+
+    def outside(m: nn.Module, b: Any) -> Any:
+        return [m(**b), m(**b)]
+
+    def inside(m: nn.Module, b: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
+            return [m(**b), m(**b)]
+
+    with Hub(model, make_plan(model, {"x": x}), source) as hub:
+        if where == "outside":
+            with torch.autocast("cpu", torch.bfloat16):
+                got = hub.run(lanes, outside)
+        else:
+            got = hub.run(lanes, inside)
+    assert torch.is_autocast_cache_enabled()
     for lane, (first, second) in zip(lanes, got, strict=True):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             want = whole_model(model, source, lane)

@@ -77,6 +77,7 @@ ZOO: dict[str, Tiny] = {
             kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_shared_experts=1,
         ),
     ),
+    "hrm-text": Tiny("HrmTextForCausalLM", "HrmTextConfig", dict(LLAMA, head_dim=8)),
     "gemma3": Tiny("Gemma3ForCausalLM", "Gemma3TextConfig", dict(LLAMA, head_dim=8, sliding_window=8)),
     "mamba": Tiny(
         "MambaForCausalLM", "MambaConfig",

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from .memory import Activations
 from .plan import Plan
-from .trace import ForwardCall, Recorder, _MetaWatch, meta_copy, storage_key
+from .trace import ForwardCall, MetaWatch, meta_copy
+from .watch import Recorder, storage_key
 
 
-class _LiveWatch(_MetaWatch):
+class _LiveWatch(MetaWatch):
     """Counts the bytes of the storages that ops made and that are still alive."""
 
     def __init__(self) -> None:

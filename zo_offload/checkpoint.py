@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import threading
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +67,6 @@ class Checkpoint:
         self._layout: _Layout | None = None
         self._crcs: dict[str, int] = {}
         self._leftover: dict[str, Tensor] = {}  # outputs of the last converted group nobody has asked for yet
-        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, path: str | Path | Any, *, weights: bool = True) -> Checkpoint:
@@ -238,10 +236,13 @@ class Checkpoint:
         group, output = layout.groups[name]
         if len(group.outputs) == 1:
             return group.run(self._read, layout.model)[output]
-        with self._lock:  # a fused tensor is read once for all its parts, if they are asked for in turn
-            if output not in self._leftover:
-                self._leftover = group.run(self._read, layout.model)
-            return self._leftover.pop(output)
+        # a fused tensor is read once for all its parts, if they are asked for in turn; dict.pop is atomic
+        tensor = self._leftover.pop(output, None)
+        if tensor is None:
+            made = group.run(self._read, layout.model)
+            tensor = made.pop(output)
+            self._leftover = made
+        return tensor
 
     def _model_class(self, given: type[PreTrainedModel] | str | None) -> type[PreTrainedModel]:
         if isinstance(given, type):

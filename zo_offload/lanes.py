@@ -14,7 +14,7 @@ Orders of service (results are the same bit for bit):
     block   one lane at a time through a block; scratch of one lane, only hidden states are held per lane
     lane    one lane after another; for models whose modules keep tensors between calls
 
-A plan can be wrong (`trace.py`), so the first run of each kind of batch is watched. A weight used while it is away
+A plan can be wrong (`watch.py`), so the first run of each kind of batch is watched. A weight used while it is away
 raises `PlanFault`, whose trace lets `relift` make a better plan; state shared between lanes raises PlanError. Watched
 runs cost Python per op; others only two hooks per owner call.
 """
@@ -52,7 +52,7 @@ from .serving import (
     set_data,
     uninstall,
 )  # fmt: skip
-from .trace import ForwardCall, Trace
+from .watch import ForwardCall, Trace
 from .watched import LanesShareState, PlanFault, WatchedRun
 
 __all__ = ["Hub", "Lane", "LanesShareState", "Order", "PlanFault", "Source", "hollow", "run_settled"]

@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
@@ -29,12 +28,10 @@ import torch
 from torch import nn
 
 from .errors import PlanError
+from .module_tree import ModuleTree, TrainableFilter, module_tree, select_trainable, upwards
 from .noise import assign_param_ids
-from .trace import ForwardCall, Path, Trace, trace_on_meta
-
-TrainableFilter = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
-
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+from .trace import trace_on_meta
+from .watch import ForwardCall, Path, Trace
 
 
 @dataclass(frozen=True)
@@ -91,44 +88,6 @@ class BlockRow:
     trainable_numel: int
     visits: int
     """How often one forward comes to this block."""
-
-
-@dataclass(frozen=True)
-class ModuleTree:
-    """What planning needs to know of a model's modules, as plain data."""
-
-    classes: Mapping[str, str]
-    """Module path -> class, in definition order."""
-    names: Mapping[str, str]
-    """Every name of every parameter -> canonical name."""
-    containers: frozenset[str]
-    """Modules that never run themselves."""
-    gatherable: frozenset[str]
-    """Exact nn.Embedding modules without max_norm."""
-    elements: tuple[str, ...]
-    """Elements of the outermost repeated stacks."""
-
-    def element_of(self, module: str) -> str | None:
-        """The stack element that a module is or lies in."""
-        return next((name for name in _upwards(module) if name in self._elements), None)
-
-    @cached_property
-    def _elements(self) -> frozenset[str]:
-        return frozenset(self.elements)
-
-    @cached_property
-    def holders(self) -> dict[str, tuple[str, ...]]:
-        """Canonical name -> the modules that hold the parameter (several if it is tied), canonical one first."""
-        found: dict[str, dict[str, None]] = {}
-        for name, canonical in self.names.items():
-            holder = name.rpartition(".")[0]
-            if holder in self.classes:
-                found.setdefault(canonical, {})[holder] = None
-        return {name: tuple(holders) for name, holders in found.items()}
-
-    def runner(self, module: str) -> str:
-        """The module itself, or the nearest one above it that can run."""
-        return next(name for name in _upwards(module) if name not in self.containers or name == "")
 
 
 @dataclass(frozen=True)
@@ -263,98 +222,6 @@ def relift(plan: Plan, seen: Trace) -> Plan:
     return _assemble(plan.params, plan.blocks, plan.tree, trace, serving, notes)
 
 
-# ---- module tree and filter ------------------------------------------------------------------------------------------
-
-
-def module_tree(model: nn.Module) -> ModuleTree:
-    """The model's modules as plain data."""
-    modules = dict(model.named_modules())
-    canonical = {id(p): name for name, p in model.named_parameters()}
-    names = {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-    return ModuleTree(
-        classes={n: f"{type(m).__module__}.{type(m).__qualname__}" for n, m in modules.items()},
-        names=names,
-        containers=frozenset(n for n, m in modules.items() if isinstance(m, _CONTAINERS)),
-        gatherable=frozenset(n for n, m in modules.items() if gathers_rows(m)),
-        elements=tuple(_stack_elements(model, modules)),
-    )
-
-
-def gathers_rows(module: nn.Module) -> bool:
-    """Whether a call of this module reads only the rows of its weight that its input names."""
-    return (
-        type(module) is nn.Embedding and module.max_norm is None and "forward" not in vars(module)
-        and not module._forward_hooks and not module._forward_pre_hooks
-    )  # fmt: skip
-
-
-def _stack_elements(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
-    found: list[str] = []
-    name_of = {id(m): n for n, m in modules.items()}
-
-    def walk(module: nn.Module, seen: set[int]) -> None:
-        children = [c for c in module.children() if id(c) not in seen and any(True for _ in c.parameters())]
-        seen.update(map(id, children))
-        classes = [type(c) for c in children]
-        repeated = max((classes.count(c) for c in set(classes)), default=0) >= 2
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and repeated:
-            found.extend(name_of[id(c)] for c in children)
-            return
-        for child in children:
-            walk(child, seen)
-
-    walk(model, {id(model)})
-    if found:
-        return found
-    module = model  # no stack: top-level children, below wrappers that only hold one child
-    while True:
-        children = [c for c in module.children() if any(True for _ in c.parameters())]
-        if len(children) != 1 or any(True for _ in module.parameters(recurse=False)):
-            return [name_of[id(c)] for c in children]
-        module = children[0]
-
-
-def select_trainable(named: Mapping[str, nn.Parameter], tree: ModuleTree, trainable: TrainableFilter) -> set[str]:
-    """Canonical names that the filter selects; see `make_plan`."""
-    floating = {n: p for n, p in named.items() if p.dtype.is_floating_point}
-    if trainable is None or trainable == "requires_grad":
-        chosen = {n for n, p in floating.items() if p.requires_grad}
-        if not chosen and trainable is None:
-            chosen = set(floating)
-        what = "requires_grad"
-    elif callable(trainable):
-        chosen, what = {n for n, p in floating.items() if trainable(n, p)}, "the predicate"
-    else:
-        globs = [trainable] if isinstance(trainable, str) else list(trainable)
-        chosen, what = set(), f"trainable={trainable!r}"
-        for glob in globs:
-            selected = {c for name, c in tree.names.items() if c in floating and _glob_selects(glob, name)}
-            if not selected:
-                some = list(floating)[:: max(1, len(floating) // 4)][:5]
-                raise PlanError(
-                    f"trainable={glob!r} selects none of {len(floating)} floating parameters (such as {some}). A glob "
-                    f"must match consecutive dotted segments of a parameter's name."
-                )
-            chosen |= selected
-    if not chosen:
-        raise PlanError(f"{what} selects none of {len(floating)} floating parameters: nothing to train")
-    return chosen
-
-
-def _glob_selects(glob: str, name: str) -> bool:
-    want, have = glob.split("."), name.split(".")
-    return any(
-        all(fnmatchcase(segment, pattern) for segment, pattern in zip(have[i:], want, strict=False))
-        for i in range(len(have) - len(want) + 1)
-    )
-
-
-def _upwards(module: str) -> list[str]:
-    """The module's path and those of the modules it lies in, nearest first, "" last."""
-    parts = module.split(".") if module else []
-    return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
-
-
 # ---- owners ----------------------------------------------------------------------------------------------------------
 
 
@@ -412,7 +279,7 @@ def _running_above(tree: ModuleTree, trace: Trace) -> dict[str, frozenset[str]]:
         stack.append(name)
     for name in tree.classes:
         if name not in above:
-            above[name] = frozenset(m for m in _upwards(name)[1:] if m not in tree.containers)
+            above[name] = frozenset(m for m in upwards(name)[1:] if m not in tree.containers)
     return above
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .fused import Perturbation
 from .modes import LaneModes
-from .plan import Owner, gathers_rows
-from .trace import Origin, Recorder
+from .module_tree import gathers_rows
+from .plan import Owner
+from .watch import Origin, Recorder
 
 set_data: Callable[[nn.Parameter, Tensor], None] = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
@@ -73,7 +74,7 @@ def hollow(model: nn.Module, device: torch.device | str = "cpu") -> None:
             if id(p) not in fresh:
                 keep.append(p)
                 fresh[id(p)] = nn.Parameter(placeholder(p, device), requires_grad=p.requires_grad)
-            setattr(module, name, fresh[id(p)])  # not _parameters[name]: nn.RNN keeps a second list
+            setattr(module, name, fresh[id(p)])  # not _parameters[name]: nn.RNN looks on
 
 
 class Served:

@@ -1,6 +1,6 @@
 """What the hub adds to a run that is watched: scratch the watch knows, and a verdict at the end.
 
-The watch itself (`trace.RunWatch`) sees ops. Here it learns which memory is whose: scratch is tracked from the moment
+The watch itself (`watch.RunWatch`) sees ops. Here it learns which memory is whose: scratch is tracked from the moment
 it is served until the lane leaves the owner, and known as retired afterwards.
 """
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from .errors import PlanError
 from .plan import Plan
 from .serving import Emission, Frame, LaneRun
-from .trace import Origin, RunWatch, Trace, hook_module_calls, trace_of
+from .watch import Origin, RunWatch, Trace, hook_module_calls, trace_of
 
 
 class PlanFault(PlanError):

@@ -1,0 +1,126 @@
+"""Memory: the plan's terms on small cases, and a real process that stays inside the prediction."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from zo_offload import BudgetError, Engine, MeZO
+from zo_offload.memory import Activations, pinned_blocks, plan_memory
+from zo_offload.report import plan_report
+from zo_offload.scratch import ScratchPool
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def engine(**settings):
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=8, intermediate_size=128, num_attention_heads=4,
+        num_key_value_heads=4, tie_word_embeddings=True,
+    )  # fmt: skip
+    return Engine(LlamaForCausalLM(config).eval(), offload="host", method=MeZO(lr=1e-4), **settings)
+
+
+def planned(made, **settings):
+    return plan_memory(made.plan, made.layout, offload="host", perturbations=2, rows=8, **settings)
+
+
+def test_terms_are_what_their_names_say():
+    made = engine()
+    layer = made.layout.block_bytes[made.plan.block_of("model.layers.0.mlp.gate_proj.weight")]
+    plan = planned(made, activations=Activations(1000, 100))
+    assert plan.terms["window"] == 3 * max(layer, made.layout.block_bytes[0])
+    assert plan.terms["pinned"] == 0 and plan.order == "module"
+    assert plan.terms["store"] == made.layout.total_bytes
+    assert plan.terms["activations"] == 2 * 1000
+    assert planned(made, activations=Activations(1000, 100), order="block").terms["activations"] == 1000 + 100
+    # the head is the largest module: 128 x 64 fp32, once a perturbation
+    assert plan.terms["scratch"] == 2 * 128 * 64 * 4
+    assert planned(made, order="block").terms["scratch"] == 128 * 64 * 4
+
+
+def test_a_larger_budget_pins_more_and_is_kept():
+    made = engine()
+    least = planned(made, order="block", num_slots=2).device_bytes
+    pinned = []
+    for budget in range(least, least + 2 * made.layout.total_bytes, made.layout.total_bytes // 7):
+        plan = planned(made, budget=budget)
+        assert plan.device_bytes <= budget
+        pinned.append(len(plan.window.pinned))
+    assert pinned == sorted(pinned) and pinned[0] < pinned[-1] == len(made.plan.blocks)
+    with pytest.raises(BudgetError, match="is too small: the least that works"):
+        planned(made, budget=least - 1)
+
+
+def test_pinned_blocks_are_the_often_visited_ones_then_spread():
+    made = engine()
+    tied = made.plan.block_of("model.embed_tokens.weight")
+    assert pinned_blocks(made.plan, 1) == {tied}
+    four = sorted(pinned_blocks(made.plan, 4) - {tied})
+    assert len(four) == 3 and min(b - a for a, b in zip(four, four[1:], strict=False)) >= 2
+    assert len(pinned_blocks(made.plan, len(made.plan.blocks))) == len(made.plan.blocks)
+
+
+def test_scratch_is_used_again():
+    pool = ScratchPool(lambda n: torch.empty(n, dtype=torch.uint8))
+    for size in (10, 1000, 50, 1000):
+        scratch = pool.take([(size,), (3, 5)], [torch.float32, torch.bfloat16], 2)
+        assert [t.shape for t in scratch.tensors[1]] == [(size,), (3, 5)]
+        scratch.tensors[0][0].fill_(1), scratch.tensors[1][0].fill_(2)
+        assert float(scratch.tensors[0][0].sum()) == size
+        pool.give(scratch.tensors)
+    assert pool.peak_bytes == 2 * (4000 + 32 + 32) + 32 or pool.peak_bytes <= 2 * (4032 + 64)
+    outer, inner = pool.take([(5,)], [torch.float32], 1), pool.take([(5,)], [torch.float32], 1)
+    assert outer.buffer.data_ptr() != inner.buffer.data_ptr()
+
+
+def test_paper_sizes_are_planned_without_weights():
+    lines = list(plan_report("opt-175b", storage="bf16", tokens=256))
+    text = "\n".join(lines)
+    assert "174.604 G parameters" in text and "x 96" in text and "349.21 GB" in text
+    assert "tied, stored and perturbed once" in text
+
+
+TRAINS_IN_LITTLE = """
+import json, sys
+sys.path.insert(0, {root!r})
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+from benchmarks.memory import RandomBase, high_water_bytes
+from zo_offload import Engine, MeZO
+torch.set_num_threads(2)
+config = OPTConfig(vocab_size=512, hidden_size=512, num_hidden_layers={layers}, ffn_dim=2048, num_attention_heads=8,
+                   word_embed_proj_dim=512, max_position_embeddings=64)
+with torch.device("meta"):
+    model = OPTForCausalLM(config).eval()
+model.tie_weights()
+ids = torch.randint(5, 500, (2, 16))
+batch = dict(input_ids=ids, labels=ids)
+engine = Engine(model, base=RandomBase({{n: p.shape for n, p in model.named_parameters()}}), method=MeZO(lr=1e-6),
+                storage="fp32", offload="disk", run_dir={run!r}, example=batch)
+predicted = engine.memory
+with engine:
+    for _ in range(3):
+        engine.step(batch)
+    resident = engine._running().resident_bytes
+print(json.dumps([high_water_bytes(), predicted.total_bytes, predicted.terms["process"], resident, engine.layout.total_bytes]))
+"""
+
+
+@pytest.mark.parametrize("layers", [12, 36])
+def test_a_model_many_times_the_window_stays_inside_the_prediction(layers, tmp_path):
+    code = TRAINS_IN_LITTLE.format(root=str(ROOT), layers=layers, run=str(tmp_path / "run"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak, predicted, process, resident, model = json.loads(done.stdout)
+    assert resident == 3 * model // layers or resident < 3.2 * model / layers, "three layers at a time"
+    assert peak <= 1.1 * predicted
+    if layers == 36:
+        assert model >= 5 * resident
+        assert peak - process < model / 3, "far less than the model"

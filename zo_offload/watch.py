@@ -1,0 +1,307 @@
+"""Where a forward really uses each parameter: seen op by op, against the stack of running modules.
+
+A module may read a parameter of another (Mamba reads its convolution's weight), return one, or keep a view of one.
+Names do not show that; storages do. `UseWatch` is a dispatch mode: every op that reads a parameter's bytes is noted
+with the path of module calls that must hold the weight, which is
+
+    the running modules                           if the op reads the Parameter itself
+    those also running when the view was made     if it reads a view of it
+
+`RunWatch` watches a real run of lanes and is exact for that run; it also sees weights used while they are away, and
+lanes that see each other's tensors. `trace.py` watches a forward without weights, for a plan to start from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
+
+from .errors import PlanError
+
+Path = tuple[str, ...]
+"""Names of nested running modules, outermost first; the root module is "". """
+
+Inputs = list[tuple[Tensor, int | None]]
+"""Tensors an op gets, each with its storage key."""
+
+ForwardCall = Callable[[nn.Module, Any], Any]
+"""(model, batch) -> anything: how a lane calls the model."""
+
+# ops that take a tensor for its shape, dtype or device only
+_SHAPE_ONLY = frozenset(
+    "empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros new_ones new_full "
+    "new_empty_strided sym_size sym_stride sym_numel sym_storage_offset _has_compatible_shallow_copy_type".split()
+)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward did with the model's parameters."""
+
+    uses: Mapping[str, frozenset[Path]]
+    """Canonical parameter name -> paths of module calls under which it must be held. () = outside of any module."""
+    order: tuple[tuple[int, str], ...]
+    """(depth, module) of each module call in order; depth 0 has no running module above it."""
+    complete: bool
+    """The forward was seen to its end."""
+    notes: tuple[str, ...] = ()
+
+    def merged(self, later: Trace) -> Trace:
+        """Uses of both; order and completeness of the later one unless only the earlier saw a whole forward."""
+        names = [*self.uses, *(n for n in later.uses if n not in self.uses)]
+        uses = {n: self.uses.get(n, frozenset()) | later.uses.get(n, frozenset()) for n in names}
+        base = later if later.complete or not self.complete else self
+        return Trace(uses, base.order, base.complete, tuple(dict.fromkeys(self.notes + later.notes)))
+
+
+class Running:
+    """One call of one module. Identity matters: two calls of the same module are two objects."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class Recorder:
+    """Module calls and parameter uses of one forward (one lane)."""
+
+    def __init__(self) -> None:
+        self.stack: list[Running] = []
+        self.order: list[tuple[int, str]] = []
+        self.uses: dict[str, set[Path]] = {}
+
+    def enter(self, name: str) -> None:
+        self.order.append((len(self.stack), name))
+        self.stack.append(Running(name))
+
+    def leave(self, name: str) -> None:
+        """Module `name` returned; calls inside it that were left by an exception end with it."""
+        while self.stack and self.stack.pop().name != name:
+            pass
+
+    def use(self, param: str, path: Sequence[Running]) -> None:
+        self.uses.setdefault(param, set()).add(tuple(call.name for call in path))
+
+    def where(self) -> str:
+        return repr(self.stack[-1].name or "the model itself") if self.stack else "no module (in the calling code)"
+
+
+def common_calls(a: Sequence[Running], b: Sequence[Running]) -> tuple[Running, ...]:
+    """The calls that were running at both moments."""
+    n = 0
+    while n < len(a) and n < len(b) and a[n] is b[n]:
+        n += 1
+    return tuple(a[:n])
+
+
+def hook_module_calls(model: nn.Module, recorder: Callable[[], Recorder | None]) -> list[RemovableHandle]:
+    """Hooks that tell the current recorder which modules run. Put on last, they see a module first and leave last."""
+    handles = []
+    for name, module in model.named_modules():
+
+        def before(module: nn.Module, args: Any, name: str = name) -> None:
+            seen_by = recorder()
+            if seen_by is not None:
+                seen_by.enter(name)
+
+        def after(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            seen_by = recorder()
+            if seen_by is not None:
+                seen_by.leave(name)
+
+        handles.append(module.register_forward_pre_hook(before, prepend=True))
+        handles.append(module.register_forward_hook(after, always_call=True))
+    return handles
+
+
+@dataclass(eq=False)
+class Origin:
+    """A storage that carries a parameter's values: the parameter on meta, its placeholder, or a lane's scratch."""
+
+    name: str
+    ref: StorageWeakRef  # while we hold this, no other storage can appear under the same key
+    always: bool = False  # readable at any time (meta trace)
+    held: dict[Recorder, tuple[Running, ...]] = field(default_factory=dict)  # calls running when it was handed out
+    retired: dict[Recorder, tuple[Running, ...]] = field(default_factory=dict)  # and the same after it was taken back
+    births: dict[Recorder, tuple[Running, ...]] = field(default_factory=dict)  # calls running when a view was made
+
+
+def storage_key(tensor: Tensor) -> int | None:
+    """Identity of the memory behind a tensor; None for layouts that have no single storage."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def weak_storage(tensor: Tensor) -> StorageWeakRef:
+    """Keeps the key of a tensor's storage from being given to another, not the memory."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+class UseWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which op reads which parameter, for the recorder in `self.recorder` (None: not looking)."""
+
+    def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recorder: Recorder | None = None
+        self.origins: dict[int, Origin] = {}
+        self._names = {id(p): name for name, p in params.items()}
+
+    def track(self, tensor: Tensor, name: str, *, always: bool = False) -> Origin | None:
+        """Watch a tensor's storage as parameter `name`. None if that storage is watched already."""
+        key = storage_key(tensor)
+        if key is None or key in self.origins:
+            return None
+        origin = Origin(name, weak_storage(tensor), always)
+        self.origins[key] = origin
+        return origin
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        recorder = self.recorder
+        if recorder is None:
+            return self.execute(func, args, kwargs)
+        inputs = [(t, storage_key(t)) for t in (*tensors_in(args), *tensors_in(tuple(kwargs.values())))]
+        hits = [(t, self.origins[key]) for t, key in inputs if key in self.origins]
+        written = _written(func, args, kwargs) if func._schema.is_mutable else []
+        self.before(recorder, func, inputs, written)
+        out = self.execute(func, args, kwargs)
+        outputs = list(tensors_in(out))
+        for t, origin in hits:
+            key = storage_key(t)
+            views = [o for o in outputs if o is not t and storage_key(o) == key]
+            if views and not any(t is w for w in written):
+                origin.births[recorder] = self._held_by(recorder, t, origin)
+            elif not any(o is t for o in outputs) and func.overloadpacket.__name__ not in _SHAPE_ONLY:
+                self.read(recorder, t, origin)
+        self.after(recorder, inputs, outputs)
+        return out
+
+    def _held_by(self, recorder: Recorder, tensor: Tensor, origin: Origin) -> tuple[Running, ...]:
+        now = recorder.stack
+        if id(tensor) in self._names:
+            return tuple(now)
+        since = origin.births.get(recorder) or origin.held.get(recorder) or origin.retired.get(recorder)
+        return tuple(now) if since is None else common_calls(since, now)
+
+    def read(self, recorder: Recorder, tensor: Tensor, origin: Origin) -> tuple[Running, ...]:
+        path = self._held_by(recorder, tensor, origin)
+        recorder.use(origin.name, path)
+        return path
+
+    def before(self, recorder: Recorder, func: Any, inputs: Inputs, written: list[Tensor]) -> None:
+        """An op is about to run. `written`: inputs that it changes."""
+
+    def after(self, recorder: Recorder, inputs: Inputs, outputs: list[Tensor]) -> None:
+        """An op has run."""
+
+    def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Tensors among the arguments that the op's schema says it changes."""
+    found: list[Tensor] = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[i] if i < len(args) and not argument.kwarg_only else kwargs.get(argument.name)
+            found += tensors_in(value)
+    return found
+
+
+@dataclass(eq=False)
+class _Made:
+    """A tensor's memory: which lane made it, and whether weights or inputs went into it."""
+
+    ref: StorageWeakRef
+    by: Recorder
+    tainted: bool
+
+
+class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
+    """Watches a real run of lanes: finds uses of weights that are away, and lanes that share state."""
+
+    def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(params)
+        self.faults: list[str] = []
+        self.crossings: list[str] = []
+        self.notes: dict[str, None] = {}
+        self._made: dict[int, _Made] = {}
+        self._batch: dict[int, StorageWeakRef] = {}
+
+    def taint(self, tensors: Iterable[Tensor]) -> None:
+        """Inputs of lanes: what is computed from them is a lane's own."""
+        for t in tensors:
+            key = storage_key(t)
+            if key is not None and key not in self._batch:
+                self._batch[key] = weak_storage(t)
+
+    def read(self, recorder: Recorder, tensor: Tensor, origin: Origin) -> tuple[Running, ...]:
+        path = super().read(recorder, tensor, origin)
+        if recorder not in origin.held:
+            how = "after its module returned" if recorder in origin.retired else "while it is away"
+            self.faults.append(f"{origin.name!r} is used in {recorder.where()} {how}")
+        return path
+
+    def before(self, recorder: Recorder, func: Any, inputs: Inputs, written: list[Tensor]) -> None:
+        for t in written:
+            key = storage_key(t)
+            if key in self.origins:
+                name = self.origins[key].name
+                raise PlanError(
+                    f"parameter {name!r} is changed in place ({func}) in the forward of {recorder.where()}. Weights "
+                    f"are away between calls, so such a change is lost: make it outside of the forward, or keep the "
+                    f"value in a buffer."
+                )
+            if key is not None and key not in self._made:
+                self.notes[f"{recorder.where()} changes a tensor made before the forward; all lanes share it"] = None
+        for _, key in inputs:
+            made = self._made.get(key) if key is not None else None
+            if made is not None and made.by is not recorder and made.tainted:
+                self.crossings.append(recorder.where())
+
+    def after(self, recorder: Recorder, inputs: Inputs, outputs: list[Tensor]) -> None:
+        """Whose tensors these are. Only what comes from weights or inputs matters: a lane may well be the one that
+        fills a table of positions for all."""
+        known = {key for _, key in inputs if key is not None}
+        tainted = any(k in self.origins or k in self._batch for k in known)
+        tainted = tainted or any(k in self._made and self._made[k].tainted for k in known)
+        for t in outputs:
+            key = storage_key(t)
+            if key is None or key in self.origins:
+                continue
+            if key in self._made:
+                self._made[key].tainted |= tainted
+            elif key not in known:
+                self._made[key] = _Made(weak_storage(t), recorder, tainted)
+
+
+def trace_from(recorder: Recorder, *, complete: bool, notes: tuple[str, ...] = ()) -> Trace:
+    return Trace({n: frozenset(p) for n, p in recorder.uses.items()}, tuple(recorder.order), complete, notes)
+
+
+def trace_of(recorders: Sequence[Recorder], *, complete: bool, notes: Sequence[str] = ()) -> Trace:
+    """The trace of a watched run: uses of all lanes, order of the first."""
+    trace = trace_from(recorders[0], complete=complete, notes=tuple(notes))
+    for recorder in recorders[1:]:
+        other = trace_from(recorder, complete=complete)
+        trace = trace.merged(Trace(other.uses, trace.order, complete))
+    return trace
