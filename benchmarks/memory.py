@@ -90,7 +90,7 @@ def case(name: str, layers: int | None, tokens: int, steps: int, order: str) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["opt-1.3b", "opt-2.7b", "opt-6.7b"])
-    parser.add_argument("--layers", nargs="+", type=int, default=[6, 12, 48], help="of the opt-1.3b shape, besides its 24")
+    parser.add_argument("--layers", nargs="+", type=int, default=[6, 12, 48], help="of opt-1.3b, besides its 24")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--order", default="block")
@@ -106,8 +106,8 @@ def main() -> None:
         cases += [("opt-1.3b", n) for n in options.layers]
     common = about("memory")
     for name, layers in cases:
-        command = [sys.executable, "-m", "benchmarks.memory", "--one", name, str(layers), "--tokens", str(options.tokens),
-                   "--steps", str(options.steps), "--order", options.order]  # fmt: skip
+        command = [sys.executable, "-m", "benchmarks.memory", "--one", name, str(layers), "--order", options.order]
+        command += ["--tokens", str(options.tokens), "--steps", str(options.steps)]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         result = json.loads(done.stdout)
         result["peak_over_predicted"] = round(result["peak_bytes"] / result["predicted_bytes"], 3)

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from benchmarks.common import about, emit, quantile
 from torch import nn
 
+from benchmarks.common import about, emit, quantile
 from zo_offload import Engine, MeZO
 from zo_offload.shapes import opt_config
 
@@ -90,10 +90,14 @@ def ways(name: str, batch: dict[str, torch.Tensor], folder: str) -> Iterator[tup
             engine.step(batch)
             engine.step(batch)
             streamer = engine._running()
-            yield f"ours {offload}", lambda engine=engine: engine.step(batch), {
-                "resident_bytes": streamer.resident_bytes,
-                "model_bytes": engine.layout.total_bytes,
-            }
+            yield (
+                f"ours {offload}",
+                lambda engine=engine: engine.step(batch),
+                {
+                    "resident_bytes": streamer.resident_bytes,
+                    "model_bytes": engine.layout.total_bytes,
+                },
+            )
         del engine, streamer
         gc.collect()
     model = make_model(name)

@@ -384,9 +384,9 @@ def test_nonfinite_steps_can_be_skipped_and_are_recorded(tmp_path):
 
 
 def test_an_update_that_overflows_the_format_is_refused():
-    with Engine(tiny_opt(), method=MeZO(lr=1e12, batch_size=4), storage="fp16") as engine:
-        with pytest.raises(DivergenceError, match="overflow"):
-            engine.fit(batches(), steps=2)
+    method = MeZO(lr=1e12, batch_size=4)
+    with Engine(tiny_opt(), method=method, storage="fp16") as engine, pytest.raises(DivergenceError, match="overflow"):
+        engine.fit(batches(), steps=2)
 
 
 @pytest.mark.parametrize(
@@ -430,9 +430,8 @@ def test_wrong_paths_and_used_run_dirs_are_named(tmp_path):
         other.model.decoder.layers[0].fc1.weight.data.add_(1)
         with Engine.resume(tmp_path / "run", other, offload="host") as engine:
             engine.evaluate(batches(1))
-    with pytest.raises(JournalError, match="seed"):
-        with Engine.resume(tmp_path / "run", tiny_opt(), seed=3) as engine:
-            engine.evaluate(batches(1))
+    with pytest.raises(JournalError, match="seed"), Engine.resume(tmp_path / "run", tiny_opt(), seed=3) as engine:
+        engine.evaluate(batches(1))
 
 
 def test_nan_in_the_base_is_found_while_it_is_read():
@@ -476,3 +475,38 @@ def test_plain_modules_train_too(tmp_path):
         make(), method=method, objective=objective, offload="disk", run_dir=tmp_path / "run"
     ) as engine:  # fmt: skip
         assert engine.fit(data, steps=200).losses == losses
+
+
+def test_a_model_that_keeps_tensors_between_calls_runs_one_lane_after_another(tmp_path):
+    """Order "auto" falls back to lane order by itself; a given order is kept and refused with the way out."""
+
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.kept = nn.Linear(4, 4), nn.Linear(4, 1), None
+
+        def forward(self, x):
+            self.kept = self.first(x)
+            return self.second(torch.tanh(x)) * self.kept.mean()
+
+    def losses(**settings):
+        torch.manual_seed(0)
+        with Engine(Keeps(), method=MeZO(lr=1e-2, batch_size=4), objective=objective, **settings) as engine:
+            return engine.fit(rows, steps=5).losses
+
+    rows = [{"x": x} for x in torch.randn(8, 4, generator=torch.Generator().manual_seed(2))]
+    objective = lambda m, b: m(b["x"]).square().mean()  # noqa: E731
+    assert losses() == losses(order="lane") == losses(offload="disk", run_dir=tmp_path / "run")
+    with pytest.raises(ZOError, match="order='lane'"):
+        losses(order="module")
+
+
+def test_weights_read_one_by_one_may_be_interleaved_with_steps(tmp_path):
+    """Reading uses the window's memory between passes; it must not hand a half-fetched block to the next step."""
+    want = train(tiny_opt(), 6)
+    with Engine(tiny_opt(), method=METHOD, offload="disk", run_dir=tmp_path / "run") as engine:
+        reading = engine.weights()
+        for batch in batches(6):
+            engine.step(batch)
+            next(reading)
+        assert_same(([], want[1]), ([], stored_weights(engine)))

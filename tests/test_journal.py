@@ -32,7 +32,7 @@ def same(found, wanted):
     assert len(found) == len(wanted)
     for a, b in zip(found, wanted, strict=True):
         assert (a.step, a.updates, a.skipped, a.batch_crc, a.lr) == (b.step, b.updates, b.skipped, b.batch_crc, b.lr)
-        assert a.loss == b.loss or math.isnan(a.loss) and math.isnan(b.loss)
+        assert a.loss == b.loss or (math.isnan(a.loss) and math.isnan(b.loss))
 
 
 def test_what_was_appended_is_read_back(written):
@@ -62,7 +62,7 @@ def test_any_cut_in_the_last_record_keeps_the_rest(written, cut):
 
 
 def test_a_step_cut_between_its_records_is_dropped_whole(written):
-    data = written.read_bytes()[: -RECORD_BYTES]  # step 2 is whole now, as the last
+    data = written.read_bytes()[:-RECORD_BYTES]  # step 2 is whole now, as the last
     _, steps, _ = read_journal(data)
     same(steps, STEPS[:3])
     _, steps, good = read_journal(data[:-RECORD_BYTES])  # the first of step 2's two records

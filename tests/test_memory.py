@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_pinned_blocks_are_the_often_visited_ones_then_spread():
     tied = made.plan.block_of("model.embed_tokens.weight")
     assert pinned_blocks(made.plan, 1) == {tied}
     four = sorted(pinned_blocks(made.plan, 4) - {tied})
-    assert len(four) == 3 and min(b - a for a, b in zip(four, four[1:], strict=False)) >= 2
+    assert len(four) == 3 and min(b - a for a, b in itertools.pairwise(four)) >= 2
     assert len(pinned_blocks(made.plan, len(made.plan.blocks))) == len(made.plan.blocks)
 
 
@@ -109,7 +110,8 @@ with engine:
     for _ in range(3):
         engine.step(batch)
     resident = engine._running().resident_bytes
-print(json.dumps([high_water_bytes(), predicted.total_bytes, predicted.terms["process"], resident, engine.layout.total_bytes]))
+process, model = predicted.terms["process"], engine.layout.total_bytes
+print(json.dumps([high_water_bytes(), predicted.total_bytes, process, resident, model]))
 """
 
 
@@ -120,7 +122,7 @@ def test_a_model_many_times_the_window_stays_inside_the_prediction(layers, tmp_p
     assert done.returncode == 0, done.stderr[-2000:]
     peak, predicted, process, resident, model = json.loads(done.stdout)
     assert resident == 3 * model // layers or resident < 3.2 * model / layers, "three layers at a time"
-    assert peak <= 1.1 * predicted
+    assert 0.8 * predicted < peak <= predicted
     if layers == 36:
         assert model >= 5 * resident
         assert peak - process < model / 3, "far less than the model"

@@ -7,6 +7,7 @@ import platform
 import sys
 import tempfile
 import time
+from typing import Any
 
 
 def main() -> int:
@@ -55,7 +56,7 @@ def _one_step() -> str:
 
     from . import Engine, MeZO
 
-    def losses(**settings: object) -> list[float]:
+    def losses(**settings: Any) -> list[float]:
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
         rows = [{"x": x} for x in torch.randn(8, 64)]

@@ -15,7 +15,7 @@ from .trace import ForwardCall, MetaWatch, meta_copy
 from .watch import Recorder, storage_key
 
 
-class _LiveWatch(MetaWatch):
+class _LiveWatch(MetaWatch):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that ops made and that are still alive."""
 
     def __init__(self) -> None:

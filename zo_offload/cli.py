@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import ZOError
+from .errors import ConfigError, ZOError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,11 +17,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return int(args.run(args))
-    except ZOError as error:
-        print(f"zo-offload: {error}", file=sys.stderr)
+    except (ZOError, OSError) as error:
+        print("zo-offload:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("zo-offload: stopped; the run can be resumed from its journal", file=sys.stderr)
+        journal = getattr(args, "resume", False) or getattr(args, "run_dir", None)
+        print("zo-offload: stopped" + "; the run can be resumed from its journal" * bool(journal), file=sys.stderr)
         return 130
 
 
@@ -29,14 +30,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
+    from . import runs
     from .engine import Engine
-    from .methods import PRESETS, MeZO
+    from .methods import MeZO
 
+    _check_out(args.out)
     if args.resume:
-        engine = Engine.resume(args.model, **_given(args, "device_memory", "offload"))
+        _refuse(args, "preset", *_METHOD, *_IDENTITY, "run_dir")
+        engine = Engine.resume(args.model, **_given(args, *_MOVABLE, "model_class"))
     else:
-        recipe = {**(PRESETS[args.preset] if args.preset else {}), **_given(args, *_METHOD)}
-        engine = Engine(args.model, method=MeZO(**recipe), model_class=args.model_class, **_given(args, *_SETTINGS))
+        if args.run_dir is not None:
+            runs.check_fresh(Path(args.run_dir))
+        recipe = _given(args, *_METHOD)
+        method = MeZO.preset(args.preset, **recipe) if args.preset else MeZO(**recipe)
+        settings = _given(args, *_IDENTITY, *_MOVABLE, "run_dir")
+        engine = Engine(args.model, method=method, model_class=args.model_class, **settings)
     with engine:
         result = engine.fit(
             args.data, eval_data=args.eval_data, eval_every=args.eval_every, micro_batches=args.micro_batches,
@@ -74,6 +82,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    _check_out(args.out)
     with _open(args) as engine:
         files = engine.save_pretrained(args.out, max_shard_bytes=args.max_shard)
     print(f"wrote {len(files)} files to {args.out}")
@@ -86,16 +95,37 @@ def _open(args: argparse.Namespace) -> Any:
     from .engine import Engine
 
     if (Path(args.model) / runs.JOURNAL).exists():
-        return Engine.resume(args.model, **_given(args, "device_memory"))
-    return Engine(args.model, model_class=args.model_class, **_given(args, "offload", "storage", "device_memory"))
+        _refuse(args, *_IDENTITY, "run_dir")
+        return Engine.resume(args.model, **_given(args, *_MOVABLE, "model_class"))
+    if args.run_dir is not None:
+        runs.check_fresh(Path(args.run_dir))
+    return Engine(args.model, model_class=args.model_class, **_given(args, *_IDENTITY, *_MOVABLE, "run_dir"))
+
+
+def _check_out(out: str | None) -> None:
+    """Raise before any work is done if `out` cannot be exported to."""
+    if out is None:
+        return
+    path = Path(out).absolute()
+    nearest = next(p for p in (path, *path.parents) if p.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"--out {out}: {nearest} is a file; give a directory to write to")
+    if nearest == path and any(path.iterdir()):
+        raise ConfigError(f"--out {out} is not empty; give a fresh directory")
+
+
+def _refuse(args: argparse.Namespace, *names: str) -> None:
+    """Raise if one of these options, which a run keeps from its beginning, was given."""
+    if given := _given(args, *names):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{args.model} is a run and keeps its own settings: leave out {options}")
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 _METHOD = ("lr", "eps", "weight_decay", "schedule", "warmup_steps", "distribution", "rounds", "on_nonfinite")
-_SETTINGS = (
-    "offload", "storage", "compute", "rounding", "device_memory", "num_slots", "order", "trainable", "seed", "run_dir",
-)  # fmt: skip
+_IDENTITY = ("storage", "compute", "rounding", "trainable", "seed")  # what a run's numbers depend on
+_MOVABLE = ("offload", "device_memory", "num_slots", "order")  # what may change when it is resumed
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -104,10 +134,17 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def _data_options(args: argparse.Namespace) -> dict[str, Any]:
     options = _given(args, "task", "template", "verbalizers", "text_column", "label_column", "max_length")
-    for key in ("template",):
-        if key in options:
-            options[key] = options[key].replace("\\n", "\n")
+    if "template" in options:
+        options["template"] = options["template"].replace("\\n", "\n")
     return options
+
+
+def _count(text: str) -> int:
+    """argparse's type of a number that is at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,10 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("model", help="checkpoint directory or cached hub id; with --resume, the run directory")
     fit.add_argument("--data", required=True, help="training data: .jsonl or .csv")
     fit.add_argument("--eval-data", help="evaluation data: .jsonl or .csv")
-    fit.add_argument("--eval-every", type=int, help="steps between evaluations (always at the end)")
-    fit.add_argument("--steps", type=int, help="steps in all")
-    fit.add_argument("--batch-size", type=int)
-    fit.add_argument("--micro-batches", type=int, default=1, help="parts a batch is cut into")
+    fit.add_argument("--eval-every", type=_count, help="steps between evaluations (always at the end)")
+    fit.add_argument("--steps", type=_count, help="steps in all")
+    fit.add_argument("--batch-size", type=_count)
+    fit.add_argument("--micro-batches", type=_count, default=1, help="parts a batch is cut into")
     fit.add_argument("--run-dir", help="journal, metrics and blocks")
     fit.add_argument("--resume", action="store_true", help="continue the run in MODEL")
     fit.add_argument("--out", help="export the tuned checkpoint here")
@@ -132,25 +169,28 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--distribution", choices=["gaussian", "rademacher"])
     fit.add_argument("--on-nonfinite", choices=["stop", "skip"])
     fit.add_argument("--rounding", choices=["nearest", "stochastic"])
-    fit.add_argument("--num-slots", type=int)
+    fit.add_argument("--num-slots", type=_count)
     fit.add_argument("--order", choices=["auto", "module", "block"])
     fit.add_argument("--seed", type=int)
     fit.add_argument("--quiet", action="store_true", help="no progress bar")
+    fit.add_argument("--trainable", help="glob on parameter names, such as 'layers.*.self_attn'")
     _storage(fit)
     _data(fit)
     fit.set_defaults(run=_fit)
 
     plan = commands.add_parser("plan", help="what a run would take: blocks, memory, traffic; reads no weights")
     plan.add_argument("model", help="checkpoint directory, config.json, or a size such as opt-175b")
-    plan.add_argument("--tokens", type=int, default=512, help="tokens a row")
-    plan.add_argument("--batch-size", type=int, default=1)
+    plan.add_argument("--tokens", type=_count, help="tokens a row: 512, or as many as the model takes")
+    plan.add_argument("--batch-size", type=_count, default=1)
+    plan.add_argument("--trainable", help="glob on parameter names, such as 'layers.*.self_attn'")
     _storage(plan)
     plan.set_defaults(run=_plan)
 
     evaluate = commands.add_parser("eval", help="loss and accuracy of a checkpoint or a run")
     evaluate.add_argument("model", help="checkpoint or run directory")
     evaluate.add_argument("--data", required=True)
-    evaluate.add_argument("--batch-size", type=int, default=16)
+    evaluate.add_argument("--batch-size", type=_count, default=16)
+    evaluate.add_argument("--run-dir", help="fresh directory for the blocks of a checkpoint, with --offload disk")
     _storage(evaluate)
     _data(evaluate)
     evaluate.set_defaults(run=_eval)
@@ -159,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("model", help="run directory (or a checkpoint, with --storage to convert it)")
     export.add_argument("--out", required=True)
     export.add_argument("--max-shard", default="5GB")
+    export.add_argument("--run-dir", help="fresh directory for the blocks of a checkpoint, with --offload disk")
     _storage(export)
     export.set_defaults(run=_export)
     return parser
@@ -169,7 +210,6 @@ def _storage(command: argparse.ArgumentParser) -> None:
     command.add_argument("--storage", choices=["fp32", "bf16", "fp16"])
     command.add_argument("--compute", choices=["fp32", "bf16", "fp16"])
     command.add_argument("--device-memory", help="budget such as 6GB")
-    command.add_argument("--trainable", help="glob on parameter names, such as 'layers.*.self_attn'")
     command.add_argument("--model-class", help="such as AutoModelForSequenceClassification")
 
 
@@ -179,7 +219,7 @@ def _data(command: argparse.ArgumentParser) -> None:
     command.add_argument("--verbalizers", nargs="+", help="one word a label, such as ' negative' ' positive'")
     command.add_argument("--text-column")
     command.add_argument("--label-column")
-    command.add_argument("--max-length", type=int)
+    command.add_argument("--max-length", type=_count)
 
 
 if __name__ == "__main__":

@@ -262,7 +262,7 @@ def max_positions(config: Any) -> int | None:
     return None
 
 
-def fingerprint(batch: Batch) -> int:
+def fingerprint(batch: Mapping[str, Any]) -> int:
     """crc32 over a batch's names, dtypes, shapes and contents."""
     crc = 0
     for key in sorted(batch):
@@ -275,7 +275,7 @@ def fingerprint(batch: Batch) -> int:
     return crc
 
 
-def batch_tokens(batch: Batch) -> int:
+def batch_tokens(batch: Mapping[str, Any]) -> int:
     """Tokens a batch makes the model read: attended ones, else input ids; rows where there are none."""
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     if isinstance(mask, Tensor):
@@ -283,7 +283,7 @@ def batch_tokens(batch: Batch) -> int:
     return ids.numel() if isinstance(ids, Tensor) else _rows(batch)
 
 
-def loss_weight(batch: Batch) -> float:
+def loss_weight(batch: Mapping[str, Any]) -> float:
     """What a batch's mean loss weighs among others: the number of labels that count, or of rows without labels."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.dtype.is_floating_point:
@@ -291,13 +291,13 @@ def loss_weight(batch: Batch) -> float:
     return float((labels != IGNORED).sum())
 
 
-def split_micro_batches(batch: Batch, parts: int) -> list[Batch]:
+def split_micro_batches(batch: Mapping[str, Any], parts: int) -> list[Batch]:
     """The batch cut along its rows into `parts`, sizes differing by one at most; what has no rows goes to every part.
 
     Padding stays as it is, so that each row is computed as in the whole batch. Raises DataError with fewer rows.
     """
     if parts == 1:
-        return [batch]
+        return [dict(batch)]
     rows = _rows(batch)
     if rows < parts:
         raise DataError(
@@ -307,7 +307,7 @@ def split_micro_batches(batch: Batch, parts: int) -> list[Batch]:
     return [{key: cut[key][i] if key in cut else value for key, value in batch.items()} for i in range(parts)]
 
 
-def _rows(batch: Batch) -> int:
+def _rows(batch: Mapping[str, Any]) -> int:
     for key in ("input_ids", "labels", *batch):
         if isinstance(value := batch.get(key), Tensor) and value.dim() > 0:
             return len(value)

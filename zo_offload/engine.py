@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from . import runs
 from .activations import measure_activations
@@ -37,9 +37,9 @@ from .errors import ConfigError, DataError, DivergenceError, PlanError
 from .fused import Perturbation, Update
 from .ingest import Base, ModuleBase
 from .journal import Journal, StepRecord
-from .lanes import Hub, Lane, PlanFault, hollow
+from .lanes import Hub, Lane, LanesShareState, PlanFault, hollow
 from .layout import Layout, make_layout
-from .memory import Activations, MemoryPlan, plan_memory, process_bytes
+from .memory import Activations, MemoryPlan, ServiceOrder, plan_memory, process_bytes
 from .methods import MeZO, lr_schedule
 from .plan import Plan, make_plan, relift
 from .progress import Progress
@@ -57,7 +57,7 @@ STILL = Perturbation(0, 0.0)  # the weights as they are: evaluation
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The default objective: `model(**batch).loss`."""
-    loss = getattr(model(**batch), "loss", None)
+    loss: Tensor | None = getattr(model(**batch), "loss", None)
     if loss is None:
         raise DataError(
             f"{type(model).__name__} returned no loss for a batch with {sorted(batch)}: give labels, "
@@ -124,7 +124,8 @@ class Engine:
             self.model = self.checkpoint.build_model(compute, model_class, seed=self.config.seed)
             self.base = self.checkpoint
         self.plan: Plan = make_plan(self.model, example, trainable=self.config.trainable)
-        self.layout: Layout = make_layout(self.plan, lambda spec: self.config.format_of(spec, self.base.dtype_of(spec.name)))
+        dtype_of = self.base.dtype_of
+        self.layout: Layout = make_layout(self.plan, lambda spec: self.config.format_of(spec, dtype_of(spec.name)))
         self.offload = choose_offload(self.config, self.layout)
         self.memory: MemoryPlan = self._plan_memory(example)
         self.log = UpdateLog()
@@ -147,7 +148,7 @@ class Engine:
         if not (run_dir / runs.JOURNAL).exists():
             raise ConfigError(f"{run_dir}: the run has no {runs.JOURNAL}: it never started. Begin it anew elsewhere")
         if record["model"] is None and model is None:
-            raise ConfigError(f"{run_dir} was made from a module in memory: pass it again, Engine.resume(run_dir, model)")
+            raise ConfigError(f"{run_dir} was made from a module in memory: pass it again, resume(run_dir, model)")
         if record["settings"]["trainable"] == "<predicate>" and "trainable" not in changes:
             raise ConfigError(f"{run_dir} was made with trainable=<a function>: pass the same one to resume")
         passed = {k: changes.pop(k) for k in ("objective", "tokenizer", "model_class", "example") if k in changes}
@@ -199,8 +200,10 @@ class Engine:
                     tokens += batch_tokens(batch)
                     seconds = time.perf_counter() - begin
                     wait = streamer.traffic.wait_s / seconds
-                    metrics.write(step=step, loss=record.loss, grad=record.grad, lr=record.lr, tokens=tokens,
-                                  seconds=round(seconds, 3), wait_share=round(wait, 4), skipped=record.skipped)  # fmt: skip
+                    metrics.write(
+                        step=step, loss=record.loss, grad=record.grad, lr=record.lr, skipped=record.skipped,
+                        tokens=tokens, seconds=round(seconds, 3), wait_share=round(wait, 4),
+                    )  # fmt: skip
                     bar.step(record.loss, tokens / seconds, wait)
                     if callback is not None:
                         callback(record)
@@ -220,7 +223,7 @@ class Engine:
         )  # fmt: skip
 
     def step(self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1) -> StepRecord:
-        """One step on one batch: the lanes, the update, the journal. The update reaches each block at its next visit."""
+        """One step on one batch: lanes, update, journal. The update reaches each block at its next visit."""
         self._start(batch, micro_batches)
         step = self.log.version
         lr = self.method.lr if lr is None else lr
@@ -307,9 +310,7 @@ class Engine:
         losses = self._forward(lanes, self._loss)
         total = sum(weights)
         return [
-            sum(w * losses[i * len(parts) + j] for j, w in enumerate(weights)) / total
-            if len(parts) > 1
-            else losses[i]
+            sum(w * losses[i * len(parts) + j] for j, w in enumerate(weights)) / total if len(parts) > 1 else losses[i]
             for i in range(len(perturbations))
         ]
 
@@ -334,8 +335,16 @@ class Engine:
             except PlanFault as fault:
                 # The watched run used a weight where the plan did not have it: lift its owner and run again.
                 streamer.abort_pass()
-                last = fault
+                last: PlanError = fault
                 self._adopt(relift(self.plan, fault.trace))
+                continue
+            except LanesShareState:
+                # A module keeps tensors between calls: such a model runs one lane after another, as its own code does.
+                streamer.abort_pass()
+                if self.config.order != "auto":
+                    raise
+                self._hub = self._make_hub(streamer, "lane")
+                hub = self._hub
                 continue
             except BaseException:
                 streamer.abort_pass()
@@ -354,8 +363,12 @@ class Engine:
     def _evaluate(self, batches: Batches) -> dict[str, float]:
         sums: dict[str, float] = {}
         weights: dict[str, float] = {}
+
+        def measure(model: nn.Module, batch: Batch) -> dict[str, tuple[float, float]]:
+            return batches.measure(model, dict(batch), self._loss)
+
         for batch in batches.epoch():
-            values = self._forward([Lane(STILL, batch)], lambda model, b: batches.measure(model, b, self._loss))[0]
+            values = self._forward([Lane(STILL, batch)], measure)[0]
             for name, (value, weight) in values.items():
                 sums[name] = sums.get(name, 0.0) + value * weight
                 weights[name] = weights.get(name, 0.0) + weight
@@ -398,14 +411,21 @@ class Engine:
         hollow(self.model)
         if isinstance(self.base, ModuleBase):
             self.base.let_go()
+        durable = self.journal.make_durable if self.journal is not None and self.offload == "disk" else None
         self._streamer = Streamer(
             self.plan, self.layout, tier, self.device, self.log, window=self.memory.window, noise=self.method.noise,
             rounding=self.config.rounding, threads=self.config.threads,
-            durable=self.journal.make_durable if self.journal is not None and self.offload == "disk" else lambda _: None,
+            durable=durable or (lambda version: None),
         )  # fmt: skip
-        self._hub = Hub(self.model, self.plan, self._streamer, order=self.memory.order)
         self._streamer.is_watched = lambda: self._hub is not None and self._hub.watching
-        self._hub.attach()
+        self._hub = self._make_hub(self._streamer, self.memory.order)
+
+    def _make_hub(self, streamer: Streamer, order: ServiceOrder) -> Hub:
+        if self._hub is not None:
+            self._hub.detach()
+        hub = Hub(self.model, self.plan, streamer, order=order)
+        hub.attach()
+        return hub
 
     def _running(self) -> Streamer:
         assert self._streamer is not None, "call _start first"
@@ -428,9 +448,10 @@ class Engine:
         return make_batches(data, batch_size=batch_size, seed=self.config.seed, shuffle=shuffle, **options)
 
     def _tokenizer(self) -> Any:
-        if self.tokenizer is None and self.checkpoint is not None and self.checkpoint.path is not None:
-            if any(file.name.startswith("tokenizer") for file in self.checkpoint.carried):
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.checkpoint.path, local_files_only=True)
+        path = None if self.checkpoint is None else self.checkpoint.path
+        if self.tokenizer is None and self.checkpoint is not None and path is not None:
+            has_one = any(file.name.startswith("tokenizer") for file in self.checkpoint.carried)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True) if has_one else None
         return self.tokenizer
 
     def _path(self, name: str) -> Path | None:

@@ -64,7 +64,7 @@ class ModuleBase:
 
 
 def to_stored(name: str, tensor: Tensor, fmt: Format) -> Tensor:
-    """A base tensor's bytes in its storage format. Raises CheckpointError on NaN, inf, or values the format cannot hold.
+    """A base tensor's bytes in its storage format. CheckpointError on NaN, inf, or values the format cannot hold.
 
     A cast to the same or a wider format is exact; to a narrower one it rounds to nearest, as loading with that dtype
     in transformers would.
@@ -108,5 +108,6 @@ def ingest(
 def _ingest_one(plan: Plan, layout: Layout, base: Base, name: str, buffer: Tensor) -> None:
     tensor, spec, place = base.load(name), plan.params[name], layout.places[name]
     if tensor.shape != spec.shape:
-        raise CheckpointError(f"parameter {name!r} is {tuple(tensor.shape)} in the base, {tuple(spec.shape)} in the model")
+        found, wanted = tuple(tensor.shape), tuple(spec.shape)
+        raise CheckpointError(f"parameter {name!r} is {found} in the base, {wanted} in the model")
     buffer[place.offset : place.offset + place.nbytes].copy_(to_stored(name, tensor, place.fmt))

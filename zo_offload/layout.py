@@ -57,9 +57,11 @@ class Layout:
 def make_layout(plan: Plan, format_of: Callable[[ParamSpec], Format]) -> Layout:
     """Pack the plan's blocks, each parameter in the format that `format_of` names."""
     places: dict[str, Place] = {}
-    sizes, spans = [], []
+    sizes: list[int] = []
+    spans: list[tuple[tuple[int, int], ...]] = []
     for block in plan.blocks:
-        offset, ranges = 0, []
+        offset = 0
+        ranges: list[tuple[int, int]] = []
         for name in block.params:
             spec = plan.params[name]
             fmt = format_of(spec)

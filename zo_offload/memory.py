@@ -15,8 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
+from typing import Literal
 
 from .config import show_bytes
 from .errors import BudgetError
@@ -85,7 +84,7 @@ def _owner_bytes(plan: Plan, owner: Owner, rows: int) -> int:
 
 
 def pinned_blocks(plan: Plan, count: int) -> frozenset[int]:
-    """`count` blocks to keep: those visited more than once a pass first, then evenly spread, so that fetches are too."""
+    """`count` blocks to keep: first those visited more than once a pass, then evenly spread."""
     visits = Counter(plan.visits)
     often = sorted((b for b in visits if visits[b] > 1), key=lambda b: -visits[b])[:count]
     rest = [block.index for block in plan.blocks if block.index not in often]
@@ -114,66 +113,70 @@ def plan_memory(
     With one: the most pinned blocks that fit, module order if it fits with 3 slots, else block order, else 2 slots.
     Raises BudgetError, with the terms and what would fit, if nothing does.
     """
-    everything = frozenset(block.index for block in plan.blocks)
     orders: list[ServiceOrder] = ["module", "block"] if order == "auto" else [order]  # type: ignore[list-item]
-    least_slots = 1 if io_threads == 0 else 2
-    slot_choices = [num_slots] if num_slots is not None else [3, 2, 1][: 4 - least_slots]
+    fewest = 1 if io_threads == 0 else 2
+    slot_choices = [num_slots] if num_slots is not None else [3, 2, 1][: 4 - fewest]
+    lanes = perturbations * micro_batches
     smallest: MemoryPlan | None = None
     for which in orders:
+        held = activations.peak * lanes if which == "module" else activations.peak
+        held += 0 if which == "module" else (lanes - 1) * activations.between_blocks
+        fixed = {"scratch": scratch_bytes(plan, which, perturbations, rows), "activations": held, "process": process}
         for slots in slot_choices:
-            scratch = scratch_bytes(plan, which, perturbations, rows)
-            lanes = perturbations * micro_batches
-            held = (
-                lanes * activations.peak
-                if which == "module"
-                else activations.peak + (lanes - 1) * activations.between_blocks
-            )
-
-            def with_pinned(pinned: frozenset[int]) -> MemoryPlan:
-                streamed = [layout.block_bytes[b] for b in everything - pinned]
-                used = min(slots, len(streamed))
-                window = Window(max(used, 1), max(0, min(used - 1, ahead if ahead is not None else used - 1)), pinned,
-                                io_threads)  # fmt: skip
-                own_copy = 0 if offload == "none" else sum(layout.block_bytes[b] for b in pinned)
-                store = {"none": layout.total_bytes, "host": layout.total_bytes, "disk": 0}[offload]
-                terms = {
-                    "window": used * max(streamed, default=0),
-                    "pinned": store if offload == "none" else own_copy,
-                    "scratch": scratch,
-                    "activations": held,
-                    "store": 0 if offload == "none" else store,
-                    "process": process,
-                }
-                return MemoryPlan(window, which, terms, budget)
-
-            if offload == "none":
-                found = with_pinned(everything)
-                if budget is None or found.device_bytes <= budget:
-                    return found
-            else:
-                found = with_pinned(frozenset())
-                if budget is None:
-                    return found
-                if found.device_bytes <= budget:
-                    return _pin_more(plan, with_pinned, budget)
-            if smallest is None or found.device_bytes < smallest.device_bytes:
-                smallest = found
+            ask = _Ask(plan, layout, offload, which, slots, ahead, io_threads, fixed, budget)
+            least = ask.with_pinned(frozenset(range(len(plan.blocks))) if offload == "none" else frozenset())
+            if budget is None:
+                return least
+            if least.device_bytes <= budget:
+                return least if offload == "none" else ask.with_most_pinned(budget)
+            if smallest is None or least.device_bytes < smallest.device_bytes:
+                smallest = least
     assert smallest is not None and budget is not None
     raise _too_small(plan, layout, smallest, budget, offload)
 
 
-def _pin_more(plan: Plan, with_pinned: Any, budget: int) -> MemoryPlan:
-    """The most pinned blocks that the budget takes (the sizes are monotone in practice, so the first fit is kept)."""
-    for count in range(len(plan.blocks), -1, -1):
-        found: MemoryPlan = with_pinned(pinned_blocks(plan, count))
-        if found.device_bytes <= budget:
-            return found
-    raise AssertionError("the empty set was checked by the caller")
+@dataclass(frozen=True)
+class _Ask:
+    """One service order and number of slots, with what they cost besides the blocks."""
+
+    plan: Plan
+    layout: Layout
+    offload: str
+    order: ServiceOrder
+    slots: int
+    ahead: int | None
+    io_threads: int
+    fixed: Mapping[str, int]
+    budget: int | None
+
+    def with_pinned(self, pinned: frozenset[int]) -> MemoryPlan:
+        """The plan that keeps the blocks `pinned` and streams the others."""
+        sizes = self.layout.block_bytes
+        streamed = [sizes[b] for b in range(len(sizes)) if b not in pinned]
+        used = min(self.slots, len(streamed))
+        most_ahead = max(0, used - 1)
+        ahead = most_ahead if self.ahead is None else min(self.ahead, most_ahead)
+        terms = {
+            "window": used * max(streamed, default=0),
+            "pinned": sum(sizes[b] for b in pinned),
+            "scratch": self.fixed["scratch"],
+            "activations": self.fixed["activations"],
+            "store": self.layout.total_bytes if self.offload == "host" else 0,
+            "process": self.fixed["process"],
+        }
+        return MemoryPlan(Window(max(used, 1), ahead, pinned, self.io_threads), self.order, terms, self.budget)
+
+    def with_most_pinned(self, budget: int) -> MemoryPlan:
+        """The most pinned blocks that the budget takes; the empty set is known to fit."""
+        counts = range(len(self.plan.blocks), -1, -1)
+        plans = (self.with_pinned(pinned_blocks(self.plan, count)) for count in counts)
+        return next(found for found in plans if found.device_bytes <= budget)
 
 
 def _too_small(plan: Plan, layout: Layout, least: MemoryPlan, budget: int, offload: str) -> BudgetError:
     largest = max(plan.blocks, key=lambda block: layout.block_bytes[block.index])
-    terms = ", ".join(f"{name} {show_bytes(nbytes)}" for name, nbytes in least.rows() if name not in ("process", "store"))
+    bounded = [(name, nbytes) for name, nbytes in least.rows() if name not in ("process", "store")]
+    terms = ", ".join(f"{name} {show_bytes(nbytes)}" for name, nbytes in bounded)
     hint = (
         "Use offload='disk' or 'host'"
         if offload == "none"
@@ -186,15 +189,18 @@ def _too_small(plan: Plan, layout: Layout, least: MemoryPlan, budget: int, offlo
     )
 
 
+_RUNTIME_BYTES = 50_000_000  # thread stacks, library workspaces, page rounding: seen alike at every model size
+
+
 def process_bytes() -> int:
-    """Resident bytes of this process now, with the compute libraries up: they load at the first use, some 20 MB."""
+    """Resident bytes of this process now, and what a run adds to that whatever the model (libraries load lazily)."""
     import psutil
     import torch
 
     with torch.no_grad():
         x = torch.ones(64, 64)
         torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, x), torch.zeros(64, dtype=torch.int64))
-    return int(psutil.Process().memory_info().rss)
+    return int(psutil.Process().memory_info().rss) + _RUNTIME_BYTES
 
 
 def available_bytes() -> int:
@@ -210,5 +216,3 @@ def available_bytes() -> int:
     except OSError:  # no such control group: the host's own figure holds
         pass
     return free
-
-

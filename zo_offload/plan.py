@@ -193,9 +193,7 @@ def make_plan(
     for name, canonical in tree.names.items():
         if name != canonical:
             aliases[canonical].append(name)
-    params = {
-        n: ParamSpec(n, tuple(aliases[n]), ids[n], p.shape, p.dtype, n in chosen) for n, p in named.items()
-    }
+    params = {n: ParamSpec(n, tuple(aliases[n]), ids[n], p.shape, p.dtype, n in chosen) for n, p in named.items()}
     if batch is None:
         batch = getattr(model, "dummy_inputs", None)
     if batch is None:

@@ -11,7 +11,9 @@ import torch
 
 from .activations import measure_activations
 from .checkpoint import Checkpoint
-from .config import DTYPES, parse_bytes
+from .config import DTYPES, parse_bytes, show_bytes
+from .data import max_positions
+from .errors import ConfigError
 from .formats import format_of, get_format
 from .layout import Layout, make_layout
 from .memory import MemoryPlan, plan_memory
@@ -27,14 +29,21 @@ def plan_report(
     compute: str | None = None,
     offload: str | None = None,
     device_memory: str | None = None,
-    tokens: int = 512,
+    tokens: int | None = None,
     batch_size: int = 1,
     trainable: str | None = None,
     model_class: str | None = None,
 ) -> Iterator[str]:
-    """Lines of the report for a checkpoint directory, a config.json, or a size such as opt-175b."""
+    """Lines of the report for a checkpoint directory, a config.json, or a size such as opt-175b.
+
+    tokens: a row; default 512, or as many as the model takes. Raises ZOError.
+    """
     checkpoint = open_config(model)
     module = checkpoint.build_model(DTYPES[compute or "fp32"], model_class)
+    limit = max_positions(module.config)
+    if tokens is not None and limit is not None and tokens > limit:
+        raise ConfigError(f"tokens={tokens}: {model} takes at most {limit}")
+    tokens = tokens if tokens is not None else min(512, limit or 512)
     batch = example_batch(module, batch_size, tokens)
     call: ForwardCall = lambda m, b: m(**b)  # noqa: E731 - the type is the point
     plan = make_plan(module, batch, trainable=trainable, call=call)
@@ -46,8 +55,8 @@ def plan_report(
         rows=batch_size * tokens, activations=activations,
         budget=None if device_memory is None else parse_bytes(device_memory, "device_memory"),
     )  # fmt: skip
-    yield f"{type(module).__name__}: {plan.numel / 1e9:.3f} G parameters, {plan.trainable_numel / 1e9:.3f} G trainable"
-    yield f"stored as {fmt.name}: {layout.total_bytes / 1e9:.2f} GB in {len(plan.blocks)} blocks"
+    yield f"{type(module).__name__}: {_number(plan.numel)} parameters, {_number(plan.trainable_numel)} trainable"
+    yield f"stored as {fmt.name}: {show_bytes(layout.total_bytes)} in {len(plan.blocks)} blocks"
     yield from _blocks(plan, layout)
     yield from _lifts(plan)
     yield from _memory(memory, batch_size, tokens, activations.peak > 0)
@@ -73,20 +82,36 @@ def example_batch(module: Any, batch_size: int, tokens: int) -> dict[str, torch.
     return batch
 
 
+def _number(value: int) -> str:
+    """A count for people: "174.604 G"."""
+    scale, unit = next(((s, u) for s, u in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if value >= s), (1, ""))
+    return f"{value / scale:.3f}{unit}" if unit else str(value)
+
+
 def _blocks(plan: Plan, layout: Layout) -> Iterator[str]:
-    yield f"{'block':<48}{'parameters':>16}{'MB':>12}{'visits':>8}"
     rows = plan.describe()
+    table: list[tuple[str, int, int]] = []  # name, index of the first, how many: equal neighbours share a line
     index = 0
-    while index < len(rows):  # equal blocks one after another in one line
+    while index < len(rows):
         end = index
         while end + 1 < len(rows) and _alike(rows[end + 1], rows[index]):
             end += 1
-        row, many = rows[index], end - index + 1
-        name = row.name if many == 1 else f"{row.name} .. {rows[end].name}"
-        yield f"{name[:47]:<48}{row.numel:>16,}{layout.block_bytes[index] / 1e6:>12.2f}{row.visits:>8}" + (
-            f"   x {many}" if many > 1 else ""
-        )
+        table.append((_span(rows[index].name, rows[end].name), index, end - index + 1))
         index = end + 1
+    width = max(len(name) for name, _, _ in table) + 1
+    yield f"{'block':<{width}}{'parameters':>16}{'MB':>12}{'visits':>8}"
+    for name, index, many in table:
+        row, times = rows[index], f"   x {many}" if many > 1 else ""
+        yield f"{name:<{width}}{row.numel:>16,}{layout.block_bytes[index] / 1e6:>12.2f}{row.visits:>8}{times}"
+
+
+def _span(first: str, last: str, most: int = 72) -> str:
+    """ "layers.0 .. 95" of layers.0 and layers.95; a name too long for the table loses its middle."""
+    if first != last:
+        pairs = enumerate(zip(first.split("."), last.split("."), strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), 0)
+        first += f" .. {'.'.join(last.split('.')[shared:])}"
+    return first if len(first) <= most else f"{first[: most // 2 - 3]} ... {first[-most // 2 + 2 :]}"
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -100,7 +125,10 @@ def _lifts(plan: Plan) -> Iterator[str]:
         yield f"tied, stored and perturbed once: {spec.name} = {', '.join(spec.aliases)}"
     if lifted:
         name, owners = next(iter(lifted.items()))
-        yield f"{len(lifted)} parameters are used outside their module and served further up, such as {name} in {owners[0]}"
+        yield (
+            f"{len(lifted)} parameters are used outside their module and served further up, such as {name} in "
+            f"{owners[0]}"
+        )
     for note in plan.notes:
         yield f"note: {note}"
 
@@ -113,12 +141,12 @@ def _memory(memory: MemoryPlan, batch_size: int, tokens: int, known: bool) -> It
             detail = f"   {memory.window.num_slots} slots, {memory.window.ahead} fetched ahead"
         if name == "pinned":
             detail = f"   {len(memory.window.pinned)} blocks"
-        yield f"  {name:<14}{nbytes / 1e9:>10.3f} GB{detail}"
-    yield f"  {'device':<14}{memory.device_bytes / 1e9:>10.3f} GB" + ("" if known else "   (activations unknown)")
+        yield f"  {name:<14}{show_bytes(nbytes):>12}{detail}"
+    yield f"  {'device':<14}{show_bytes(memory.device_bytes):>12}" + ("" if known else "   (activations unknown)")
 
 
 def _traffic(plan: Plan, layout: Layout, memory: MemoryPlan) -> Iterator[str]:
     streamed = [block for block in plan.visits if block not in memory.window.pinned]
     fetched = sum(layout.block_bytes[block] for block in streamed)
     flushed = sum(nbytes for block in set(streamed) for _, nbytes in layout.spans[block])
-    yield f"a step fetches {fetched / 1e9:.2f} GB and flushes {flushed / 1e9:.2f} GB"
+    yield f"a step fetches {show_bytes(fetched)} and flushes {show_bytes(flushed)}"

@@ -42,7 +42,8 @@ class ScratchPool:
         """
         if fresh:
             pairs = list(zip(shapes, dtypes, strict=True))
-            return Scratch(None, [[torch.empty(shape, dtype=dtype) for shape, dtype in pairs] for _ in range(copies)])
+            # from `alloc`, not from the heap: these go back to the system at once, where the heap would keep them
+            return Scratch(None, [[self._alone(shape, dtype) for shape, dtype in pairs] for _ in range(copies)])
         sizes = [_nbytes(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
         stride = sum(-(-n // _ALIGN) * _ALIGN for n in sizes)
         buffer = self._buffer(max(_ALIGN, stride * copies))
@@ -65,6 +66,9 @@ class ScratchPool:
 
     def clear(self) -> None:
         self._free, self._out, self.nbytes = [], {}, 0
+
+    def _alone(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self._alloc(_nbytes(shape, dtype)).view(dtype).view(shape)
 
     def _buffer(self, nbytes: int) -> Tensor:
         fitting = [i for i, buffer in enumerate(self._free) if buffer.numel() >= nbytes]

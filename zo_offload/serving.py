@@ -24,7 +24,6 @@ from .watch import Origin, Recorder
 set_data: Callable[[nn.Parameter, Tensor], None] = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
-
 @dataclass(frozen=True)
 class Lane:
     """One perturbed forward: whose weights, on which micro-batch."""
@@ -184,5 +183,3 @@ def kind_of(batch: Any) -> Any:
     if isinstance(batch, (list, tuple)):
         return tuple(kind_of(v) for v in batch)
     return batch if batch is None or isinstance(batch, (bool, str)) else type(batch)
-
-

@@ -33,7 +33,7 @@ def choose_offload(config: EngineConfig, layout: Layout) -> str:
     """
     need, free = layout.total_bytes, available_bytes()
     if config.offload == "auto":
-        if need <= free / 2 or config.run_dir is None and need <= 0.9 * free:
+        if need <= free / 2 or (config.run_dir is None and need <= 0.9 * free):
             return "none"
         if config.run_dir is None:
             raise BudgetError(
@@ -49,7 +49,7 @@ def choose_offload(config: EngineConfig, layout: Layout) -> str:
     return config.offload
 
 
-def identity(plan: Plan, layout: Layout, base: Base, config: EngineConfig, method: MeZO, base_digest: str) -> dict[str, Any]:
+def identity(plan: Plan, layout: Layout, config: EngineConfig, method: MeZO, base_digest: str) -> dict[str, Any]:
     """What must be equal for a journal to mean the same weights; checked on resume, key by key."""
     trained = "\n".join(sorted(name for name, spec in plan.params.items() if spec.trainable))
     formats = "\n".join(f"{name} {place.fmt.name}" for name, place in sorted(layout.places.items()))
@@ -99,7 +99,7 @@ def start(
     journal = None
     if run_dir is not None:
         runs.save_config(run_dir, model_name, config, method)
-        header = identity(plan, layout, base, config, method, base.digest())
+        header = identity(plan, layout, config, method, base.digest())
         journal = Journal.create(run_dir / runs.JOURNAL, header)
     return tier, UpdateLog(), journal
 
@@ -141,6 +141,6 @@ def _reopen(
         tier, again = _new_tier(layout, offload, device, run_dir), list(range(len(layout.block_bytes)))
     # The base is read again only where it is needed; then its identity is checked too, before anything is written.
     found = base.digest() if again else journal.header.get("base", "")
-    runs.check_identity(identity(plan, layout, base, config, method, found), journal.header)
+    runs.check_identity(identity(plan, layout, config, method, found), journal.header)
     ingest(plan, layout, base, tier, device.alloc, blocks=again, progress=progress)
     return tier, log, journal

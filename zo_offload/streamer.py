@@ -102,6 +102,11 @@ class Streamer:
         self._fetch_stream: Stream = device.stream("fetch", window.io_threads)
         self._flush_stream: Stream = device.stream("flush", min(1, window.io_threads))
         self._flushes: deque[Event] = deque()
+        self._events: dict[OpKey, Event] = {}
+        self._live: dict[int, Slot] = {}  # stay -> its slot, from fetch to the end of the stay
+        self._base, self._position = 0, -1  # visits before this pass; the visit under way, -1 before the first
+        self._slot: Slot | None = None
+        self._stray: Slot | None = None
         self.set_plan(plan)
 
     # ---- passes ----------------------------------------------------------------------------------------------------
@@ -168,14 +173,18 @@ class Streamer:
         for block in range(len(self.plan.blocks)):
             if block not in self.layout.written or self.tier.version(block) == target:
                 continue
-            slot = self._load(block)
+            slot = self._load(block, into_window=True)
             self._settle(slot)
             self._write_back(slot)
 
     def read(self, name: str) -> Tensor:
-        """A copy of one parameter's stored bytes as a tensor of its storage dtype and shape. After `flush_all`."""
+        """A copy of one parameter's current value in its storage dtype. Not in a pass."""
+        if self._live:
+            self._restart()  # the slots hold blocks fetched ahead for the next pass
         place, spec = self.layout.places[name], self.plan.params[name]
-        data = self._load(place.block).memory[place.offset : place.offset + place.nbytes]
+        slot = self._load(place.block, into_window=True)
+        self._settle(slot)
+        data = slot.memory[place.offset : place.offset + place.nbytes]
         return data.clone().view(place.fmt.torch_dtype).view(spec.shape)
 
     @property
@@ -200,22 +209,20 @@ class Streamer:
 
     def _restart(self) -> None:
         """Forget what was fetched ahead; flush what was written. The next pass starts with a cold window."""
-        for slot in getattr(self, "_live", {}).values():
+        for slot in self._live.values():
             if slot.dirty and slot.block >= 0:
                 self._settle(slot)
                 self._enqueue_flush(slot, Event())
         self._flush_stream.drain()
         # Fetches that wait for a flush which will now never be enqueued must not wait for ever. What they read is
         # not used.
-        for event in getattr(self, "_events", {}).values():
+        for event in self._events.values():
             if not event.is_done():
                 event.set()
         self._fetch_stream.drain()
-        self._events: dict[OpKey, Event] = {}
-        self._live: dict[int, Slot] = {}  # stay -> its slot, from fetch to the end of the stay
+        self._events, self._live = {}, {}
         self._base, self._position = 0, -1
-        self._slot: Slot | None = None
-        self._stray: Slot | None = None
+        self._slot = self._stray = None
         self._ops: Iterator[Op] = schedule(
             self._visits,
             num_slots=self.window.num_slots,
@@ -334,15 +341,20 @@ class Streamer:
 
     # ---- one block -----------------------------------------------------------------------------------------------
 
-    def _load(self, block: int, wait_for_flush: bool = False) -> Slot:
-        """A block outside the schedule: a pinned one (loaded once), or a copy on the side."""
+    def _load(self, block: int, *, wait_for_flush: bool = False, into_window: bool = False) -> Slot:
+        """A block outside the schedule: a pinned one (loaded once), or a copy on the side.
+
+        into_window: between passes the slots are empty, so the copy needs no memory of its own.
+        """
         if block in self._pinned:
             return self._pinned[block]
         if wait_for_flush:
             self._flush_stream.drain()
         memory = self.tier.view(block)
         if memory is None:
-            memory = self.device.alloc(self.layout.block_bytes[block])
+            nbytes = self.layout.block_bytes[block]
+            spare = into_window and block not in self.window.pinned
+            memory = self._slots[0].memory[:nbytes] if spare else self.device.alloc(nbytes)
             self.tier.fetch(block, memory)
             self.traffic.fetch_bytes += memory.numel()
         slot = Slot(memory, block, version=dict.fromkeys(self.plan.blocks[block].params, self.tier.version(block)))
@@ -430,4 +442,3 @@ class Streamer:
     @staticmethod
     def _bytes(slot: Slot, place: Place) -> Tensor:
         return slot.memory[place.offset : place.offset + place.nbytes]
-

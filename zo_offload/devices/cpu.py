@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import queue
 import threading
@@ -105,10 +106,8 @@ class CpuDevice:
             return torch.empty(0, dtype=torch.uint8)
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if nbytes >= 1 << 22 and hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
+            with contextlib.suppress(OSError):  # a kernel without transparent huge pages: plain ones work the same
                 memory.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:  # a kernel built without transparent huge pages: plain pages work the same
-                pass
         return torch.frombuffer(memory, dtype=torch.uint8)
 
     def stream(self, name: str, threads: int) -> Stream:

@@ -69,7 +69,8 @@ class MeZO:
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ConfigError(f"weight_decay={self.weight_decay}: expected zero or a positive number")
         if self.lr * self.weight_decay >= 1:
-            raise ConfigError(f"lr * weight_decay = {self.lr * self.weight_decay:g} would erase the weights; keep it < 1")
+            product = self.lr * self.weight_decay
+            raise ConfigError(f"lr * weight_decay = {product:g} would erase the weights; keep it below 1")
         if self.warmup_steps < 0 or self.steps < 1 or self.batch_size < 1:
             raise ConfigError(
                 f"warmup_steps={self.warmup_steps}, steps={self.steps}, batch_size={self.batch_size}: "
@@ -77,7 +78,7 @@ class MeZO:
             )
         if self.on_nonfinite not in ("stop", "skip"):
             raise ConfigError(f"on_nonfinite={self.on_nonfinite!r}: expected 'stop' or 'skip'")
-        self.noise  # checks distribution and rounds
+        NoiseSpec(self.distribution, self.rounds)  # checks both
         lr_schedule(self.schedule, self.warmup_steps, max(self.steps, self.warmup_steps))
 
     @classmethod
@@ -126,7 +127,7 @@ def lr_schedule(name: str, warmup_steps: int, steps: int) -> Callable[[int], flo
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"schedule {name!r} with {warmup_steps} warm-up steps: {error}") from None
-    lambdas = getattr(scheduler, "lr_lambdas", None)
+    lambdas: list[Callable[[int], float]] | None = getattr(scheduler, "lr_lambdas", None)
     if not lambdas:
         raise ConfigError(f"schedule {name!r} depends on more than the step; use linear, cosine, constant, ...")
     return lambdas[0]

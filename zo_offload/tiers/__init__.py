@@ -13,7 +13,7 @@ Spans = tuple[tuple[int, int], ...]
 
 
 class Tier(Protocol):
-    """What the streamer asks of a tier. fetch and flush block and may run on worker threads, one op a block at a time."""
+    """What the streamer asks of a tier. fetch and flush may run on worker threads, one op a block at a time."""
 
     def fetch(self, block: int, out: Tensor) -> None:
         """Read the whole block into out (uint8, exactly the block's size)."""

@@ -22,6 +22,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -84,7 +85,7 @@ class DiskTier:
 
     def fetch(self, block: int, out: Tensor) -> None:
         assert block not in self.torn, f"block {block} was never written whole"
-        view, done = memoryview(out.numpy()), 0
+        view, done = memoryview(cast(Any, out.numpy())), 0
         while done < len(view):
             n = os.preadv(self._fds[block], [view[done : done + _MAX_IO]], HEADER_BYTES + done)
             if n == 0:
@@ -98,7 +99,7 @@ class DiskTier:
         fd, nbytes = self._fds[block], self._block_bytes[block]
         os.pwrite(fd, _header(block, nbytes, TORN, version), 0)
         self.torn.add(block)
-        view = memoryview(data.numpy())
+        view = memoryview(cast(Any, data.numpy()))
         for offset, length in spans:
             done = 0
             while done < length:
@@ -132,7 +133,7 @@ def _header(block: int, nbytes: int, state: int, version: int) -> bytes:
 def _parse(path: Path, head: bytes, block: int, nbytes: int, size: int) -> tuple[int, int]:
     if len(head) < 32 or head[:4] != b"ZOB1":
         raise CheckpointError(f"{path}: not a block file (starts with {head[:4]!r}, expected b'ZOB1')")
-    magic, state, version, found, index = _HEAD.unpack_from(head)
+    _magic, state, version, found, index = _HEAD.unpack_from(head)
     if struct.unpack_from("<I", head, 28)[0] != zlib.crc32(head[:28]):
         raise CheckpointError(f"{path}: the header fails its checksum; delete the run and start it again from its base")
     if (index, found, size) != (block, nbytes, HEADER_BYTES + nbytes):

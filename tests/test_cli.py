@@ -1,0 +1,199 @@
+"""The command line, in process: what each command prints and writes, and one line for what a user gets wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+
+from zo_offload import __main__ as doctor
+from zo_offload import native
+from zo_offload.cli import main
+
+POSITIONS = 64
+FIT = ["--batch-size", "4", "--lr", "1e-3", "--offload", "disk", "--quiet"]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A directory with base/ (a checkpoint), train.jsonl, dev.jsonl and long.jsonl (beyond the model's positions)."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=211, hidden_size=32, num_hidden_layers=4, ffn_dim=64, num_attention_heads=4,
+        max_position_embeddings=POSITIONS, word_embed_proj_dim=32,
+    )  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(folder / "base")
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, 211, (5 + i % 7,), generator=generator).tolist() for i in range(24)]
+    write_rows(folder / "train.jsonl", rows[:18])
+    write_rows(folder / "dev.jsonl", rows[18:])
+    write_rows(folder / "long.jsonl", [[5] * (POSITIONS + 6)] * 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(files):
+    """run/ and tuned/: seven steps that were never stopped."""
+    run, out = files / "run", files / "tuned"
+    assert fit(files, "--steps", 7, "--run-dir", run, "--out", out) == 0
+    return files
+
+
+def call(*args):
+    return main([str(arg) for arg in args])
+
+
+def fit(files, *args):
+    return call("fit", files / "base", "--data", files / "train.jsonl", *FIT, *args)
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+def weights(checkpoint):
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").state_dict()
+
+
+def assert_equal(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_fit_writes_a_run_and_a_checkpoint(files, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert fit(files, "--steps", 4, "--run-dir", run, "--out", out, "--eval-data", files / "dev.jsonl",
+               "--eval-every", 2) == 0  # fmt: skip
+    summary, *evals, last = capsys.readouterr().out.splitlines()
+    assert summary.startswith("4 steps, ") and last == f"exported to {out}"
+    evals = [json.loads(line) for line in evals]
+    assert [values["step"] for values in evals] == [2, 4]
+    assert [line["step"] for line in metrics(run) if "loss" in line] == [0, 1, 2, 3]
+    assert [line["eval_loss"] for line in metrics(run) if "eval_loss" in line] == [e["loss"] for e in evals]
+    assert (run / "journal.zoj").is_file() and (run / "blocks").is_dir()
+    before, after = weights(files / "base"), weights(out)
+    assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_resumed_is_never_stopped(trained, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert fit(trained, "--steps", 3, "--run-dir", run) == 0
+    assert call("fit", run, "--resume", "--data", trained / "train.jsonl", "--batch-size", 4, "--steps", 7,
+                "--offload", "host", "--quiet", "--out", out) == 0  # fmt: skip
+    assert losses(run) == losses(trained / "run") and len(set(losses(run))) == 7
+    assert_equal(out, trained / "tuned")
+
+
+def test_eval_of_a_run_is_that_of_its_export(trained, tmp_path, capsys):
+    def loss(model, *args):
+        assert call("eval", model, "--data", trained / "dev.jsonl", "--batch-size", 4, *args) == 0
+        return json.loads(capsys.readouterr().out)["loss"]
+
+    run, tuned = loss(trained / "run"), loss(trained / "tuned")
+    assert run == tuned != loss(trained / "base")
+    assert tuned == loss(trained / "tuned", "--offload", "disk", "--run-dir", tmp_path / "blocks")
+
+
+def test_export_of_a_run_and_of_a_checkpoint(trained, tmp_path, capsys):
+    assert call("export", trained / "run", "--out", tmp_path / "whole", "--max-shard", "50KB") == 0
+    written = list((tmp_path / "whole").iterdir())
+    assert capsys.readouterr().out == f"wrote {len(written)} files to {tmp_path / 'whole'}\n"
+    assert len([path for path in written if path.suffix == ".safetensors"]) > 1
+    assert_equal(tmp_path / "whole", trained / "tuned")
+    assert call("export", trained / "base", "--out", tmp_path / "bf16", "--storage", "bf16") == 0
+    base = weights(trained / "base")
+    assert all(torch.equal(value, base[name].bfloat16()) for name, value in weights(tmp_path / "bf16").items())
+
+
+@pytest.mark.parametrize("name", ["base", "base/config.json"])
+def test_plan_of_a_directory_and_of_a_config(name, files, capsys):
+    assert call("plan", files / name, "--batch-size", 2) == 0
+    text = capsys.readouterr().out
+    parameters = sum(p.numel() for p in OPTForCausalLM.from_pretrained(files / "base").parameters())
+    assert f"OPTForCausalLM: {parameters / 1e3:.3f} k parameters" in text
+    assert "stored as fp32: " in text and " in 7 blocks" in text
+    assert f"memory, 2 x {POSITIONS} tokens" in text  # not the usual 512, which this model does not take
+    (layers,) = [line.split() for line in text.splitlines() if line.startswith("model.decoder.layers.0 .. 3 ")]
+    assert layers[3:] == ["8,544", "0.04", "1", "x", "4"]
+    assert "tied, stored and perturbed once: model.decoder.embed_tokens.weight = lm_head.weight" in text
+
+
+def test_plan_of_a_size(capsys):
+    assert call("plan", "opt-175b", "--storage", "bf16", "--tokens", 256) == 0
+    text = capsys.readouterr().out
+    assert "174.604 G parameters" in text and "stored as bf16: 349.21 GB in 98 blocks" in text
+    (layers,) = [line.split() for line in text.splitlines() if line.startswith("model.decoder.layers.0 .. 95 ")]
+    assert layers[3:] == ["1,812,099,072", "3624.20", "1", "x", "96"]
+    assert "memory, 1 x 256 tokens" in text and "3 slots" in text
+    assert "fetches 350.49 GB and flushes 349.21 GB" in text  # the tied embedding is fetched twice
+
+
+BASE, DATA = ["fit", "{}/base"], ["--data", "{}/train.jsonl", "--batch-size", "4", "--steps", "1"]
+DISK = ["--offload", "disk", "--run-dir", "{}/never"]
+WRONG = {
+    "no model": (["fit", "{}/nowhere", *DATA], "{}/nowhere does not exist"),
+    "no model to plan": (["plan", "opt-176b"], "opt-176b"),
+    "no model to eval": (["eval", "{}/nowhere", "--data", "{}/train.jsonl"], "{}/nowhere does not exist"),
+    "no run": (["fit", "{}/base", "--resume", *DATA], "{}/base/config.json is not a run"),
+    "used run dir": ([*BASE, *DATA, "--run-dir", "{}/run"], "{}/run' holds a run"),
+    "used run dir, same run": ([*BASE, *DATA[:4], *FIT, "--steps", "9", "--run-dir", "{}/run"], "holds a run"),
+    "run dir a file": ([*BASE, *DATA, "--run-dir", "{}/dev.jsonl"], "{}/dev.jsonl' is a file"),
+    "no data": ([*BASE, "--data", "{}/no.jsonl", "--steps", "1"], "{}/no.jsonl does not exist"),
+    "no eval data": ([*BASE, *DATA, "--eval-data", "{}/no.jsonl"], "{}/no.jsonl does not exist"),
+    "long rows": ([*BASE, "--data", "{}/long.jsonl", "--batch-size", "4"], "long.jsonl row 0 has 70 tokens"),
+    "long rows to plan": (["plan", "{}/base", "--tokens", "65"], "tokens=65"),
+    "little memory": ([*BASE, *DATA, *DISK, "--device-memory", "10KB"], "device_memory=10.0 kB is too small"),
+    "little memory to plan": (["plan", "{}/base", "--device-memory", "10KB"], "device_memory=10.0 kB is too small"),
+    "size": (["export", "{}/run", "--out", "{}/never", "--max-shard", "big"], "max_shard_bytes='big'"),
+    "preset": ([*BASE, *DATA, "--preset", "opus"], "preset 'opus' is not known; there are opt"),
+    "out in use": ([*BASE, *DATA, *DISK, "--out", "{}/tuned"], "{}/tuned is not empty"),
+    "out under a file": (["export", "{}/run", "--out", "{}/dev.jsonl/x"], "{}/dev.jsonl is a file"),
+    "resume with lr": (["fit", "{}/run", "--resume", *DATA, "--lr", "1", "--seed", "2"], "leave out --lr, --seed"),
+    "export in bf16": (["export", "{}/run", "--out", "{}/never", "--storage", "bf16"], "leave out --storage"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_errors_are_one_line(case, trained, capsys):
+    args, message = WRONG[case]
+    check_error(capsys, [arg.format(trained) for arg in args], message.format(trained))
+    assert not (trained / "never").exists(), "an error that can be known before must leave nothing behind"
+    assert len(losses(trained / "run")) == 7
+
+
+def check_error(capsys, args, message):
+    capsys.readouterr()
+    assert call(*args) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("zo-offload: ") and err.count("\n") == 1 and message in err, err
+
+
+def test_missing_shard(files, tmp_path, capsys):
+    OPTForCausalLM.from_pretrained(files / "base").save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    shard = sorted((tmp_path / "sharded").glob("*.safetensors"))[1]
+    shutil.move(shard, tmp_path)
+    check_error(capsys, ["eval", tmp_path / "sharded", "--data", files / "dev.jsonl"], f"{shard} is missing")
+
+
+def test_numbers_below_one_are_refused(files, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        fit(files, "--steps", 0)
+    assert "--steps: 0 is less than 1" in capsys.readouterr().err
+
+
+def test_doctor(capsys):
+    assert doctor.main() == 0
+    text = capsys.readouterr().out
+    assert f"native       {native.describe()}\n" in text and "one step     ok" in text
