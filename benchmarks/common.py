@@ -1,17 +1,18 @@
-"""What every benchmark says about itself: machine, versions, commit, date; and how repeats become numbers."""
+"""What every benchmark says about itself: machine, versions, commit, date; and how repeats become numbers.
+
+Benchmarks run as `python -m benchmarks.NAME` from the checkout, installed or not.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
 import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
 
 def quantile(times: list[float], q: float) -> float:
@@ -61,4 +62,4 @@ def about(benchmark: str) -> dict[str, Any]:
 
 def emit(result: dict[str, Any], common: dict[str, Any]) -> None:
     """One JSON line."""
-    print(json.dumps(result | common), flush=True)
+    print(json.dumps(common | result), flush=True)

@@ -16,20 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, installed or not
-
+from benchmarks.common import about, quantile
 from zo_offload import native
 from zo_offload.formats import get_format
 from zo_offload.fused import Perturbation, Update, fused_pass
@@ -86,10 +80,6 @@ def repeat(work: Callable[[], None], seconds: float, least: int = 3) -> list[flo
         work()
         times.append(time.perf_counter() - start)
     return times
-
-
-def quantile(times: list[float], q: float) -> float:
-    return sorted(times)[min(len(times) - 1, round(q * (len(times) - 1)))]
 
 
 class Bench:
@@ -155,17 +145,7 @@ class Bench:
 
 
 def results(bench: Bench, cases: list[Case], thread_counts: list[int], with_torch: bool) -> Iterator[dict[str, object]]:
-    library = native.library()
-    about = {
-        "benchmark": "kernels",
-        "isa": library.isa if library else "reference",
-        "machine": machine(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "commit": commit(),
-        "load_average": os.getloadavg()[0],  # a busy machine measures its neighbours
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
-        "measured": True,
-    }
+    common = about("kernels") | {"load_average": os.getloadavg()[0]}  # a busy machine measures its neighbours
     for threads in thread_counts:
         for case in cases:
             copy_before = bench.memcpy_gb_per_s(threads)
@@ -185,8 +165,8 @@ def results(bench: Bench, cases: list[Case], thread_counts: list[int], with_torc
             if case.torch_too and with_torch:
                 plain = bench.numel / quantile(bench.plain_torch(case, threads), 0.5) / 1e9
                 result |= {"torch_gelem_per_s": round(plain, 4), "times_torch": round(speed[0] / plain, 1)}
-            yield result | about
-    yield call_overhead() | about
+            yield common | result
+    yield common | call_overhead()
 
 
 def call_overhead() -> dict[str, object]:
@@ -203,23 +183,6 @@ def call_overhead() -> dict[str, object]:
     times = [t / 100 * 1e6 for t in repeat(work, 0.3)]
     p50, p20, p80 = (round(quantile(times, q), 2) for q in (0.5, 0.2, 0.8))
     return {"case": "small call", "numel": n, "us_per_call": p50, "p20": p20, "p80": p80, "n": len(times)}
-
-
-def machine() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor()
-    return f"{model}, {platform.system()} {platform.machine()}"
-
-
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def main() -> None:
