@@ -34,7 +34,8 @@ def main() -> None:
     task = dict(template=TEMPLATE, verbalizers=list(VERBALIZERS))
     with Engine(
         folder / "model", method=MeZO(lr=3e-5, eps=1e-3, batch_size=16), storage="fp32", offload="disk", num_slots=2,
-    ) as engine:
+        run_dir=run_dir,
+    ) as engine:  # fmt: skip
         before = engine.evaluate(dev, **task)
         show("before", before, len(dev))
         result = engine.fit(folder / "train.jsonl", steps=options.steps, progress=True, **task)

@@ -423,6 +423,10 @@ def test_wrong_paths_and_used_run_dirs_are_named(tmp_path):
         Engine.resume(tmp_path)
     with Engine(tiny_opt(), method=METHOD, offload="disk", run_dir=tmp_path / "run") as engine:
         engine.fit(batches(), steps=1)
+    journal = (tmp_path / "run" / "journal.zoj").read_bytes()
+    with pytest.raises(ConfigError, match="holds a run. Continue it with"):
+        Engine(tiny_opt(), method=METHOD, offload="disk", run_dir=tmp_path / "run")
+    assert (tmp_path / "run" / "journal.zoj").read_bytes() == journal
     with pytest.raises(ConfigError, match="pass it again"):
         Engine.resume(tmp_path / "run")
     with pytest.raises(JournalError, match="the base weights"):

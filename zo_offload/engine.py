@@ -81,6 +81,11 @@ class FitResult:
     model_bytes: int = 0
 
 
+def _absolute(model: str | Path) -> str:
+    """A directory as an absolute path, so that a run can be resumed from elsewhere; a hub id as it is."""
+    return str(Path(model).resolve()) if Path(model).exists() else str(model)
+
+
 class Engine:
     """Zeroth-order fine-tuning of a checkpoint on disk or a module in memory. See the module's docstring.
 
@@ -103,6 +108,7 @@ class Engine:
         example: Batch | None = None,
         base: Base | None = None,
         config: EngineConfig | None = None,
+        _resume: bool = False,
         **settings: Any,
     ) -> None:
         self.config = config if config is not None else EngineConfig(**settings)
@@ -110,7 +116,10 @@ class Engine:
         self.objective = objective if objective is not None else model_loss
         self.tokenizer = tokenizer
         self.run_dir = Path(self.config.run_dir) if self.config.run_dir is not None else None
-        self._model_name = None if isinstance(model, nn.Module) else str(model)
+        if self.run_dir is not None and not _resume:
+            runs.check_fresh(self.run_dir)
+        self._model_name = None if isinstance(model, nn.Module) else _absolute(model)
+        self._model_class = model_class if isinstance(model_class, str) else getattr(model_class, "__name__", None)
         self.process_bytes = process_bytes()
         self.device = CpuDevice()
         self.checkpoint: Checkpoint | None = None
@@ -152,9 +161,11 @@ class Engine:
         if record["settings"]["trainable"] == "<predicate>" and "trainable" not in changes:
             raise ConfigError(f"{run_dir} was made with trainable=<a function>: pass the same one to resume")
         passed = {k: changes.pop(k) for k in ("objective", "tokenizer", "model_class", "example") if k in changes}
+        if record.get("model_class") is not None:
+            passed.setdefault("model_class", record["model_class"])
         settings = {**record["settings"], **changes, "run_dir": run_dir}
         method = MeZO(**record["method"])
-        return cls(model if model is not None else record["model"], method=method, **passed, **settings)
+        return cls(model if model is not None else record["model"], method=method, _resume=True, **passed, **settings)
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -179,12 +190,15 @@ class Engine:
         Raises DataError, DivergenceError; whatever happens, the journal holds every finished step.
         """
         steps = self.method.steps if steps is None else steps
-        if steps < 1 or micro_batches < 1:
-            raise ConfigError(f"steps={steps}, micro_batches={micro_batches}: expected at least 1")
-        batches = self._batches(train_data, batch_size or self.method.batch_size, data_options)
+        if steps < 1 or micro_batches < 1 or (eval_every is not None and eval_every < 1):
+            raise ConfigError(
+                f"steps={steps}, micro_batches={micro_batches}, eval_every={eval_every}: expected at least 1"
+            )
+        rows = self.method.batch_size if batch_size is None else batch_size
+        batches = self._batches(train_data, rows, data_options)
         evaluation = None
         if eval_data is not None:
-            evaluation = self._batches(eval_data, batch_size or self.method.batch_size, data_options, shuffle=False)
+            evaluation = self._batches(eval_data, rows, data_options, shuffle=False)
         factor = lr_schedule(self.method.schedule, self.method.warmup_steps, steps)
         self._start(batches.batch(0), micro_batches)
         losses: list[float] = []
@@ -244,7 +258,8 @@ class Engine:
 
     def evaluate(self, data: Any, *, batch_size: int | None = None, **data_options: Any) -> dict[str, float]:
         """Mean loss, and accuracy where the data defines it, at the current weights. See `data.make_batches`."""
-        batches = self._batches(data, batch_size or self.method.batch_size, data_options, shuffle=False)
+        rows = self.method.batch_size if batch_size is None else batch_size
+        batches = self._batches(data, rows, data_options, shuffle=False)
         self._start(next(iter(batches.epoch())))
         return self._evaluate(batches)
 
@@ -406,7 +421,7 @@ class Engine:
             self.memory = self._plan_memory(batch, micro_batches)
         tier, self.log, self.journal = start(
             self.plan, self.layout, self.base, self.config, self.method, self.offload, self.device,
-            model_name=self._model_name,
+            model_name=self._model_name, model_class=self._model_class,
         )  # fmt: skip
         hollow(self.model)
         if isinstance(self.base, ModuleBase):

@@ -39,11 +39,12 @@ def check_fresh(run_dir: Path) -> None:
         )
 
 
-def save_config(run_dir: Path, model: str | None, config: EngineConfig, method: MeZO) -> None:
+def save_config(run_dir: Path, model: str | None, model_class: str | None, config: EngineConfig, method: MeZO) -> None:
     """Write config.json beside and rename: it is there whole or not at all."""
     trainable = config.trainable if isinstance(config.trainable, (str, list, tuple, type(None))) else "<predicate>"
     record = {
         "model": model,
+        "model_class": model_class,
         "settings": {**asdict(config), "run_dir": None, "trainable": trainable},
         "method": {k: v for k, v in asdict(method).items() if k != "name"},
     }

@@ -82,6 +82,7 @@ def start(
     device: CpuDevice,
     *,
     model_name: str | None,
+    model_class: str | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> tuple[Tier, UpdateLog, Journal | None]:
     """Fill a tier from the base and begin a run, or reopen an earlier run's tier, log and journal.
@@ -98,7 +99,7 @@ def start(
     ingest(plan, layout, base, tier, device.alloc, progress=progress)
     journal = None
     if run_dir is not None:
-        runs.save_config(run_dir, model_name, config, method)
+        runs.save_config(run_dir, model_name, model_class, config, method)
         header = identity(plan, layout, config, method, base.digest())
         journal = Journal.create(run_dir / runs.JOURNAL, header)
     return tier, UpdateLog(), journal
