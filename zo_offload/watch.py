@@ -13,8 +13,10 @@ lanes that see each other's tensors. `trace.py` watches a forward without weight
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -231,7 +233,9 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
 class _Made:
     """A tensor's memory: which lane made it, and whether weights or inputs went into it."""
 
-    ref: StorageWeakRef
+    ref: weakref.ref[Any]
+    """Takes the entry out when the memory goes. A StorageWeakRef would keep its small struct in the heap, and those
+    of thousands of activations break the holes that the next ones need: resident memory would grow layer by layer."""
     by: Recorder
     tainted: bool
 
@@ -291,7 +295,11 @@ class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
             if key in self._made:
                 self._made[key].tainted |= tainted
             elif key not in known:
-                self._made[key] = _Made(weak_storage(t), recorder, tainted)
+                gone = partial(self._forget, key)
+                self._made[key] = _Made(weakref.ref(t.untyped_storage(), gone), recorder, tainted)
+
+    def _forget(self, key: int, _: Any) -> None:
+        self._made.pop(key, None)
 
 
 def trace_from(recorder: Recorder, *, complete: bool, notes: tuple[str, ...] = ()) -> Trace:
