@@ -30,7 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from . import runs
     from .engine import Engine
     from .methods import MeZO
 
@@ -39,8 +38,6 @@ def _fit(args: argparse.Namespace) -> int:
         _refuse(args, "preset", *_METHOD, *_IDENTITY, "run_dir")
         engine = Engine.resume(args.model, **_given(args, *_MOVABLE, "model_class"))
     else:
-        if args.run_dir is not None:
-            runs.check_fresh(Path(args.run_dir))
         recipe = _given(args, *_METHOD)
         method = MeZO.preset(args.preset, **recipe) if args.preset else MeZO(**recipe)
         settings = _given(args, *_IDENTITY, *_MOVABLE, "run_dir")
@@ -97,8 +94,6 @@ def _open(args: argparse.Namespace) -> Any:
     if (Path(args.model) / runs.JOURNAL).exists():
         _refuse(args, *_IDENTITY, "run_dir")
         return Engine.resume(args.model, **_given(args, *_MOVABLE, "model_class"))
-    if args.run_dir is not None:
-        runs.check_fresh(Path(args.run_dir))
     return Engine(args.model, model_class=args.model_class, **_given(args, *_IDENTITY, *_MOVABLE, "run_dir"))
 
 

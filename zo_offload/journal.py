@@ -35,7 +35,6 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,7 +184,3 @@ def _write(fd: int, data: bytes) -> None:
     done = 0
     while done < len(data):
         done += os.write(fd, data[done:])
-
-
-def all_updates(steps: Sequence[StepRecord]) -> list[tuple[Update, ...]]:
-    return [step.updates for step in steps]
