@@ -1,6 +1,6 @@
 """One MeZO step beside two plain forwards of the same model: the floor of any two-point method.
 
-    python -m benchmarks.step [--quick] [--models opt-125m opt-1.3b] [--tokens 128 512] [--repeats 5] [--out FILE]
+    python -m benchmarks.step [--quick] [--models opt-125m opt-1.3b] [--tokens 128 512] [--repeats 5] [--ways NAME ...]
 
 Random weights, random tokens, batch 1, fp32 compute and storage. For each way of running, its step and two plain
 forwards (loss included) are timed in turn in the same process, so a noisy machine disturbs both; `ratio` is the median
@@ -17,7 +17,7 @@ import argparse
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -81,9 +81,16 @@ def plain_mezo(model: nn.Module, batch: dict[str, torch.Tensor], eps: float = 1e
     return work
 
 
-def ways(name: str, batch: dict[str, torch.Tensor], folder: str) -> Iterator[tuple[str, Work, dict[str, Any]]]:
+WAYS = ("ours none", "ours host", "ours disk", "plain mezo", "accelerate cpu", "accelerate disk")
+
+
+def ways(
+    name: str, batch: dict[str, torch.Tensor], folder: str, wanted: Sequence[str]
+) -> Iterator[tuple[str, Work, dict[str, Any]]]:
     """Each way of running, with its work set up; the next one is set up only when this one is done with."""
     for offload in ("none", "host", "disk"):
+        if f"ours {offload}" not in wanted:
+            continue
         run_dir = tempfile.mkdtemp(dir=folder) if offload == "disk" else None
         engine = Engine(make_model(name), method=MeZO(lr=1e-6), offload=offload, run_dir=run_dir and f"{run_dir}/run")
         with engine:
@@ -100,13 +107,16 @@ def ways(name: str, batch: dict[str, torch.Tensor], folder: str) -> Iterator[tup
             )
         del engine, streamer
         gc.collect()
-    model = make_model(name)
-    yield "plain mezo", plain_mezo(model, batch), {}
-    del model
-    gc.collect()
+    if "plain mezo" in wanted:
+        model = make_model(name)
+        yield "plain mezo", plain_mezo(model, batch), {}
+        del model
+        gc.collect()
     from accelerate import cpu_offload, disk_offload
 
     for where in ("cpu", "disk"):
+        if f"accelerate {where}" not in wanted:
+            continue
         model = make_model(name)
         device = torch.device("cpu")
         model = cpu_offload(model, device) if where == "cpu" else disk_offload(model, f"{folder}/accelerate", device)
@@ -129,6 +139,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["opt-125m", "opt-1.3b"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[128, 512])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="NAME", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--quick", action="store_true", help="opt-125m at 128 tokens, three repeats")
     options = parser.parse_args()
     if options.quick:
@@ -141,7 +152,7 @@ def main() -> None:
             batch = {"input_ids": ids, "labels": ids}
             floor = two_forwards(plain, batch)
             with tempfile.TemporaryDirectory() as folder:
-                for way, work, extra in ways(name, batch, folder):
+                for way, work, extra in ways(name, batch, folder, options.ways):
                     ours, two = pairs(work, floor, options.repeats)
                     ratios = [a / b for a, b in zip(ours, two, strict=True)]
                     emit(

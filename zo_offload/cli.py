@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--on-nonfinite", choices=["stop", "skip"])
     fit.add_argument("--rounding", choices=["nearest", "stochastic"])
     fit.add_argument("--num-slots", type=_count)
-    fit.add_argument("--order", choices=["auto", "module", "block"])
+    fit.add_argument("--order", choices=["auto", "module", "block", "lane"])
     fit.add_argument("--seed", type=int)
     fit.add_argument("--quiet", action="store_true", help="no progress bar")
     fit.add_argument("--trainable", help="glob on parameter names, such as 'layers.*.self_attn'")

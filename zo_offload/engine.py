@@ -89,12 +89,12 @@ def _absolute(model: str | Path) -> str:
 class Engine:
     """Zeroth-order fine-tuning of a checkpoint on disk or a module in memory. See the module's docstring.
 
-    model: a checkpoint directory, a cached hub id, or an nn.Module (whose weights the engine then owns until
-    `restore` or `close` puts them back). objective: (model, batch) -> scalar, default `model(**batch).loss`; it may be
-    non-differentiable. example: a batch to trace with, where the model has no dummy inputs of its own. base: first
-    weights of a module on meta. settings: fields of `EngineConfig`. Every error a setting can cause is raised here,
-    before weights are read or anything is written; what depends on the batch, at the first `fit`, before memory is
-    taken.
+    model: a checkpoint directory, a cached hub id, or an nn.Module. A module's weights move into the engine at its
+    first use; `restore` puts the trained ones back, after `close` alone its parameters hold NaN. objective: (model,
+    batch) -> scalar, default `model(**batch).loss`; it may be non-differentiable. example: a batch to trace with,
+    where the model has no dummy inputs of its own. base: first weights of a module on meta. settings: fields of
+    `EngineConfig`. Every error a setting can cause is raised here, before weights are read or anything is written;
+    what depends on the batch, at the first `fit`, before memory is taken.
     """
 
     def __init__(
@@ -270,14 +270,20 @@ class Engine:
 
     # ---- results -----------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, directory: str | Path, *, max_shard_bytes: int | float | str = 5e9) -> list[Path]:
-        """Write the current weights as a checkpoint that plain transformers loads, one tensor in memory at a time."""
+    def save_pretrained(
+        self, directory: str | Path, *, max_shard_bytes: int | float | str = 5e9, overwrite: bool = False
+    ) -> list[Path]:
+        """Write the current weights as a checkpoint that plain transformers loads, one tensor in memory at a time.
+
+        Configs and tokenizer go along. overwrite: into a directory that is not empty; see `export.save_pretrained`.
+        """
         self._start()
         streamer = self._running()
         streamer.flush_all()
         return save_pretrained(
             Path(directory), model=self.model, names=list(self.plan.params), read=streamer.read,
             checkpoint=self.checkpoint, max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")),
+            overwrite=overwrite, tokenizer=self.tokenizer if self.checkpoint is None else None,
         )  # fmt: skip
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

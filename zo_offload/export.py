@@ -44,14 +44,16 @@ def save_pretrained(
     checkpoint: Checkpoint | None = None,
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
+    tokenizer: Any = None,
 ) -> list[Path]:
     """Writes `model` to `directory`; returns the files, weights first.
 
     names, read: canonical names of the parameters (and of any buffers) that `read` gives; each is read once, in the
     dtype it is to have in the file, on any device. They must cover every parameter. Buffers not among them, and
     everything if both are None, are taken from the model. checkpoint: where the model came from; its config and small
-    files (tokenizer, generation config, chat template, licence) go along. Without it the model's own configs do. A
-    model that is not a PreTrainedModel becomes plain safetensors of its state dict.
+    files (tokenizer, generation config, chat template, licence) go along. Without it the model's own configs and
+    `tokenizer` (anything with a `save_pretrained`) do. A model that is not a PreTrainedModel becomes plain
+    safetensors of its state dict.
 
     A shard holds at most max_shard_bytes of tensors, or one tensor. The config's dtype is that of most elements.
     Raises CheckpointError: target not empty (unless overwrite), disk full, a parameter that nothing covers.
@@ -64,6 +66,8 @@ def save_pretrained(
     try:
         config_dtype = _write_weights(work, model, reader, int(max_shard_bytes))
         _write_small_files(work, model, checkpoint, config_dtype)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(work)
         work.chmod(0o777 & ~_umask())
         written = sorted(work.rglob("*"), key=_moving_order)
         return _publish(work, [f for f in written if f.is_file()], target)
