@@ -8,8 +8,8 @@ import pytest
 import torch
 from native_variants import each_variant, using
 
-from zo_offload.errors import ConfigError
-from zo_offload.formats import FORMATS, Format, format_of, get_format
+from zo_offload.errors import CheckpointError, ConfigError
+from zo_offload.formats import FORMATS, Format, decode_values, encode_values, format_of, get_format
 from zo_offload.fused import Perturbation, Update, fused_pass
 from zo_offload.noise import NoiseSpec
 
@@ -122,10 +122,146 @@ def test_float32_is_stored_as_it_is(variant):
     assert got[~real].isnan().all()
 
 
+FP8 = [FORMATS["fp8_e4m3"], FORMATS["fp8_e5m2"]]
+TORCH_FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+each_fp8 = pytest.mark.parametrize("fmt", FP8, ids=lambda f: f.name)
+BF16_SPLITS = [FORMATS["bf16+16"], FORMATS["bf16+8"]]
+
+
+def words(seed: int, n: int) -> torch.Tensor:
+    """n float32 with random bits, finite and normal or subnormal."""
+    w = torch.randint(-(1 << 31), 1 << 31, (n,), generator=torch.Generator().manual_seed(seed)).to(torch.int32)
+    values = w.view(torch.float32)
+    return torch.where(values.isfinite(), values, 1.0)
+
+
+@each_fp8
+def test_fp8_codes_decode_as_in_torch_times_the_scale(fmt):
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    want = codes.view(TORCH_FP8[fmt.name]).float()
+    for exponent in (1, 100, 127, 140, 246):
+        stored = torch.cat([codes, torch.full((2,), exponent, dtype=torch.uint8)])
+        got = fmt.decode(stored, 256)
+        exact = (want.double() * 2.0 ** (exponent - 127)).float()
+        assert torch.equal(got.isnan(), exact.isnan())
+        assert torch.equal(bits(got)[~exact.isnan()], bits(exact)[~exact.isnan()])
+
+
+@each_fp8
+@pytest.mark.parametrize("power", [-140, -60, -3, 0, 5, 100])
+def test_fp8_nearest_is_torchs_cast_of_the_scaled_value(fmt, power):
+    """Dense over the eight-bit float's whole range and far below it; the group's scale puts its largest at the top."""
+    largest = torch.finfo(TORCH_FP8[fmt.name]).max
+    inside = dense_float32()
+    inside = inside[inside.abs() <= largest]
+    inside = torch.cat([inside, torch.zeros(-inside.numel() % 127)]).view(-1, 127)
+    inside = torch.cat([torch.full((len(inside), 1), largest), inside], 1).reshape(-1)
+    values = torch.ldexp(inside, torch.tensor(power))
+    exact = torch.ldexp(values.double(), torch.tensor(-power)).float()  # subnormal inputs lost bits
+    stored = fmt.encode(values, None)
+    if power >= -120:
+        start, size = fmt.scales_span(values.numel())
+        assert (stored[start : start + size] == 127 + power).all()
+        want = exact.to(TORCH_FP8[fmt.name]).view(torch.uint8)
+        assert torch.equal(stored[: values.numel()], want)
+    again = fmt.encode(fmt.decode(stored, values.numel()), None)
+    assert torch.equal(again, stored), "what is stored is stored again as it is"
+
+
+@each_fp8
+def test_fp8_scale_is_the_least_that_clips_nothing(fmt):
+    largest = torch.finfo(TORCH_FP8[fmt.name]).max
+    for value, want in ((largest, 127), (math.nextafter(largest, 1e9) * (1 + 2e-7), 128), (largest / 2, 126), (0.0, 1)):
+        stored = fmt.encode(torch.tensor([value, 0.0, -value / 3]), None)
+        start, _ = fmt.scales_span(3)
+        assert int(stored[start]) == want, value
+    got = fmt.decode(fmt.encode(torch.tensor([1.0] * 128 + [math.nan, 1.0] + [0.0] * 126 + [math.inf, 1, 2])), 259)
+    assert got[:128].tolist() == [1.0] * 128
+    assert got[128:].isnan().all()
+
+
+@each_fp8
+def test_fp8_stochastic_goes_up_exactly_as_often_as_the_part_dropped(fmt):
+    """All 65536 random values for normal and subnormal codes; the values between two codes are multiples of 1/64."""
+    largest = torch.finfo(TORCH_FP8[fmt.name]).max
+    codes = torch.tensor([0, 1, 3, 5, 0x30, 0x41], dtype=torch.uint8)
+    low, high = (c.view(TORCH_FP8[fmt.name]).float() for c in (codes, codes + 1))
+    random_bits = torch.arange(1 << 16, dtype=torch.int32)
+    for a, b in zip(low.tolist(), high.tolist(), strict=True):
+        for k in (0, 1, 31, 63):
+            values = torch.full((1 << 16,), a + (b - a) * k / 64)
+            values[::128] = largest  # keeps the scale at 1
+            got = fmt.decode(fmt.encode(values, random_bits), 1 << 16)
+            rest = torch.arange(1 << 16) % 128 != 0
+            assert ((got == a) | (got == b))[rest].all()
+            # of random values r, those count with r >= (64 - k) / 64; every 128th is taken by the group's largest
+            want = ((random_bits >= 65536 - 1024 * k) & rest).sum()
+            assert int((got == b)[rest].sum()) == int(want) if b != a else True
+
+
+@pytest.mark.parametrize("fmt", BF16_SPLITS, ids=lambda f: f.name)
+def test_bf16_splits_keep_their_master(fmt):
+    """bf16+16: every float32. bf16+8: float32 rounded to 24 bits; the coarse half is the nearest bf16 of the master."""
+    values = torch.cat([dense_float32(), words(1, 200_000)])
+    values = torch.cat([values, -values])
+    stored, residual = fmt.split(values)
+    master = fmt.join(stored, residual)
+    real = ~values.isnan()
+    if fmt.name == "bf16+16":
+        assert torch.equal(bits(master)[real], bits(values)[real])
+    else:
+        step = 2.0 ** (torch.frexp(values.double())[1].clamp(min=-125).double() - 16)  # of 16 significand bits
+        finite = real & master.isfinite()
+        assert ((master.double() - values.double()).abs() <= step / 2)[finite].all()
+        assert torch.equal(master.isinf(), real & (bits(values) & 0x7FFFFFFF >= 0x7F7FFF80))
+    assert master[~real].isnan().all()
+    assert torch.equal(torch.cat(fmt.split(master)), torch.cat([stored, residual])), "splitting again changes nothing"
+    coarse = fmt.decode(stored)
+    want = master.bfloat16().float()
+    tie = bits(master) & 0xFFFF == 0x8000  # both neighbours are nearest: half away from zero here, even in torch
+    assert torch.equal(bits(coarse)[real & ~tie], bits(want)[real & ~tie])
+    up = real & tie & master.isfinite()
+    assert (coarse.abs() > master.abs())[up].all()
+
+
+def test_values_are_encoded_and_decoded_whole():
+    values = torch.randn(1000) * 0.02
+    for fmt in FORMATS.values():
+        stored, residual = encode_values(values.bfloat16(), fmt)
+        assert stored.numel() == fmt.nbytes(1000)
+        assert (residual is None) == (fmt.residual_nbytes(1000) == 0)
+        if residual is not None:
+            assert torch.equal(decode_values(stored, residual, fmt, 1000), values.bfloat16().float())
+        error = (decode_values(stored, None, fmt, 1000) - values.bfloat16().float()).abs().max()
+        assert error < 0.07 * values.abs().max(), fmt.name
+
+
+def test_values_that_cannot_be_stored_are_refused():
+    values = torch.ones(300)
+    values[7], values[200] = math.nan, math.inf
+    for fmt in FORMATS.values():
+        with pytest.raises(CheckpointError, match=r"layer.weight: 2 of 300 values are NaN or infinite"):
+            encode_values(values, fmt, what="layer.weight")
+    with pytest.raises(CheckpointError, match=r"up to 70000, more than fp16 can hold"):
+        encode_values(torch.tensor([1.0, 7e4]), FORMATS["fp16"])
+    with pytest.raises(ConfigError, match="int64"):
+        encode_values(torch.arange(4), FORMATS["bf16"])
+    with pytest.raises(ConfigError, match="100 fp8_e4m3 elements are 129 bytes"):
+        decode_values(torch.zeros(100, dtype=torch.uint8), None, FORMATS["fp8_e4m3"], 100)
+    with pytest.raises(ConfigError, match="give numel"):
+        FORMATS["fp8_e4m3"].decode(torch.zeros(129, dtype=torch.uint8))
+    with pytest.raises(ConfigError, match="not a split format"):
+        FORMATS["bf16"].split(values)
+
+
 def test_formats_are_found_by_name_and_dtype():
     for name, fmt in FORMATS.items():
-        assert get_format(name) is fmt is format_of(fmt.torch_dtype)
+        assert get_format(name) is fmt
+    for name in ("fp32", "bf16", "fp16"):
+        fmt = FORMATS[name]
+        assert format_of(fmt.torch_dtype) is fmt
         assert fmt.nbytes(7) == 7 * fmt.torch_dtype.itemsize
+    assert len({fmt.code for fmt in FORMATS.values()}) == len(FORMATS)
     with pytest.raises(ConfigError, match="'fp9'.*bf16"):
         get_format("fp9")
     with pytest.raises(ConfigError, match=r"float64.*bfloat16"):

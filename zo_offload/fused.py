@@ -2,17 +2,19 @@
 
 The arithmetic, for each element, in float32, in this order:
 
-    w = decode(stored)
+    w = decode(stored)                                       join(stored, residual) if split and any update folds
     for each update:    w = w * decay                        unless decay == 1
                         w = fma(-coeff, z(seed), w)          unless coeff == 0
-                        w = decode(encode(w))                if fold
+                        w = decode(encode(w))                if fold; of a split format, the master's value
     stored = the bytes of the last fold                      if write_back and any update folds
+    w = decode(stored)                                       after the last fold, if split: lanes see the coarse plane
     for each lane j:    out_j = round(fma(scale_j, z(seed_j), w))       (w itself if scale_j == 0)
 
 `encode` rounds to nearest, or stochastically with random bits that are a function of (update seed, parameter,
 element). So the stored value after a step is a function of the first value and the updates alone, never of when a
 block happened to be visited: several pending updates in one call equal one call for each, bit for bit. Lanes see the
-value as stored, plus any trailing updates that do not fold.
+value as stored, plus any trailing updates that do not fold. A format with groups decides at each fold, from the
+group's values and its scale, whether the scale changes.
 
 The native library does this a cache-sized tile at a time; without it `reference.py` does, with the same bits.
 """
@@ -89,30 +91,37 @@ def fused_pass(
     noise: NoiseSpec,
     perturbations: Sequence[Perturbation] = (),
     outs: Sequence[Tensor] = (),
+    residual: Tensor | None = None,
     threads: int | None = None,
 ) -> None:
     """Run the pass above over `numel` consecutive elements of one parameter.
 
     Args:
-        stored: uint8, 1-D, contiguous, `fmt.nbytes(numel)` long; changed in place when something is written back.
-        offset: index of the first of these elements in its parameter, so a slice has the noise of its place.
+        stored: uint8, 1-D, contiguous, `fmt.nbytes(numel)` long: the streamed part; changed in place when something
+            is written back.
+        offset: index of the first of these elements in its parameter, so a slice has the noise of its place. Groups
+            are counted from the parameter's first element: a multiple of `fmt.group`.
+        residual: of a split format, uint8, `fmt.residual_nbytes(numel)` long; changed with `stored`. May be left out
+            if no update folds: then it is neither read nor written.
         outs: one contiguous tensor a perturbation, `numel` elements of float32, bfloat16 or float16; may not overlap
             `stored` or each other. Consecutive perturbations of one seed share one z.
         threads: of the native library; default torch.get_num_threads(). Does not change the result.
     Raises ConfigError on sizes, dtypes or devices that do not fit together.
     """
-    size = fmt.nbytes(numel) if numel > 0 else 0
-    _check_stored(stored, fmt, size, numel)
+    _check_stored(stored, fmt, numel)
     _check_call(param_id, offset, numel, rounding, perturbations, outs, stored.device)
+    if fmt.group and offset % fmt.group:
+        raise ConfigError(f"offset={offset}: {fmt.name} has groups of {fmt.group}, start at a multiple of that")
     for out in outs:
         if out.numel() != numel:
             raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold the {numel} elements of this pass")
+    residual = _residual(residual, fmt, numel, updates, stored.device)
     stochastic = rounding == "stochastic"
     library = native.library()
     if library is None or fmt.code not in library.formats:
         reference.fused_pass(
             stored, fmt, param_id=param_id, numel=numel, offset=offset, updates=updates, write_back=write_back,
-            stochastic=stochastic, noise=noise, perturbations=perturbations, outs=outs,
+            stochastic=stochastic, noise=noise, perturbations=perturbations, outs=outs, residual=residual,
         )  # fmt: skip
         return
     library.run_pass(
@@ -130,28 +139,34 @@ def fused_rows(
     param_id: int,
     row_numel: int,
     rows: Tensor,
+    numel: int | None = None,
     updates: Sequence[Update] = (),
     rounding: Rounding = "nearest",
     noise: NoiseSpec,
     perturbations: Sequence[Perturbation],
     outs: Sequence[Tensor],
+    residual: Tensor | None = None,
     threads: int | None = None,
 ) -> None:
     """The same arithmetic for gathered rows of a whole parameter; nothing is written back. For embeddings.
 
     Args:
-        stored: uint8 bytes of the whole parameter, rows of `row_numel` elements.
+        stored: uint8, the streamed part of the whole parameter, rows of `row_numel` elements.
         rows: int64 [U], contiguous; row indices in any order, repeats allowed.
+        numel: elements of the whole parameter; needed where `fmt` has groups, else it follows from the bytes.
         outs: one contiguous [U, row_numel] tensor a perturbation.
     Raises ConfigError as `fused_pass`, and on a row outside the parameter.
     """
-    if row_numel <= 0 or stored.numel() % fmt.nbytes(max(row_numel, 1)):
+    if numel is None:
+        numel = fmt.size_of(stored, None)
+    if row_numel <= 0 or numel % row_numel:
         raise ConfigError(
-            f"{stored.numel()} stored bytes are not a whole number of {row_numel}-element {fmt.name} rows"
+            f"{numel} elements ({stored.numel()} stored bytes) are not a whole number of {row_numel}-element "
+            f"{fmt.name} rows"
         )
-    num_rows = stored.numel() // fmt.nbytes(row_numel)
-    _check_stored(stored, fmt, stored.numel(), num_rows * row_numel)
-    _check_call(param_id, 0, num_rows * row_numel, rounding, perturbations, outs, stored.device)
+    num_rows = numel // row_numel
+    _check_stored(stored, fmt, numel)
+    _check_call(param_id, 0, numel, rounding, perturbations, outs, stored.device)
     if rows.dtype != torch.int64 or rows.dim() != 1 or not rows.is_contiguous() or rows.device != stored.device:
         raise ConfigError(
             f"rows: need a contiguous 1-D int64 tensor on {stored.device}, got {rows.dtype} {tuple(rows.shape)} on "
@@ -161,6 +176,7 @@ def fused_rows(
     for out in outs:
         if out.numel() != count * row_numel:
             raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold {count} rows of {row_numel} elements")
+    residual = _residual(residual, fmt, numel, updates, stored.device)
     if count == 0:
         return
     low, high = (int(x) for x in torch.aminmax(rows))
@@ -170,8 +186,9 @@ def fused_rows(
     library = native.library()
     if library is None or fmt.code not in library.formats:
         reference.fused_rows(
-            stored, fmt, param_id=param_id, row_numel=row_numel, rows=rows, updates=updates, stochastic=stochastic,
-            noise=noise, perturbations=perturbations, outs=[out.view(count, row_numel) for out in outs],
+            stored, fmt, param_id=param_id, numel=numel, row_numel=row_numel, rows=rows, updates=updates,
+            stochastic=stochastic, noise=noise, perturbations=perturbations,
+            outs=[out.view(count, row_numel) for out in outs], residual=residual,
         )  # fmt: skip
         return
     library.run_pass(
@@ -182,7 +199,8 @@ def fused_rows(
     )  # fmt: skip
 
 
-def _check_stored(stored: Tensor, fmt: Format, size: int, numel: int) -> None:
+def _check_stored(stored: Tensor, fmt: Format, numel: int) -> None:
+    size = fmt.nbytes(numel) if numel > 0 else 0
     if stored.dtype != torch.uint8 or stored.dim() != 1 or not stored.is_contiguous() or stored.numel() != size:
         raise ConfigError(
             f"stored: {numel} {fmt.name} elements are {size} bytes in a contiguous 1-D uint8 tensor, got "
@@ -190,6 +208,28 @@ def _check_stored(stored: Tensor, fmt: Format, size: int, numel: int) -> None:
         )
     if stored.device.type != "cpu":
         raise ConfigError(f"stored is on {stored.device}: this pass runs on the CPU")
+
+
+def _residual(
+    residual: Tensor | None, fmt: Format, numel: int, updates: Sequence[Update], device: torch.device
+) -> Tensor | None:
+    """The residual part if this pass uses it, else None; ConfigError if it is needed and not there, or not right."""
+    folds = any(update.fold for update in updates)
+    if folds and not fmt.trains:
+        raise ConfigError(f"{fmt.name} values are never rewritten: an update of them cannot fold")
+    size = fmt.residual_nbytes(numel)
+    if residual is None:
+        if size and folds:
+            raise ConfigError(f"{fmt.name} folds an update into both parts of a weight: give its residual too")
+        return None
+    if (residual.dtype, residual.dim(), residual.numel()) != (torch.uint8, 1, size) or residual.device != device:
+        raise ConfigError(
+            f"residual: {numel} {fmt.name} elements have {size} bytes in a contiguous 1-D uint8 tensor on {device}, "
+            f"got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
+        )
+    if not residual.is_contiguous():
+        raise ConfigError(f"residual: must be contiguous, has strides {residual.stride()}")
+    return residual if size and folds else None
 
 
 def _check_call(

@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from zo_offload.formats.grouped import cut, paste
+
 if TYPE_CHECKING:
     from zo_offload.formats import Format
     from zo_offload.fused import Perturbation, Update
@@ -149,12 +151,37 @@ def _z(noise: NoiseSpec, seed: int, param_id: int, n: int, offset: int) -> F32:
     return z
 
 
+class _Weights:
+    """One run of elements on its way through the pass: stored bytes, and the float32 values made from them."""
+
+    def __init__(self, fmt: Format, stored: Tensor, residual: Tensor | None, numel: int) -> None:
+        self.fmt, self.numel = fmt, numel
+        self.stored, self.residual = stored, residual
+
+    def read(self) -> F32:
+        """What lanes see."""
+        return self.fmt.decode(self.stored, self.numel).numpy()
+
+    def read_master(self) -> F32:
+        if self.residual is None:
+            return self.read()
+        return self.fmt.join(self.stored, self.residual, self.numel).numpy()
+
+    def fold(self, w: F32, sr_bits: Tensor | None) -> None:
+        values = torch.from_numpy(w)
+        if self.residual is None:
+            self.stored = self.fmt.encode(values, sr_bits, like=self.stored)
+        else:
+            self.stored, self.residual = self.fmt.split(values, sr_bits, like=self.stored)
+
+
 def _updated(
-    w: F32, fmt: Format, updates: Sequence[Update], noise: NoiseSpec, stochastic: bool, param_id: int, offset: int
-) -> tuple[F32, Tensor | None]:
-    """Weights after the updates in order, and the bytes of the last fold (None if nothing folds)."""
-    stored = None
-    for update in updates:
+    weights: _Weights, updates: Sequence[Update], noise: NoiseSpec, stochastic: bool, param_id: int, offset: int
+) -> F32:
+    """What lanes see after the updates in order; `weights` then holds the bytes of the last fold."""
+    last_fold = max((k for k, update in enumerate(updates) if update.fold), default=-1)
+    w = weights.read_master() if last_fold >= 0 else weights.read()
+    for k, update in enumerate(updates):
         if update.decay != 1.0:
             with np.errstate(invalid="ignore", over="ignore"):
                 w = w * np.float32(update.decay)
@@ -162,9 +189,9 @@ def _updated(
             w = fma(np.float32(-update.coeff), _z(noise, update.seed, param_id, len(w), offset), w)
         if update.fold:
             bits = rounding_bits(noise.rounds, update.seed, param_id, len(w), offset) if stochastic else None
-            stored = fmt.encode(torch.from_numpy(w), bits)
-            w = fmt.decode(stored).numpy()
-    return w, stored
+            weights.fold(w, bits)
+            w = weights.read() if k == last_fold else weights.read_master()
+    return w
 
 
 def _emit(
@@ -194,13 +221,19 @@ def fused_pass(
     noise: NoiseSpec,
     perturbations: Sequence[Perturbation],
     outs: Sequence[Tensor],
+    residual: Tensor | None = None,
 ) -> None:
     """`zo_offload.fused.fused_pass`, one idea a line. Arguments are checked there."""
+    folds = any(update.fold for update in updates)
     for start, end in _chunks(numel, offset):
-        piece = stored[fmt.nbytes(start) : fmt.nbytes(end)]
-        w, folded = _updated(fmt.decode(piece).numpy(), fmt, updates, noise, stochastic, param_id, offset + start)
-        if write_back and folded is not None:
-            piece.copy_(folded)
+        count, r = end - start, fmt.residual_bytes
+        rest = residual[r * start : r * end].clone() if residual is not None and folds else None
+        weights = _Weights(fmt, cut(fmt, stored, numel, start, end), rest, count)
+        w = _updated(weights, updates, noise, stochastic, param_id, offset + start)
+        if write_back and folds:
+            paste(fmt, stored, numel, start, weights.stored, count)
+            if residual is not None and weights.residual is not None:
+                residual[r * start : r * end] = weights.residual
         _emit(w, noise, param_id, offset + start, perturbations, [out.view(-1)[start:end] for out in outs])
 
 
@@ -209,6 +242,7 @@ def fused_rows(
     fmt: Format,
     *,
     param_id: int,
+    numel: int,
     row_numel: int,
     rows: Tensor,
     updates: Sequence[Update],
@@ -216,19 +250,28 @@ def fused_rows(
     noise: NoiseSpec,
     perturbations: Sequence[Perturbation],
     outs: Sequence[Tensor],
+    residual: Tensor | None = None,
 ) -> None:
-    """`zo_offload.fused.fused_rows`: the fused pass of each row alone, nothing written back."""
+    """`zo_offload.fused.fused_rows`: the fused pass of the whole groups a row touches, cut to the row."""
+    unit = fmt.group or 1
     for at, row in enumerate(rows.tolist()):
+        start, end = row * row_numel, (row + 1) * row_numel
+        first, last = start // unit * unit, min(-(-end // unit) * unit, numel)
+        wide = [torch.empty(last - first, dtype=out.dtype) for out in outs]
+        r = fmt.residual_bytes
         fused_pass(
-            stored[fmt.nbytes(row * row_numel) : fmt.nbytes((row + 1) * row_numel)],
+            cut(fmt, stored, numel, first, last),
             fmt,
             param_id=param_id,
-            numel=row_numel,
-            offset=row * row_numel,
+            numel=last - first,
+            offset=first,
             updates=updates,
             write_back=False,
             stochastic=stochastic,
             noise=noise,
             perturbations=perturbations,
-            outs=[out[at] for out in outs],
+            outs=wide,
+            residual=None if residual is None else residual[r * first : r * last],
         )
+        for out, piece in zip(outs, wide, strict=True):
+            out[at].copy_(piece[start - first : end - first])

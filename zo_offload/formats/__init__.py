@@ -1,8 +1,15 @@
 """Storage formats: how a parameter's values are kept in bytes.
 
-One file a format. `code` is the integer the native kernels know it by (csrc/formats.h). A format says its size only
-through `nbytes`, and the native pass has pointers for planes beside the values, so formats with scales (groups of
-int8, int4, nf4) fit the same calls.
+    name       bytes streamed   held   what it is
+    fp32       4                       as computed with
+    bf16       2                       torch's bfloat16
+    fp16       2                       torch's float16
+    fp8_e4m3   1.008                   8-bit float, a power-of-two scale a group of 128
+    fp8_e5m2   1.008
+    bf16+16    2                2      exact float32 master
+    bf16+8     2                1      24-bit master
+
+`base.py` says what a format is. `code` is the integer the native kernels know it by (csrc/formats.h).
 """
 
 from __future__ import annotations
@@ -12,13 +19,29 @@ import torch
 from zo_offload.errors import ConfigError
 from zo_offload.formats.base import Format
 from zo_offload.formats.bf16 import BF16
+from zo_offload.formats.codec import decode_values, encode_values
+from zo_offload.formats.fp8 import FP8E4M3, FP8E5M2
 from zo_offload.formats.fp16 import FP16
 from zo_offload.formats.fp32 import FP32
+from zo_offload.formats.split_bf16 import BF16Plus8, BF16Plus16
 
-__all__ = ["BF16", "FORMATS", "FP16", "FP32", "Format", "format_of", "get_format"]
+__all__ = [
+    "BF16",
+    "FORMATS",
+    "FP16",
+    "FP32",
+    "Format",
+    "decode_values",
+    "encode_values",
+    "format_of",
+    "get_format",
+]
 
-FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (FP32(), BF16(), FP16())}
-_BY_DTYPE: dict[torch.dtype, Format] = {fmt.torch_dtype: fmt for fmt in FORMATS.values()}
+_PLAIN: tuple[Format, ...] = (FP32(), BF16(), FP16())
+FORMATS: dict[str, Format] = {
+    fmt.name: fmt for fmt in (*_PLAIN, FP8E4M3(), FP8E5M2(), BF16Plus16(), BF16Plus8())
+}  # fmt: skip
+_BY_DTYPE: dict[torch.dtype, Format] = {fmt.torch_dtype: fmt for fmt in _PLAIN}
 
 
 def get_format(name: str) -> Format:

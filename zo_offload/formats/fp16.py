@@ -7,23 +7,26 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zo_offload.formats.base import bits_of, to_bytes16
+from zo_offload.formats.base import Format, bits_of, to_bytes16
 
 _SMALLEST_NORMAL = 2.0**-14
 
 
-class FP16:
+class FP16(Format):
+    """2 bytes a parameter; relative error up to 2**-12 (0.02 % rms) from 6.1e-5 up, steps of 6e-8 below.
+
+    Bit-equal to torch's cast. From 65520 up nearest rounding gives infinity; infinities stay, every NaN becomes 0x7e00.
+    """
+
     name: ClassVar[str] = "fp16"
     code: ClassVar[int] = 2
     torch_dtype: ClassVar[torch.dtype] = torch.float16
+    value_bits: ClassVar[int] = 16
 
-    def nbytes(self, numel: int) -> int:
-        return 2 * numel
-
-    def decode(self, stored: Tensor) -> Tensor:
+    def decode(self, stored: Tensor, numel: int | None = None) -> Tensor:
         return stored.clone().view(torch.float16).to(torch.float32)  # a copy: the bytes may lie at any address
 
-    def encode(self, values: Tensor, sr_bits: Tensor | None) -> Tensor:
+    def encode(self, values: Tensor, sr_bits: Tensor | None = None, like: Tensor | None = None) -> Tensor:
         if sr_bits is None:
             codes = values.to(torch.float16).view(torch.int16).to(torch.int64) & 0xFFFF
         else:

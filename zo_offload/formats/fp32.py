@@ -1,4 +1,4 @@
-"""float32 storage: nothing is lost, so both rounding modes are the identity."""
+"""float32 storage: 4 bytes; nothing is lost, so both rounding modes are the identity."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from zo_offload.formats.base import Format
 
-class FP32:
+
+class FP32(Format):
+    """4 bytes a parameter, no error. Infinities stay, every NaN becomes 0x7fc00000."""
+
     name: ClassVar[str] = "fp32"
     code: ClassVar[int] = 0
     torch_dtype: ClassVar[torch.dtype] = torch.float32
+    value_bits: ClassVar[int] = 32
 
-    def nbytes(self, numel: int) -> int:
-        return 4 * numel
-
-    def decode(self, stored: Tensor) -> Tensor:
+    def decode(self, stored: Tensor, numel: int | None = None) -> Tensor:
         return stored.clone().view(torch.float32)  # a copy: the bytes may lie at any address
 
-    def encode(self, values: Tensor, sr_bits: Tensor | None) -> Tensor:
+    def encode(self, values: Tensor, sr_bits: Tensor | None = None, like: Tensor | None = None) -> Tensor:
         quiet = torch.full_like(values, float("nan"))
         return torch.where(values.isnan(), quiet, values).view(torch.uint8)
