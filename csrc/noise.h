@@ -45,21 +45,41 @@ struct zo_words {
   zo_u32 w[4];
 };
 
-template <int R>
-ZO_HD zo_words zo_philox(zo_u64 block, zo_u32 word2, zo_u32 word3, zo_u64 seed) {
-  zo_u32 c0 = (zo_u32)block, c1 = (zo_u32)(block >> 32), c2 = word2, c3 = word3;
-  zo_u32 k0 = (zo_u32)seed, k1 = (zo_u32)(seed >> 32);
+// a * b as two words. nvcc left to itself keeps Philox's words in 64-bit registers and multiplies those.
+ZO_HD void zo_multiply(zo_u32 a, zo_u32 b, zo_u32& low, zo_u32& high) {
+#if defined(__CUDA_ARCH__)
+  zo_u64 p;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(p) : "r"(a), "r"(b));
+  asm("mov.b64 {%0, %1}, %2;" : "=r"(low), "=r"(high) : "l"(p));
+#else
+  const zo_u64 p = (zo_u64)a * b;
+  low = (zo_u32)p;
+  high = (zo_u32)(p >> 32);
+#endif
+}
+
+// Rounds FROM..TO-1 of Philox on the four words in place.
+template <int FROM, int TO>
+ZO_HD void zo_philox_rounds(zo_u32 (&c)[4], zo_u64 seed) {
+  zo_u32 k0 = (zo_u32)seed + FROM * ZO_PHILOX_W0, k1 = (zo_u32)(seed >> 32) + FROM * ZO_PHILOX_W1;
   ZO_UNROLL
-  for (int r = 0; r < R; ++r) {
-    zo_u64 p0 = (zo_u64)ZO_PHILOX_M0 * c0, p1 = (zo_u64)ZO_PHILOX_M1 * c2;
-    c0 = (zo_u32)(p1 >> 32) ^ c1 ^ k0;
-    c2 = (zo_u32)(p0 >> 32) ^ c3 ^ k1;
-    c1 = (zo_u32)p1;
-    c3 = (zo_u32)p0;
+  for (int r = FROM; r < TO; ++r) {
+    zo_u32 low0, high0, low1, high1;
+    zo_multiply(ZO_PHILOX_M0, c[0], low0, high0);
+    zo_multiply(ZO_PHILOX_M1, c[2], low1, high1);
+    c[0] = high1 ^ c[1] ^ k0;
+    c[2] = high0 ^ c[3] ^ k1;
+    c[1] = low1;
+    c[3] = low0;
     k0 += ZO_PHILOX_W0;
     k1 += ZO_PHILOX_W1;
   }
-  zo_words out = {{c0, c1, c2, c3}};
+}
+
+template <int R>
+ZO_HD zo_words zo_philox(zo_u64 block, zo_u32 word2, zo_u32 word3, zo_u64 seed) {
+  zo_words out = {{(zo_u32)block, (zo_u32)(block >> 32), word2, word3}};
+  zo_philox_rounds<0, R>(out.w, seed);
   return out;
 }
 
