@@ -52,11 +52,12 @@ struct alignas(8) Vec8 {
   zo_u32 x, y;
 };
 
-// ---- memory: 8 elements of SIZE bytes as 2 * SIZE words; only [lo, hi) of them exist
+// ---- memory: 8 elements of SIZE bytes as 2 * SIZE words. WHOLE: all of them exist, and their address is a multiple of
+// 16 (8 for one-byte elements); else only [lo, hi) of them do.
 
-template <int SIZE>
+template <bool WHOLE, int SIZE>
 ZO_DEV void read_bytes(const zo_u8* p, int lo, int hi, zo_u32 (&word)[2 * SIZE]) {
-  if (lo == 0 && hi == 8 && ((zo_u64)p & (SIZE == 1 ? 7 : 15)) == 0) {
+  if constexpr (WHOLE) {
     if constexpr (SIZE == 1) {
       const Vec8 v = *(const Vec8*)p;
       word[0] = v.x, word[1] = v.y;
@@ -67,22 +68,22 @@ ZO_DEV void read_bytes(const zo_u8* p, int lo, int hi, zo_u32 (&word)[2 * SIZE])
         word[4 * i] = v.x, word[4 * i + 1] = v.y, word[4 * i + 2] = v.z, word[4 * i + 3] = v.w;
       }
     }
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int i = 0; i < 2 * SIZE; ++i) word[i] = 0;
+    for (int i = 0; i < 2 * SIZE; ++i) word[i] = 0;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    if (j < lo || j >= hi) continue;
-    if constexpr (SIZE == 4) word[j] = ((const zo_u32*)p)[j];
-    if constexpr (SIZE == 2) word[j / 2] |= (zo_u32)((const zo_u16*)p)[j] << (16 * (j & 1));
-    if constexpr (SIZE == 1) word[j / 4] |= (zo_u32)p[j] << (8 * (j & 3));
+    for (int j = 0; j < 8; ++j) {
+      if (j < lo || j >= hi) continue;
+      if constexpr (SIZE == 4) word[j] = ((const zo_u32*)p)[j];
+      if constexpr (SIZE == 2) word[j / 2] |= (zo_u32)((const zo_u16*)p)[j] << (16 * (j & 1));
+      if constexpr (SIZE == 1) word[j / 4] |= (zo_u32)p[j] << (8 * (j & 3));
+    }
   }
 }
 
-template <int SIZE>
+template <bool WHOLE, int SIZE>
 ZO_DEV void write_bytes(zo_u8* p, int lo, int hi, const zo_u32 (&word)[2 * SIZE]) {
-  if (lo == 0 && hi == 8 && ((zo_u64)p & (SIZE == 1 ? 7 : 15)) == 0) {
+  if constexpr (WHOLE) {
     if constexpr (SIZE == 1) {
       *(Vec8*)p = Vec8{word[0], word[1]};
     } else {
@@ -90,14 +91,14 @@ ZO_DEV void write_bytes(zo_u8* p, int lo, int hi, const zo_u32 (&word)[2 * SIZE]
       for (int i = 0; i < SIZE / 2; ++i)
         ((Vec16*)p)[i] = Vec16{word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]};
     }
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    if (j < lo || j >= hi) continue;
-    if constexpr (SIZE == 4) ((zo_u32*)p)[j] = word[j];
-    if constexpr (SIZE == 2) ((zo_u16*)p)[j] = (zo_u16)(word[j / 2] >> (16 * (j & 1)));
-    if constexpr (SIZE == 1) p[j] = (zo_u8)(word[j / 4] >> (8 * (j & 3)));
+    for (int j = 0; j < 8; ++j) {
+      if (j < lo || j >= hi) continue;
+      if constexpr (SIZE == 4) ((zo_u32*)p)[j] = word[j];
+      if constexpr (SIZE == 2) ((zo_u16*)p)[j] = (zo_u16)(word[j / 2] >> (16 * (j & 1)));
+      if constexpr (SIZE == 1) p[j] = (zo_u8)(word[j / 4] >> (8 * (j & 3)));
+    }
   }
 }
 
@@ -121,10 +122,12 @@ ZO_DEV zo_words philox(zo_u64 block, zo_u32 word2, zo_u32 tag, zo_u64 seed, zo_u
 }
 
 // The z of a thread's elements under one seed. g: the thread's first element in chunk 0, a multiple of 8.
-struct Gaussian {
-  enum { CHUNKS = 2 };
+template <int N>
+struct GaussianOf {
+  enum { CHUNKS = N };
+  typedef GaussianOf<1> Part;
   float z[CHUNKS][8];
-  ZO_DEV void make(Gaussian& n, zo_u64 g, zo_u64 seed, zo_u32 param_id, zo_u32 rounds) {
+  ZO_DEV void make(GaussianOf& n, zo_u64 g, zo_u64 seed, zo_u32 param_id, zo_u32 rounds) {
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
       const zo_u64 block = (g + 256 * c) >> 2, next = block + 1;
@@ -137,34 +140,47 @@ struct Gaussian {
       zo_gaussian_pair<S>(b.w[2], b.w[3], n.z[c][6], n.z[c][7]);
     }
   }
-  ZO_DEV void add(const Gaussian& n, int c, float scale, const float (&w)[8], float (&out)[8]) {
+  ZO_DEV void add(const GaussianOf& n, int c, float scale, const float (&w)[8], float (&out)[8]) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) out[j] = zo_add_noise<S>(w[j], scale, n.z[c][j]);
   }
-  ZO_DEV float value(const Gaussian& n, int c, int j) { return n.z[c][j]; }
+  ZO_DEV float value(const GaussianOf& n, int c, int j) { return n.z[c][j]; }
 };
 
-struct Rademacher {
-  enum { CHUNKS = 4 };
+typedef GaussianOf<2> Gaussian;
+
+template <int N>
+struct RademacherOf {
+  enum { CHUNKS = N };
+  typedef RademacherOf<1> Part;
   zo_u32 signs[CHUNKS];  // 8 bits each
-  ZO_DEV void make(Rademacher& n, zo_u64 g, zo_u64 seed, zo_u32 param_id, zo_u32 rounds) {
-    const zo_u32 lane = threadIdx.x & 31;
-    const zo_u64 tile = g - 8 * lane;  // a multiple of 1024: 8 blocks, 32 words
-    const zo_words b = philox((tile >> 7) + (lane >> 2), param_id, ZO_TAG_RADEMACHER, seed, rounds);
-    const zo_u32 low = lane & 1 ? b.w[1] : b.w[0], high = lane & 1 ? b.w[3] : b.w[2];
-    const zo_u32 word = lane & 2 ? high : low;
-#pragma unroll
-    for (int c = 0; c < CHUNKS; ++c)
-      n.signs[c] = __shfl_sync(0xffffffffu, word, 8 * c + (lane >> 2)) >> (8 * (lane & 3)) & 0xffu;
+  ZO_DEV zo_u32 pick(const zo_words& b, zo_u32 i) {
+    const zo_u32 low = i & 1 ? b.w[1] : b.w[0], high = i & 1 ? b.w[3] : b.w[2];
+    return i & 2 ? high : low;
   }
-  ZO_DEV void add(const Rademacher& n, int c, float scale, const float (&w)[8], float (&out)[8]) {
+  ZO_DEV void make(RademacherOf& n, zo_u64 g, zo_u64 seed, zo_u32 param_id, zo_u32 rounds) {
+    const zo_u32 lane = threadIdx.x & 31;
+    if constexpr (CHUNKS == 4) {
+      const zo_u64 tile = g - 8 * lane;  // a multiple of 1024: 8 blocks, 32 words
+      const zo_u32 word = pick(philox((tile >> 7) + (lane >> 2), param_id, ZO_TAG_RADEMACHER, seed, rounds), lane);
+#pragma unroll
+      for (int c = 0; c < CHUNKS; ++c)
+        n.signs[c] = __shfl_sync(0xffffffffu, word, 8 * c + (lane >> 2)) >> (8 * (lane & 3)) & 0xffu;
+    } else {
+      const zo_words b = philox(g >> 7, param_id, ZO_TAG_RADEMACHER, seed, rounds);
+      n.signs[0] = pick(b, (zo_u32)(g >> 5)) >> (zo_u32)(g & 24) & 0xffu;
+    }
+  }
+  ZO_DEV void add(const RademacherOf& n, int c, float scale, const float (&w)[8], float (&out)[8]) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) out[j] = zo_add_sign<S>(w[j], scale, n.signs[c] << (31 - j) & 0x80000000u);
   }
-  ZO_DEV float value(const Rademacher& n, int c, int j) {
+  ZO_DEV float value(const RademacherOf& n, int c, int j) {
     return S::value(0x3f800000u | (n.signs[c] << (31 - j) & 0x80000000u));
   }
 };
+
+typedef RademacherOf<4> Rademacher;
 
 // ---- rounding to 16 bits, two at a time: one instruction, and a branch that only a NaN takes
 
@@ -190,50 +206,56 @@ ZO_DEV zo_u32 pack_fp16(float a, float b) {
 #endif
 }
 
+template <bool WHOLE>
 ZO_DEV void write_fp32(zo_u8* p, int lo, int hi, const float (&w)[8]) {
   zo_u32 word[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) word[j] = zo_fp32_round<S>(w[j]);
-  write_bytes<4>(p, lo, hi, word);
+  write_bytes<WHOLE, 4>(p, lo, hi, word);
 }
 
+template <bool WHOLE>
 ZO_DEV void write_bf16(zo_u8* p, int lo, int hi, const float (&w)[8]) {
   zo_u32 word[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) word[j] = pack_bf16(w[2 * j], w[2 * j + 1]);
-  write_bytes<2>(p, lo, hi, word);
+  write_bytes<WHOLE, 2>(p, lo, hi, word);
 }
 
+template <bool WHOLE>
 ZO_DEV void write_fp16(zo_u8* p, int lo, int hi, const float (&w)[8]) {
   zo_u32 word[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) word[j] = pack_fp16(w[2 * j], w[2 * j + 1]);
-  write_bytes<2>(p, lo, hi, word);
+  write_bytes<WHOLE, 2>(p, lo, hi, word);
 }
 
 // out: a lane's output; its dtype is the same for a whole launch's thread, so the branch never diverges
+template <bool WHOLE>
 ZO_DEV void write_lane(const zo_lane& lane, zo_u64 at, int lo, int hi, const float (&w)[8]) {
   zo_u8* out = (zo_u8*)lane.out + at * (lane.format == ZO_FP32 ? 4 : 2);
   if (lane.format == ZO_FP32)
-    write_fp32(out, lo, hi, w);
+    write_fp32<WHOLE>(out, lo, hi, w);
   else if (lane.format == ZO_BF16)
-    write_bf16(out, lo, hi, w);
+    write_bf16<WHOLE>(out, lo, hi, w);
   else
-    write_fp16(out, lo, hi, w);
+    write_fp16<WHOLE>(out, lo, hi, w);
 }
 
 // ---- storage formats: 8 elements between bytes and floats. random: 8 half-words, or null to round to nearest.
 
 struct Fp32 {
   enum { SIZE = 4 };
+  template <bool WHOLE>
   ZO_DEV void load(const zo_u8* p, int lo, int hi, float (&w)[8]) {
     zo_u32 word[8];
-    read_bytes<4>(p, lo, hi, word);
+    read_bytes<WHOLE, 4>(p, lo, hi, word);
 #pragma unroll
     for (int j = 0; j < 8; ++j) w[j] = S::value(word[j]);
   }
+  template <bool WHOLE>
   ZO_DEV void fold(zo_u8* p, int lo, int hi, float (&w)[8], bool, const zo_words&, bool keep) {
-    if (keep) write_fp32(p, lo, hi, w);
+    if (keep) write_fp32<WHOLE>(p, lo, hi, w);
 #pragma unroll
     for (int j = 0; j < 8; ++j) w[j] = S::value(zo_fp32_round<S>(w[j]));
   }
@@ -250,11 +272,13 @@ struct Bf16 {
       w[2 * j + 1] = S::value(word[j] & 0xffff0000u);
     }
   }
+  template <bool WHOLE>
   ZO_DEV void load(const zo_u8* p, int lo, int hi, float (&w)[8]) {
     zo_u32 word[4];
-    read_bytes<2>(p, lo, hi, word);
+    read_bytes<WHOLE, 2>(p, lo, hi, word);
     unpack(word, w);
   }
+  template <bool WHOLE>
   ZO_DEV void fold(zo_u8* p, int lo, int hi, float (&w)[8], bool stochastic, const zo_words& r, bool keep) {
     zo_u32 word[4];
 #pragma unroll
@@ -265,7 +289,7 @@ struct Bf16 {
       else
         word[j] = pack_bf16(w[2 * j], w[2 * j + 1]);
     }
-    if (keep) write_bytes<2>(p, lo, hi, word);
+    if (keep) write_bytes<WHOLE, 2>(p, lo, hi, word);
     unpack(word, w);
   }
 };
@@ -279,11 +303,13 @@ struct Fp16 {
       w[2 * j + 1] = zo_fp16_decode<S>(word[j] >> 16);
     }
   }
+  template <bool WHOLE>
   ZO_DEV void load(const zo_u8* p, int lo, int hi, float (&w)[8]) {
     zo_u32 word[4];
-    read_bytes<2>(p, lo, hi, word);
+    read_bytes<WHOLE, 2>(p, lo, hi, word);
     unpack(word, w);
   }
+  template <bool WHOLE>
   ZO_DEV void fold(zo_u8* p, int lo, int hi, float (&w)[8], bool stochastic, const zo_words& r, bool keep) {
     zo_u32 word[4];
 #pragma unroll
@@ -294,7 +320,7 @@ struct Fp16 {
       else
         word[j] = pack_fp16(w[2 * j], w[2 * j + 1]);
     }
-    if (keep) write_bytes<2>(p, lo, hi, word);
+    if (keep) write_bytes<WHOLE, 2>(p, lo, hi, word);
     unpack(word, w);
   }
 };
@@ -312,15 +338,18 @@ struct Run {
 struct Span {  // which of the 8 elements from g on are in the run
   int lo, hi;
 };
+template <bool WHOLE>
 ZO_DEV Span span_of(const Run& run, zo_u64 g) {
+  if constexpr (WHOLE) return Span{0, 8};
   Span s;
   s.lo = run.first > g ? (run.first - g < 8 ? (int)(run.first - g) : 8) : 0;
   s.hi = run.last > g ? (run.last - g < 8 ? (int)(run.last - g) : 8) : 0;
   return s;
 }
 
-template <class Format, class Noise>
-ZO_DEV void tile(const zo_cuda_args& args, const Run& run, zo_u64 start) {
+// WHOLE: the tile lies inside the run and everything is aligned; the hot loop has nothing else in it.
+template <class Format, class Noise, bool WHOLE>
+ZO_DEV void tile_of(const zo_cuda_args& args, const Run& run, zo_u64 start) {
   enum { CHUNKS = Noise::CHUNKS };
   const zo_pass& pass = args.pass;
   const zo_u64 g = start + 8 * (threadIdx.x & 31);
@@ -328,11 +357,12 @@ ZO_DEV void tile(const zo_cuda_args& args, const Run& run, zo_u64 start) {
   Noise noise;
 #pragma unroll
   for (int c = 0; c < CHUNKS; ++c) {
-    const Span s = span_of(run, g + 256 * c);
+    const Span s = span_of<WHOLE>(run, g + 256 * c);
     const zo_i64 at = (zo_i64)(g + 256 * c - run.first) * Format::SIZE;
+    if constexpr (!WHOLE)
 #pragma unroll
-    for (int j = 0; j < 8; ++j) w[c][j] = S::value(0x7fc00000u);
-    if (run.valid && s.lo < s.hi) Format::load(run.stored + at, s.lo, s.hi, w[c]);
+      for (int j = 0; j < 8; ++j) w[c][j] = S::value(0x7fc00000u);
+    if (WHOLE || (run.valid && s.lo < s.hi)) Format::template load<WHOLE>(run.stored + at, s.lo, s.hi, w[c]);
   }
 #pragma unroll 1
   for (zo_u32 k = 0; k < pass.num_updates; ++k) {
@@ -355,11 +385,11 @@ ZO_DEV void tile(const zo_cuda_args& args, const Run& run, zo_u64 start) {
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
       const zo_u64 e = g + 256 * c;
-      const Span s = span_of(run, e);
+      const Span s = span_of<WHOLE>(run, e);
       zo_words random = {{0, 0, 0, 0}};
       if (stochastic) random = philox(e >> 3, pass.param_id, ZO_TAG_ROUNDING, seed, pass.rounds);
-      Format::fold(run.stored + (zo_i64)(e - run.first) * Format::SIZE, s.lo, s.hi, w[c], stochastic, random,
-                   keep && s.lo < s.hi);
+      Format::template fold<WHOLE>(run.stored + (zo_i64)(e - run.first) * Format::SIZE, s.lo, s.hi, w[c], stochastic,
+                                   random, keep && s.lo < s.hi);
     }
   }
   zo_u64 made = 0;
@@ -376,15 +406,33 @@ ZO_DEV void tile(const zo_cuda_args& args, const Run& run, zo_u64 start) {
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
       const zo_u64 e = g + 256 * c;
-      const Span s = span_of(run, e);
+      const Span s = span_of<WHOLE>(run, e);
       if (s.lo >= s.hi) continue;
       float out[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) out[i] = w[c][i];
       if (scale != 0.0f) Noise::add(noise, c, scale, w[c], out);
-      write_lane(lane, e - run.first + run.out_at, s.lo, s.hi, out);
+      write_lane<WHOLE>(lane, e - run.first + run.out_at, s.lo, s.hi, out);
     }
   }
+}
+
+// Element 8 * i of the parameter is 16-byte aligned in everything that this run touches.
+template <class Format>
+ZO_DEV bool aligned(const zo_cuda_args& args, const Run& run) {
+  zo_u64 low = (zo_u64)run.stored - run.first * Format::SIZE;
+  for (zo_u32 j = 0; j < args.num_lanes; ++j)
+    low |= (zo_u64)args.lanes[j].out + (run.out_at - run.first) * (args.lanes[j].format == ZO_FP32 ? 4 : 2);
+  return (low & 15) == 0 && run.valid;
+}
+
+template <class Format, class Noise>
+ZO_DEV void tile(const zo_cuda_args& args, const Run& run, zo_u64 start, bool aligned) {
+  if (aligned && start >= run.first && start + 256 * Noise::CHUNKS <= run.last)
+    tile_of<Format, Noise, true>(args, run, start);
+  else
+#pragma unroll 1
+    for (int c = 0; c < Noise::CHUNKS; ++c) tile_of<Format, typename Noise::Part, false>(args, run, start + 256 * c);
 }
 
 ZO_DEV zo_u64 tiles_of(zo_u64 first, zo_u64 last, zo_u64 size) { return (last + size - 1) / size - first / size; }
@@ -399,7 +447,8 @@ ZO_DEV void pass_kernel(const zo_cuda_args& args) {
   if (!pass.rows) {
     const Run run = {pass.offset, pass.offset + pass.numel, 0, (zo_u8*)pass.stored, true};
     const zo_u64 tiles = tiles_of(run.first, run.last, TILE), base = run.first / TILE;
-    for (zo_u64 t = warp; t < tiles; t += warps) tile<Format, Noise>(args, run, (base + t) * TILE);
+    const bool even = aligned<Format>(args, run);
+    for (zo_u64 t = warp; t < tiles; t += warps) tile<Format, Noise>(args, run, (base + t) * TILE, even);
     return;
   }
   const zo_u64 a_row = pass.numel / TILE + 2;  // tiles a row touches, at most
@@ -410,7 +459,7 @@ ZO_DEV void pass_kernel(const zo_cuda_args& args) {
     const zo_u64 first = valid ? (zo_u64)row * pass.numel : 0;
     const Run run = {first, first + pass.numel, u * pass.numel, (zo_u8*)pass.stored + first * Format::SIZE, valid};
     const zo_u64 start = (first / TILE + t % a_row) * TILE;
-    if (start < run.last) tile<Format, Noise>(args, run, start);
+    if (start < run.last) tile<Format, Noise>(args, run, start, aligned<Format>(args, run));
   }
 }
 
@@ -427,12 +476,12 @@ ZO_DEV void noise_kernel(const zo_cuda_noise_args& args) {
     Noise::make(noise, g, args.seed, args.param_id, args.rounds);
 #pragma unroll
     for (int c = 0; c < Noise::CHUNKS; ++c) {
-      const Span s = span_of(run, g + 256 * c);
+      const Span s = span_of<false>(run, g + 256 * c);
       if (s.lo >= s.hi) continue;
       float z[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) z[j] = Noise::value(noise, c, j);
-      write_fp32((zo_u8*)args.out + (zo_i64)(g + 256 * c - run.first) * 4, s.lo, s.hi, z);
+      write_fp32<false>((zo_u8*)args.out + (zo_i64)(g + 256 * c - run.first) * 4, s.lo, s.hi, z);
     }
   }
 }
@@ -440,10 +489,10 @@ ZO_DEV void noise_kernel(const zo_cuda_noise_args& args) {
 }  // namespace zo_cuda
 
 #define ZO_PASS_KERNELS(NAME, FORMAT)                                                                             \
-  extern "C" __global__ void __launch_bounds__(ZO_CUDA_THREADS) zo_pass_##NAME##_gaussian(const zo_cuda_args args) { \
+  extern "C" __global__ void __launch_bounds__(ZO_CUDA_THREADS, 2) zo_pass_##NAME##_gaussian(const zo_cuda_args args) { \
     zo_cuda::pass_kernel<FORMAT, zo_cuda::Gaussian>(args);                                                        \
   }                                                                                                               \
-  extern "C" __global__ void __launch_bounds__(ZO_CUDA_THREADS)                                                   \
+  extern "C" __global__ void __launch_bounds__(ZO_CUDA_THREADS, 2)                                                   \
       zo_pass_##NAME##_rademacher(const zo_cuda_args args) {                                                      \
     zo_cuda::pass_kernel<FORMAT, zo_cuda::Rademacher>(args);                                                      \
   }
@@ -452,10 +501,13 @@ ZO_PASS_KERNELS(fp32, zo_cuda::Fp32)
 ZO_PASS_KERNELS(bf16, zo_cuda::Bf16)
 ZO_PASS_KERNELS(fp16, zo_cuda::Fp16)
 
-extern "C" __global__ void __launch_bounds__(ZO_CUDA_THREADS) zo_noise_gaussian(const zo_cuda_noise_args args) {
+// read by Python before the first launch: an image made from other sources would be handed other structs
+extern "C" __device__ zo_u32 zo_cuda_abi = ZO_ABI_VERSION << 16 | ZO_LAYOUT_VERSION << 12 | (zo_u32)sizeof(zo_cuda_args);
+
+extern "C" __global__ void __launch_bounds__(ZO_CUDA_THREADS, 2) zo_noise_gaussian(const zo_cuda_noise_args args) {
   zo_cuda::noise_kernel<zo_cuda::Gaussian>(args);
 }
-extern "C" __global__ void __launch_bounds__(ZO_CUDA_THREADS) zo_noise_rademacher(const zo_cuda_noise_args args) {
+extern "C" __global__ void __launch_bounds__(ZO_CUDA_THREADS, 2) zo_noise_rademacher(const zo_cuda_noise_args args) {
   zo_cuda::noise_kernel<zo_cuda::Rademacher>(args);
 }
 

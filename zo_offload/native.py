@@ -31,12 +31,38 @@ _ERRORS = {
     4: "no memory",
 }
 # struct zo_pass, zo_update and zo_lane of csrc/api.h
-_PACK_PASS = struct.Struct("<10Q8I").pack
+_PASS = struct.Struct("<10Q8I")
+PASS_BYTES = _PASS.size
 PACK_UPDATE = struct.Struct("<QffII").pack
 PACK_LANE = struct.Struct("<QQfI").pack
 
 # SHA-256 of what `fingerprint` makes; from reference.py, and a test keeps the two together
 FINGERPRINT = "de81ae7d055ef1348d10ea8268703cd5ca7162c9d4e4397600f2cc59bfd6f6d0"
+
+
+def pack_pass(
+    *,
+    stored: int,
+    rows: int,
+    numel: int,
+    offset: int,
+    num_rows: int,
+    num_updates: int,
+    num_lanes: int,
+    format: int,
+    param_id: int,
+    distribution: str,
+    rounds: int,
+    write_back: bool,
+    stochastic: bool,
+    updates: int = 0,
+) -> bytes:
+    """struct zo_pass. updates: their address, or 0 if they follow the struct."""
+    return _PASS.pack(
+        stored, 0, 0, 0, rows, updates, 0, numel, offset, num_rows,
+        num_updates, num_lanes, format, 0, param_id, _DISTRIBUTIONS[distribution], rounds,
+        write_back | stochastic << 1,
+    )  # fmt: skip
 
 
 class NativeError(ZOError):
@@ -104,10 +130,10 @@ class Library:
     ) -> None:
         """zo_cpu_pass. `stored`, `rows`: addresses; `tail`: packed updates, then packed lanes. Nothing is checked here
         but what the library checks: `fused.py` has made sure of sizes."""
-        head = _PACK_PASS(
-            stored, 0, 0, 0, rows, 0, 0, numel, offset, num_rows,
-            num_updates, num_lanes, format, 0, param_id, _DISTRIBUTIONS[distribution], rounds,
-            write_back | stochastic << 1,
+        head = pack_pass(
+            stored=stored, rows=rows, numel=numel, offset=offset, num_rows=num_rows, num_updates=num_updates,
+            num_lanes=num_lanes, format=format, param_id=param_id, distribution=distribution, rounds=rounds,
+            write_back=write_back, stochastic=stochastic,
         )  # fmt: skip
         error = self._pass(head + tail, self._isa_code, threads)
         if error:

@@ -1,0 +1,60 @@
+"""The CUDA kernels on this CPU: the compiler's PTX as C, behind the interface of `native_cuda.CudaKernels`."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from ptx_to_c import Simulated
+
+from zo_offload import native_cuda, nvrtc
+from zo_offload.devices.driver import CudaError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def compilers() -> dict[str, str]:
+    """Name -> why it cannot be used here ("" if it can)."""
+    library = nvrtc.find_library()
+    if library is None:
+        reason = "no NVRTC on this machine (torch's CUDA wheels bring it, or set ZO_NVRTC)"
+    else:
+        try:
+            nvrtc.Nvrtc(library)
+            reason = ""
+        except CudaError as error:
+            reason = str(error)
+    nvcc = "" if shutil.which("nvcc") else "no nvcc on this machine"
+    if shutil.which("gcc") is None:
+        return dict.fromkeys(("nvcc", "nvrtc"), "no gcc on this machine")
+    return {"nvcc": nvcc, "nvrtc": reason}
+
+
+def make_ptx(compiler: str, folder: Path, arch: str = "compute_90") -> str:
+    """PTX of csrc/cuda.cu."""
+    if compiler == "nvrtc":
+        path = nvrtc.find_library()
+        assert path is not None
+        return nvrtc.Nvrtc(path).compile(nvrtc.read_sources(), arch).rstrip(b"\0").decode()
+    out = folder / "cuda.ptx"
+    command = ["nvcc", "-std=c++17", "-ptx", f"-arch={arch}", str(ROOT / "csrc" / "cuda.cu"), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return out.read_text()
+
+
+class SimulatedKernels(native_cuda.CudaKernels):
+    """Launches run at once, on host memory. `touch` names the memory a launch may access."""
+
+    def __init__(self, simulated: Simulated, *, grid: int = 3) -> None:
+        self.device, self.source = 0, "PTX as C"
+        self._simulated, self._grid = simulated, grid
+        self.touch: list[torch.Tensor] = []
+        self.launches = 0
+
+    def _launch(self, name: str, args: bytes, warps: int, stream: int) -> None:
+        self.launches += 1
+        ranges = [(t.data_ptr(), t.numel() * t.element_size()) for t in self.touch]
+        self._simulated.launch(name, args, ranges, threads=native_cuda.THREADS, grid=min(self._grid, warps))

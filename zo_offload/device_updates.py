@@ -1,0 +1,105 @@
+"""Updates whose coefficients live in device memory: what a fused pass reads when the host does not know them yet.
+
+A step's seed, decay and fold are known when the step is launched; its coefficient comes out of the losses, on the
+device. `UpdateTable` keeps one `zo_update` record (csrc/api.h) a step and update in device memory. The host enqueues
+the record's known part before the forwards and the coefficient after them; the next pass finds both there.
+
+There are two copies of every record, with and without weight decay (biases and norms have none), so that a pass is
+given a plain array whoever runs it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .fused import Update
+
+RECORD_BYTES = 24
+_UNPACK = struct.Struct("<QffII")
+_COEFF, _DECAY = 2, 3  # places among the record's six 32-bit words
+_FIRST_CAPACITY = 1024
+
+
+@dataclass(frozen=True)
+class DeviceUpdates:
+    """Records [first, first + len(folds)) of one copy of a table. folds: which of them round to the storage format."""
+
+    records: Tensor  # uint8 [capacity, RECORD_BYTES] in device memory
+    first: int
+    folds: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.folds)
+
+    @property
+    def address(self) -> int:
+        return self.records.data_ptr() + RECORD_BYTES * self.first
+
+    @property
+    def last_fold(self) -> int:
+        """Index of the last update that folds, -1 if none does."""
+        return max((i for i, fold in enumerate(self.folds) if fold), default=-1)
+
+    def after(self, index: int) -> DeviceUpdates:
+        """Those from `index` on."""
+        return DeviceUpdates(self.records, self.first + index, self.folds[index:])
+
+    def read(self) -> tuple[Update, ...]:
+        """The updates as the host knows them. Waits for the device."""
+        data = self.records[self.first : self.first + len(self)].cpu().numpy().tobytes()
+        return tuple(
+            Update(seed, coeff, decay, bool(flags & 1)) for seed, coeff, decay, flags, _ in _UNPACK.iter_unpack(data)
+        )
+
+
+class UpdateTable:
+    """Update records of a run in device memory, in step order. Every write is enqueued on the current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._folds: list[bool] = []
+        self._records = self._empty(_FIRST_CAPACITY)  # [with decay, without], [capacity], [RECORD_BYTES]
+
+    def __len__(self) -> int:
+        return len(self._folds)
+
+    def _empty(self, capacity: int) -> Tensor:
+        return torch.zeros((2, capacity, RECORD_BYTES), dtype=torch.uint8, device=self.device)
+
+    def append(self, updates: Sequence[Update]) -> int:
+        """Add records, coefficients included; the index of the first."""
+        first, count = len(self), len(updates)
+        capacity = self._records.shape[1]
+        if first + count > capacity:
+            while capacity < first + count:
+                capacity *= 2
+            grown = self._empty(capacity)
+            grown[:, :first] = self._records[:, :first]
+            self._records = grown
+        if count:
+            plain = b"".join(_UNPACK.pack(u.seed, u.coeff, 1.0, bool(u.fold), 0) for u in updates)
+            both = torch.frombuffer(bytearray(b"".join(u.packed for u in updates) + plain), dtype=torch.uint8)
+            # from pageable memory: staged by the driver before this returns, so `both` may go
+            self._records[:, first : first + count] = both.view(2, count, RECORD_BYTES).to(self.device)
+        self._folds += [u.fold for u in updates]
+        return first
+
+    def set_coefficients(self, first: int, coefficients: Tensor, applies: Tensor) -> None:
+        """Coefficients (float32, on the device) of records first, first + 1, ...; where `applies` (bool, one element) is
+        false the records change nothing: coefficient 0, decay 1."""
+        words = self._records[:, first : first + coefficients.numel()].view(torch.float32)
+        words[..., _COEFF] = torch.where(applies, coefficients.reshape(-1), 0.0)
+        words[..., _DECAY] = torch.where(applies, words[..., _DECAY], 1.0)
+
+    def since(self, first: int, decay: bool) -> DeviceUpdates:
+        """All records from `first` on."""
+        return DeviceUpdates(self._records[0 if decay else 1], first, tuple(self._folds[first:]))
+
+    def cut(self, count: int) -> None:
+        """Forget all records but the first `count`."""
+        del self._folds[count:]

@@ -1,0 +1,122 @@
+"""NVIDIA's driver library through ctypes: modules, launches and page-locking, in the context torch uses.
+
+Only what torch does not offer. Everything is called by its versioned name, so the structs behind it cannot change
+under us. ctypes releases the GIL during a call: page-locking gigabytes does not stop other threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+from ..errors import ZOError
+
+ERROR_OUT_OF_MEMORY, ERROR_NO_BINARY = 2, 209
+HOST_REGISTER_PORTABLE = 1  # locked for every context of the process, as torch's own pinned memory is
+ATTRIBUTE_SM_COUNT, ATTRIBUTE_MAJOR, ATTRIBUTE_MINOR, ATTRIBUTE_ASYNC_ENGINES = 16, 75, 76, 40
+
+
+class CudaError(ZOError):
+    """A CUDA call failed, or there is no CUDA to call: what was asked, what the driver said, what to do."""
+
+    def __init__(self, message: str, code: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Driver:
+    """libcuda.so.1, initialised. Methods return plain integers (handles) and raise CudaError."""
+
+    def __init__(self, library: Any) -> None:
+        self._lib = library
+        for name in ("cuGetErrorName", "cuGetErrorString"):
+            getattr(library, name).argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
+        self._launch = library.cuLaunchKernel
+        self._launch.argtypes = [ctypes.c_void_p] + [ctypes.c_uint] * 7 + [ctypes.c_void_p] * 3
+        self.call("cuInit", ctypes.c_uint(0))
+
+    def check(self, code: int, what: str) -> None:
+        if code:
+            name, text = ctypes.c_char_p(), ctypes.c_char_p()
+            self._lib.cuGetErrorName(code, ctypes.byref(name))
+            self._lib.cuGetErrorString(code, ctypes.byref(text))
+            said = f"{(name.value or b'?').decode()} ({(text.value or b'no description').decode()})"
+            raise CudaError(f"{what}: the CUDA driver says {said}", code)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        self.check(getattr(self._lib, name)(*arguments), name)
+
+    def version(self) -> tuple[int, int]:
+        """(13, 0) for a driver that speaks CUDA 13.0."""
+        value = ctypes.c_int()
+        self.call("cuDriverGetVersion", ctypes.byref(value))
+        return value.value // 1000, value.value % 1000 // 10
+
+    def primary_context(self, device: int) -> int:
+        """The context that torch (and any user of the CUDA runtime) has on a device; retained for good."""
+        handle, context = ctypes.c_int(), ctypes.c_void_p()
+        self.call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+        return int(context.value or 0)
+
+    def make_current(self, context: int) -> None:
+        """For the calling thread. A thread that torch has not used has no context of its own."""
+        self.call("cuCtxSetCurrent", ctypes.c_void_p(context))
+
+    def attribute(self, device: int, attribute: int) -> int:
+        handle, value = ctypes.c_int(), ctypes.c_int()
+        self.call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
+        self.call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), handle)
+        return value.value
+
+    def load_module(self, image: bytes) -> int:
+        """A fatbin, CUBIN or PTX image in the current context."""
+        module = ctypes.c_void_p()
+        self.call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
+        return int(module.value or 0)
+
+    def function(self, module: int, name: str) -> int:
+        function = ctypes.c_void_p()
+        code = self._lib.cuModuleGetFunction(ctypes.byref(function), ctypes.c_void_p(module), name.encode())
+        self.check(code, f"kernel {name}")
+        return int(function.value or 0)
+
+    def read_global(self, module: int, name: str) -> int:
+        """The value of a 32-bit device variable."""
+        address, size, value = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_uint32()
+        code = self._lib.cuModuleGetGlobal_v2(
+            ctypes.byref(address), ctypes.byref(size), ctypes.c_void_p(module), name.encode()
+        )
+        self.check(code, f"variable {name}")
+        self.call("cuMemcpyDtoH_v2", ctypes.byref(value), address, ctypes.c_size_t(4))
+        return value.value
+
+    def launch(self, function: int, grid: int, threads: int, stream: int, args: bytes) -> None:
+        """Enqueue a kernel whose only parameter is the struct `args`, which is copied before this returns."""
+        params = (ctypes.c_void_p * 1)(ctypes.cast(args, ctypes.c_void_p))
+        code = self._launch(function, grid, 1, 1, threads, 1, 1, 0, stream, params, None)
+        if code:
+            self.check(code, f"launch of {grid} x {threads} threads")
+
+    def lock_host(self, address: int, nbytes: int) -> None:
+        """Page-lock host memory, so that copies from and to it run by themselves."""
+        self.check(
+            self._lib.cuMemHostRegister_v2(
+                ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_uint(HOST_REGISTER_PORTABLE)
+            ),
+            "cuMemHostRegister",
+        )
+
+    def unlock_host(self, address: int) -> None:
+        self.call("cuMemHostUnregister", ctypes.c_void_p(address))
+
+
+@functools.cache
+def driver() -> Driver:
+    """The machine's driver; CudaError if there is none or it finds no GPU."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise CudaError(f"no NVIDIA driver on this machine ({error})") from None
+    return Driver(library)

@@ -1,0 +1,317 @@
+"""The CUDA kernels: found or compiled, checked, launched.
+
+`_zo_cuda.fatbin` lies beside this file when setup.py found nvcc (machine code for sm_80, 86, 89 and 90, and PTX for
+what comes later). Where it does not, or has nothing for this GPU, NVRTC compiles the same sources (`nvrtc.py`). Either
+image goes through the driver into torch's own context and is launched on torch's current stream: there is no second
+CUDA runtime that could disagree with torch's, and no torch header to compile against.
+
+Before first use an image has to reproduce the CPU's known bits (`native.FINGERPRINT`): noise of each kind, and weights
+and lanes of a few passes. One that does not is refused.
+
+Environment: ZO_CUDA=0 does without; ZO_CUDA=nvrtc compiles even if the fatbin is there; ZO_NVRTC=path to libnvrtc.
+
+**Not run on a GPU yet.** What has been checked without one: tests/test_cuda_ptx.py and tests/test_cuda_build.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import native, nvrtc
+from .devices.driver import (
+    ATTRIBUTE_MAJOR,
+    ATTRIBUTE_MINOR,
+    ATTRIBUTE_SM_COUNT,
+    ERROR_NO_BINARY,
+    CudaError,
+    Driver,
+    driver,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .device_updates import DeviceUpdates
+    from .fused import Perturbation
+    from .noise import NoiseSpec
+
+IMAGE = Path(__file__).with_name("_zo_cuda.fatbin")
+THREADS, MAX_LANES = 256, 16
+KERNELS = {0: "fp32", 1: "bf16", 2: "fp16"}  # storage format code -> name in csrc/cuda_kernels.h
+TILE = {"gaussian": 512, "rademacher": 1024}  # elements a warp
+_WAVES = 16  # blocks a multiprocessor, at most; each walks over its share of the tiles
+
+_LANE = struct.Struct("<QQfI")
+_LANES_BYTES = _LANE.size * MAX_LANES
+_TAIL = struct.Struct("<QQiI")  # scales, total_rows, last_fold, num_lanes
+_NOISE = struct.Struct("<QQQQII")
+ARGS_BYTES = native.PASS_BYTES + _TAIL.size + _LANES_BYTES
+ABI = native.ABI_VERSION << 16 | native.LAYOUT_VERSION << 12 | ARGS_BYTES
+
+
+def pack_args(
+    *,
+    stored: int,
+    rows: int,
+    updates: int,
+    numel: int,
+    offset: int,
+    num_rows: int,
+    total_rows: int,
+    num_updates: int,
+    last_fold: int,
+    format: int,
+    param_id: int,
+    distribution: str,
+    rounds: int,
+    write_back: bool,
+    stochastic: bool,
+    lanes: Sequence[tuple[int, int, float, int]],
+    scales: int = 0,
+) -> bytes:
+    """struct zo_cuda_args of csrc/cuda_kernels.h. lanes: (seed, address, scale, format code); addresses are device."""
+    head = native.pack_pass(
+        stored=stored, rows=rows, updates=updates, numel=numel, offset=offset, num_rows=num_rows,
+        num_updates=num_updates, num_lanes=0, format=format, param_id=param_id, distribution=distribution,
+        rounds=rounds, write_back=write_back, stochastic=stochastic,
+    )  # fmt: skip
+    listed = b"".join(_LANE.pack(*lane) for lane in lanes)
+    return head + _TAIL.pack(scales, total_rows, last_fold, len(lanes)) + listed.ljust(_LANES_BYTES, b"\0")
+
+
+def pack_noise(out: int, numel: int, offset: int, seed: int, param_id: int, rounds: int) -> bytes:
+    """struct zo_cuda_noise_args."""
+    return _NOISE.pack(out, numel, offset, seed, param_id, rounds)
+
+
+def tiles(distribution: str, numel: int, offset: int, num_rows: int = 0) -> int:
+    """How many warps' worth of work a pass is."""
+    size = TILE[distribution]
+    if num_rows:
+        return num_rows * (numel // size + 2)
+    return -(-(offset + numel) // size) - offset // size
+
+
+class CudaKernels:
+    """The kernels on one device. Launches go to torch's current stream and return at once."""
+
+    formats = frozenset(KERNELS)
+
+    def __init__(self, library: Driver, device: int, image: bytes, source: str) -> None:
+        """Loads into the current context; CudaError if the image is not for this GPU or these sources."""
+        self.device, self.source = device, source
+        self._driver = library
+        self._module = library.load_module(image)
+        found = library.read_global(self._module, "zo_cuda_abi")
+        if found != ABI:
+            raise CudaError(
+                f"{source} was built from other sources (interface {found:#x}, this package needs {ABI:#x}); "
+                "rebuild it: python setup.py build_ext --inplace"
+            )
+        self._max_grid = _WAVES * library.attribute(device, ATTRIBUTE_SM_COUNT)
+        self._functions: dict[str, int] = {}
+
+    def _launch(self, name: str, args: bytes, warps: int, stream: int) -> None:
+        function = self._functions.get(name)
+        if function is None:
+            function = self._functions[name] = self._driver.function(self._module, name)
+        self._driver.launch(function, max(1, min(self._max_grid, -(-warps // (THREADS // 32)))), THREADS, stream, args)
+
+    def run_pass(
+        self,
+        *,
+        stored: int,
+        rows: int,
+        numel: int,
+        offset: int,
+        num_rows: int,
+        total_rows: int,
+        updates: DeviceUpdates | None,
+        format: int,
+        param_id: int,
+        noise: NoiseSpec,
+        write_back: bool,
+        stochastic: bool,
+        lanes: Sequence[tuple[int, int, float, int]],
+        stream: int,
+    ) -> None:
+        """One fused pass; more lanes than a launch takes are split over several, the first of which writes back."""
+        name = f"zo_pass_{KERNELS[format]}_{noise.distribution}"
+        warps = tiles(noise.distribution, numel, offset, num_rows)
+        first = True
+        while first or lanes:
+            count = 0 if updates is None else len(updates)
+            last_fold = -1 if updates is None else updates.last_fold
+            args = pack_args(
+                stored=stored, rows=rows, updates=updates.address if count and updates is not None else 0, numel=numel,
+                offset=offset, num_rows=num_rows, total_rows=total_rows, num_updates=count, last_fold=last_fold,
+                format=format, param_id=param_id, distribution=noise.distribution, rounds=noise.rounds,
+                write_back=write_back, stochastic=stochastic, lanes=lanes[:MAX_LANES],
+            )  # fmt: skip
+            self._launch(name, args, warps, stream)
+            if write_back and updates is not None:
+                updates = updates.after(last_fold + 1)  # what was folded is in the stored bytes now
+            first, lanes = False, lanes[MAX_LANES:]
+
+    def noise(
+        self, out: int, distribution: str, rounds: int, seed: int, param_id: int, numel: int, offset: int, stream: int
+    ) -> None:
+        """z into `numel` floats at device address `out`."""
+        args = pack_noise(out, numel, offset, seed, param_id, rounds)
+        self._launch(f"zo_noise_{distribution}", args, tiles(distribution, numel, offset), stream)
+
+
+class _OnDevice:
+    """The kernels behind the interface of `native.Library`, host memory in and out: for the fingerprint."""
+
+    def __init__(self, kernels: CudaKernels) -> None:
+        self.kernels = kernels
+
+    def noise(
+        self, out: int, distribution: str, rounds: int, seed: int, param_id: int, numel: int, offset: int, threads: int
+    ) -> None:
+        import torch
+
+        z = torch.full((numel,), float("nan"), device=f"cuda:{self.kernels.device}")
+        stream = torch.cuda.current_stream(self.kernels.device).cuda_stream
+        self.kernels.noise(z.data_ptr(), distribution, rounds, seed, param_id, numel, offset, stream)
+        ctypes.memmove(out, z.cpu().data_ptr(), 4 * numel)
+
+    def run_pass(self, **call: Any) -> None:
+        run_on_device(self.kernels, **call)
+
+
+def run_on_device(
+    kernels: CudaKernels,
+    *,
+    stored: int,
+    numel: int,
+    offset: int,
+    num_updates: int,
+    num_lanes: int,
+    format: int,
+    param_id: int,
+    distribution: str,
+    rounds: int,
+    write_back: bool,
+    stochastic: bool,
+    tail: bytes,
+    **_: Any,
+) -> None:
+    """`native.Library.run_pass` through the GPU: host addresses are copied in and back."""
+    import torch
+
+    from .device_updates import RECORD_BYTES, DeviceUpdates
+    from .noise import NoiseSpec
+
+    device = f"cuda:{kernels.device}"
+    size = {0: 4, 1: 2, 2: 2}
+
+    def take(address: int, nbytes: int) -> Tensor:
+        return torch.frombuffer(bytearray(ctypes.string_at(address, nbytes)), dtype=torch.uint8).to(device)
+
+    weights = take(stored, size[format] * numel)
+    records = torch.frombuffer(bytearray(tail[: RECORD_BYTES * num_updates]), dtype=torch.uint8).to(device)
+    folds = tuple(bool(tail[RECORD_BYTES * k + 16] & 1) for k in range(num_updates))
+    lanes = [_LANE.unpack_from(tail, RECORD_BYTES * (num_updates + j)) for j in range(num_lanes)]
+    outs = [torch.full((size[code] * numel,), 255, dtype=torch.uint8, device=device) for *_, code in lanes]
+    kernels.run_pass(
+        stored=weights.data_ptr(), rows=0, numel=numel, offset=offset, num_rows=0, total_rows=0,
+        updates=DeviceUpdates(records.view(-1, RECORD_BYTES), 0, folds), format=format, param_id=param_id,
+        noise=NoiseSpec(distribution, rounds),  # type: ignore[arg-type]
+        write_back=write_back, stochastic=stochastic, stream=torch.cuda.current_stream(kernels.device).cuda_stream,
+        lanes=[(seed, out.data_ptr(), scale, code) for (seed, _, scale, code), out in zip(lanes, outs, strict=True)],
+    )  # fmt: skip
+    for address, data in [(stored, weights), *zip((lane[1] for lane in lanes), outs, strict=True)]:
+        ctypes.memmove(address, data.cpu().data_ptr(), data.numel())
+
+
+def _open(device: int) -> CudaKernels:
+    """The built image if it has code for this GPU, else NVRTC's. CudaError tells what was tried."""
+    library = driver()
+    choice, tried = os.environ.get("ZO_CUDA", "1"), []
+    if choice == "0":
+        raise CudaError("switched off by ZO_CUDA=0")
+    if choice != "nvrtc" and IMAGE.exists():
+        try:
+            return CudaKernels(library, device, IMAGE.read_bytes(), IMAGE.name)
+        except CudaError as error:
+            if error.code != ERROR_NO_BINARY:
+                raise
+            tried.append(f"{IMAGE.name} has nothing for this GPU")
+    elif choice != "nvrtc":
+        tried.append(f"{IMAGE.name} was not built (no nvcc at build time)")
+    arch = f"sm_{library.attribute(device, ATTRIBUTE_MAJOR)}{library.attribute(device, ATTRIBUTE_MINOR)}"
+    try:
+        image, source = nvrtc.compiled(arch)
+    except CudaError as error:
+        raise CudaError("; ".join([*tried, str(error)])) from None
+    return CudaKernels(library, device, image, source)
+
+
+@functools.cache
+def kernels(device: int) -> CudaKernels:
+    """The checked kernels of a device; CudaError says why there are none. Call with torch's context current."""
+    found = _open(device)
+    if native.fingerprint(_OnDevice(found)) != native.FINGERPRINT:
+        raise CudaError(
+            f"{found.source} on this GPU does not reproduce the CPU's noise and weights, so a run would not mean the "
+            "same model. Please report this, with the output of python -m zo_offload"
+        )
+    return found
+
+
+def describe() -> str:
+    """One line for a doctor: what is in use, or why nothing is."""
+    import torch
+
+    built = f"{IMAGE.name} is built" if IMAGE.exists() else f"{IMAGE.name} is not built"
+    if torch.version.cuda is None:
+        return f"none: torch {torch.__version__} has no CUDA; {built}"
+    if not torch.cuda.is_available():
+        return f"none: torch finds no GPU; {built}"
+    try:
+        torch.cuda.init()
+        device = torch.cuda.current_device()
+        torch.zeros(1, device=device)
+        return f"{torch.cuda.get_device_name(device)}: {kernels(device).source}, bits checked"
+    except CudaError as error:
+        return f"none: {error}"
+
+
+def run(
+    stored: Tensor,
+    format: int,
+    *,
+    param_id: int,
+    numel: int,
+    offset: int,
+    updates: DeviceUpdates | None,
+    write_back: bool,
+    stochastic: bool,
+    noise: NoiseSpec,
+    perturbations: Sequence[Perturbation],
+    outs: Sequence[Tensor],
+    out_codes: Sequence[int],
+    rows: Tensor | None = None,
+    total_rows: int = 0,
+) -> None:
+    """`fused.fused_pass` (or `fused_rows`, with rows) for tensors on a GPU; arguments are checked there."""
+    import torch
+
+    device = stored.device.index
+    lanes = [
+        (p.seed, out.data_ptr(), p.scale, code) for p, out, code in zip(perturbations, outs, out_codes, strict=True)
+    ]
+    kernels(device).run_pass(
+        stored=stored.data_ptr(), rows=0 if rows is None else rows.data_ptr(), numel=numel, offset=offset,
+        num_rows=0 if rows is None else rows.numel(), total_rows=total_rows, updates=updates, format=format,
+        param_id=param_id, noise=noise, write_back=write_back, stochastic=stochastic, lanes=lanes,
+        stream=torch.cuda.current_stream(device).cuda_stream,
+    )  # fmt: skip
