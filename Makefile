@@ -38,4 +38,4 @@ bench: install
 	$(BIN)/python -m benchmarks.memory
 
 clean:
-	rm -rf build *.egg-info zo_offload/_zo_cpu*.so
+	rm -rf build *.egg-info zo_offload/_zo_cpu*.so zo_offload/_zo_cuda*.fatbin

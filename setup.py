@@ -1,13 +1,16 @@
-"""Builds the native kernels as a plain shared library, zo_offload/_zo_cpu.so: no torch, no Python headers.
+"""Builds the native kernels: zo_offload/_zo_cpu.so, a plain shared library, and zo_offload/_zo_cuda.fatbin, the CUDA
+kernels' machine code. No torch, no Python headers.
 
 Everything else is in pyproject.toml. Without a working C++ compiler the package installs all the same and runs its
 slow reference. CXX chooses the compiler, CXXFLAGS is added to ours (a build whose floating point differs is refused
-when it is loaded).
+when it is loaded). Without nvcc the CUDA kernels are compiled on first use by the NVRTC that torch brings. NVCC chooses
+another nvcc, ZO_CUDA=0 does without.
 """
 
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import warnings
 from pathlib import Path
@@ -28,13 +31,55 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     SOURCES["csrc/cpu_avx512.cpp"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c".split()
 HEADERS = ["noise.h", "formats.h", "api.h", "fused.h", "cpu_work.h", "cpu_tile.h", "cpu_threads.h"]
 
+CUDA_SOURCES = ["cuda.cu", "cuda_kernels.h", "fused.h", "api.h", "formats.h", "noise.h"]
+# A100; RTX 30; RTX 40 and L40; H100 and H200; and PTX, which the driver compiles for what comes later
+CUDA_ARCHS = ("80", "86", "89", "90")
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler, or None if there is none or it is not wanted."""
+    return None if os.environ.get("ZO_CUDA") == "0" else shutil.which(os.environ.get("NVCC", "nvcc"))
+
+
+def nvcc_command(compiler: str, target: Path, *extra: str) -> list[str]:
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
+    codes.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
+    flags = ["-std=c++17", "-O3", "--threads=0", "-fatbin"]
+    return [compiler, *flags, *codes, *extra, "csrc/cuda.cu", "-o", str(target)]
+
 
 class BuildNative(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
-        return fullname.replace(".", os.sep) + ".so"  # loaded by ctypes, so no Python version in the name
+        # loaded by ctypes or the CUDA driver, so no Python version in the name
+        return fullname.replace(".", os.sep) + (".fatbin" if fullname.endswith("_zo_cuda") else ".so")
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
+        if ext.name.endswith("_zo_cuda"):
+            return self.build_cuda(target)
+        self.build_cpu(target)
+
+    def build_cuda(self, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sources = [Path("csrc", name) for name in CUDA_SOURCES]
+        if not self.inplace:  # for NVRTC; a checkout has them beside the package
+            (target.parent / "csrc").mkdir(exist_ok=True)
+            for source in sources:
+                shutil.copy(source, target.parent / "csrc")
+        compiler = nvcc()
+        if compiler is None:
+            print("no nvcc (or ZO_CUDA=0): the CUDA kernels are compiled on first use, by NVRTC")
+            return
+        if target.exists() and all(target.stat().st_mtime > source.stat().st_mtime for source in sources):
+            return
+        command = nvcc_command(compiler, target)
+        try:
+            subprocess.run(command, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            target.unlink(missing_ok=True)
+            warnings.warn(f"CUDA kernels not built, NVRTC compiles them on first use: {error}", stacklevel=1)
+
+    def build_cpu(self, target: Path) -> None:
         temporary = Path(self.build_temp)
         for folder in (target.parent, temporary):
             folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +109,13 @@ if __name__ == "__main__":
                 sources=list(SOURCES),
                 depends=[f"csrc/{header}" for header in HEADERS],
                 optional=True,
-            )
+            ),
+            Extension(
+                "zo_offload._zo_cuda",
+                sources=["csrc/cuda.cu"],
+                depends=[f"csrc/{name}" for name in CUDA_SOURCES],
+                optional=True,
+            ),
         ],
         cmdclass={"build_ext": BuildNative},
     )
