@@ -1,0 +1,199 @@
+"""What a hub does to a model while it is attached: parameters away, hooks on the owners.
+
+The hooks run inside lanes. A pre-hook gives control to the hub until the owner's weights are installed; the hook after
+the forward takes them out again. `lanes.Hub` builds on this class and decides who runs when.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn, Self
+
+import greenlet
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .errors import PlanError
+from .modes import ModeState
+from .plan import Plan
+from .serving import LaneRun, Served, install, placeholder, set_data
+from .watched import WatchedRun
+
+
+class Attachment:
+    """A model with its values put aside and hooks on the owners of `plan`."""
+
+    plan: Plan
+    _home: greenlet.greenlet | None  # the hub's own greenlet, while a run is under way
+    _current: LaneRun | None  # the lane that runs
+    _thread: int  # in which lanes run
+    _modes: ModeState  # torch's modes as the run found them
+    _aborting: bool  # lanes are being ended
+    _watch: WatchedRun | None
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._params: dict[str, nn.Parameter] = {}
+        self._own_data: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        self._home = self._current = self._watch = None
+        self._thread, self._aborting = 0, False
+
+    # ---- attaching -----------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Put hooks on the owners and the model's values aside. PlanError if the model is not the planned one."""
+        if self._params:
+            return
+        params = dict(self.model.named_parameters())
+        specs = self.plan.params
+        if params.keys() != specs.keys():
+            odd = sorted(params.keys() ^ specs.keys())
+            raise PlanError(f"the model's parameters are not the plan's: {odd[:5]} ({len(odd)} differ): plan it")
+        for name, p in params.items():
+            if p.shape != specs[name].shape or p.dtype != specs[name].dtype:
+                raise PlanError(
+                    f"{name!r} is {tuple(p.shape)} {p.dtype}, planned as {tuple(specs[name].shape)} {specs[name].dtype}"
+                )
+            if p.is_meta:
+                raise PlanError(f"{name!r} is on the meta device: call hollow(model, device) before attaching a hub")
+        self._params = params
+        self._own_data = {name: p.data for name, p in params.items()}
+        self._resting = {name: placeholder(p) for name, p in params.items()}
+        self._default_generators = frozenset({"torch", *(str(p.device) for p in params.values() if p.is_cuda)})
+        for name, p in params.items():
+            set_data(p, self._resting[name])
+        self._hook()
+
+    def detach(self) -> None:
+        """Take the hooks off and put the model's own values back."""
+        if self._home is not None:
+            raise PlanError("a hub cannot be detached from within a lane")
+        self._unhook()
+        for name, data in self._own_data.items():
+            set_data(self._params[name], data)
+        self._params, self._own_data, self._resting = {}, {}, {}
+
+    def __enter__(self) -> Self:
+        self.attach()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def _hook(self) -> None:
+        owners = self.plan.owners
+        count: dict[str, int] = {}
+        for owner in owners:
+            for name in owner.params:
+                count[name] = count.get(name, 0) + 1
+        self._served: list[Served] = []
+        for index, owner in enumerate(owners):
+            module = self.model.get_submodule(owner.name)
+            params, resting = [self._params[n] for n in owner.params], [self._resting[n] for n in owner.params]
+            served = Served(index, owner, module, params, resting)
+            served.overlaps = any(count[n] > 1 for n in owner.params)
+            self._served.append(served)
+        for served in self._served:
+            # ours first and last: hooks of others (old-style weight norm) see the weights
+            if served.rows:
+                hook = self._rows_hook(served)
+                handle = served.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+            else:
+                handle = served.module.register_forward_pre_hook(self._enter_hook(served), prepend=True)
+            self._handles.append(handle)
+            self._handles.append(served.module.register_forward_hook(self._leave_hook(served), always_call=True))
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # ---- hooks: these run inside lanes ---------------------------------------------------------------------------
+
+    def _enter_hook(self, served: Served) -> Callable[..., None]:
+        index, name = served.index, served.owner.name
+
+        def enter(module: nn.Module, args: Any) -> None:
+            lane = self._current
+            if lane is None or threading.get_ident() != self._thread:
+                self._refuse(served)
+            lane.want, lane.last = index, name
+            self._wait(lane)
+
+        return enter
+
+    def _rows_hook(self, served: Served) -> Callable[..., Any]:
+        enter = self._enter_hook(served)
+
+        def enter_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._current is not None:
+                self._current.ids = args[0] if args else kwargs["input"]
+            enter(module, args)
+            lane = self._current
+            assert lane is not None
+            ids, lane.ids = lane.ids, None
+            return ((ids, *args[1:]), kwargs) if args else (args, {**kwargs, "input": ids})
+
+        return enter_rows
+
+    def _wait(self, lane: LaneRun) -> None:
+        """Give control to the hub until it has installed what the lane wants."""
+        if self._aborting:
+            raise greenlet.GreenletExit
+        if torch.is_autocast_cache_enabled():  # its casts of weights are kept by parameter: another lane's weights
+            torch.set_autocast_cache_enabled(False)
+        lane.modes.park(self._modes)
+        try:
+            self._home.switch()  # type: ignore[union-attr]
+        finally:
+            lane.modes.resume(self._modes)
+
+    def _leave_hook(self, served: Served) -> Callable[..., None]:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            lane = self._current
+            if lane is None or not lane.frames or lane.frames[-1].served is not served:
+                return  # its pre-hook did not get through
+            failed = output is None and sys.exc_info()[1] is not None
+            if failed and not lane.failed_in:
+                lane.failed_in = served.owner.name
+            if torch._C._len_torch_function_stack():  # a lane's function mode is for what the model does
+                with torch._C.DisableTorchFunction():
+                    self._leave(lane, failed)
+            else:
+                self._leave(lane, failed)
+
+        return leave
+
+    def _leave(self, lane: LaneRun, failed: bool) -> None:
+        """Take the innermost owner's weights out of the model and give up the lane's share of them."""
+        frame, watch = lane.frames[-1], self._watch
+        if watch is not None:
+            watch.leave(lane, frame, check=not failed)
+            watch.mode.recorder = None  # what hub and source do with memory is not the model's doing
+        del lane.frames[-1]
+        served = frame.served
+        for p, rest in zip(served.params, served.resting, strict=True):
+            set_data(p, rest)
+        if served.overlaps:
+            for outer in lane.frames:
+                install(outer)
+        frame.weights = []  # the frame may live on in the hub for a while, the memory must not
+        frame.emission.leave()
+        if watch is not None:
+            watch.mode.recorder = lane.recorder
+
+    def _refuse(self, served: Served) -> NoReturn:
+        name = served.owner.name or "the model"
+        if self._current is None or self._home is None:
+            raise PlanError(
+                f"{name!r} was called while its weights are away: a hub is attached. Call the model through the hub "
+                f"(or the engine), or detach the hub first."
+            )
+        raise PlanError(
+            f"{name!r} was called in thread {threading.current_thread().name!r}, but lanes run in one thread. Make the "
+            f"forward call its modules in the thread it was called in."
+        )
