@@ -104,8 +104,8 @@ def test_rounding_and_noise_are_the_same_in_every_tier(rounding, distribution, t
 
 
 def test_stochastic_rounding_differs_from_nearest():
-    nearest = train(tiny_llama(), steps=3, storage="bf16")[1]
-    stochastic = train(tiny_llama(), steps=3, storage="bf16", rounding="stochastic")[1]
+    nearest = train(tiny_llama(), steps=4, storage="bf16")[1]
+    stochastic = train(tiny_llama(), steps=4, storage="bf16", rounding="stochastic")[1]
     assert any(not torch.equal(nearest[n], stochastic[n]) for n in nearest)
 
 
@@ -308,7 +308,7 @@ def test_a_full_disk_stops_the_run_and_nothing_is_lost(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return real(*args)
 
-    engine = Engine(tiny_opt(), method=METHOD, offload="disk", run_dir=tmp_path / "run")
+    engine = Engine(tiny_opt(), method=METHOD, offload="disk", fold_every=1, run_dir=tmp_path / "run")
     engine._start()
     monkeypatch.setattr(os, "pwritev", full)
     with pytest.raises(OSError, match="No space"):
@@ -367,7 +367,7 @@ def test_slow_copies_lose_no_race(delays, monkeypatch):
         made(self, plan, layout, Slow(tier, *delays), *args, **kwargs)
 
     monkeypatch.setattr(Streamer, "__init__", slow)
-    for settings in (dict(num_slots=2), dict(num_slots=3, io_threads=2), dict(num_slots=4, prefetch=2)):
+    for settings in (dict(num_slots=2), dict(num_slots=3, io_threads=2, fold_every=1), dict(num_slots=4, prefetch=2)):
         assert_same(want, train(tiny_opt(), 4, offload="host", **settings))
 
 

@@ -119,7 +119,7 @@ def _refuse(args: argparse.Namespace, *names: str) -> None:
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 _METHOD = ("lr", "eps", "weight_decay", "schedule", "warmup_steps", "distribution", "rounds", "on_nonfinite")
-_IDENTITY = ("storage", "compute", "rounding", "trainable", "seed")  # what a run's numbers depend on
+_IDENTITY = ("storage", "compute", "rounding", "fold_every", "trainable", "seed")  # what a run's numbers depend on
 _MOVABLE = ("offload", "device_memory", "num_slots", "order")  # what may change when it is resumed
 
 
@@ -164,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--distribution", choices=["gaussian", "rademacher"])
     fit.add_argument("--on-nonfinite", choices=["stop", "skip"])
     fit.add_argument("--rounding", choices=["nearest", "stochastic"])
+    fit.add_argument("--fold-every", type=_count, help="steps between two write-backs of a block")
     fit.add_argument("--num-slots", type=_count)
     fit.add_argument("--order", choices=["auto", "module", "block", "lane"])
     fit.add_argument("--seed", type=int)

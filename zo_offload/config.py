@@ -46,8 +46,8 @@ def show_bytes(nbytes: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How an engine runs. No setting here changes the numbers of a run except storage, compute, rounding, seed and
-    trainable; those are part of its identity and are checked on resume."""
+    """How an engine runs. No setting here changes the numbers of a run except storage, compute, rounding, fold_every,
+    seed and trainable; those are part of its identity and are checked on resume."""
 
     offload: Offload = "auto"
     """Where blocks live: "none" in the device's memory, "host" in host memory behind a window, "disk" in files.
@@ -59,6 +59,10 @@ class EngineConfig:
     are slow on most CPUs), the module's own dtypes for a model given in memory."""
     rounding: Rounding = "nearest"
     """Of an update into 16-bit storage. "stochastic" keeps small updates on average; noise-keyed, so reproducible."""
+    fold_every: int | None = None
+    """Steps between two write-backs of a block: updates in between are applied in float32 registers at each visit, and
+    flushes and roundings drop by this factor. Default 4 with Gaussian, 8 with Rademacher noise; 1 for float32 weights
+    that are never flushed (`storage.FOLD_EVERY` says why)."""
     device: str = "cpu"
     """Only "cpu" is built yet."""
     device_memory: int | float | str | None = None
@@ -109,6 +113,8 @@ class EngineConfig:
             raise ConfigError(f"prefetch={self.prefetch} with num_slots={slots}: expected 0..{slots - 1}")
         if not self.overlap and self.prefetch:
             raise ConfigError(f"prefetch={self.prefetch} with overlap=False: nothing is fetched ahead; leave it out")
+        if self.fold_every is not None and self.fold_every < 1:
+            raise ConfigError(f"fold_every={self.fold_every}: expected at least 1 (fold after every step)")
         if self.io_threads < 1:
             raise ConfigError(f"io_threads={self.io_threads}: expected at least 1")
         if not 0 <= self.seed < 1 << 64:

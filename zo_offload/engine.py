@@ -44,8 +44,9 @@ from .methods import MeZO, lr_schedule
 from .plan import Plan, make_plan, relift
 from .progress import Progress
 from .session import choose_offload, start
-from .streamer import Streamer
-from .updates import UpdateLog
+from .storage import choose_fold_every
+from .streamer import Streamer, Traffic
+from .updates import UpdateLog, with_folds
 
 Batch = Mapping[str, Any]
 Objective = Callable[[nn.Module, Batch], Any]
@@ -79,6 +80,10 @@ class FitResult:
     """Share of the time that compute waited for blocks: near 0, compute binds; near 1, fetches do."""
     resident_bytes: int = 0
     model_bytes: int = 0
+    fetch_bytes: int = 0
+    """Bytes of weights that came into the window, in all of this call's steps and evaluations."""
+    flush_bytes: int = 0
+    """Bytes of weights that were written back: about 1 / fold_every of what is trained, a step."""
 
 
 def _absolute(model: str | Path) -> str:
@@ -136,6 +141,9 @@ class Engine:
         dtype_of = self.base.dtype_of
         self.layout: Layout = make_layout(self.plan, lambda spec: self.config.format_of(spec, dtype_of(spec.name)))
         self.offload = choose_offload(self.config, self.layout)
+        self.fold_every = choose_fold_every(
+            self.config.fold_every, self.plan, self.layout, self.offload, self.method.distribution
+        )
         self.memory: MemoryPlan = self._plan_memory(example)
         self.log = UpdateLog()
         self.journal: Journal | None = None
@@ -204,7 +212,7 @@ class Engine:
         losses: list[float] = []
         tokens, begin, first = 0, time.perf_counter(), self.log.version
         streamer = self._running()
-        streamer.traffic = type(streamer.traffic)()
+        traffic = streamer.traffic = Traffic()
         with Progress(progress, first, steps) as bar, runs.Metrics(self._path(runs.METRICS)) as metrics:
             try:
                 for step in range(first, steps):
@@ -213,12 +221,16 @@ class Engine:
                     losses.append(record.loss)
                     tokens += batch_tokens(batch)
                     seconds = time.perf_counter() - begin
-                    wait = streamer.traffic.wait_s / seconds
+                    wait = traffic.wait_s / seconds
                     metrics.write(
                         step=step, loss=record.loss, grad=record.grad, lr=record.lr, skipped=record.skipped,
                         tokens=tokens, seconds=round(seconds, 3), wait_share=round(wait, 4),
+                        fetch_bytes=traffic.fetch_bytes, flush_bytes=traffic.flush_bytes,
                     )  # fmt: skip
-                    bar.step(record.loss, tokens / seconds, wait)
+                    done = step + 1 - first
+                    bar.step(
+                        record.loss, tokens / seconds, wait, traffic.fetch_bytes / done, traffic.flush_bytes / done
+                    )
                     if callback is not None:
                         callback(record)
                     if evaluation is not None and eval_every and (step + 1) % eval_every == 0 and step + 1 < steps:
@@ -232,8 +244,8 @@ class Engine:
         seconds = time.perf_counter() - begin
         return FitResult(
             steps=len(losses), losses=losses, evals=list(self.evals), tokens_per_s=tokens / seconds, seconds=seconds,
-            wait_share=streamer.traffic.wait_s / seconds, resident_bytes=streamer.resident_bytes,
-            model_bytes=self.layout.total_bytes,
+            wait_share=traffic.wait_s / seconds, resident_bytes=streamer.resident_bytes,
+            model_bytes=self.layout.total_bytes, fetch_bytes=traffic.fetch_bytes, flush_bytes=traffic.flush_bytes,
         )  # fmt: skip
 
     def step(self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1) -> StepRecord:
@@ -246,7 +258,8 @@ class Engine:
         try:
             outcome = self.method.update(self.config.seed, step, losses, lr)
             self._check_update(step, outcome.updates)
-            record = StepRecord(step, outcome.updates, outcome.loss, outcome.grad, lr, False, fingerprint(batch))
+            updates = with_folds(outcome.updates, step, self.fold_every)
+            record = StepRecord(step, updates, outcome.loss, outcome.grad, lr, False, fingerprint(batch))
         except DivergenceError:
             if self.method.on_nonfinite == "stop":
                 raise
@@ -426,8 +439,8 @@ class Engine:
         if batch is not None:
             self.memory = self._plan_memory(batch, micro_batches)
         tier, self.log, self.journal = start(
-            self.plan, self.layout, self.base, self.config, self.method, self.offload, self.device,
-            model_name=self._model_name, model_class=self._model_class,
+            self.plan, self.layout, self.base, self.config, self.method, self.offload, self.fold_every,
+            self.device, model_name=self._model_name, model_class=self._model_class,
         )  # fmt: skip
         hollow(self.model)
         if isinstance(self.base, ModuleBase):

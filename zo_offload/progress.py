@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from .config import show_bytes
+
 
 class Progress:
     """tqdm on standard error when `show`, nothing otherwise."""
@@ -16,15 +18,17 @@ class Progress:
 
             self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True)
 
-    def step(self, loss: float, tokens_per_s: float, wait_share: float) -> None:
-        """One step done. loss is shown smoothed; wait_share is compute's time spent waiting for blocks."""
+    def step(self, loss: float, tokens_per_s: float, wait_share: float, fetched: float, flushed: float) -> None:
+        """One step done. loss is shown smoothed; wait_share is compute's time spent waiting for blocks; fetched and
+        flushed are bytes a step, on average so far."""
         if self._bar is None:
             return
         if loss == loss:
             self._smooth = loss if self._smooth is None else 0.9 * self._smooth + 0.1 * loss
         binds = "fetch" if wait_share > 0.5 else "compute"
         shown = "skipped" if self._smooth is None else f"{self._smooth:.4f}"
-        self._bar.set_postfix_str(f"loss {shown}, {tokens_per_s:.0f} tok/s, {binds} binds", refresh=False)
+        moved = f", {show_bytes(fetched)} in, {show_bytes(flushed)} out a step" if fetched or flushed else ""
+        self._bar.set_postfix_str(f"loss {shown}, {tokens_per_s:.0f} tok/s, {binds} binds{moved}", refresh=False)
         self._bar.update(1)
 
     def __enter__(self) -> Progress:

@@ -96,5 +96,6 @@ def check_identity(wanted: dict[str, Any], found: dict[str, Any]) -> None:
     if differ:
         raise JournalError(
             "this run cannot be continued as asked; " + "; ".join(differ) + ". Steps, evaluation, offload tier, window "
-            "and threads may change; the base weights, storage, compute, rounding, seed, noise and method may not"
+            "and threads may change; the base weights, storage, compute, rounding, fold_every, seed, noise and method "
+            "may not"
         )

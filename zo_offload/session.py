@@ -22,6 +22,7 @@ from .memory import available_bytes
 from .methods import MeZO
 from .noise import NoiseSpec
 from .plan import Plan
+from .storage import is_lossless
 from .tiers import DiskTier, HostTier, ResidentTier, Tier
 from .updates import UpdateLog
 
@@ -49,7 +50,9 @@ def choose_offload(config: EngineConfig, layout: Layout) -> str:
     return config.offload
 
 
-def identity(plan: Plan, layout: Layout, config: EngineConfig, method: MeZO, base_digest: str) -> dict[str, Any]:
+def identity(
+    plan: Plan, layout: Layout, config: EngineConfig, method: MeZO, fold_every: int, base_digest: str
+) -> dict[str, Any]:
     """What must be equal for a journal to mean the same weights; checked on resume, key by key."""
     trained = "\n".join(sorted(name for name, spec in plan.params.items() if spec.trainable))
     formats = "\n".join(f"{name} {place.fmt.name}" for name, place in sorted(layout.places.items()))
@@ -61,6 +64,7 @@ def identity(plan: Plan, layout: Layout, config: EngineConfig, method: MeZO, bas
         "storage": _digest(formats),
         "compute": _digest(dtypes),
         "rounding": config.rounding,
+        "fold_every": "any" if is_lossless(plan, layout) else fold_every,
         "seed": config.seed,
         "noise": {"distribution": method.distribution, "rounds": method.rounds, "layout": NoiseSpec.layout_version},
         "method": {k: v for k, v in asdict(method).items() if k not in ("steps", "batch_size", "on_nonfinite")},
@@ -79,6 +83,7 @@ def start(
     config: EngineConfig,
     method: MeZO,
     offload: str,
+    fold_every: int,
     device: CpuDevice,
     *,
     model_name: str | None,
@@ -92,7 +97,7 @@ def start(
     """
     run_dir = Path(config.run_dir) if config.run_dir is not None else None
     if run_dir is not None and (run_dir / runs.JOURNAL).exists():
-        return _reopen(plan, layout, base, config, method, offload, device, run_dir, progress)
+        return _reopen(plan, layout, base, config, method, offload, fold_every, device, run_dir, progress)
     if run_dir is not None:
         runs.check_fresh(run_dir)
     tier = _new_tier(layout, offload, device, run_dir)
@@ -100,7 +105,7 @@ def start(
     journal = None
     if run_dir is not None:
         runs.save_config(run_dir, model_name, model_class, config, method)
-        header = identity(plan, layout, config, method, base.digest())
+        header = identity(plan, layout, config, method, fold_every, base.digest())
         journal = Journal.create(run_dir / runs.JOURNAL, header)
     return tier, UpdateLog(), journal
 
@@ -119,6 +124,7 @@ def _reopen(
     config: EngineConfig,
     method: MeZO,
     offload: str,
+    fold_every: int,
     device: CpuDevice,
     run_dir: Path,
     progress: Callable[[int], None],
@@ -142,6 +148,6 @@ def _reopen(
         tier, again = _new_tier(layout, offload, device, run_dir), list(range(len(layout.block_bytes)))
     # The base is read again only where it is needed; then its identity is checked too, before anything is written.
     found = base.digest() if again else journal.header.get("base", "")
-    runs.check_identity(identity(plan, layout, config, method, found), journal.header)
+    runs.check_identity(identity(plan, layout, config, method, fold_every, found), journal.header)
     ingest(plan, layout, base, tier, device.alloc, blocks=again, progress=progress)
     return tier, log, journal

@@ -3,8 +3,11 @@
 The main thread walks the plan's visits. Before each it has enqueued the fetches of the next `ahead` stays, so copies
 run under the compute, across the end of a pass too. When a module's turn comes, `emit` makes its scratch weights from
 the block's stored bytes in one fused pass a parameter: apply the updates of the steps the parameter still lacks, write
-it back, emit the perturbed weights. What the block's modules did not ask for is brought up to date when the visit
-ends, so a block always leaves the window at one version.
+back those up to the last fold, emit the perturbed weights. What the block's modules did not ask for is brought to the
+last fold when the visit ends, so a block always leaves the window at one version.
+
+Updates after the last fold are applied in registers at every visit and written nowhere: between folds no block is
+written, so none is flushed. That is what `fold_every=K` saves: K - 1 of K flushes, and as many roundings.
 
 Contract: the bytes of a block at version v are a function of the base weights and the updates of steps 0..v-1 only.
 Window, prefetch, tier, order of service and evaluation in between cannot change them.
@@ -19,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -166,10 +170,13 @@ class Streamer:
     # ---- whole-model operations --------------------------------------------------------------------------------------
 
     def flush_all(self) -> None:
-        """Bring every block to the log's version in its tier. Called before save, return and close."""
+        """Bring every block to the last fold in its tier. Called before save, return and close.
+
+        Updates after it stay pending: they are in the journal, and `read` applies them.
+        """
         self._restart()
         self._raise_failed_flush()
-        target = self.log.version
+        target = self.log.folded
         for block in range(len(self.plan.blocks)):
             if block not in self.layout.written or self.tier.version(block) == target:
                 continue
@@ -178,14 +185,18 @@ class Streamer:
             self._write_back(slot)
 
     def read(self, name: str) -> Tensor:
-        """A copy of one parameter's current value in its storage dtype. Not in a pass."""
+        """A copy of one parameter's current value in its storage dtype. Not in a pass.
+
+        Folds and pending updates are all in it: decode(stored) less the pending updates in float32, rounded once.
+        """
         if self._live:
             self._restart()  # the slots hold blocks fetched ahead for the next pass
         place, spec = self.layout.places[name], self.plan.params[name]
         slot = self._load(place.block, into_window=True)
         self._settle(slot)
-        data = slot.memory[place.offset : place.offset + place.nbytes]
-        return data.clone().view(place.fmt.torch_dtype).view(spec.shape)
+        value = torch.empty(spec.shape, dtype=place.fmt.torch_dtype)
+        self._fused(name, slot, False, [Perturbation(0, 0.0)], [value])
+        return value
 
     @property
     def resident_bytes(self) -> int:
@@ -371,10 +382,10 @@ class Streamer:
         slot.dirty = False
 
     def _settle(self, slot: Slot) -> None:
-        """Bring the parameters of a block that no module asked for to the same version as the others."""
+        """Bring the parameters of a block that no module asked for to the last fold, as the others are."""
         self._wait(slot)
         for name in self.plan.blocks[slot.block].params:
-            if self.plan.params[name].trainable and slot.version[name] < self.log.version:
+            if self.plan.params[name].trainable and slot.version[name] < self.log.folded:
                 self._fused(name, slot, True, (), ())
 
     def _shape(self, name: str, rows: Tensor | None) -> tuple[int, ...]:
@@ -416,23 +427,23 @@ class Streamer:
     ) -> None:
         place, spec = self.layout.places[name], self.plan.params[name]
         updates = self._lacking(name, slot)
+        folds = spec.trainable and slot.version[name] < self.log.folded
         fused_pass(
             self._bytes(slot, place),
             place.fmt,
             param_id=spec.param_id,
             numel=spec.numel,
             updates=updates,
-            write_back=writes and bool(updates),
+            write_back=writes and folds,
             rounding=self.rounding,
             noise=self.noise,
             perturbations=perturbations,
             outs=outs,
             threads=self.threads,
         )
-        if writes and spec.trainable:
-            if slot.version[name] != self.log.version:
-                slot.dirty = True
-            slot.version[name] = self.log.version
+        if writes and folds:
+            slot.dirty = True
+            slot.version[name] = self.log.folded
 
     def _lacking(self, name: str, slot: Slot) -> tuple[Update, ...]:
         if not self.plan.params[name].trainable:

@@ -2,6 +2,10 @@
 
 A block at version v is brought to version t by the updates of steps v..t-1, alone, on any device. The log in memory
 mirrors the journal; the journal is the run.
+
+Folding: an update with `fold` set rounds the sum so far into the stored bytes; those after it stay pending, applied in
+float32 registers wherever the weights are used. Stored bytes only ever hold whole folds, so the version a block is
+brought to is that of the last fold (`UpdateLog.folded`), not that of the last step.
 """
 
 from __future__ import annotations
@@ -14,11 +18,24 @@ from .errors import JournalError
 from .fused import Update
 
 
+def with_folds(updates: Sequence[Update], step: int, fold_every: int) -> tuple[Update, ...]:
+    """A step's updates with their folds set: its last update folds iff fold_every divides step + 1, no other does.
+
+    By the step's number alone, so that a run is the same however often it stopped, and whatever was evaluated between.
+    A skipped step has no update, so nothing folds there and the sum stays pending until the next step that folds.
+    """
+    last = len(updates) - 1
+    due = (step + 1) % fold_every == 0
+    return tuple(replace(update, fold=due and index == last) for index, update in enumerate(updates))
+
+
 class UpdateLog:
     """Updates of steps `base`..`version - 1`. Version t is the state after t steps."""
 
     def __init__(self, base: int = 0) -> None:
         self.base = base
+        self.folded = base
+        """The version that blocks are brought to: steps up to and including the last one that folds."""
         self._steps: list[tuple[Update, ...]] = []
         self._since = lru_cache(maxsize=64)(self._collect)
 
@@ -29,6 +46,8 @@ class UpdateLog:
     def append(self, updates: Sequence[Update]) -> None:
         """Add one step; an empty sequence is a step that changed nothing (skipped)."""
         self._steps.append(tuple(updates))
+        if any(update.fold for update in updates):
+            self.folded = self.version
         self._since.cache_clear()
 
     def since(self, version: int, decay: bool) -> tuple[Update, ...]:
