@@ -28,7 +28,9 @@ needs_compiler = pytest.mark.skipif(
 def build(folder: Path, **environment: str) -> tuple[Path, str]:
     """Runs setup.py into `folder`; where the library would be, and what was said."""
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder / "tmp")]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"ZO_CUDA": "0"} | environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"ZO_CUDA": "0"} | environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     return folder / "zo_offload" / "_zo_cpu.so", done.stdout + done.stderr
 

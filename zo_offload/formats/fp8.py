@@ -1,8 +1,8 @@
-"""fp8 storage: 8-bit floats with one power-of-two scale for each 128 of them.
+"""fp8 storage: 8-bit floats with one power-of-two scale for each 128 of them; fp8+8, the same with 8 bits held back.
 
 The scale only moves the range: it is the least power of two that brings the group's largest value inside, so no value
-is ever clipped and scaling rounds nothing. It is a function of the group's values alone, found anew at each write-back,
-and re-encoding what is stored changes no bit.
+is ever clipped and scaling rounds nothing. It is a function of the group's values alone, found anew at each write-back.
+Re-encoding what is stored changes no value: at most the scale halves, where the group's largest was rounded down.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zo_offload.formats.base import Format
+from zo_offload.formats.base import Format, sign_extended
 from zo_offload.formats.grouped import each, exponents, pack, power_of_two, scaled_down, scales_plane, values_plane
 from zo_offload.formats.small_float import SmallFloat, sign_bits, signed
 
@@ -49,8 +49,8 @@ class _FP8(Format):
 class FP8E4M3(_FP8):
     """1.008 bytes a parameter: 8 bits (4 exponent, 3 mantissa) and a scale byte for each 128.
 
-    Relative error up to 2**-4 (2.7 % rms) for values from the group's largest / 28672 up, steps of its largest /
-    229376 or finer below. A code is torch's float8_e4m3fn cast of value / scale, which is at most 448. A NaN or
+    Relative error up to 2**-4 (2.7 % rms) for values from the group's largest / 14336 up, steps of its largest /
+    114688 or finer below. A code is torch's float8_e4m3fn cast of value / scale, which is at most 448. A NaN or
     infinity makes its group NaN (scale byte 255); finite values above 2.97e38 saturate there.
     """
 
@@ -67,7 +67,7 @@ class FP8E4M3(_FP8):
 class FP8E5M2(_FP8):
     """1.008 bytes a parameter: 8 bits (5 exponent, 2 mantissa) and a scale byte for each 128.
 
-    Relative error up to 2**-3 (5.3 % rms) for values from the group's largest / 2**29 up. A code is torch's
+    Relative error up to 2**-3 (5.3 % rms) for values from the group's largest / 2**28 up. A code is torch's
     float8_e5m2 cast of value / scale, which is at most 57344. A NaN or infinity makes its group NaN (scale byte 255).
     """
 
@@ -80,3 +80,34 @@ class FP8E5M2(_FP8):
     def special(codes: Tensor) -> Tensor:
         infinite = torch.where(codes >> 7 != 0, -float("inf"), float("inf")).double()
         return torch.where(codes & 0x7F == 0x7C, infinite, float("nan"))
+
+
+class FP8Plus8(FP8E4M3):
+    """1.008 bytes a parameter streamed, 1 more held: a master of 16 bits, 4 of exponent and 11 of mantissa.
+
+    Lanes see its nearest fp8_e4m3 (a half goes away from zero). The master's relative error is 2**-12 at most from the
+    group's largest / 14336 up, its steps are the group's largest / 2**24 or finer below; scales, NaN and infinity as in
+    fp8_e4m3.
+    """
+
+    name: ClassVar[str] = "fp8+8"
+    code: ClassVar[int] = 11
+    residual_bytes: ClassVar[int] = 1
+    master: ClassVar[SmallFloat] = SmallFloat(mantissa=11, bias=7, largest=0x7E00)
+
+    def encode(self, values: Tensor, sr_bits: Tensor | None = None, like: Tensor | None = None) -> Tensor:
+        return self.split(values, sr_bits)[0]
+
+    def join(self, stored: Tensor, residual: Tensor, numel: int | None = None) -> Tensor:
+        n = residual.numel()
+        codes = (values_plane(self, stored, n).to(torch.int64) << 8) + sign_extended(residual.to(torch.int64), 8)
+        scale = power_of_two(scales_plane(self, stored, n).to(torch.int64))
+        values = signed(self.master.value(codes & 0x7FFF), codes >> 15)
+        return (values * each(scale.double(), self.group, n)).float()
+
+    def split(self, values: Tensor, sr_bits: Tensor | None = None, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        exponent = exponents(values, self.group, self.top)
+        inside = scaled_down(values, exponent, self.group)
+        master = self.master.round(inside, sr_bits) | sign_bits(inside) << 15
+        coarse = (master + 0x80 >> 8).to(torch.uint8)
+        return pack(self, values.numel(), coarse, exponent.to(torch.uint8)), (master & 0xFF).to(torch.uint8)
