@@ -17,9 +17,19 @@ from reference import run as plain_mezo
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from zo_offload import BudgetError, CheckpointError, ConfigError, DivergenceError, Engine, JournalError, MeZO, ZOError
+from zo_offload import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    DivergenceError,
+    Engine,
+    JournalError,
+    MeZO,
+    StorageError,
+    ZOError,
+)
 from zo_offload.streamer import Streamer
-from zo_offload.tiers import DiskTier
+from zo_offload.tiers.disk import DATA
 
 VOCAB, STEPS = 211, 20
 METHOD = MeZO(lr=1e-3, eps=1e-3, weight_decay=0.1, batch_size=4)
@@ -281,21 +291,30 @@ def test_a_killed_run_resumes_bit_for_bit(at, tmp_path):
         assert_same(never, (never[0], stored_weights(engine)))
 
 
-def test_a_torn_block_is_rebuilt_from_the_base(tmp_path, monkeypatch):
-    with Engine(tiny_opt(), method=METHOD, offload="disk", run_dir=tmp_path / "run") as engine:
-        engine.fit(batches(), steps=5)
+def damage(path, offset, count=1):
+    data = bytearray(path.read_bytes())
+    for at in range(offset, offset + count):
+        data[at] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_damaged_block_is_brought_back_from_its_other_generation_or_the_base(both, tmp_path, caplog):
+    settings = dict(offload="disk", run_dir=tmp_path / "run", snapshot_steps=1, fold_every=1)
+    tiny_opt().save_pretrained(tmp_path / "base")
+    with Engine(str(tmp_path / "base"), method=METHOD, **settings) as engine:
+        engine.fit(batches(), steps=9)
         want = stored_weights(engine)
     path = tmp_path / "run" / "blocks" / "00002.zob"
-    tier = DiskTier.open(path.parent, engine.layout.block_bytes)
-    header = path.read_bytes()[:32]
-    monkeypatch.setattr(os, "pwritev", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
-        tier.flush(2, torch.zeros(engine.layout.block_bytes[2], dtype=torch.uint8), ((0, 64),), 6)
-    monkeypatch.undo()
-    tier.close()
-    assert path.read_bytes()[:32] != header, "the header must say that the block is torn"
-    with Engine.resume(tmp_path / "run", tiny_opt()) as engine:
+    versions = [int.from_bytes(path.read_bytes()[page + 16 : page + 24], "little") for page in (0, 4096)]
+    assert 0 < min(versions) < max(versions) == 9
+    areas = [DATA + 100, path.stat().st_size - 100]  # of generations 0 and 1
+    damage(path, areas[versions.index(9)])
+    if both:
+        damage(path, areas[1 - versions.index(9)])
+    with Engine.resume(tmp_path / "run") as engine:
         assert_same(([], want), ([], stored_weights(engine)))
+    assert "00002.zob: generation" in caplog.text and ("rebuilding block 2" in caplog.text) == both
 
 
 def test_a_full_disk_stops_the_run_and_nothing_is_lost(tmp_path, monkeypatch):
@@ -304,18 +323,21 @@ def test_a_full_disk_stops_the_run_and_nothing_is_lost(tmp_path, monkeypatch):
 
     def full(*args):
         count[0] += 1
-        if count[0] > 30:
+        if count[0] > 90:
             raise OSError(28, "No space left on device")
         return real(*args)
 
     engine = Engine(tiny_opt(), method=METHOD, offload="disk", fold_every=1, run_dir=tmp_path / "run")
     engine._start()
     monkeypatch.setattr(os, "pwritev", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match=r"writing .*zob: No space left on device.*free there.*then resume"):
         engine.fit(batches(), steps=8)
+    with pytest.raises(StorageError, match="No space"):
+        engine.close()
     monkeypatch.undo()
     with Engine.resume(tmp_path / "run", tiny_opt()) as engine:
-        assert engine.log.version == 0 or engine.log.version < 8
+        engine._start()
+        assert 0 < engine.log.version < 8
         engine.fit(batches(), steps=8)
         assert_same(never, (never[0], stored_weights(engine)))
 

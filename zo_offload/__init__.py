@@ -29,6 +29,7 @@ _HOMES = {
     "BudgetError": "errors",
     "DataError": "errors",
     "JournalError": "errors",
+    "StorageError": "errors",
     "DivergenceError": "errors",
 }
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from .errors import DivergenceError as DivergenceError
     from .errors import JournalError as JournalError
     from .errors import PlanError as PlanError
+    from .errors import StorageError as StorageError
     from .errors import ZOError as ZOError
     from .methods import PRESETS as PRESETS
     from .methods import MeZO as MeZO

@@ -89,6 +89,11 @@ class EngineConfig:
     """Run seed: noise and data order are functions of it and the step."""
     run_dir: str | Path | None = None
     """Journal, metrics and (for disk) blocks. Needed by offload="disk" and by resume."""
+    snapshot_minutes: float | None = 10.0
+    """With a run_dir: every trained block is brought to the disk once in so many minutes, in the background, so that a
+    resumed run replays no more than that. None: never (the journal alone rebuilds the run, from its base)."""
+    snapshot_steps: int | None = None
+    """The same interval in steps; takes the place of snapshot_minutes."""
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -115,6 +120,10 @@ class EngineConfig:
             raise ConfigError(f"prefetch={self.prefetch} with overlap=False: nothing is fetched ahead; leave it out")
         if self.fold_every is not None and self.fold_every < 1:
             raise ConfigError(f"fold_every={self.fold_every}: expected at least 1 (fold after every step)")
+        if self.snapshot_minutes is not None and not self.snapshot_minutes > 0:
+            raise ConfigError(f"snapshot_minutes={self.snapshot_minutes}: expected more than 0, or None for none")
+        if self.snapshot_steps is not None and self.snapshot_steps < 1:
+            raise ConfigError(f"snapshot_steps={self.snapshot_steps}: expected at least 1")
         if self.io_threads < 1:
             raise ConfigError(f"io_threads={self.io_threads}: expected at least 1")
         if not 0 <= self.seed < 1 << 64:

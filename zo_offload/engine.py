@@ -43,7 +43,7 @@ from .memory import Activations, MemoryPlan, ServiceOrder, plan_memory, process_
 from .methods import MeZO, lr_schedule
 from .plan import Plan, make_plan, relift
 from .progress import Progress
-from .session import choose_offload, start
+from .session import Maker, Session, choose_offload
 from .storage import choose_fold_every
 from .streamer import Streamer, Traffic
 from .updates import UpdateLog, with_folds
@@ -149,6 +149,7 @@ class Engine:
         self.journal: Journal | None = None
         self.evals: list[dict[str, float]] = []
         self._streamer: Streamer | None = None
+        self._session: Session | None = None
         self._hub: Hub | None = None
         self._closed = False
 
@@ -238,9 +239,7 @@ class Engine:
                 if evaluation is not None:
                     self._evaluate_at(self.log.version, evaluation, metrics)
             finally:
-                streamer.flush_all()
-                if self.journal is not None:
-                    self.journal.make_durable(self.log.version)
+                self._flush()
         seconds = time.perf_counter() - begin
         return FitResult(
             steps=len(losses), losses=losses, evals=list(self.evals), tokens_per_s=tokens / seconds, seconds=seconds,
@@ -267,6 +266,8 @@ class Engine:
         if self.journal is not None:
             self.journal.append(record)
         self.log.append(record.updates)
+        if self._session is not None and self._session.snapshots is not None:
+            self._session.snapshots.tick(self.log.version, self._running())
         return record
 
     def evaluate(self, data: Any, *, batch_size: int | None = None, **data_options: Any) -> dict[str, float]:
@@ -292,7 +293,7 @@ class Engine:
         """
         self._start()
         streamer = self._running()
-        streamer.flush_all()
+        self._flush()
         return save_pretrained(
             Path(directory), model=self.model, names=list(self.plan.params), read=streamer.read,
             checkpoint=self.checkpoint, max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")),
@@ -303,7 +304,7 @@ class Engine:
         """(canonical name, current value in the storage dtype) of every parameter, one in memory at a time."""
         self._start()
         streamer = self._running()
-        streamer.flush_all()
+        self._flush()
         return ((name, streamer.read(name)) for name in self.plan.params)
 
     def restore(self) -> nn.Module:
@@ -321,12 +322,22 @@ class Engine:
         self._closed = True
         if self._hub is not None:
             self._hub.detach()
-        if self._streamer is not None:
-            self._streamer.flush_all()
-            self._streamer.close()
-            self._streamer.tier.close()
+        try:
+            if self._streamer is not None:
+                self._flush()
+        finally:  # a flush that failed is reported; what the journal holds is not lost by it
+            if self._streamer is not None:
+                self._streamer.close()
+            if self._session is not None:
+                self._session.close()
+
+    def _flush(self) -> None:
+        """Every block to the last step, in its tier; the journal to the disk."""
+        assert self._session is not None
+        self._session.settle()
+        self._running().flush_all()
         if self.journal is not None:
-            self.journal.close()
+            self.journal.make_durable(self.log.version)
 
     def __enter__(self) -> Engine:
         return self
@@ -438,18 +449,17 @@ class Engine:
             return
         if batch is not None:
             self.memory = self._plan_memory(batch, micro_batches)
-        tier, self.log, self.journal = start(
+        session = self._session = Maker(
             self.plan, self.layout, self.base, self.config, self.method, self.offload, self.fold_every,
             self.device, model_name=self._model_name, model_class=self._model_class,
-        )  # fmt: skip
+        ).start()  # fmt: skip
+        tier, self.log, self.journal = session.tier, session.log, session.journal
         hollow(self.model)
         if isinstance(self.base, ModuleBase):
             self.base.let_go()
-        durable = self.journal.make_durable if self.journal is not None and self.offload == "disk" else None
         self._streamer = Streamer(
             self.plan, self.layout, tier, self.device, self.log, window=self.memory.window, noise=self.method.noise,
             rounding=self.config.rounding, threads=self.config.threads,
-            durable=durable or (lambda version: None),
         )  # fmt: skip
         self._streamer.is_watched = lambda: self._hub is not None and self._hub.watching
         self._hub = self._make_hub(self._streamer, self.memory.order)

@@ -37,3 +37,10 @@ class JournalError(ZOError):
 
 class DivergenceError(ZOError):
     """A loss or an update is NaN or infinite; the weights are as after the last good step."""
+
+
+class StorageError(OSError, ZOError):
+    """A file of a run cannot be written or read: disk full, read-only, gone. What was journaled is not lost."""
+
+    def __str__(self) -> str:
+        return str(self.strerror or super().__str__())

@@ -99,10 +99,15 @@ def ingest(
     for index in range(len(plan.blocks)) if blocks is None else blocks:
         view = tier.view(index)
         buffer = alloc(layout.block_bytes[index]) if view is None else view
-        for name in plan.blocks[index].params:
-            _ingest_one(plan, layout, base, name, buffer)
+        fill_block(plan, layout, base, index, buffer)
         tier.flush(index, buffer, ((0, layout.block_bytes[index]),), 0)
         progress(layout.block_bytes[index])
+
+
+def fill_block(plan: Plan, layout: Layout, base: Base, index: int, buffer: Tensor) -> None:
+    """One block's bytes at version 0, from the base."""
+    for name in plan.blocks[index].params:
+        _ingest_one(plan, layout, base, name, buffer)
 
 
 def _ingest_one(plan: Plan, layout: Layout, base: Base, name: str, buffer: Tensor) -> None:

@@ -1,30 +1,36 @@
 """A run directory: what a run was asked to do, what it did, and where its blocks lie.
 
     config.json      how the engine was made (for `Engine.resume`); plain JSON
-    journal.zoj      every step, see journal.py
+    journal.zoj      every step, see journal.py; written when the first weights are in place: without it, no run
     metrics.jsonl    one line a step or evaluation, for people and plots
-    blocks/          block files of offload="disk", see tiers/disk.py
+    blocks/          the blocks of offload="disk", or the snapshots of a run in memory; see tiers/block_file.py
+    lock             held by the process that uses the directory, see lock.py
 
 Nothing here is ever unpickled, and nothing is deleted by this package.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from . import diskio
 from .config import EngineConfig
 from .errors import ConfigError, JournalError
 from .methods import MeZO
 
 CONFIG, JOURNAL, METRICS, BLOCKS = "config.json", "journal.zoj", "metrics.jsonl", "blocks"
+PREDICATE = "<predicate>"
 
 
 def check_fresh(run_dir: Path) -> None:
-    """Raise if a new run cannot start in run_dir: it holds a run, or is not a directory."""
+    """Raise if a new run cannot start in run_dir: it holds a run, or is not a directory.
+
+    What a run left that ended before its journal existed is taken over: it had trained nothing.
+    """
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir={str(run_dir)!r} is a file; give a directory")
     if (run_dir / JOURNAL).exists():
@@ -32,26 +38,35 @@ def check_fresh(run_dir: Path) -> None:
             f"run_dir={str(run_dir)!r} holds a run. Continue it with Engine.resume({str(run_dir)!r}) "
             "(zo-offload fit --resume), or give another directory"
         )
-    if (run_dir / BLOCKS).exists():
+    if (run_dir / BLOCKS).exists() and not (run_dir / CONFIG).exists():
         raise ConfigError(
-            f"run_dir={str(run_dir)!r} holds blocks of a run that never started (no {JOURNAL}). "
-            "Remove the directory or give another one"
+            f"run_dir={str(run_dir)!r} holds {BLOCKS}/ but no {CONFIG} and no {JOURNAL}: it is not a run of ours. "
+            "Give another directory"
         )
+
+
+def settings_of(config: EngineConfig) -> dict[str, Any]:
+    """The engine's settings as plain JSON; a predicate for `trainable` is named as one."""
+    trainable = config.trainable if isinstance(config.trainable, (str, list, tuple, type(None))) else PREDICATE
+    settings = {**asdict(dataclasses.replace(config, trainable=None)), "run_dir": None, "trainable": trainable}
+    settings.pop("trust_remote_code", None)  # never taken from a file
+    return settings
+
+
+def method_of(method: MeZO) -> dict[str, Any]:
+    return {k: v for k, v in asdict(method).items() if k != "name"}
 
 
 def save_config(run_dir: Path, model: str | None, model_class: str | None, config: EngineConfig, method: MeZO) -> None:
     """Write config.json beside and rename: it is there whole or not at all."""
-    trainable = config.trainable if isinstance(config.trainable, (str, list, tuple, type(None))) else "<predicate>"
     record = {
-        "model": model,
-        "model_class": model_class,
-        "settings": {**asdict(config), "run_dir": None, "trainable": trainable},
-        "method": {k: v for k, v in asdict(method).items() if k != "name"},
-    }
-    run_dir.mkdir(parents=True, exist_ok=True)
-    beside = run_dir / (CONFIG + ".new")
-    beside.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    os.replace(beside, run_dir / CONFIG)
+        "model": model, "model_class": model_class, "settings": settings_of(config), "method": method_of(method)
+    }  # fmt: skip
+    text = json.dumps(record, indent=1, sort_keys=True) + "\n"
+    try:
+        diskio.replace_file(run_dir / CONFIG, text.encode())
+    except OSError as error:
+        raise diskio.storage_error(error, "writing", run_dir / CONFIG, then="Nothing was trained yet.") from error
 
 
 def load_config(run_dir: Path) -> dict[str, Any]:
@@ -61,41 +76,60 @@ def load_config(run_dir: Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
     except FileNotFoundError:
         raise JournalError(f"{path} is missing: {str(run_dir)!r} is not a run directory") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise JournalError(f"{path} is damaged: {error}") from None
-    if not isinstance(record, dict) or not {"model", "settings", "method"} <= set(record):
-        raise JournalError(f"{path} is not a run's configuration (keys {sorted(record)})")
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("model"), (str, type(None)))
+        or not all(isinstance(record.get(part), dict) for part in ("settings", "method"))
+    ):
+        raise JournalError(f"{path} is not a run's configuration ({str(record)[:100]})")
+    known = {field.name for field in dataclasses.fields(EngineConfig)} - {"trust_remote_code"}
+    if unknown := sorted(set(record["settings"]) - known):
+        raise JournalError(f"{path} has settings that this version does not know: {', '.join(unknown)}")
     return record
 
 
 class Metrics:
-    """Append-only metrics.jsonl; lines past the journal's end are kept, they are history."""
+    """Append-only metrics.jsonl; lines past the journal's end are kept, they are history.
+
+    Metrics are for people: if they cannot be written (disk full) the run goes on without them, and says so once.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._file = open(path, "a", buffering=1) if path is not None else None  # noqa: SIM115 - lives with the run
+        self.error: OSError | None = None
 
     def write(self, **values: Any) -> None:
-        if self._file is not None:
+        if self._file is None or self.error is not None:
+            return
+        try:
             self._file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            self.error = error
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self._file is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as error:
+                self.error = error
 
 
-def check_identity(wanted: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raise JournalError naming every part of a run's identity that differs from the journal's."""
-    differ = [
-        f"{key}: the journal has {found.get(key)!r}, this engine {wanted[key]!r}"
-        for key in sorted(wanted)
-        if key != "versions" and found.get(key) != wanted[key]
-    ]
-    if differ:
-        raise JournalError(
-            "this run cannot be continued as asked; " + "; ".join(differ) + ". Steps, evaluation, offload tier, window "
-            "and threads may change; the base weights, storage, compute, rounding, fold_every, seed, noise and method "
-            "may not"
-        )
+def evaluations(path: Path | None) -> list[dict[str, float]]:
+    """The evaluations that metrics.jsonl holds, the last of each step; lines that a crash cut are passed over."""
+    found: dict[int, dict[str, float]] = {}
+    if path is None or not path.exists():
+        return []
+    for line in path.read_bytes().splitlines():
+        try:
+            values = json.loads(line)
+            evals = {k.removeprefix("eval_"): v for k, v in values.items() if k.startswith("eval_")}
+            if evals:
+                found[int(values["step"])] = {"step": values["step"], **evals}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+    return [found[step] for step in sorted(found)]

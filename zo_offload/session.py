@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import asdict
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from torch import Tensor
 
-from . import runs
+from . import diskio, runs
 from .config import EngineConfig, show_bytes
 from .devices import CpuDevice
-from .errors import BudgetError, JournalError
-from .ingest import Base, ingest
+from .errors import BudgetError, CheckpointError, JournalError
+from .identity import check_identity, check_sample, header_of, identity
+from .ingest import Base, ModuleBase, fill_block, ingest
 from .journal import Journal
 from .layout import Layout
+from .lock import RunLock
 from .memory import available_bytes
 from .methods import MeZO
-from .noise import NoiseSpec
 from .plan import Plan
-from .storage import is_lossless
+from .snapshot import Snapshots
 from .tiers import DiskTier, HostTier, ResidentTier, Tier
+from .tiers.disk import Shape, shapes_of
 from .updates import UpdateLog
+
+_log = logging.getLogger(__name__)
 
 
 def choose_offload(config: EngineConfig, layout: Layout) -> str:
@@ -50,104 +54,205 @@ def choose_offload(config: EngineConfig, layout: Layout) -> str:
     return config.offload
 
 
-def identity(
-    plan: Plan, layout: Layout, config: EngineConfig, method: MeZO, fold_every: int, base_digest: str
-) -> dict[str, Any]:
-    """What must be equal for a journal to mean the same weights; checked on resume, key by key."""
-    trained = "\n".join(sorted(name for name, spec in plan.params.items() if spec.trainable))
-    formats = "\n".join(f"{name} {place.fmt.name}" for name, place in sorted(layout.places.items()))
-    dtypes = "\n".join(f"{name} {spec.dtype}" for name, spec in sorted(plan.params.items()))
-    return {
-        "format": 1,
-        "base": base_digest,
-        "trainable": _digest(trained),
-        "storage": _digest(formats),
-        "compute": _digest(dtypes),
-        "rounding": config.rounding,
-        "fold_every": "any" if is_lossless(plan, layout) else fold_every,
-        "seed": config.seed,
-        "noise": {"distribution": method.distribution, "rounds": method.rounds, "layout": NoiseSpec.layout_version},
-        "method": {k: v for k, v in asdict(method).items() if k not in ("steps", "batch_size", "on_nonfinite")},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
+@dataclass
+class Session:
+    """A run under way: where its blocks live, what they lack, and what makes it durable (None without a run_dir)."""
 
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def start(
-    plan: Plan,
-    layout: Layout,
-    base: Base,
-    config: EngineConfig,
-    method: MeZO,
-    offload: str,
-    fold_every: int,
-    device: CpuDevice,
-    *,
-    model_name: str | None,
-    model_class: str | None = None,
-    progress: Callable[[int], None] = lambda nbytes: None,
-) -> tuple[Tier, UpdateLog, Journal | None]:
-    """Fill a tier from the base and begin a run, or reopen an earlier run's tier, log and journal.
-
-    A run is fresh if run_dir holds no journal. Reopened, its blocks on disk are taken as they are; torn ones, and all
-    blocks of a memory tier, are read from the base again and brought up to date by replay when they are next visited.
-    """
-    run_dir = Path(config.run_dir) if config.run_dir is not None else None
-    if run_dir is not None and (run_dir / runs.JOURNAL).exists():
-        return _reopen(plan, layout, base, config, method, offload, fold_every, device, run_dir, progress)
-    if run_dir is not None:
-        runs.check_fresh(run_dir)
-    tier = _new_tier(layout, offload, device, run_dir)
-    ingest(plan, layout, base, tier, device.alloc, progress=progress)
-    journal = None
-    if run_dir is not None:
-        runs.save_config(run_dir, model_name, model_class, config, method)
-        header = identity(plan, layout, config, method, fold_every, base.digest())
-        journal = Journal.create(run_dir / runs.JOURNAL, header)
-    return tier, UpdateLog(), journal
-
-
-def _new_tier(layout: Layout, offload: str, device: CpuDevice, run_dir: Path | None) -> Tier:
-    if offload == "disk":
-        assert run_dir is not None, "EngineConfig checked this"
-        return DiskTier.create(run_dir / runs.BLOCKS, layout.block_bytes)
-    return (ResidentTier if offload == "none" else HostTier)(layout.block_bytes, device.alloc)
-
-
-def _reopen(
-    plan: Plan,
-    layout: Layout,
-    base: Base,
-    config: EngineConfig,
-    method: MeZO,
-    offload: str,
-    fold_every: int,
-    device: CpuDevice,
-    run_dir: Path,
-    progress: Callable[[int], None],
-) -> tuple[Tier, UpdateLog, Journal]:
-    journal = Journal.open(run_dir / runs.JOURNAL)
-    log = UpdateLog()
-    for record in journal.steps:
-        log.append(record.updates)
-    on_disk = offload == "disk" and (run_dir / runs.BLOCKS).is_dir()
     tier: Tier
-    if on_disk:
-        tier = disk = DiskTier.open(run_dir / runs.BLOCKS, layout.block_bytes)
-        ahead = [b for b in range(len(layout.block_bytes)) if disk.version(b) > log.version and b not in disk.torn]
-        if ahead:
+    log: UpdateLog
+    journal: Journal | None = None
+    lock: RunLock | None = None
+    snapshots: Snapshots | None = None
+    reopened: bool = False
+
+    def settle(self) -> None:
+        """Wait for the background snapshot, before somebody else writes the blocks."""
+        if self.snapshots is not None:
+            self.snapshots.wait()
+
+    def close(self) -> None:
+        """Stop the background work, close the files, give the directory up. Raises what kept steps from the disk."""
+        try:
+            if self.snapshots is not None:
+                self.snapshots.close()
+            self.tier.close()
+            if self.journal is not None:
+                self.journal.close()
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Begins a session, or opens the one that the run directory holds. The engine's parts, and how it was asked for."""
+
+    plan: Plan
+    layout: Layout
+    base: Base
+    config: EngineConfig
+    method: MeZO
+    offload: str
+    fold_every: int
+    device: CpuDevice
+    model_name: str | None = None
+    model_class: str | None = None
+    data: dict[str, Any] | None = None
+    progress: Callable[[int], None] = lambda nbytes: None
+
+    def start(self) -> Session:
+        """Fill a tier from the base and begin a run, or reopen an earlier run's tier, log and journal.
+
+        A run is fresh if run_dir holds no journal. Reopened, its blocks on disk (of a run in memory: its snapshots) are
+        taken as they are; the others are read from the base. Each is brought up to date by replay at its next visit.
+        """
+        run_dir = self._run_dir
+        if run_dir is None:
+            session = Session(self._memory_tier(), UpdateLog())
+            self._ingest(session.tier)
+            return session
+        runs_before = (run_dir / runs.JOURNAL).exists()
+        if not runs_before:
+            runs.check_fresh(run_dir)
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise diskio.storage_error(error, "making", run_dir, then="Nothing was trained yet.") from error
+        lock = RunLock.take(run_dir)
+        try:
+            return self._reopen(run_dir, lock) if runs_before else self._begin(run_dir, lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    @property
+    def _run_dir(self) -> Path | None:
+        return Path(self.config.run_dir) if self.config.run_dir is not None else None
+
+    def _memory_tier(self) -> Tier:
+        return (ResidentTier if self.offload == "none" else HostTier)(self.layout.block_bytes, self.device.alloc)
+
+    def _ingest(self, tier: Tier, blocks: Iterable[int] | None = None) -> None:
+        ingest(self.plan, self.layout, self.base, tier, self.device.alloc, blocks=blocks, progress=self.progress)
+
+    def _shapes(self) -> tuple[Shape, ...]:
+        return shapes_of(self.layout.block_bytes, self.layout.spans, getattr(self.layout, "stream_bytes", None))
+
+    def _identity(self, base_digest: str) -> dict[str, Any]:
+        return identity(self.plan, self.layout, self.config, self.method, self.fold_every, base_digest, self.data)
+
+    def _begin(self, run_dir: Path, lock: RunLock) -> Session:
+        runs.save_config(run_dir, self.model_name, self.model_class, self.config, self.method)
+        files = DiskTier.create(run_dir / runs.BLOCKS, self._shapes()) if self.offload == "disk" else None
+        tier = files if files is not None else self._memory_tier()
+        self._ingest(tier)
+        wanted = self._identity(self.base.digest())
+        header = header_of(wanted, self.base, self.plan, self.layout, self.config, self.model_name, self.model_class)
+        journal = Journal.create(run_dir / runs.JOURNAL, header)
+        if files is not None:
+            self._bind(files, journal)
+        return Session(tier, UpdateLog(), journal, lock, self._snapshots(run_dir, tier, files, journal))
+
+    def _reopen(self, run_dir: Path, lock: RunLock) -> Session:
+        journal = Journal.open(run_dir / runs.JOURNAL)
+        if journal.dropped_bytes:
+            _log.warning("%s: dropped the unfinished last %d bytes", journal.path, journal.dropped_bytes)
+        updates = UpdateLog()
+        for record in journal.steps:
+            updates.append(record.updates)
+        files = None
+        if (run_dir / runs.BLOCKS).is_dir():
+            files = self._open_files(run_dir, journal)
+        # All but the base is compared first: no weight is read for a run that cannot go on.
+        data = journal.header.get("data")
+        known = {**journal.header, "data": data if self.data is not None and data is not None else self.data}
+        unread = not isinstance(self.base, ModuleBase)  # weights in memory are cheap to compare whole
+        check_identity(self._identity(str(known.get("base")) if unread else self.base.digest()), known)
+        if unread:
+            check_sample(self.base, journal.header)
+        elsewhere = self.offload != "disk"
+        tier: Tier
+        if files is not None and not elsewhere:
+            tier, again = files, sorted(files.torn)
+        elif elsewhere:
+            tier = self._memory_tier()
+            again = list(range(len(self.layout.block_bytes))) if files is None else self._copy_in(files, tier)
+        else:
+            tier = files = DiskTier.create(run_dir / runs.BLOCKS, self._shapes())
+            again = list(range(len(self.layout.block_bytes)))
+        if files is not None:
+            self._bind(files, journal)
+        if again:
+            # The base is read only where it is needed; then it is checked too, before a block of it is written.
+            check_identity(self._identity(self.base.digest()), known)
+            self._ingest(tier, again)
+        return Session(tier, updates, journal, lock, self._snapshots(run_dir, tier, files, journal), reopened=True)
+
+    def _open_files(self, run_dir: Path, journal: Journal) -> DiskTier:
+        """The run's block files. Raises JournalError if they are of another layout, or know more than the journal."""
+        if journal.header.get("layout") != self.layout.digest():
             raise JournalError(
-                f"{run_dir}: block {ahead[0]} has {disk.version(ahead[0])} steps folded in, the journal holds "
-                f"{log.version}: the journal was cut or replaced. Restore it, or start again from the base"
+                f"{run_dir / runs.BLOCKS}: written under byte layout {journal.header.get('layout')}, this engine has "
+                f"{self.layout.digest()}. Remove that folder to rebuild the blocks from the base and the journal"
             )
-        again = sorted(disk.torn)
-    else:
-        tier, again = _new_tier(layout, offload, device, run_dir), list(range(len(layout.block_bytes)))
-    # The base is read again only where it is needed; then its identity is checked too, before anything is written.
-    found = base.digest() if again else journal.header.get("base", "")
-    runs.check_identity(identity(plan, layout, config, method, fold_every, found), journal.header)
-    ingest(plan, layout, base, tier, device.alloc, blocks=again, progress=progress)
-    return tier, log, journal
+        files = DiskTier.open(run_dir / runs.BLOCKS, self._shapes())
+        for block in range(len(self.layout.block_bytes)):
+            for _, version, chain in files.versions(block):
+                if version > len(journal.steps):
+                    raise JournalError(
+                        f"{run_dir}: block {block} has {version} steps folded in, the journal holds "
+                        f"{len(journal.steps)}: the journal was cut or replaced. Restore it, or give up those steps: "
+                        f"zo-offload journal cut {run_dir} --to {len(journal.steps)}"
+                    )
+                if version and chain != journal.chain(version):
+                    raise JournalError(
+                        f"{run_dir}: block {block} at step {version} comes from another history (checksum {chain:08x}, "
+                        f"the journal's is {journal.chain(version):08x}). Restore the journal or the blocks, or remove "
+                        f"the folder {runs.BLOCKS} to rebuild all blocks from the base"
+                    )
+        return files
+
+    def _copy_in(self, files: DiskTier, tier: Tier) -> list[int]:
+        """Blocks on disk -> a memory tier, at the versions they have; returns those that the disk does not have."""
+        missing = sorted(files.torn)
+        for block, nbytes in enumerate(self.layout.block_bytes):
+            if block in files.torn:
+                continue
+            view = tier.view(block)
+            buffer = self.device.alloc(nbytes) if view is None else view
+            try:
+                files.fetch(block, buffer)
+            except CheckpointError:
+                missing.append(block)
+                continue
+            tier.flush(block, buffer, ((0, nbytes),), files.version(block))
+            self.progress(nbytes)
+        return missing
+
+    def _bind(self, files: DiskTier, journal: Journal) -> None:
+        """Tie block files to their journal: write-ahead, history, and the base to rebuild from."""
+        files.before_write, files.chain_of = journal.make_durable, journal.chain
+        checked = threading.Lock()
+        good: list[bool] = []
+
+        def rebuild(block: int, out: Tensor) -> None:
+            with checked:
+                if not good:
+                    check_identity({"base": self.base.digest()}, journal.header)
+                    good.append(True)
+                fill_block(self.plan, self.layout, self.base, block, out)
+
+        if not isinstance(self.base, ModuleBase):  # a module in memory lets its weights go
+            files.rebuild = rebuild
+
+    def _snapshots(self, run_dir: Path, tier: Tier, files: DiskTier | None, journal: Journal) -> Snapshots:
+        def open_files() -> DiskTier:
+            made = files if files is not None else DiskTier.create(run_dir / runs.BLOCKS, self._shapes())
+            self._bind(made, journal)
+            return made
+
+        written = sorted(self.layout.written)
+        return Snapshots(
+            tier, open_files, self.layout, written, self.device.alloc,
+            minutes=self.config.snapshot_minutes, steps=self.config.snapshot_steps,
+        )  # fmt: skip

@@ -33,7 +33,7 @@ from .noise import NoiseSpec
 from .plan import Owner, ParamSpec, Plan
 from .schedule import Op, OpKey, last_visits, schedule
 from .scratch import ScratchPool
-from .tiers import Tier
+from .tiers import DiskTier, Tier
 from .updates import UpdateLog
 
 
@@ -72,8 +72,7 @@ class Traffic:
 class Streamer:
     """The lanes' source of weights (`lanes.Source`) over a tier, a window of slots and the update log.
 
-    decays(spec): whether weight decay applies to a parameter. durable(version): called on the flush stream before
-    bytes that contain step version - 1 go to a persistent tier; returns when the journal holds that step for good.
+    decays(spec): whether weight decay applies to a parameter.
     """
 
     def __init__(
@@ -88,7 +87,6 @@ class Streamer:
         noise: NoiseSpec,
         rounding: Rounding = "nearest",
         decays: Callable[[ParamSpec], bool] = lambda spec: len(spec.shape) > 1,
-        durable: Callable[[int], None] = lambda version: None,
         threads: int | None = None,
     ) -> None:
         self.plan, self.layout, self.tier, self.device, self.log = plan, layout, tier, device, log
@@ -96,7 +94,6 @@ class Streamer:
         self.traffic = Traffic()
         self.is_watched: Callable[[], bool] = lambda: False
         """Whether the run under way is watched: it must tell one module's scratch from the next one's."""
-        self._durable = durable
         self._decay = {name: decays(spec) for name, spec in plan.params.items()}
         self._pool = ScratchPool(device.alloc)
         self._pinned: dict[int, Slot] = {}
@@ -197,6 +194,19 @@ class Streamer:
         value = torch.empty(spec.shape, dtype=place.fmt.torch_dtype)
         self._fused(name, slot, False, [Perturbation(0, 0.0)], [value])
         return value
+
+    def is_in_memory(self, block: int) -> bool:
+        """Whether a block lives in memory for the whole run: its tier is memory, or it is pinned."""
+        return block in self.window.pinned or not isinstance(self.tier, DiskTier)
+
+    def copy_block(self, block: int, out: Tensor) -> int:
+        """Copy such a block, between steps, for a snapshot; its version."""
+        if block in self._pinned:
+            out.copy_(self._pinned[block].memory)
+            return self._uniform_version(self._pinned[block])
+        self._flush_stream.drain()
+        self.tier.fetch(block, out)
+        return self.tier.version(block)
 
     @property
     def resident_bytes(self) -> int:
@@ -326,7 +336,6 @@ class Streamer:
 
         def flush() -> None:
             with record_function("zo_offload.stream:flush"):
-                self._durable(version)
                 self.tier.flush(block, data, spans, version)
 
         self._flushes.append(self._flush_stream.submit(flush, (), event))
@@ -376,7 +385,6 @@ class Streamer:
     def _write_back(self, slot: Slot) -> None:
         version = self._uniform_version(slot)
         spans = self.layout.spans[slot.block]
-        self._durable(version)
         self.tier.flush(slot.block, slot.memory[: self.layout.block_bytes[slot.block]], spans, version)
         self.traffic.flush_bytes += sum(nbytes for _, nbytes in spans)
         slot.dirty = False

@@ -1,144 +1,277 @@
-"""Blocks on disk, one file each, read and written by worker threads through the page cache.
+"""Blocks on disk, one file each (block_file.py says how), read and written by worker threads through the page cache.
 
-File `NNNNN.zob`, little-endian
-    0     magic  b"ZOB1"
-    4     u32    state: 0 = whole, 1 = being written
-    8     u64    version: steps folded in (state 0), or about to be (state 1)
-    16    u64    nbytes of block data
-    24    u32    block index
-    28    u32    crc32 of bytes 0..28
-    4096  block data
+Write-ahead rule: bytes that contain step t reach a file only after `before_write(t + 1)` has returned, which waits for
+the journal. `flush` is the one place in the package that writes such bytes, for a run on disk and for the snapshots of
+a run in memory alike, and it calls this first.
 
-The header says "being written" before the first data byte changes and "whole" after the last. A process that dies in
-between leaves a block that names itself torn; it is rebuilt from the base checkpoint by replay. (A power cut can
-reorder writes that the system had not yet put on disk; that is not covered by this header.)
+A block is always readable: if the generation read last is damaged (its checksum is verified at every fetch) the other
+one is taken, older, and the caller brings it up to date by replay; if both are, `rebuild` gives the block at version 0.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
 import os
 import shutil
-import struct
-import zlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
 
 from torch import Tensor
 
+from .. import diskio
 from ..config import show_bytes
-from ..errors import BudgetError, CheckpointError
+from ..errors import BudgetError, CheckpointError, StorageError
+from . import block_file
+from .block_file import DATA, PAGE, WHOLE, Foreign, Header, Shape, Spans
 
-HEADER_BYTES = 4096
-_HEAD = struct.Struct("<4sIQQI")
-_MAX_IO = 1 << 30  # one call never moves more than 2 GiB on Linux; loop well below that
-WHOLE, TORN = 0, 1
+log = logging.getLogger(__name__)
+
+_THEN = "The journal and the block's other generation hold the run."
+
+
+@dataclass
+class _Block:
+    """One file as this process knows it. headers: of the two generations, None = not whole or damaged."""
+
+    shape: Shape
+    path: Path
+    fd: int
+    headers: list[Header | None] = field(default_factory=lambda: [None, None])
+    durable: int = -1
+    """The generation known to be on the medium, never written to while it is the only one; -1: not known."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while the file is written or synced."""
+
+    @property
+    def active(self) -> int:
+        """The generation to read: the newest whole one; -1 if there is none."""
+        return max((g for g in (0, 1) if self.headers[g]), key=lambda g: self.headers[g].version, default=-1)  # type: ignore[union-attr]
+
+
+def shapes_of(
+    block_bytes: Sequence[int], spans: Sequence[Spans], streamed: Sequence[int] | None = None
+) -> tuple[Shape, ...]:
+    """Shapes of all block files. streamed: bytes of the prefix that is fetched alone; default the whole block."""
+    prefix = block_bytes if streamed is None else streamed
+    return tuple(Shape(i, n, prefix[i], tuple(spans[i])) for i, n in enumerate(block_bytes))
 
 
 class DiskTier:
     """Blocks in `directory`; `create` writes new files, `open` reads an earlier run's."""
 
-    def __init__(self, directory: Path, block_bytes: Sequence[int], versions: list[int], torn: set[int]) -> None:
+    def __init__(self, directory: Path, blocks: list[_Block]) -> None:
         self.directory = directory
-        self._block_bytes = list(block_bytes)
-        self._versions = versions
-        self.torn = torn  # blocks that must be rewritten whole before they may be fetched
-        self._fds = [os.open(_path(directory, b), os.O_RDWR) for b in range(len(block_bytes))]
+        self._blocks = blocks
+        self.before_write: Callable[[int], None] = lambda version: None
+        """Waits until the journal's first `version` steps are durable; see the module."""
+        self.chain_of: Callable[[int], int] = lambda version: 0
+        """The journal's checksum after `version` > 0 steps: binds a block to its history. The base has none."""
+        self.rebuild: Callable[[int, Tensor], None] | None = None
+        """Fills a tensor with a block's bytes at version 0, from the base."""
 
     @classmethod
-    def create(cls, directory: Path, block_bytes: Sequence[int]) -> DiskTier:
-        """New block files at version 0, marked torn until they are first written. Checks the free space first."""
+    def create(cls, directory: Path, shapes: Sequence[Shape]) -> DiskTier:
+        """New block files, empty until they are first written; their space is reserved at once.
+
+        Files of the same names are taken over: call it only for a run whose journal needs none of them. BudgetError if
+        the space lacks.
+        """
         directory.mkdir(parents=True, exist_ok=True)
-        need = sum(block_bytes) + HEADER_BYTES * len(block_bytes)
-        free = shutil.disk_usage(directory).free
+        need = sum(shape.file_bytes for shape in shapes)
+        there = sum(f.stat().st_size for f in directory.glob("*.zob"))
+        free = shutil.disk_usage(directory).free + there
         if need > free:
             raise BudgetError(
-                f"offload='disk' needs {show_bytes(need)} in {directory}, but {show_bytes(free)} is free. "
-                "Choose another run_dir, or a smaller storage format"
+                f"{directory}: two generations of the trained blocks need {show_bytes(need)}, but {show_bytes(free)} "
+                "is free. Choose another run_dir, or a smaller storage format"
             )
-        for block, nbytes in enumerate(block_bytes):
-            fd = os.open(_path(directory, block), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            try:
-                os.pwrite(fd, _header(block, nbytes, TORN, 0), 0)
-                os.truncate(fd, HEADER_BYTES + nbytes)
-            finally:
-                os.close(fd)
-        return cls(directory, block_bytes, [0] * len(block_bytes), set(range(len(block_bytes))))
+        blocks: list[_Block] = []
+        try:
+            for shape in shapes:
+                path = _path(directory, shape.index)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+                blocks.append(_Block(shape, path, fd))
+                _reserve(fd, shape.file_bytes)
+        except OSError as error:
+            for block in blocks:
+                os.close(block.fd)
+            raise diskio.storage_error(error, "making", directory, then="Nothing was trained yet.") from error
+        diskio.sync_directory(directory)
+        return cls(directory, blocks)
 
     @classmethod
-    def open(cls, directory: Path, block_bytes: Sequence[int]) -> DiskTier:
-        """The files of an earlier run, each checked against the layout. Torn blocks are listed, not refused."""
-        versions, torn = [], set()
-        for block, nbytes in enumerate(block_bytes):
-            path = _path(directory, block)
+    def open(cls, directory: Path, shapes: Sequence[Shape], *, write: bool = True) -> DiskTier:
+        """The files of an earlier run, each checked against its shape. A block may have no whole generation."""
+        blocks = []
+        for shape in shapes:
+            path = _path(directory, shape.index)
             try:
-                with open(path, "rb") as file:
-                    head = file.read(32)
-                    size = os.fstat(file.fileno()).st_size
+                fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
             except FileNotFoundError:
-                raise CheckpointError(f"{path}: block {block} of {len(block_bytes)} is missing") from None
-            version, state = _parse(path, head, block, nbytes, size)
-            versions.append(version)
-            if state != WHOLE:
-                torn.add(block)
-        return cls(directory, block_bytes, versions, torn)
-
-    def fetch(self, block: int, out: Tensor) -> None:
-        assert block not in self.torn, f"block {block} was never written whole"
-        view, done = memoryview(cast(Any, out.numpy())), 0
-        while done < len(view):
-            n = os.preadv(self._fds[block], [view[done : done + _MAX_IO]], HEADER_BYTES + done)
-            if n == 0:
                 raise CheckpointError(
-                    f"{_path(self.directory, block)}: ends after {HEADER_BYTES + done} bytes, "
-                    f"expected {HEADER_BYTES + len(view)}: the file was cut while the run used it"
+                    f"{path}: block {shape.index} of {len(shapes)} is missing; restore it, or remove the whole folder "
+                    f"{directory} to rebuild all blocks from the base"
+                ) from None
+            except OSError as error:
+                raise diskio.storage_error(error, "opening", path, then="The run is as it was.") from error
+            block = _Block(shape, path, fd)
+            blocks.append(block)
+            size = os.fstat(fd).st_size
+            if size != shape.file_bytes:
+                raise CheckpointError(
+                    f"{path}: {size} bytes, the plan expects {shape.file_bytes}: the file was cut, or the run was made "
+                    f"with another model or storage format. Restore it, or remove the whole folder {directory} to "
+                    "rebuild all blocks from the base"
                 )
-            done += n
+            block.headers = [_header(block, g) for g in (0, 1)]
+        return cls(directory, blocks)
 
-    def flush(self, block: int, data: Tensor, spans: tuple[tuple[int, int], ...], version: int) -> None:
-        fd, nbytes = self._fds[block], self._block_bytes[block]
-        os.pwrite(fd, _header(block, nbytes, TORN, version), 0)
-        self.torn.add(block)
-        view = memoryview(cast(Any, data.numpy()))
-        for offset, length in spans:
-            done = 0
-            while done < length:
-                chunk = view[offset + done : offset + min(length, done + _MAX_IO)]
-                done += os.pwritev(fd, [chunk], HEADER_BYTES + offset + done)
-        os.pwrite(fd, _header(block, nbytes, WHOLE, version), 0)
-        self.torn.discard(block)
-        self._versions[block] = version
+    def versions(self, block: int) -> tuple[tuple[int, int, int], ...]:
+        """(generation, version, chain) of the whole generations of a block, newest first."""
+        headers = self._blocks[block].headers
+        found = [(g, h.version, h.chain) for g, h in enumerate(headers) if h is not None]
+        return tuple(sorted(found, key=lambda entry: -entry[1]))
+
+    def forget(self, block: int, generation: int) -> None:
+        """Mark a generation as not whole: it belongs to steps that the journal no longer has."""
+        entry = self._blocks[block]
+        block_file.mark(entry.fd, entry.shape, generation)
+        diskio.sync(entry.fd)
+        entry.headers[generation] = None
+
+    @property
+    def torn(self) -> set[int]:
+        """Blocks without a whole generation: they have to be rebuilt before they may be fetched."""
+        return {i for i, block in enumerate(self._blocks) if block.active < 0}
+
+    def fetch(self, block: int, out: Tensor, start: int = 0) -> None:
+        """Read bytes [start, start + len(out)) of the block, checked. See the module for what damage does."""
+        entry = self._blocks[block]
+        while (active := entry.active) >= 0:
+            header = entry.headers[active]
+            assert header is not None
+            try:
+                sound = block_file.read(entry.fd, entry.shape, active, header, out, start)
+            except OSError as error:
+                raise diskio.storage_error(error, "reading", entry.path, then=_THEN) from error
+            if sound:
+                return
+            log.warning("%s: generation %d (step %d) is damaged", entry.path, active, header.version)
+            entry.headers[active] = None
+        if self.rebuild is None or start != 0 or out.numel() != entry.shape.nbytes:
+            raise CheckpointError(
+                f"{entry.path}: block {block} is damaged (both generations fail their checksums, or its frozen bytes "
+                "do). Resume the run with its base checkpoint: the block is rebuilt from it and the journal"
+            )
+        log.warning("%s: rebuilding block %d from the base", entry.path, block)
+        self.rebuild(block, out)
+        self.flush(block, out, ((0, entry.shape.nbytes),), 0)
+
+    def verify(self, block: int, buffer: Tensor) -> dict[int, bool]:
+        """generation -> whether its bytes are sound, for those that claim to be whole. buffer: at least the block."""
+        entry, out = self._blocks[block], buffer[: self._blocks[block].shape.nbytes]
+        return {
+            g: block_file.read(entry.fd, entry.shape, g, header, out, 0)
+            for g, header in enumerate(entry.headers)
+            if header is not None
+        }
+
+    def flush(self, block: int, data: Tensor, spans: Spans, version: int) -> None:
+        """Write the block's spans, or all of it where spans says so, into the generation that is not durable."""
+        entry = self._blocks[block]
+        whole = tuple(spans) == ((0, entry.shape.nbytes),)
+        assert whole or tuple(spans) == entry.shape.spans, f"block {block}: spans {spans}, made for {entry.shape.spans}"
+        self.before_write(version)
+        with entry.lock:
+            try:
+                self._write(entry, data, version, whole)
+            except OSError as error:
+                if isinstance(error, StorageError):
+                    raise
+                raise diskio.storage_error(error, "writing", entry.path, then=_THEN) from error
+
+    def _write(self, entry: _Block, data: Tensor, version: int, whole: bool) -> None:
+        active = entry.active
+        if active >= 0 and entry.durable != active and (entry.durable < 0 or not entry.headers[entry.durable]):
+            self._sync(entry)  # what is overwritten next must not be the only copy
+        target = 1 - entry.durable if entry.durable >= 0 and entry.shape.spans else 0
+        old = entry.headers[target] or entry.headers[1 - target]
+        assert whole or old is not None, f"{entry.path}: the first write of a block is a whole one"
+        entry.headers[target] = None
+        entry.headers[target] = block_file.write(
+            entry.fd, entry.shape, target, old, data, version, self.chain_of(version) if version else 0, whole
+        )
+
+    def seal(self, block: int, *, drop: bool = False) -> None:
+        """Bring what was flushed to the medium; the next flush goes to the other area. Cheap if nothing was.
+
+        drop: give the file's pages in the system's cache back; nothing will read them soon.
+        """
+        entry = self._blocks[block]
+        with entry.lock:
+            if entry.active >= 0 and entry.durable != entry.active:
+                try:
+                    self._sync(entry)
+                except OSError as error:
+                    raise diskio.storage_error(error, "syncing", entry.path, then=_THEN) from error
+                if drop and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(entry.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def _sync(self, entry: _Block) -> None:
+        if diskio.is_gone(entry.fd):
+            raise FileNotFoundError(errno.ENOENT, "deleted while the run used it")
+        active = entry.active
+        try:
+            diskio.sync(entry.fd)
+        except OSError:
+            entry.headers[active] = None  # the system may have dropped its pages; the durable one was not touched
+            raise
+        entry.durable = active
 
     def version(self, block: int) -> int:
-        return self._versions[block]
+        entry = self._blocks[block]
+        header = entry.headers[entry.active] if entry.active >= 0 else None
+        return header.version if header is not None else 0
 
     def view(self, block: int) -> Tensor | None:
         return None
 
     def close(self) -> None:
-        for fd in self._fds:
-            os.close(fd)
-        self._fds = []
+        for entry in self._blocks:
+            os.close(entry.fd)
+        self._blocks = []
 
 
 def _path(directory: Path, block: int) -> Path:
     return directory / f"{block:05d}.zob"
 
 
-def _header(block: int, nbytes: int, state: int, version: int) -> bytes:
-    head = _HEAD.pack(b"ZOB1", state, version, nbytes, block)
-    return head + struct.pack("<I", zlib.crc32(head))
+def _reserve(fd: int, nbytes: int) -> None:
+    """Give the file its blocks now, so that a flush in mid-run cannot meet a full disk."""
+    os.truncate(fd, nbytes)
+    with contextlib.suppress(AttributeError):  # not on every system
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
 
 
-def _parse(path: Path, head: bytes, block: int, nbytes: int, size: int) -> tuple[int, int]:
-    if len(head) < 32 or head[:4] != b"ZOB1":
-        raise CheckpointError(f"{path}: not a block file (starts with {head[:4]!r}, expected b'ZOB1')")
-    _magic, state, version, found, index = _HEAD.unpack_from(head)
-    if struct.unpack_from("<I", head, 28)[0] != zlib.crc32(head[:28]):
-        raise CheckpointError(f"{path}: the header fails its checksum; delete the run and start it again from its base")
-    if (index, found, size) != (block, nbytes, HEADER_BYTES + nbytes):
+def _header(block: _Block, generation: int) -> Header | None:
+    buffer = bytearray(PAGE)
+    diskio.read_at(block.fd, memoryview(buffer), generation * PAGE)
+    found = block_file.parse(bytes(buffer), block.shape)
+    if isinstance(found, Foreign):
         raise CheckpointError(
-            f"{path}: holds block {index} of {found} bytes in a file of {size}; the plan expects block {block} "
-            f"of {nbytes} bytes. The run was made with another model, storage format or plan"
+            f"{block.path}: holds block {found.index} of {found.nbytes} bytes ({found.trained} trained); the plan "
+            f"expects block {block.shape.index} of {block.shape.nbytes} ({block.shape.trained} trained). The run was "
+            "made with another model, storage format or plan"
         )
-    return version, state
+    return found if found is not None and found.state == WHOLE else None
+
+
+__all__ = ["DATA", "DiskTier", "Shape", "shapes_of"]

@@ -1,0 +1,94 @@
+"""Reads, writes and syncs of the files a run lives in: whole or an error that says what, where and what to do.
+
+Everything that makes a run durable goes through these few functions, so tests can record the order of all writes and
+syncs, and cut the power at any point between them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from .config import show_bytes
+from .errors import StorageError
+
+MAX_IO = 1 << 30  # Linux moves at most 0x7ffff000 bytes a call
+
+
+def write_at(fd: int, data: memoryview | bytes, offset: int) -> None:
+    """All of data at this offset."""
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.pwritev(fd, [view[done : done + MAX_IO]], offset + done)
+
+
+def append(fd: int, data: bytes) -> None:
+    """All of data at the end of a file that was opened with O_APPEND."""
+    done = 0
+    while done < len(data):
+        done += os.write(fd, data[done:])
+
+
+def read_at(fd: int, out: memoryview, offset: int) -> int:
+    """Fill `out` from this offset; returns the bytes read, fewer only at the end of the file."""
+    done = 0
+    while done < len(out):
+        n = os.preadv(fd, [out[done : done + MAX_IO]], offset + done)
+        if n == 0:
+            break
+        done += n
+    return done
+
+
+def sync(fd: int) -> None:
+    """Return once what was written to the file is on the medium. An error is final: the system may drop the pages."""
+    os.fdatasync(fd)
+
+
+def cut(fd: int, nbytes: int) -> None:
+    """Shorten the file."""
+    os.ftruncate(fd, nbytes)
+
+
+def sync_directory(path: Path) -> None:
+    """Return once the directory's entries (new files, renames) are on the medium."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `path` whole: beside, synced, renamed, the rename synced."""
+    beside = path.with_name(path.name + ".new")
+    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        append(fd, data)
+        sync(fd)
+    finally:
+        os.close(fd)
+    os.replace(beside, path)
+    sync_directory(path.parent)
+
+
+def is_gone(fd: int) -> bool:
+    """Whether the open file was deleted under us: writes would go nowhere."""
+    return os.fstat(fd).st_nlink == 0
+
+
+def storage_error(error: OSError, doing: str, path: Path, *, then: str) -> StorageError:
+    """The error of a failed read or write, with what a user needs: the file, the reason, the space left, what holds."""
+    try:
+        free = f", {show_bytes(shutil.disk_usage(path.parent).free)} free there"
+    except OSError:
+        free = f"; {path.parent} cannot be reached"
+    hint = {
+        errno.ENOSPC: "Free space",
+        errno.EDQUOT: "Free space (quota)",
+        errno.EROFS: "The file system is read-only; make it writable",
+    }.get(error.errno or 0, "Repair the storage")
+    reason = error.strerror or str(error)
+    return StorageError(error.errno or errno.EIO, f"{doing} {path}: {reason}{free}. {then} {hint}, then resume the run")

@@ -1,0 +1,123 @@
+"""What a run is: everything that must be equal for its journal to mean the same weights, with digests that name it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+import transformers
+
+from . import __version__, runs
+from .checkpoint import tensor_digest
+from .config import EngineConfig
+from .errors import JournalError
+from .ingest import Base
+from .layout import Layout
+from .methods import MeZO
+from .noise import NoiseSpec
+from .plan import Plan
+from .storage import is_lossless
+
+MAY_CHANGE = (
+    "Steps, evaluation, devices, window, threads and offload tier may change; the base weights, storage, folding, "
+    "compute, rounding, trainable parameters, seed, noise, method and data may not"
+)
+SAMPLE = 16
+
+
+def identity(
+    plan: Plan,
+    layout: Layout,
+    config: EngineConfig,
+    method: MeZO,
+    fold_every: int,
+    base_digest: str,
+    data: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What must be equal for a journal to mean the same weights; checked on resume, key by key.
+
+    data: what the engine knows of its data set when the run begins (`Batches.identity`), None if nothing.
+    """
+    trained = "\n".join(sorted(name for name, spec in plan.params.items() if spec.trainable))
+    shapes = "\n".join(f"{n} {s.param_id} {list(s.shape)} {s.dtype}" for n, s in sorted(plan.params.items()))
+    formats = "\n".join(f"{name} {place.fmt.name}" for name, place in sorted(layout.places.items()))
+    return {
+        "format": 2,
+        "base": base_digest,
+        "plan": _digest(shapes),
+        "trainable": _digest(trained),
+        "storage": _digest(formats),
+        "fold_every": "any" if is_lossless(plan, layout) else fold_every,
+        "rounding": config.rounding,
+        "seed": config.seed,
+        "noise": {"distribution": method.distribution, "rounds": method.rounds, "layout": NoiseSpec.layout_version},
+        "method": {k: v for k, v in asdict(method).items() if k not in ("steps", "batch_size", "on_nonfinite")},
+        "data": data,
+    }
+
+
+def header_of(
+    wanted: dict[str, Any],
+    base: Base,
+    plan: Plan,
+    layout: Layout,
+    config: EngineConfig,
+    model: str | None,
+    model_class: str | None,
+) -> dict[str, Any]:
+    """The journal's header: the identity, and what `replay` needs to make the same engine from the base alone."""
+    settings = runs.settings_of(config)
+    if settings["trainable"] == runs.PREDICATE:
+        settings["trainable"] = sorted(name for name, spec in plan.params.items() if spec.trainable)
+    return {
+        **wanted,
+        "sample": {name: tensor_digest(name, base.load(name)) for name in _sampled(plan)},
+        "layout": layout.digest(),
+        "settings": settings,
+        "model": model,
+        "model_class": model_class,
+        "versions": {
+            "zo_offload": __version__, "torch": torch.__version__, "transformers": transformers.__version__
+        },
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def check_sample(base: Base, header: dict[str, Any]) -> None:
+    """Raise JournalError if the base is visibly not the journal's: a few of its tensors, against their digests.
+
+    The whole base is compared when it is read (`digest`); a run whose blocks are all on the disk does not read it.
+    """
+    sample = header.get("sample")
+    for name, wanted in sorted(sample.items()) if isinstance(sample, dict) else []:
+        found = tensor_digest(name, base.load(name))
+        if found != wanted:
+            raise JournalError(
+                f"this run cannot be continued as asked; the base weights are not the run's: {name!r} has digest "
+                f"{found}, the journal has {wanted}. " + MAY_CHANGE
+            )
+
+
+def _sampled(plan: Plan) -> list[str]:
+    """Names of SAMPLE parameters, evenly spaced among the smaller three quarters: quick to read, hard to share."""
+    names = sorted(plan.params, key=lambda name: (plan.params[name].numel, name))
+    names = names[: max(1, 3 * len(names) // 4)]
+    return sorted({names[i * len(names) // SAMPLE] for i in range(SAMPLE)})
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def check_identity(wanted: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raise JournalError naming every part of a run's identity that differs from the journal's."""
+    differ = [
+        f"{key}: the journal has {found.get(key)!r}, this engine {wanted[key]!r}"
+        for key in sorted(wanted)
+        if found.get(key) != wanted[key]
+    ]
+    if differ:
+        raise JournalError("this run cannot be continued as asked; " + "; ".join(differ) + ". " + MAY_CHANGE)

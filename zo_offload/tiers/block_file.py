@@ -1,0 +1,204 @@
+"""One block in one file, in two generations: a crash at any moment leaves one that is whole.
+
+File, little-endian
+    0      4096    header of generation 0
+    4096   4096    header of generation 1
+    8192   nbytes  the block; its trained ranges ("spans") are those of generation 0
+    then, from the next multiple of 4096: the spans of generation 1, one after another without gaps
+
+    Bytes that training never writes are stored once. A block that is not trained has no second area.
+
+Header (the rest of its 4096 bytes is zero)
+    0      4s      b"ZOB2"
+    4      u32     block index
+    8      u32     state: 0 = empty or being written, 1 = whole
+    12     u32     chain: the journal's checksum after `version` steps (which history it is of); 0 for the base
+    16     u64     version: steps folded in
+    24     u64     nbytes of the block
+    32     u64     bytes of its streamed part, a prefix (see layout.py); nbytes if it is not split
+    40     u64     bytes of its spans
+    48     4 u64   checksums (checksum.py, offsets from the begin of the block): trained bytes of the streamed part,
+                   frozen bytes of it, trained bytes of the rest, frozen bytes of it
+    80     u32     crc32 of bytes 0..80
+
+Order of writes. One generation at most is *durable*: known to be on the medium. Flushes go to the other one, in place,
+as often as they like: state 0, the spans, then the header with state 1 and the checksums. `seal` syncs the file, and
+only when that has returned the fresh generation becomes the durable one, and the next flush goes to the other area. So
+    - a killed process leaves the durable generation as it was, and at most one generation half written, which says so;
+    - a power cut may lose or reorder any writes since the last seal; what they touched fails its header's crc, its
+      state or its checksum, and the durable generation was not touched.
+Assumed: fdatasync returns when data is on the medium and stays there; writes outside a written range do no damage.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import cast
+
+from torch import Tensor
+
+from .. import diskio
+from ..checksum import CHUNK_BYTES, checksum
+
+Spans = tuple[tuple[int, int], ...]
+
+PAGE = 4096
+DATA = 2 * PAGE
+WRITING, WHOLE = 0, 1
+_HEAD = struct.Struct("<4sIIIQQQQ4Q")
+MAGIC = b"ZOB2"
+PIECE = 64 * CHUNK_BYTES  # 256 kB: still in the core's cache when it is summed after a read, or written after a sum
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a block file of this plan must look like. spans: trained ranges, ascending, disjoint."""
+
+    index: int
+    nbytes: int
+    streamed: int
+    spans: Spans
+
+    @property
+    def trained(self) -> int:
+        return sum(length for _, length in self.spans)
+
+    @property
+    def second(self) -> int:
+        """Where the spans of generation 1 begin."""
+        return DATA + -(-self.nbytes // PAGE) * PAGE
+
+    @property
+    def file_bytes(self) -> int:
+        return self.second + self.trained if self.spans else DATA + self.nbytes
+
+    @property
+    def frozen(self) -> Spans:
+        """The ranges between the spans."""
+        gaps, at = [], 0
+        for offset, length in (*self.spans, (self.nbytes, 0)):
+            if offset > at:
+                gaps.append((at, offset - at))
+            at = offset + length
+        return tuple(gaps)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Bytes [offset, offset + nbytes) of a block, at file offset `at`, counted in checksum number `sum`."""
+
+    offset: int
+    nbytes: int
+    at: int
+    sum: int
+
+
+@lru_cache(maxsize=4096)
+def extents(shape: Shape, generation: int) -> tuple[tuple[Extent, ...], tuple[Extent, ...]]:
+    """(trained, frozen) pieces of a block as this generation stores them, cut where the streamed part ends."""
+    trained, packed = [], shape.second
+    for offset, length in shape.spans:
+        trained += _cut(shape.streamed, offset, length, DATA + offset if generation == 0 else packed, 0)
+        packed += length
+    frozen = [e for offset, length in shape.frozen for e in _cut(shape.streamed, offset, length, DATA + offset, 1)]
+    return tuple(trained), tuple(frozen)
+
+
+def _cut(streamed: int, offset: int, length: int, at: int, kind: int) -> list[Extent]:
+    here = max(0, min(length, streamed - offset))
+    both = [Extent(offset, here, at, kind), Extent(offset + here, length - here, at + here, kind + 2)]
+    return [extent for extent in both if extent.nbytes]
+
+
+@dataclass(frozen=True)
+class Header:
+    """A generation's header; see the module."""
+
+    state: int
+    chain: int
+    version: int
+    sums: tuple[int, int, int, int]
+
+    def pack(self, shape: Shape) -> bytes:
+        body = _HEAD.pack(
+            MAGIC, shape.index, self.state, self.chain, self.version, shape.nbytes, shape.streamed, shape.trained,
+            *self.sums,
+        )  # fmt: skip
+        return body + struct.pack("<I", zlib.crc32(body))
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A header that is sound but of another block, size or plan."""
+
+    index: int
+    nbytes: int
+    trained: int
+
+
+def parse(data: bytes, shape: Shape) -> Header | Foreign | None:
+    """A generation's header; None if it never was whole or is damaged (to a reader the same: use the other one)."""
+    size = _HEAD.size
+    if len(data) < size + 4 or struct.unpack_from("<I", data, size)[0] != zlib.crc32(data[:size]):
+        return None
+    magic, index, state, chain, version, nbytes, streamed, trained, *sums = _HEAD.unpack_from(data)
+    if magic != MAGIC:
+        return None
+    if (index, nbytes, streamed, trained) != (shape.index, shape.nbytes, shape.streamed, shape.trained):
+        return Foreign(index, nbytes, trained)
+    return Header(state, chain, version, cast(tuple[int, int, int, int], tuple(sums)))
+
+
+def read(fd: int, shape: Shape, generation: int, header: Header, out: Tensor, start: int) -> bool:
+    """Fill `out` with bytes [start, start + len(out)) of the block; False if the file ends early or a checksum fails.
+
+    The parts (streamed, rest) that lie whole within the range are checked as they are read.
+    """
+    stop = start + out.numel()
+    view = memoryview(out.numpy())  # type: ignore[arg-type]
+    sums = [0, 0, 0, 0]
+    for group in extents(shape, generation):
+        for extent in group:
+            begin, end = max(start, extent.offset), min(stop, extent.offset + extent.nbytes)
+            whole = (begin, end) == (extent.offset, extent.offset + extent.nbytes)
+            for at in range(begin, end, PIECE):
+                piece = slice(at - start, min(end, at + PIECE) - start)
+                if diskio.read_at(fd, view[piece], extent.at + at - extent.offset) < len(view[piece]):
+                    return False
+                if whole:
+                    sums[extent.sum] += checksum(out[piece], at)
+    covered = [0, 1] * (start == 0 and stop >= shape.streamed)
+    covered += [2, 3] * (start <= shape.streamed and stop == shape.nbytes)
+    return all(sums[i] & 0xFFFFFFFFFFFFFFFF == header.sums[i] for i in covered)
+
+
+def write(
+    fd: int, shape: Shape, generation: int, old: Header | None, data: Tensor, version: int, chain: int, whole: bool
+) -> Header:
+    """Write a generation's spans (whole: the frozen bytes too) and then its header, which is returned.
+
+    old: the header that the file may hold for this generation, or one of the other generation for its frozen sums.
+    """
+    sums = [0, old.sums[1], 0, old.sums[3]] if old is not None and not whole else [0, 0, 0, 0]
+    mark(fd, shape, generation)
+    view = memoryview(data.numpy())  # type: ignore[arg-type]
+    trained, frozen = extents(shape, generation)
+    for extent in (*trained, *(frozen if whole else ())):
+        for at in range(0, extent.nbytes, PIECE):
+            piece = slice(extent.offset + at, extent.offset + min(extent.nbytes, at + PIECE))
+            sums[extent.sum] += checksum(data[piece], extent.offset + at)
+            diskio.write_at(fd, view[piece], extent.at + at)
+    done = Header(WHOLE, chain, version, cast(tuple[int, int, int, int], tuple(s & 0xFFFFFFFFFFFFFFFF for s in sums)))
+    diskio.write_at(fd, done.pack(shape), generation * PAGE)
+    return done
+
+
+def mark(fd: int, shape: Shape, generation: int) -> None:
+    """Say that a generation is not whole."""
+    diskio.write_at(fd, EMPTY.pack(shape), generation * PAGE)
+
+
+EMPTY = Header(WRITING, 0, 0, (0, 0, 0, 0))
