@@ -372,7 +372,7 @@ class Engine:
         streamer, hub = self._running(), self._hub
         assert hub is not None
         for _ in range(_MAX_CORRECTIONS):
-            streamer.begin_pass()
+            streamer.begin_pass(exact=all(lane.perturbation.scale == 0.0 for lane in lanes))
             try:
                 with torch.no_grad():
                     results = hub.run(lanes, call)
@@ -458,8 +458,9 @@ class Engine:
         if isinstance(self.base, ModuleBase):
             self.base.let_go()
         self._streamer = Streamer(
-            self.plan, self.layout, tier, self.device, self.log, window=self.memory.window, noise=self.method.noise,
-            rounding=self.config.rounding, threads=self.config.threads,
+            self.plan, self.layout, tier, self.device, self.log, window=self.memory.window,
+            fold_every=self.fold_every, noise=self.method.noise, rounding=self.config.rounding,
+            threads=self.config.threads,
         )  # fmt: skip
         self._streamer.is_watched = lambda: self._hub is not None and self._hub.watching
         self._hub = self._make_hub(self._streamer, self.memory.order)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .checkpoint import tensor_digest
 from .errors import CheckpointError
-from .formats import Format
+from .formats import Format, encode_values, format_of
 from .layout import Layout
 from .plan import Plan
 from .tiers import Tier
@@ -63,23 +63,16 @@ class ModuleBase:
         self._data = {}
 
 
-def to_stored(name: str, tensor: Tensor, fmt: Format) -> Tensor:
-    """A base tensor's bytes in its storage format. CheckpointError on NaN, inf, or values the format cannot hold.
+def to_stored(name: str, tensor: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
+    """A base tensor's bytes in its storage format: (streamed part, residual part of split formats).
 
-    A cast to the same or a wider format is exact; to a narrower one it rounds to nearest, as loading with that dtype
-    in transformers would.
+    To the same or a wider format this is exact; to a narrower one it rounds to nearest, as loading with that dtype in
+    transformers would. CheckpointError on NaN, inf, or values the format cannot hold.
     """
     flat = tensor.reshape(-1)
-    if not bool(torch.isfinite(flat).all()):
-        bad = int((~torch.isfinite(flat)).sum())
-        raise CheckpointError(f"parameter {name!r}: {bad} of {flat.numel()} values are NaN or infinite in the base")
-    stored = flat if flat.dtype == fmt.torch_dtype else flat.to(fmt.torch_dtype)
-    if stored is not flat and not bool(torch.isfinite(stored).all()):
-        raise CheckpointError(
-            f"parameter {name!r} has values up to {float(flat.abs().max()):g}, more than {fmt.name} can hold; "
-            "choose storage='bf16' or 'fp32'"
-        )
-    return stored.contiguous().view(torch.uint8)
+    if flat.dtype == fmt.torch_dtype and fmt.name == format_of(flat.dtype).name and bool(torch.isfinite(flat).all()):
+        return flat.contiguous().view(torch.uint8), None
+    return encode_values(flat, fmt, what=f"parameter {name!r} of the base")
 
 
 def ingest(
@@ -115,4 +108,7 @@ def _ingest_one(plan: Plan, layout: Layout, base: Base, name: str, buffer: Tenso
     if tensor.shape != spec.shape:
         found, wanted = tuple(tensor.shape), tuple(spec.shape)
         raise CheckpointError(f"parameter {name!r} is {found} in the base, {wanted} in the model")
-    buffer[place.offset : place.offset + place.nbytes].copy_(to_stored(name, tensor, place.fmt))
+    stored, residual = to_stored(name, tensor, place.fmt)
+    buffer[place.offset : place.offset + place.nbytes].copy_(stored)
+    if residual is not None:
+        buffer[place.residual_offset : place.residual_offset + place.residual_nbytes].copy_(residual)

@@ -1,9 +1,16 @@
-"""Where each parameter's bytes lie: blocks packed in execution order, aligned, in their storage formats. Pure."""
+"""Where each parameter's bytes lie: blocks packed in execution order, aligned, in their storage formats. Pure.
+
+    block    [ streamed part of each parameter | residual part of each split parameter ]
+             0                      stream_bytes                             block_bytes
+
+The streamed parts come first, so what every visit needs is one range from the block's start; the residual parts, which
+only folds need, are one range behind it.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .formats import Format
@@ -19,24 +26,29 @@ def round_up(n: int, unit: int) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """One parameter's bytes: `block[offset : offset + nbytes]` in format `fmt`."""
+    """One parameter's bytes: `block[offset : offset + nbytes]` in format `fmt`, and its residual, of split formats."""
 
     block: int
     offset: int
     nbytes: int
     fmt: Format
+    residual_offset: int = 0
+    residual_nbytes: int = 0
+    """0 unless split."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """Places of all parameters and the size of each block in bytes.
 
-    spans: per block, the (offset, nbytes) ranges that training writes; adjacent trainable parameters are one range,
-    padding between them included. A frozen block has none and is never written back.
+    stream_bytes: per block, the bytes from its start that every visit needs. spans: per block, the (offset, nbytes)
+    ranges that training writes; adjacent trainable parameters are one range, padding between them included. A frozen
+    block has none and is never written back.
     """
 
     places: dict[str, Place]
     block_bytes: tuple[int, ...]
+    stream_bytes: tuple[int, ...]
     spans: tuple[tuple[tuple[int, int], ...], ...]
 
     @property
@@ -50,7 +62,10 @@ class Layout:
 
     def digest(self) -> str:
         """Identity of the byte layout: a run directory written under another one cannot be read."""
-        text = "\n".join(f"{n} {p.block} {p.offset} {p.nbytes} {p.fmt.name}" for n, p in sorted(self.places.items()))
+        text = "\n".join(
+            f"{n} {p.block} {p.offset} {p.nbytes} {p.fmt.name} {p.residual_offset}"
+            for n, p in sorted(self.places.items())
+        )
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -58,21 +73,37 @@ def make_layout(plan: Plan, format_of: Callable[[ParamSpec], Format]) -> Layout:
     """Pack the plan's blocks, each parameter in the format that `format_of` names."""
     places: dict[str, Place] = {}
     sizes: list[int] = []
+    streams: list[int] = []
     spans: list[tuple[tuple[int, int], ...]] = []
     for block in plan.blocks:
-        offset = 0
         ranges: list[tuple[int, int]] = []
-        for name in block.params:
-            spec = plan.params[name]
-            fmt = format_of(spec)
-            nbytes = fmt.nbytes(spec.numel)
-            places[name] = Place(block.index, offset, nbytes, fmt)
-            if spec.trainable:
-                if ranges and round_up(sum(ranges[-1]), PARAM_ALIGN) == offset:
-                    ranges[-1] = (ranges[-1][0], offset + nbytes - ranges[-1][0])
-                else:
-                    ranges.append((offset, nbytes))
-            offset = round_up(offset + nbytes, PARAM_ALIGN)
-        sizes.append(round_up(max(offset, 1), BLOCK_ALIGN))
+        specs = [plan.params[name] for name in block.params]
+        formats = [format_of(spec) for spec in specs]
+        starts, end = _pack(specs, [f.nbytes(s.numel) for f, s in zip(formats, specs, strict=True)], 0, ranges)
+        stream = round_up(max(end, 1), BLOCK_ALIGN)
+        wide = [f.residual_nbytes(s.numel) for f, s in zip(formats, specs, strict=True)]
+        residuals, end = _pack(specs, wide, stream, ranges)
+        for spec, fmt, start, residual, nbytes in zip(specs, formats, starts, residuals, wide, strict=True):
+            places[spec.name] = Place(block.index, start, fmt.nbytes(spec.numel), fmt, residual, nbytes)
+        streams.append(stream)
+        sizes.append(round_up(end, BLOCK_ALIGN))
         spans.append(tuple(ranges))
-    return Layout(places, tuple(sizes), tuple(spans))
+    return Layout(places, tuple(sizes), tuple(streams), tuple(spans))
+
+
+def _pack(
+    specs: Sequence[ParamSpec], sizes: Sequence[int], offset: int, ranges: list[tuple[int, int]]
+) -> tuple[list[int], int]:
+    """(offset of each parameter's part, end of the last), one part after another; trained ones are added to ranges."""
+    starts: list[int] = []
+    for spec, nbytes in zip(specs, sizes, strict=True):
+        starts.append(offset)
+        if not nbytes:
+            continue
+        if spec.trainable:
+            if ranges and round_up(sum(ranges[-1]), PARAM_ALIGN) == offset:
+                ranges[-1] = (ranges[-1][0], offset + nbytes - ranges[-1][0])
+            else:
+                ranges.append((offset, nbytes))
+        offset = round_up(offset + nbytes, PARAM_ALIGN)
+    return starts, offset

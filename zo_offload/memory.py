@@ -135,6 +135,18 @@ def plan_memory(
     raise _too_small(plan, layout, smallest, budget, offload)
 
 
+def step_bytes(plan: Plan, layout: Layout, pinned: frozenset[int], fold_every: int) -> tuple[float, float]:
+    """Bytes fetched and flushed a step, on average over fold_every steps, by the blocks that stream.
+
+    A visit fetches the streamed part; residual parts come, and both go back, at the one step of fold_every that folds.
+    """
+    streamed = [block for block in plan.visits if block not in pinned]
+    fetched = sum(layout.stream_bytes[block] for block in streamed)
+    residual = sum(layout.block_bytes[b] - layout.stream_bytes[b] for b in streamed if b in layout.written)
+    flushed = sum(nbytes for block in set(streamed) for _, nbytes in layout.spans[block])
+    return fetched + residual / fold_every, flushed / fold_every
+
+
 @dataclass(frozen=True)
 class _Ask:
     """One service order and number of slots, with what they cost besides the blocks."""

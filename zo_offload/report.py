@@ -16,8 +16,9 @@ from .data import max_positions
 from .errors import ConfigError
 from .formats import format_of, get_format
 from .layout import Layout, make_layout
-from .memory import MemoryPlan, plan_memory
+from .memory import MemoryPlan, plan_memory, step_bytes
 from .plan import Plan, make_plan
+from .storage import choose_fold_every
 from .shapes import OPT_SHAPES, opt_config
 from .trace import ForwardCall
 
@@ -60,7 +61,8 @@ def plan_report(
     yield from _blocks(plan, layout)
     yield from _lifts(plan)
     yield from _memory(memory, batch_size, tokens, activations.peak > 0)
-    yield from _traffic(plan, layout, memory)
+    fold_every = choose_fold_every(None, plan, layout, offload or "disk", "gaussian")
+    yield from _traffic(plan, layout, memory, fold_every)
 
 
 def open_config(model: str) -> Checkpoint:
@@ -145,8 +147,9 @@ def _memory(memory: MemoryPlan, batch_size: int, tokens: int, known: bool) -> It
     yield f"  {'device':<14}{show_bytes(memory.device_bytes):>12}" + ("" if known else "   (activations unknown)")
 
 
-def _traffic(plan: Plan, layout: Layout, memory: MemoryPlan) -> Iterator[str]:
-    streamed = [block for block in plan.visits if block not in memory.window.pinned]
-    fetched = sum(layout.block_bytes[block] for block in streamed)
-    flushed = sum(nbytes for block in set(streamed) for _, nbytes in layout.spans[block])
-    yield f"a step fetches {show_bytes(fetched)} and flushes {show_bytes(flushed)}"
+def _traffic(plan: Plan, layout: Layout, memory: MemoryPlan, fold_every: int) -> Iterator[str]:
+    fetched, flushed = step_bytes(plan, layout, memory.window.pinned, fold_every)
+    yield (
+        f"a step fetches {show_bytes(fetched)} and flushes {show_bytes(flushed)} (updates folded every {fold_every} "
+        f"step{'s' * (fold_every > 1)})"
+    )

@@ -136,7 +136,7 @@ class Maker:
         ingest(self.plan, self.layout, self.base, tier, self.device.alloc, blocks=blocks, progress=self.progress)
 
     def _shapes(self) -> tuple[Shape, ...]:
-        return shapes_of(self.layout.block_bytes, self.layout.spans, getattr(self.layout, "stream_bytes", None))
+        return shapes_of(self.layout.block_bytes, self.layout.spans, self.layout.stream_bytes)
 
     def _identity(self, base_digest: str) -> dict[str, Any]:
         return identity(self.plan, self.layout, self.config, self.method, self.fold_every, base_digest, self.data)

@@ -9,6 +9,11 @@ last fold when the visit ends, so a block always leaves the window at one versio
 Updates after the last fold are applied in registers at every visit and written nowhere: between folds no block is
 written, so none is flushed. That is what `fold_every=K` saves: K - 1 of K flushes, and as many roundings.
 
+Of blocks with split parameters the streamed part is fetched at every stay, the residual part only for stays in which a
+fold lands. A fetch is enqueued ahead, often before the step that may fold has been taken, so this is foretold from the
+step's number; where that was wrong (an evaluation that starts, a step that is skipped) the residual is fetched when it
+is needed, and the compute waits. Evaluation reads both parts: it sees the weights that `read` and an export give.
+
 Contract: the bytes of a block at version v are a function of the base weights and the updates of steps 0..v-1 only.
 Window, prefetch, tier, order of service and evaluation in between cannot change them.
 
@@ -20,7 +25,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +33,8 @@ from torch.profiler import record_function
 
 from .devices import CpuDevice, Event, Stream
 from .fused import Perturbation, Rounding, Update, fused_pass, fused_rows
-from .layout import Layout, Place
+from .layout import Layout
+from .masters import exact_values
 from .noise import NoiseSpec
 from .plan import Owner, ParamSpec, Plan
 from .schedule import Op, OpKey, last_visits, schedule
@@ -56,7 +62,13 @@ class Slot:
     block: int = -1
     ready: Event | None = None
     version: dict[str, int] = field(default_factory=dict)
+    stored: int = 0
+    """The version that was fetched."""
     dirty: bool = False
+    residual: bool = False
+    """The residual part is there too, or the block has none."""
+    fetched: int = 0
+    """Bytes fetched and not counted yet."""
 
 
 @dataclass
@@ -84,6 +96,7 @@ class Streamer:
         log: UpdateLog,
         *,
         window: Window,
+        fold_every: int,
         noise: NoiseSpec,
         rounding: Rounding = "nearest",
         decays: Callable[[ParamSpec], bool] = lambda spec: len(spec.shape) > 1,
@@ -91,6 +104,7 @@ class Streamer:
     ) -> None:
         self.plan, self.layout, self.tier, self.device, self.log = plan, layout, tier, device, log
         self.window, self.noise, self.rounding, self.threads = window, noise, rounding, threads
+        self.fold_every = fold_every
         self.traffic = Traffic()
         self.is_watched: Callable[[], bool] = lambda: False
         """Whether the run under way is watched: it must tell one module's scratch from the next one's."""
@@ -108,6 +122,7 @@ class Streamer:
         self._base, self._position = 0, -1  # visits before this pass; the visit under way, -1 before the first
         self._slot: Slot | None = None
         self._stray: Slot | None = None
+        self._exact = False
         self.set_plan(plan)
 
     # ---- passes ----------------------------------------------------------------------------------------------------
@@ -120,12 +135,13 @@ class Streamer:
         self._last = last_visits(self._visits)
         self._restart()
 
-    def begin_pass(self) -> None:
-        """Start one forward of all lanes."""
+    def begin_pass(self, exact: bool = False) -> None:
+        """Start one forward of all lanes. exact: no lane is perturbed, and all are to see the masters (evaluation)."""
         assert self._position == len(self._visits) or self._position == -1, "the last pass was neither ended nor reset"
         if self._position != -1:
             self._base += len(self._visits)
         self._position = -1
+        self._exact = exact
 
     def end_pass(self) -> None:
         """All lanes have returned: bring the remaining blocks' visits to their end."""
@@ -192,7 +208,10 @@ class Streamer:
         slot = self._load(place.block, into_window=True)
         self._settle(slot)
         value = torch.empty(spec.shape, dtype=place.fmt.torch_dtype)
-        self._fused(name, slot, False, [Perturbation(0, 0.0)], [value])
+        if place.residual_nbytes:
+            self._emit_exact(name, slot, False, [value], None)
+        else:
+            self._fused(name, slot, False, [Perturbation(0, 0.0)], [value])
         return value
 
     def is_in_memory(self, block: int) -> bool:
@@ -241,6 +260,8 @@ class Streamer:
             if not event.is_done():
                 event.set()
         self._fetch_stream.drain()
+        for slot in self._live.values():
+            self._count(slot)
         self._events, self._live = {}, {}
         self._base, self._position = 0, -1
         self._slot = self._stray = None
@@ -306,6 +327,11 @@ class Streamer:
                 slot.ready.wait()
             self.traffic.wait_s += time.perf_counter() - start
             slot.ready = None
+            self._count(slot)
+
+    def _count(self, slot: Slot) -> None:
+        self.traffic.fetch_bytes += slot.fetched
+        slot.fetched = 0
 
     def _enqueue_fetch(self, op: Op) -> None:
         for stay in [s for s, slot in self._live.items() if slot is self._slots[op.slot]]:
@@ -313,16 +339,62 @@ class Streamer:
         slot = self._slots[op.slot]
         slot.block, slot.dirty = op.block, False
         self._live[op.stay] = slot
-        out = slot.memory[: self.layout.block_bytes[op.block]]
+        target = self._foretold(op)
         after = [self._event(key) for key in op.after if key[0] == "flush"]  # computes ended before this was enqueued
 
         def fetch() -> None:
             with record_function("zo_offload.stream:fetch"):
-                self.tier.fetch(op.block, out)
-                slot.version = dict.fromkeys(self.plan.blocks[op.block].params, self.tier.version(op.block))
+                self._fetch(op.block, slot, target)
 
         slot.ready = self._fetch_stream.submit(fetch, after, self._event(op.key))
-        self.traffic.fetch_bytes += out.numel()
+
+    def _foretold(self, op: Op) -> int | None:
+        """The fold that the stay's block will have to reach; None: both parts are wanted whatever is folded.
+
+        Known for the pass under way. For the next one it is foretold: one more step, which folds if its number says so.
+        """
+        if self._exact:  # evaluation: the next pass is most often one more batch of it
+            return None
+        visits = len(self._visits)
+        last = op.visit  # of a stay that goes on into the next pass, the last visit counts
+        while last < op.visit + visits and self._visits[(last + 1) % visits] == op.block:
+            last += 1
+        if last < self._base + visits or (self.log.version + 1) % self.fold_every:
+            return self.log.folded
+        return self.log.version + 1
+
+    def _fetch(self, block: int, slot: Slot, target: int | None) -> None:
+        """Read a block into its slot: the streamed part, and the residual part if a fold up to `target` is lacking.
+
+        Runs on the fetch stream, after the block's last flush: only then is its version in the tier the last word.
+        """
+        version = self.tier.version(block)
+        whole = target is None or (block in self.layout.written and version < target)
+        nbytes = (self.layout.block_bytes if whole else self.layout.stream_bytes)[block]
+        slot.residual = nbytes == self.layout.block_bytes[block]
+        self.tier.fetch(block, slot.memory[:nbytes])
+        # asked again: a tier that found damage has gone back to an older version
+        slot.stored = self.tier.version(block)
+        slot.version = dict.fromkeys(self.plan.blocks[block].params, slot.stored)
+        slot.fetched += nbytes
+
+    def _fetch_residual(self, slot: Slot) -> None:
+        """Read the residual part into a slot that was fetched without it. The compute waits.
+
+        The tier's residual belongs to the slot's bytes: a slot without it cannot have been folded into, and while the
+        block is in this slot nobody else flushes it.
+        """
+        assert not slot.dirty, "a block was folded into without its residual"
+        start = time.perf_counter()
+        with record_function("zo_offload.stream:fetch"):
+            part = slot.memory[self.layout.stream_bytes[slot.block] : self.layout.block_bytes[slot.block]]
+            self.tier.fetch(slot.block, part, self.layout.stream_bytes[slot.block])
+            self.traffic.fetch_bytes += part.numel()
+            if self.tier.version(slot.block) != slot.stored:  # damaged: both parts have to be of one version
+                self._fetch(slot.block, slot, None)
+                self._count(slot)
+        self.traffic.wait_s += time.perf_counter() - start
+        slot.residual = True
 
     def _enqueue_flush(self, slot: Slot, event: Event) -> None:
         """Write a slot back if it was written; the event is set either way, since the next fetch waits for it."""
@@ -374,10 +446,12 @@ class Streamer:
         if memory is None:
             nbytes = self.layout.block_bytes[block]
             spare = into_window and block not in self.window.pinned
-            memory = self._slots[0].memory[:nbytes] if spare else self.device.alloc(nbytes)
-            self.tier.fetch(block, memory)
-            self.traffic.fetch_bytes += memory.numel()
-        slot = Slot(memory, block, version=dict.fromkeys(self.plan.blocks[block].params, self.tier.version(block)))
+            slot = Slot(self._slots[0].memory[:nbytes] if spare else self.device.alloc(nbytes), block)
+            self._fetch(block, slot, None)
+            self._count(slot)
+        else:
+            version = dict.fromkeys(self.plan.blocks[block].params, self.tier.version(block))
+            slot = Slot(memory, block, version=version, residual=True)
         if block in self.window.pinned:
             self._pinned[block] = slot
         return slot
@@ -409,17 +483,20 @@ class Streamer:
         outs: Sequence[Tensor],
         rows: Tensor | None,
     ) -> None:
-        spec = self.plan.params[name]
+        spec, place = self.plan.params[name], self.layout.places[name]
+        if self._exact and place.residual_nbytes:
+            self._emit_exact(name, slot, writes, outs, rows)
+            return
         if not spec.trainable:
             perturbations = [Perturbation(0, 0.0)] * len(outs)
         if rows is None:
             self._fused(name, slot, writes, perturbations, outs)
             return
-        place = self.layout.places[name]
         fused_rows(
-            self._bytes(slot, place),
+            slot.memory[place.offset : place.offset + place.nbytes],
             place.fmt,
             param_id=spec.param_id,
+            numel=spec.numel,
             row_numel=spec.numel // spec.shape[0],
             rows=rows,
             updates=self._lacking(name, slot),
@@ -427,37 +504,69 @@ class Streamer:
             rounding=self.rounding,
             perturbations=perturbations,
             outs=outs,
+            residual=self._residual(name, slot),
             threads=self.threads,
         )
+
+    def _emit_exact(self, name: str, slot: Slot, writes: bool, outs: Sequence[Tensor], rows: Tensor | None) -> None:
+        """A split parameter's masters, less what is pending, for lanes that are not perturbed."""
+        spec, place = self.plan.params[name], self.layout.places[name]
+        if not slot.residual:
+            self._fetch_residual(slot)
+        if self._folds(name, slot):
+            if not writes:  # an early visit of a block that a later one of this pass will write: fold into a copy
+                slot = replace(slot, memory=slot.memory.clone(), version=dict(slot.version))
+            self._fused(name, slot, True, (), ())
+        for out in outs:
+            exact_values(
+                slot.memory[place.offset : place.offset + place.nbytes],
+                slot.memory[place.residual_offset : place.residual_offset + place.residual_nbytes],
+                place.fmt, out, param_id=spec.param_id, numel=spec.numel, pending=self._lacking(name, slot),
+                noise=self.noise, rows=rows, threads=self.threads,
+            )  # fmt: skip
 
     def _fused(
         self, name: str, slot: Slot, writes: bool, perturbations: Sequence[Perturbation], outs: Sequence[Tensor]
     ) -> None:
         place, spec = self.layout.places[name], self.plan.params[name]
-        updates = self._lacking(name, slot)
-        folds = spec.trainable and slot.version[name] < self.log.folded
+        folds = self._folds(name, slot)
         fused_pass(
-            self._bytes(slot, place),
+            slot.memory[place.offset : place.offset + place.nbytes],
             place.fmt,
             param_id=spec.param_id,
             numel=spec.numel,
-            updates=updates,
+            updates=self._lacking(name, slot),
             write_back=writes and folds,
             rounding=self.rounding,
             noise=self.noise,
             perturbations=perturbations,
             outs=outs,
+            residual=self._residual(name, slot),
             threads=self.threads,
         )
         if writes and folds:
             slot.dirty = True
             slot.version[name] = self.log.folded
 
+    def _folds(self, name: str, slot: Slot) -> bool:
+        """Whether an update that this parameter lacks folds."""
+        return self.plan.params[name].trainable and slot.version[name] < self.log.folded
+
+    def _residual(self, name: str, slot: Slot) -> Tensor | None:
+        """The parameter's residual part if a fold needs it now, fetched if it is not there.
+
+        For the whole block: once one parameter is folded, both parts of the block go back.
+        """
+        if not self._folds(name, slot):
+            return None
+        if not slot.residual:
+            self._fetch_residual(slot)
+        place = self.layout.places[name]
+        if not place.residual_nbytes:
+            return None
+        return slot.memory[place.residual_offset : place.residual_offset + place.residual_nbytes]
+
     def _lacking(self, name: str, slot: Slot) -> tuple[Update, ...]:
         if not self.plan.params[name].trainable:
             return ()
         return self.log.since(slot.version[name], self._decay[name])
-
-    @staticmethod
-    def _bytes(slot: Slot, place: Place) -> Tensor:
-        return slot.memory[place.offset : place.offset + place.nbytes]

@@ -15,8 +15,8 @@ Spans = tuple[tuple[int, int], ...]
 class Tier(Protocol):
     """What the streamer asks of a tier. fetch and flush may run on worker threads, one op a block at a time."""
 
-    def fetch(self, block: int, out: Tensor) -> None:
-        """Read the whole block into out (uint8, exactly the block's size)."""
+    def fetch(self, block: int, out: Tensor, start: int = 0) -> None:
+        """Read bytes [start, start + len(out)) of the block into out: all of it, or one of its two parts."""
         ...
 
     def flush(self, block: int, data: Tensor, spans: Spans, version: int) -> None:

@@ -14,8 +14,8 @@ class HostTier:
         self._blocks = [alloc(nbytes) for nbytes in block_bytes]
         self._versions = [0] * len(self._blocks)
 
-    def fetch(self, block: int, out: Tensor) -> None:
-        out.copy_(self._blocks[block])
+    def fetch(self, block: int, out: Tensor, start: int = 0) -> None:
+        out.copy_(self._blocks[block][start : start + out.numel()])
 
     def flush(self, block: int, data: Tensor, spans: tuple[tuple[int, int], ...], version: int) -> None:
         for offset, nbytes in spans:
