@@ -18,7 +18,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Engine": "engine",
     "EngineConfig": "config",
-    "FitResult": "engine",
+    "FitResult": "training",
+    "Stopped": "signals",
     "MeZO": "methods",
     "PRESETS": "methods",
     "Checkpoint": "checkpoint",
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint as Checkpoint
     from .config import EngineConfig as EngineConfig
     from .engine import Engine as Engine
-    from .engine import FitResult as FitResult
     from .errors import BudgetError as BudgetError
     from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from .errors import ZOError as ZOError
     from .methods import PRESETS as PRESETS
     from .methods import MeZO as MeZO
+    from .signals import Stopped as Stopped
+    from .training import FitResult as FitResult
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ZOError, OSError) as error:
         print("zo-offload:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        journal = getattr(args, "resume", False) or getattr(args, "run_dir", None)
-        print("zo-offload: stopped" + "; the run can be resumed from its journal" * bool(journal), file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"zo-offload: {str(stop) or 'stopped'}", file=sys.stderr)
+        return 128 + int(getattr(stop, "signum", signal.SIGINT))
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -45,7 +45,8 @@ def _fit(args: argparse.Namespace) -> int:
     with engine:
         result = engine.fit(
             args.data, eval_data=args.eval_data, eval_every=args.eval_every, micro_batches=args.micro_batches,
-            steps=args.steps, batch_size=args.batch_size, progress=not args.quiet, **_data_options(args),
+            steps=args.steps, batch_size=args.batch_size, progress=not args.quiet,
+            new_data=args.new_data, **_data_options(args),
         )  # fmt: skip
         if args.out:
             engine.save_pretrained(args.out)
@@ -120,7 +121,7 @@ def _refuse(args: argparse.Namespace, *names: str) -> None:
 
 _METHOD = ("lr", "eps", "weight_decay", "schedule", "warmup_steps", "distribution", "rounds", "on_nonfinite")
 _IDENTITY = ("storage", "compute", "rounding", "fold_every", "trainable", "seed")  # what a run's numbers depend on
-_MOVABLE = ("offload", "device_memory", "num_slots", "order")  # what may change when it is resumed
+_MOVABLE = ("offload", "device_memory", "num_slots", "order", "snapshot_minutes")  # what may change when it is resumed
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -155,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--batch-size", type=_count)
     fit.add_argument("--micro-batches", type=_count, default=1, help="parts a batch is cut into")
     fit.add_argument("--run-dir", help="journal, metrics and blocks")
+    fit.add_argument("--new-data", action="store_true", help="go on with other data than the run was begun with")
+    fit.add_argument("--snapshot-minutes", type=float, help="every block to the disk once in so long (10)")
     fit.add_argument("--resume", action="store_true", help="continue the run in MODEL")
     fit.add_argument("--out", help="export the tuned checkpoint here")
     fit.add_argument("--preset", help="a published recipe: opt, opt-squad, opt-lora, opt-prefix, roberta")
@@ -162,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         fit.add_argument(f"--{name}", type=kind)
     fit.add_argument("--schedule", help="transformers' name of a learning rate schedule")
     fit.add_argument("--distribution", choices=["gaussian", "rademacher"])
-    fit.add_argument("--on-nonfinite", choices=["stop", "skip"])
+    fit.add_argument("--on-nonfinite", choices=["stop", "skip", "halve_eps"])
     fit.add_argument("--rounding", choices=["nearest", "stochastic"])
     fit.add_argument("--fold-every", type=_count, help="steps between two write-backs of a block")
     fit.add_argument("--num-slots", type=_count)

@@ -30,6 +30,7 @@ __all__ = [
     "make_batches", "max_positions", "read_rows", "split_micro_batches",
 ]  # fmt: skip
 
+DIGESTED = 4096  # rows that a data set is told by
 LONGEST_CHECKED = 8  # rows tokenised at once to find one that the model cannot take before training starts
 
 
@@ -46,6 +47,10 @@ class Batches:
     def epoch(self) -> Iterator[Batch]:
         """Everything once, in the data's order, the last batch short if it must be; for evaluation."""
         raise NotImplementedError
+
+    def identity(self) -> dict[str, Any] | None:
+        """What these batches are made of, for a run to tell other data by; None if that cannot be known beforehand."""
+        return None
 
     def measure(self, model: Any, batch: Batch, loss: Callable[[Any, Batch], float]) -> dict[str, tuple[float, float]]:
         """name -> (value, weight) of one batch, from one forward; see `Encoder.measure`."""
@@ -83,6 +88,17 @@ class RowBatches(Batches):
     def epoch(self) -> Iterator[Batch]:
         for begin in range(0, len(self.rows), self.batch_size):
             yield self._collated(range(begin, min(begin + self.batch_size, len(self.rows))))
+
+    def identity(self) -> dict[str, Any] | None:
+        """Number and digest of the rows (of at most DIGESTED of them, evenly spaced), and how they are cut."""
+        digest, count = hashlib.blake2b(digest_size=8), min(DIGESTED, len(self.rows))
+        for i in (k * len(self.rows) // count for k in range(count)):
+            row = self.rows[i]
+            digest.update(f"{i} {fingerprint(row) if isinstance(row, Mapping) else repr(row)}\n".encode())
+        return {
+            "rows": len(self.rows), "digest": digest.hexdigest(), "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+        }  # fmt: skip
 
     def _epoch_order(self, epoch: int) -> Sequence[int]:
         if not self.shuffle:

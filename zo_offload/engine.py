@@ -17,9 +17,7 @@ The engine wires the parts and holds no algorithm.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from .checkpoint import Checkpoint, save_pretrained
 from .config import DTYPES, EngineConfig, parse_bytes
 from .data import Batches, batch_tokens, fingerprint, loss_weight, make_batches, max_positions, split_micro_batches
 from .devices import CpuDevice
-from .errors import ConfigError, DataError, DivergenceError, PlanError
+from .errors import ConfigError, DataError, DivergenceError, JournalError, PlanError
 from .fused import Perturbation, Update
 from .ingest import Base, ModuleBase
 from .journal import Journal, StepRecord
@@ -42,16 +40,18 @@ from .layout import Layout, make_layout
 from .memory import Activations, MemoryPlan, ServiceOrder, plan_memory, process_bytes
 from .methods import MeZO, lr_schedule
 from .plan import Plan, make_plan, relift
-from .progress import Progress
 from .session import Maker, Session, choose_offload
 from .storage import choose_fold_every
-from .streamer import Streamer, Traffic
+from .streamer import Streamer
+from .training import FitResult, Training, check_same_data
 from .updates import UpdateLog, with_folds
 
 Batch = Mapping[str, Any]
 Objective = Callable[[nn.Module, Batch], Any]
 
 _MAX_CORRECTIONS = 8  # of the plan, by watched runs; each adds a use, so a few are enough
+
+MAX_HALVINGS = 10  # of eps, by on_nonfinite="halve_eps": a thousandth of what was asked is no longer the same method
 
 STILL = Perturbation(0, 0.0)  # the weights as they are: evaluation
 
@@ -65,25 +65,6 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
             "or pass objective=(model, batch) -> loss"
         )
     return loss
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What `fit` did: losses of the steps it ran, evaluations by step, and the run's rates."""
-
-    steps: int
-    losses: list[float]
-    evals: list[dict[str, float]] = field(default_factory=list)
-    tokens_per_s: float = 0.0
-    seconds: float = 0.0
-    wait_share: float = 0.0
-    """Share of the time that compute waited for blocks: near 0, compute binds; near 1, fetches do."""
-    resident_bytes: int = 0
-    model_bytes: int = 0
-    fetch_bytes: int = 0
-    """Bytes of weights that came into the window, in all of this call's steps and evaluations."""
-    flush_bytes: int = 0
-    """Bytes of weights that were written back: about 1 / fold_every of what is trained, a step."""
 
 
 def _absolute(model: str | Path) -> str:
@@ -148,6 +129,8 @@ class Engine:
         self.log = UpdateLog()
         self.journal: Journal | None = None
         self.evals: list[dict[str, float]] = []
+        self.eps_halvings = 0
+        self._check_data = self._at_once = False
         self._streamer: Streamer | None = None
         self._session: Session | None = None
         self._hub: Hub | None = None
@@ -158,13 +141,14 @@ class Engine:
         """The engine of an earlier run, continued where its journal ends; bit-equal to one that never stopped.
 
         model: the same module again, with its first weights, if the run was made from one in memory. changes: settings
-        that do not alter the numbers (offload, window, threads), and `objective`, `tokenizer`.
+        that do not alter the numbers (offload, window, threads), and `objective`, `tokenizer`. A run that ended before
+        its first weights were in place has no journal; it is begun anew.
         Raises JournalError if run_dir is not a run, or names what differs from it.
         """
         run_dir = Path(run_dir)
         record = runs.load_config(run_dir)
-        if not (run_dir / runs.JOURNAL).exists():
-            raise ConfigError(f"{run_dir}: the run has no {runs.JOURNAL}: it never started. Begin it anew elsewhere")
+        if not (run_dir / runs.JOURNAL).exists() and (run_dir / runs.METRICS).exists():
+            raise JournalError(f"{run_dir}: {runs.JOURNAL} is missing, and it is the run. Restore it")
         if record["model"] is None and model is None:
             raise ConfigError(f"{run_dir} was made from a module in memory: pass it again, resume(run_dir, model)")
         if record["settings"]["trainable"] == "<predicate>" and "trainable" not in changes:
@@ -189,6 +173,7 @@ class Engine:
         micro_batches: int = 1,
         progress: bool = False,
         callback: Callable[[StepRecord], None] | None = None,
+        new_data: bool = False,
         **data_options: Any,
     ) -> FitResult:
         """Train until `steps` steps have been taken in all (a resumed run counts from its journal).
@@ -196,7 +181,9 @@ class Engine:
         train_data: a DataLoader or other iterable of dicts of tensors, a dataset or list of dicts, or a path to JSONL
         or CSV; see `data.make_batches` for data_options. micro_batches: parts a batch is cut into, each a lane of its
         own (gradient accumulation: same weights, same step). eval_every: also at the end. callback: after each step.
-        Raises DataError, DivergenceError; whatever happens, the journal holds every finished step.
+        new_data: a resumed run may go on with other data than it was begun with; otherwise that is an error.
+        SIGINT and SIGTERM end it after the step with `Stopped` (a KeyboardInterrupt), a second one at once.
+        Raises DataError, DivergenceError, StorageError; whatever happens, the journal holds every finished step.
         """
         steps = self.method.steps if steps is None else steps
         if steps < 1 or micro_batches < 1 or (eval_every is not None and eval_every < 1):
@@ -209,63 +196,39 @@ class Engine:
         if eval_data is not None:
             evaluation = self._batches(eval_data, rows, data_options, shuffle=False)
         factor = lr_schedule(self.method.schedule, self.method.warmup_steps, steps)
-        self._start(batches.batch(0), micro_batches)
-        losses: list[float] = []
-        tokens, begin, first = 0, time.perf_counter(), self.log.version
-        streamer = self._running()
-        traffic = streamer.traffic = Traffic()
-        with Progress(progress, first, steps) as bar, runs.Metrics(self._path(runs.METRICS)) as metrics:
-            try:
-                for step in range(first, steps):
-                    batch = batches.batch(step)
-                    record = self.step(batch, self.method.lr * factor(step), micro_batches=micro_batches)
-                    losses.append(record.loss)
-                    tokens += batch_tokens(batch)
-                    seconds = time.perf_counter() - begin
-                    wait = traffic.wait_s / seconds
-                    metrics.write(
-                        step=step, loss=record.loss, grad=record.grad, lr=record.lr, skipped=record.skipped,
-                        tokens=tokens, seconds=round(seconds, 3), wait_share=round(wait, 4),
-                        fetch_bytes=traffic.fetch_bytes, flush_bytes=traffic.flush_bytes,
-                    )  # fmt: skip
-                    done = step + 1 - first
-                    bar.step(
-                        record.loss, tokens / seconds, wait, traffic.fetch_bytes / done, traffic.flush_bytes / done
-                    )
-                    if callback is not None:
-                        callback(record)
-                    if evaluation is not None and eval_every and (step + 1) % eval_every == 0 and step + 1 < steps:
-                        self._evaluate_at(step + 1, evaluation, metrics)
-                if evaluation is not None:
-                    self._evaluate_at(self.log.version, evaluation, metrics)
-            finally:
-                self._flush()
-        seconds = time.perf_counter() - begin
-        return FitResult(
-            steps=len(losses), losses=losses, evals=list(self.evals), tokens_per_s=tokens / seconds, seconds=seconds,
-            wait_share=traffic.wait_s / seconds, resident_bytes=streamer.resident_bytes,
-            model_bytes=self.layout.total_bytes, fetch_bytes=traffic.fetch_bytes, flush_bytes=traffic.flush_bytes,
-        )  # fmt: skip
+        data = None if new_data else batches.identity()
+        self._start(batches.batch(0), micro_batches, data and {**data, "micro_batches": micro_batches})
+        if self._check_data and not new_data:
+            assert self.journal is not None
+            check_same_data(batches, self.journal.steps)
+        self._check_data = False
+        return Training(
+            self, self._running(), batches, evaluation, steps, lambda step: self.method.lr * factor(step), micro_batches,
+            eval_every, progress, callback,
+        ).run()  # fmt: skip
 
     def step(self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1) -> StepRecord:
         """One step on one batch: lanes, update, journal. The update reaches each block at its next visit."""
         self._start(batch, micro_batches)
         step = self.log.version
         lr = self.method.lr if lr is None else lr
-        perturbations = self.method.perturbations(self.config.seed, step)
+        method = self.method.with_options(eps=self.method.eps * 0.5**self.eps_halvings)
+        perturbations = method.perturbations(self.config.seed, step)
         losses = self._losses(batch, perturbations, micro_batches)
         try:
-            outcome = self.method.update(self.config.seed, step, losses, lr)
+            outcome = method.update(self.config.seed, step, losses, lr)
             self._check_update(step, outcome.updates)
             updates = with_folds(outcome.updates, step, self.fold_every)
             record = StepRecord(step, updates, outcome.loss, outcome.grad, lr, False, fingerprint(batch))
         except DivergenceError:
-            if self.method.on_nonfinite == "stop":
+            halve = self.method.on_nonfinite == "halve_eps"
+            if self.method.on_nonfinite == "stop" or (halve and self.eps_halvings == MAX_HALVINGS):
                 raise
-            record = StepRecord(step, (), math.nan, math.nan, lr, True, fingerprint(batch))
+            record = StepRecord(step, (), math.nan, math.nan, lr, True, fingerprint(batch), halve)
         if self.journal is not None:
             self.journal.append(record)
         self.log.append(record.updates)
+        self.eps_halvings += record.halved
         if self._session is not None and self._session.snapshots is not None:
             self._session.snapshots.tick(self.log.version, self._running())
         return record
@@ -275,7 +238,7 @@ class Engine:
         rows = self.method.batch_size if batch_size is None else batch_size
         batches = self._batches(data, rows, data_options, shuffle=False)
         self._start(next(iter(batches.epoch())))
-        return self._evaluate(batches)
+        return self.measure(batches)
 
     def run(self, batch: Batch, call: Callable[[nn.Module, Batch], Any] | None = None) -> Any:
         """One forward at the current weights: `call(model, batch)`, default `model(**batch)`. For logits, say."""
@@ -323,13 +286,19 @@ class Engine:
         if self._hub is not None:
             self._hub.detach()
         try:
-            if self._streamer is not None:
+            if self._streamer is not None and not self._at_once:
                 self._flush()
         finally:  # a flush that failed is reported; what the journal holds is not lost by it
             if self._streamer is not None:
                 self._streamer.close()
             if self._session is not None:
                 self._session.close()
+
+    def settle(self, *, at_once: bool = False) -> None:
+        """End of a call of `fit`: flush and sync, or (at once) leave it all to the journal, now and in `close`."""
+        self._at_once = at_once
+        if not at_once:
+            self._flush()
 
     def _flush(self) -> None:
         """Every block to the last step, in its tier; the journal to the disk."""
@@ -405,7 +374,8 @@ class Engine:
         assert self._hub is not None
         self._hub.adopt(plan)
 
-    def _evaluate(self, batches: Batches) -> dict[str, float]:
+    def measure(self, batches: Batches, between: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Weighted means of what `batches` measure, over one epoch. between: called before each batch."""
         sums: dict[str, float] = {}
         weights: dict[str, float] = {}
 
@@ -413,16 +383,12 @@ class Engine:
             return batches.measure(model, dict(batch), self._loss)
 
         for batch in batches.epoch():
+            between()
             values = self._forward([Lane(STILL, batch)], measure)[0]
             for name, (value, weight) in values.items():
                 sums[name] = sums.get(name, 0.0) + value * weight
                 weights[name] = weights.get(name, 0.0) + weight
         return {name: sums[name] / weights[name] for name in sums if weights[name]}
-
-    def _evaluate_at(self, step: int, batches: Batches, metrics: runs.Metrics) -> None:
-        values = {"step": step, **self._evaluate(batches)}
-        self.evals.append(values)
-        metrics.write(**{("step" if k == "step" else f"eval_{k}"): v for k, v in values.items()})
 
     # ---- getting under way -------------------------------------------------------------------------------------------
 
@@ -441,7 +407,7 @@ class Engine:
             rows=rows, activations=activations, process=self.process_bytes,
         )  # fmt: skip
 
-    def _start(self, batch: Batch | None = None, micro_batches: int = 1) -> None:
+    def _start(self, batch: Batch | None = None, micro_batches: int = 1, data: dict[str, Any] | None = None) -> None:
         """Fill or reopen the tier, hollow the model, wire hub and streamer. Once, at the first use."""
         if self._closed:
             raise ConfigError("this engine is closed; make another, or Engine.resume(run_dir)")
@@ -451,9 +417,13 @@ class Engine:
             self.memory = self._plan_memory(batch, micro_batches)
         session = self._session = Maker(
             self.plan, self.layout, self.base, self.config, self.method, self.offload, self.fold_every,
-            self.device, model_name=self._model_name, model_class=self._model_class,
+            self.device, model_name=self._model_name, model_class=self._model_class, data=data,
         ).start()  # fmt: skip
         tier, self.log, self.journal = session.tier, session.log, session.journal
+        self._check_data = session.reopened
+        if session.reopened and self.journal is not None:
+            self.evals = [values for values in runs.evaluations(self._path(runs.METRICS)) if self._has_reached(values)]
+            self.eps_halvings = sum(record.halved for record in self.journal.steps)
         hollow(self.model)
         if isinstance(self.base, ModuleBase):
             self.base.let_go()
@@ -498,6 +468,10 @@ class Engine:
             has_one = any(file.name.startswith("tokenizer") for file in self.checkpoint.carried)
             self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True) if has_one else None
         return self.tokenizer
+
+    def _has_reached(self, values: dict[str, float]) -> bool:
+        """Whether an evaluation is of this run's past; the journal may have been cut since."""
+        return values["step"] <= self.log.version
 
     def _path(self, name: str) -> Path | None:
         return None if self.run_dir is None else self.run_dir / name

@@ -53,8 +53,9 @@ class MeZO:
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
     rounds: Literal[7, 10] = 10
     """Philox rounds of the noise. Part of the run's identity."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A NaN or infinite loss ends the run with an error, or skips the step (recorded in the journal)."""
+    on_nonfinite: Literal["stop", "skip", "halve_eps"] = "stop"
+    """A NaN or infinite loss or update ends the run with an error; or skips the step; or skips it and halves eps from
+    the next step on, ten times at most. Recorded in the journal, so a resumed run goes on with the same eps."""
     batch_size: int = 16
     """Default batch size of `fit`."""
     steps: int = 1000
@@ -76,8 +77,8 @@ class MeZO:
                 f"warmup_steps={self.warmup_steps}, steps={self.steps}, batch_size={self.batch_size}: "
                 "expected >= 0, >= 1, >= 1"
             )
-        if self.on_nonfinite not in ("stop", "skip"):
-            raise ConfigError(f"on_nonfinite={self.on_nonfinite!r}: expected 'stop' or 'skip'")
+        if self.on_nonfinite not in ("stop", "skip", "halve_eps"):
+            raise ConfigError(f"on_nonfinite={self.on_nonfinite!r}: expected 'stop', 'skip' or 'halve_eps'")
         NoiseSpec(self.distribution, self.rounds)  # checks both
         lr_schedule(self.schedule, self.warmup_steps, max(self.steps, self.warmup_steps))
 
@@ -111,7 +112,7 @@ class MeZO:
             raise DivergenceError(
                 f"step {step}: losses {plus:g} and {minus:g} give an update of {lr * grad:g} "
                 f"(seed {seed}, lr {lr:g}, eps {self.eps:g}). The weights are as after step {step - 1}. "
-                "Lower lr or eps, or set on_nonfinite='skip'"
+                "Lower lr or eps, or set on_nonfinite='skip' or 'halve_eps'"
             )
         decay = float(np.float32(1 - lr * self.weight_decay))
         return Step((Update(seed, coeff, decay),), loss, grad)
