@@ -394,3 +394,40 @@ def test_a_deleted_file_is_noticed_when_it_is_sealed(tmp_path):
     with pytest.raises(StorageError, match="deleted while the run used it"):
         tier.seal(0)
     tier.close()
+
+
+def test_a_damaged_second_part_is_never_mixed_with_another_step(tmp_path):
+    """The first part was taken from the newest generation: the rest may not come from the other one in silence."""
+    shape = SHAPES["two regions"]
+    tier = started(tmp_path, shape)
+    tier.flush(0, content(shape, 1), shape.spans, 1)
+    tier.seal(0)
+    tier.flush(0, content(shape, 2), shape.spans, 2)
+    part = torch.empty(shape.streamed, dtype=torch.uint8)
+    tier.fetch(0, part)
+    (span,) = [e for e in extents(shape, 0)[0] if e.offset >= shape.streamed]
+    path = tmp_path / "00000.zob"
+    data = bytearray(path.read_bytes())
+    data[span.at + 10] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="second part of block 0 at step 2 is damaged. Resume"):
+        tier.fetch(0, torch.empty(shape.nbytes - shape.streamed, dtype=torch.uint8), start=shape.streamed)
+    tier.close()
+    tier = DiskTier.open(tmp_path, [shape])
+    assert tier.version(0) == 1 and torch.equal(fetched(tier, shape), content(shape, 1))
+    tier.close()
+
+
+def test_a_block_is_rebuilt_also_where_only_its_first_part_was_asked_for(tmp_path):
+    shape = SHAPES["two regions"]
+    started(tmp_path, shape).close()
+    path = tmp_path / "00000.zob"
+    data = bytearray(path.read_bytes())
+    data[DATA + 5] ^= 1
+    path.write_bytes(data)
+    tier = DiskTier.open(tmp_path, [shape])
+    tier.rebuild = lambda block, out: out.copy_(content(shape, 0))
+    part = torch.empty(shape.streamed, dtype=torch.uint8)
+    tier.fetch(0, part)
+    assert torch.equal(part, content(shape, 0)[: shape.streamed])
+    tier.close()

@@ -203,8 +203,8 @@ class Engine:
             check_same_data(batches, self.journal.steps)
         self._check_data = False
         return Training(
-            self, self._running(), batches, evaluation, steps, lambda step: self.method.lr * factor(step), micro_batches,
-            eval_every, progress, callback,
+            self, self._running(), batches, evaluation, steps, lambda step: self.method.lr * factor(step),
+            micro_batches, eval_every, progress, callback,
         ).run()  # fmt: skip
 
     def step(self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1) -> StepRecord:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .formats import Format, decode_values, get_format
+from .formats.grouped import cut
 from .fused import Perturbation, Update, fused_pass
 from .noise import NoiseSpec
-from .formats.grouped import cut
 
 _TILE = 1 << 20  # elements; a multiple of every group
 _STILL = [Perturbation(0, 0.0)]

@@ -18,8 +18,8 @@ from .formats import format_of, get_format
 from .layout import Layout, make_layout
 from .memory import MemoryPlan, plan_memory, step_bytes
 from .plan import Plan, make_plan
-from .storage import choose_fold_every
 from .shapes import OPT_SHAPES, opt_config
+from .storage import choose_fold_every
 from .trace import ForwardCall
 
 

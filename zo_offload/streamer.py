@@ -221,7 +221,7 @@ class Streamer:
     def copy_block(self, block: int, out: Tensor) -> int:
         """Copy such a block, between steps, for a snapshot; its version."""
         if block in self._pinned:
-            out.copy_(self._pinned[block].memory)
+            out.copy_(self._pinned[block].memory[: out.numel()])
             return self._uniform_version(self._pinned[block])
         self._flush_stream.drain()
         self.tier.fetch(block, out)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .. import diskio
@@ -162,14 +163,23 @@ class DiskTier:
                 return
             log.warning("%s: generation %d (step %d) is damaged", entry.path, active, header.version)
             entry.headers[active] = None
-        if self.rebuild is None or start != 0 or out.numel() != entry.shape.nbytes:
+            if start > 0:  # the caller holds the first part of this generation: another one's rest would not fit it
+                self.forget(block, active)
+                raise CheckpointError(
+                    f"{entry.path}: the second part of block {block} at step {header.version} is damaged. Resume the "
+                    "run: it goes on from the block's other generation, or its base"
+                )
+        if self.rebuild is None:
             raise CheckpointError(
                 f"{entry.path}: block {block} is damaged (both generations fail their checksums, or its frozen bytes "
                 "do). Resume the run with its base checkpoint: the block is rebuilt from it and the journal"
             )
         log.warning("%s: rebuilding block %d from the base", entry.path, block)
-        self.rebuild(block, out)
-        self.flush(block, out, ((0, entry.shape.nbytes),), 0)
+        whole = out if out.numel() == entry.shape.nbytes else torch.empty(entry.shape.nbytes, dtype=torch.uint8)
+        self.rebuild(block, whole)
+        self.flush(block, whole, ((0, entry.shape.nbytes),), 0)
+        if whole is not out:
+            out.copy_(whole[start : start + out.numel()])
 
     def verify(self, block: int, buffer: Tensor) -> dict[int, bool]:
         """generation -> whether its bytes are sound, for those that claim to be whole. buffer: at least the block."""
