@@ -6,7 +6,7 @@
 #define ZO_API_H
 #include "formats.h"
 
-#define ZO_ABI_VERSION 1
+#define ZO_ABI_VERSION 2
 
 enum { ZO_OK = 0, ZO_ERROR_FORMAT = 1, ZO_ERROR_NOISE = 2, ZO_ERROR_ISA = 3, ZO_ERROR_MEMORY = 4 };
 enum { ZO_SCALAR = 0, ZO_AVX2 = 1, ZO_AVX512 = 2, ZO_NUM_ISAS = 3 };
@@ -25,20 +25,28 @@ struct zo_lane {  // out <- round(fma(scale, z(seed), w)); neighbours of one see
   zo_u32 format;  // of out
 };
 
-enum { ZO_WRITE_BACK = 1, ZO_STOCHASTIC = 2 };
+enum {
+  ZO_WRITE_BACK = 1,
+  ZO_STOCHASTIC = 2,
+  ZO_TARGET_SCALES = 4,  // updates and lanes move the float32 scales of the groups; values are only read
+  ZO_MASTER = 8          // lanes see the master of a split format; for decoding it, without updates
+};
 struct zo_pass {
-  void* stored;              // with rows: of the whole parameter, else of its element `offset`
-  void* aux[3];              // planes beside the values (scales, minima, state); none yet, must be null
+  void* stored;              // values plane. With rows: of the whole parameter, else of its element `offset`; as below
+  void* scales;              // formats with groups: a byte or a float32 a group
+  void* minima;              // int4: a bfloat16 a group
+  void* residual;            // split formats, when an update folds or with ZO_MASTER
   const zo_i64* rows;        // null, or num_rows row indices: row r is elements [r * numel, (r + 1) * numel)
   const zo_update* updates;  // null: they follow this struct, and the lanes follow them
   const zo_lane* lanes;
   zo_u64 numel, offset, num_rows;
+  zo_u64 total;              // elements the planes hold: where the last group ends. Without rows, numel
   zo_u32 num_updates, num_lanes;
-  zo_u32 format, group;  // group: elements a scale; none yet, 0
+  zo_u32 format, group;      // group: elements a scale, 64 or 128, `offset` a multiple of it; 0: no groups
   zo_u32 param_id, distribution, rounds, flags;
 };
 
-static_assert(sizeof(zo_update) == 24 && sizeof(zo_lane) == 24 && sizeof(zo_pass) == 112, "packed by Python");
+static_assert(sizeof(zo_update) == 24 && sizeof(zo_lane) == 24 && sizeof(zo_pass) == 120, "packed by Python");
 
 #if !defined(__CUDACC_RTC__)
 #if defined(_WIN32)
@@ -48,6 +56,10 @@ static_assert(sizeof(zo_update) == 24 && sizeof(zo_lane) == 24 && sizeof(zo_pass
 #endif
 // CPU library. Each returns a ZO_ERROR code; `threads` counts the caller, and the result does not depend on it.
 ZO_EXPORT int zo_cpu_pass(const zo_pass* pass, int isa, int threads);
+// Fills the planes of `pass` (all of its format's; updates, lanes and rows are not looked at) from pass->numel values of
+// a plain format. not_finite: how many values are NaN or infinite, before and after rounding.
+ZO_EXPORT int zo_cpu_encode(const zo_pass* pass, const void* values, zo_u32 values_format, zo_u64* not_finite, int isa,
+                            int threads);
 ZO_EXPORT int zo_cpu_noise(float* out, zo_u64 numel, zo_u64 offset, zo_u64 seed, zo_u32 param_id, zo_u32 distribution,
                            zo_u32 rounds, int isa, int threads);
 ZO_EXPORT int zo_cpu_philox(const zo_u32* counter, const zo_u32* key, zo_u32 rounds, zo_u32* out);  // for known answers

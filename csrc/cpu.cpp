@@ -98,8 +98,10 @@ void make_keys(const zo_pass& pass, zo_work* work, zo_key* keys) {
 
 struct Job {
   const zo_work* work;
-  void (*segment)(const zo_work*, zo_u8*, zo_u64, zo_u64, zo_u64);
+  void (*segment)(const zo_work*, zo_u64, zo_u64, zo_u64);
   void (*noise)(const zo_key*, zo_u64, zo_u64, float*);
+  void (*encode)(const zo_work*, zo_u64, zo_u64, zo_u64*);
+  std::atomic<zo_u64>* not_finite;
   const zo_key* key;
   float* out;
   zo_u64 begin, end, chunk, rows_per_chunk;
@@ -120,12 +122,10 @@ void chunk_range(const Job& job, zo_u64 c, zo_u64* from, zo_u64* to) {
 
 void pass_chunk(void* context, uint64_t c) {
   const Job& job = *(const Job*)context;
-  const zo_pass& pass = *job.work->pass;
   StandardFloat guard;
   zo_u64 from, to;
   chunk_range(job, c, &from, &to);
-  const zo_u64 at = from - job.begin;
-  job.segment(job.work, (zo_u8*)pass.stored + at * zo_format_bytes((int)pass.format), from, to - from, at);
+  job.segment(job.work, from, to - from, from - job.begin);
   if (job.work->past_cache) order_stores();
 }
 
@@ -135,8 +135,7 @@ void rows_chunk(void* context, uint64_t c) {
   StandardFloat guard;
   const zo_u64 last = (c + 1) * job.rows_per_chunk;
   for (zo_u64 u = c * job.rows_per_chunk; u < last && u < pass.num_rows; ++u) {
-    const zo_u64 g = (zo_u64)pass.rows[u] * pass.numel;
-    job.segment(job.work, (zo_u8*)pass.stored + g * zo_format_bytes((int)pass.format), g, pass.numel, u * pass.numel);
+    job.segment(job.work, (zo_u64)pass.rows[u] * pass.numel, pass.numel, u * pass.numel);
   }
 }
 
@@ -146,6 +145,15 @@ void noise_chunk(void* context, uint64_t c) {
   zo_u64 from, to;
   chunk_range(job, c, &from, &to);
   job.noise(job.key, from, to - from, job.out + (from - job.begin));
+}
+
+void encode_chunk(void* context, uint64_t c) {
+  const Job& job = *(const Job*)context;
+  StandardFloat guard;
+  zo_u64 from, to, found[2] = {0, 0};
+  chunk_range(job, c, &from, &to);
+  job.encode(job.work, from, to - from, found);
+  for (int i = 0; i < 2; ++i) job.not_finite[i].fetch_add(found[i], std::memory_order_relaxed);
 }
 
 // Cuts [begin, end) into chunks and runs them; `streams`: how many noises and outputs an element costs.
@@ -166,11 +174,26 @@ void run_rows(Job& job, const zo_pass& pass, zo_u64 streams, int threads) {
   zo::pool().run(rows_chunk, &job, (pass.num_rows + job.rows_per_chunk - 1) / job.rows_per_chunk, threads);
 }
 
+bool format_fits(const zo_pass& pass, bool folds) {
+  if (pass.format >= ZO_NUM_FORMATS) return false;
+  const int format = (int)pass.format;
+  const bool empty = pass.total == 0;  // then nothing has an address
+  if (zo_scale_bytes(format)) {
+    if ((pass.group != 64 && pass.group != 128) || pass.offset % pass.group || !(pass.scales || empty)) return false;
+  } else if (pass.group != 0) {
+    return false;
+  }
+  if (zo_minimum_bytes(format) && !(pass.minima || empty)) return false;
+  if (pass.flags & ZO_TARGET_SCALES) return zo_trains_scales(format);
+  if (zo_residual_bytes(format) && !(pass.residual || empty) && (folds || pass.flags & ZO_MASTER)) return false;
+  return zo_trains(format) || !folds;
+}
+
 int check(const zo_pass& pass, const zo_work& work, int isa) {
   if (!has_isa(isa)) return ZO_ERROR_ISA;
-  if (pass.format >= ZO_NUM_FORMATS || pass.aux[0] || pass.aux[1] || pass.aux[2] || pass.group) return ZO_ERROR_FORMAT;
+  if (!format_fits(pass, work.last_fold >= 0)) return ZO_ERROR_FORMAT;
   for (zo_u32 j = 0; j < pass.num_lanes; ++j)
-    if (work.lanes[j].format >= ZO_NUM_FORMATS) return ZO_ERROR_FORMAT;
+    if (!zo_is_plain((int)work.lanes[j].format)) return ZO_ERROR_FORMAT;
   if (pass.distribution > ZO_RADEMACHER || (pass.rounds != 7 && pass.rounds != 10)) return ZO_ERROR_NOISE;
   return ZO_OK;
 }
@@ -178,7 +201,7 @@ int check(const zo_pass& pass, const zo_work& work, int isa) {
 }  // namespace
 
 int zo_cpu_pass(const zo_pass* pass, int isa, int threads) {
-  zo_work work;
+  zo_work work = {};
   work.pass = pass;
   work.updates = pass->updates ? pass->updates : (const zo_update*)(pass + 1);
   work.lanes = pass->lanes ? pass->lanes : (const zo_lane*)(work.updates + pass->num_updates);
@@ -193,13 +216,34 @@ int zo_cpu_pass(const zo_pass* pass, int isa, int threads) {
 
   Job job = {};
   job.work = &work;
-  job.segment = kernels_of(isa).segment[pass->rounds == 10];
+  const zo_kernels kernels = kernels_of(isa);
+  job.segment = (pass->flags & ZO_TARGET_SCALES ? kernels.scales : kernels.segment)[pass->rounds == 10];
   const zo_u64 streams = 1 + pass->num_updates + pass->num_lanes;
   if (pass->rows)
     run_rows(job, *pass, streams, threads);
   else
     run_range(job, pass_chunk, pass->offset, pass->numel, streams, threads);
   if (keys != few) delete[] keys;
+  return ZO_OK;
+}
+
+int zo_cpu_encode(const zo_pass* pass, const void* values, zo_u32 values_format, zo_u64* not_finite, int isa,
+                  int threads) {
+  if (!has_isa(isa)) return ZO_ERROR_ISA;
+  if (!format_fits(*pass, false) || (zo_residual_bytes((int)pass->format) && !pass->residual && pass->total) || pass->rows ||
+      !zo_is_plain((int)values_format))
+    return ZO_ERROR_FORMAT;
+  zo_work work = {};
+  work.pass = pass;
+  work.values = values;
+  work.values_format = values_format;
+  std::atomic<zo_u64> found[2] = {{0}, {0}};
+  Job job = {};
+  job.work = &work;
+  job.encode = kernels_of(isa).encode;
+  job.not_finite = found;
+  run_range(job, encode_chunk, pass->offset, pass->numel, 1, threads);
+  for (int i = 0; i < 2; ++i) not_finite[i] = found[i];
   return ZO_OK;
 }
 

@@ -19,6 +19,11 @@ struct Avx2 {
   template <int N> static ZO_HD U shl(U a) { return _mm256_slli_epi32(a, N); }
   template <int N> static ZO_HD U shr(U a) { return _mm256_srli_epi32(a, N); }
   static ZO_HD U select_less(U a, U b, U x, U y) { return _mm256_blendv_epi8(y, x, _mm256_cmpgt_epi32(b, a)); }
+  static ZO_HD U most_u(U a, U b) { return _mm256_max_epi32(a, b); }
+  static ZO_HD U select_greater(F a, F b, U x, U y) {
+    return bits(_mm256_blendv_ps(value(y), value(x), _mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+  }
+  static ZO_HD F clamp(F x, float low, float high) { return _mm256_min_ps(_mm256_max_ps(x, f(low)), f(high)); }
   static ZO_HD U select_nan(F v, U x, U y) {
     return bits(_mm256_blendv_ps(value(y), value(x), _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
   }
@@ -52,6 +57,22 @@ struct Avx2 {
   static ZO_HD void store_bits(void* p, U x) { _mm256_storeu_si256((__m256i*)p, x); }
   static ZO_HD void store_past_cache(void* p, U x) { _mm256_stream_si256((__m256i*)p, x); }
   static ZO_HD U load16(const void* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+  static ZO_HD U load8(const zo_u8* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+  static ZO_HD void store8(zo_u8* p, U x) {
+    const U low = and_(x, u(0xff));
+    const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(half, half));
+  }
+  // elements i.. of a plane of half-bytes
+  static ZO_HD U load4(const zo_u8* p, int i) {
+    zo_u32 codes;
+    __builtin_memcpy(&codes, p + i / 2, 4);
+    return and_(_mm256_srlv_epi32(u(codes), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28)), u(15));
+  }
+  static ZO_HD F lookup(const float* table, U index) {
+    const F low = _mm256_permutevar8x32_ps(load(table), index), high = _mm256_permutevar8x32_ps(load(table + 8), index);
+    return _mm256_blendv_ps(low, high, value(shl<28>(index)));
+  }
   static ZO_HD U pack16(U a, U b) { return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xD8); }
   static ZO_HD U pack_upper16(U a, U b) { return pack16(shr<16>(a), shr<16>(b)); }
   static ZO_HD F half_value(U codes) { return _mm256_cvtph_ps(_mm256_castsi256_si128(pack16(codes, codes))); }

@@ -19,6 +19,11 @@ struct Avx512 {
   template <int N> static ZO_HD U shl(U a) { return _mm512_slli_epi32(a, N); }
   template <int N> static ZO_HD U shr(U a) { return _mm512_srli_epi32(a, N); }
   static ZO_HD U select_less(U a, U b, U x, U y) { return _mm512_mask_mov_epi32(y, _mm512_cmplt_epi32_mask(a, b), x); }
+  static ZO_HD U most_u(U a, U b) { return _mm512_max_epi32(a, b); }
+  static ZO_HD U select_greater(F a, F b, U x, U y) {
+    return _mm512_mask_mov_epi32(y, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), x);
+  }
+  static ZO_HD F clamp(F x, float low, float high) { return _mm512_min_ps(_mm512_max_ps(x, f(low)), f(high)); }
   static ZO_HD U select_nan(F v, U x, U y) {
     return _mm512_mask_mov_epi32(y, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), x);
   }
@@ -52,6 +57,18 @@ struct Avx512 {
   static ZO_HD void store_bits(void* p, U x) { _mm512_storeu_si512(p, x); }
   static ZO_HD void store_past_cache(void* p, U x) { _mm512_stream_si512((__m512i*)p, x); }
   static ZO_HD U load16(const void* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+  static ZO_HD U load8(const zo_u8* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+  static ZO_HD void store8(zo_u8* p, U x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
+  // elements i.. of a plane of half-bytes
+  static ZO_HD U load4(const zo_u8* p, int i) {
+    zo_i64 codes;
+    __builtin_memcpy(&codes, p + i / 2, 8);
+    const U both = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
+                                            _mm512_castsi128_si512(_mm_cvtsi64_si128(codes)));
+    const U shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    return and_(_mm512_srlv_epi32(both, shifts), u(15));
+  }
+  static ZO_HD F lookup(const float* table, U index) { return _mm512_permutexvar_ps(index, load(table)); }
   static ZO_HD U pack16(U a, U b) {
     const U even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22,
                                     20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);

@@ -16,6 +16,11 @@ struct Scalar : ZoScalar {
     __builtin_memcpy(&x, p, 2);
     return x;
   }
+  static ZO_HD zo_u32 load8(const zo_u8* p) { return *p; }
+  static ZO_HD void store8(zo_u8* p, zo_u32 x) { *p = (zo_u8)x; }
+  // elements i.. of a plane of half-bytes
+  static ZO_HD zo_u32 load4(const zo_u8* p, int i) { return p[i / 2] >> (4 * (i & 1)) & 15u; }
+  static ZO_HD float lookup(const float* table, zo_u32 index) { return table[index]; }
   static ZO_HD void store_bits(void* p, zo_u32 x) { __builtin_memcpy(p, &x, 4); }
   static ZO_HD void store_past_cache(void* p, zo_u32 x) { store_bits(p, x); }
   static ZO_HD zo_u32 pack16(zo_u32 a, zo_u32 b) { return a | b << 16; }

@@ -8,12 +8,9 @@
 //
 // Included by one translation unit per instruction set, inside its anonymous namespace: nothing here may be shared by
 // the linker between units built with different flags. For the same reason no standard headers.
-#include "cpu_work.h"
+#include "cpu_formats.h"
 
 namespace {
-
-const int TILE = 1024;   // elements
-const int ALIGN = 128;   // tiles start at a multiple of this element index: whole blocks of every stream
 
 template <class V, int N>
 struct Wide {  // N vectors side by side, so that N dependent chains overlap; a backend like V
@@ -133,55 +130,6 @@ ZO_HD void philox_words(const zo_key& key, zo_u64 block, int count, zo_u32* out)
 
 // ---- stages over n elements, n a multiple of ALIGN
 
-template <class V>
-void decode(int format, const zo_u8* stored, float* w, int n) {
-  if (format == ZO_FP32)
-    for (int i = 0; i < n; i += V::WIDTH) V::store(w + i, V::load((const float*)stored + i));
-  else if (format == ZO_BF16)
-    for (int i = 0; i < n; i += V::WIDTH) V::store(w + i, V::value(V::template shl<16>(V::load16(stored + 2 * i))));
-  else
-    for (int i = 0; i < n; i += V::WIDTH) V::store(w + i, V::half_value(V::load16(stored + 2 * i)));
-}
-
-// stored = encode(w), w = decode(stored); `random`: 16 bits an element, or null to round to nearest
-template <class V>
-void encode(int format, zo_u8* stored, float* w, int n, const zo_u16* random) {
-  typedef typename V::U U;
-  const int W = V::WIDTH;
-  if (format == ZO_FP32)
-    for (int i = 0; i < n; i += W) {
-      typename V::F x = V::value(zo_fp32_round<V>(V::load(w + i)));
-      V::store(w + i, x);
-      V::store((float*)stored + i, x);
-    }
-  else if (format == ZO_BF16) {
-    auto finish = [&](int i, U a, U b) {
-      V::store_bits(stored + 2 * i, V::pack_upper16(a, b));
-      V::store(w + i, zo_bf16_value<V>(a));
-      V::store(w + i + W, zo_bf16_value<V>(b));
-    };
-    if (random)
-      for (int i = 0; i < n; i += 2 * W)
-        finish(i, zo_bf16_round_stochastic<V>(V::load(w + i), V::load16(random + i)),
-               zo_bf16_round_stochastic<V>(V::load(w + i + W), V::load16(random + i + W)));
-    else
-      for (int i = 0; i < n; i += 2 * W)
-        finish(i, zo_bf16_round<V>(V::load(w + i)), zo_bf16_round<V>(V::load(w + i + W)));
-  } else {
-    auto finish = [&](int i, U a, U b) {
-      V::store_bits(stored + 2 * i, V::pack16(a, b));
-      V::store(w + i, V::half_value(a));
-      V::store(w + i + W, V::half_value(b));
-    };
-    if (random)
-      for (int i = 0; i < n; i += 2 * W)
-        finish(i, zo_fp16_round_stochastic<V>(V::load(w + i), V::load16(random + i)),
-               zo_fp16_round_stochastic<V>(V::load(w + i + W), V::load16(random + i + W)));
-    else
-      for (int i = 0; i < n; i += 2 * W) finish(i, V::half_round(V::load(w + i)), V::half_round(V::load(w + i + W)));
-  }
-}
-
 template <class V, bool PAST_CACHE>
 ZO_HD void put(void* p, typename V::U x) {
   if constexpr (PAST_CACHE)
@@ -251,55 +199,227 @@ __attribute__((noinline)) void lane(const float* w, const Noise& noise, int tag,
 
 // ---- one run of consecutive elements
 
+// Which of a tile's elements a pass emits, and which it has to read for that: whole groups, to the parameter's end.
+struct Cut {
+  zo_u64 first;    // element index of the tile
+  int head, count; // emitted: [head, head + count)
+  int begin, end;  // read: [begin, end)
+  int span;        // computed: [0, span)
+  bool whole() const { return begin == 0 && end == span; }
+};
+
+inline Cut cut_tile(const zo_pass& pass, zo_u64 g, zo_u64 n) {
+  Cut cut;
+  cut.head = (int)(g & (ALIGN - 1));
+  cut.count = n < (zo_u64)(TILE - cut.head) ? (int)n : TILE - cut.head;
+  cut.first = g - cut.head;
+  cut.begin = cut.head;
+  cut.end = cut.head + cut.count;
+  cut.span = (cut.end + ALIGN - 1) & ~(ALIGN - 1);
+  if (pass.group) {
+    const zo_u64 last = (pass.rows ? 0 : pass.offset) + pass.total - cut.first;
+    cut.begin &= ~((int)pass.group - 1);
+    cut.end = (cut.end + (int)pass.group - 1) & ~((int)pass.group - 1);
+    if ((zo_u64)cut.end > last) cut.end = (int)last;
+  }
+  return cut;
+}
+
+// the planes at element g, a multiple of the group
+inline Planes planes_at(const zo_pass& pass, zo_u64 g) {
+  const zo_u64 at = g - (pass.rows ? 0 : pass.offset), group = pass.group ? at / pass.group : 0;
+  const int format = (int)pass.format;
+  Planes p = {(zo_u8*)pass.stored + at * zo_format_bits(format) / 8,
+              (zo_u8*)pass.scales + group * zo_scale_bytes(format),
+              (zo_u8*)pass.minima + group * zo_minimum_bytes(format),
+              (zo_u8*)pass.residual + at * zo_residual_bytes(format)};
+  return p;
+}
+
+struct Bounce {  // a copy of a tile that is cut, or a place for what is not kept
+  alignas(64) zo_u8 values[TILE * 4], residual[TILE * 2];
+  alignas(64) zo_u8 scales[MAX_GROUPS * 4], minima[MAX_GROUPS * 2];
+  Planes planes() { return {values, scales, minima, residual}; }
+};
+
+// Copies the cut's planes into the bounce buffer, or what changes in a pass back from it.
+template <bool BACK>
+void carry(const zo_pass& pass, const Cut& cut, Bounce& bounce, bool residual) {
+  const int format = (int)pass.format, bits = zo_format_bits(format), group = pass.group ? (int)pass.group : ALIGN;
+  const Planes there = planes_at(pass, cut.first + cut.begin), here = bounce.planes();
+  const int k = cut.begin / group, groups = (cut.end + group - 1) / group - k;
+  auto copy = [](zo_u8* out, zo_u8* in, int size) {
+    if (size) __builtin_memcpy(BACK ? in : out, BACK ? out : in, size);
+  };
+  if (!BACK) {
+    __builtin_memset(here.values, 0, cut.span * bits / 8);
+    __builtin_memset(here.scales, 0, sizeof bounce.scales);
+    __builtin_memset(here.minima, 0, sizeof bounce.minima);
+    if (residual) __builtin_memset(here.residual, 0, cut.span * zo_residual_bytes(format));
+  }
+  copy(here.values + cut.begin * bits / 8, there.values, ((cut.end - cut.begin) * bits + 7) / 8);
+  copy(here.scales + k * zo_scale_bytes(format), there.scales, groups * zo_scale_bytes(format));
+  copy(here.minima + k * zo_minimum_bytes(format), there.minima, groups * zo_minimum_bytes(format));
+  if (residual)
+    copy(here.residual + cut.begin * zo_residual_bytes(format), there.residual,
+         (cut.end - cut.begin) * zo_residual_bytes(format));
+}
+
+// Elements beside the cut have noise like any other: they must not move the scale of a group they are not in.
+inline void clear_outside(const Cut& cut, float* w) {
+  __builtin_memset(w, 0, 4 * cut.begin);
+  __builtin_memset(w + cut.end, 0, 4 * (cut.span - cut.end));
+}
+
+// One output of a tile, w + scale * noise, through a bounce buffer where the tile is cut.
+template <class V>
+void emit_lane(const zo_work* work, const zo_lane& l, const Cut& cut, zo_u64 out_at, float scale, const float* w,
+               const Noise& noise, zo_u8* scratch) {
+  const int size = zo_format_bytes((int)l.format);
+  zo_u8* out = (zo_u8*)l.out + out_at * size;
+  if (cut.head || cut.count != cut.span) {
+    lane<V, false>(w, noise, work->tag, scale, (int)l.format, scratch, cut.span);
+    __builtin_memcpy(out, scratch + cut.head * size, (zo_u64)cut.count * size);
+  } else if (work->past_cache && ((zo_u64)out & 63) == 0) {
+    lane<V, true>(w, noise, work->tag, scale, (int)l.format, out, cut.span);
+  } else {
+    lane<V, false>(w, noise, work->tag, scale, (int)l.format, out, cut.span);
+  }
+}
+
 template <class V, int R>
-void segment(const zo_work* work, zo_u8* stored, zo_u64 g, zo_u64 n, zo_u64 out_at) {
+void segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
   alignas(64) float w[TILE];
   alignas(64) zo_u16 random[TILE];
-  alignas(64) zo_u8 scratch[TILE * 4], bounce[TILE * 4];
+  Bounce bounce, scratch;
   Noise noise;
+  Grid grid;
   const zo_pass& pass = *work->pass;
-  const int format = (int)pass.format, size = zo_format_bytes(format);
-  const bool write_back = pass.flags & ZO_WRITE_BACK, stochastic = pass.flags & ZO_STOCHASTIC;
+  const int format = (int)pass.format;
+  const bool write_back = pass.flags & ZO_WRITE_BACK, exact = format == ZO_FP32 || format == ZO_BF16_16,
+             stochastic = pass.flags & ZO_STOCHASTIC && !exact;
+  const bool master = zo_residual_bytes(format) && (work->last_fold >= 0 || pass.flags & ZO_MASTER);
+  grid.group = (int)pass.group;
   while (n) {
-    const int head = (int)(g & (ALIGN - 1));
-    const int count = n < (zo_u64)(TILE - head) ? (int)n : TILE - head;
-    const int span = (head + count + ALIGN - 1) & ~(ALIGN - 1);
-    const zo_u64 first = g - head;
-    const bool whole = span == count;
-    zo_u8* bytes = stored;
-    if (!whole) {
-      bytes = bounce;
-      __builtin_memset(bounce, 0, (zo_u64)span * size);
-      __builtin_memcpy(bounce + head * size, stored, (zo_u64)count * size);
-    }
-    decode<V>(format, bytes, w, span);
+    const Cut cut = cut_tile(pass, g, n);
+    const int span = cut.span;
+    Planes planes = bounce.planes();
+    if (cut.whole())
+      planes = planes_at(pass, cut.first);
+    else
+      carry<false>(pass, cut, bounce, master);
+    if (grid.group) load_grid(format, planes, grid, span);
+    if (master)
+      join<V>(format, planes, grid, w, span);
+    else
+      decode<V>(format, planes, grid, w, span);
     for (zo_u32 k = 0; k < pass.num_updates; ++k) {
-      update<V, R>(w, work->updates[k], work->update_keys[k], first, span, noise);
+      update<V, R>(w, work->updates[k], work->update_keys[k], cut.first, span, noise);
       if (!(work->updates[k].flags & ZO_UPDATE_FOLD)) continue;
-      if (stochastic && format != ZO_FP32)
-        philox_words<V, R, V::GROUPS>(work->rounding_keys[k], first >> 3, span / 8, (zo_u32*)random);
-      const bool keep = write_back && (int)k == work->last_fold;
-      encode<V>(format, keep ? bytes : scratch, w, span, stochastic ? random : 0);
-      if (keep && !whole) __builtin_memcpy(stored, bounce + head * size, (zo_u64)count * size);
+      if (stochastic)
+        philox_words<V, R, V::GROUPS>(work->rounding_keys[k], cut.first >> 3, span / 8, (zo_u32*)random);
+      const bool last = (int)k == work->last_fold, keep = write_back && last;
+      if (grid.group && !cut.whole()) clear_outside(cut, w);
+      encode<V>(format, keep ? planes : scratch.planes(), grid, w, span, stochastic ? random : 0, last);
+      if (!keep) continue;
+      if (grid.group) store_grid(format, grid, planes, span);
+      if (!cut.whole()) carry<true>(pass, cut, bounce, master);
     }
     for (zo_u32 j = 0; j < pass.num_lanes; ++j) {
       const zo_lane& l = work->lanes[j];
-      if (work->lane_keys[j].fresh) make_noise<V, R>(work->lane_keys[j], first, span, noise);
-      const int out_size = zo_format_bytes((int)l.format);
-      zo_u8* out = (zo_u8*)l.out + out_at * out_size;
-      if (!whole) {
-        lane<V, false>(w, noise, work->tag, l.scale, (int)l.format, scratch, span);
-        __builtin_memcpy(out, scratch + head * out_size, (zo_u64)count * out_size);
-      } else if (work->past_cache && ((zo_u64)out & 63) == 0) {
-        lane<V, true>(w, noise, work->tag, l.scale, (int)l.format, out, span);
-      } else {
-        lane<V, false>(w, noise, work->tag, l.scale, (int)l.format, out, span);
+      if (work->lane_keys[j].fresh) make_noise<V, R>(work->lane_keys[j], cut.first, span, noise);
+      emit_lane<V>(work, l, cut, out_at, l.scale, w, noise, scratch.values);
+    }
+    g += cut.count;
+    out_at += cut.count;
+    n -= cut.count;
+  }
+}
+
+// ---- scales as what trains: the same pass over the scales of GROUPS groups, then their codes times these for each lane
+
+template <class V, int R>
+void scales_segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
+  const int GROUPS = ALIGN;  // at a time: whole blocks of noise
+  alignas(64) float scale[GROUPS], moved[GROUPS], w[TILE];
+  Bounce bounce;
+  Noise noise;
+  Grid grid;
+  const zo_pass& pass = *work->pass;
+  const zo_u64 base = pass.rows ? 0 : pass.offset, group = pass.group;
+  const int format = (int)pass.format;
+  grid.group = (int)group;
+  while (n) {
+    const zo_u64 k0 = g / group / GROUPS * GROUPS, from = g / group;  // group indices in the parameter
+    zo_u64 stop = (k0 + GROUPS) * group;
+    if (stop > g + n) stop = g + n;
+    const int begin = (int)(from - k0), end = (int)((stop + group - 1) / group - k0);
+    float* stored = (float*)pass.scales + (from - base / group);
+    __builtin_memset(scale, 0, sizeof scale);
+    __builtin_memcpy(scale + begin, stored, 4 * (end - begin));
+    for (zo_u32 k = 0; k < pass.num_updates; ++k) {
+      update<V, R>(scale, work->updates[k], work->update_keys[k], k0, GROUPS, noise);
+      for (int i = begin; i < end; ++i) scale[i] = zo_trained_scale(scale[i]);
+      if (pass.flags & ZO_WRITE_BACK && (int)k == work->last_fold)
+        __builtin_memcpy(stored, scale + begin, 4 * (end - begin));
+    }
+    for (zo_u32 j = 0; j < pass.num_lanes; ++j) {
+      const zo_lane& l = work->lanes[j];
+      if (work->lane_keys[j].fresh) make_noise<V, R>(work->lane_keys[j], k0, GROUPS, noise);
+      lane<V, false>(scale, noise, work->tag, l.scale, ZO_FP32, (zo_u8*)moved, GROUPS);
+      for (zo_u64 at = g; at < stop;) {
+        const Cut cut = cut_tile(pass, at, stop - at);
+        Planes planes = bounce.planes();
+        if (cut.whole())
+          planes = planes_at(pass, cut.first);
+        else
+          carry<false>(pass, cut, bounce, false);
+        load_grid(format, planes, grid, cut.span);
+        for (int k = cut.begin / grid.group; k < (cut.end + grid.group - 1) / grid.group; ++k)
+          grid.scale[k] = moved[cut.first / group + k - k0];
+        decode<V>(format, planes, grid, w, cut.span);
+        emit_lane<V>(work, l, cut, out_at + (at - g), 0.0f, w, noise, bounce.values);
+        at += cut.count;
       }
     }
-    stored += (zo_u64)count * size;
-    g += count;
-    out_at += count;
-    n -= count;
+    out_at += stop - g;
+    n -= stop - g;
+    g = stop;
+  }
+}
+
+// ---- values into a format, as they are first stored
+
+template <class V>
+void encode_segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64* not_finite) {
+  alignas(64) float w[TILE];
+  Bounce bounce, source;
+  Grid grid;
+  const zo_pass& pass = *work->pass;
+  const int format = (int)pass.format, from = (int)work->values_format, size = zo_format_bytes(from);
+  grid.group = (int)pass.group;
+  while (n) {
+    const Cut cut = cut_tile(pass, g, n);
+    const zo_u8* values = (const zo_u8*)work->values + (g - pass.offset) * size;
+    Planes planes = cut.whole() ? planes_at(pass, cut.first) : bounce.planes(), in = source.planes();
+    if (cut.whole()) {
+      in.values = (zo_u8*)values;
+    } else {
+      __builtin_memset(in.values, 0, cut.span * size);
+      __builtin_memcpy(in.values + cut.head * size, values, (zo_u64)cut.count * size);
+    }
+    decode<V>(from, in, grid, w, cut.span);
+    not_finite[0] += count_not_finite<V>(w, cut.span);
+    for (int k = 0; k < MAX_GROUPS; ++k) grid.scale[k] = 0.0f;
+    if (zo_trains(format))
+      encode<V>(format, planes, grid, w, cut.span, 0, true);
+    else
+      encode_four_bits<V>(format, planes, grid, w, cut.span, cut.end);
+    if (zo_trains(format)) not_finite[1] += count_not_finite<V>(w, cut.span);
+    if (grid.group) store_grid(format, grid, planes, cut.span);
+    if (!cut.whole()) carry<true>(pass, cut, bounce, zo_residual_bytes(format));
+    g += cut.count;
+    n -= cut.count;
   }
 }
 
@@ -325,7 +445,10 @@ void noise_segment(const zo_key* key, zo_u64 g, zo_u64 n, float* out) {
 
 template <class V>
 zo_kernels kernels() {
-  zo_kernels k = {{segment<V, 7>, segment<V, 10>}, {noise_segment<V, 7>, noise_segment<V, 10>}};
+  zo_kernels k = {{segment<V, 7>, segment<V, 10>},
+                  {scales_segment<V, 7>, scales_segment<V, 10>},
+                  {noise_segment<V, 7>, noise_segment<V, 10>},
+                  encode_segment<V>};
   return k;
 }
 

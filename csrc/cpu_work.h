@@ -17,12 +17,17 @@ struct zo_work {
   const zo_key *update_keys, *rounding_keys, *lane_keys;
   int last_fold, tag;
   int past_cache;  // lanes are too large for a cache to keep: write them around it
+  const void* values;  // to encode, in a plain format
+  zo_u32 values_format;
 };
 
 struct zo_kernels {  // index 0: 7 rounds, 1: 10 rounds
-  // elements [g, g + n) of the parameter, the first of them stored at `stored`, written to outputs from `out_at`
-  void (*segment[2])(const zo_work*, zo_u8* stored, zo_u64 g, zo_u64 n, zo_u64 out_at);
+  // elements [g, g + n) of the parameter, written to outputs from `out_at`
+  void (*segment[2])(const zo_work*, zo_u64 g, zo_u64 n, zo_u64 out_at);
+  void (*scales[2])(const zo_work*, zo_u64 g, zo_u64 n, zo_u64 out_at);
   void (*noise[2])(const zo_key*, zo_u64 g, zo_u64 n, float* out);
+  // counts what is not finite before and after
+  void (*encode)(const zo_work*, zo_u64 g, zo_u64 n, zo_u64 not_finite[2]);
 };
 
 extern "C" {

@@ -1,11 +1,15 @@
 // The fused pass for one element; what every tile, warp and vector of it must equal. No #include but ours.
 //
-//   w = decode(stored)
+//   w = decode(stored)                               join(stored, residual) if split and any update folds
 //   for each update:  w = w * decay                  unless decay == 1
 //                     w = fma(-coeff, z, w)          unless coeff == 0
-//                     w = decode(encode(w))          if it folds
+//                     w = decode(encode(w))          if it folds; of a split format, the master's value
 //   stored = the bytes of the last fold              if write-back is on and any update folds
+//   w = decode(stored)                               after the last fold, if split: lanes see the coarse plane
 //   for each lane:    out = round(fma(scale, z, w))  round(w) if scale == 0
+//
+// With scales as the target, w is a group's scale and z's index the group's; after each update it is at least 1e-7,
+// folding rounds nothing, and an output is the element's code times its group's moved scale (plus the minimum).
 //
 // Skipping where a factor is 1 or 0 is part of the definition: it keeps the sign of a zero weight.
 #ifndef ZO_FUSED_H
@@ -21,6 +25,12 @@ ZO_HD typename B::F zo_add_noise(typename B::F w, typename B::F scale, typename 
 template <class B>
 ZO_HD typename B::F zo_add_sign(typename B::F w, typename B::F scale, typename B::U sign) {
   return B::add(w, B::value(B::xor_(B::bits(scale), sign)));
+}
+
+// a trained scale stays positive (QZO: Shang et al. 2025, "Fine-tuning quantized neural networks with zeroth-order
+// optimization"); a NaN becomes the one quiet NaN
+ZO_HD float zo_trained_scale(float scale) {
+  return scale == scale ? (scale < 1e-7f ? 1e-7f : scale) : ZoScalar::value(0x7fc00000u);
 }
 
 // index of the last update that folds, or -1

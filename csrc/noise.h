@@ -98,6 +98,15 @@ struct ZoScalar {
   template <int N> static ZO_HD U shr(U a) { return a >> N; }
   // a < b ? x : y, a and b signed
   static ZO_HD U select_less(U a, U b, U x, U y) { return (zo_i32)a < (zo_i32)b ? x : y; }
+  // the larger, both signed
+  static ZO_HD U most_u(U a, U b) { return (zo_i32)a > (zo_i32)b ? a : b; }
+  // a > b ? x : y; false with a NaN
+  static ZO_HD U select_greater(F a, F b, U x, U y) { return a > b ? x : y; }
+  // of numbers, not NaN
+  static ZO_HD F least(F a, F b) { return a < b ? a : b; }
+  static ZO_HD F most(F a, F b) { return a > b ? a : b; }
+  // of a number, not NaN
+  static ZO_HD F clamp(F x, float low, float high) { return x < low ? low : x > high ? high : x; }
   // v is NaN ? x : y
   static ZO_HD U select_nan(F v, U x, U y) { return (bits(v) & 0x7fffffffu) > 0x7f800000u ? x : y; }
 #if defined(__CUDA_ARCH__)
@@ -105,6 +114,7 @@ struct ZoScalar {
   static ZO_HD F mul(F a, F b) { return __fmul_rn(a, b); }
   static ZO_HD F add(F a, F b) { return __fadd_rn(a, b); }
   static ZO_HD F sqrt(F a) { return __fsqrt_rn(a); }
+  static ZO_HD F divide(F a, F b) { return __fdiv_rn(a, b); }
   static ZO_HD F to_float(U a) { return __int2float_rn((zo_i32)a); }
   static ZO_HD U truncate(F a) { return (U)__float2int_rz(a); }
   static ZO_HD U bits(F a) { return __float_as_uint(a); }
@@ -114,6 +124,7 @@ struct ZoScalar {
   static ZO_HD F mul(F a, F b) { return a * b; }  // built with -ffp-contract=off
   static ZO_HD F add(F a, F b) { return a + b; }
   static ZO_HD F sqrt(F a) { return __builtin_sqrtf(a); }
+  static ZO_HD F divide(F a, F b) { return a / b; }
   static ZO_HD F to_float(U a) { return (float)(zo_i32)a; }
   static ZO_HD U truncate(F a) { return (U)(zo_i32)a; }
   static ZO_HD U bits(F a) {

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from native_variants import each_variant, using
+from native_variants import each_isa, each_variant, using
 
 from zo_offload.errors import CheckpointError, ConfigError
 from zo_offload.formats import FORMATS, Format, decode_values, encode_values, format_of, get_format
@@ -250,12 +250,10 @@ def test_values_are_encoded_within_the_stated_error(fmt, numel):
         assert ((master - values).abs() <= values.abs().max() * 0.16).all()
 
 
-@each_format
+@pytest.mark.parametrize("fmt", [f for f in FORMATS.values() if f.trains], ids=lambda f: f.name)
 @pytest.mark.parametrize("random", [None, 0, 65535], ids=["nearest", "lowest", "highest"])
 def test_values_on_the_grid_stay_there(fmt, random):
     """Encoding what was decoded, onto its own grid, changes no value under any random bits, and no bit but scales'."""
-    if not fmt.trains:
-        pytest.skip("never encoded again")
     values = torch.randn(5000, generator=torch.Generator().manual_seed(4)) * 3
     stored, residual = encode_values(values, fmt)
     master = decode_values(stored, residual, fmt, 5000)
@@ -270,13 +268,35 @@ def test_values_on_the_grid_stay_there(fmt, random):
         assert rest is None or torch.equal(rest, residual)
 
 
-def test_values_that_cannot_be_stored_are_refused():
+@each_isa
+@each_format
+def test_native_encoding_is_the_references(isa, fmt):
+    """Values of all sizes and signs, odd lengths, each input dtype, groups of zeros; both parts, decoded both ways."""
+    for numel in (1, 63, 64, 127, 129, 1023, 1025, 3000, 70_001):
+        values = torch.cat([torch.randn(numel) * 0.02, words(numel, numel), torch.zeros(300)])
+        values = values[torch.arange(numel) * 2 % values.numel()]
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            given = values.to(dtype)
+            given = torch.where(given.isfinite() & (given.abs() < 6e4), given, -1.0)
+            with using("reference"):
+                want = encode_values(given, fmt)
+                coarse, master = (decode_values(want[0], rest, fmt, numel) for rest in (None, want[1]))
+            with using(isa):
+                got = encode_values(given, fmt, threads=3)
+                assert torch.equal(got[0], want[0]), (numel, dtype)
+                assert (got[1] is None and want[1] is None) or torch.equal(got[1], want[1]), (numel, dtype)
+                assert torch.equal(bits(decode_values(want[0], None, fmt, numel)), bits(coarse))
+                assert torch.equal(bits(decode_values(want[0], want[1], fmt, numel)), bits(master))
+
+
+@each_variant
+def test_values_that_cannot_be_stored_are_refused(variant):
     values = torch.ones(300)
     values[7], values[200] = math.nan, math.inf
     for fmt in FORMATS.values():
-        with pytest.raises(CheckpointError, match=r"layer.weight: 2 of 300 values are NaN or infinite"):
+        with using(variant), pytest.raises(CheckpointError, match=r"layer.weight: 2 of 300 values are NaN or infinite"):
             encode_values(values, fmt, what="layer.weight")
-    with pytest.raises(CheckpointError, match=r"up to 70000, more than fp16 can hold"):
+    with using(variant), pytest.raises(CheckpointError, match=r"up to 70000, more than fp16 can hold"):
         encode_values(torch.tensor([1.0, 7e4]), FORMATS["fp16"])
     with pytest.raises(ConfigError, match="int64"):
         encode_values(torch.arange(4), FORMATS["bf16"])

@@ -20,6 +20,9 @@ from zo_offload.fused import Perturbation, Update, fused_pass, fused_rows
 from zo_offload.noise import NoiseSpec, noise
 
 BF16, FP16, FP32 = FORMATS["bf16"], FORMATS["fp16"], FORMATS["fp32"]
+SMALL = [fmt for fmt in FORMATS.values() if fmt not in (BF16, FP16, FP32)]
+TRAINED = [fmt for fmt in FORMATS.values() if fmt.trains]
+WITH_SCALES = [fmt for fmt in FORMATS.values() if fmt.trains_scales]
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SPEC = NoiseSpec()
 
@@ -28,29 +31,33 @@ def f32(x: float) -> float:
     return torch.tensor(x, dtype=torch.float32).item()
 
 
-def weights(fmt, n, seed=0):
-    """Bytes of n ordinary weights with a few special ones among them."""
+def ordinary(n, seed=0):
+    """n ordinary weights with a few special ones among them; in a format with groups two groups get a NaN scale."""
     w = torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 0.02
     special = torch.tensor([0.0, -0.0, 1e-40, -6e-8, 3e-5, 65504.0, float("inf"), float("-inf"), float("nan")])
     at = torch.arange(min(n, special.numel()) if n > 64 else 0)
-    w[at * 7] = special[at]
-    return w.to(fmt.torch_dtype).view(torch.uint8)
+    w[at * 7 + n // 3 if n > 300 else at * 7] = special[at]
+    return w
+
+
+def weights(fmt, n, seed=0):
+    """The streamed part of `ordinary` weights."""
+    return fmt.encode(ordinary(n, seed))
 
 
 def bits(x):
     return x.view(torch.int32 if x.element_size() == 4 else torch.int16 if x.element_size() == 2 else torch.uint8)
 
 
-def run(variant, stored, fmt, perturbations=(), dtypes=(), **kwargs):
-    """fused_pass on a copy; returns the bytes after it and the lanes, as integers."""
-    stored = stored.clone()
-    n = stored.numel() // fmt.nbytes(1)
+def run(variant, stored, fmt, perturbations=(), dtypes=(), numel=None, residual=None, **kwargs):
+    """fused_pass on copies; returns the bytes after it (residual part too, if given) and the lanes, as integers."""
+    stored, residual = stored.clone(), None if residual is None else residual.clone()
+    n = stored.numel() // fmt.nbytes(1) if numel is None else numel
     outs = [torch.full((n,), 7.0, dtype=d) for d in dtypes]
     with using(variant):
-        fused_pass(
-            stored, fmt, numel=n, perturbations=perturbations, outs=outs, **{"param_id": 5, "noise": SPEC} | kwargs
-        )
-    return [stored] + [bits(out) for out in outs]
+        fused_pass(stored, fmt, numel=n, perturbations=perturbations, outs=outs, residual=residual,
+                   **{"param_id": 5, "noise": SPEC} | kwargs)  # fmt: skip
+    return [stored] + ([] if residual is None else [residual]) + [bits(out) for out in outs]
 
 
 def assert_same(got, want, note=""):
@@ -58,15 +65,16 @@ def assert_same(got, want, note=""):
         assert torch.equal(a, b), f"{note}: result {index}, {int((a != b).sum())} of {a.numel()} differ"
 
 
-def random_case(chance: random.Random):
-    fmt = chance.choice([BF16, FP16, FP32])
+def random_case(chance: random.Random, fmt=None, target="values"):
+    fmt = fmt or chance.choice([BF16, FP16, FP32])
     n = chance.choice([0, 1, 3, 64, 127, 128, 129, 1000, 1024, 1025, 2048, 3333, chance.randrange(5000)])
+    folds = 0.7 if fmt.trains or target == "scales" else 0.0
     updates = [
         Update(
             chance.randrange(1 << 64),
             chance.choice([0.0, f32(1e-6), f32(-3e-4), f32(0.25)]),
             chance.choice([1.0, f32(0.999), f32(1 - 1e-6)]),
-            chance.random() < 0.7,
+            chance.random() < folds,
         )
         for _ in range(chance.choice([0, 0, 1, 1, 2, 5]))
     ]
@@ -75,11 +83,19 @@ def random_case(chance: random.Random):
         Perturbation(chance.choice(seeds), chance.choice([f32(1e-3), f32(-1e-3), 0.0, 100.0]))
         for _ in range(chance.choice([0, 1, 2, 2, 5]))
     ]
-    return (weights(fmt, n, chance.randrange(99)), fmt), dict(
+    offset = chance.choice([0, 0, 1, 100, 128, 1023, 1024 * 7, (1 << 34) - 500, (1 << 40) + 3])
+    values = ordinary(n, chance.randrange(99))
+    if chance.random() < 0.5:
+        values = torch.where(values.isfinite(), values, 0.0)
+    stored, residual = fmt.split(values) if fmt.residual_bytes else (fmt.encode(values), None)
+    return (stored, fmt), dict(
         updates=updates,
         perturbations=lanes,
+        numel=n,
+        residual=residual,
+        target=target,
         dtypes=[chance.choice(OUT_DTYPES) for _ in lanes],
-        offset=chance.choice([0, 0, 1, 100, 128, 1023, 1024 * 7, (1 << 34) - 500, (1 << 40) + 3]),
+        offset=offset // fmt.group * fmt.group if fmt.group else offset,
         write_back=chance.random() < 0.8,
         rounding=chance.choice(["nearest", "stochastic"]),
         noise=NoiseSpec(chance.choice(["gaussian", "rademacher"]), chance.choice([7, 10])),
@@ -100,6 +116,30 @@ def test_native_equals_the_reference(isa, part):
 
 
 @each_isa
+@pytest.mark.parametrize("fmt", SMALL, ids=lambda f: f.name)
+def test_native_equals_the_reference_in_formats_with_planes(isa, fmt):
+    """The same cases where a parameter has scales, minima or a residual part."""
+    chance = random.Random(fmt.name)
+    for number in range(30):
+        arguments, options = random_case(chance, fmt)
+        assert_same(
+            run(isa, *arguments, **options), run("reference", *arguments, **options), f"case {number} {options}"
+        )
+
+
+@each_isa
+@pytest.mark.parametrize("fmt", WITH_SCALES, ids=lambda f: f.name)
+def test_native_equals_the_reference_when_scales_train(isa, fmt):
+    chance = random.Random(fmt.name)
+    for number in range(25):
+        arguments, options = random_case(chance, fmt, "scales")
+        options["residual"] = None
+        assert_same(
+            run(isa, *arguments, **options), run("reference", *arguments, **options), f"case {number} {options}"
+        )
+
+
+@each_isa
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("fmt", [BF16, FP16], ids=lambda f: f.name)
 def test_every_code_times_anything_is_encoded_as_by_the_reference(isa, fmt, rounding):
@@ -112,15 +152,102 @@ def test_every_code_times_anything_is_encoded_as_by_the_reference(isa, fmt, roun
 
 @each_variant
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("fmt", [BF16, FP16, FP32], ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", TRAINED, ids=lambda f: f.name)
 def test_pending_updates_in_one_call_equal_one_call_each(variant, fmt, rounding):
-    stored = weights(fmt, 3000)
-    updates = [Update(seed, f32(3e-3), f32(1 - 1e-3)) for seed in range(4)]
+    """Large updates, so that scales move between them; every other one waits for the next to fold."""
+    values = torch.randn(3000, generator=torch.Generator().manual_seed(0)) * 0.02
+    parts = fmt.split(values) if fmt.residual_bytes else [fmt.encode(values)]
+    updates = [Update(seed, f32(3e-2), f32(1 - 1e-3), fold=seed % 2 == 1) for seed in range(8)]
+    options = dict(rounding=rounding, offset=1280, numel=3000)
     lanes = dict(perturbations=[Perturbation(9, f32(1e-3))], dtypes=[torch.float32])
-    together = run(variant, stored, fmt, updates=updates, rounding=rounding, offset=11, **lanes)
-    for update in updates[:-1]:
-        stored = run(variant, stored, fmt, updates=[update], rounding=rounding, offset=11)[0]
-    assert_same(together, run(variant, stored, fmt, updates=updates[-1:], rounding=rounding, offset=11, **lanes))
+
+    def once(parts, updates, **more):
+        return run(variant, parts[0], fmt, residual=(*parts, None)[1], updates=updates, **options, **more)
+
+    together = once(parts, updates, **lanes)
+    for k in (0, 2, 4):
+        parts = once(parts, updates[k : k + 2])
+    assert_same(together, once(parts, updates[6:], **lanes))
+
+
+@each_variant
+@pytest.mark.parametrize("fmt", WITH_SCALES, ids=lambda f: f.name)
+def test_pending_updates_of_scales_equal_one_call_each(variant, fmt):
+    stored = fmt.encode(torch.randn(3000, generator=torch.Generator().manual_seed(0)) * 0.02)
+    updates = [Update(seed, f32(3e-4), fold=seed == 3) for seed in range(4)]
+    options = dict(numel=3000, target="scales", offset=640)
+    lanes = dict(perturbations=[Perturbation(9, f32(1e-3))], dtypes=[torch.float32])
+    together = run(variant, stored, fmt, updates=updates, **options, **lanes)
+    for update in updates:
+        stored = run(variant, stored, fmt, updates=[Update(update.seed, update.coeff)], **options)[0]
+    assert_same(together, run(variant, stored, fmt, **options, **lanes))
+
+
+@each_variant
+@pytest.mark.parametrize("fmt", WITH_SCALES, ids=lambda f: f.name)
+def test_a_scale_moves_and_stays_positive(variant, fmt):
+    """Spelled out: the scale is a weight of its own, the codes stay, a step across zero ends at 1e-7."""
+    n, group = 1000, fmt.group
+    stored = fmt.encode(torch.randn(n, generator=torch.Generator().manual_seed(0)) * 0.02)
+    (start, size), count = fmt.scales_span(n), fmt.num_groups(n)
+    before = stored[start : start + size].clone().view(torch.float32)
+    coeff = f32(before.mean().item())
+    got, lane = run(variant, stored, fmt, numel=n, target="scales", updates=[Update(1, coeff)], offset=group * 7,
+                    perturbations=[Perturbation(2, f32(1e-3))], dtypes=[torch.float32])  # fmt: skip
+    after = got[start : start + size].clone().view(torch.float32)
+    z = noise(SPEC, 1, 5, count, offset=7)
+    want = (before.double() - coeff * z.double()).float().clamp(min=f32(1e-7))
+    assert torch.equal(after, want)
+    assert int((after == f32(1e-7)).sum()) > 0, "no scale was driven below zero: the test is too tame"
+    rest = torch.ones(stored.numel(), dtype=torch.bool)
+    rest[start : start + size] = False
+    assert torch.equal(got[rest], stored[rest])
+    moved = (after.double() + f32(1e-3) * noise(SPEC, 2, 5, count, offset=7).double()).float()
+    again = got.clone()
+    again[start : start + size] = moved.view(torch.uint8)
+    assert torch.equal(lane.view(torch.float32), fmt.decode(again, n))
+
+
+@each_variant
+@pytest.mark.parametrize("fmt", [f for f in TRAINED if f.residual_bytes], ids=lambda f: f.name)
+def test_a_split_master_is_updated_as_itself_and_seen_coarse(variant, fmt):
+    """Updates below the coarse step reach the master whole; lanes see decode(coarse); others need no residual."""
+    n = 2000
+    values = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    stored, residual = fmt.split(values)
+    master = fmt.join(stored, residual)
+    update, lane = Update(1, f32(1e-3)), dict(perturbations=[Perturbation(0, 0.0)], dtypes=[torch.float32])
+    after, rest, seen = run(variant, stored, fmt, numel=n, residual=residual, updates=[update], **lane)
+    exact = master.double() - f32(1e-3) * noise(SPEC, 1, 5, n).double()
+    want = fmt.split(exact.float(), like=stored)  # a product of 24 x 24 bits is exact in float64
+    assert torch.equal(after, want[0])
+    assert torch.equal(rest, want[1])
+    assert torch.equal(seen, bits(fmt.decode(after, n)))
+    pending = Update(1, f32(1e-3), fold=False)
+    got = run(variant, stored, fmt, numel=n, updates=[pending], **lane)
+    kept = run(variant, stored, fmt, numel=n, residual=residual, updates=[pending], **lane)
+    assert torch.equal(got[0], stored)
+    assert torch.equal(kept[1], residual)
+    assert torch.equal(got[1], kept[2])
+    coarse = fmt.decode(stored, n).double() - f32(1e-3) * noise(SPEC, 1, 5, n).double()
+    assert torch.equal(got[1].view(torch.float32), coarse.float())
+
+
+@each_variant
+def test_200_updates_of_a_split_master_are_those_of_float32(variant):
+    """bf16+16 folded every 1, 4 or 16 updates ends on the weights of a float32 run, bit for bit."""
+    n, fmt = 700, FORMATS["bf16+16"]
+    values = torch.randn(n, generator=torch.Generator().manual_seed(0)) * 0.02
+    updates = [Update(seed, f32(1e-6), f32(1 - 1e-7)) for seed in range(200)]
+    spec = NoiseSpec("rademacher")
+    want = run(variant, values.view(torch.uint8), FP32, updates=updates, noise=spec)[0]
+    for every in (1, 4, 16):
+        stored, residual = fmt.split(values)
+        for k in range(0, 200, every):
+            group = updates[k : k + every]
+            group = [Update(u.seed, u.coeff, u.decay, fold=i == len(group) - 1) for i, u in enumerate(group)]
+            stored, residual = run(variant, stored, fmt, residual=residual, updates=group, noise=spec)
+        assert torch.equal(fmt.join(stored, residual).view(torch.uint8), want), every
 
 
 @each_variant
@@ -213,13 +340,16 @@ def test_pieces_equal_the_whole(variant, fmt, distribution):
 
 
 @each_variant
-def test_thread_count_does_not_matter(variant):
-    stored = weights(BF16, 200_001)
-    options = dict(updates=[Update(1, f32(1e-2))], rounding="stochastic", offset=1000,
-                   perturbations=[Perturbation(2, f32(1e-3))] * 2, dtypes=[torch.float32, torch.bfloat16])  # fmt: skip
-    want = run(variant, stored, BF16, threads=1, **options)
+@pytest.mark.parametrize("name", ["bf16", "int8+8", "fp8_e4m3"])
+def test_thread_count_does_not_matter(variant, name):
+    fmt, n = FORMATS[name], 200_001
+    stored, residual = fmt.split(ordinary(n)) if fmt.residual_bytes else (weights(fmt, n), None)
+    options = dict(updates=[Update(1, f32(1e-2))], rounding="stochastic", offset=1000 // (fmt.group or 1) * 128,
+                   perturbations=[Perturbation(2, f32(1e-3))] * 2, dtypes=[torch.float32, torch.bfloat16],
+                   numel=n, residual=residual)  # fmt: skip
+    want = run(variant, stored, fmt, threads=1, **options)
     for threads in (2, 5, 64):
-        assert_same(run(variant, stored, BF16, threads=threads, **options), want, f"{threads} threads")
+        assert_same(run(variant, stored, fmt, threads=threads, **options), want, f"{threads} threads")
 
 
 @each_isa
@@ -241,19 +371,29 @@ def test_lanes_too_large_for_a_cache_are_the_same(isa):
 
 
 @each_variant
+@pytest.mark.parametrize("target", ["values", "scales"])
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
 @pytest.mark.parametrize("row_numel", [1, 48, 127, 768, 1030])
-def test_rows_equal_the_rows_of_the_whole(variant, row_numel):
+def test_rows_equal_the_rows_of_the_whole(variant, row_numel, fmt, target):
+    """Rows that start and end inside groups are those of a pass over everything, folds included; nothing is written."""
+    if target == "scales" and not fmt.trains_scales:
+        return  # refused, see below
     num_rows = 40
-    stored = weights(BF16, num_rows * row_numel)
+    n = num_rows * row_numel
+    stored, residual = fmt.split(ordinary(n)) if fmt.residual_bytes else (weights(fmt, n), None)
     rows = torch.tensor([3, 0, 39, 3, 17])
-    options = dict(updates=[Update(1, f32(1e-2)), Update(2, f32(1e-4), fold=False)], rounding="stochastic")
+    folds = fmt.trains or target == "scales"
+    options = dict(updates=[Update(1, f32(1e-2), fold=folds), Update(2, f32(1e-4), fold=False)], rounding="stochastic",
+                   target=target)  # fmt: skip
     lanes = [Perturbation(2, f32(1e-3)), Perturbation(2, f32(-1e-3))]
-    _, *whole = run(variant, stored, BF16, perturbations=lanes, dtypes=[torch.float32] * 2, **options)
+    *_, one, two = run(variant, stored, fmt, numel=n, residual=residual, perturbations=lanes,
+                       dtypes=[torch.float32] * 2, **options)  # fmt: skip
+    whole = [one, two]
     outs = [torch.empty(len(rows), row_numel) for _ in lanes]
     before = stored.clone()
     with using(variant):
-        fused_rows(stored, BF16, param_id=5, row_numel=row_numel, rows=rows, noise=SPEC, perturbations=lanes, outs=outs,
-                   threads=3, **options)  # fmt: skip
+        fused_rows(stored, fmt, param_id=5, row_numel=row_numel, rows=rows, numel=n, noise=SPEC, perturbations=lanes,
+                   outs=outs, residual=residual, threads=3, **options)  # fmt: skip
     for out, full in zip(outs, whole, strict=True):
         assert torch.equal(bits(out), full.view(num_rows, row_numel)[rows])
     assert torch.equal(stored, before)
@@ -348,6 +488,8 @@ def test_what_does_not_fit_is_refused_by_name():
         (r"rounding='up'", dict(rounding="up")),
         (r"param_id=4294967296", dict(param_id=1 << 32)),
         (r"offset", dict(offset=-1)),
+        (r"target='bits'", dict(target="bits")),
+        (r"bf16 has no float32 scales", dict(target="scales")),
     ]
     for message, change in cases:
         options = {"stored": stored, **good, **change}
@@ -361,6 +503,32 @@ def test_what_does_not_fit_is_refused_by_name():
         fused_rows(stored, BF16, rows=torch.tensor([0], dtype=torch.int32), **rows)
     with pytest.raises(ConfigError, match="not a whole number"):
         fused_rows(stored, BF16, rows=torch.tensor([0]), **rows | {"row_numel": 3})
+
+
+def test_what_a_format_cannot_do_is_refused_by_name():
+    def attempt(name, numel=256, **options):
+        fmt = FORMATS[name]
+        stored = torch.zeros(fmt.nbytes(numel), dtype=torch.uint8)
+        fused_pass(stored, fmt, param_id=0, numel=numel, noise=SPEC, **options)
+
+    fold, pending = Update(1, 0.5), Update(1, 0.5, fold=False)
+    attempt("bf16+16", updates=[pending])
+    attempt("int4", updates=[pending])
+    attempt("int4", updates=[fold], target="scales")
+    cases = [
+        (r"give its residual too", "bf16+16", dict(updates=[fold])),
+        (r"256 bf16\+8 elements have 256 bytes", "bf16+8", dict(residual=torch.zeros(512, dtype=torch.uint8))),
+        (r"int4 values are never rewritten", "int4", dict(updates=[fold])),
+        (r"nf4 values are never rewritten", "nf4", dict(updates=[fold])),
+        (r"offset=100: int8 has groups of 128", "int8", dict(offset=100)),
+        (r"fp8_e4m3 has no float32 scales", "fp8_e4m3", dict(target="scales")),
+    ]
+    for message, name, options in cases:
+        with pytest.raises(ConfigError, match=message):
+            attempt(name, **options)
+    with pytest.raises(ConfigError, match="give numel"):
+        fused_rows(torch.zeros(260, dtype=torch.uint8), FORMATS["int8"], param_id=0, row_numel=4,
+                   rows=torch.tensor([0]), noise=SPEC, perturbations=[], outs=[])  # fmt: skip
 
 
 @pytest.mark.parametrize("value", [0.1, float("nan"), float("inf"), 1e300])

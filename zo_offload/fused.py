@@ -16,6 +16,10 @@ block happened to be visited: several pending updates in one call equal one call
 value as stored, plus any trailing updates that do not fold. A format with groups decides at each fold, from the
 group's values and its scale, whether the scale changes.
 
+target="scales" trains the float32 scales of the groups instead (QZO): in the lines above w is a group's scale, z's
+element index the group's, an update ends with w = max(w, 1e-7), folding rounds nothing, and an output is made from the
+element's code with its group's scale moved by the lane. Values are only read.
+
 The native library does this a cache-sized tile at a time; without it `reference.py` does, with the same bits.
 """
 
@@ -33,9 +37,11 @@ from torch import Tensor
 from zo_offload import native, reference
 from zo_offload.errors import ConfigError
 from zo_offload.formats import Format, format_of
+from zo_offload.formats.codec import planes
 from zo_offload.noise import NoiseSpec
 
 Rounding = Literal["nearest", "stochastic"]
+Target = Literal["values", "scales"]
 
 
 def _check(what: str, seed: int, **scalars: float) -> None:
@@ -92,6 +98,7 @@ def fused_pass(
     perturbations: Sequence[Perturbation] = (),
     outs: Sequence[Tensor] = (),
     residual: Tensor | None = None,
+    target: Target = "values",
     threads: int | None = None,
 ) -> None:
     """Run the pass above over `numel` consecutive elements of one parameter.
@@ -115,20 +122,21 @@ def fused_pass(
     for out in outs:
         if out.numel() != numel:
             raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold the {numel} elements of this pass")
-    residual = _residual(residual, fmt, numel, updates, stored.device)
+    residual = _residual(residual, fmt, numel, updates, target, stored.device)
     stochastic = rounding == "stochastic"
     library = native.library()
     if library is None or fmt.code not in library.formats:
         reference.fused_pass(
             stored, fmt, param_id=param_id, numel=numel, offset=offset, updates=updates, write_back=write_back,
             stochastic=stochastic, noise=noise, perturbations=perturbations, outs=outs, residual=residual,
+            target=target,
         )  # fmt: skip
         return
     library.run_pass(
-        stored=stored.data_ptr(), rows=0, numel=numel, offset=offset, num_rows=0, num_updates=len(updates),
-        num_lanes=len(outs), format=fmt.code, param_id=param_id, distribution=noise.distribution, rounds=noise.rounds,
-        write_back=write_back, stochastic=stochastic, tail=_tail(updates, perturbations, outs),
-        threads=torch.get_num_threads() if threads is None else threads,
+        **planes(stored, residual, fmt, numel), rows=0, numel=numel, offset=offset, num_rows=0,
+        num_updates=len(updates), num_lanes=len(outs), param_id=param_id, distribution=noise.distribution,
+        rounds=noise.rounds, write_back=write_back, stochastic=stochastic, target_scales=target == "scales",
+        tail=_tail(updates, perturbations, outs), threads=torch.get_num_threads() if threads is None else threads,
     )  # fmt: skip
 
 
@@ -146,6 +154,7 @@ def fused_rows(
     perturbations: Sequence[Perturbation],
     outs: Sequence[Tensor],
     residual: Tensor | None = None,
+    target: Target = "values",
     threads: int | None = None,
 ) -> None:
     """The same arithmetic for gathered rows of a whole parameter; nothing is written back. For embeddings.
@@ -176,7 +185,7 @@ def fused_rows(
     for out in outs:
         if out.numel() != count * row_numel:
             raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold {count} rows of {row_numel} elements")
-    residual = _residual(residual, fmt, numel, updates, stored.device)
+    residual = _residual(residual, fmt, numel, updates, target, stored.device)
     if count == 0:
         return
     low, high = (int(x) for x in torch.aminmax(rows))
@@ -188,14 +197,15 @@ def fused_rows(
         reference.fused_rows(
             stored, fmt, param_id=param_id, numel=numel, row_numel=row_numel, rows=rows, updates=updates,
             stochastic=stochastic, noise=noise, perturbations=perturbations,
-            outs=[out.view(count, row_numel) for out in outs], residual=residual,
+            outs=[out.view(count, row_numel) for out in outs], residual=residual, target=target,
         )  # fmt: skip
         return
     library.run_pass(
-        stored=stored.data_ptr(), rows=rows.data_ptr(), numel=row_numel, offset=0, num_rows=count,
-        num_updates=len(updates), num_lanes=len(outs), format=fmt.code, param_id=param_id,
+        **planes(stored, residual, fmt, numel), rows=rows.data_ptr(), numel=row_numel, offset=0, num_rows=count,
+        total=numel, num_updates=len(updates), num_lanes=len(outs), param_id=param_id,
         distribution=noise.distribution, rounds=noise.rounds, write_back=False, stochastic=stochastic,
-        tail=_tail(updates, perturbations, outs), threads=torch.get_num_threads() if threads is None else threads,
+        target_scales=target == "scales", tail=_tail(updates, perturbations, outs),
+        threads=torch.get_num_threads() if threads is None else threads,
     )  # fmt: skip
 
 
@@ -211,10 +221,16 @@ def _check_stored(stored: Tensor, fmt: Format, numel: int) -> None:
 
 
 def _residual(
-    residual: Tensor | None, fmt: Format, numel: int, updates: Sequence[Update], device: torch.device
+    residual: Tensor | None, fmt: Format, numel: int, updates: Sequence[Update], target: str, device: torch.device
 ) -> Tensor | None:
     """The residual part if this pass uses it, else None; ConfigError if it is needed and not there, or not right."""
     folds = any(update.fold for update in updates)
+    if target not in get_args(Target):
+        raise ConfigError(f"target={target!r}: choose one of {get_args(Target)}")
+    if target == "scales":
+        if not fmt.trains_scales:
+            raise ConfigError(f"target='scales': {fmt.name} has no float32 scales to train")
+        return None
     if folds and not fmt.trains:
         raise ConfigError(f"{fmt.name} values are never rewritten: an update of them cannot fold")
     size = fmt.residual_nbytes(numel)

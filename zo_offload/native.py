@@ -16,22 +16,23 @@ import hashlib
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 from zo_offload.errors import ConfigError, ZOError
 
 LIBRARY = Path(__file__).with_name("_zo_cpu.so")
-ABI_VERSION, LAYOUT_VERSION = 1, 1
+ABI_VERSION, LAYOUT_VERSION = 2, 1
 ISAS = ("scalar", "avx2", "avx512")
 
 _DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1}
 _ERRORS = {
-    1: "a storage format it does not know",
+    1: "a storage format it does not know, or cannot use this way",
     2: "a distribution or number of rounds it does not know",
     3: "an instruction set this CPU or build does not have",
     4: "no memory",
 }
 # struct zo_pass, zo_update and zo_lane of csrc/api.h
-_PASS = struct.Struct("<10Q8I")
+_PASS = struct.Struct("<11Q8I")
 PASS_BYTES = _PASS.size
 PACK_UPDATE = struct.Struct("<QffII").pack
 PACK_LANE = struct.Struct("<QQfI").pack
@@ -56,12 +57,19 @@ def pack_pass(
     write_back: bool,
     stochastic: bool,
     updates: int = 0,
+    scales: int = 0,
+    minima: int = 0,
+    residual: int = 0,
+    total: int | None = None,
+    group: int = 0,
+    target_scales: bool = False,
+    master: bool = False,
 ) -> bytes:
-    """struct zo_pass. updates: their address, or 0 if they follow the struct."""
+    """struct zo_pass. updates: their address, or 0 if they follow the struct. total: default `numel`."""
     return _PASS.pack(
-        stored, 0, 0, 0, rows, updates, 0, numel, offset, num_rows,
-        num_updates, num_lanes, format, 0, param_id, _DISTRIBUTIONS[distribution], rounds,
-        write_back | stochastic << 1,
+        stored, scales, minima, residual, rows, updates, 0, numel, offset, num_rows, numel if total is None else total,
+        num_updates, num_lanes, format, group, param_id, _DISTRIBUTIONS[distribution], rounds,
+        write_back | stochastic << 1 | target_scales << 2 | master << 3,
     )  # fmt: skip
 
 
@@ -72,7 +80,7 @@ class NativeError(ZOError):
 class Library:
     """One loaded library with one instruction set; every call blocks until its work is done."""
 
-    formats = frozenset((0, 1, 2))
+    formats = frozenset(range(12))
     """Codes of the storage formats these kernels know."""
 
     def __init__(self, path: Path, isa: str | None = None) -> None:
@@ -100,6 +108,8 @@ class Library:
         self._pass.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int]
         self._noise = lib.zo_cpu_noise
         u64, u32 = ctypes.c_uint64, ctypes.c_uint32
+        self._encode = lib.zo_cpu_encode
+        self._encode.argtypes = [ctypes.c_char_p, ctypes.c_void_p, u32, ctypes.POINTER(u64), ctypes.c_int, ctypes.c_int]
         self._noise.argtypes = [ctypes.c_void_p, u64, u64, u64, u32, u32, u32, ctypes.c_int, ctypes.c_int]
         self._philox = lib.zo_cpu_philox
         self._philox.argtypes = [ctypes.c_char_p, ctypes.c_char_p, u32, ctypes.c_char_p]
@@ -109,35 +119,26 @@ class Library:
                 "-Ofast? Rebuild it: python setup.py build_ext --inplace"
             )
 
-    def run_pass(
-        self,
-        *,
-        stored: int,
-        rows: int,
-        numel: int,
-        offset: int,
-        num_rows: int,
-        num_updates: int,
-        num_lanes: int,
-        format: int,
-        param_id: int,
-        distribution: str,
-        rounds: int,
-        write_back: bool,
-        stochastic: bool,
-        tail: bytes,
-        threads: int,
-    ) -> None:
-        """zo_cpu_pass. `stored`, `rows`: addresses; `tail`: packed updates, then packed lanes. Nothing is checked here
-        but what the library checks: `fused.py` has made sure of sizes."""
-        head = pack_pass(
-            stored=stored, rows=rows, numel=numel, offset=offset, num_rows=num_rows, num_updates=num_updates,
-            num_lanes=num_lanes, format=format, param_id=param_id, distribution=distribution, rounds=rounds,
-            write_back=write_back, stochastic=stochastic,
-        )  # fmt: skip
-        error = self._pass(head + tail, self._isa_code, threads)
+    def run_pass(self, *, tail: bytes, threads: int, **fields: Any) -> None:
+        """zo_cpu_pass. `tail`: packed updates, then packed lanes; `fields`: of `pack_pass`, with host addresses.
+
+        Nothing is checked here but what the library checks: `fused.py` has made sure of sizes.
+        """
+        error = self._pass(pack_pass(**fields) + tail, self._isa_code, threads)
         if error:
             raise NativeError(f"{self.path.name}: the pass asks for {_ERRORS.get(error, f'error {error}')}")
+
+    def encode(self, values: int, values_format: int, threads: int, **planes: Any) -> tuple[int, int]:
+        """zo_cpu_encode from address `values`; how many values are not finite before, and after rounding."""
+        head = pack_pass(
+            rows=0, offset=0, num_rows=0, num_updates=0, num_lanes=0, param_id=0, distribution="gaussian", rounds=10,
+            write_back=True, stochastic=False, **planes,
+        )  # fmt: skip
+        counts = (ctypes.c_uint64 * 2)()
+        error = self._encode(head, values, values_format, counts, self._isa_code, threads)
+        if error:
+            raise NativeError(f"{self.path.name}: encoding asks for {_ERRORS.get(error, f'error {error}')}")
+        return counts[0], counts[1]
 
     def noise(
         self, out: int, distribution: str, rounds: int, seed: int, param_id: int, numel: int, offset: int, threads: int

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zo_offload.formats.grouped import cut, paste
+from zo_offload.formats.grouped import cut, paste, scales_plane
 
 if TYPE_CHECKING:
     from zo_offload.formats import Format
@@ -34,6 +34,7 @@ TAG_GAUSSIAN, TAG_RADEMACHER, TAG_ROUNDING, TAG_SEED = range(4)
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
+LEAST_TRAINED_SCALE = np.float32(1e-7)
 _CHUNK = 1 << 15  # elements; a multiple of every block size, so only the first chunk starts inside a block
 
 
@@ -194,18 +195,61 @@ def _updated(
     return w
 
 
+def _round_into(value: F32, out: Tensor) -> None:
+    from zo_offload.formats import format_of
+
+    rounded = format_of(out.dtype).encode(torch.from_numpy(np.ascontiguousarray(value)), None)
+    out.copy_(rounded.view(out.dtype))
+
+
 def _emit(
     w: F32, noise: NoiseSpec, param_id: int, offset: int, perturbations: Sequence[Perturbation], outs: Sequence[Tensor]
 ) -> None:
-    from zo_offload.formats import format_of
-
+    """Each lane's values into its output."""
     for perturbation, out in zip(perturbations, outs, strict=True):
-        value = w
-        if perturbation.scale != 0.0:
-            z = _z(noise, perturbation.seed, param_id, len(w), offset)
-            value = fma(np.float32(perturbation.scale), z, w)
-        rounded = format_of(out.dtype).encode(torch.from_numpy(np.ascontiguousarray(value)), None)
-        out.copy_(rounded.view(out.dtype))
+        _round_into(_perturbed(w, perturbation, noise, param_id, offset), out)
+
+
+def _perturbed(w: F32, perturbation: Perturbation, noise: NoiseSpec, param_id: int, offset: int) -> F32:
+    if perturbation.scale == 0.0:
+        return w
+    return fma(np.float32(perturbation.scale), _z(noise, perturbation.seed, param_id, len(w), offset), w)
+
+
+def _bytes(values: F32) -> Tensor:
+    return torch.from_numpy(np.frombuffer(values.tobytes(), np.uint8).copy())
+
+
+def _scales_pass(
+    stored: Tensor,
+    fmt: Format,
+    *,
+    param_id: int,
+    numel: int,
+    offset: int,
+    updates: Sequence[Update],
+    write_back: bool,
+    noise: NoiseSpec,
+    perturbations: Sequence[Perturbation],
+    outs: Sequence[Tensor],
+) -> None:
+    """The pass with the scales of the groups as what is updated and perturbed."""
+    plane = scales_plane(fmt, stored, numel)
+    scales: F32 = plane.clone().view(torch.float32).numpy()
+    first = offset // fmt.group
+    for update in updates:
+        if update.decay != 1.0:
+            scales = scales * np.float32(update.decay)
+        if update.coeff != 0.0:
+            scales = fma(np.float32(-update.coeff), _z(noise, update.seed, param_id, len(scales), first), scales)
+        scales = np.where(scales < LEAST_TRAINED_SCALE, LEAST_TRAINED_SCALE, scales)
+        scales = np.where(np.isnan(scales), np.float32(np.nan), scales)  # the one quiet NaN
+        if update.fold and write_back:
+            plane.copy_(_bytes(scales))
+    for perturbation, out in zip(perturbations, outs, strict=True):
+        moved = stored.clone()
+        scales_plane(fmt, moved, numel).copy_(_bytes(_perturbed(scales, perturbation, noise, param_id, first)))
+        _round_into(fmt.decode(moved, numel).numpy(), out)
 
 
 def fused_pass(
@@ -222,8 +266,15 @@ def fused_pass(
     perturbations: Sequence[Perturbation],
     outs: Sequence[Tensor],
     residual: Tensor | None = None,
+    target: str = "values",
 ) -> None:
     """`zo_offload.fused.fused_pass`, one idea a line. Arguments are checked there."""
+    if target == "scales":
+        _scales_pass(
+            stored, fmt, param_id=param_id, numel=numel, offset=offset, updates=updates, write_back=write_back,
+            noise=noise, perturbations=perturbations, outs=[out.view(-1) for out in outs],
+        )  # fmt: skip
+        return
     folds = any(update.fold for update in updates)
     for start, end in _chunks(numel, offset):
         count, r = end - start, fmt.residual_bytes
@@ -251,6 +302,7 @@ def fused_rows(
     perturbations: Sequence[Perturbation],
     outs: Sequence[Tensor],
     residual: Tensor | None = None,
+    target: str = "values",
 ) -> None:
     """`zo_offload.fused.fused_rows`: the fused pass of the whole groups a row touches, cut to the row."""
     unit = fmt.group or 1
@@ -272,6 +324,7 @@ def fused_rows(
             perturbations=perturbations,
             outs=wide,
             residual=None if residual is None else residual[r * first : r * last],
+            target=target,
         )
         for out, piece in zip(outs, wide, strict=True):
             out[at].copy_(piece[start - first : end - first])
