@@ -52,7 +52,7 @@ inline void store_grid(int format, const Grid& grid, const Planes& p, int n) {
   }
 }
 
-// ---- codes of 8 bits, made from value / scale
+// ---- codes of 8 bits, made from value / scale; V::Words: as many 16-bit lanes as V has elements
 
 template <class V>
 struct E4M3 {
@@ -61,6 +61,7 @@ struct E4M3 {
   static ZO_HD U round(F x) { return zo_e4m3_round<V>(x); }
   static ZO_HD U round(F x, U r) { return zo_e4m3_round_stochastic<V>(x, r); }
   static ZO_HD F number(U code) { return V::half_value(zo_e4m3_half<V>(code)); }
+  static ZO_HD F read(const zo_u8* p) { return V::Words::half_value(zo_e4m3_half<typename V::Words>(V::Words::load8(p))); }
 };
 
 template <class V>
@@ -70,6 +71,7 @@ struct E5M2 {
   static ZO_HD U round(F x) { return zo_e5m2_round<V>(x); }
   static ZO_HD U round(F x, U r) { return zo_e5m2_round_stochastic<V>(x, r); }
   static ZO_HD F number(U code) { return V::half_value(zo_e5m2_half<V>(code)); }
+  static ZO_HD F read(const zo_u8* p) { return V::Words::half_value(zo_e5m2_half<typename V::Words>(V::Words::load8(p))); }
 };
 
 template <class V>
@@ -79,6 +81,7 @@ struct Int8 {
   static ZO_HD U round(F x) { return zo_int8_round<V>(x); }
   static ZO_HD U round(F x, U r) { return zo_int8_round_stochastic<V>(x, r); }
   static ZO_HD F number(U code) { return zo_int8_number<V>(code); }
+  static ZO_HD F read(const zo_u8* p) { return number(V::load8(p)); }
 };
 
 template <class V>
@@ -102,7 +105,7 @@ struct Int8Master : Int8<V> {
 template <class V, class Codec>
 ZO_HD void decode_bytes(const zo_u8* values, float factor, float* w, int n) {
   const typename V::F f = V::f(factor);
-  for (int i = 0; i < n; i += V::WIDTH) V::store(w + i, V::mul(Codec::number(V::load8(values + i)), f));
+  for (int i = 0; i < n; i += V::WIDTH) V::store(w + i, V::mul(Codec::read(values + i), f));
 }
 
 template <class V, class Codec>

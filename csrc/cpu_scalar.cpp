@@ -5,6 +5,7 @@ namespace {
 
 struct Scalar : ZoScalar {
   enum { WIDTH = 1, BLOCKS = 1, GROUPS = 1 };
+  typedef Scalar Words;
   static ZO_HD float load(const float* p) {
     float x;
     __builtin_memcpy(&x, p, 4);

@@ -48,9 +48,8 @@ class _Integers(Format):
         steps = torch.where(inverse.isnan(), 0.0, values * inverse).clamp(-limit, limit).double()
         if sr_bits is None:
             return steps.round().to(torch.int64)
-        return (
-            (steps * 2**fraction).round().to(torch.int64) + (sr_bits.to(torch.int64) >> (16 - fraction))
-        ) >> fraction
+        fine = (steps * float(1 << fraction)).round().to(torch.int64)
+        return fine + (sr_bits.to(torch.int64) >> (16 - fraction)) >> fraction
 
 
 class Int8(_Integers):
