@@ -1,12 +1,16 @@
 """Speed of the fused pass on this CPU, beside the memory it runs on and beside the same work in plain torch.
 
-    python -m benchmarks.kernels [--quick] [--isa scalar|avx2|avx512] [--threads 1 2 ...]
+    python -m benchmarks.kernels [--quick] [--match TEXT] [--isa scalar|avx2|avx512] [--threads 1 2 ...]
 
 One JSON line a result. `gelem_per_s` is the median over repeats (p20, p80, n beside it) of wall time; `per_core` is
-that over the threads used. `gb_per_s` counts what the pass must read and write once: weight, weight back, lanes;
+that over the threads used. `gb_per_s` counts what the pass must read and write once: weight, weight back, lanes (of a
+split format that folds, its residual too);
 `share_of_memcpy` sets it beside the best torch copy on the same number of threads, measured before and after each
 case. `times_torch` is the ratio to torch doing the same: seeded normal_ (or randint signs), add, cast, one lane after
 the other; its numbers differ from ours, the work does not.
+
+A "visit" is what every step does between folds: decode, one pending update in registers, two lanes. `of_bf16` is its
+speed beside the same pass over bf16, the two run in turns; a "step" writes the update back as well.
 
 The size is chosen so that weights and lanes lie in memory, not in a cache.
 """
@@ -18,14 +22,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import about, quantile
 from zo_offload import native
-from zo_offload.formats import get_format
+from zo_offload.formats import FORMATS, encode_values, get_format
 from zo_offload.fused import Perturbation, Update, fused_pass
 from zo_offload.noise import NoiseSpec
 
@@ -42,10 +46,13 @@ class Case:
     rounding: str = "nearest"
     torch_too: bool = False
     quick: bool = False
+    fold: bool = True
 
-    def bytes_per_element(self) -> int:
-        size = get_format(self.store).nbytes(1)
-        return size + (size if self.updates else 0) + self.lanes * self.out.itemsize
+    def bytes_per_element(self) -> float:
+        fmt = get_format(self.store)
+        size = fmt.nbytes(1 << 20) / (1 << 20)
+        folded = 2 * fmt.residual_bytes + size if self.updates and self.fold else 0
+        return size + folded + self.lanes * self.out.itemsize
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -68,17 +75,35 @@ CASES = [
     Case("replay of 8", "rademacher", "bf16", 8, 0),
     Case("evaluation (decode)", "gaussian", "bf16", 0, 1, FP32),
 ]
+OTHERS = [name for name, fmt in FORMATS.items() if fmt.group or fmt.residual_bytes]
+CASES += [
+    Case("visit", kind, name, 1, 2, BF16, fold=False, quick=name in ("fp8_e4m3", "int8") and kind == "gaussian")
+    for kind in ("gaussian", "rademacher")
+    for name in ("fp32", "fp16", *OTHERS)
+]
+CASES += [Case("step", "gaussian", name, 1, 2, BF16) for name in OTHERS if get_format(name).trains]
+CASES += [
+    Case("step, stochastic", "gaussian", name, 1, 2, BF16, rounding="stochastic")
+    for name in ("fp8_e4m3", "int8", "bf16+8", "int8+8")
+]
 
 
 def repeat(work: Callable[[], None], seconds: float, least: int = 3) -> list[float]:
     """Seconds of each repeat, after one to warm up; every repeat is kept."""
-    work()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < least or time.perf_counter() < end:
-        start = time.perf_counter()
+    return in_turns([work], seconds, least)[0]
+
+
+def in_turns(works: list[Callable[[], None]], seconds: float, least: int = 3) -> list[list[float]]:
+    """The same for several, one repeat of each after the other: what the machine does meanwhile hits all alike."""
+    for work in works:
         work()
-        times.append(time.perf_counter() - start)
+    times: list[list[float]] = [[] for _ in works]
+    end = time.perf_counter() + seconds * len(works)
+    while len(times[0]) < least or time.perf_counter() < end:
+        for work, found in zip(works, times, strict=True):
+            start = time.perf_counter()
+            work()
+            found.append(time.perf_counter() - start)
     return times
 
 
@@ -104,19 +129,17 @@ class Bench:
     def _ignore(_: object) -> None:
         return None
 
-    def ours(self, case: Case, threads: int) -> list[float]:
+    def ours(self, case: Case, threads: int) -> Callable[[], None]:
         fmt = get_format(case.store)
-        stored = self.values.to(fmt.torch_dtype).view(torch.uint8)
+        stored, residual = encode_values(self.values, fmt, threads=threads)
         spec = NoiseSpec(case.distribution, case.rounds)  # type: ignore[arg-type]
-        updates = [Update(k, 2.0**-20) for k in range(case.updates)]
+        updates = [Update(k, 2.0**-20, fold=case.fold) for k in range(case.updates)]
         scale = 0.0 if case.name.startswith("evaluation") else 2.0**-10
         lanes = [Perturbation(99, sign * scale) for sign in (1, -1)[: case.lanes]]
-        return repeat(
-            lambda: fused_pass(
-                stored, fmt, param_id=1, numel=self.numel, updates=updates, rounding=case.rounding,  # type: ignore[arg-type]
-                noise=spec, perturbations=lanes, outs=self.lanes(case), threads=threads,
-            ),
-            self.seconds,
+        return lambda: fused_pass(
+            stored, fmt, param_id=1, numel=self.numel, updates=updates, rounding=case.rounding,  # type: ignore[arg-type]
+            noise=spec, perturbations=lanes, outs=self.lanes(case), residual=residual if case.fold else None,
+            threads=threads,
         )  # fmt: skip
 
     def plain_torch(self, case: Case, threads: int) -> list[float]:
@@ -149,7 +172,10 @@ def results(bench: Bench, cases: list[Case], thread_counts: list[int], with_torc
     for threads in thread_counts:
         for case in cases:
             copy_before = bench.memcpy_gb_per_s(threads)
-            times = bench.ours(case, threads)
+            works = [bench.ours(case, threads)]
+            if not case.fold:
+                works.append(bench.ours(replace(case, store="bf16"), threads))
+            times, *beside = in_turns(works, bench.seconds)
             copy = max(copy_before, bench.memcpy_gb_per_s(threads))
             speed = [bench.numel / quantile(times, q) / 1e9 for q in (0.5, 0.8, 0.2)]
             moved = speed[0] * case.bytes_per_element()
@@ -162,6 +188,8 @@ def results(bench: Bench, cases: list[Case], thread_counts: list[int], with_torc
                 "per_core": round(speed[0] / threads, 4), "gb_per_s": round(moved, 2),
                 "memcpy_gb_per_s": round(copy, 2), "share_of_memcpy": round(moved / copy, 3),
             }  # fmt: skip
+            if beside:
+                result["of_bf16"] = round(quantile(beside[0], 0.5) / quantile(times, 0.5), 3)
             if case.torch_too and with_torch:
                 plain = bench.numel / quantile(bench.plain_torch(case, threads), 0.5) / 1e9
                 result |= {"torch_gelem_per_s": round(plain, 4), "times_torch": round(speed[0] / plain, 1)}
@@ -188,6 +216,7 @@ def call_overhead() -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="main cases only, about ten seconds")
+    parser.add_argument("--match", default="", help="only cases whose 'name distribution store' contains this")
     parser.add_argument("--isa", choices=native.ISAS, help="instead of the best this CPU has")
     parser.add_argument("--threads", type=int, nargs="+", default=None, help="default: 1, and 2 where there are two")
     parser.add_argument("--no-torch", action="store_true", help="leave out plain torch")
@@ -196,10 +225,11 @@ def main() -> None:
         chosen = native.Library(native.LIBRARY, options.isa)
         native.library = lambda: chosen
     threads = options.threads or sorted({1, min(2, torch.get_num_threads())})
-    numel, seconds = (1 << 23, 0.15) if options.quick else (1 << 25, 1.0)
+    numel, seconds = (1 << 23, 0.15) if options.quick else (1 << 25, 0.6)
     if native.library() is None:
         numel, seconds = 1 << 20, 0.0
     cases = [case for case in CASES if case.quick or not options.quick]
+    cases = [case for case in cases if options.match in f"{case.name} {case.distribution} {case.store}"]
     for result in results(Bench(numel, seconds), cases, threads, not options.no_torch):
         print(json.dumps(result), flush=True)
 
