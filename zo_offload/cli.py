@@ -65,7 +65,7 @@ def _plan(args: argparse.Namespace) -> int:
     from .report import plan_report
 
     for line in plan_report(
-        args.model, storage=args.storage, compute=args.compute, offload=args.offload, device_memory=args.device_memory,
+        args.model, storage=args.storage, keep=args.keep, fold_every=args.fold_every, compute=args.compute, offload=args.offload, device_memory=args.device_memory,
         tokens=args.tokens, batch_size=args.batch_size, trainable=args.trainable, model_class=args.model_class,
     ):  # fmt: skip
         print(line)
@@ -120,7 +120,7 @@ def _refuse(args: argparse.Namespace, *names: str) -> None:
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 _METHOD = ("lr", "eps", "weight_decay", "schedule", "warmup_steps", "distribution", "rounds", "on_nonfinite")
-_IDENTITY = ("storage", "compute", "rounding", "fold_every", "trainable", "seed")  # what a run's numbers depend on
+_IDENTITY = ("storage", "keep", "compute", "rounding", "fold_every", "trainable", "seed")  # what numbers depend on
 _MOVABLE = ("offload", "device_memory", "num_slots", "order", "snapshot_minutes")  # what may change when it is resumed
 
 
@@ -182,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", type=_count, help="tokens a row: 512, or as many as the model takes")
     plan.add_argument("--batch-size", type=_count, default=1)
     plan.add_argument("--trainable", help="glob on parameter names, such as 'layers.*.self_attn'")
+    plan.add_argument("--fold-every", type=_count, help="steps between two write-backs of a block")
     _storage(plan)
     plan.set_defaults(run=_plan)
 
@@ -206,7 +207,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _storage(command: argparse.ArgumentParser) -> None:
     command.add_argument("--offload", choices=["auto", "none", "host", "disk"])
-    command.add_argument("--storage", choices=["fp32", "bf16", "fp16"])
+    command.add_argument("--storage", help="fp32, bf16, fp16, bf16+16, int8+8, int4, ... (zo_offload.formats)")
+    command.add_argument("--keep", nargs="+", help="parameters a quantized storage leaves in 16 or 32 bits")
     command.add_argument("--compute", choices=["fp32", "bf16", "fp16"])
     command.add_argument("--device-memory", help="budget such as 6GB")
     command.add_argument("--model-class", help="such as AutoModelForSequenceClassification")

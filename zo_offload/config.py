@@ -10,8 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from .errors import ConfigError
-from .formats import FORMATS, Format, format_of, get_format
-from .plan import ParamSpec
+from .formats import FORMATS
 
 Offload = Literal["auto", "none", "host", "disk"]
 Order = Literal["auto", "module", "block", "lane"]
@@ -53,7 +52,10 @@ class EngineConfig:
     """Where blocks live: "none" in the device's memory, "host" in host memory behind a window, "disk" in files.
     "auto": none if the stored model fits in half of the free memory, else disk."""
     storage: str | None = None
-    """Format that weights are stored and updated in: fp32, bf16, fp16. Default: the checkpoint's (or module's) own."""
+    """Format that weights are stored and updated in, a name of `formats.FORMATS`: fp32, bf16, fp16, int8+8, int4, ...
+    Default: the checkpoint's (or module's) own dtype. `storage.py` has the rule for norms, biases and the like."""
+    keep: Any = None
+    """Glob or globs of parameters that a quantized storage leaves in 16 or 32 bits, such as "embed_tokens"."""
     compute: str | None = None
     """Dtype of the perturbed weights and so of the forward. Default: fp32 on the CPU for a checkpoint (16-bit matmuls
     are slow on most CPUs), the module's own dtypes for a model given in memory."""
@@ -137,7 +139,3 @@ class EngineConfig:
         if not self.overlap:
             return 0
         return self.prefetch if self.prefetch is not None else (self.num_slots or 3) - 1
-
-    def format_of(self, spec: ParamSpec, base_dtype: torch.dtype) -> Format:
-        """Storage format of one parameter: `storage`, or the base's own dtype."""
-        return get_format(self.storage) if self.storage is not None else format_of(base_dtype)

@@ -41,7 +41,7 @@ from .memory import Activations, MemoryPlan, ServiceOrder, plan_memory, process_
 from .methods import MeZO, lr_schedule
 from .plan import Plan, make_plan, relift
 from .session import Maker, Session, choose_offload
-from .storage import choose_fold_every
+from .storage import choose_fold_every, decide_formats
 from .streamer import Streamer
 from .training import FitResult, Training, check_same_data
 from .updates import UpdateLog, with_folds
@@ -119,8 +119,9 @@ class Engine:
             self.model = self.checkpoint.build_model(compute, model_class, seed=self.config.seed)
             self.base = self.checkpoint
         self.plan: Plan = make_plan(self.model, example, trainable=self.config.trainable)
-        dtype_of = self.base.dtype_of
-        self.layout: Layout = make_layout(self.plan, lambda spec: self.config.format_of(spec, dtype_of(spec.name)))
+        stored = decide_formats(self.plan, self.config.storage, self.base.dtype_of, keep=self.config.keep)
+        self.plan = stored.plan
+        self.layout: Layout = make_layout(self.plan, stored.format_of)
         self.offload = choose_offload(self.config, self.layout)
         self.fold_every = choose_fold_every(
             self.config.fold_every, self.plan, self.layout, self.offload, self.method.distribution

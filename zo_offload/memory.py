@@ -163,7 +163,7 @@ class _Ask:
 
     def with_pinned(self, pinned: frozenset[int]) -> MemoryPlan:
         """The plan that keeps the blocks `pinned` and streams the others."""
-        sizes = self.layout.block_bytes
+        sizes, pinned = self.layout.block_bytes, pinned | self.plan.resident
         streamed = [sizes[b] for b in range(len(sizes)) if b not in pinned]
         used = min(self.slots, len(streamed))
         most_ahead = max(0, used - 1)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
@@ -113,19 +114,26 @@ def select_trainable(named: Mapping[str, nn.Parameter], tree: ModuleTree, traina
     elif callable(trainable):
         chosen, what = {n for n, p in floating.items() if trainable(n, p)}, "the predicate"
     else:
-        globs = [trainable] if isinstance(trainable, str) else list(trainable)
-        chosen, what = set(), f"trainable={trainable!r}"
-        for glob in globs:
-            selected = {c for name, c in tree.names.items() if c in floating and _glob_selects(glob, name)}
-            if not selected:
-                some = list(floating)[:: max(1, len(floating) // 4)][:5]
-                raise PlanError(
-                    f"trainable={glob!r} selects none of {len(floating)} floating parameters (such as {some}). A glob "
-                    f"must match consecutive dotted segments of a parameter's name."
-                )
-            chosen |= selected
+        what = f"trainable={trainable!r}"
+        chosen = select_names(tree, trainable, "trainable", set(floating))
     if not chosen:
         raise PlanError(f"{what} selects none of {len(floating)} floating parameters: nothing to train")
+    return chosen
+
+
+def select_names(tree: ModuleTree, globs: Any, what: str, among: set[str] | None = None) -> set[str]:
+    """Canonical names of the parameters that one or several globs select; each must select at least one."""
+    names = set(tree.names.values()) if among is None else among
+    chosen: set[str] = set()
+    for glob in [globs] if isinstance(globs, str) else list(globs):
+        selected = {c for name, c in tree.names.items() if c in names and _glob_selects(glob, name)}
+        if not selected:
+            some = sorted(names)[:: max(1, len(names) // 4)][:5]
+            raise PlanError(
+                f"{what}={glob!r} selects none of {len(names)} floating parameters (such as {some}). A glob "
+                f"must match consecutive dotted segments of a parameter's name."
+            )
+        chosen |= selected
     return chosen
 
 

@@ -62,7 +62,7 @@ class Owner:
     params: tuple[str, ...]
     """Canonical names of the parameters installed while it runs, lifted ones included."""
     block: int
-    """Block of its first parameter."""
+    """Block of its first parameter that streams."""
     rows: bool = False
     """A plain nn.Embedding: it can be served the rows in use only."""
 
@@ -105,6 +105,8 @@ class Plan:
     notes: tuple[str, ...]
     tree: ModuleTree = field(repr=False)
     trace: Trace = field(repr=False)
+    resident: frozenset[int] = frozenset()
+    """Blocks that stay on the device for the whole run; no visit is counted for them."""
 
     def block_of(self, name: str) -> int:
         """Index of the block that stores a parameter (canonical name)."""
@@ -121,7 +123,7 @@ class Plan:
         for call in self.calls:
             for name in self.owners[call].params:
                 block = self._block_of[name]
-                if not order or order[-1] != block:
+                if block not in self.resident and (not order or order[-1] != block):
                     order.append(block)
         return tuple(order)
 
@@ -217,7 +219,19 @@ def relift(plan: Plan, seen: Trace) -> Plan:
     # a trace on meta that stopped knows uses, but not all: what the real run saw replaces it
     trace = seen if seen.complete and not plan.trace.complete else plan.trace.merged(seen)
     serving, notes = _serve(plan.tree, trace)
-    return _assemble(plan.params, plan.blocks, plan.tree, trace, serving, notes)
+    return _assemble(plan.params, plan.blocks, plan.tree, trace, serving, notes, plan.resident)
+
+
+def keep_resident(plan: Plan, names: frozenset[str]) -> Plan:
+    """The plan with the parameters `names` in a block of their own, the last one, that stays on the device."""
+    rest = [(b.name, tuple(n for n in b.params if n not in names)) for b in plan.blocks]
+    blocks = [Block(i, name, params) for i, (name, params) in enumerate((n, p) for n, p in rest if p)]
+    moved = tuple(n for b in plan.blocks for n in b.params if n in names)
+    resident = Block(len(blocks), "trained", moved)
+    serving, notes = _serve(plan.tree, plan.trace)
+    return _assemble(
+        plan.params, (*blocks, resident), plan.tree, plan.trace, serving, notes, frozenset({resident.index})
+    )
 
 
 # ---- owners ----------------------------------------------------------------------------------------------------------
@@ -288,6 +302,7 @@ def _assemble(
     trace: Trace,
     serving: Mapping[str, tuple[str, ...]],
     notes: tuple[str, ...],
+    resident: frozenset[int] = frozenset(),
 ) -> Plan:
     served: dict[str, list[str]] = {}
     for name in params:
@@ -300,13 +315,16 @@ def _assemble(
         called += unseen
     owners: list[Owner] = []
     index: dict[str, int] = {}
+    block = 0
     for name in dict.fromkeys([*called, *unseen]):
         index[name] = len(owners)
         mine = tuple(served[name])
         rows = name in tree.gatherable and len(mine) == 1 and name in tree.holders[mine[0]]
-        owners.append(Owner(name, mine, block_of[mine[0]], rows))
+        # one that has resident parameters only belongs where the forward is when it comes to it
+        block = next((block_of[n] for n in mine if block_of[n] not in resident), block)
+        owners.append(Owner(name, mine, block, rows))
     calls = tuple(index[name] for name in called)
-    return Plan(params, tuple(owners), calls, blocks, trace.complete, notes, tree, trace)
+    return Plan(params, tuple(owners), calls, blocks, trace.complete, notes, tree, trace, resident)
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,11 @@ from .checkpoint import Checkpoint
 from .config import DTYPES, parse_bytes, show_bytes
 from .data import max_positions
 from .errors import ConfigError
-from .formats import format_of, get_format
 from .layout import Layout, make_layout
 from .memory import MemoryPlan, plan_memory, step_bytes
 from .plan import Plan, make_plan
 from .shapes import OPT_SHAPES, opt_config
-from .storage import choose_fold_every
+from .storage import choose_fold_every, decide_formats
 from .trace import ForwardCall
 
 
@@ -27,6 +27,8 @@ def plan_report(
     model: str,
     *,
     storage: str | None = None,
+    keep: Any = None,
+    fold_every: int | None = None,
     compute: str | None = None,
     offload: str | None = None,
     device_memory: str | None = None,
@@ -48,8 +50,8 @@ def plan_report(
     batch = example_batch(module, batch_size, tokens)
     call: ForwardCall = lambda m, b: m(**b)  # noqa: E731 - the type is the point
     plan = make_plan(module, batch, trainable=trainable, call=call)
-    fmt = get_format(storage) if storage else format_of(checkpoint.dtype)
-    layout = make_layout(plan, lambda spec: fmt)
+    stored = decide_formats(plan, storage, lambda name: checkpoint.dtype, keep=keep)
+    plan, layout = stored.plan, make_layout(stored.plan, stored.format_of)
     activations = measure_activations(module, plan, batch, call)
     memory = plan_memory(
         plan, layout, offload=offload if offload not in (None, "auto") else "disk", perturbations=2,
@@ -57,12 +59,20 @@ def plan_report(
         budget=None if device_memory is None else parse_bytes(device_memory, "device_memory"),
     )  # fmt: skip
     yield f"{type(module).__name__}: {_number(plan.numel)} parameters, {_number(plan.trainable_numel)} trainable"
-    yield f"stored as {fmt.name}: {show_bytes(layout.total_bytes)} in {len(plan.blocks)} blocks"
+    yield f"stored as {_formats(layout)}: {show_bytes(layout.total_bytes)} in {len(plan.blocks)} blocks"
     yield from _blocks(plan, layout)
     yield from _lifts(plan)
     yield from _memory(memory, batch_size, tokens, activations.peak > 0)
-    fold_every = choose_fold_every(None, plan, layout, offload or "disk", "gaussian")
+    fold_every = choose_fold_every(fold_every, plan, layout, offload or "disk", "gaussian")
     yield from _traffic(plan, layout, memory, fold_every)
+
+
+def _formats(layout: Layout) -> str:
+    """The formats in use, the one with the most bytes first."""
+    nbytes: Counter[str] = Counter()
+    for place in layout.places.values():
+        nbytes[place.fmt.name] += place.nbytes + place.residual_nbytes
+    return ", ".join(name for name, _ in nbytes.most_common())
 
 
 def open_config(model: str) -> Checkpoint:

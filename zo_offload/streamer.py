@@ -275,6 +275,8 @@ class Streamer:
 
     def _acquire(self, block: int) -> tuple[Slot, bool]:
         """The slot that holds `block`, ready, and whether this visit writes it."""
+        if block in self.plan.resident:
+            return self._load(block), True
         position = self._position
         if 0 <= position < len(self._visits) and self._visits[position] == block:
             assert self._slot is not None

@@ -1,0 +1,168 @@
+"""Blocks in two parts: the residual moves only where a fold lands, and a stale one is never used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama, tiny_opt, train
+from transformers import AutoModelForCausalLM
+
+from zo_offload import Engine, MeZO
+from zo_offload.formats import get_format
+from zo_offload.fused import fused_pass
+from zo_offload.layout import PARAM_ALIGN
+from zo_offload.memory import step_bytes
+from zo_offload.streamer import Streamer
+from zo_offload.tiers import HostTier
+from zo_offload.updates import with_folds
+
+STEPS = 10
+WAYS = [
+    dict(offload="host"),
+    dict(offload="host", num_slots=2, prefetch=0),
+    dict(offload="host", num_slots=5, io_threads=3),
+    dict(offload="disk"),
+    dict(offload="disk", overlap=False, num_slots=1),
+    dict(offload="disk", device_memory=400_000, order="block"),
+]
+
+
+@pytest.mark.parametrize(
+    "make, storage, fold_every",  # tied embeddings, and not
+    [(tiny_opt, "bf16+16", 4), (tiny_llama, "bf16+8", 3), (tiny_opt, "int8+8", 4), (tiny_llama, "fp8+8", 1)],
+)
+def test_every_tier_and_window_gives_the_same_masters(make, storage, fold_every, tmp_path):
+    settings = dict(storage=storage, fold_every=fold_every)
+    resident = train(make(), STEPS, offload="none", **settings)
+    assert len(set(resident[0])) == STEPS, "the losses must move, or nothing is compared"
+    for i, way in enumerate(WAYS):
+        if way["offload"] == "disk":
+            way = {**way, "run_dir": tmp_path / f"run{i}"}
+        assert_same(resident, train(make(), STEPS, **settings, **way))
+
+
+def test_blocks_are_a_streamed_part_and_a_residual_part():
+    with Engine(tiny_opt(), storage="bf16+8") as engine:
+        layout, plan = engine.layout, engine.plan
+    for block in plan.blocks:
+        ends = []
+        for name in block.params:
+            place, spec = layout.places[name], plan.params[name]
+            split = len(spec.shape) > 1
+            assert place.fmt.name == ("bf16+8" if split else "fp32")
+            assert place.residual_nbytes == (spec.numel if split else 0)
+            assert place.offset % PARAM_ALIGN == place.residual_offset % PARAM_ALIGN == 0
+            assert place.offset + place.nbytes <= layout.stream_bytes[block.index]
+            if split:
+                assert place.residual_offset >= layout.stream_bytes[block.index]
+                ends.append(place.residual_offset + place.residual_nbytes)
+        end = max(ends, default=layout.stream_bytes[block.index])  # the last block is a norm only
+        assert end <= layout.block_bytes[block.index] < end + 4096
+        covered = torch.zeros(layout.block_bytes[block.index], dtype=torch.bool)
+        for start, nbytes in layout.spans[block.index]:
+            covered[start : start + nbytes] = True
+        for name in block.params:
+            place = layout.places[name]
+            assert covered[place.offset : place.offset + place.nbytes].all()
+            assert (
+                not place.residual_nbytes
+                or covered[place.residual_offset : place.residual_offset + place.residual_nbytes].all()
+            )
+
+
+class Counting(HostTier):
+    def fetch(self, block, out, start=0):
+        self.seen.append((block, start, out.numel()))
+        super().fetch(block, out, start)
+
+
+def counted(monkeypatch, steps, **settings):
+    """Fetches of a run of `steps` steps, and the engine."""
+    import zo_offload.session as session
+
+    Counting.seen = []
+    monkeypatch.setattr(session, "HostTier", Counting)
+    engine = Engine(tiny_llama(), method=METHOD, offload="host", **settings)
+    with engine:
+        result = engine.fit(batches(), steps=steps)
+    return Counting.seen, engine, result
+
+
+@pytest.mark.parametrize("fold_every", [2, 4])
+def test_residuals_are_fetched_only_for_folds_and_foretold(fold_every, monkeypatch):
+    seen, engine, result = counted(monkeypatch, 9, storage="bf16+16", fold_every=fold_every)
+    layout, visits = engine.layout, engine.plan.visits
+    assert all(start == 0 for _, start, _ in seen), "no residual came late"
+    whole = [block for block, _, nbytes in seen if nbytes == layout.block_bytes[block]]
+    assert 8 // fold_every * len(visits) <= len(whole) < 8 // fold_every * len(visits) + 2 * engine.memory.window.ahead
+    fetched, flushed = step_bytes(engine.plan, layout, frozenset(), fold_every)
+    assert result.flush_bytes == flushed * fold_every * (9 // fold_every)
+    assert result.fetch_bytes == pytest.approx(9 * fetched, rel=0.35)
+
+
+def test_a_wrong_foretelling_costs_a_wait_and_nothing_else(monkeypatch):
+    """Folds that come as a surprise: nobody foretells them."""
+    want = train(tiny_opt(), STEPS, storage="bf16+16", fold_every=4)
+    monkeypatch.setattr(Streamer, "_foretold", lambda self, op: 0)
+    assert_same(want, train(tiny_opt(), STEPS, storage="bf16+16", fold_every=4, offload="host"))
+    seen, engine, _ = counted(monkeypatch, STEPS, storage="bf16+16", fold_every=4)
+    late = [block for block, start, _ in seen if start]
+    assert len(late) >= 2 * len(set(engine.plan.visits)), "the test must have met the case"
+
+
+@pytest.mark.parametrize("storage", ["bf16+16", "int8+8"])
+def test_looking_at_the_weights_in_between_changes_nothing(storage, tmp_path):
+    settings = dict(storage=storage, offload="disk", fold_every=4)
+    want = train(tiny_opt(), STEPS, **settings, run_dir=tmp_path / "never")
+    with Engine(tiny_opt(), method=METHOD, **settings, run_dir=tmp_path / "run") as engine:
+        losses = []
+        for stop in (1, 4, 7, STEPS):
+            losses += engine.fit(batches(), steps=stop, eval_data=batches(2), eval_every=3).losses
+            stored_weights(engine)
+        assert_same(want, (losses, stored_weights(engine)))
+
+
+@pytest.mark.parametrize("make", [tiny_opt, tiny_llama])
+@pytest.mark.parametrize("stop", [4, 6])  # just folded, and two steps pending
+def test_evaluation_sees_the_masters_that_are_exported(make, stop, tmp_path):
+    make().save_pretrained(tmp_path / "base")
+    batch = batches(1)[0]
+    settings = dict(storage="bf16+16", fold_every=4, offload="disk", run_dir=tmp_path / "run")
+    with Engine(tmp_path / "base", method=METHOD, **settings) as engine:
+        engine.fit(batches(), steps=stop)
+        want = engine.run(batch).logits
+        weights = stored_weights(engine)
+        engine.save_pretrained(tmp_path / "out")
+    with Engine.resume(tmp_path / "run", offload="none") as engine:
+        assert torch.equal(engine.run(batch).logits, want)
+        assert_same(([], weights), ([], stored_weights(engine)))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(plain(**batch).logits, want)
+
+
+def float32_run(model, plan, steps, noise):
+    """The same updates on plain float32 weights: the reference that split masters have to equal."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        value, spec = parameter.detach().clone().reshape(-1), plan.params[name]
+        for updates in steps:
+            fused_pass(
+                value.view(torch.uint8), get_format("fp32"), param_id=spec.param_id, numel=spec.numel, updates=updates,
+                noise=noise,
+            )  # fmt: skip
+        weights[name] = value.view(parameter.shape)
+    return weights
+
+
+@pytest.mark.parametrize("distribution, fold_every", [("gaussian", 1), ("gaussian", 4), ("rademacher", 16)])
+def test_split_float32_masters_are_float32_bit_for_bit(distribution, fold_every):
+    """200 steps: given the same updates, each folded at once, a run of float32 weights ends at the same bits."""
+    method = MeZO(lr=1e-3, batch_size=4, distribution=distribution)
+    steps = []
+    settings = dict(storage="bf16+16", offload="host", fold_every=fold_every)
+    with Engine(tiny_llama(layers=2), method=method, **settings) as engine:
+        engine.fit(batches(), steps=200, callback=lambda record: steps.append(with_folds(record.updates, 0, 1)))
+        assert_same(
+            ([], float32_run(tiny_llama(layers=2), engine.plan, steps, method.noise)), ([], stored_weights(engine))
+        )
