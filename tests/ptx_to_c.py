@@ -18,81 +18,30 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-_PRELUDE = r"""
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <math.h>
-#include <ucontext.h>
-typedef uint8_t u8; typedef uint16_t u16; typedef uint32_t u32; typedef uint64_t u64;
-typedef int8_t s8; typedef int16_t s16; typedef int32_t s32; typedef int64_t s64;
-static float F(u32 u) { float f; memcpy(&f, &u, 4); return f; }
-static u32 U(float f) { u32 u; memcpy(&u, &f, 4); return u; }
-static u16 bf16(float x) {
-  u32 u = U(x);
-  return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fff : (u16)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-static u16 f16(float x) {
-  u32 u = U(x);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
-  _Float16 h = (_Float16)x; u16 r; memcpy(&r, &h, 2); return r;
-}
-static float from_f16(u16 h) { _Float16 x; memcpy(&x, &h, 2); return (float)x; }
-static s32 rzi(float x) { return x != x ? 0 : x >= 2147483648.0f ? 2147483647 : x < -2147483648.0f ? -2147483647 - 1 : (s32)x; }
-static s32 rni(float x) { return rzi(rintf(x)); }
-static u32 prmt(u32 a, u32 b, u32 s) {
-  u64 v = (u64)b << 32 | a; u32 r = 0;
-  for (int i = 0; i < 4; i++) { u32 c = s >> 4 * i & 15, by = v >> 8 * (c & 7) & 255; if (c & 8) by = by & 128 ? 255 : 0; r |= by << 8 * i; }
-  return r;
-}
-static void die(const char* what, u64 a, int line) {
-  fprintf(stderr, "%s: %llx at line %d\n", what, (unsigned long long)a, line); fflush(stderr); abort();
-}
-#define MAX_RANGES 64
-static u64 range_at[MAX_RANGES], range_size[MAX_RANGES]; static int ranges;
-void zo_ranges(int n, const u64* at, const u64* size) { ranges = n; for (int i = 0; i < n; i++) range_at[i] = at[i], range_size[i] = size[i]; }
-static void check(u64 a, u64 size, int line) {
-  if (a % size) die("misaligned access", a, line);
-  for (int i = 0; i < ranges; i++) if (a >= range_at[i] && a + size <= range_at[i] + range_size[i]) return;
-  die("access outside of every range", a, line);
-}
-static ucontext_t scheduler, lanes[32]; static int now, done[32], at_line[32]; static u32 mailbox[2][32], turns[32];
-static char* stacks;
-static u32 shfl(int butterfly, u32 value, u32 b, int line) {
-  int me = now; u32 t = turns[me]++ & 1;
-  mailbox[t][me] = value; at_line[me] = line;
-  swapcontext(&lanes[me], &scheduler);
-  return mailbox[t][(butterfly ? me ^ b : b) & 31];
-}
-typedef void (*kernel)(const char*, u32, u32, u32, u32);
-static kernel the_kernel; static const char* the_args; static u32 the_tid, the_block, the_grid, the_threads;
-static void body(void) { the_kernel(the_args, the_tid + now, the_threads, the_block, the_grid); done[now] = 1; }
-static void run_warp(void) {
-  if (!stacks) stacks = malloc(32 << 16);
-  for (int i = 0; i < 32; i++) {
-    getcontext(&lanes[i]); lanes[i].uc_stack.ss_sp = stacks + (i << 16); lanes[i].uc_stack.ss_size = 1 << 16;
-    lanes[i].uc_link = &scheduler; done[i] = 0; turns[i] = 0; at_line[i] = 0; makecontext(&lanes[i], body, 0);
-  }
-  for (;;) {
-    int ended = 0;
-    for (now = 0; now < 32; now++) if (!done[now]) swapcontext(&scheduler, &lanes[now]);
-    for (int i = 0; i < 32; i++) ended += done[i];
-    if (ended == 32) return;
-    if (ended) die("a warp diverged at a shuffle: threads ended", ended, 0);
-    for (int i = 1; i < 32; i++) if (at_line[i] != at_line[0]) die("a warp diverged at a shuffle: other line", at_line[i], at_line[0]);
-  }
-}
-static void launch(kernel k, int shuffles, const char* args, u32 threads, u32 grid) {
-  the_kernel = k; the_args = args; the_grid = grid; the_threads = threads;
-  for (the_block = 0; the_block < grid; the_block++)
-    for (the_tid = 0; the_tid < threads; the_tid += 32)
-      if (shuffles) run_warp(); else for (now = 0; now < 32; now++) k(args, the_tid + now, threads, the_block, grid);
-}
-"""
+_PRELUDE = Path(__file__).with_name("ptx_runtime.c").read_text()
 
-_C_TYPE = {"pred": "u8", "b16": "u16", "u16": "u16", "s16": "u16", "b32": "u32", "u32": "u32", "f32": "u32", "b64": "u64"}
-_COMPARE = {"gt": ">", "lt": "<", "ge": ">=", "le": "<=", "eq": "==", "ne": "!=", "hi": ">", "lo": "<", "hs": ">=", "ls": "<="}  # fmt: skip
+_C_TYPE = {
+    "pred": "u8",
+    "b16": "u16",
+    "u16": "u16",
+    "s16": "u16",
+    "b32": "u32",
+    "u32": "u32",
+    "f32": "u32",
+    "b64": "u64",
+}
+_COMPARE = {
+    "gt": ">",
+    "lt": "<",
+    "ge": ">=",
+    "le": "<=",
+    "eq": "==",
+    "ne": "!=",
+    "hi": ">",
+    "lo": "<",
+    "hs": ">=",
+    "ls": "<=",
+}
 _WIDTH = {"8": 1, "16": 2, "32": 4, "64": 8}
 
 
@@ -238,14 +187,24 @@ class _Kernel:
             return f"{out} = ({wide}){x} * ({wide}){y}"
         if p[1] == "hi" and t == "u32":
             return f"{out} = (u32)((u64){x} * {y} >> 32)"
-        return f"{out} = ({self._int('u' + _bits(t), a[1])} * (u64){self._int('u' + _bits(t), a[2])})" if p[1] == "lo" else None
+        return (
+            f"{out} = ({self._int('u' + _bits(t), a[1])} * (u64){self._int('u' + _bits(t), a[2])})"
+            if p[1] == "lo"
+            else None
+        )
 
     def _mad(self, p: list[str], a: list[str], n: int) -> str | None:
         t = p[-1]
         if p[1] == "wide":
             wide = {"u32": "u64", "s32": "s64", "u16": "u32", "s16": "s32"}[t]
-            return f"{self.value(a[0])} = ({wide}){self._int(t, a[1])} * ({wide}){self._int(t, a[2])} + {self.value(a[3])}"
-        return f"{self.value(a[0])} = {self.value(a[1])} * {self.value(a[2])} + {self.value(a[3])}" if p[1] == "lo" else None
+            return (
+                f"{self.value(a[0])} = ({wide}){self._int(t, a[1])} * ({wide}){self._int(t, a[2])} + {self.value(a[3])}"
+            )
+        return (
+            f"{self.value(a[0])} = {self.value(a[1])} * {self.value(a[2])} + {self.value(a[3])}"
+            if p[1] == "lo"
+            else None
+        )
 
     def _float2(self, sign: str, p: list[str], a: list[str]) -> str | None:
         if p[1:] != ["rn", "f32"]:
@@ -333,12 +292,15 @@ class _Kernel:
             return None
         low, high, by = self.value(a[1]), self.value(a[2]), f"((u32){self.value(a[3])} & 31)"
         both = f"((u64)(u32){high} << 32 | (u32){low})"
-        return f"{self.value(a[0])} = (u32)({both} {'<<' if p[1] == 'l' else '>>'} {by}{' >> 32' if p[1] == 'l' else ''})"
+        return (
+            f"{self.value(a[0])} = (u32)({both} {'<<' if p[1] == 'l' else '>>'} {by}{' >> 32' if p[1] == 'l' else ''})"
+        )
 
     def _bfe(self, p: list[str], a: list[str], n: int) -> str | None:
         if p[-1] != "u32":
             return None
-        return f"{self.value(a[0])} = (u32)((u64)(u32){self.value(a[1])} >> {self.value(a[2])} & ((1ull << {self.value(a[3])}) - 1))"
+        x, start, length = (self.value(v) for v in a[1:])
+        return f"{self.value(a[0])} = (u32)((u64)(u32){x} >> {start} & ((1ull << {length}) - 1))"
 
     def _clz(self, p: list[str], a: list[str], n: int) -> str | None:
         return f"u32 t = {self.value(a[1])}; {self.value(a[0])} = t ? __builtin_clz(t) : 32" if p[-1] == "b32" else None
@@ -434,7 +396,9 @@ class Simulated:
         assert all(process.wait() == 0 for process in running)
         self._libraries = {name: ctypes.CDLL(str(library)) for name, library, _ in jobs}
 
-    def launch(self, name: str, args: bytes, ranges: Iterable[tuple[int, int]], *, threads: int = 256, grid: int = 3) -> None:
+    def launch(
+        self, name: str, args: bytes, ranges: Iterable[tuple[int, int]], *, threads: int = 256, grid: int = 3
+    ) -> None:
         """ranges: (address, bytes) the kernel may touch; anything else aborts the process."""
         library = self._libraries[name]
         listed = list(ranges)

@@ -63,7 +63,20 @@ def device_updates(updates):
     return table.since(1, True)
 
 
-def both(kernels, name, numel, *, offset=0, updates=(), write_back=True, stochastic=False, spec, lanes, shift=0, dtypes=DTYPES):  # fmt: skip
+def both(
+    kernels,
+    name,
+    numel,
+    *,
+    offset=0,
+    updates=(),
+    write_back=True,
+    stochastic=False,
+    spec,
+    lanes,
+    shift=0,
+    dtypes=DTYPES,
+):
     """(stored, outs) of the CPU library and of the translated kernel."""
     fmt = get_format(name)
     start = values(numel, name)
@@ -108,7 +121,11 @@ def need(kernels, name: str, kind: str) -> None:
 UPDATES = {
     "none": [],
     "one": [Update(3, 2.0**-9)],
-    "decay, zero, fold later": [Update(3, 2.0**-9, 1 - 2.0**-8, fold=False), Update(4, 0.0, 0.5), Update(5, -(2.0**-7))],
+    "decay, zero, fold later": [
+        Update(3, 2.0**-9, 1 - 2.0**-8, fold=False),
+        Update(4, 0.0, 0.5),
+        Update(5, -(2.0**-7)),
+    ],
     "trailing": [Update(3, 2.0**-9), Update(4, 2.0**-9, fold=False)],
 }
 EPS = 2.0**-10
@@ -128,11 +145,15 @@ def test_the_pass_has_the_bits_of_the_cpu_library(kernels, name, kind, which, st
     )
 
 
-@pytest.mark.parametrize("numel, offset, shift", [(1, 0, 0), (7, 3, 1), (8, 8, 0), (1024, 0, 0), (4096, 1024, 1), (513, 511, 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    "numel, offset, shift", [(1, 0, 0), (7, 3, 1), (8, 8, 0), (1024, 0, 0), (4096, 1024, 1), (513, 511, 3)]
+)
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
 def test_any_size_offset_and_address(kernels, kind, numel, offset, shift):
     need(kernels, "bf16", kind)
-    results = both(kernels, "bf16", numel, offset=offset, updates=UPDATES["one"], spec=NoiseSpec(kind), lanes=LANES, shift=shift)  # fmt: skip
+    results = both(
+        kernels, "bf16", numel, offset=offset, updates=UPDATES["one"], spec=NoiseSpec(kind), lanes=LANES, shift=shift
+    )
     assert_same(results)
 
 
@@ -151,7 +172,10 @@ def test_more_lanes_than_a_launch_takes(kernels, updates):
 
 
 def test_infinities_and_nan_round_as_on_the_cpu(kernels):
-    fmt, odd = get_format("bf16"), torch.tensor([float("inf"), float("-inf"), float("nan"), 3.3e38, -3.3e38, 0.0, -0.0, 1e-45])  # fmt: skip
+    fmt, odd = (
+        get_format("bf16"),
+        torch.tensor([float("inf"), float("-inf"), float("nan"), 3.3e38, -3.3e38, 0.0, -0.0, 1e-45]),
+    )
     start = fmt.encode(odd.repeat(64), None)
     lanes, results = [Perturbation(1, 0.0), Perturbation(2, EPS)] * 3, []
     for simulate in (False, True):
@@ -162,7 +186,9 @@ def test_infinities_and_nan_round_as_on_the_cpu(kernels):
             kernels.run_pass(
                 stored=stored.data_ptr(), rows=0, numel=512, offset=0, num_rows=0, total_rows=0, updates=None,
                 format=fmt.code, param_id=1, noise=NoiseSpec(), write_back=False, stochastic=False, stream=0,
-                lanes=[(p.seed, o.data_ptr(), p.scale, format_of(o.dtype).code) for p, o in zip(lanes, outs, strict=True)],  # fmt: skip
+                lanes=[
+                    (p.seed, o.data_ptr(), p.scale, format_of(o.dtype).code) for p, o in zip(lanes, outs, strict=True)
+                ],
             )  # fmt: skip
         else:
             fused_pass(stored, fmt, param_id=1, numel=512, noise=NoiseSpec(), perturbations=lanes, outs=outs)
@@ -179,7 +205,17 @@ def test_gathered_rows(kernels, kind, width):
     rows = torch.tensor([8, 0, 3, 3, 7])
     lanes, updates = LANES[:3], UPDATES["trailing"]
     expected = [torch.zeros(5, width, dtype=d) for d in DTYPES]
-    fused_rows(stored, fmt, param_id=7, row_numel=width, rows=rows, updates=updates, noise=NoiseSpec(kind), perturbations=lanes, outs=expected)  # fmt: skip
+    fused_rows(
+        stored,
+        fmt,
+        param_id=7,
+        row_numel=width,
+        rows=rows,
+        updates=updates,
+        noise=NoiseSpec(kind),
+        perturbations=lanes,
+        outs=expected,
+    )
     asked = torch.cat([rows, torch.tensor([count, -1])])
     found = [out_like(7 * width, d).view(7, width) for d in DTYPES]
     given = device_updates(updates)
@@ -223,6 +259,6 @@ def test_a_wrong_coefficient_is_seen(kernels):
 
 
 def test_an_instruction_we_do_not_know_is_named():
-    ptx = ".visible .entry k(\n.param .align 8 .b8 k_param_0[8]\n)\n{\n.reg .f32 %f<2>;\nex2.approx.f32 %f0, %f1;\nret;\n}\n"
+    ptx = ".entry k(\n.param .b8 k_param_0[8]\n)\n{\n.reg .f32 %f<2>;\nex2.approx.f32 %f0, %f1;\nret;\n}\n"
     with pytest.raises(UnknownInstruction, match=r"ex2\.approx"):
         translate(ptx, ["k"])

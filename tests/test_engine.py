@@ -436,7 +436,7 @@ def test_an_update_that_overflows_the_format_is_refused():
         (dict(offload="disk"), ConfigError, "needs run_dir"),
         (dict(num_slots=1), ConfigError, "needs a slot to compute in and one to fetch into"),
         (dict(prefetch=3), ConfigError, "expected 0..2"),
-        (dict(device="cuda"), ConfigError, "only 'cpu'"),
+        (dict(device="cuda:99"), ConfigError, "built without CUDA|finds no GPU|GPUs"),
         (dict(device_memory="lots"), ConfigError, "expected a number of bytes"),
         (dict(seed=-1), ConfigError, "seed=-1"),
         (dict(offload="host", device_memory=1000), BudgetError, "largest block 'model.decoder.layers"),

@@ -15,8 +15,14 @@ from .formats import FORMATS
 Offload = Literal["auto", "none", "host", "disk"]
 Order = Literal["auto", "module", "block", "lane"]
 Rounding = Literal["nearest", "stochastic"]
+HostMemory = Literal["auto", "pinned", "staged"]
 
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -58,7 +64,8 @@ class EngineConfig:
     """Glob or globs of parameters that a quantized storage leaves in 16 or 32 bits, such as "embed_tokens"."""
     compute: str | None = None
     """Dtype of the perturbed weights and so of the forward. Default: fp32 on the CPU for a checkpoint (16-bit matmuls
-    are slow on most CPUs), the module's own dtypes for a model given in memory."""
+    are slow on most CPUs), the checkpoint's own on a GPU, the module's own dtypes for a model given in memory. "tf32"
+    (GPU): float32 weights and activations, products on the matrix units."""
     rounding: Rounding = "nearest"
     """Of an update into 16-bit storage. "stochastic" keeps small updates on average; noise-keyed, so reproducible."""
     fold_every: int | None = None
@@ -66,7 +73,10 @@ class EngineConfig:
     flushes and roundings drop by this factor. Default 4 with Gaussian, 8 with Rademacher noise; 1 for float32 weights
     that are never flushed (`storage.FOLD_EVERY` says why)."""
     device: str = "cpu"
-    """Only "cpu" is built yet."""
+    """"cpu", "cuda" or "cuda:N". The CUDA path is complete but has not run on a GPU yet (README, status table)."""
+    host_memory: HostMemory = "auto"
+    """Of offload="host" beside a GPU: "pinned" page-locks every block and is an error where the system refuses;
+    "staged" copies through a small pinned ring; "auto" tries the first and falls back to the second."""
     device_memory: int | float | str | None = None
     """Budget for window, scratch and activations together, e.g. "3GB". What the window can spare pins blocks.
     Default: the smallest window that overlaps (num_slots=3)."""
@@ -99,15 +109,19 @@ class EngineConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("offload", Offload), ("order", Order), ("rounding", Rounding)):
+        for name, choices in (
+            ("offload", Offload), ("order", Order), ("rounding", Rounding), ("host_memory", HostMemory),
+        ):  # fmt: skip
             if getattr(self, name) not in get_args(choices):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(get_args(choices))}")
         if self.storage is not None and self.storage not in FORMATS:
             raise ConfigError(f"storage={self.storage!r}: choose one of {', '.join(FORMATS)}")
         if self.compute is not None and self.compute not in DTYPES:
             raise ConfigError(f"compute={self.compute!r}: choose one of {', '.join(DTYPES)}")
-        if self.device != "cpu":
-            raise ConfigError(f"device={self.device!r}: only 'cpu' is built yet (README, status table)")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device={self.device!r}: expected 'cpu', 'cuda' or 'cuda:N'")
+        if self.compute == "tf32" and self.device == "cpu":
+            raise ConfigError("compute='tf32' is a mode of NVIDIA's matrix units; on the CPU choose fp32 or bf16")
         if self.device_memory is not None:
             parse_bytes(self.device_memory, "device_memory")
         if self.num_slots is not None and self.num_slots < (2 if self.overlap else 1):

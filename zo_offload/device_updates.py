@@ -11,13 +11,15 @@ given a plain array whoever runs it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .fused import Update
+if TYPE_CHECKING:
+    from .fused import Update
 
 RECORD_BYTES = 24
 _UNPACK = struct.Struct("<QffII")
@@ -51,6 +53,8 @@ class DeviceUpdates:
 
     def read(self) -> tuple[Update, ...]:
         """The updates as the host knows them. Waits for the device."""
+        from .fused import Update
+
         data = self.records[self.first : self.first + len(self)].cpu().numpy().tobytes()
         return tuple(
             Update(seed, coeff, decay, bool(flags & 1)) for seed, coeff, decay, flags, _ in _UNPACK.iter_unpack(data)
@@ -60,8 +64,10 @@ class DeviceUpdates:
 class UpdateTable:
     """Update records of a run in device memory, in step order. Every write is enqueued on the current stream."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, upload: Callable[[Tensor], Tensor] | None = None) -> None:
+        """upload: brings a host tensor to the device without waiting for it; default `tensor.to(device)`."""
         self.device = device
+        self._upload = upload if upload is not None else lambda tensor: tensor.to(device)
         self._folds: list[bool] = []
         self._records = self._empty(_FIRST_CAPACITY)  # [with decay, without], [capacity], [RECORD_BYTES]
 
@@ -84,14 +90,15 @@ class UpdateTable:
         if count:
             plain = b"".join(_UNPACK.pack(u.seed, u.coeff, 1.0, bool(u.fold), 0) for u in updates)
             both = torch.frombuffer(bytearray(b"".join(u.packed for u in updates) + plain), dtype=torch.uint8)
-            # from pageable memory: staged by the driver before this returns, so `both` may go
-            self._records[:, first : first + count] = both.view(2, count, RECORD_BYTES).to(self.device)
+            self._records[:, first : first + count] = self._upload(both).view(2, count, RECORD_BYTES)
         self._folds += [u.fold for u in updates]
         return first
 
     def set_coefficients(self, first: int, coefficients: Tensor, applies: Tensor) -> None:
-        """Coefficients (float32, on the device) of records first, first + 1, ...; where `applies` (bool, one element) is
-        false the records change nothing: coefficient 0, decay 1."""
+        """Coefficients (float32, on the device) of records first, first + 1, ...
+
+        Where `applies` (bool, one element) is false the records change nothing: coefficient 0, decay 1.
+        """
         words = self._records[:, first : first + coefficients.numel()].view(torch.float32)
         words[..., _COEFF] = torch.where(applies, coefficients.reshape(-1), 0.0)
         words[..., _DECAY] = torch.where(applies, words[..., _DECAY], 1.0)

@@ -17,6 +17,7 @@ The engine wires the parts and holds no algorithm.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,28 +31,31 @@ from .activations import measure_activations
 from .checkpoint import Checkpoint, save_pretrained
 from .config import DTYPES, EngineConfig, parse_bytes
 from .data import Batches, batch_tokens, fingerprint, loss_weight, make_batches, max_positions, split_micro_batches
-from .devices import CpuDevice
-from .errors import ConfigError, DataError, DivergenceError, JournalError, PlanError
-from .fused import Perturbation, Update
+from .device_updates import UpdateTable
+from .devices import make_device
+from .errors import ConfigError, DataError, JournalError, PlanError
+from .fused import Perturbation
 from .ingest import Base, ModuleBase
 from .journal import Journal, StepRecord
 from .lanes import Hub, Lane, LanesShareState, PlanFault, hollow
+from .late import LateLog, Launched, divide
 from .layout import Layout, make_layout
 from .memory import Activations, MemoryPlan, ServiceOrder, plan_memory, process_bytes
 from .methods import MeZO, lr_schedule
+from .on_device import PlacedBatches, matmul_precision, move_buffers
 from .plan import Plan, make_plan, relift
 from .session import Maker, Session, choose_offload
+from .stepper import Stepper
 from .storage import choose_fold_every, decide_formats
 from .streamer import Streamer
 from .training import FitResult, Training, check_same_data
-from .updates import UpdateLog, with_folds
+from .updates import UpdateLog
 
 Batch = Mapping[str, Any]
 Objective = Callable[[nn.Module, Batch], Any]
 
 _MAX_CORRECTIONS = 8  # of the plan, by watched runs; each adds a use, so a few are enough
 
-MAX_HALVINGS = 10  # of eps, by on_nonfinite="halve_eps": a thousandth of what was asked is no longer the same method
 
 STILL = Perturbation(0, 0.0)  # the weights as they are: evaluation
 
@@ -107,7 +111,7 @@ class Engine:
         self._model_name = None if isinstance(model, nn.Module) else _absolute(model)
         self._model_class = model_class if isinstance(model_class, str) else getattr(model_class, "__name__", None)
         self.process_bytes = process_bytes()
-        self.device = CpuDevice()
+        self.device = make_device(self.config.device)
         self.checkpoint: Checkpoint | None = None
         self.base: Base
         if isinstance(model, nn.Module):
@@ -115,14 +119,15 @@ class Engine:
             self.base = base if base is not None else ModuleBase(model)
         else:
             self.checkpoint = Checkpoint.open(model)
-            compute = DTYPES[self.config.compute or "fp32"]
+            own = self.checkpoint.dtype if self.device.kind == "cuda" else torch.float32
+            compute = DTYPES[self.config.compute] if self.config.compute is not None else own
             self.model = self.checkpoint.build_model(compute, model_class, seed=self.config.seed)
             self.base = self.checkpoint
         self.plan: Plan = make_plan(self.model, example, trainable=self.config.trainable)
         stored = decide_formats(self.plan, self.config.storage, self.base.dtype_of, keep=self.config.keep)
         self.plan = stored.plan
         self.layout: Layout = make_layout(self.plan, stored.format_of)
-        self.offload = choose_offload(self.config, self.layout)
+        self.offload = choose_offload(self.config, self.layout, self.device)
         self.fold_every = choose_fold_every(
             self.config.fold_every, self.plan, self.layout, self.offload, self.method.distribution
         )
@@ -130,11 +135,11 @@ class Engine:
         self.log = UpdateLog()
         self.journal: Journal | None = None
         self.evals: list[dict[str, float]] = []
-        self.eps_halvings = 0
         self._check_data = self._at_once = False
         self._streamer: Streamer | None = None
         self._session: Session | None = None
         self._hub: Hub | None = None
+        self._stepper: Stepper | None = None
         self._closed = False
 
     @classmethod
@@ -160,6 +165,11 @@ class Engine:
         settings = {**record["settings"], **changes, "run_dir": run_dir}
         method = MeZO(**record["method"])
         return cls(model if model is not None else record["model"], method=method, _resume=True, **passed, **settings)
+
+    @property
+    def eps_halvings(self) -> int:
+        """How often on_nonfinite="halve_eps" has halved eps."""
+        return self._stepper.halvings if self._stepper is not None else 0
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -208,31 +218,45 @@ class Engine:
             micro_batches, eval_every, progress, callback,
         ).run()  # fmt: skip
 
+    def take_steps(
+        self,
+        batches: Batches,
+        steps: range,
+        lr: Callable[[int], float],
+        micro_batches: int,
+        pause_after: Callable[[int], bool],
+    ) -> Iterator[tuple[StepRecord, Batch]]:
+        """Take `steps`; their records and batches as they are settled: on a GPU, each after the next one is launched.
+
+        pause_after(version): nothing is launched after that many steps before all of them are settled.
+        """
+        waiting: deque[tuple[Launched, Any]] = deque()
+        for step in steps:
+            batch: Batch = batches.batch(step)
+            waiting.append((self._launch(batch, lr(step), micro_batches), batch))
+            assert self._stepper is not None
+            ahead = 1 if self._stepper.late and step + 1 < steps.stop and not pause_after(step + 1) else 0
+            while len(waiting) > ahead:
+                launched, its_batch = waiting.popleft()
+                yield self._stepper.settle(launched), its_batch
+
     def step(self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1) -> StepRecord:
         """One step on one batch: lanes, update, journal. The update reaches each block at its next visit."""
+        launched = self._launch(batch, lr, micro_batches)
+        assert self._stepper is not None
+        return self._stepper.settle(launched)
+
+    def _launch(self, batch: Batch, lr: float | None, micro_batches: int) -> Launched:
+        """A step as far as it goes without looking at its losses."""
         self._start(batch, micro_batches)
-        step = self.log.version
+        stepper = self._stepper
+        assert stepper is not None
         lr = self.method.lr if lr is None else lr
-        method = self.method.with_options(eps=self.method.eps * 0.5**self.eps_halvings)
-        perturbations = method.perturbations(self.config.seed, step)
-        losses = self._losses(batch, perturbations, micro_batches)
-        try:
-            outcome = method.update(self.config.seed, step, losses, lr)
-            self._check_update(step, outcome.updates)
-            updates = with_folds(outcome.updates, step, self.fold_every)
-            record = StepRecord(step, updates, outcome.loss, outcome.grad, lr, False, fingerprint(batch))
-        except DivergenceError:
-            halve = self.method.on_nonfinite == "halve_eps"
-            if self.method.on_nonfinite == "stop" or (halve and self.eps_halvings == MAX_HALVINGS):
-                raise
-            record = StepRecord(step, (), math.nan, math.nan, lr, True, fingerprint(batch), halve)
-        if self.journal is not None:
-            self.journal.append(record)
-        self.log.append(record.updates)
-        self.eps_halvings += record.halved
+        losses = self._losses(batch, stepper.current.perturbations(self.config.seed, self.log.version), micro_batches)
+        launched = stepper.launch(losses, lr, fingerprint(batch))
         if self._session is not None and self._session.snapshots is not None:
             self._session.snapshots.tick(self.log.version, self._running())
-        return record
+        return launched
 
     def evaluate(self, data: Any, *, batch_size: int | None = None, **data_options: Any) -> dict[str, float]:
         """Mean loss, and accuracy where the data defines it, at the current weights. See `data.make_batches`."""
@@ -298,12 +322,15 @@ class Engine:
     def settle(self, *, at_once: bool = False) -> None:
         """End of a call of `fit`: flush and sync, or (at once) leave it all to the journal, now and in `close`."""
         self._at_once = at_once
+        if at_once and self._stepper is not None:
+            self._stepper.settle_before(self.log.version)
         if not at_once:
             self._flush()
 
     def _flush(self) -> None:
         """Every block to the last step, in its tier; the journal to the disk."""
-        assert self._session is not None
+        assert self._session is not None and self._stepper is not None
+        self._stepper.settle_before(self.log.version)
         self._session.settle()
         self._running().flush_all()
         if self.journal is not None:
@@ -317,17 +344,18 @@ class Engine:
 
     # ---- one pass ----------------------------------------------------------------------------------------------------
 
-    def _losses(self, batch: Batch, perturbations: Sequence[Perturbation], micro_batches: int) -> list[float]:
+    def _losses(self, batch: Batch, perturbations: Sequence[Perturbation], micro_batches: int) -> list[Any]:
         """The loss of each perturbation over the whole batch: micro-batches weighted by their labels."""
         parts = split_micro_batches(batch, micro_batches)
         weights = [loss_weight(part) for part in parts]
         lanes = [Lane(perturbation, part) for perturbation in perturbations for part in parts]
-        losses = self._forward(lanes, self._loss)
+        late = self._stepper is not None and self._stepper.late
+        losses = self._forward(lanes, self._late_loss if late else self._loss)
+        if len(parts) == 1:
+            return losses
         total = sum(weights)
-        return [
-            sum(w * losses[i * len(parts) + j] for j, w in enumerate(weights)) / total if len(parts) > 1 else losses[i]
-            for i in range(len(perturbations))
-        ]
+        sums = [sum(w * losses[i * len(parts) + j] for j, w in enumerate(weights)) for i in range(len(perturbations))]
+        return [divide(x, total) if isinstance(x, Tensor) else x / total for x in sums]
 
     def _loss(self, model: nn.Module, batch: Batch) -> float:
         loss = self.objective(model, batch)
@@ -337,14 +365,26 @@ class Engine:
             return float(loss.detach().item())
         return float(loss)
 
+    def _late_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss as float64 on the device: nobody waits for it."""
+        loss = self.objective(model, batch)
+        if not isinstance(loss, Tensor):
+            return torch.full((), float(loss), dtype=torch.float64, device=self.device.torch_device)
+        if loss.numel() != 1:
+            raise ConfigError(f"the objective returned a tensor of shape {tuple(loss.shape)}; expected a scalar")
+        return loss.detach().reshape(()).to(torch.float64)
+
     def _forward(self, lanes: Sequence[Lane], call: Callable[[nn.Module, Batch], Any]) -> list[Any]:
         """All lanes through the model once, streamed. A failure leaves the engine usable and the weights unharmed."""
         streamer, hub = self._running(), self._hub
         assert hub is not None
+        placed = PlacedBatches(self.device)
+        lanes = [Lane(lane.perturbation, placed.place(lane.batch)) for lane in lanes]
         for _ in range(_MAX_CORRECTIONS):
             streamer.begin_pass(exact=all(lane.perturbation.scale == 0.0 for lane in lanes))
+            hub.host_of = placed.host_of
             try:
-                with torch.no_grad():
+                with torch.no_grad(), matmul_precision(self.config.compute):
                     results = hub.run(lanes, call)
                 streamer.end_pass()
             except PlanFault as fault:
@@ -424,10 +464,19 @@ class Engine:
         self._check_data = session.reopened
         if session.reopened and self.journal is not None:
             self.evals = [values for values in runs.evaluations(self._path(runs.METRICS)) if self._has_reached(values)]
-            self.eps_halvings = sum(record.halved for record in self.journal.steps)
-        hollow(self.model)
+        hollow(self.model, self.device.torch_device)
+        move_buffers(self.model, self.device.torch_device)
         if isinstance(self.base, ModuleBase):
             self.base.let_go()
+        if self.device.late:
+            self.log = LateLog(self.log, UpdateTable(self.device.torch_device, self.device.upload))
+        formats = [place.fmt.torch_dtype for place in self.layout.places.values()]
+        self._stepper = Stepper(
+            self.method, self.config.seed, self.fold_every, self.log, self.journal, self.device,
+            min((torch.finfo(dtype).max for dtype in formats), default=math.inf),
+            halvings=sum(record.halved for record in self.journal.steps) if self.journal is not None else 0,
+        )  # fmt: skip
+        tier = session.tier = self.device.wrap(tier, self.offload, self.layout.block_bytes, self.config.host_memory)
         self._streamer = Streamer(
             self.plan, self.layout, tier, self.device, self.log, window=self.memory.window,
             fold_every=self.fold_every, noise=self.method.noise, rounding=self.config.rounding,
@@ -446,16 +495,6 @@ class Engine:
     def _running(self) -> Streamer:
         assert self._streamer is not None, "call _start first"
         return self._streamer
-
-    def _check_update(self, step: int, updates: Sequence[Update]) -> None:
-        """An update that would overflow a 16-bit float format is refused before it reaches any weight."""
-        largest = max((abs(update.coeff) for update in updates), default=0.0) * 6.6  # |z| <= 6.56
-        limit = min((torch.finfo(place.fmt.torch_dtype).max for place in self.layout.places.values()), default=math.inf)
-        if largest >= limit:
-            raise DivergenceError(
-                f"step {step}: an update of {largest:g} would overflow the storage format (largest value {limit:g}). "
-                f"The weights are as after step {step - 1}. Lower lr or eps"
-            )
 
     def _batches(self, data: Any, batch_size: int, options: dict[str, Any], shuffle: bool = True) -> Batches:
         """Data as batches. Text without a tokenizer given uses the checkpoint's own."""

@@ -34,7 +34,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from zo_offload import native, reference
+from zo_offload import native, native_cuda, reference
+from zo_offload.device_updates import DeviceUpdates
 from zo_offload.errors import ConfigError
 from zo_offload.formats import Format, format_of
 from zo_offload.formats.codec import planes
@@ -91,7 +92,7 @@ def fused_pass(
     param_id: int,
     numel: int,
     offset: int = 0,
-    updates: Sequence[Update] = (),
+    updates: Sequence[Update] | DeviceUpdates = (),
     write_back: bool = True,
     rounding: Rounding = "nearest",
     noise: NoiseSpec,
@@ -114,7 +115,12 @@ def fused_pass(
             `stored` or each other. Consecutive perturbations of one seed share one z.
         threads: of the native library; default torch.get_num_threads(). Does not change the result.
     Raises ConfigError on sizes, dtypes or devices that do not fit together.
+
+    With `stored` on a GPU the CUDA kernels run, on torch's current stream, and this returns at once; updates may then
+    be `DeviceUpdates`, whose coefficients the host need not know.
     """
+    if isinstance(updates, DeviceUpdates) and not stored.is_cuda:
+        updates = updates.read()
     _check_stored(stored, fmt, numel)
     _check_call(param_id, offset, numel, rounding, perturbations, outs, stored.device)
     if fmt.group and offset % fmt.group:
@@ -124,6 +130,13 @@ def fused_pass(
             raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold the {numel} elements of this pass")
     residual = _residual(residual, fmt, numel, updates, target, stored.device)
     stochastic = rounding == "stochastic"
+    if stored.is_cuda:
+        native_cuda.run(
+            stored, fmt.code, param_id=param_id, numel=numel, offset=offset, updates=updates, write_back=write_back,
+            stochastic=stochastic, noise=noise, perturbations=perturbations, outs=outs,
+        )  # fmt: skip
+        return
+    assert not isinstance(updates, DeviceUpdates)
     library = native.library()
     if library is None or fmt.code not in library.formats:
         reference.fused_pass(
@@ -148,7 +161,7 @@ def fused_rows(
     row_numel: int,
     rows: Tensor,
     numel: int | None = None,
-    updates: Sequence[Update] = (),
+    updates: Sequence[Update] | DeviceUpdates = (),
     rounding: Rounding = "nearest",
     noise: NoiseSpec,
     perturbations: Sequence[Perturbation],
@@ -166,6 +179,8 @@ def fused_rows(
         outs: one contiguous [U, row_numel] tensor a perturbation.
     Raises ConfigError as `fused_pass`, and on a row outside the parameter.
     """
+    if isinstance(updates, DeviceUpdates) and not stored.is_cuda:
+        updates = updates.read()
     if numel is None:
         numel = fmt.size_of(stored, None)
     if row_numel <= 0 or numel % row_numel:
@@ -188,6 +203,14 @@ def fused_rows(
     residual = _residual(residual, fmt, numel, updates, target, stored.device)
     if count == 0:
         return
+    if stored.is_cuda:  # a row outside comes out as NaN there: to look at the rows would be to wait for them
+        native_cuda.run(
+            stored, fmt.code, param_id=param_id, numel=row_numel, offset=0, updates=updates, write_back=False,
+            stochastic=rounding == "stochastic", noise=noise, perturbations=perturbations, outs=outs, rows=rows,
+            total_rows=num_rows,
+        )  # fmt: skip
+        return
+    assert not isinstance(updates, DeviceUpdates)
     low, high = (int(x) for x in torch.aminmax(rows))
     if low < 0 or high >= num_rows:
         raise ConfigError(f"rows {low}..{high} asked of a parameter with {num_rows} rows")
@@ -216,15 +239,20 @@ def _check_stored(stored: Tensor, fmt: Format, numel: int) -> None:
             f"stored: {numel} {fmt.name} elements are {size} bytes in a contiguous 1-D uint8 tensor, got "
             f"{stored.dtype} {tuple(stored.shape)} with strides {stored.stride()}"
         )
-    if stored.device.type != "cpu":
-        raise ConfigError(f"stored is on {stored.device}: this pass runs on the CPU")
+    if stored.device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"stored is on {stored.device}: this pass runs on the CPU and on CUDA devices")
 
 
 def _residual(
-    residual: Tensor | None, fmt: Format, numel: int, updates: Sequence[Update], target: str, device: torch.device
+    residual: Tensor | None,
+    fmt: Format,
+    numel: int,
+    updates: Sequence[Update] | DeviceUpdates,
+    target: str,
+    device: torch.device,
 ) -> Tensor | None:
     """The residual part if this pass uses it, else None; ConfigError if it is needed and not there, or not right."""
-    folds = any(update.fold for update in updates)
+    folds = any(updates.folds if isinstance(updates, DeviceUpdates) else (update.fold for update in updates))
     if target not in get_args(Target):
         raise ConfigError(f"target={target!r}: choose one of {get_args(Target)}")
     if target == "scales":

@@ -43,6 +43,7 @@ import os
 import struct
 import threading
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,8 @@ class Journal:
         self._synced = 0
         self._failed: StorageError | None = None
         self._write_lock, self._sync_lock = threading.Lock(), threading.Lock()
+        self.settle: Callable[[int], None] = lambda version: None
+        """Makes sure that steps 0..version-1 have been appended, where losses reach the host later than blocks may."""
         self._due = threading.Condition()
         self._committer: threading.Thread | None = None
         self._closing = False
@@ -254,6 +257,7 @@ class Journal:
 
     def make_durable(self, version: int) -> None:
         """Return once steps 0..version-1 are on the disk. Called before block bytes are written, and at the end."""
+        self.settle(version)
         with self._sync_lock:
             self._check()
             if version > self._synced:

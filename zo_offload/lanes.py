@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import greenlet
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .attachment import Attachment
 from .errors import PlanError
@@ -74,6 +74,8 @@ class Hub(Attachment):
         """Remarks of the last watched run."""
         self.watching = False
         """The run under way is watched."""
+        self.host_of: Callable[[Tensor], Tensor | None] | None = None
+        """The host's copy of a tensor of the batches, where they are on a GPU; None for one it does not have."""
         self._installed: LaneRun | None = None
         self._unentered: list[Frame] = []  # served, but their lanes have not gone on yet
         self._rng_kinds: frozenset[str] = frozenset()
@@ -252,7 +254,7 @@ class Hub(Attachment):
         served = self._served[group[0].want]
         places: dict[Perturbation, int] = {}
         index = [places.setdefault(lane.lane.perturbation, len(places)) for lane in group]
-        rows = gather(served, group) if served.rows else None
+        rows = gather(served, group, self.host_of) if served.rows else None
         scratch = self.source.emit(served.owner, list(places), rows)
         emission = Emission(scratch, len(group), self.source.release)
         frames = [Frame(served, scratch[i], emission) for i in index]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .device_updates import DeviceUpdates
-    from .fused import Perturbation
+    from .fused import Perturbation, Update
     from .noise import NoiseSpec
 
 IMAGE = Path(__file__).with_name("_zo_cuda.fatbin")
@@ -277,9 +277,8 @@ def describe() -> str:
     if not torch.cuda.is_available():
         return f"none: torch finds no GPU; {built}"
     try:
-        torch.cuda.init()
         device = torch.cuda.current_device()
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=f"cuda:{device}")  # makes the context
         return f"{torch.cuda.get_device_name(device)}: {kernels(device).source}, bits checked"
     except CudaError as error:
         return f"none: {error}"
@@ -292,22 +291,32 @@ def run(
     param_id: int,
     numel: int,
     offset: int,
-    updates: DeviceUpdates | None,
+    updates: Sequence[Update] | DeviceUpdates,
     write_back: bool,
     stochastic: bool,
     noise: NoiseSpec,
     perturbations: Sequence[Perturbation],
     outs: Sequence[Tensor],
-    out_codes: Sequence[int],
     rows: Tensor | None = None,
     total_rows: int = 0,
 ) -> None:
     """`fused.fused_pass` (or `fused_rows`, with rows) for tensors on a GPU; arguments are checked there."""
     import torch
 
+    from .device_updates import DeviceUpdates, UpdateTable
+    from .formats import format_of
+
     device = stored.device.index
+    if format not in KERNELS:
+        raise CudaError(
+            f"there is no CUDA kernel for storage format {format} yet; there are {sorted(KERNELS.values())}"
+        )
+    if not isinstance(updates, DeviceUpdates):
+        table = UpdateTable(stored.device)
+        table.append(updates)
+        updates = table.since(0, True)
     lanes = [
-        (p.seed, out.data_ptr(), p.scale, code) for p, out, code in zip(perturbations, outs, out_codes, strict=True)
+        (p.seed, out.data_ptr(), p.scale, format_of(out.dtype).code) for p, out in zip(perturbations, outs, strict=True)
     ]
     kernels(device).run_pass(
         stored=stored.data_ptr(), rows=0 if rows is None else rows.data_ptr(), numel=numel, offset=offset,

@@ -31,12 +31,15 @@ from .updates import UpdateLog
 _log = logging.getLogger(__name__)
 
 
-def choose_offload(config: EngineConfig, layout: Layout) -> str:
+def choose_offload(config: EngineConfig, layout: Layout, device: CpuDevice) -> str:
     """`offload`, with "auto" decided: none if the stored model takes at most half of the free memory, else disk.
 
+    On a GPU: none if it takes at most half of the GPU's free memory, else host if the host can hold it, else disk.
     Raises BudgetError if a memory tier cannot hold the model.
     """
     need, free = layout.total_bytes, available_bytes()
+    if device.kind == "cuda":
+        return _choose_beside_gpu(config, need, free, device.free_bytes())
     if config.offload == "auto":
         if need <= free / 2 or (config.run_dir is None and need <= 0.9 * free):
             return "none"
@@ -50,6 +53,29 @@ def choose_offload(config: EngineConfig, layout: Layout) -> str:
         raise BudgetError(
             f"offload={config.offload!r} keeps the whole model in memory: {show_bytes(need)}, but "
             f"{show_bytes(free)} is free. Use offload='disk', or a smaller storage format"
+        )
+    return config.offload
+
+
+def _choose_beside_gpu(config: EngineConfig, need: int, host: int, gpu: int) -> str:
+    if config.offload == "auto":
+        if need <= gpu / 2:
+            return "none"
+        if need <= 0.9 * host:
+            return "host"
+        if config.run_dir is None:
+            raise BudgetError(
+                f"the stored model takes {show_bytes(need)}; {show_bytes(gpu)} of GPU memory and {show_bytes(host)} of "
+                "host memory are free: give run_dir=... so that it can stream from disk"
+            )
+        return "disk"
+    free = {"none": gpu, "host": host}.get(config.offload, need)
+    if need > free:
+        where = "GPU" if config.offload == "none" else "host"
+        raise BudgetError(
+            f"offload={config.offload!r} keeps the whole model in {where} memory: {show_bytes(need)}, but "
+            f"{show_bytes(free)} is free. Use offload={'host' if config.offload == 'none' else 'disk'!r}, or a smaller "
+            "storage format"
         )
     return config.offload
 
@@ -130,10 +156,12 @@ class Maker:
         return Path(self.config.run_dir) if self.config.run_dir is not None else None
 
     def _memory_tier(self) -> Tier:
-        return (ResidentTier if self.offload == "none" else HostTier)(self.layout.block_bytes, self.device.alloc)
+        if self.offload == "none":
+            return ResidentTier(self.layout.block_bytes, self.device.alloc)
+        return HostTier(self.layout.block_bytes, self.device.host_alloc)
 
     def _ingest(self, tier: Tier, blocks: Iterable[int] | None = None) -> None:
-        ingest(self.plan, self.layout, self.base, tier, self.device.alloc, blocks=blocks, progress=self.progress)
+        ingest(self.plan, self.layout, self.base, tier, self.device.host_alloc, blocks=blocks, progress=self.progress)
 
     def _shapes(self) -> tuple[Shape, ...]:
         return shapes_of(self.layout.block_bytes, self.layout.spans, self.layout.stream_bytes)
@@ -219,7 +247,7 @@ class Maker:
             if block in files.torn:
                 continue
             view = tier.view(block)
-            buffer = self.device.alloc(nbytes) if view is None else view
+            buffer = self.device.host_alloc(nbytes) if view is None else view
             try:
                 files.fetch(block, buffer)
             except CheckpointError:
@@ -253,6 +281,6 @@ class Maker:
 
         written = sorted(self.layout.written)
         return Snapshots(
-            tier, open_files, self.layout, written, self.device.alloc,
+            tier, open_files, self.layout, written, self.device.host_alloc,
             minutes=self.config.snapshot_minutes, steps=self.config.snapshot_steps,
         )  # fmt: skip

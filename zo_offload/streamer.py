@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from .device_updates import DeviceUpdates
 from .devices import CpuDevice, Event, Stream
 from .fused import Perturbation, Rounding, Update, fused_pass, fused_rows
 from .layout import Layout
@@ -39,7 +40,7 @@ from .noise import NoiseSpec
 from .plan import Owner, ParamSpec, Plan
 from .schedule import Op, OpKey, last_visits, schedule
 from .scratch import ScratchPool
-from .tiers import DiskTier, Tier
+from .tiers import Tier
 from .updates import UpdateLog
 
 
@@ -61,6 +62,7 @@ class Slot:
     memory: Tensor
     block: int = -1
     ready: Event | None = None
+    used: Event | None = None  # all that was computed with these bytes; None before the first visit
     version: dict[str, int] = field(default_factory=dict)
     stored: int = 0
     """The version that was fetched."""
@@ -196,6 +198,7 @@ class Streamer:
             slot = self._load(block, into_window=True)
             self._settle(slot)
             self._write_back(slot)
+        self.device.synchronize()  # before the slots are fetched into again, and before anyone reads the tier
 
     def read(self, name: str) -> Tensor:
         """A copy of one parameter's current value in its storage dtype. Not in a pass.
@@ -207,16 +210,16 @@ class Streamer:
         place, spec = self.layout.places[name], self.plan.params[name]
         slot = self._load(place.block, into_window=True)
         self._settle(slot)
-        value = torch.empty(spec.shape, dtype=place.fmt.torch_dtype)
+        value = torch.empty(spec.shape, dtype=place.fmt.torch_dtype, device=slot.memory.device)
         if place.residual_nbytes:
             self._emit_exact(name, slot, False, [value], None)
         else:
             self._fused(name, slot, False, [Perturbation(0, 0.0)], [value])
-        return value
+        return value.cpu()
 
     def is_in_memory(self, block: int) -> bool:
         """Whether a block lives in memory for the whole run: its tier is memory, or it is pinned."""
-        return block in self.window.pinned or not isinstance(self.tier, DiskTier)
+        return block in self.window.pinned or self.tier.in_memory
 
     def copy_block(self, block: int, out: Tensor) -> int:
         """Copy such a block, between steps, for a snapshot; its version."""
@@ -252,7 +255,8 @@ class Streamer:
         for slot in self._live.values():
             if slot.dirty and slot.block >= 0:
                 self._settle(slot)
-                self._enqueue_flush(slot, Event())
+                self._mark_used(slot)
+                self._enqueue_flush(slot, self.device.event())
         self._flush_stream.drain()
         # Fetches that wait for a flush which will now never be enqueued must not wait for ever. What they read is
         # not used.
@@ -304,6 +308,7 @@ class Streamer:
         if self._position >= 0 and self._slot is not None:
             if self._last[self._position] and self._slot.block in self.layout.written:
                 self._settle(self._slot)
+            self._mark_used(self._slot)
             self._stray = None
         self._position += 1
         if self._position == len(self._visits):
@@ -321,6 +326,9 @@ class Streamer:
                 break
         assert self._slot is not None
         self._wait(self._slot)
+
+    def _mark_used(self, slot: Slot) -> None:
+        slot.used = self.device.mark()
 
     def _wait(self, slot: Slot) -> None:
         if slot.ready is not None:
@@ -342,7 +350,9 @@ class Streamer:
         slot.block, slot.dirty = op.block, False
         self._live[op.stay] = slot
         target = self._foretold(op)
-        after = [self._event(key) for key in op.after if key[0] == "flush"]  # computes ended before this was enqueued
+        after = [self._event(key) for key in op.after if key[0] == "flush"]
+        if slot.used is not None:  # what computed with the slot's last block is enqueued, on a GPU it may still run
+            after.append(slot.used)
 
         def fetch() -> None:
             with record_function("zo_offload.stream:fetch"):
@@ -412,7 +422,8 @@ class Streamer:
             with record_function("zo_offload.stream:flush"):
                 self.tier.flush(block, data, spans, version)
 
-        self._flushes.append(self._flush_stream.submit(flush, (), event))
+        after = () if slot.used is None else (slot.used,)  # the bytes are whole once the passes that write them ended
+        self._flushes.append(self._flush_stream.submit(flush, after, event))
         self.traffic.flush_bytes += sum(nbytes for _, nbytes in spans)
         self._raise_failed_flush()
 
@@ -426,7 +437,9 @@ class Streamer:
         if len(self._events) > 8 * (len(self._visits) + self.window.num_slots) + 64:
             recent = max(stay for _, stay in self._events) - 2 * (len(self._visits) + self.window.num_slots)
             self._events = {k: e for k, e in self._events.items() if k[1] >= recent or not e.is_done()}
-        return self._events.setdefault(key, Event())
+        if key not in self._events:
+            self._events[key] = self.device.event()
+        return self._events[key]
 
     def _uniform_version(self, slot: Slot) -> int:
         versions = {slot.version[n] for n in self.plan.blocks[slot.block].params if self.plan.params[n].trainable}
@@ -519,13 +532,18 @@ class Streamer:
             if not writes:  # an early visit of a block that a later one of this pass will write: fold into a copy
                 slot = replace(slot, memory=slot.memory.clone(), version=dict(slot.version))
             self._fused(name, slot, True, (), ())
+        pending = self._lacking(name, slot)
+        stored = slot.memory[place.offset : place.offset + place.nbytes]
+        residual = slot.memory[place.residual_offset : place.residual_offset + place.residual_nbytes]
         for out in outs:
+            value = torch.empty_like(out, device="cpu") if out.is_cuda else out  # evaluation: the host's kernels do
             exact_values(
-                slot.memory[place.offset : place.offset + place.nbytes],
-                slot.memory[place.residual_offset : place.residual_offset + place.residual_nbytes],
-                place.fmt, out, param_id=spec.param_id, numel=spec.numel, pending=self._lacking(name, slot),
-                noise=self.noise, rows=rows, threads=self.threads,
+                stored.cpu(), residual.cpu(), place.fmt, value, param_id=spec.param_id, numel=spec.numel,
+                pending=pending.read() if isinstance(pending, DeviceUpdates) else pending,
+                noise=self.noise, rows=None if rows is None else rows.cpu(), threads=self.threads,
             )  # fmt: skip
+            if value is not out:
+                out.copy_(value)
 
     def _fused(
         self, name: str, slot: Slot, writes: bool, perturbations: Sequence[Perturbation], outs: Sequence[Tensor]
@@ -568,7 +586,7 @@ class Streamer:
             return None
         return slot.memory[place.residual_offset : place.residual_offset + place.residual_nbytes]
 
-    def _lacking(self, name: str, slot: Slot) -> tuple[Update, ...]:
+    def _lacking(self, name: str, slot: Slot) -> Sequence[Update] | DeviceUpdates:
         if not self.plan.params[name].trainable:
             return ()
         return self.log.since(slot.version[name], self._decay[name])

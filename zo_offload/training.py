@@ -67,9 +67,10 @@ class Training:
         with Progress(self.progress, first, self.steps) as bar, runs.Metrics(path) as metrics, stop_signals() as stop:
             try:
                 self._evaluate_what_was_missed(first, metrics, stop)
-                for step in range(first, self.steps):
-                    batch = self.batches.batch(step)
-                    record = engine.step(batch, self.lr(step), micro_batches=self.micro_batches)
+                for record, batch in engine.take_steps(
+                    self.batches, range(first, self.steps), self.lr, self.micro_batches, self._is_due
+                ):
+                    step = record.step
                     losses.append(record.loss)
                     tokens += batch_tokens(batch)
                     seconds = time.perf_counter() - begin

@@ -40,6 +40,11 @@ class UpdateLog:
         self._since = lru_cache(maxsize=64)(self._collect)
 
     @property
+    def steps(self) -> Sequence[tuple[Update, ...]]:
+        """Updates of each step from `base` on."""
+        return self._steps
+
+    @property
     def version(self) -> int:
         return self.base + len(self._steps)
 

@@ -7,9 +7,13 @@ import mmap
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..tiers import Tier
 
 
 class Event:
@@ -32,6 +36,16 @@ class Event:
             raise self._error
 
 
+class Later:
+    """Values that were enqueued for the host; `get` waits for them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+
+    def get(self) -> list[float]:
+        return [float(x) for x in self._values.tolist()]
+
+
 class Stream:
     """Ops in submission order on `threads` workers; with threads=0 each op runs inside `submit`.
 
@@ -51,7 +65,7 @@ class Stream:
 
     def submit(self, fn: Callable[[], None], after: Sequence[Event] = (), event: Event | None = None) -> Event:
         """Enqueue fn; the returned event is set when it has run, or failed, or when an event it waits for failed."""
-        event = event or Event()
+        event = event or self._new_event()
         with self._idle:
             self._open_ops += 1
         if self._threads:
@@ -73,6 +87,9 @@ class Stream:
             thread.join()
         self._threads = []
 
+    def _new_event(self) -> Event:
+        return Event()
+
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             self._run(*item)
@@ -86,15 +103,22 @@ class Stream:
         except BaseException as error:  # handed to whoever waits for the event, which is where it can be acted on
             event.set(error)
         finally:
-            with self._idle:
-                self._open_ops -= 1
-                self._idle.notify_all()
+            self._ended()
+
+    def _ended(self) -> None:
+        with self._idle:
+            self._open_ops -= 1
+            self._idle.notify_all()
 
 
 class CpuDevice:
     """Host memory and worker threads behind the device interface."""
 
     kind = "cpu"
+    torch_device = torch.device("cpu")
+    late = False
+    """Losses stay on the device and the host reads them a step late. On the CPU they are there at once."""
+    context_bytes = 0
 
     def alloc(self, nbytes: int) -> Tensor:
         """A zeroed uint8 tensor of exactly nbytes, page-aligned, returned to the system when its last view dies.
@@ -110,5 +134,42 @@ class CpuDevice:
                 memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(memory, dtype=torch.uint8)
 
+    def host_alloc(self, nbytes: int) -> Tensor:
+        """Memory for blocks that live on the host."""
+        return self.alloc(nbytes)
+
+    def wrap(self, tier: Tier, offload: str, block_bytes: Sequence[int], pin: str = "auto") -> Tier:
+        """The tier as this device's streams need it."""
+        return tier
+
     def stream(self, name: str, threads: int) -> Stream:
         return Stream(name, threads)
+
+    def event(self) -> Event:
+        """One that whoever runs its op will set."""
+        return Event()
+
+    def mark(self) -> Event:
+        """Done once all that was computed so far is. The caller computes, so it is done now."""
+        return _DONE
+
+    def later(self, values: Tensor) -> Later:
+        """values (float64) for the host to read when it wants to."""
+        return Later(values.reshape(-1).clone())
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        """A host tensor where the model computes."""
+        return tensor
+
+    def synchronize(self) -> None:
+        """Wait until all that was computed so far is done."""
+
+    def free_bytes(self) -> int:
+        """What can still be allocated."""
+        from ..memory import available_bytes
+
+        return available_bytes()
+
+
+_DONE = Event()
+_DONE.set()

@@ -94,7 +94,7 @@ class Driver:
 
     def launch(self, function: int, grid: int, threads: int, stream: int, args: bytes) -> None:
         """Enqueue a kernel whose only parameter is the struct `args`, which is copied before this returns."""
-        params = (ctypes.c_void_p * 1)(ctypes.cast(args, ctypes.c_void_p))
+        params = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.c_char_p(args), ctypes.c_void_p))
         code = self._launch(function, grid, 1, 1, threads, 1, 1, 0, stream, params, None)
         if code:
             self.check(code, f"launch of {grid} x {threads} threads")

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from ..errors import ConfigError, DivergenceError
 from ..fused import Perturbation, Update
+from ..late import divide
 from ..noise import NoiseSpec, step_seed
 
 # lr, eps: the papers' full-parameter settings (MeZO, appendix on hyper-parameters); batch and steps are theirs too.
@@ -100,6 +102,10 @@ class MeZO:
         """The step's lanes: the same noise, added and subtracted."""
         seed, eps = step_seed(run_seed, step), float(np.float32(self.eps))
         return Perturbation(seed, eps), Perturbation(seed, -eps)
+
+    def coefficients(self, losses: Tensor, lr: float) -> Tensor:
+        """lr * grad from the losses, both float64 [n] on any device: `update`'s arithmetic, operation for operation."""
+        return lr * divide(losses[:1] - losses[1:], 2 * float(np.float32(self.eps)))
 
     def update(self, run_seed: int, step: int, losses: Sequence[float], lr: float) -> Step:
         """Losses at +eps and -eps -> the step's update. Raises DivergenceError if it is not finite."""

@@ -15,6 +15,9 @@ Spans = tuple[tuple[int, int], ...]
 class Tier(Protocol):
     """What the streamer asks of a tier. fetch and flush may run on worker threads, one op a block at a time."""
 
+    in_memory: bool
+    """Whether blocks live in memory for the whole run."""
+
     def fetch(self, block: int, out: Tensor, start: int = 0) -> None:
         """Read bytes [start, start + len(out)) of the block into out: all of it, or one of its two parts."""
         ...

@@ -64,6 +64,8 @@ def shapes_of(
 class DiskTier:
     """Blocks in `directory`; `create` writes new files, `open` reads an earlier run's."""
 
+    in_memory = False
+
     def __init__(self, directory: Path, blocks: list[_Block]) -> None:
         self.directory = directory
         self._blocks = blocks

@@ -10,9 +10,19 @@ from torch import Tensor
 class HostTier:
     """Blocks in host memory, one exact allocation each; fetch and flush are copies through the window."""
 
+    in_memory = True
+
     def __init__(self, block_bytes: Sequence[int], alloc: Callable[[int], Tensor]) -> None:
         self._blocks = [alloc(nbytes) for nbytes in block_bytes]
         self._versions = [0] * len(self._blocks)
+
+    @property
+    def slabs(self) -> list[Tensor]:
+        """The blocks' memory, for a device that has its own way of copying it."""
+        return self._blocks
+
+    def set_version(self, block: int, version: int) -> None:
+        self._versions[block] = version
 
     def fetch(self, block: int, out: Tensor, start: int = 0) -> None:
         out.copy_(self._blocks[block][start : start + out.numel()])

@@ -1,0 +1,288 @@
+"""A CUDA GPU as a device: memory, one stream a direction beside the compute stream, events between them.
+
+    compute   torch's current stream: forwards, fused passes, losses, coefficients
+    fetch     host -> device copies            waits for: the slot's last compute or flush, the block's last flush
+    flush     device -> host copies            waits for: the slot's last compute
+
+A worker thread a stream enqueues its copies, so the thread that runs the model never waits for a disk, a page lock or
+a pageable copy. `Event.wait` makes the compute stream wait, not the host: the host only makes sure that the copy it
+waits for has been enqueued. Nothing in a step asks the GPU for a value; `later` brings scalars to the host, which reads
+them a step late.
+
+Host memory of blocks is one exact slab each (`host_alloc`), page-locked behind the run's back (`staging.HostSlabs`):
+torch's own pinned allocator would round each allocation up to a power of two.
+
+Everything of CUDA that is used here goes through `Backend`, so that the tests can run this file against one that
+delays, reorders and checks (tests/fake_cuda.py). **Not run on a GPU yet.**
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import show_bytes
+from ..errors import BudgetError, ConfigError
+from ..tiers import HostTier, Tier
+from .cpu import CpuDevice, Event, Later, Stream
+from .staging import HostSlabs, ThroughHost
+
+
+class Backend(Protocol):
+    """What is used of CUDA. A stream of None is the calling thread's current one, where the model computes."""
+
+    def make_stream(self) -> Any: ...
+    def make_event(self) -> Any: ...
+    def record(self, event: Any, stream: Any) -> None: ...
+    def wait(self, stream: Any, event: Any) -> None: ...
+    def done(self, event: Any) -> bool: ...
+    def synchronize(self, event: Any) -> None: ...
+    def drain(self, stream: Any) -> None: ...
+    def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]: ...
+    def copy(self, to: Tensor, source: Tensor) -> None: ...
+    def is_device(self, tensor: Tensor) -> bool: ...
+    def empty(self, nbytes: int) -> Tensor: ...
+    def staging(self, nbytes: int) -> Tensor: ...
+    def lock(self, memory: Tensor) -> None: ...
+    def unlock(self, memory: Tensor) -> None: ...
+    def memory(self) -> tuple[int, int]: ...
+
+
+class TorchCuda:
+    """The real thing: torch.cuda, and the driver where torch has nothing to offer."""
+
+    def __init__(self, index: int) -> None:
+        from .driver import driver
+
+        self.device = torch.device("cuda", index)
+        torch.zeros(1, device=self.device)  # makes the context
+        self._driver = driver()
+        self._context = self._driver.primary_context(index)
+
+    def make_stream(self) -> Any:
+        return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+    def make_event(self) -> Any:
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def record(self, event: Any, stream: Any) -> None:
+        event.record(stream if stream is not None else torch.cuda.current_stream(self.device))
+
+    def wait(self, stream: Any, event: Any) -> None:
+        (stream if stream is not None else torch.cuda.current_stream(self.device)).wait_event(event)
+
+    def done(self, event: Any) -> bool:
+        return bool(event.query())
+
+    def synchronize(self, event: Any) -> None:
+        event.synchronize()
+
+    def drain(self, stream: Any) -> None:
+        (stream if stream is not None else torch.cuda.current_stream(self.device)).synchronize()
+
+    def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        if stream is None:
+            return contextlib.nullcontext()
+        return torch.cuda.stream(stream)
+
+    def copy(self, to: Tensor, source: Tensor) -> None:
+        to.copy_(source, non_blocking=True)
+
+    def is_device(self, tensor: Tensor) -> bool:
+        return tensor.is_cuda
+
+    def empty(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def staging(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def lock(self, memory: Tensor) -> None:
+        self._driver.make_current(self._context)  # worker threads have none of their own
+        self._driver.lock_host(memory.data_ptr(), memory.numel())
+
+    def unlock(self, memory: Tensor) -> None:
+        self._driver.make_current(self._context)
+        self._driver.unlock_host(memory.data_ptr())
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes of the device, as the driver counts them."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        return int(free), int(total)
+
+
+class CudaEvent(Event):
+    """A point in a CUDA stream. Set once it has been recorded there, or its op has failed."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__()
+        self._backend = backend
+        self.mark = backend.make_event()
+
+    def record(self, stream: Any) -> None:
+        self._backend.record(self.mark, stream)
+        super().set()
+
+    def set(self, error: BaseException | None = None) -> None:
+        """From the compute thread: all that it has enqueued so far. Once set, an event stays as it is."""
+        if super().is_done():
+            return
+        if error is None:
+            self.record(None)
+        else:
+            super().set(error)
+
+    def is_done(self) -> bool:
+        return super().is_done() and (self._error is not None or self._backend.done(self.mark))
+
+    def wait(self) -> None:
+        """The compute stream waits. The host waits only until the event is recorded; raises what the op raised."""
+        super().wait()
+        self._backend.wait(None, self.mark)
+
+    def before(self, stream: Any) -> None:
+        """What `stream` is given from now on comes after this event."""
+        super().wait()
+        self._backend.wait(stream, self.mark)
+
+
+class CudaStream(Stream):
+    """A CUDA stream and the worker that enqueues to it; with threads=0 the caller does, to the compute stream."""
+
+    def __init__(self, name: str, threads: int, backend: Backend) -> None:
+        self._backend = backend
+        self.cuda = backend.make_stream() if threads else None
+        super().__init__(name, threads)
+
+    def _new_event(self) -> Event:
+        return CudaEvent(self._backend)
+
+    def _run(self, fn: Callable[[], None], after: Sequence[Event], event: Event) -> None:
+        try:
+            for earlier in after:
+                assert isinstance(earlier, CudaEvent)
+                earlier.before(self.cuda)
+            with self._backend.on(self.cuda):
+                fn()
+            assert isinstance(event, CudaEvent)
+            event.record(self.cuda)
+        except BaseException as error:  # handed to whoever waits for the event, as on the CPU
+            event.set(error)
+        finally:
+            self._ended()
+
+    def drain(self) -> None:
+        super().drain()
+        self._backend.drain(self.cuda)
+
+
+class CudaDevice(CpuDevice):
+    """One GPU behind the device interface."""
+
+    kind = "cuda"
+    late = True
+
+    def __init__(self, index: int = 0, backend: Backend | None = None) -> None:
+        self.backend: Backend = backend if backend is not None else TorchCuda(index)
+        self.torch_device = torch.device("cuda", index) if backend is None else torch.device("cpu")
+        self.context_bytes = 0
+        """What the driver counted for this process before anything was allocated: context, kernels, libraries."""
+
+    def alloc(self, nbytes: int) -> Tensor:
+        """Uninitialised device memory. BudgetError names what was asked and what is free."""
+        try:
+            return self.backend.empty(nbytes)
+        except torch.OutOfMemoryError as error:
+            free, total = self.backend.memory()
+            raise BudgetError(
+                f"{show_bytes(nbytes)} of GPU memory were asked for, {show_bytes(free)} of {show_bytes(total)} are "
+                "free. Give a smaller device_memory (fewer blocks stay on the GPU), a smaller storage format or batch"
+            ) from error
+
+    def host_alloc(self, nbytes: int) -> Tensor:
+        """Exact, page-aligned host memory; `staging.HostSlabs` locks it."""
+        return super().alloc(nbytes)
+
+    def stream(self, name: str, threads: int) -> CudaStream:
+        return CudaStream(name, threads, self.backend)
+
+    def event(self) -> Event:
+        return CudaEvent(self.backend)
+
+    def mark(self) -> Event:
+        """All that the compute stream was given so far."""
+        event = CudaEvent(self.backend)
+        event.record(None)
+        return event
+
+    def later(self, values: Tensor) -> Later:
+        """Scalars on their way to the host: enqueued here, read when they are asked for."""
+        host = self.backend.staging(values.numel() * values.element_size()).view(values.dtype)
+        self.backend.copy(host, values.reshape(-1))
+        mark = self.backend.make_event()
+        self.backend.record(mark, None)
+        return CudaLater(host, self.backend, mark)
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        """A host tensor on the GPU, by way of pinned memory: a copy from pageable memory may wait for the stream."""
+        if tensor.device.type != "cpu" or self.torch_device.type == "cpu":
+            return tensor.to(self.torch_device)
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        return pinned.to(self.torch_device, non_blocking=True)
+
+    def wrap(self, tier: Tier, offload: str, block_bytes: Sequence[int], pin: str = "auto") -> Tier:
+        """The tier as the streams need it: host memory page-locked, files through pinned memory."""
+        if offload == "host":
+            assert isinstance(tier, HostTier)
+            return HostSlabs(tier, self.backend, pin)
+        return ThroughHost(tier, self.backend, max(block_bytes)) if offload == "disk" else tier
+
+    def synchronize(self) -> None:
+        self.backend.drain(None)
+
+    def free_bytes(self) -> int:
+        return self.backend.memory()[0]
+
+
+class CudaLater(Later):
+    def __init__(self, host: Tensor, backend: Backend, mark: Any) -> None:
+        super().__init__(host)
+        self._backend, self._mark = backend, mark
+
+    def get(self) -> list[float]:
+        self._backend.synchronize(self._mark)
+        return super().get()
+
+
+_made: dict[int, CudaDevice] = {}
+_lock = threading.Lock()
+
+
+def cuda_device(name: str) -> CudaDevice:
+    """The device "cuda" or "cuda:1", one object a GPU. ConfigError if torch has no such GPU, or our kernels none."""
+    from .. import native_cuda
+    from .driver import CudaError
+
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        built = "was built without CUDA" if torch.version.cuda is None else "finds no GPU"
+        raise ConfigError(f"device={name!r}: torch {torch.__version__} {built}; `python -m zo_offload` shows more")
+    index = torch.device(name).index
+    index = torch.cuda.current_device() if index is None else index
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"device={name!r}: torch finds {torch.cuda.device_count()} GPUs")
+    with _lock:
+        if index not in _made:
+            before = torch.cuda.mem_get_info(index)[0]
+            try:
+                device = CudaDevice(index)
+                native_cuda.kernels(index)
+            except CudaError as error:
+                raise ConfigError(f"device={name!r}: {error}") from error
+            device.context_bytes = max(0, before - device.free_bytes())
+            _made[index] = device
+        return _made[index]

@@ -1,0 +1,71 @@
+"""A model's buffers and a batch's tensors on the device that computes; nothing here waits for that device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from .devices import CpuDevice
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Every buffer on `device`; those that modules share stay shared. Parameters are left to `hollow`."""
+    moved: dict[int, Tensor] = {}
+    keep: list[Tensor] = []  # an id is only an id while its object lives
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            if buffer.device != device:
+                keep.append(buffer)
+                if id(buffer) not in moved:
+                    moved[id(buffer)] = buffer.to(device)
+                setattr(module, name, moved[id(buffer)])
+
+
+class PlacedBatches:
+    """Batches on the device, each moved once however many lanes use it, and what is known of them on the host."""
+
+    def __init__(self, device: CpuDevice) -> None:
+        self._device = device
+        self._placed: dict[int, tuple[Any, Any]] = {}  # id -> (the batch, so that its id stays its own; on the device)
+        self._host: dict[tuple[int, int], Tensor] = {}
+
+    def place(self, batch: Any) -> Any:
+        """The batch with its tensors on the device."""
+        if self._device.torch_device.type == "cpu":
+            return batch
+        if id(batch) not in self._placed:
+            as_dict = dict(batch) if isinstance(batch, Mapping) else batch
+            self._placed[id(batch)] = (batch, tree_map_only(Tensor, self._move, as_dict))
+        return self._placed[id(batch)][1]
+
+    def host_of(self, tensor: Tensor) -> Tensor | None:
+        """The host's copy of a batch tensor, or of a view of all of it; None for anything else."""
+        if not tensor.is_contiguous():
+            return None
+        found = self._host.get((tensor.data_ptr(), tensor.numel()))
+        return None if found is None else found.view(tensor.shape)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        moved = self._device.upload(tensor.contiguous())
+        if not tensor.is_floating_point() and tensor.device.type == "cpu":
+            self._host[moved.data_ptr(), moved.numel()] = tensor.contiguous()
+        return moved
+
+
+@contextmanager
+def matmul_precision(compute: str | None) -> Iterator[None]:
+    """compute="tf32": float32 products on the matrix units, for the time of a forward; torch's own setting after."""
+    if compute != "tf32":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
