@@ -53,7 +53,7 @@ class Stepper:
         """Of eps so far, by on_nonfinite="halve_eps"."""
         self._open: deque[Launched] = deque()  # launched, not settled
         self._done: dict[int, StepRecord | DivergenceError] = {}  # settled, not asked for
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the journal may ask for what is being settled
         if journal is not None and self.late:
             journal.settle = self.settle_before
 
