@@ -1,0 +1,302 @@
+"""The CUDA device's streams, events, host memory and late steps, run without a GPU over `fake_cuda.py`.
+
+Everything but `TorchCuda` and the kernels is the code that will run on a GPU. Copies are late and reordered, losses
+arrive late, device memory starts as rubbish; losses and weights must be those of the CPU, bit for bit, without a race.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+
+import pytest
+import torch
+from fake_cuda import COMPUTE, DelayedCpuDevice, FakeBackend, FakeCudaDevice
+from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
+
+import zo_offload.engine
+import zo_offload.streamer
+from zo_offload import BudgetError, DivergenceError, Engine, MeZO, runs
+from zo_offload.devices.cuda import CudaDevice
+from zo_offload.devices.staging import HostSlabs, Ring
+from zo_offload.journal import read_journal
+from zo_offload.serving import LaneRun, Served, gather
+from zo_offload.tiers import HostTier
+
+VOCAB, STEPS = 97, 6
+METHOD = MeZO(lr=1e-3, eps=1e-3, weight_decay=0.1, batch_size=4)
+
+
+def tiny_opt(dtype=torch.float32):
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=4, ffn_dim=32, num_attention_heads=2,
+        max_position_embeddings=32, word_embed_proj_dim=16,
+    )  # fmt: skip
+    return OPTForCausalLM(config).to(dtype).eval()
+
+
+def batches(n=STEPS):
+    g = torch.Generator().manual_seed(5)
+    return [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, VOCAB, (n, 4, 9), generator=g)]
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Makes every engine of the test run on the device given, as device="cuda"."""
+
+    def use_device(device):
+        monkeypatch.setattr(zo_offload.engine, "make_device", lambda name: device)
+        if isinstance(device, CudaDevice):
+            watch_compute(monkeypatch, device.backend)
+        return device
+
+    return use_device
+
+
+def watch_compute(monkeypatch, backend):
+    """Tell the race checker what fused passes read and write."""
+    for name in ("fused_pass", "fused_rows"):
+        original = getattr(zo_offload.streamer, name)
+
+        def watched(stored, fmt, *, original=original, name=name, **options):
+            write = options.get("write_back", False)
+            backend.access(stored, write, COMPUTE, name)
+            return original(stored, fmt, **options)
+
+        monkeypatch.setattr(zo_offload.streamer, name, watched)
+
+
+def train(model=None, steps=STEPS, micro_batches=1, method=METHOD, data=None, **settings):
+    with Engine(model or tiny_opt(), method=method, **settings) as engine:
+        result = engine.fit(data or batches(), steps=steps, micro_batches=micro_batches, batch_size=4)
+        return result.losses, dict(engine.weights())
+
+
+def assert_same(a, b):
+    assert a[0] == b[0]
+    for name in a[1]:
+        assert torch.equal(a[1][name], b[1][name]), f"{name}: {(a[1][name] != b[1][name]).sum()} values differ"
+
+
+WAYS = {
+    "resident": dict(offload="none"),
+    "host": dict(offload="host"),
+    "host, 2 slots": dict(offload="host", num_slots=2),
+    "host, 3 slots, 1 ahead": dict(offload="host", num_slots=3, prefetch=1),
+    "host, no overlap": dict(offload="host", overlap=False, num_slots=1),
+    "host, 2 fetch workers": dict(offload="host", io_threads=2),
+    "host, staged": dict(offload="host", host_memory="staged"),
+    "host, pinned": dict(offload="host", host_memory="pinned"),
+    "host, block order": dict(offload="host", order="block"),
+    "disk": dict(offload="disk"),
+    "disk, 2 slots": dict(offload="disk", num_slots=2),
+}
+
+
+@pytest.mark.parametrize("dtype, more", [
+    (torch.float32, {}),
+    (torch.bfloat16, dict(fold_every=3)),
+    (torch.bfloat16, dict(rounding="stochastic", fold_every=1)),
+])  # fmt: skip
+@pytest.mark.parametrize("way", WAYS)
+def test_streams_and_late_losses_give_the_cpus_numbers(use, tmp_path, way, dtype, more):
+    settings = {**WAYS[way], **more}
+    if settings["offload"] == "disk":
+        settings["run_dir"] = tmp_path / "run"
+    expected = train(tiny_opt(dtype), offload="none", **more)
+    device = use(FakeCudaDevice(FakeBackend(seed=hash(way) % 1000)))
+    assert_same(expected, train(tiny_opt(dtype), device="cuda", **settings))
+    assert device.backend.races == []
+    assert settings["offload"] == "none" or device.backend.copies > STEPS
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_copies_much_slower_than_compute(use, seed):
+    """Long copies, short compute, two slots: whatever is not ordered is caught now."""
+    expected = train(offload="none")
+    device = use(FakeCudaDevice(FakeBackend(seed, longest_s=2e-2)))
+    assert_same(expected, train(device="cuda", offload="host", num_slots=2))
+    assert device.backend.races == []
+
+
+@pytest.mark.parametrize("broken", ["fetch does not wait for compute", "fetch does not wait for flush"])
+def test_the_race_checker_sees_a_missing_wait(use, monkeypatch, broken):
+    device = use(FakeCudaDevice())
+    if "compute" in broken:
+        monkeypatch.setattr(device, "mark", lambda: _set(device.event(), record_first=True))
+        device.mark()
+    else:
+        before = zo_offload.streamer.Streamer._event
+
+        def event(self, key):
+            return _set(self.device.event()) if key[0] == "flush" else before(self, key)
+
+        monkeypatch.setattr(zo_offload.streamer.Streamer, "_event", event)
+    train(device="cuda", offload="host", num_slots=2)
+    assert device.backend.races
+
+
+def _set(event, record_first=False):
+    """An event that nothing is behind."""
+    threading.Event.set(event._done)
+    return event
+
+
+def test_a_step_never_waits_for_its_own_loss(use, monkeypatch):
+    """Step t's losses are asked for after step t + 1 was launched, except at the end."""
+    order = []
+    device = use(DelayedCpuDevice())
+    later = device.later
+
+    def noted(values):
+        order.append("launch")
+        pending = later(values)
+        get = pending.get
+        pending.get = lambda: order.append("read") or get()
+        return pending
+
+    monkeypatch.setattr(device, "later", noted)
+    train(offload="host", steps=4)
+    assert order == ["launch", "launch", "read", "launch", "read", "launch", "read", "read"]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("offload", ["none", "host", "disk"])
+def test_late_losses_on_the_cpu_change_nothing(use, tmp_path, offload, micro_batches):
+    settings = dict(offload=offload, run_dir=tmp_path / "a") if offload == "disk" else dict(offload=offload)
+    prompt = train(micro_batches=micro_batches, **settings)
+    if offload == "disk":
+        settings["run_dir"] = tmp_path / "b"
+    use(DelayedCpuDevice(3))
+    assert_same(prompt, train(micro_batches=micro_batches, **settings))
+    if offload == "disk":
+        a, b = (read_journal((tmp_path / run / runs.JOURNAL).read_bytes()) for run in "ab")
+        assert a.steps == b.steps
+
+
+def loss_that_fails_at(step):
+    """An objective whose loss is NaN on one step's batch."""
+    bad = batches()[step]["input_ids"]
+
+    def objective(model, batch):
+        loss = model(**batch).loss
+        return loss * math.nan if torch.equal(batch["input_ids"], bad) else loss
+
+    return objective
+
+
+def test_a_step_that_is_not_finite_is_skipped_on_the_device_too(use, tmp_path):
+    results = []
+    for late in (False, True):
+        if late:
+            use(DelayedCpuDevice())
+        with Engine(
+            tiny_opt(), method=MeZO(lr=1e-3, on_nonfinite="skip"), objective=loss_that_fails_at(2), offload="disk",
+            run_dir=tmp_path / str(late),
+        ) as engine:  # fmt: skip
+            losses = engine.fit(batches(), steps=STEPS, batch_size=4).losses
+            results.append((losses, dict(engine.weights())))
+    (a, weights), (b, late_weights) = results
+    assert math.isnan(a[2]) and math.isnan(b[2]) and a[:2] + a[3:] == b[:2] + b[3:]
+    for name in weights:
+        assert torch.equal(weights[name], late_weights[name])
+
+
+@pytest.mark.parametrize("fold_every", [1, 4])
+def test_a_run_that_stops_ends_where_it_says_and_goes_on_from_there(use, tmp_path, fold_every):
+    use(DelayedCpuDevice())
+    settings = dict(offload="disk", run_dir=tmp_path / "run", fold_every=fold_every)
+    with Engine(tiny_opt(torch.bfloat16), method=MeZO(lr=1e-3), objective=loss_that_fails_at(2), **settings) as engine:
+        with pytest.raises(DivergenceError, match="step 2"):
+            engine.fit(batches(), steps=STEPS, batch_size=4)
+        after = dict(engine.weights())
+    # the step that diverged is in the journal, as one that changes nothing; the one launched after it is not
+    contents = read_journal((tmp_path / "run" / runs.JOURNAL).read_bytes())
+    assert [u.coeff for u in contents.steps[2].updates] == [0.0] and len(contents.steps) == 3
+    expected = train(tiny_opt(torch.bfloat16), steps=2, method=MeZO(lr=1e-3), offload="none", fold_every=fold_every)[1]
+    if fold_every == 1:
+        for name in expected:
+            assert torch.equal(expected[name], after[name]), name
+    with Engine.resume(tmp_path / "run", tiny_opt(torch.bfloat16)) as engine:
+        assert len(engine.fit(batches(), steps=STEPS, batch_size=4).losses) == STEPS - 3
+
+
+def test_an_update_that_would_overflow_is_refused_on_the_device_too(use):
+    method = MeZO(lr=1e8, on_nonfinite="skip")
+    prompt = train(tiny_opt(torch.float16), method=method, offload="none", steps=3)
+    use(DelayedCpuDevice())
+    late = train(tiny_opt(torch.float16), method=method, offload="none", steps=3)
+    assert all(math.isnan(x) for x in prompt[0]) and all(math.isnan(x) for x in late[0])
+    for name in prompt[1]:
+        assert torch.equal(prompt[1][name], late[1][name])
+
+
+def test_a_resumed_run_equals_one_that_was_never_stopped(use, tmp_path):
+    use(FakeCudaDevice())
+    whole = train(device="cuda", offload="disk", run_dir=tmp_path / "a")
+    train(steps=3, device="cuda", offload="disk", run_dir=tmp_path / "b")
+    with Engine.resume(tmp_path / "b", tiny_opt()) as engine:
+        engine.fit(batches(), steps=STEPS, batch_size=4)
+        assert_same((None, whole[1]), (None, dict(engine.weights())))
+
+
+def test_locking_that_fails_falls_back_and_says_so(use):
+    expected = train(offload="none")
+    use(FakeCudaDevice(FakeBackend(fail_lock=20_000)))
+    with pytest.warns(UserWarning, match=r"cannot be page-locked.*are locked, the process may lock.*ring of pinned"):
+        assert_same(expected, train(device="cuda", offload="host"))
+
+
+def test_locking_that_fails_is_an_error_where_it_was_asked_for(use):
+    use(FakeCudaDevice(FakeBackend(fail_lock=20_000)))
+    with pytest.raises(BudgetError, match=r"block \d .*cannot be page-locked.*ulimit -l.*host_memory='staged'"):
+        train(device="cuda", offload="host", host_memory="pinned")
+
+
+def test_slabs_are_exact_and_locked_once():
+    backend = FakeBackend()
+    tier = HostTier([4096, 12288, 8192], FakeCudaDevice(backend).host_alloc)
+    slabs = HostSlabs(tier, backend, "auto")
+    slabs.wait_pinned()
+    assert backend.locked == slabs.pinned_bytes == 4096 + 12288 + 8192
+    slabs.close()
+    assert backend.locked == 0
+
+
+def test_a_ring_makes_no_more_pieces_than_it_may():
+    ring = Ring(FakeBackend(), 1 << 10, 2)
+    for _ in range(7):
+        with ring.piece(), ring.piece():
+            pass
+    assert ring.nbytes == 2 << 10
+
+
+def test_rows_of_ids_that_the_host_does_not_know():
+    """Ids in device memory: the rows come repeats and all, and the embedding is the same."""
+    weight = torch.randn(11, 5)
+    embedding = nn.Embedding(11, 5, padding_idx=3)
+    ids = [torch.tensor([[4, 4, 1]]), torch.tensor([[9, 4, 0]])]
+    results = []
+    for known in (True, False):
+        lanes = [LaneRun(i, None) for i in range(2)]
+        for lane, i in zip(lanes, ids, strict=True):
+            lane.ids = i if known else i.to("meta")
+        served = Served(0, type("O", (), {"name": "e", "rows": True})(), embedding, [embedding.weight], [])
+        if known:
+            rows = gather(served, lanes)
+            results.append([nn.functional.embedding(lane.ids, weight[rows], 3) for lane in lanes])
+        else:
+            rows = gather(served, lanes, lambda tensor: None)
+            assert rows.shape == (6,) and [lane.ids.shape for lane in lanes] == [(1, 3), (1, 3)]
+    for i, found in zip(ids, results[0], strict=True):
+        assert torch.equal(found, weight[i])
+
+
+def test_nothing_is_warned_about_in_a_plain_run(use):
+    use(FakeCudaDevice())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(device="cuda", offload="host", steps=2)
