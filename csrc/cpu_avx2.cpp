@@ -12,7 +12,7 @@ struct Avx2Words {  // what formats.h needs to widen 8-bit floats, in 16-bit lan
   static ZO_HD U and_(U a, U b) { return _mm_and_si128(a, b); }
   static ZO_HD U add_u(U a, U b) { return _mm_add_epi16(a, b); }
   template <int N> static ZO_HD U shl(U a) { return _mm_slli_epi16(a, N); }
-  static ZO_HD U load8(const zo_u8* p) { return _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p)); }
+  static ZO_HD U load8_signed(const zo_u8* p) { return _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)); }
   static ZO_HD __m256 half_value(U codes) { return _mm256_cvtph_ps(codes); }
 };
 

@@ -12,7 +12,9 @@ struct Avx512Words {  // what formats.h needs to widen 8-bit floats, in 16-bit l
   static ZO_HD U and_(U a, U b) { return _mm256_and_si256(a, b); }
   static ZO_HD U add_u(U a, U b) { return _mm256_add_epi16(a, b); }
   template <int N> static ZO_HD U shl(U a) { return _mm256_slli_epi16(a, N); }
-  static ZO_HD U load8(const zo_u8* p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+  static ZO_HD U load8_signed(const zo_u8* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+  }
   static ZO_HD __m512 half_value(U codes) { return _mm512_cvtph_ps(codes); }
 };
 

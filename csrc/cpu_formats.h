@@ -61,7 +61,9 @@ struct E4M3 {
   static ZO_HD U round(F x) { return zo_e4m3_round<V>(x); }
   static ZO_HD U round(F x, U r) { return zo_e4m3_round_stochastic<V>(x, r); }
   static ZO_HD F number(U code) { return V::half_value(zo_e4m3_half<V>(code)); }
-  static ZO_HD F read(const zo_u8* p) { return V::Words::half_value(zo_e4m3_half<typename V::Words>(V::Words::load8(p))); }
+  static ZO_HD F read(const zo_u8* p) {
+    return V::Words::half_value(zo_e4m3_half_of_signed<typename V::Words>(V::Words::load8_signed(p)));
+  }
 };
 
 template <class V>
@@ -71,7 +73,9 @@ struct E5M2 {
   static ZO_HD U round(F x) { return zo_e5m2_round<V>(x); }
   static ZO_HD U round(F x, U r) { return zo_e5m2_round_stochastic<V>(x, r); }
   static ZO_HD F number(U code) { return V::half_value(zo_e5m2_half<V>(code)); }
-  static ZO_HD F read(const zo_u8* p) { return V::Words::half_value(zo_e5m2_half<typename V::Words>(V::Words::load8(p))); }
+  static ZO_HD F read(const zo_u8* p) {
+    return V::Words::half_value(zo_e5m2_half<typename V::Words>(V::Words::load8_signed(p)));
+  }
 };
 
 template <class V>

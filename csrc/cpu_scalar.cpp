@@ -18,6 +18,7 @@ struct Scalar : ZoScalar {
     return x;
   }
   static ZO_HD zo_u32 load8(const zo_u8* p) { return *p; }
+  static ZO_HD zo_u32 load8_signed(const zo_u8* p) { return (zo_u32)(signed char)*p; }
   static ZO_HD void store8(zo_u8* p, zo_u32 x) { *p = (zo_u8)x; }
   // elements i.. of a plane of half-bytes
   static ZO_HD zo_u32 load4(const zo_u8* p, int i) { return p[i / 2] >> (4 * (i & 1)) & 15u; }
@@ -26,7 +27,7 @@ struct Scalar : ZoScalar {
   static ZO_HD void store_past_cache(void* p, zo_u32 x) { store_bits(p, x); }
   static ZO_HD zo_u32 pack16(zo_u32 a, zo_u32 b) { return a | b << 16; }
   static ZO_HD zo_u32 pack_upper16(zo_u32 a, zo_u32 b) { return a >> 16 | (b & 0xffff0000u); }
-  static ZO_HD float half_value(zo_u32 code) { return zo_fp16_decode<ZoScalar>(code); }
+  static ZO_HD float half_value(zo_u32 code) { return zo_fp16_decode<ZoScalar>(code & 0xffffu); }
   static ZO_HD zo_u32 half_round(float x) { return zo_fp16_round<ZoScalar>(x); }
   static ZO_HD float add_signed(float w, float scale, const zo_u32* signs, int i) {
     return zo_add_sign<ZoScalar>(w, scale, signs[i >> 5] >> (i & 31) << 31);

@@ -209,11 +209,14 @@ ZO_HD typename B::F zo_scaled(typename B::F x, float inverse) {
 
 // 8-bit code -> the same number as fp16, times 2^-8 for e4m3; NaN where torch has NaN
 template <class B>
+ZO_HD typename B::U zo_e4m3_half_of_signed(typename B::U code) {  // the code's bit 7 is in all bits above, too
+  typename B::U half = B::and_(B::template shl<7>(code), B::u(0xbf80));
+  // 0x7f alone carries into the upper exponent bit
+  return B::or_(half, B::and_(B::add_u(half, B::u(0x80)), B::u(0x4000)));
+}
+template <class B>
 ZO_HD typename B::U zo_e4m3_half(typename B::U code) {
-  typedef typename B::U U;
-  U m = B::and_(code, B::u(0x7f)), sign = B::template shl<8>(B::and_(code, B::u(0x80)));
-  U nan = B::template shl<7>(B::and_(B::add_u(m, B::u(1)), B::u(0x80)));  // set for 0x7f alone
-  return B::or_(B::or_(B::template shl<7>(m), sign), nan);
+  return zo_e4m3_half_of_signed<B>(B::sub_u(B::xor_(code, B::u(0x80)), B::u(0x80)));
 }
 
 template <class B>

@@ -316,6 +316,8 @@ def test_formats_are_found_by_name_and_dtype():
         assert format_of(fmt.torch_dtype) is fmt
         assert fmt.nbytes(7) == 7 * fmt.torch_dtype.itemsize
     assert len({(fmt.code, fmt.group) for fmt in FORMATS.values()}) == len(FORMATS)
+    with pytest.raises(ConfigError, match="int4 with groups of 96"):
+        type(FORMATS["int4"])(96)
     with pytest.raises(ConfigError, match="'fp9'.*bf16"):
         get_format("fp9")
     with pytest.raises(ConfigError, match=r"float64.*bfloat16"):

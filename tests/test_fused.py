@@ -16,6 +16,7 @@ from native_variants import ISAS, each_isa, each_variant, using
 
 from zo_offload.errors import ConfigError
 from zo_offload.formats import FORMATS
+from zo_offload.formats.grouped import cut
 from zo_offload.fused import Perturbation, Update, fused_pass, fused_rows
 from zo_offload.noise import NoiseSpec, noise
 
@@ -23,8 +24,13 @@ BF16, FP16, FP32 = FORMATS["bf16"], FORMATS["fp16"], FORMATS["fp32"]
 SMALL = [fmt for fmt in FORMATS.values() if fmt not in (BF16, FP16, FP32)]
 TRAINED = [fmt for fmt in FORMATS.values() if fmt.trains]
 WITH_SCALES = [fmt for fmt in FORMATS.values() if fmt.trains_scales]
+TARGETS = [(fmt, "values") for fmt in FORMATS.values()] + [(fmt, "scales") for fmt in WITH_SCALES]
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SPEC = NoiseSpec()
+
+
+def target_id(part):
+    return part if isinstance(part, str) else part.name
 
 
 def f32(x: float) -> float:
@@ -49,9 +55,15 @@ def bits(x):
     return x.view(torch.int32 if x.element_size() == 4 else torch.int16 if x.element_size() == 2 else torch.uint8)
 
 
-def run(variant, stored, fmt, perturbations=(), dtypes=(), numel=None, residual=None, **kwargs):
+def copied(x, shift):
+    """A copy whose address is `shift` past a good one."""
+    memory = torch.zeros(x.numel() + shift, dtype=torch.uint8)[shift:]
+    return memory.copy_(x)
+
+
+def run(variant, stored, fmt, perturbations=(), dtypes=(), numel=None, residual=None, shift=0, **kwargs):
     """fused_pass on copies; returns the bytes after it (residual part too, if given) and the lanes, as integers."""
-    stored, residual = stored.clone(), None if residual is None else residual.clone()
+    stored, residual = copied(stored, shift), None if residual is None else copied(residual, shift)
     n = stored.numel() // fmt.nbytes(1) if numel is None else numel
     outs = [torch.full((n,), 7.0, dtype=d) for d in dtypes]
     with using(variant):
@@ -98,6 +110,7 @@ def random_case(chance: random.Random, fmt=None, target="values"):
         offset=offset // fmt.group * fmt.group if fmt.group else offset,
         write_back=chance.random() < 0.8,
         rounding=chance.choice(["nearest", "stochastic"]),
+        shift=chance.choice([0, 0, 1, 3]),
         noise=NoiseSpec(chance.choice(["gaussian", "rademacher"]), chance.choice([7, 10])),
         param_id=chance.randrange(1 << 32),
     )
@@ -340,6 +353,24 @@ def test_pieces_equal_the_whole(variant, fmt, distribution):
 
 
 @each_variant
+@pytest.mark.parametrize("fmt, target", [case for case in TARGETS if case[0].group], ids=target_id)
+def test_pieces_of_whole_groups_equal_the_whole(variant, fmt, target):
+    n, folds = 5000, fmt.trains or target == "scales"
+    values = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    stored, residual = fmt.split(values) if fmt.residual_bytes else (fmt.encode(values), None)
+    options = dict(updates=[Update(1, f32(1e-2), fold=folds)], rounding="stochastic", target=target,
+                   perturbations=[Perturbation(2, f32(1e-3))], dtypes=[torch.float32])  # fmt: skip
+    whole = run(variant, stored, fmt, numel=n, residual=residual, **options)
+    for start, end in itertools.pairwise([0, fmt.group, 8 * fmt.group, 23 * fmt.group, n]):
+        rest = None if residual is None else residual[start:end]
+        piece = run(variant, cut(fmt, stored, n, start, end), fmt, numel=end - start, offset=start, residual=rest,
+                    **options)  # fmt: skip
+        assert torch.equal(piece[0], cut(fmt, whole[0], n, start, end)), (start, end)
+        assert residual is None or torch.equal(piece[1], whole[1][start:end])
+        assert torch.equal(piece[-1], whole[-1][start:end])
+
+
+@each_variant
 @pytest.mark.parametrize("name", ["bf16", "int8+8", "fp8_e4m3"])
 def test_thread_count_does_not_matter(variant, name):
     fmt, n = FORMATS[name], 200_001
@@ -371,13 +402,10 @@ def test_lanes_too_large_for_a_cache_are_the_same(isa):
 
 
 @each_variant
-@pytest.mark.parametrize("target", ["values", "scales"])
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt, target", TARGETS, ids=target_id)
 @pytest.mark.parametrize("row_numel", [1, 48, 127, 768, 1030])
 def test_rows_equal_the_rows_of_the_whole(variant, row_numel, fmt, target):
     """Rows that start and end inside groups are those of a pass over everything, folds included; nothing is written."""
-    if target == "scales" and not fmt.trains_scales:
-        return  # refused, see below
     num_rows = 40
     n = num_rows * row_numel
     stored, residual = fmt.split(ordinary(n)) if fmt.residual_bytes else (weights(fmt, n), None)

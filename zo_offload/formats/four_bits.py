@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from zo_offload.errors import ConfigError
 from zo_offload.formats.base import Format, from_bits
 from zo_offload.formats.bf16 import BF16
 from zo_offload.formats.grouped import (
@@ -58,6 +59,8 @@ class Int4(_FourBits):
     minimum_bytes: ClassVar[int] = 2
 
     def __init__(self, group: int = 128) -> None:
+        if group not in (64, 128):
+            raise ConfigError(f"int4 with groups of {group}: the kernels know groups of 64 and 128")
         self.group = group
         self.name = "int4" if group == 128 else f"int4_g{group}"  # type: ignore[misc]
 
