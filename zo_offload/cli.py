@@ -1,4 +1,4 @@
-"""The command line: zo-offload fit | plan | eval | export. Output for people; the library itself never prints."""
+"""The command line: zo-offload fit | plan | eval | export | replay | journal. The library itself never prints."""
 
 from __future__ import annotations
 
@@ -87,6 +87,39 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _replay(args: argparse.Namespace) -> int:
+    from .replay import replay
+
+    if not args.overwrite:
+        _check_out(args.out)
+    files = replay(args.base, args.journal, args.out, to=args.to, max_shard_bytes=args.max_shard,
+                   overwrite=args.overwrite)  # fmt: skip
+    print(f"wrote {len(files)} files to {args.out}")
+    return 0
+
+
+def _journal(args: argparse.Namespace) -> int:
+    from . import journal_tools
+
+    path = Path(args.path)
+    if args.action == "show":
+        for line in journal_tools.show(path, args.last):
+            print(line)
+    elif args.action == "csv":
+        journal_tools.write_csv(path, sys.stdout)
+    elif args.action == "cut":
+        if args.to is None:
+            raise ConfigError("journal cut needs --to STEP: how many steps to keep")
+        backup = journal_tools.cut(path, args.to)
+        print(f"kept {args.to} steps; the journal as it was: {backup}")
+    else:
+        results = list(journal_tools.check(path))
+        for sound, line in results:
+            print(line if sound else f"NOT SOUND: {line}")
+        return 0 if all(sound for sound, _ in results) else 1
+    return 0
+
+
 def _open(args: argparse.Namespace) -> Any:
     """An engine on a run directory (as its journal left it) or on a checkpoint."""
     from . import runs
@@ -145,7 +178,7 @@ def _count(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="zo-offload", description="Fine-tune models far larger than the device.")
-    commands = parser.add_subparsers(required=True, metavar="fit | plan | eval | export")
+    commands = parser.add_subparsers(required=True, metavar="fit | plan | eval | export | replay | journal")
 
     fit = commands.add_parser("fit", help="fine-tune a checkpoint")
     fit.add_argument("model", help="checkpoint directory or cached hub id; with --resume, the run directory")
@@ -202,6 +235,22 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--run-dir", help="fresh directory for the blocks of a checkpoint, with --offload disk")
     _storage(export)
     export.set_defaults(run=_export)
+
+    replay = commands.add_parser("replay", help="the weights of any step, from the base and a journal alone")
+    replay.add_argument("base", help="the checkpoint that the run began with")
+    replay.add_argument("journal", help="journal.zoj, or the run directory")
+    replay.add_argument("--to", type=int, help="steps to take (all)")
+    replay.add_argument("--out", required=True)
+    replay.add_argument("--max-shard", default="5GB")
+    replay.add_argument("--overwrite", action="store_true", help="write into a directory that is not empty")
+    replay.set_defaults(run=_replay)
+
+    journal = commands.add_parser("journal", help="show, check or cut a journal, or print it as CSV")
+    journal.add_argument("action", choices=["show", "check", "cut", "csv"])
+    journal.add_argument("path", help="journal.zoj, or the run directory (check and cut then see to its blocks too)")
+    journal.add_argument("--last", type=int, default=10, help="show: how many steps")
+    journal.add_argument("--to", type=int, help="cut: how many steps to keep")
+    journal.set_defaults(run=_journal)
     return parser
 
 

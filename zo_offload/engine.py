@@ -99,6 +99,7 @@ class Engine:
         base: Base | None = None,
         config: EngineConfig | None = None,
         _resume: bool = False,
+        _session: Callable[[Engine], Session] | None = None,
         **settings: Any,
     ) -> None:
         self.config = config if config is not None else EngineConfig(**settings)
@@ -127,7 +128,8 @@ class Engine:
         stored = decide_formats(self.plan, self.config.storage, self.base.dtype_of, keep=self.config.keep)
         self.plan = stored.plan
         self.layout: Layout = make_layout(self.plan, stored.format_of)
-        self.offload = choose_offload(self.config, self.layout, self.device)
+        self._make_session = _session  # a replayed engine: its blocks are made as they are fetched
+        self.offload = choose_offload(self.config, self.layout, self.device) if _session is None else "disk"
         self.fold_every = choose_fold_every(
             self.config.fold_every, self.plan, self.layout, self.offload, self.method.distribution
         )
@@ -163,7 +165,7 @@ class Engine:
         if record.get("model_class") is not None:
             passed.setdefault("model_class", record["model_class"])
         settings = {**record["settings"], **changes, "run_dir": run_dir}
-        method = MeZO(**record["method"])
+        method = runs.make_method(record["method"])
         return cls(model if model is not None else record["model"], method=method, _resume=True, **passed, **settings)
 
     @property
@@ -456,7 +458,8 @@ class Engine:
             return
         if batch is not None:
             self.memory = self._plan_memory(batch, micro_batches)
-        session = self._session = Maker(
+        make = self._make_session
+        session = self._session = make(self) if make is not None else Maker(
             self.plan, self.layout, self.base, self.config, self.method, self.offload, self.fold_every,
             self.device, model_name=self._model_name, model_class=self._model_class, data=data,
         ).start()  # fmt: skip
@@ -466,7 +469,7 @@ class Engine:
             self.evals = [values for values in runs.evaluations(self._path(runs.METRICS)) if self._has_reached(values)]
         hollow(self.model, self.device.torch_device)
         move_buffers(self.model, self.device.torch_device)
-        if isinstance(self.base, ModuleBase):
+        if isinstance(self.base, ModuleBase) and make is None:
             self.base.let_go()
         if self.device.late:
             self.log = LateLog(self.log, UpdateTable(self.device.torch_device, self.device.upload))

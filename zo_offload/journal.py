@@ -80,10 +80,12 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a journal's bytes say. good: how many of them do; the rest is a crash's tail. chain[t]: after t steps."""
+    """What a journal's bytes say. begin: where the records begin; good: how many bytes hold whole steps;
+    the rest is a crash's tail. chain[t]: the checksum after t steps."""
 
     header: dict[str, Any]
     steps: list[StepRecord]
+    begin: int
     good: int
     chain: list[int]
 
@@ -105,19 +107,23 @@ def pack_step(record: StepRecord, chain: int = 0, lag: int = 0) -> tuple[bytes, 
     return bytes(out), chain
 
 
-def read_journal(data: bytes, name: str = "journal") -> Contents:
-    """Everything a journal's bytes say. Raises JournalError on damage that is not a crash's tail."""
+def read_journal(data: bytes, name: str = "journal", *, damaged_end: bool = False) -> Contents:
+    """Everything a journal's bytes say. Raises JournalError on damage that is not a crash's tail.
+
+    damaged_end: take the steps before the damage, whatever follows it.
+    """
     header, offset, crc = _read_header(data, name)
     steps: list[StepRecord] = []
     updates: list[Update] = []
-    chain, good = [crc], offset
+    chain, good, begin = [crc], offset, offset
     while offset + RECORD_BYTES <= len(data):
         body = data[offset : offset + 60]
         crc = zlib.crc32(body, crc)
         step, seed, coeff, decay, loss, grad, lr, flags, batch_crc, _lag = _BODY.unpack(body)
         sound = crc == struct.unpack_from("<I", data, offset + 60)[0]
         if not sound or step != len(steps) or flags & ~_FLAGS or not (math.isfinite(coeff) and math.isfinite(decay)):
-            _check_tail(data, offset, good, len(steps), name)
+            if not damaged_end:
+                _check_tail(data, offset, good, len(steps), name)
             break
         offset += RECORD_BYTES
         if not flags & SKIPPED:
@@ -127,7 +133,7 @@ def read_journal(data: bytes, name: str = "journal") -> Contents:
             steps.append(StepRecord(step, tuple(updates), loss, grad, lr, skipped, batch_crc, halved))
             updates, good = [], offset
             chain.append(crc)
-    return Contents(header, steps, good, chain)
+    return Contents(header, steps, begin, good, chain)
 
 
 def _check_tail(data: bytes, offset: int, good: int, step: int, name: str) -> None:

@@ -84,10 +84,23 @@ def load_config(run_dir: Path) -> dict[str, Any]:
         or not all(isinstance(record.get(part), dict) for part in ("settings", "method"))
     ):
         raise JournalError(f"{path} is not a run's configuration ({str(record)[:100]})")
-    known = {field.name for field in dataclasses.fields(EngineConfig)} - {"trust_remote_code"}
-    if unknown := sorted(set(record["settings"]) - known):
-        raise JournalError(f"{path} has settings that this version does not know: {', '.join(unknown)}")
+    check_settings(record["settings"], str(path))
     return record
+
+
+def check_settings(settings: dict[str, Any], where: str) -> None:
+    """Raise JournalError if settings that were read from a file have a name that EngineConfig lacks."""
+    known = {field.name for field in dataclasses.fields(EngineConfig)} - {"trust_remote_code"}
+    if unknown := sorted(set(settings) - known):
+        raise JournalError(f"{where} has settings that this version does not know: {', '.join(unknown)}")
+
+
+def make_method(record: dict[str, Any]) -> MeZO:
+    """The method that `method_of` or a journal's header describes. JournalError on options it does not have."""
+    try:
+        return MeZO(**{k: v for k, v in record.items() if k != "name"})
+    except TypeError as error:
+        raise JournalError(f"the run's method cannot be made by this version: {error}") from None
 
 
 class Metrics:

@@ -193,9 +193,13 @@ class Streamer:
         self._raise_failed_flush()
         target = self.log.folded
         for block in range(len(self.plan.blocks)):
-            if block not in self.layout.written or self.tier.version(block) == target:
-                continue
-            slot = self._load(block, into_window=True)
+            if block in self.layout.written and self.tier.version(block) != target:
+                self.bring(block)
+
+    def bring(self, block: int) -> None:
+        """One block to the last fold, in its tier. Not in a pass, and with nothing fetched ahead."""
+        slot = self._load(block, into_window=True)
+        if block in self.layout.written and self.tier.version(block) != self.log.folded:
             self._settle(slot)
             self._write_back(slot)
         self.device.synchronize()  # before the slots are fetched into again, and before anyone reads the tier

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import shutil
@@ -31,6 +32,7 @@ from .block_file import DATA, PAGE, WHOLE, Foreign, Header, Shape, Spans
 
 log = logging.getLogger(__name__)
 
+SHAPES = "shapes.json"  # beside the block files: their sizes and trained ranges
 _THEN = "The journal and the block's other generation hold the run."
 
 
@@ -59,6 +61,32 @@ def shapes_of(
     """Shapes of all block files. streamed: bytes of the prefix that is fetched alone; default the whole block."""
     prefix = block_bytes if streamed is None else streamed
     return tuple(Shape(i, n, prefix[i], tuple(spans[i])) for i, n in enumerate(block_bytes))
+
+
+def load_shapes(directory: Path) -> tuple[Shape, ...]:
+    """The shapes that a folder of block files was made with, for tools that have no model. CheckpointError."""
+    path = directory / SHAPES
+    try:
+        found = [
+            Shape(i, nbytes, streamed, tuple((offset, length) for offset, length in spans))
+            for i, (nbytes, streamed, spans) in enumerate(json.loads(path.read_text()))
+        ]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is missing or damaged ({error}); resuming the run needs it not") from None
+    for shape in found:
+        numbers = [shape.nbytes, shape.streamed, *(n for span in shape.spans for n in span)]
+        at = 0
+        sound = all(type(n) is int and 0 <= n < 1 << 48 for n in numbers) and shape.streamed <= shape.nbytes
+        for offset, length in shape.spans if sound else ():
+            sound, at = sound and offset >= at and length > 0, offset + length
+        if not sound or at > shape.nbytes:
+            raise CheckpointError(f"{path}: the shape of block {shape.index} makes no sense: {shape}")
+    return tuple(found)
+
+
+def _save_shapes(directory: Path, shapes: Sequence[Shape]) -> None:
+    text = json.dumps([[shape.nbytes, shape.streamed, shape.spans] for shape in shapes])
+    diskio.replace_file(directory / SHAPES, text.encode())
 
 
 class DiskTier:
@@ -104,6 +132,7 @@ class DiskTier:
                 os.close(block.fd)
             raise diskio.storage_error(error, "making", directory, then="Nothing was trained yet.") from error
         diskio.sync_directory(directory)
+        _save_shapes(directory, shapes)
         return cls(directory, blocks)
 
     @classmethod
@@ -132,6 +161,10 @@ class DiskTier:
                 )
             block.headers = [_header(block, g) for g in (0, 1)]
         return cls(directory, blocks)
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return tuple(block.shape for block in self._blocks)
 
     def versions(self, block: int) -> tuple[tuple[int, int, int], ...]:
         """(generation, version, chain) of the whole generations of a block, newest first."""

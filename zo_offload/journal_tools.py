@@ -1,0 +1,131 @@
+"""What people do with a journal: look at it, check it and its blocks, give up its last steps, read it elsewhere."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from . import diskio, runs
+from .errors import ConfigError, JournalError
+from .journal import RECORD_BYTES, Contents, read_journal
+from .lock import RunLock
+from .tiers.disk import DiskTier, load_shapes
+
+COLUMNS = (
+    "step", "loss", "grad", "lr", "skipped", "eps_halved", "batch_crc", "seed", "coefficient", "decay", "fold"
+)  # fmt: skip
+
+
+def journal_file(path: Path) -> Path:
+    """The journal that is meant by its path or by its run directory."""
+    file = path / runs.JOURNAL if path.is_dir() else path
+    if not file.is_file():
+        raise JournalError(f"{file} does not exist")
+    return file
+
+
+def show(path: Path, last: int = 10) -> Iterator[str]:
+    """Lines for people: what the run is, and its last steps."""
+    file = journal_file(path)
+    size = file.stat().st_size
+    contents = read_journal(file.read_bytes(), str(file))
+    header, steps = contents.header, contents.steps
+    skipped = sum(record.skipped for record in steps)
+    yield f"{file}: {len(steps)} steps ({skipped} skipped), {size} bytes"
+    for key in ("model", "base", "plan", "storage", "fold_every", "rounding", "seed", "noise", "method", "data",
+                "versions", "created"):  # fmt: skip
+        yield f"  {key:<11} {json.dumps(header.get(key))}"
+    for record in steps[len(steps) - last if last < len(steps) else 0 :]:
+        state = " skipped" * record.skipped + ", eps halved" * record.halved
+        yield f"  step {record.step:>7}  loss {record.loss:.6f}  grad {record.grad: .4e}  lr {record.lr:.3e}{state}"
+
+
+def check(path: Path) -> Iterator[tuple[bool, str]]:
+    """(sound, line) of everything that can be checked without the model: each record, and each block of a run."""
+    file = journal_file(path)
+    data = file.read_bytes()
+    try:
+        contents = read_journal(data, str(file))
+    except JournalError as error:
+        yield False, str(error)
+        return
+    tail = len(data) - contents.good
+    cut = f", and {tail} bytes of an unfinished step that a resume drops" if tail else ""
+    yield True, f"{file}: {len(contents.steps)} steps are sound{cut}"
+    blocks = path / runs.BLOCKS
+    if path.is_dir() and blocks.is_dir():
+        yield from _check_blocks(blocks, contents)
+
+
+def _check_blocks(directory: Path, contents: Contents) -> Iterator[tuple[bool, str]]:
+    shapes = load_shapes(directory)
+    files = DiskTier.open(directory, shapes, write=False)
+    try:
+        buffer = torch.empty(max(shape.nbytes for shape in shapes), dtype=torch.uint8)
+        for shape in shapes:
+            found = {g: (version, chain) for g, version, chain in files.versions(shape.index)}
+            sound = files.verify(shape.index, buffer)
+            states = []
+            for generation, (version, chain) in sorted(found.items()):
+                known = version <= len(contents.steps) and (version == 0 or contents.chain[version] == chain)
+                state = "sound" if sound[generation] else "DAMAGED"
+                states.append(f"step {version} {state if known else 'is NOT OF THIS JOURNAL'}")
+                found[generation] = (version if known and sound[generation] else -1, chain)
+            usable = any(version >= 0 for version, _ in found.values())
+            yield usable or not found, f"block {shape.index:>5}: {'; '.join(states) or 'never written'}"
+    finally:
+        files.close()
+
+
+def cut(path: Path, to: int) -> Path:
+    """Give up the steps from `to` on; returns where the journal as it was is kept. Block states past it are dropped.
+
+    Works on a journal that is damaged further on. Raises JournalError if fewer than `to` steps can be read.
+    """
+    file = journal_file(path)
+    lock = RunLock.take(file.parent)
+    try:
+        data = file.read_bytes()
+        contents = read_journal(data, str(file), damaged_end=True)
+        if not 0 <= to <= len(contents.steps):
+            raise ConfigError(f"cut to {to} steps: {file} holds {len(contents.steps)} that can be read")
+        kept = contents.begin + RECORD_BYTES * sum(max(1, len(record.updates)) for record in contents.steps[:to])
+        backup = next(p for n in range(1 << 20) if not (p := file.with_name(f"{file.name}.before-cut-{n}")).exists())
+        os.link(file, backup)
+        _forget_blocks(file.parent / runs.BLOCKS, to)  # first: what is cut off must not come back as a newer block
+        diskio.replace_file(file, data[:kept])
+        return backup
+    finally:
+        lock.release()
+
+
+def _forget_blocks(directory: Path, to: int) -> None:
+    if not directory.is_dir():
+        return
+    files = DiskTier.open(directory, load_shapes(directory))
+    try:
+        for shape in files.shapes:
+            for generation, version, _ in files.versions(shape.index):
+                if version > to:
+                    files.forget(shape.index, generation)
+    finally:
+        files.close()
+
+
+def write_csv(path: Path, out: IO[str]) -> None:
+    """One row an update (a step may have several), with a header line."""
+    file = journal_file(path)
+    writer = csv.writer(out)
+    writer.writerow(COLUMNS)
+    for r in read_journal(file.read_bytes(), str(file)).steps:
+        about = (r.step, r.loss, r.grad, r.lr, int(r.skipped), int(r.halved), f"{r.batch_crc:08x}")
+        for update in r.updates:
+            writer.writerow((*about, update.seed, update.coeff, update.decay, int(update.fold)))
+        if not r.updates:
+            writer.writerow((*about, "", "", "", ""))

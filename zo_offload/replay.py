@@ -1,0 +1,164 @@
+"""Replay: the weights of any step from the base checkpoint and a journal, block by block, in small memory.
+
+    replay("base/", "run/journal.zoj", "out/", to=1200)         # writes a plain transformers checkpoint
+    with replayed("base/", "run/journal.zoj") as engine:        # or: an engine at that step, to evaluate or generate
+        engine.evaluate("dev.jsonl")
+
+The journal's header says how the run stored and computed its weights, so nothing else is asked; a fine-tune can be
+passed on as that one file. Memory: two blocks and what one forward takes. No block is written anywhere: a block is
+read from the base and brought to the last fold in one pass over it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import runs
+from .engine import Engine
+from .errors import ConfigError, JournalError
+from .identity import check_identity, check_sample, identity
+from .ingest import Base, fill_block
+from .journal import Contents, read_journal
+from .layout import Layout
+from .plan import Plan
+from .session import Session
+from .streamer import Streamer, Window
+from .updates import UpdateLog
+
+
+def load_journal(path: str | Path) -> Contents:
+    """A journal's contents, from its file or its run directory; nothing is changed. Raises JournalError."""
+    path = Path(path)
+    file = path / runs.JOURNAL if path.is_dir() else path
+    try:
+        return read_journal(file.read_bytes(), str(file))
+    except FileNotFoundError:
+        raise JournalError(f"{file} does not exist") from None
+
+
+def replay(
+    base: str | Path | nn.Module,
+    journal: str | Path,
+    out: str | Path,
+    *,
+    to: int | None = None,
+    max_shard_bytes: int | float | str = 5e9,
+    overwrite: bool = False,
+    **options: Any,
+) -> list[Path]:
+    """Write the weights after `to` steps (default: all) as a checkpoint for plain transformers; returns its files.
+
+    options: of `replayed`. Raises JournalError if the base is not the journal's: a sample of its tensors is compared
+    first, all of it before anything appears under `out`.
+    """
+    with replayed(base, journal, to=to, **options) as engine:
+        return engine.save_pretrained(out, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
+
+
+def replayed(base: str | Path | nn.Module, journal: str | Path, *, to: int | None = None, **options: Any) -> Engine:
+    """An engine at the weights after `to` steps of a journal. It evaluates, generates and exports; it does not train.
+
+    options: `objective`, `tokenizer` and settings that do not alter the numbers (device, threads, order, ...).
+    """
+    contents = load_journal(journal)
+    header, steps = contents.header, contents.steps
+    to = len(steps) if to is None else to
+    if not 0 <= to <= len(steps):
+        raise ConfigError(f"step {to} was asked for; {journal} holds {len(steps)}")
+    if not isinstance(header.get("settings"), dict) or not isinstance(header.get("method"), dict):
+        raise JournalError(f"{journal}: the header lacks settings or method")
+    runs.check_settings(header["settings"], str(journal))
+    log = UpdateLog()
+    for record in steps[:to]:
+        log.append(record.updates)
+
+    def session(engine: Engine) -> Session:
+        wanted = identity(
+            engine.plan, engine.layout, engine.config, engine.method, engine.fold_every, str(header.get("base")),
+            header.get("data"),
+        )  # fmt: skip
+        check_identity(wanted, header)
+        check_sample(engine.base, header)
+        return Session(ReplayTier(engine, log, lambda: check_identity({"base": engine.base.digest()}, header)), log)
+
+    settings = {**header["settings"], "offload": "auto", "device_memory": None, "num_slots": None, "prefetch": None}
+    settings |= {"pin": None} if "pin" in settings else {}
+    passed: dict[str, Any] = {k: options.pop(k) for k in ("objective", "tokenizer", "example") if k in options}
+    if not isinstance(base, nn.Module) and header.get("model_class") is not None:
+        passed["model_class"] = header["model_class"]
+    method = runs.make_method(header["method"])
+    return Engine(base, method=method, _session=session, **passed, **{**settings, **options, "run_dir": None})
+
+
+class _BaseTier:
+    """Blocks as the base has them, at version 0; keeps the one that was brought up to date last."""
+
+    def __init__(self, plan: Plan, layout: Layout, base: Base) -> None:
+        self._plan, self._layout, self._base = plan, layout, base
+        self.held, self.data = -1, torch.empty(0, dtype=torch.uint8)
+
+    def fetch(self, block: int, out: Tensor, start: int = 0) -> None:
+        self.held, self.data = -1, torch.empty(0, dtype=torch.uint8)
+        self.data = torch.zeros(self._layout.block_bytes[block], dtype=torch.uint8)
+        fill_block(self._plan, self._layout, self._base, block, self.data)
+        self.held = block
+        out.copy_(self.data[start : start + out.numel()])
+
+    def flush(self, block: int, data: Tensor, spans: tuple[tuple[int, int], ...], version: int) -> None:
+        assert block == self.held
+        self.data.copy_(data)
+
+    def version(self, block: int) -> int:
+        return 0
+
+    def view(self, block: int) -> Tensor | None:
+        return None
+
+    def close(self) -> None:
+        self.held, self.data = -1, torch.empty(0, dtype=torch.uint8)
+
+
+class ReplayTier:
+    """A tier whose blocks are made when they are fetched, at the log's last fold. Read-only.
+
+    check: called once all blocks have been made, so the base has been read: raises if it was not the journal's.
+    """
+
+    def __init__(self, engine: Engine, log: UpdateLog, check: Callable[[], None]) -> None:
+        self._layout, self._log, self._check = engine.layout, log, check
+        self._source = _BaseTier(engine.plan, engine.layout, engine.base)
+        self._streamer = Streamer(
+            engine.plan, engine.layout, self._source, engine.device, log,
+            window=Window(1, 0, frozenset(), 0), fold_every=engine.fold_every, noise=engine.method.noise,
+            rounding=engine.config.rounding, threads=engine.config.threads,
+        )  # fmt: skip
+        self._made: set[int] = set()
+        self._lock = threading.Lock()
+
+    def fetch(self, block: int, out: Tensor, start: int = 0) -> None:
+        with self._lock:
+            if self._source.held != block:
+                self._streamer.bring(block)
+                self._made.add(block)
+                if len(self._made) == len(self._layout.block_bytes):
+                    self._check()
+            out.copy_(self._source.data[start : start + out.numel()])
+
+    def flush(self, block: int, data: Tensor, spans: tuple[tuple[int, int], ...], version: int) -> None:
+        raise ConfigError("a replayed engine does not train: fit a run, or export this step and start from it")
+
+    def version(self, block: int) -> int:
+        return self._log.folded if block in self._layout.written else 0
+
+    def view(self, block: int) -> Tensor | None:
+        return None
+
+    def close(self) -> None:
+        self._streamer.close()
+        self._source.close()
