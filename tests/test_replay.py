@@ -97,7 +97,6 @@ def test_a_replayed_engine_evaluates_and_does_not_train(made):
         assert engine.evaluate(ROWS[:6], batch_size=2) == want
         with pytest.raises(ConfigError, match="does not train"):
             fit(engine, steps=30)
-            engine.settle()
 
 
 def test_replay_holds_two_blocks_not_the_model(made, monkeypatch):
@@ -213,9 +212,7 @@ def test_a_damaged_journal_can_be_cut_before_the_damage(made, run):
     at = len(data) - (STEPS - 3) * RECORD_BYTES  # step 3, which later records say was durable
     data[at + 20] ^= 1
     journal.write_bytes(data)
-    with pytest.raises(
-        JournalError, match=r"record 3 at byte \d+ fails its checksum and 5 records follow it.*journal cut"
-    ):
+    with pytest.raises(JournalError, match=r"record 3 at byte \d+ fails .* 5 records follow it.*journal cut"):
         Engine.resume(run)._start()
     assert call("journal", "cut", run, "--to", 3) == 0
     with Engine.resume(run) as engine:

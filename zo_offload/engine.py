@@ -250,6 +250,8 @@ class Engine:
 
     def _launch(self, batch: Batch, lr: float | None, micro_batches: int) -> Launched:
         """A step as far as it goes without looking at its losses."""
+        if self._make_session is not None:
+            raise ConfigError("a replayed engine does not train: export this step, or resume its run")
         self._start(batch, micro_batches)
         stepper = self._stepper
         assert stepper is not None
