@@ -99,6 +99,8 @@ def replayed(base: str | Path | nn.Module, journal: str | Path, *, to: int | Non
 class _BaseTier:
     """Blocks as the base has them, at version 0; keeps the one that was brought up to date last."""
 
+    in_memory = False
+
     def __init__(self, plan: Plan, layout: Layout, base: Base) -> None:
         self._plan, self._layout, self._base = plan, layout, base
         self.held, self.data = -1, torch.empty(0, dtype=torch.uint8)
@@ -129,6 +131,8 @@ class ReplayTier:
 
     check: called once all blocks have been made, so the base has been read: raises if it was not the journal's.
     """
+
+    in_memory = False
 
     def __init__(self, engine: Engine, log: UpdateLog, check: Callable[[], None]) -> None:
         self._layout, self._log, self._check = engine.layout, log, check
