@@ -1,7 +1,7 @@
 """What each storage format costs and keeps: bytes, error, speed of encoding and decoding, and what updates leave in it.
 
     python -m benchmarks.formats [--quick] [--only codec|kept] > formats.jsonl
-    python -m benchmarks.formats --exhaustive
+    python -m benchmarks.formats --exhaustive [--part 3/8]
 
 One JSON line a result on standard output, the same as tables on standard error. One thread throughout.
 
@@ -13,7 +13,7 @@ kept    400 steps w <- w - c_k z_k, c_k from N(0, c), written back every K steps
         that the stored weights show on the change of a float32 run, `noise` what differs from it, relative: kept 1 and
         noise 0 is float32 training. Of a split format the master's.
 --exhaustive compares every float32 with torch's casts (bf16, fp16, and fp8 inside its range) and every float32 with
-        itself through bf16+16. Minutes.
+        itself through bf16+16. Some minutes; --part does one of so many equal pieces.
 """
 
 from __future__ import annotations
@@ -111,14 +111,15 @@ def trained(values: Tensor, name: str, draws: Tensor, every: int, rounding: Roun
     return before, decode_values(stored, residual, fmt, n, threads=1)
 
 
-def exhaustive() -> Iterator[dict[str, Any]]:
+def exhaustive(part: int, parts: int) -> Iterator[dict[str, Any]]:
     """Counts of codes that differ from torch's, over every float32 the comparison is defined for."""
     casts = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
     differ = dict.fromkeys(("bf16", "fp16", *casts, "bf16+16"), 0)
     tried = dict.fromkeys(differ, 0)
     chunk = 127 << 17
-    for start in range(-(1 << 31), 1 << 31, chunk):
-        words = torch.arange(start, min(start + chunk, 1 << 31), dtype=torch.int64).to(torch.int32)
+    first, last = (-(1 << 31) + (k << 32) // parts for k in (part - 1, part))
+    for start in range(first, last, chunk):
+        words = torch.arange(start, min(start + chunk, last), dtype=torch.int64).to(torch.int32)
         x = words.view(torch.float32)
         real = ~x.isnan()
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
@@ -136,7 +137,10 @@ def exhaustive() -> Iterator[dict[str, Any]]:
         for name, dtype in casts.items():
             _compare_fp8(x, name, dtype, differ, tried)
     for name in differ:
-        yield {"case": "exhaustive", "format": name, "values": tried[name], "differ": differ[name]}
+        yield {
+            "case": "exhaustive", "format": name, "part": f"{part}/{parts}", "values": tried[name],
+            "differ": differ[name],
+        }  # fmt: skip
 
 
 def _compare_fp8(x: Tensor, name: str, dtype: torch.dtype, differ: dict[str, int], tried: dict[str, int]) -> None:
@@ -186,12 +190,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, some seconds")
     parser.add_argument("--only", choices=("codec", "kept"))
     parser.add_argument("--exhaustive", action="store_true", help="every float32, instead")
+    parser.add_argument("--part", default="1/1", help="of the exhaustive comparison")
     options = parser.parse_args()
     torch.set_num_threads(2 if options.exhaustive else 1)
     common, results = about("formats"), []
     parts: list[Iterator[dict[str, Any]]] = []
     if options.exhaustive:
-        parts = [exhaustive()]
+        part, of = (int(x) for x in options.part.split("/"))
+        parts = [exhaustive(part, of)]
     else:
         if options.only != "kept":
             parts.append(codec(1 << 20 if options.quick else 1 << 24, 0.1 if options.quick else 0.5))
