@@ -34,6 +34,7 @@ fix: install
 
 bench: install
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.formats
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.memory
 
