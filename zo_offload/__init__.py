@@ -21,6 +21,7 @@ _HOMES = {
     "FitResult": "training",
     "Stopped": "signals",
     "MeZO": "methods",
+    "QZO": "methods",
     "PRESETS": "methods",
     "Checkpoint": "checkpoint",
     "ZOError": "errors",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .errors import StorageError as StorageError
     from .errors import ZOError as ZOError
     from .methods import PRESETS as PRESETS
+    from .methods import QZO as QZO
     from .methods import MeZO as MeZO
     from .signals import Stopped as Stopped
     from .training import FitResult as FitResult

@@ -125,9 +125,10 @@ class Engine:
             self.model = self.checkpoint.build_model(compute, model_class, seed=self.config.seed)
             self.base = self.checkpoint
         self.plan: Plan = make_plan(self.model, example, trainable=self.config.trainable)
-        stored = decide_formats(self.plan, self.config.storage, self.base.dtype_of, keep=self.config.keep)
+        target = self.method.target
+        stored = decide_formats(self.plan, self.config.storage, self.base.dtype_of, self.config.keep, target)
         self.plan = stored.plan
-        self.layout: Layout = make_layout(self.plan, stored.format_of)
+        self.layout: Layout = make_layout(self.plan, stored.format_of, target)
         self._make_session = _session  # a replayed engine: its blocks are made as they are fetched
         self.offload = choose_offload(self.config, self.layout, self.device) if _session is None else "disk"
         self.fold_every = choose_fold_every(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .formats import Format
+from .fused import Target
 from .plan import ParamSpec, Plan
 
 PARAM_ALIGN = 64  # a cache line, and the widest vector load
@@ -50,6 +51,8 @@ class Layout:
     block_bytes: tuple[int, ...]
     stream_bytes: tuple[int, ...]
     spans: tuple[tuple[tuple[int, int], ...], ...]
+    target: Target = "values"
+    """"scales": the scales of trained parameters are what changes; `spans` are theirs."""
 
     @property
     def total_bytes(self) -> int:
@@ -69,7 +72,7 @@ class Layout:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def make_layout(plan: Plan, format_of: Callable[[ParamSpec], Format]) -> Layout:
+def make_layout(plan: Plan, format_of: Callable[[ParamSpec], Format], target: Target = "values") -> Layout:
     """Pack the plan's blocks, each parameter in the format that `format_of` names."""
     places: dict[str, Place] = {}
     sizes: list[int] = []
@@ -80,6 +83,8 @@ def make_layout(plan: Plan, format_of: Callable[[ParamSpec], Format]) -> Layout:
         specs = [plan.params[name] for name in block.params]
         formats = [format_of(spec) for spec in specs]
         starts, end = _pack(specs, [f.nbytes(s.numel) for f, s in zip(formats, specs, strict=True)], 0, ranges)
+        if target == "scales":
+            ranges = [_scales(s, f, start) for s, f, start in zip(specs, formats, starts, strict=True) if s.trainable]
         stream = round_up(max(end, 1), BLOCK_ALIGN)
         wide = [f.residual_nbytes(s.numel) for f, s in zip(formats, specs, strict=True)]
         residuals, end = _pack(specs, wide, stream, ranges)
@@ -88,7 +93,12 @@ def make_layout(plan: Plan, format_of: Callable[[ParamSpec], Format]) -> Layout:
         streams.append(stream)
         sizes.append(round_up(end, BLOCK_ALIGN))
         spans.append(tuple(ranges))
-    return Layout(places, tuple(sizes), tuple(streams), tuple(spans))
+    return Layout(places, tuple(sizes), tuple(streams), tuple(spans), target)
+
+
+def _scales(spec: ParamSpec, fmt: Format, start: int) -> tuple[int, int]:
+    offset, nbytes = fmt.scales_span(spec.numel)
+    return start + offset, nbytes
 
 
 def _pack(

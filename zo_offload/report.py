@@ -50,7 +50,7 @@ def plan_report(
     batch = example_batch(module, batch_size, tokens)
     call: ForwardCall = lambda m, b: m(**b)  # noqa: E731 - the type is the point
     plan = make_plan(module, batch, trainable=trainable, call=call)
-    stored = decide_formats(plan, storage, lambda name: checkpoint.dtype, keep=keep)
+    stored = decide_formats(plan, storage, lambda name: checkpoint.dtype, keep)
     plan, layout = stored.plan, make_layout(stored.plan, stored.format_of)
     activations = measure_activations(module, plan, batch, call)
     memory = plan_memory(

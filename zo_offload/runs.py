@@ -20,7 +20,7 @@ from typing import Any
 from . import diskio
 from .config import EngineConfig
 from .errors import ConfigError, JournalError
-from .methods import MeZO
+from .methods import MeZO, method_from
 
 CONFIG, JOURNAL, METRICS, BLOCKS = "config.json", "journal.zoj", "metrics.jsonl", "blocks"
 PREDICATE = "<predicate>"
@@ -54,7 +54,7 @@ def settings_of(config: EngineConfig) -> dict[str, Any]:
 
 
 def method_of(method: MeZO) -> dict[str, Any]:
-    return {k: v for k, v in asdict(method).items() if k != "name"}
+    return asdict(method)
 
 
 def save_config(run_dir: Path, model: str | None, model_class: str | None, config: EngineConfig, method: MeZO) -> None:
@@ -98,7 +98,7 @@ def check_settings(settings: dict[str, Any], where: str) -> None:
 def make_method(record: dict[str, Any]) -> MeZO:
     """The method that `method_of` or a journal's header describes. JournalError on options it does not have."""
     try:
-        return MeZO(**{k: v for k, v in record.items() if k != "name"})
+        return method_from(record)
     except TypeError as error:
         raise JournalError(f"the run's method cannot be made by this version: {error}") from None
 

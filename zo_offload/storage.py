@@ -19,6 +19,7 @@ import torch
 
 from .errors import ConfigError
 from .formats import Format, format_of, get_format
+from .fused import Target
 from .layout import Layout
 from .module_tree import select_names
 from .plan import ParamSpec, Plan, keep_resident
@@ -51,9 +52,8 @@ def decide_formats(
     plan: Plan,
     storage: str | None,
     dtype_of: Callable[[str], torch.dtype],
-    *,
     keep: Any = None,
-    target: str = "weights",
+    target: Target = "values",
 ) -> Stored:
     """Formats by the module's rule. storage None: each parameter in the base's own dtype.
 
@@ -129,8 +129,9 @@ def _small_part(plan: Plan) -> frozenset[str]:
 
 
 def is_lossless(plan: Plan, layout: Layout) -> bool:
-    """Whether folding never rounds: every trained parameter is stored in float32, so any `fold_every` is the same."""
-    return all(layout.places[name].fmt.name == "fp32" for name, spec in plan.params.items() if spec.trainable)
+    """Whether folding never rounds, so that any `fold_every` is the same: all that trains is stored in float32."""
+    trained = (layout.places[name].fmt.name for name, spec in plan.params.items() if spec.trainable)
+    return layout.target == "scales" or all(name == "fp32" for name in trained)
 
 
 def choose_fold_every(given: int | None, plan: Plan, layout: Layout, offload: str, distribution: str) -> int:

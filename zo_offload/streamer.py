@@ -524,6 +524,7 @@ class Streamer:
             perturbations=perturbations,
             outs=outs,
             residual=self._residual(name, slot),
+            target=self.layout.target if spec.trainable else "values",
             threads=self.threads,
         )
 
@@ -566,6 +567,7 @@ class Streamer:
             perturbations=perturbations,
             outs=outs,
             residual=self._residual(name, slot),
+            target=self.layout.target if spec.trainable else "values",
             threads=self.threads,
         )
         if writes and folds:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
@@ -64,6 +64,9 @@ class MeZO:
     """Default number of steps of `fit`."""
     name: str = field(default="mezo", init=False)
 
+    target: ClassVar[Literal["values", "scales"]] = "values"
+    """What of the stored weights is perturbed and updated."""
+
     def __post_init__(self) -> None:
         for what in ("lr", "eps"):
             value = getattr(self, what)
@@ -105,12 +108,21 @@ class MeZO:
 
     def coefficients(self, losses: Tensor, lr: float) -> Tensor:
         """lr * grad from the losses, both float64 [n] on any device: `update`'s arithmetic, operation for operation."""
-        return lr * divide(losses[:1] - losses[1:], 2 * float(np.float32(self.eps)))
+        grad = divide(losses[:1] - losses[1:], 2 * float(np.float32(self.eps)))
+        return lr * self.clipped_late(grad)
+
+    def clipped(self, grad: float) -> float:
+        """The projected gradient as it is used: MeZO does not clip."""
+        return grad
+
+    def clipped_late(self, grad: Tensor) -> Tensor:
+        """`clipped` of a tensor on the device."""
+        return grad
 
     def update(self, run_seed: int, step: int, losses: Sequence[float], lr: float) -> Step:
         """Losses at +eps and -eps -> the step's update. Raises DivergenceError if it is not finite."""
         plus, minus = losses
-        grad = (plus - minus) / (2 * float(np.float32(self.eps)))  # the eps that the lanes really used
+        grad = self.clipped((plus - minus) / (2 * float(np.float32(self.eps))))  # the eps that the lanes really used
         coeff = float(np.float32(lr * grad)) if abs(lr * grad) < 3e38 else math.inf
         seed = step_seed(run_seed, step)
         loss = (plus + minus) / 2

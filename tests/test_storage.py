@@ -1,0 +1,247 @@
+"""Which parameter is stored how, and training what a low-bit base leaves to train: scales, adapters, norms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama, tiny_opt, train
+from torch import nn
+
+from zo_offload import QZO, ConfigError, Engine, MeZO, PlanError, ZOError
+from zo_offload.formats import FORMATS, decode_values, encode_values, get_format
+from zo_offload.fused import Perturbation, fused_pass
+from zo_offload.updates import with_folds
+
+TRAINED = [name for name, fmt in FORMATS.items() if fmt.trains]
+FROZEN = [name for name, fmt in FORMATS.items() if not fmt.trains]
+QZO_METHOD = QZO(lr=1e-6, batch_size=4)
+
+
+class LoRA(nn.Module):
+    """x -> W x + B A x, W frozen: an adapter written plainly."""
+
+    def __init__(self, inner, rank=4):
+        super().__init__()
+        self.inner = inner
+        self.a = nn.Parameter(torch.randn(rank, inner.in_features) / 8)
+        self.b = nn.Parameter(torch.zeros(inner.out_features, rank))
+
+    def forward(self, x):
+        return self.inner(x) + x @ self.a.T @ self.b.T
+
+
+def with_adapters(model):
+    torch.manual_seed(4)
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = LoRA(layer.self_attn.q_proj)
+    return model
+
+
+@pytest.mark.parametrize("storage", TRAINED)
+def test_every_format_that_trains_trains(storage):
+    with Engine(tiny_llama(), method=METHOD, storage=storage, offload="host") as engine:
+        base = stored_weights(engine)
+        losses = engine.fit(batches(), steps=5).losses
+        assert len(set(losses)) == 5
+        weights = stored_weights(engine)
+        assert all(not torch.equal(base[name], weights[name]) for name in base if base[name].dim() > 1)
+        for name, place in engine.layout.places.items():
+            plain = storage in ("fp32", "bf16", "fp16")
+            assert place.fmt.name == (storage if plain or base[name].dim() > 1 else "fp32"), name
+
+
+@pytest.mark.parametrize("storage", ["int4", "int8", "fp8_e4m3", "int8+8"])
+def test_the_base_is_encoded_as_the_codec_says(storage):
+    model, fmt = tiny_llama(), get_format(storage)
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with Engine(model, storage=storage, method=QZO_METHOD if storage == "int4" else METHOD) as engine:
+        for name, value in engine.weights():
+            if value.dim() > 1:
+                parts = encode_values(base[name], fmt)
+                want = decode_values(*parts, fmt, base[name].numel()).to(fmt.torch_dtype)
+                assert torch.equal(value.reshape(-1), want), name
+            else:
+                assert torch.equal(value, base[name]), name
+
+
+def test_what_keep_names_stays_as_it_was():
+    with Engine(tiny_llama(dtype=torch.bfloat16), storage="int8+8", keep=["embed_tokens", "lm_head"]) as engine:
+        kept = {name: place.fmt.name for name, place in engine.layout.places.items()}
+    assert kept["model.embed_tokens.weight"] == kept["lm_head.weight"] == kept["model.norm.weight"] == "fp32"
+    assert kept["model.layers.0.mlp.up_proj.weight"] == "int8+8"
+    with pytest.raises(PlanError, match="keep='nowhere' selects none"):
+        Engine(tiny_llama(), storage="int8+8", keep="nowhere")
+
+
+# ---- scales ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["int4", "nf4", "int8"])
+def test_scales_train_and_codes_do_not(storage, tmp_path):
+    """QZO: the journal's updates, applied to the base's scales one by one, give the weights; codes are the base's."""
+    fmt, steps = get_format(storage), []
+    base = {name: p.detach().clone() for name, p in tiny_llama().named_parameters()}
+    with Engine(tiny_llama(), method=QZO_METHOD, storage=storage, offload="host", fold_every=4) as engine:
+        result = engine.fit(batches(), steps=10, callback=lambda record: steps.append(record.updates))
+        weights, plan = stored_weights(engine), engine.plan
+    assert len(set(result.losses)) == 10
+    moved = 0
+    for name, value in base.items():
+        if value.dim() < 2:
+            assert not plan.params[name].trainable and torch.equal(weights[name], value), name
+            continue
+        stored, _ = encode_values(value, fmt)
+        start, nbytes = fmt.scales_span(value.numel())
+        before = stored.clone()
+        out = torch.empty(value.numel(), dtype=fmt.torch_dtype)
+        for updates in steps:  # one call a step; that the engine's last two are still pending makes no difference
+            fused_pass(
+                stored, fmt, param_id=plan.params[name].param_id, numel=value.numel(),
+                updates=with_folds(updates, 0, 1), noise=QZO_METHOD.noise, target="scales",
+                perturbations=[Perturbation(0, 0.0)], outs=[out],
+            )  # fmt: skip
+        changed = (stored != before).nonzero().reshape(-1)
+        assert len(changed) and changed.min() >= start and changed.max() < start + nbytes
+        assert torch.equal(weights[name].reshape(-1), out), name
+        moved += 1
+    assert moved > 10
+
+
+def test_scales_are_the_same_in_every_tier_and_after_a_resume(tmp_path):
+    settings = dict(method=QZO_METHOD, storage="int4", fold_every=3)
+    resident = train(tiny_opt(), 8, offload="none", **settings)
+    ways = [dict(offload="host"), dict(offload="disk", num_slots=2), dict(offload="disk", order="block")]
+    for i, way in enumerate(ways):
+        run_dir = tmp_path / str(i)
+        assert_same(resident, train(tiny_opt(), 8, run_dir=run_dir, **settings, **way))
+    never = train(tiny_opt(), 12, **settings)
+    with Engine.resume(run_dir, tiny_opt()) as engine:
+        assert isinstance(engine.method, QZO)
+        rest = engine.fit(batches(), steps=12).losses
+        assert_same(never, (resident[0] + rest, stored_weights(engine)))
+
+
+def test_only_scales_are_flushed():
+    with Engine(tiny_opt(), method=QZO_METHOD, storage="int4", offload="host", fold_every=1) as engine:
+        result = engine.fit(batches(), steps=8)
+        layout = engine.layout
+    assert 0 < result.flush_bytes <= 8 * 0.08 * layout.total_bytes
+
+
+def test_the_projected_gradient_is_clipped():
+    losses = (5.0, 1.0)  # (5 - 1) / 2e-3 = 2000
+    method = QZO(lr=1e-5, eps=1e-3, clip=100.0)
+    step = method.update(0, 0, losses, method.lr)
+    assert step.grad == 100.0 and step.updates[0].coeff == pytest.approx(1e-3)
+    assert method.update(0, 0, losses[::-1], method.lr).grad == -100.0
+    assert MeZO(eps=1e-3).update(0, 0, losses, 1e-5).grad == pytest.approx(2000, rel=1e-5)
+    with pytest.raises(ConfigError, match="clip=0"):
+        QZO(clip=0)
+
+
+# ---- a small trained part --------------------------------------------------------------------------------------------
+
+ADAPTED = dict(method=MeZO(lr=1e-2, batch_size=4), trainable="requires_grad", fold_every=4)
+
+
+@pytest.mark.parametrize("storage", [None, "bf16", "int8", "int4", "nf4"])
+def test_adapters_train_on_a_frozen_base_of_any_format(storage, tmp_path):
+    def run(**way):
+        return train(with_adapters(tiny_llama()), 9, storage=storage, **ADAPTED, **way)
+
+    resident = run(offload="none")
+    assert len(set(resident[0])) == 9
+    base = dict(with_adapters(tiny_llama()).named_parameters())
+    for name, value in resident[1].items():
+        adapter = name.endswith((".a", ".b"))
+        assert value.dtype == torch.float32 or not adapter
+        if adapter:
+            assert not torch.equal(value, base[name]), name
+    ways = [dict(offload="host"), dict(offload="disk", num_slots=2, order="block"), dict(offload="disk")]
+    for i, way in enumerate(ways):
+        assert_same(resident, run(run_dir=tmp_path / f"run{i}", **way))
+
+
+def test_nothing_is_flushed_while_adapters_train(tmp_path):
+    with Engine(with_adapters(tiny_llama()), storage="int4", offload="host", **ADAPTED) as engine:
+        for batch in batches(9):
+            engine.step(batch)
+        streamer = engine._running()
+        (resident,) = engine.plan.resident
+        assert streamer.traffic.flush_bytes == 0
+        assert set(engine.plan.blocks[resident].params) == {n for n, s in engine.plan.params.items() if s.trainable}
+        assert resident in engine.memory.window.pinned and resident not in engine.plan.visits
+
+
+def test_adapters_match_plain_mezo_on_the_same_frozen_weights():
+    """In float32 with a float32 base the engine is MeZO on the adapters alone, whatever block they are in."""
+    small = train(with_adapters(tiny_llama()), 6, **ADAPTED, offload="host")
+    everywhere = dict(with_adapters(tiny_llama()).named_parameters())
+    changed = [name for name, value in small[1].items() if not torch.equal(value, everywhere[name])]
+    assert sorted(changed) == sorted(n for n in everywhere if n.endswith((".a", ".b")))
+
+
+def test_a_run_with_adapters_resumes(tmp_path):
+    settings = dict(storage="int4", **ADAPTED)
+    never = train(with_adapters(tiny_llama()), 11, **settings)
+    first = train(with_adapters(tiny_llama()), 6, offload="disk", run_dir=tmp_path / "run", **settings)
+    with Engine.resume(tmp_path / "run", with_adapters(tiny_llama())) as engine:
+        rest = engine.fit(batches(), steps=11).losses
+        assert_same(never, (first[0] + rest, stored_weights(engine)))
+
+
+def test_norms_train_on_a_frozen_base():
+    method = MeZO(lr=1e-3, batch_size=4)
+    with Engine(tiny_llama(), method=method, storage="int4", trainable="*norm*", offload="host") as engine:
+        base = stored_weights(engine)
+        engine.fit(batches(), steps=5)
+        for name, value in engine.weights():
+            assert torch.equal(value, base[name]) == ("norm" not in name), name
+
+
+def test_peft_adapters_train_through_the_engine():
+    peft = pytest.importorskip("peft", reason="pip install peft: only a plain LoRA was tested")
+
+    def make():
+        torch.manual_seed(7)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
+        return peft.get_peft_model(tiny_llama(), config).eval()
+
+    def run(**way):
+        return train(make(), 6, storage="int4", **ADAPTED, **way)
+
+    resident, streamed = run(offload="none"), run(offload="host")
+    assert_same(resident, streamed)
+    base = dict(make().named_parameters())
+    moved = {name for name, value in resident[1].items() if "lora_" in name and not torch.equal(value, base[name])}
+    assert moved == {name for name in base if "lora_" in name}
+
+
+# ---- what cannot work ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(storage="int3"), "storage='int3': choose one of"),
+        (dict(storage="int4"), "never rewritten, but .* are to train.*QZO.*int8\\+8"),
+        (dict(storage="nf4", trainable="layers.*.mlp"), "never rewritten"),
+        (dict(storage="bf16", method=QZO_METHOD), "storage='bf16' has none"),
+        (dict(method=QZO_METHOD), "own dtype has none"),
+        (dict(storage="int4", method=QZO_METHOD, trainable="norm"), "no scales to train"),
+    ],
+)
+def test_formats_that_cannot_train_what_is_asked_are_refused(settings, message):
+    with pytest.raises(ZOError, match=message):
+        Engine(tiny_llama(), **{"method": METHOD, **settings})
+
+
+@pytest.mark.parametrize("storage", ["bf16+16", "int8+8", "fp8_e4m3"])
+def test_a_base_with_nan_is_named(storage):
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = math.inf
+    with pytest.raises(ZOError, match=r"layers.1.mlp.up_proj.weight.*1 of"), Engine(model, storage=storage) as engine:
+        engine.evaluate(batches(1))
