@@ -368,3 +368,19 @@ def test_pinned_blocks_of_a_disk_run_are_snapshotted_too(tmp_path):
         engine._at_once = True  # no flush at the end: what a crash leaves
     with Engine.resume(tmp_path / "run", tiny_opt()) as engine:
         assert_same(([], train(tiny_opt(), 8)[1]), ([], stored_weights(engine)))
+
+
+def test_block_files_that_were_never_all_made_are_made_again(tmp_path):
+    """A run in memory makes them at its first snapshot: killed in between, some are missing and none was used."""
+    with Engine(tiny_opt(), method=METHOD, offload="host", run_dir=tmp_path / "run") as engine:
+        fit(engine, steps=3)
+        want = stored_weights(engine)
+        shapes = engine._session.snapshots._open().shapes
+    (tmp_path / "run" / "blocks" / "shapes.json").unlink()
+    (tmp_path / "run" / "blocks" / "00002.zob").unlink()
+    os.truncate(tmp_path / "run" / "blocks" / "00001.zob", 0)
+    with Engine.resume(tmp_path / "run", tiny_opt(), snapshot_steps=1) as engine:
+        assert_same(([], want), ([], stored_weights(engine)))
+        fit(engine, steps=4)
+        engine._session.settle()
+    assert len(list((tmp_path / "run" / "blocks").glob("*.zob"))) == len(shapes)

@@ -188,8 +188,8 @@ class Maker:
         updates = UpdateLog()
         for record in journal.steps:
             updates.append(record.updates)
-        files = None
-        if (run_dir / runs.BLOCKS).is_dir():
+        blocks, files = run_dir / runs.BLOCKS, None
+        if blocks.is_dir() and not DiskTier.is_unfinished(blocks, self._shapes()):
             files = self._open_files(run_dir, journal)
         # All but the base is compared first: no weight is read for a run that cannot go on.
         data = journal.header.get("data")

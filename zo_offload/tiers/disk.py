@@ -32,7 +32,7 @@ from .block_file import DATA, PAGE, WHOLE, Foreign, Header, Shape, Spans
 
 log = logging.getLogger(__name__)
 
-SHAPES = "shapes.json"  # beside the block files: their sizes and trained ranges
+SHAPES = "shapes.json"  # beside the block files, made last: their sizes and trained ranges
 _THEN = "The journal and the block's other generation hold the run."
 
 
@@ -161,6 +161,13 @@ class DiskTier:
                 )
             block.headers = [_header(block, g) for g in (0, 1)]
         return cls(directory, blocks)
+
+    @staticmethod
+    def is_unfinished(directory: Path, shapes: Sequence[Shape]) -> bool:
+        """Whether `create` was broken off there: its last file is missing, and so are others. Nothing was in them."""
+        sizes = {shape.index: shape.file_bytes for shape in shapes}
+        there = {i for i, n in sizes.items() if (p := _path(directory, i)).is_file() and p.stat().st_size == n}
+        return not (directory / SHAPES).exists() and there != sizes.keys()
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
