@@ -3,7 +3,7 @@
 //
 // A warp owns a tile of CHUNKS * 256 consecutive elements, aligned in the element index so that Philox blocks never
 // straddle threads; thread L holds elements 256 * c + 8 * L + 0..7 of it, in registers from the first decode to the
-// last lane. So a weight is read once and written once, 16 bytes an access (8 for one-byte formats), and nothing
+// last lane. So a weight is read once and written once, 16 bytes an access (8 for one-byte formats, 4 for 4-bit ones), and nothing
 // depends on the launch shape. Head, tail and addresses that are not 16-byte aligned take the same arithmetic with
 // element-wide accesses.
 //
@@ -17,7 +17,7 @@
 // (tests/test_cuda_ptx.py); registers and spills by tests/test_cuda_build.py.
 #ifndef ZO_CUDA_KERNELS_H
 #define ZO_CUDA_KERNELS_H
-#include "fused.h"
+#include "cuda_formats.h"
 
 #define ZO_CUDA_LANES 16    // a launch; more lanes take more launches
 #define ZO_CUDA_THREADS 256
@@ -41,66 +41,6 @@ static_assert(sizeof(zo_cuda_args) == sizeof(zo_pass) + 24 + 24 * ZO_CUDA_LANES,
 static_assert(sizeof(zo_cuda_noise_args) == 40, "packed by Python");
 
 namespace zo_cuda {
-
-#define ZO_DEV static __device__ __forceinline__
-typedef ZoScalar S;
-
-struct alignas(16) Vec16 {
-  zo_u32 x, y, z, w;
-};
-struct alignas(8) Vec8 {
-  zo_u32 x, y;
-};
-
-// ---- memory: 8 elements of SIZE bytes as 2 * SIZE words. WHOLE: all of them exist, and their address is a multiple of
-// 16 (8 for one-byte elements); else only [lo, hi) of them do.
-
-template <bool WHOLE, int SIZE>
-ZO_DEV void read_bytes(const zo_u8* p, int lo, int hi, zo_u32 (&word)[2 * SIZE]) {
-  if constexpr (WHOLE) {
-    if constexpr (SIZE == 1) {
-      const Vec8 v = *(const Vec8*)p;
-      word[0] = v.x, word[1] = v.y;
-    } else {
-#pragma unroll
-      for (int i = 0; i < SIZE / 2; ++i) {
-        const Vec16 v = ((const Vec16*)p)[i];
-        word[4 * i] = v.x, word[4 * i + 1] = v.y, word[4 * i + 2] = v.z, word[4 * i + 3] = v.w;
-      }
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 2 * SIZE; ++i) word[i] = 0;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      if (j < lo || j >= hi) continue;
-      if constexpr (SIZE == 4) word[j] = ((const zo_u32*)p)[j];
-      if constexpr (SIZE == 2) word[j / 2] |= (zo_u32)((const zo_u16*)p)[j] << (16 * (j & 1));
-      if constexpr (SIZE == 1) word[j / 4] |= (zo_u32)p[j] << (8 * (j & 3));
-    }
-  }
-}
-
-template <bool WHOLE, int SIZE>
-ZO_DEV void write_bytes(zo_u8* p, int lo, int hi, const zo_u32 (&word)[2 * SIZE]) {
-  if constexpr (WHOLE) {
-    if constexpr (SIZE == 1) {
-      *(Vec8*)p = Vec8{word[0], word[1]};
-    } else {
-#pragma unroll
-      for (int i = 0; i < SIZE / 2; ++i)
-        ((Vec16*)p)[i] = Vec16{word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]};
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      if (j < lo || j >= hi) continue;
-      if constexpr (SIZE == 4) ((zo_u32*)p)[j] = word[j];
-      if constexpr (SIZE == 2) ((zo_u16*)p)[j] = (zo_u16)(word[j / 2] >> (16 * (j & 1)));
-      if constexpr (SIZE == 1) p[j] = (zo_u8)(word[j / 4] >> (8 * (j & 3)));
-    }
-  }
-}
 
 // ---- noise
 
@@ -182,187 +122,55 @@ struct RademacherOf {
 
 typedef RademacherOf<4> Rademacher;
 
-// ---- rounding to 16 bits, two at a time: one instruction, and a branch that only a NaN takes
-
-ZO_DEV zo_u32 pack_bf16(float a, float b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  zo_u32 r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
-  if (!(a == a && b == b)) r = zo_bf16_round<S>(a) >> 16 | (zo_bf16_round<S>(b) & 0xffff0000u);
-  return r;
-#else
-  return zo_bf16_round<S>(a) >> 16 | (zo_bf16_round<S>(b) & 0xffff0000u);
-#endif
-}
-
-ZO_DEV zo_u32 pack_fp16(float a, float b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  zo_u32 r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
-  if (!(a == a && b == b)) r = zo_fp16_round<S>(a) | zo_fp16_round<S>(b) << 16;
-  return r;
-#else
-  return zo_fp16_round<S>(a) | zo_fp16_round<S>(b) << 16;
-#endif
-}
-
-template <bool WHOLE>
-ZO_DEV void write_fp32(zo_u8* p, int lo, int hi, const float (&w)[8]) {
-  zo_u32 word[8];
-#pragma unroll
-  for (int j = 0; j < 8; ++j) word[j] = zo_fp32_round<S>(w[j]);
-  write_bytes<WHOLE, 4>(p, lo, hi, word);
-}
-
-template <bool WHOLE>
-ZO_DEV void write_bf16(zo_u8* p, int lo, int hi, const float (&w)[8]) {
-  zo_u32 word[4];
-#pragma unroll
-  for (int j = 0; j < 4; ++j) word[j] = pack_bf16(w[2 * j], w[2 * j + 1]);
-  write_bytes<WHOLE, 2>(p, lo, hi, word);
-}
-
-template <bool WHOLE>
-ZO_DEV void write_fp16(zo_u8* p, int lo, int hi, const float (&w)[8]) {
-  zo_u32 word[4];
-#pragma unroll
-  for (int j = 0; j < 4; ++j) word[j] = pack_fp16(w[2 * j], w[2 * j + 1]);
-  write_bytes<WHOLE, 2>(p, lo, hi, word);
-}
-
-// out: a lane's output; its dtype is the same for a whole launch's thread, so the branch never diverges
-template <bool WHOLE>
-ZO_DEV void write_lane(const zo_lane& lane, zo_u64 at, int lo, int hi, const float (&w)[8]) {
-  zo_u8* out = (zo_u8*)lane.out + at * (lane.format == ZO_FP32 ? 4 : 2);
-  if (lane.format == ZO_FP32)
-    write_fp32<WHOLE>(out, lo, hi, w);
-  else if (lane.format == ZO_BF16)
-    write_bf16<WHOLE>(out, lo, hi, w);
-  else
-    write_fp16<WHOLE>(out, lo, hi, w);
-}
-
-// ---- storage formats: 8 elements between bytes and floats. random: 8 half-words, or null to round to nearest.
-
-struct Fp32 {
-  enum { SIZE = 4 };
-  template <bool WHOLE>
-  ZO_DEV void load(const zo_u8* p, int lo, int hi, float (&w)[8]) {
-    zo_u32 word[8];
-    read_bytes<WHOLE, 4>(p, lo, hi, word);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) w[j] = S::value(word[j]);
-  }
-  template <bool WHOLE>
-  ZO_DEV void fold(zo_u8* p, int lo, int hi, float (&w)[8], bool, const zo_words&, bool keep) {
-    if (keep) write_fp32<WHOLE>(p, lo, hi, w);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) w[j] = S::value(zo_fp32_round<S>(w[j]));
-  }
-};
-
-ZO_DEV zo_u32 half_word(const zo_words& r, int j) { return r.w[j / 2] >> (16 * (j & 1)) & 0xffffu; }
-
-struct Bf16 {
-  enum { SIZE = 2 };
-  ZO_DEV void unpack(const zo_u32 (&word)[4], float (&w)[8]) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      w[2 * j] = S::value(word[j] << 16);
-      w[2 * j + 1] = S::value(word[j] & 0xffff0000u);
-    }
-  }
-  template <bool WHOLE>
-  ZO_DEV void load(const zo_u8* p, int lo, int hi, float (&w)[8]) {
-    zo_u32 word[4];
-    read_bytes<WHOLE, 2>(p, lo, hi, word);
-    unpack(word, w);
-  }
-  template <bool WHOLE>
-  ZO_DEV void fold(zo_u8* p, int lo, int hi, float (&w)[8], bool stochastic, const zo_words& r, bool keep) {
-    zo_u32 word[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (stochastic)
-        word[j] = zo_bf16_round_stochastic<S>(w[2 * j], half_word(r, 2 * j)) >> 16 |
-                  (zo_bf16_round_stochastic<S>(w[2 * j + 1], half_word(r, 2 * j + 1)) & 0xffff0000u);
-      else
-        word[j] = pack_bf16(w[2 * j], w[2 * j + 1]);
-    }
-    if (keep) write_bytes<WHOLE, 2>(p, lo, hi, word);
-    unpack(word, w);
-  }
-};
-
-struct Fp16 {
-  enum { SIZE = 2 };
-  ZO_DEV void unpack(const zo_u32 (&word)[4], float (&w)[8]) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      w[2 * j] = zo_fp16_decode<S>(word[j] & 0xffffu);
-      w[2 * j + 1] = zo_fp16_decode<S>(word[j] >> 16);
-    }
-  }
-  template <bool WHOLE>
-  ZO_DEV void load(const zo_u8* p, int lo, int hi, float (&w)[8]) {
-    zo_u32 word[4];
-    read_bytes<WHOLE, 2>(p, lo, hi, word);
-    unpack(word, w);
-  }
-  template <bool WHOLE>
-  ZO_DEV void fold(zo_u8* p, int lo, int hi, float (&w)[8], bool stochastic, const zo_words& r, bool keep) {
-    zo_u32 word[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (stochastic)
-        word[j] = zo_fp16_round_stochastic<S>(w[2 * j], half_word(r, 2 * j)) |
-                  zo_fp16_round_stochastic<S>(w[2 * j + 1], half_word(r, 2 * j + 1)) << 16;
-      else
-        word[j] = pack_fp16(w[2 * j], w[2 * j + 1]);
-    }
-    if (keep) write_bytes<WHOLE, 2>(p, lo, hi, word);
-    unpack(word, w);
-  }
-};
-
 // ---- the pass over one tile
 
-// A run of consecutive elements [first, last) of the parameter. Element g lies `g - first` elements after `stored`,
-// and its outputs `g - first + out_at` after theirs. valid: false for a row that does not exist.
+// A run of consecutive elements [first, last) of the parameter, of which [low, high) are read: with groups, whole ones.
+// Element `base` lies at the start of the planes, and g's output `g - first + out_at` after an output's start.
+// valid: false for a row that does not exist.
 struct Run {
-  zo_u64 first, last, out_at;
-  zo_u8* stored;
+  zo_u64 first, last, low, high, base, out_at;
   bool valid;
 };
 
-struct Span {  // which of the 8 elements from g on are in the run
+struct Span {  // which of the 8 elements from g on are in [first, last)
   int lo, hi;
 };
 template <bool WHOLE>
-ZO_DEV Span span_of(const Run& run, zo_u64 g) {
+ZO_DEV Span span_of(zo_u64 first, zo_u64 last, zo_u64 g) {
   if constexpr (WHOLE) return Span{0, 8};
   Span s;
-  s.lo = run.first > g ? (run.first - g < 8 ? (int)(run.first - g) : 8) : 0;
-  s.hi = run.last > g ? (run.last - g < 8 ? (int)(run.last - g) : 8) : 0;
+  s.lo = first > g ? (first - g < 8 ? (int)(first - g) : 8) : 0;
+  s.hi = last > g ? (last - g < 8 ? (int)(last - g) : 8) : 0;
   return s;
 }
 
+template <bool WHOLE>
+ZO_DEV Eight eight_of(const Run& run, zo_u64 g) {
+  const Span s = span_of<WHOLE>(run.low, run.high, g);
+  return Eight{(zo_i64)(g - run.base), s.lo, s.hi};
+}
+
 // WHOLE: the tile lies inside the run and everything is aligned; the hot loop has nothing else in it.
-template <class Format, class Noise, bool WHOLE>
+template <int FORMAT, class Noise, bool WHOLE>
 ZO_DEV void tile_of(const zo_cuda_args& args, const Run& run, zo_u64 start) {
   enum { CHUNKS = Noise::CHUNKS };
   const zo_pass& pass = args.pass;
   const zo_u64 g = start + 8 * (threadIdx.x & 31);
+  const bool master = residual_size(FORMAT) != 0 && (args.last_fold >= 0 || (pass.flags & ZO_MASTER));
   float w[CHUNKS][8];
+  Group group[CHUNKS];
   Noise noise;
 #pragma unroll
   for (int c = 0; c < CHUNKS; ++c) {
-    const Span s = span_of<WHOLE>(run, g + 256 * c);
-    const zo_i64 at = (zo_i64)(g + 256 * c - run.first) * Format::SIZE;
+    const Eight e = eight_of<WHOLE>(run, g + 256 * c);
     if constexpr (!WHOLE)
 #pragma unroll
       for (int j = 0; j < 8; ++j) w[c][j] = S::value(0x7fc00000u);
-    if (WHOLE || (run.valid && s.lo < s.hi)) Format::template load<WHOLE>(run.stored + at, s.lo, s.hi, w[c]);
+    group[c] = Group{0.0f, 0.0f, 0};
+    if (WHOLE || (run.valid && e.lo < e.hi)) {
+      group[c] = load_group<FORMAT>(pass, e);
+      load<WHOLE, FORMAT>(pass, e, group[c], master, w[c]);
+    }
   }
 #pragma unroll 1
   for (zo_u32 k = 0; k < pass.num_updates; ++k) {
@@ -380,16 +188,14 @@ ZO_DEV void tile_of(const zo_cuda_args& args, const Run& run, zo_u64 start) {
       for (int c = 0; c < CHUNKS; ++c) Noise::add(noise, c, -coeff, w[c], w[c]);
     }
     if (!(u.flags & ZO_UPDATE_FOLD)) continue;
-    const bool keep = (pass.flags & ZO_WRITE_BACK) && (zo_i32)k == args.last_fold && run.valid;
-    const bool stochastic = (pass.flags & ZO_STOCHASTIC) && Format::SIZE != 4;
+    const bool last = (zo_i32)k == args.last_fold, keep = (pass.flags & ZO_WRITE_BACK) && last && run.valid;
+    const bool stochastic = (pass.flags & ZO_STOCHASTIC) && FORMAT != ZO_FP32 && FORMAT != ZO_BF16_16;
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
-      const zo_u64 e = g + 256 * c;
-      const Span s = span_of<WHOLE>(run, e);
+      const Eight e = eight_of<WHOLE>(run, g + 256 * c);
       zo_words random = {{0, 0, 0, 0}};
-      if (stochastic) random = philox(e >> 3, pass.param_id, ZO_TAG_ROUNDING, seed, pass.rounds);
-      Format::template fold<WHOLE>(run.stored + (zo_i64)(e - run.first) * Format::SIZE, s.lo, s.hi, w[c], stochastic,
-                                   random, keep && s.lo < s.hi);
+      if (stochastic) random = philox((g + 256 * c) >> 3, pass.param_id, ZO_TAG_ROUNDING, seed, pass.rounds);
+      fold<WHOLE, FORMAT>(pass, e, group[c], w[c], stochastic, random, last, keep && e.lo < e.hi);
     }
   }
   zo_u64 made = 0;
@@ -405,50 +211,61 @@ ZO_DEV void tile_of(const zo_cuda_args& args, const Run& run, zo_u64 start) {
     }
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
-      const zo_u64 e = g + 256 * c;
-      const Span s = span_of<WHOLE>(run, e);
+      const Span s = span_of<WHOLE>(run.first, run.last, g + 256 * c);
       if (s.lo >= s.hi) continue;
       float out[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) out[i] = w[c][i];
       if (scale != 0.0f) Noise::add(noise, c, scale, w[c], out);
-      write_lane<WHOLE>(lane, e - run.first + run.out_at, s.lo, s.hi, out);
+      write_lane<WHOLE>(lane, g + 256 * c - run.first + run.out_at, s.lo, s.hi, out);
     }
   }
 }
 
-// Element 8 * i of the parameter is 16-byte aligned in everything that this run touches.
-template <class Format>
+// Element 8 * i of the parameter is aligned for vectors in everything that this run touches.
+template <int FORMAT>
 ZO_DEV bool aligned(const zo_cuda_args& args, const Run& run) {
-  zo_u64 low = (zo_u64)run.stored - run.first * Format::SIZE;
+  const int bits = is_four(FORMAT) ? 4 : 8 * value_size(FORMAT);
+  zo_u64 low = (zo_u64)args.pass.stored - run.base * bits / 8;
+  if (residual_size(FORMAT)) low |= (zo_u64)args.pass.residual - run.base * residual_size(FORMAT);
   for (zo_u32 j = 0; j < args.num_lanes; ++j)
     low |= (zo_u64)args.lanes[j].out + (run.out_at - run.first) * (args.lanes[j].format == ZO_FP32 ? 4 : 2);
-  return (low & 15) == 0 && run.valid;
+  return (low & 15) == 0 && run.valid && (run.base & 7) == 0;
 }
 
-template <class Format, class Noise>
+template <int FORMAT, class Noise>
 ZO_DEV void tile(const zo_cuda_args& args, const Run& run, zo_u64 start, bool aligned) {
   if (aligned && start >= run.first && start + 256 * Noise::CHUNKS <= run.last)
-    tile_of<Format, Noise, true>(args, run, start);
+    tile_of<FORMAT, Noise, true>(args, run, start);
   else
 #pragma unroll 1
-    for (int c = 0; c < Noise::CHUNKS; ++c) tile_of<Format, typename Noise::Part, false>(args, run, start + 256 * c);
+    for (int c = 0; c < Noise::CHUNKS; ++c) tile_of<FORMAT, typename Noise::Part, false>(args, run, start + 256 * c);
 }
 
 ZO_DEV zo_u64 tiles_of(zo_u64 first, zo_u64 last, zo_u64 size) { return (last + size - 1) / size - first / size; }
 
+// A run's elements to read: whole groups, to the parameter's end.
+ZO_DEV Run run_of(const zo_pass& pass, zo_u64 first, zo_u64 out_at, bool valid) {
+  const zo_u64 base = pass.rows ? 0 : pass.offset, end = base + pass.total;
+  Run run = {first, first + pass.numel, first, first + pass.numel, base, out_at, valid};
+  if (pass.group) {
+    run.low = first / pass.group * pass.group;
+    run.high = (run.last + pass.group - 1) / pass.group * pass.group;
+    if (run.high > end) run.high = end;
+  }
+  return run;
+}
+
 // All warps of the grid walk over the tiles; every condition here is the same for a whole warp.
-template <class Format, class Noise>
-ZO_DEV void pass_kernel(const zo_cuda_args& args) {
-  const zo_u64 TILE = 256 * Noise::CHUNKS;
+template <class Tile>
+ZO_DEV void walk(const zo_cuda_args& args, const zo_u64 TILE, Tile tile) {
   const zo_pass& pass = args.pass;
   const zo_u64 warps = (zo_u64)gridDim.x * (ZO_CUDA_THREADS / 32);
   const zo_u64 warp = (zo_u64)blockIdx.x * (ZO_CUDA_THREADS / 32) + threadIdx.x / 32;
   if (!pass.rows) {
-    const Run run = {pass.offset, pass.offset + pass.numel, 0, (zo_u8*)pass.stored, true};
+    const Run run = run_of(pass, pass.offset, 0, true);
     const zo_u64 tiles = tiles_of(run.first, run.last, TILE), base = run.first / TILE;
-    const bool even = aligned<Format>(args, run);
-    for (zo_u64 t = warp; t < tiles; t += warps) tile<Format, Noise>(args, run, (base + t) * TILE, even);
+    for (zo_u64 t = warp; t < tiles; t += warps) tile(run, (base + t) * TILE);
     return;
   }
   const zo_u64 a_row = pass.numel / TILE + 2;  // tiles a row touches, at most
@@ -456,18 +273,89 @@ ZO_DEV void pass_kernel(const zo_cuda_args& args) {
     const zo_u64 u = t / a_row;
     const zo_i64 row = pass.rows[u];
     const bool valid = row >= 0 && (zo_u64)row < args.total_rows;
-    const zo_u64 first = valid ? (zo_u64)row * pass.numel : 0;
-    const Run run = {first, first + pass.numel, u * pass.numel, (zo_u8*)pass.stored + first * Format::SIZE, valid};
-    const zo_u64 start = (first / TILE + t % a_row) * TILE;
-    if (start < run.last) tile<Format, Noise>(args, run, start, aligned<Format>(args, run));
+    const Run run = run_of(pass, valid ? (zo_u64)row * pass.numel : 0, u * pass.numel, valid);
+    const zo_u64 start = (run.first / TILE + t % a_row) * TILE;
+    if (start < run.last) tile(run, start);
   }
+}
+
+template <int FORMAT, class Noise>
+ZO_DEV void pass_kernel(const zo_cuda_args& args) {
+  walk(args, 256 * Noise::CHUNKS, [&](const Run& run, zo_u64 start) {
+    tile<FORMAT, Noise>(args, run, start, aligned<FORMAT>(args, run));
+  });
+}
+
+// ---- scales as what trains
+
+// z of one element of a stream
+template <class Noise>
+ZO_DEV float one_noise(zo_u64 i, zo_u64 seed, zo_u32 param_id, zo_u32 rounds, float scale, float w) {
+  if constexpr (Noise::CHUNKS == 2) {  // gaussian
+    const zo_words b = philox(i >> 2, param_id, ZO_TAG_GAUSSIAN, seed, rounds);
+    float z0, z1;
+    const bool second = i & 2;
+    zo_gaussian_pair<S>(second ? b.w[2] : b.w[0], second ? b.w[3] : b.w[1], z0, z1);
+    return zo_add_noise<S>(w, scale, i & 1 ? z1 : z0);
+  } else {
+    const zo_words b = philox(i >> 7, param_id, ZO_TAG_RADEMACHER, seed, rounds);
+    return zo_add_sign<S>(w, scale, Noise::pick(b, (zo_u32)(i >> 5)) >> (zo_u32)(i & 31) << 31);
+  }
+}
+
+// 256 elements: a thread's 8 lie in one group, whose scale it moves by itself.
+template <int FORMAT, class Noise>
+ZO_DEV void scales_tile(const zo_cuda_args& args, const Run& run, zo_u64 start) {
+  const zo_pass& pass = args.pass;
+  const zo_u64 g = start + 8 * (threadIdx.x & 31);
+  const Eight e = eight_of<false>(run, g);
+  const Span s = span_of<false>(run.first, run.last, g);
+  if (s.lo >= s.hi) return;
+  float number[8];
+  Group group = {S::value(0x7fc00000u), 0.0f, 0};
+#pragma unroll
+  for (int j = 0; j < 8; ++j) number[j] = 0.0f;
+  if (run.valid) {
+    group = load_group<FORMAT>(pass, e);
+    load_numbers<false, FORMAT>(pass, e, number);
+  }
+  const zo_u64 index = g / pass.group;  // of the group in its parameter, and so of its noise
+  float scale = group.scale;
+#pragma unroll 1
+  for (zo_u32 k = 0; k < pass.num_updates; ++k) {
+    const zo_update& u = pass.updates[k];
+    if (u.decay != 1.0f) scale = S::mul(scale, u.decay);
+    if (u.coeff != 0.0f) scale = one_noise<Noise>(index, u.seed, pass.param_id, pass.rounds, -u.coeff, scale);
+    scale = zo_trained_scale(scale);
+    if ((pass.flags & ZO_WRITE_BACK) && (zo_i32)k == args.last_fold && run.valid && (e.at & (pass.group - 1)) == 0)
+      ((float*)pass.scales)[e.at / pass.group] = scale;
+  }
+#pragma unroll 1
+  for (zo_u32 j = 0; j < args.num_lanes; ++j) {
+    const zo_lane& lane = args.lanes[j];
+    const float by = args.scales ? args.scales[j] : lane.scale;
+    const float moved = by == 0.0f ? scale : one_noise<Noise>(index, lane.seed, pass.param_id, pass.rounds, by, scale);
+    group.scale = S::value(zo_fp32_round<S>(moved));
+    float out[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = value_of<FORMAT>(number[i], group);
+    write_lane<false>(lane, g - run.first + run.out_at, s.lo, s.hi, out);
+  }
+}
+
+template <int FORMAT, class Noise>
+ZO_DEV void scales_kernel(const zo_cuda_args& args) {
+  const zo_u64 TILE = 256 * Noise::CHUNKS;
+  walk(args, TILE, [&](const Run& run, zo_u64 start) {
+#pragma unroll 1
+    for (int c = 0; c < Noise::CHUNKS; ++c) scales_tile<FORMAT, Noise>(args, run, start + 256 * c);
+  });
 }
 
 template <class Noise>
 ZO_DEV void noise_kernel(const zo_cuda_noise_args& args) {
-  const zo_u64 TILE = 256 * Noise::CHUNKS;
-  const Run run = {args.offset, args.offset + args.numel, 0, (zo_u8*)args.out, true};
-  const zo_u64 tiles = tiles_of(run.first, run.last, TILE), base = run.first / TILE;
+  const zo_u64 TILE = 256 * Noise::CHUNKS, last = args.offset + args.numel;
+  const zo_u64 tiles = tiles_of(args.offset, last, TILE), base = args.offset / TILE;
   const zo_u64 warps = (zo_u64)gridDim.x * (ZO_CUDA_THREADS / 32);
   const zo_u64 warp = (zo_u64)blockIdx.x * (ZO_CUDA_THREADS / 32) + threadIdx.x / 32;
   for (zo_u64 t = warp; t < tiles; t += warps) {
@@ -476,39 +364,54 @@ ZO_DEV void noise_kernel(const zo_cuda_noise_args& args) {
     Noise::make(noise, g, args.seed, args.param_id, args.rounds);
 #pragma unroll
     for (int c = 0; c < Noise::CHUNKS; ++c) {
-      const Span s = span_of<false>(run, g + 256 * c);
+      const Span s = span_of<false>(args.offset, last, g + 256 * c);
       if (s.lo >= s.hi) continue;
       float z[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) z[j] = Noise::value(noise, c, j);
-      write_fp32<false>((zo_u8*)args.out + (zo_i64)(g + 256 * c - run.first) * 4, s.lo, s.hi, z);
+      write_fp32<false>((zo_u8*)args.out + (zo_i64)(g + 256 * c - args.offset) * 4, s.lo, s.hi, z);
     }
   }
 }
 
 }  // namespace zo_cuda
 
-#define ZO_PASS_KERNELS(NAME, FORMAT)                                                                             \
-  extern "C" __global__ void __launch_bounds__(ZO_CUDA_THREADS, 2) zo_pass_##NAME##_gaussian(const zo_cuda_args args) { \
-    zo_cuda::pass_kernel<FORMAT, zo_cuda::Gaussian>(args);                                                        \
-  }                                                                                                               \
-  extern "C" __global__ void __launch_bounds__(ZO_CUDA_THREADS, 2)                                                   \
-      zo_pass_##NAME##_rademacher(const zo_cuda_args args) {                                                      \
-    zo_cuda::pass_kernel<FORMAT, zo_cuda::Rademacher>(args);                                                      \
+#define ZO_KERNEL extern "C" __global__ void __launch_bounds__(ZO_CUDA_THREADS, 2)
+#define ZO_PASS_KERNELS(NAME, FORMAT)                                                     \
+  ZO_KERNEL zo_pass_##NAME##_gaussian(const zo_cuda_args args) {                          \
+    zo_cuda::pass_kernel<FORMAT, zo_cuda::Gaussian>(args);                                \
+  }                                                                                       \
+  ZO_KERNEL zo_pass_##NAME##_rademacher(const zo_cuda_args args) {                        \
+    zo_cuda::pass_kernel<FORMAT, zo_cuda::Rademacher>(args);                              \
+  }
+#define ZO_SCALES_KERNELS(NAME, FORMAT)                                                   \
+  ZO_KERNEL zo_scales_##NAME##_gaussian(const zo_cuda_args args) {                        \
+    zo_cuda::scales_kernel<FORMAT, zo_cuda::Gaussian>(args);                              \
+  }                                                                                       \
+  ZO_KERNEL zo_scales_##NAME##_rademacher(const zo_cuda_args args) {                      \
+    zo_cuda::scales_kernel<FORMAT, zo_cuda::Rademacher>(args);                            \
   }
 
-ZO_PASS_KERNELS(fp32, zo_cuda::Fp32)
-ZO_PASS_KERNELS(bf16, zo_cuda::Bf16)
-ZO_PASS_KERNELS(fp16, zo_cuda::Fp16)
+ZO_PASS_KERNELS(fp32, ZO_FP32)
+ZO_PASS_KERNELS(bf16, ZO_BF16)
+ZO_PASS_KERNELS(fp16, ZO_FP16)
+ZO_PASS_KERNELS(fp8_e4m3, ZO_FP8_E4M3)
+ZO_PASS_KERNELS(fp8_e5m2, ZO_FP8_E5M2)
+ZO_PASS_KERNELS(int8, ZO_INT8)
+ZO_PASS_KERNELS(int4, ZO_INT4)
+ZO_PASS_KERNELS(nf4, ZO_NF4)
+ZO_PASS_KERNELS(bf16_16, ZO_BF16_16)
+ZO_PASS_KERNELS(bf16_8, ZO_BF16_8)
+ZO_PASS_KERNELS(int8_8, ZO_INT8_8)
+ZO_PASS_KERNELS(fp8_8, ZO_FP8_8)
+ZO_SCALES_KERNELS(int8, ZO_INT8)
+ZO_SCALES_KERNELS(int4, ZO_INT4)
+ZO_SCALES_KERNELS(nf4, ZO_NF4)
 
 // read by Python before the first launch: an image made from other sources would be handed other structs
 extern "C" __device__ zo_u32 zo_cuda_abi = ZO_ABI_VERSION << 16 | ZO_LAYOUT_VERSION << 12 | (zo_u32)sizeof(zo_cuda_args);
 
-extern "C" __global__ void __launch_bounds__(ZO_CUDA_THREADS, 2) zo_noise_gaussian(const zo_cuda_noise_args args) {
-  zo_cuda::noise_kernel<zo_cuda::Gaussian>(args);
-}
-extern "C" __global__ void __launch_bounds__(ZO_CUDA_THREADS, 2) zo_noise_rademacher(const zo_cuda_noise_args args) {
-  zo_cuda::noise_kernel<zo_cuda::Rademacher>(args);
-}
+ZO_KERNEL zo_noise_gaussian(const zo_cuda_noise_args args) { zo_cuda::noise_kernel<zo_cuda::Gaussian>(args); }
+ZO_KERNEL zo_noise_rademacher(const zo_cuda_noise_args args) { zo_cuda::noise_kernel<zo_cuda::Rademacher>(args); }
 
 #endif

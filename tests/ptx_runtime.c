@@ -103,11 +103,11 @@ static void body(void) {
 }
 
 static void run_warp(void) {
-  if (!stacks) stacks = malloc(32 << 16);
+  if (!stacks) stacks = malloc(32 << 20);
   for (int i = 0; i < 32; i++) {
     getcontext(&threads[i]);
-    threads[i].uc_stack.ss_sp = stacks + (i << 16);
-    threads[i].uc_stack.ss_size = 1 << 16;
+    threads[i].uc_stack.ss_sp = stacks + (i << 20);
+    threads[i].uc_stack.ss_size = 1 << 20;
     threads[i].uc_link = &scheduler;
     done[i] = turns[i] = at_line[i] = 0;
     makecontext(&threads[i], body, 0);

@@ -386,7 +386,7 @@ class Simulated:
         for name in names:  # a file each: two compile side by side
             source, library = folder / f"{name}.c", folder / f"{name}.so"
             source.write_text(translate(ptx, [name]))
-            flags = "-O1 -mfma -ffp-contract=off -w -shared -fPIC".split()
+            flags = "-O0 -mfma -ffp-contract=off -w -shared -fPIC".split()
             jobs.append((name, library, ["gcc", *flags, str(source), "-o", str(library), "-lm"]))
         running: list[subprocess.Popen[bytes]] = []
         for _, _, command in jobs:

@@ -137,7 +137,9 @@ def test_plan_of_a_size(capsys):
     (layers,) = [line.split() for line in text.splitlines() if line.startswith("model.decoder.layers.0 .. 95 ")]
     assert layers[3:] == ["1,812,099,072", "3624.20", "1", "x", "96"]
     assert "memory, 1 x 256 tokens" in text and "3 slots" in text
-    assert "fetches 350.49 GB and flushes 87.30 GB (updates folded every 4 steps)" in text  # the tied embedding is fetched twice
+    assert (
+        "fetches 350.49 GB and flushes 87.30 GB (updates folded every 4 steps)" in text
+    )  # the tied embedding is fetched twice
 
 
 BASE, DATA = ["fit", "{}/base"], ["--data", "{}/train.jsonl", "--batch-size", "4", "--steps", "1"]

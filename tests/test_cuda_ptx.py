@@ -5,6 +5,10 @@ Runs where nvcc or NVRTC is installed; no GPU is used, so nothing here says that
 
 from __future__ import annotations
 
+import math
+import os
+from dataclasses import replace
+
 import pytest
 import torch
 from cuda_simulated import SimulatedKernels, compilers, make_ptx
@@ -13,12 +17,25 @@ from ptx_to_c import Simulated, UnknownInstruction, translate
 from zo_offload import native_cuda
 from zo_offload.device_updates import UpdateTable
 from zo_offload.formats import FORMATS, format_of, get_format
+from zo_offload.formats.codec import encode_values, planes
 from zo_offload.fused import Perturbation, Update, fused_pass, fused_rows
 from zo_offload.noise import NoiseSpec, noise
 
 REASONS = compilers()
-CUDA_FORMATS = [name for name, fmt in FORMATS.items() if fmt.code in native_cuda.KERNELS]
-PASSES = [f"zo_pass_{name}_{kind}" for name in CUDA_FORMATS for kind in ("gaussian", "rademacher")]
+KINDS = ("gaussian", "rademacher")
+TRAINED = [name for name, fmt in FORMATS.items() if fmt.trains]
+# Compiling what each kernel became takes seconds: by default bf16 has both distributions, the others one each.
+# ZO_ALL_KERNELS=1 (make gpu-check does) takes all of them.
+ALL = os.environ.get("ZO_ALL_KERNELS") == "1"
+PAIRS = [(n, k) for i, n in enumerate(FORMATS) for j, k in enumerate(KINDS) if ALL or n == "bf16" or i % 2 == j]
+SCALES = [(n, k) for n, fmt in FORMATS.items() if fmt.trains_scales for k in KINDS if ALL or n == "int4"]
+
+
+def kernel_of(name: str, kind: str, what: str = "pass") -> str:
+    return f"zo_{what}_{native_cuda.KERNELS[get_format(name).code]}_{kind}"
+
+
+PASSES = [kernel_of(*pair) for pair in PAIRS] + [kernel_of(*pair, "scales") for pair in SCALES]
 NOISES = ["zo_noise_gaussian", "zo_noise_rademacher"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FAR = (1 << 34) - 77
@@ -30,20 +47,21 @@ def kernels(request, tmp_path_factory):
         pytest.skip(REASONS[request.param])
     folder = tmp_path_factory.mktemp(request.param)
     names = PASSES + NOISES if request.param == "nvcc" or REASONS["nvcc"] else ["zo_pass_bf16_gaussian", *NOISES]
+    names = list(dict.fromkeys(names))
     simulated = Simulated(make_ptx(request.param, folder), names, folder)
     found = SimulatedKernels(simulated)
     found.names = names
     return found
 
 
-def values(numel: int, fmt_name: str, seed: int = 0) -> torch.Tensor:
-    """Stored bytes of weights of every size, some of them zero, infinite or NaN."""
+def values(numel: int, fmt_name: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Stored parts of weights of every size, some of them zero."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(numel, generator=g) * 2.0 ** torch.randint(-20, 8, (numel,), generator=g)
     special = torch.tensor([0.0, -0.0, 1e-38, -65504.0])
     at = torch.randint(0, numel, (8,), generator=g)
     x[at] = special.repeat(2)
-    return get_format(fmt_name).encode(x, None)
+    return encode_values(x, get_format(fmt_name))
 
 
 def unaligned(nbytes: int, shift: int) -> torch.Tensor:
@@ -63,59 +81,65 @@ def device_updates(updates):
     return table.since(1, True)
 
 
-def both(
-    kernels,
-    name,
-    numel,
-    *,
-    offset=0,
-    updates=(),
-    write_back=True,
-    stochastic=False,
-    spec,
-    lanes,
-    shift=0,
-    dtypes=DTYPES,
+def run_simulated(
+    kernels, stored, residual, fmt, numel, updates, lanes, outs, *, kind="gaussian", rounds=10, **options
 ):
-    """(stored, outs) of the CPU library and of the translated kernel."""
+    """`kernels.run_pass` as native_cuda.run would call it, allowed to touch nothing else."""
+    given = device_updates(updates)
+    rows = options.pop("rows", None)
+    kernels.touch = [t for t in (stored, residual, rows, given.records, *outs) if t is not None]
+    kernels.run_pass(
+        **planes(stored, residual, fmt, options.pop("plane_numel", numel)), numel=numel, updates=given, param_id=7,
+        noise=NoiseSpec(kind, rounds), stream=0, rows=0 if rows is None else rows.data_ptr(),
+        num_rows=0 if rows is None else rows.numel(),
+        lanes=[(p.seed, o.data_ptr(), p.scale, format_of(o.dtype).code) for p, o in zip(lanes, outs, strict=True)],
+        **{"stochastic": False, **options},
+    )  # fmt: skip
+
+
+def both(kernels, name, numel, *, offset=0, updates=(), write_back=True, stochastic=False, spec, lanes, shift=0, target="values"):  # fmt: skip
+    """(stored, residual, outs) of the CPU library and of the translated kernel."""
     fmt = get_format(name)
-    start = values(numel, name)
+    first, second = values(numel, name)
+    folds = any(u.fold for u in updates) and target == "values"
     results = []
     for simulate in (False, True):
-        stored = unaligned(start.numel(), shift * fmt.nbytes(1) % 16)
-        stored.copy_(start)
-        outs = [out_like(numel, dtypes[j % len(dtypes)], shift * 4) for j in range(len(lanes))]
+        stored = unaligned(first.numel(), 0 if fmt.group else shift * max(1, fmt.value_bits // 8) % 16)
+        stored.copy_(first)
+        residual = None if second is None or not folds else second.clone()
+        outs = [out_like(numel, DTYPES[j % len(DTYPES)], shift * 4) for j in range(len(lanes))]
         if simulate:
-            given = device_updates(updates)
-            kernels.touch = [stored, given.records, *outs]
-            kernels.run_pass(
-                stored=stored.data_ptr(), rows=0, numel=numel, offset=offset, num_rows=0, total_rows=0, updates=given,
-                format=fmt.code, param_id=7, noise=spec, write_back=write_back, stochastic=stochastic, stream=0,
-                lanes=[
-                    (p.seed, out.data_ptr(), p.scale, format_of(out.dtype).code)
-                    for p, out in zip(lanes, outs, strict=True)
-                ],
+            run_simulated(
+                kernels, stored, residual, fmt, numel, updates, lanes, outs, kind=spec.distribution,
+                rounds=spec.rounds, offset=offset, write_back=write_back, stochastic=stochastic,
+                target_scales=target == "scales",
             )  # fmt: skip
         else:
             fused_pass(
                 stored, fmt, param_id=7, numel=numel, offset=offset, updates=updates, write_back=write_back,
                 rounding="stochastic" if stochastic else "nearest", noise=spec, perturbations=lanes, outs=outs,
+                residual=residual, target=target,
             )  # fmt: skip
-        results.append((stored, outs))
+        results.append((stored, [residual] if residual is not None else [], outs))
     return results
 
 
 def assert_same(results) -> None:
-    (stored, outs), (stored2, outs2) = results
+    (stored, residual, outs), (stored2, residual2, outs2) = results
     assert torch.equal(stored, stored2), f"{int((stored != stored2).sum())} of {stored.numel()} stored bytes differ"
-    for j, (a, b) in enumerate(zip(outs, outs2, strict=True)):
+    for j, (a, b) in enumerate(zip(residual + outs, residual2 + outs2, strict=True)):
         same = torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-        assert same, f"lane {j} ({a.dtype}): {int((a != b).sum())} of {a.numel()} weights differ"
+        assert same, f"output {j} ({a.dtype}): {int((a != b).sum())} of {a.numel()} values differ"
 
 
-def need(kernels, name: str, kind: str) -> None:
-    if f"zo_pass_{name}_{kind}" not in kernels.names:
-        pytest.skip("with nvcc here too, NVRTC's PTX is compared for one format: it has the same source")
+def need(kernels, name: str, kind: str, what: str = "pass") -> None:
+    if kernel_of(name, kind, what) not in kernels.names:
+        pytest.skip("not compiled to C here: ZO_ALL_KERNELS=1 takes all (NVRTC's PTX is compared for bf16 alone)")
+
+
+def updates_for(name: str, which: str):
+    """Formats whose values never change have updates that do not fold."""
+    return [replace(u, fold=u.fold and get_format(name).trains) for u in UPDATES[which]]
 
 
 UPDATES = {
@@ -132,17 +156,35 @@ EPS = 2.0**-10
 LANES = [Perturbation(11, EPS), Perturbation(11, -EPS), Perturbation(12, EPS), Perturbation(0, 0.0)]
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
-@pytest.mark.parametrize("name", CUDA_FORMATS)
+@pytest.mark.parametrize("name, kind", PAIRS)
 @pytest.mark.parametrize("which", UPDATES)
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_the_pass_has_the_bits_of_the_cpu_library(kernels, name, kind, which, stochastic):
     need(kernels, name, kind)
     spec = NoiseSpec(kind, 7 if which == "one" else 10)
-    offset = {"none": 0, "one": FAR, "decay, zero, fold later": 1 << 20, "trailing": 5}[which]
+    offset = {"none": 0, "one": (1 << 34) - 128, "decay, zero, fold later": 1 << 20, "trailing": 640}[which]
+    if which == "one" and not get_format(name).group:
+        offset = FAR
     assert_same(
-        both(kernels, name, 5003, offset=offset, updates=UPDATES[which], stochastic=stochastic, spec=spec, lanes=LANES)
+        both(
+            kernels,
+            name,
+            3003,
+            offset=offset,
+            updates=updates_for(name, which),
+            stochastic=stochastic,
+            spec=spec,
+            lanes=LANES,
+        )  # fmt: skip
     )
+
+
+@pytest.mark.parametrize("name, kind", SCALES)
+@pytest.mark.parametrize("which", ["none", "trailing", "decay, zero, fold later"])
+def test_scales_that_train(kernels, name, kind, which):
+    need(kernels, name, kind, "scales")
+    results = both(kernels, name, 3003, offset=640, updates=UPDATES[which], spec=NoiseSpec(kind), lanes=LANES, target="scales")  # fmt: skip
+    assert_same(results)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +202,7 @@ def test_any_size_offset_and_address(kernels, kind, numel, offset, shift):
 def test_lanes_alone_leave_the_stored_bytes(kernels):
     results = both(kernels, "bf16", 3000, updates=UPDATES["one"], write_back=False, spec=NoiseSpec(), lanes=LANES[:2])
     assert_same(results)
-    assert torch.equal(results[1][0], values(3000, "bf16"))
+    assert torch.equal(results[1][0], values(3000, "bf16")[0])
 
 
 @pytest.mark.parametrize("updates", ["one", "trailing"])
@@ -172,58 +214,64 @@ def test_more_lanes_than_a_launch_takes(kernels, updates):
 
 
 def test_infinities_and_nan_round_as_on_the_cpu(kernels):
-    fmt, odd = (
-        get_format("bf16"),
-        torch.tensor([float("inf"), float("-inf"), float("nan"), 3.3e38, -3.3e38, 0.0, -0.0, 1e-45]),
-    )
+    fmt = get_format("bf16")
+    odd = torch.tensor([math.inf, -math.inf, math.nan, 3.3e38, -3.3e38, 0.0, -0.0, 1e-45])
     start = fmt.encode(odd.repeat(64), None)
     lanes, results = [Perturbation(1, 0.0), Perturbation(2, EPS)] * 3, []
     for simulate in (False, True):
-        stored = start.clone()
-        outs = [out_like(512, DTYPES[j // 2]) for j in range(6)]
+        stored, outs = start.clone(), [out_like(512, DTYPES[j // 2]) for j in range(6)]
         if simulate:
-            kernels.touch = [stored, *outs]
-            kernels.run_pass(
-                stored=stored.data_ptr(), rows=0, numel=512, offset=0, num_rows=0, total_rows=0, updates=None,
-                format=fmt.code, param_id=1, noise=NoiseSpec(), write_back=False, stochastic=False, stream=0,
-                lanes=[
-                    (p.seed, o.data_ptr(), p.scale, format_of(o.dtype).code) for p, o in zip(lanes, outs, strict=True)
-                ],
-            )  # fmt: skip
+            run_simulated(kernels, stored, None, fmt, 512, (), lanes, outs)
         else:
-            fused_pass(stored, fmt, param_id=1, numel=512, noise=NoiseSpec(), perturbations=lanes, outs=outs)
-        results.append((stored, outs))
+            fused_pass(stored, fmt, param_id=7, numel=512, noise=NoiseSpec(), perturbations=lanes, outs=outs)
+        results.append((stored, [], outs))
     assert_same(results)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
-@pytest.mark.parametrize("width", [24, 768, 1024, 61])
-def test_gathered_rows(kernels, kind, width):
-    need(kernels, "bf16", kind)
-    fmt, count = get_format("bf16"), 9
-    stored = values(count * width, "bf16")
-    rows = torch.tensor([8, 0, 3, 3, 7])
-    lanes, updates = LANES[:3], UPDATES["trailing"]
+@pytest.mark.parametrize("name", [n for n, fmt in FORMATS.items() if fmt.group and fmt.trains])
+def test_a_group_that_is_not_finite_becomes_nan(kernels, name):
+    kind = next(k for n, k in PAIRS if n == name)
+    need(kernels, name, kind)
+    fmt = get_format(name)
+    first, second = values(512, name)
+    results = []
+    for simulate in (False, True):
+        stored, residual = first.clone(), None if second is None else second.clone()
+        out = out_like(512, torch.float32)
+        updates = [Update(3, 3e38)]
+        if simulate:
+            run_simulated(
+                kernels, stored, residual, fmt, 512, updates, [Perturbation(5, 3e38)], [out], kind=kind, write_back=True
+            )
+        else:
+            fused_pass(
+                stored, fmt, param_id=7, numel=512, updates=updates, noise=NoiseSpec(kind), residual=residual,
+                perturbations=[Perturbation(5, 3e38)], outs=[out],
+            )  # fmt: skip
+        results.append((stored, [] if residual is None else [residual], [out]))
+    assert_same(results)
+
+
+@pytest.mark.parametrize("name, kind", PAIRS)
+@pytest.mark.parametrize("width", [24, 1024, 61])
+def test_gathered_rows(kernels, name, kind, width):
+    need(kernels, name, kind)
+    if width != 61 and name not in ("bf16", "int8", "nf4"):
+        pytest.skip("one width for the others")
+    fmt, count = get_format(name), 9
+    stored, second = values(count * width, name)
+    rows, lanes, updates = torch.tensor([8, 0, 3, 3, 7]), LANES[:3], updates_for(name, "trailing")
+    folds = any(u.fold for u in updates)
     expected = [torch.zeros(5, width, dtype=d) for d in DTYPES]
     fused_rows(
-        stored,
-        fmt,
-        param_id=7,
-        row_numel=width,
-        rows=rows,
-        updates=updates,
-        noise=NoiseSpec(kind),
-        perturbations=lanes,
-        outs=expected,
-    )
+        stored, fmt, param_id=7, row_numel=width, numel=count * width, rows=rows, updates=updates,
+        noise=NoiseSpec(kind), perturbations=lanes, outs=expected, residual=second if folds else None,
+    )  # fmt: skip
     asked = torch.cat([rows, torch.tensor([count, -1])])
     found = [out_like(7 * width, d).view(7, width) for d in DTYPES]
-    given = device_updates(updates)
-    kernels.touch = [stored, given.records, asked, *found]
-    kernels.run_pass(
-        stored=stored.data_ptr(), rows=asked.data_ptr(), numel=width, offset=0, num_rows=7, total_rows=count,
-        updates=given, format=fmt.code, param_id=7, noise=NoiseSpec(kind), write_back=False, stochastic=False, stream=0,
-        lanes=[(p.seed, o.data_ptr(), p.scale, format_of(o.dtype).code) for p, o in zip(lanes, found, strict=True)],
+    run_simulated(
+        kernels, stored, second if folds else None, fmt, width, updates, lanes, found, kind=kind, rows=asked,
+        total_rows=count, total=count * width, plane_numel=count * width,
     )  # fmt: skip
     for a, b in zip(expected, found, strict=True):
         assert torch.equal(a.view(torch.uint8), b[:5].view(torch.uint8))
@@ -243,17 +291,11 @@ def test_noise(kernels, kind, rounds, numel, offset):
 
 def test_a_wrong_coefficient_is_seen(kernels):
     """The comparison can fail: the same pass with one bit of one coefficient changed."""
-    fmt, start = get_format("bf16"), values(2048, "bf16")
     changed = []
     for coeff in (2.0**-9, 2.0**-9 * (1 + 2.0**-20)):
-        stored, given = start.clone(), device_updates([Update(3, coeff, fold=False)])
         out = out_like(2048, torch.float32)
-        kernels.touch = [stored, given.records, out]
-        kernels.run_pass(
-            stored=stored.data_ptr(), rows=0, numel=2048, offset=0, num_rows=0, total_rows=0, updates=given,
-            format=fmt.code, param_id=7, noise=NoiseSpec(), write_back=True, stochastic=False, stream=0,
-            lanes=[(1, out.data_ptr(), 0.0, 0)],
-        )  # fmt: skip
+        stored, updates = values(2048, "bf16")[0], [Update(3, coeff, fold=False)]
+        run_simulated(kernels, stored, None, get_format("bf16"), 2048, updates, [Perturbation(1, 0.0)], [out])
         changed.append(out)
     assert not torch.equal(*changed)
 

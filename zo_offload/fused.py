@@ -132,8 +132,9 @@ def fused_pass(
     stochastic = rounding == "stochastic"
     if stored.is_cuda:
         native_cuda.run(
-            stored, fmt.code, param_id=param_id, numel=numel, offset=offset, updates=updates, write_back=write_back,
-            stochastic=stochastic, noise=noise, perturbations=perturbations, outs=outs,
+            planes(stored, residual, fmt, numel), stored, param_id=param_id, numel=numel, offset=offset,
+            updates=updates, write_back=write_back, stochastic=stochastic, noise=noise, perturbations=perturbations,
+            outs=outs, target_scales=target == "scales",
         )  # fmt: skip
         return
     assert not isinstance(updates, DeviceUpdates)
@@ -205,9 +206,10 @@ def fused_rows(
         return
     if stored.is_cuda:  # a row outside comes out as NaN there: to look at the rows would be to wait for them
         native_cuda.run(
-            stored, fmt.code, param_id=param_id, numel=row_numel, offset=0, updates=updates, write_back=False,
-            stochastic=rounding == "stochastic", noise=noise, perturbations=perturbations, outs=outs, rows=rows,
-            total_rows=num_rows,
+            planes(stored, residual, fmt, numel), stored, param_id=param_id, numel=row_numel, offset=0,
+            updates=updates, write_back=False, stochastic=rounding == "stochastic", noise=noise,
+            perturbations=perturbations, outs=outs, rows=rows, total_rows=num_rows, total=numel,
+            target_scales=target == "scales",
         )  # fmt: skip
         return
     assert not isinstance(updates, DeviceUpdates)

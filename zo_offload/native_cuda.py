@@ -19,7 +19,7 @@ import ctypes
 import functools
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,10 @@ if TYPE_CHECKING:
 
 IMAGE = Path(__file__).with_name("_zo_cuda.fatbin")
 THREADS, MAX_LANES = 256, 16
-KERNELS = {0: "fp32", 1: "bf16", 2: "fp16"}  # storage format code -> name in csrc/cuda_kernels.h
+KERNELS = (
+    "fp32 bf16 fp16 fp8_e4m3 fp8_e5m2 int8 int4 nf4 bf16_16 bf16_8 int8_8 fp8_8".split()
+)  # by storage format code, as csrc/cuda_kernels.h names them
+SCALES_KERNELS = ("int8", "int4", "nf4")
 TILE = {"gaussian": 512, "rademacher": 1024}  # elements a warp
 _WAVES = 16  # blocks a multiprocessor, at most; each walks over its share of the tiles
 
@@ -57,32 +60,19 @@ ABI = native.ABI_VERSION << 16 | native.LAYOUT_VERSION << 12 | ARGS_BYTES
 
 def pack_args(
     *,
-    stored: int,
-    rows: int,
-    updates: int,
-    numel: int,
-    offset: int,
-    num_rows: int,
-    total_rows: int,
-    num_updates: int,
-    last_fold: int,
-    format: int,
-    param_id: int,
-    distribution: str,
-    rounds: int,
-    write_back: bool,
-    stochastic: bool,
     lanes: Sequence[tuple[int, int, float, int]],
-    scales: int = 0,
+    last_fold: int,
+    total_rows: int,
+    lane_scales: int = 0,
+    **fields: Any,
 ) -> bytes:
-    """struct zo_cuda_args of csrc/cuda_kernels.h. lanes: (seed, address, scale, format code); addresses are device."""
-    head = native.pack_pass(
-        stored=stored, rows=rows, updates=updates, numel=numel, offset=offset, num_rows=num_rows,
-        num_updates=num_updates, num_lanes=0, format=format, param_id=param_id, distribution=distribution,
-        rounds=rounds, write_back=write_back, stochastic=stochastic,
-    )  # fmt: skip
+    """struct zo_cuda_args of csrc/cuda_kernels.h: `native.pack_pass` of the fields, then what is a GPU's own.
+
+    lanes: (seed, address, scale, format code). All addresses are device memory.
+    """
+    head = native.pack_pass(num_lanes=0, **fields)
     listed = b"".join(_LANE.pack(*lane) for lane in lanes)
-    return head + _TAIL.pack(scales, total_rows, last_fold, len(lanes)) + listed.ljust(_LANES_BYTES, b"\0")
+    return head + _TAIL.pack(lane_scales, total_rows, last_fold, len(lanes)) + listed.ljust(_LANES_BYTES, b"\0")
 
 
 def pack_noise(out: int, numel: int, offset: int, seed: int, param_id: int, rounds: int) -> bytes:
@@ -100,8 +90,6 @@ def tiles(distribution: str, numel: int, offset: int, num_rows: int = 0) -> int:
 
 class CudaKernels:
     """The kernels on one device. Launches go to torch's current stream and return at once."""
-
-    formats = frozenset(KERNELS)
 
     def __init__(self, library: Driver, device: int, image: bytes, source: str) -> None:
         """Loads into the current context; CudaError if the image is not for this GPU or these sources."""
@@ -126,33 +114,34 @@ class CudaKernels:
     def run_pass(
         self,
         *,
-        stored: int,
-        rows: int,
-        numel: int,
-        offset: int,
-        num_rows: int,
-        total_rows: int,
         updates: DeviceUpdates | None,
-        format: int,
-        param_id: int,
-        noise: NoiseSpec,
-        write_back: bool,
-        stochastic: bool,
         lanes: Sequence[tuple[int, int, float, int]],
+        noise: NoiseSpec,
         stream: int,
+        format: int,
+        numel: int,
+        offset: int = 0,
+        num_rows: int = 0,
+        total_rows: int = 0,
+        write_back: bool = False,
+        target_scales: bool = False,
+        **fields: Any,
     ) -> None:
-        """One fused pass; more lanes than a launch takes are split over several, the first of which writes back."""
-        name = f"zo_pass_{KERNELS[format]}_{noise.distribution}"
+        """One fused pass; more lanes than a launch takes are split over several, the first of which writes back.
+
+        fields: others of `native.pack_pass`, with device addresses.
+        """
+        name = f"zo_{'scales' if target_scales else 'pass'}_{KERNELS[format]}_{noise.distribution}"
         warps = tiles(noise.distribution, numel, offset, num_rows)
         first = True
         while first or lanes:
             count = 0 if updates is None else len(updates)
             last_fold = -1 if updates is None else updates.last_fold
             args = pack_args(
-                stored=stored, rows=rows, updates=updates.address if count and updates is not None else 0, numel=numel,
-                offset=offset, num_rows=num_rows, total_rows=total_rows, num_updates=count, last_fold=last_fold,
-                format=format, param_id=param_id, distribution=noise.distribution, rounds=noise.rounds,
-                write_back=write_back, stochastic=stochastic, lanes=lanes[:MAX_LANES],
+                updates=updates.address if count and updates is not None else 0, numel=numel, offset=offset,
+                num_rows=num_rows, total_rows=total_rows, num_updates=count, last_fold=last_fold, format=format,
+                distribution=noise.distribution, rounds=noise.rounds, write_back=write_back,
+                target_scales=target_scales, lanes=lanes[:MAX_LANES], **fields,
             )  # fmt: skip
             self._launch(name, args, warps, stream)
             if write_back and updates is not None:
@@ -202,7 +191,7 @@ def run_on_device(
     write_back: bool,
     stochastic: bool,
     tail: bytes,
-    **_: Any,
+    **_: Any,  # the fingerprint's passes have no rows and no planes but the values
 ) -> None:
     """`native.Library.run_pass` through the GPU: host addresses are copied in and back."""
     import torch
@@ -222,7 +211,7 @@ def run_on_device(
     lanes = [_LANE.unpack_from(tail, RECORD_BYTES * (num_updates + j)) for j in range(num_lanes)]
     outs = [torch.full((size[code] * numel,), 255, dtype=torch.uint8, device=device) for *_, code in lanes]
     kernels.run_pass(
-        stored=weights.data_ptr(), rows=0, numel=numel, offset=offset, num_rows=0, total_rows=0,
+        stored=weights.data_ptr(), rows=0, numel=numel, offset=offset,
         updates=DeviceUpdates(records.view(-1, RECORD_BYTES), 0, folds), format=format, param_id=param_id,
         noise=NoiseSpec(distribution, rounds),  # type: ignore[arg-type]
         write_back=write_back, stochastic=stochastic, stream=torch.cuda.current_stream(kernels.device).cuda_stream,
@@ -285,8 +274,8 @@ def describe() -> str:
 
 
 def run(
+    planes: Mapping[str, int],
     stored: Tensor,
-    format: int,
     *,
     param_id: int,
     numel: int,
@@ -299,18 +288,19 @@ def run(
     outs: Sequence[Tensor],
     rows: Tensor | None = None,
     total_rows: int = 0,
+    total: int | None = None,
+    target_scales: bool = False,
 ) -> None:
-    """`fused.fused_pass` (or `fused_rows`, with rows) for tensors on a GPU; arguments are checked there."""
+    """`fused.fused_pass` (or `fused_rows`, with rows) for tensors on a GPU; arguments are checked there.
+
+    planes: `formats.codec.planes` of the parameter.
+    """
     import torch
 
     from .device_updates import DeviceUpdates, UpdateTable
     from .formats import format_of
 
     device = stored.device.index
-    if format not in KERNELS:
-        raise CudaError(
-            f"there is no CUDA kernel for storage format {format} yet; there are {sorted(KERNELS.values())}"
-        )
     if not isinstance(updates, DeviceUpdates):
         table = UpdateTable(stored.device)
         table.append(updates)
@@ -319,8 +309,8 @@ def run(
         (p.seed, out.data_ptr(), p.scale, format_of(out.dtype).code) for p, out in zip(perturbations, outs, strict=True)
     ]
     kernels(device).run_pass(
-        stored=stored.data_ptr(), rows=0 if rows is None else rows.data_ptr(), numel=numel, offset=offset,
-        num_rows=0 if rows is None else rows.numel(), total_rows=total_rows, updates=updates, format=format,
+        **planes, rows=0 if rows is None else rows.data_ptr(), numel=numel, offset=offset,
+        num_rows=0 if rows is None else rows.numel(), total_rows=total_rows, total=total, updates=updates,
         param_id=param_id, noise=noise, write_back=write_back, stochastic=stochastic, lanes=lanes,
-        stream=torch.cuda.current_stream(device).cuda_stream,
+        target_scales=target_scales, stream=torch.cuda.current_stream(device).cuda_stream,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .devices.driver import CudaError
 
-SOURCES = ("cuda.cu", "cuda_kernels.h", "fused.h", "api.h", "formats.h", "noise.h")
+SOURCES = ("cuda.cu", "cuda_kernels.h", "cuda_formats.h", "fused.h", "api.h", "formats.h", "noise.h")
 # __CUDACC_RTC__ code sees no host, so these are all the options there are
 OPTIONS = ("--std=c++17", "--fmad=true")
 
