@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,10 +29,9 @@ from benchmarks.common import about, emit, quantile
 from zo_offload import Engine, MeZO
 from zo_offload.devices.link import Link, measure_link
 from zo_offload.devices.nvml import DriverMemory
-from zo_offload.formats import FORMATS, get_format
+from zo_offload.formats import FORMATS
 from zo_offload.fused import Perturbation, Update, fused_pass
 from zo_offload.noise import NoiseSpec
-from zo_offload.plan import Plan
 from zo_offload.shapes import opt_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -154,7 +154,7 @@ def kernels_part(options: Any, common: dict[str, Any]) -> Iterator[dict[str, Any
     n = 1 << 16 if options.dry else 1 << 28
     source = torch.ones(4 * n, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy_gbs = 2 * source.numel() / quantile(clock.times(lambda: target.copy_(source), 5), 0.5) / 1e9
+    copy_gbs = 2 * source.numel() / quantile(clock.times(lambda a=target, b=source: a.copy_(b), 5), 0.5) / 1e9
     yield {"part": "kernels", "case": "copy", "gb_per_s": round(copy_gbs, 1)}
     del source, target
     outs = [torch.empty(n, dtype=torch.bfloat16, device=device) for _ in range(2)]
@@ -174,7 +174,9 @@ def kernels_part(options: Any, common: dict[str, Any]) -> Iterator[dict[str, Any
                     )  # fmt: skip
 
                 seconds = quantile(clock.times(work, 5, warm=2), 0.5)
-                moved = (stored.numel() + (0 if residual is None else residual.numel())) * (2 if fmt.trains else 1) + 4 * n
+                moved = (stored.numel() + (0 if residual is None else residual.numel())) * (
+                    2 if fmt.trains else 1
+                ) + 4 * n
                 yield {
                     "part": "kernels", "case": f"{name}, {kind}, K={count}, 2 bf16 lanes",
                     "gelem_per_s": round(n / seconds / 1e9, 2), "gb_per_s": round(moved / seconds / 1e9, 1),
@@ -189,7 +191,7 @@ def two_forwards(options: Any, model: nn.Module, batch: dict[str, Tensor]) -> fl
     def work() -> None:
         with torch.no_grad():
             for _ in range(2):
-                model(**placed).loss
+                model(**placed)
 
     return quantile(Clock(options.torch_device).times(work, 3, warm=2), 0.5)
 
@@ -217,7 +219,7 @@ def step_part(options: Any, common: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 [batch] * (options.steps + 3), steps=options.steps + 3, batch_size=1,
                 callback=lambda record, stamps=stamps: stamps.append(time.perf_counter()),
             )  # fmt: skip
-            times = [b - a for a, b in zip(stamps[1:-1], stamps[2:], strict=True)] or [float("nan")]
+            times = [b - a for a, b in pairwise(stamps[1:])] or [float("nan")]
             streamer = engine._running()
             rows.append({
                 "part": "step", "way": f"ours {offload}", "model": options.model, "tokens": options.tokens,
@@ -320,8 +322,6 @@ def main(arguments: list[str] | None = None) -> None:
     for result in PARTS[options.part](options, common):
         emit(result, common)
 
-
-__all__ = ["FORMATS", "Plan", "get_format", "main"]
 
 if __name__ == "__main__":
     main()

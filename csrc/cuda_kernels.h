@@ -310,15 +310,16 @@ ZO_DEV void scales_tile(const zo_cuda_args& args, const Run& run, zo_u64 start) 
   const zo_u64 g = start + 8 * (threadIdx.x & 31);
   const Eight e = eight_of<false>(run, g);
   const Span s = span_of<false>(run.first, run.last, g);
-  if (s.lo >= s.hi) return;
   float number[8];
   Group group = {S::value(0x7fc00000u), 0.0f, 0};
 #pragma unroll
   for (int j = 0; j < 8; ++j) number[j] = 0.0f;
-  if (run.valid) {
+  if (run.valid && e.lo < e.hi) {
     group = load_group<FORMAT>(pass, e);
     load_numbers<false, FORMAT>(pass, e, number);
   }
+  __syncwarp();  // one thread of the group writes the scale below: all of them have read it now
+  if (e.lo >= e.hi) return;
   const zo_u64 index = g / pass.group;  // of the group in its parameter, and so of its noise
   float scale = group.scale;
 #pragma unroll 1
@@ -336,6 +337,7 @@ ZO_DEV void scales_tile(const zo_cuda_args& args, const Run& run, zo_u64 start) 
     const float by = args.scales ? args.scales[j] : lane.scale;
     const float moved = by == 0.0f ? scale : one_noise<Noise>(index, lane.seed, pass.param_id, pass.rounds, by, scale);
     group.scale = S::value(zo_fp32_round<S>(moved));
+    if (s.lo >= s.hi) continue;
     float out[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) out[i] = value_of<FORMAT>(number[i], group);

@@ -356,6 +356,12 @@ class _Kernel:
             return f"{out} = ({to[0]}{_bits(to)}){self._int(p[-1], a[1])}"
         return None
 
+    def _bar(self, p: list[str], a: list[str], n: int) -> str | None:
+        if p[1:] != ["warp", "sync"]:
+            return None
+        self.shuffles = True
+        return f"shfl(0, 0, 0, {n})"  # a shuffle nobody reads: all threads arrive before any goes on
+
     def _shfl(self, p: list[str], a: list[str], n: int) -> str | None:
         if p[1] != "sync" or p[2] not in ("idx", "bfly") or p[3] != "b32":
             return None

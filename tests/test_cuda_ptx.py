@@ -24,11 +24,18 @@ from zo_offload.noise import NoiseSpec, noise
 REASONS = compilers()
 KINDS = ("gaussian", "rademacher")
 TRAINED = [name for name, fmt in FORMATS.items() if fmt.trains]
-# Compiling what each kernel became takes seconds: by default bf16 has both distributions, the others one each.
-# ZO_ALL_KERNELS=1 (make gpu-check does) takes all of them.
+# Compiling what each kernel became takes seconds, so by default these; ZO_ALL_KERNELS=1 takes all of them.
 ALL = os.environ.get("ZO_ALL_KERNELS") == "1"
-PAIRS = [(n, k) for i, n in enumerate(FORMATS) for j, k in enumerate(KINDS) if ALL or n == "bf16" or i % 2 == j]
-SCALES = [(n, k) for n, fmt in FORMATS.items() if fmt.trains_scales for k in KINDS if ALL or n == "int4"]
+FEW = [
+    ("bf16", "gaussian"),
+    ("bf16", "rademacher"),
+    ("fp16", "gaussian"),
+    ("fp8_e5m2", "rademacher"),
+    ("nf4", "gaussian"),
+]
+FEW += [("int8+8", "gaussian"), ("bf16+8", "rademacher")]
+PAIRS = [(n, k) for n in FORMATS for k in KINDS] if ALL else FEW
+SCALES = [(n, k) for n, fmt in FORMATS.items() if fmt.trains_scales for k in KINDS] if ALL else [("int4", "gaussian")]
 
 
 def kernel_of(name: str, kind: str, what: str = "pass") -> str:
@@ -97,7 +104,20 @@ def run_simulated(
     )  # fmt: skip
 
 
-def both(kernels, name, numel, *, offset=0, updates=(), write_back=True, stochastic=False, spec, lanes, shift=0, target="values"):  # fmt: skip
+def both(
+    kernels,
+    name,
+    numel,
+    *,
+    offset=0,
+    updates=(),
+    write_back=True,
+    stochastic=False,
+    spec,
+    lanes,
+    shift=0,
+    target="values",
+):
     """(stored, residual, outs) of the CPU library and of the translated kernel."""
     fmt = get_format(name)
     first, second = values(numel, name)
@@ -175,7 +195,7 @@ def test_the_pass_has_the_bits_of_the_cpu_library(kernels, name, kind, which, st
             stochastic=stochastic,
             spec=spec,
             lanes=LANES,
-        )  # fmt: skip
+        )
     )
 
 
@@ -183,7 +203,9 @@ def test_the_pass_has_the_bits_of_the_cpu_library(kernels, name, kind, which, st
 @pytest.mark.parametrize("which", ["none", "trailing", "decay, zero, fold later"])
 def test_scales_that_train(kernels, name, kind, which):
     need(kernels, name, kind, "scales")
-    results = both(kernels, name, 3003, offset=640, updates=UPDATES[which], spec=NoiseSpec(kind), lanes=LANES, target="scales")  # fmt: skip
+    results = both(
+        kernels, name, 3003, offset=640, updates=UPDATES[which], spec=NoiseSpec(kind), lanes=LANES, target="scales"
+    )
     assert_same(results)
 
 
@@ -228,9 +250,8 @@ def test_infinities_and_nan_round_as_on_the_cpu(kernels):
     assert_same(results)
 
 
-@pytest.mark.parametrize("name", [n for n, fmt in FORMATS.items() if fmt.group and fmt.trains])
-def test_a_group_that_is_not_finite_becomes_nan(kernels, name):
-    kind = next(k for n, k in PAIRS if n == name)
+@pytest.mark.parametrize("name, kind", [(n, k) for n, k in PAIRS if FORMATS[n].group and FORMATS[n].trains])
+def test_a_group_that_is_not_finite_becomes_nan(kernels, name, kind):
     need(kernels, name, kind)
     fmt = get_format(name)
     first, second = values(512, name)
@@ -238,15 +259,13 @@ def test_a_group_that_is_not_finite_becomes_nan(kernels, name):
     for simulate in (False, True):
         stored, residual = first.clone(), None if second is None else second.clone()
         out = out_like(512, torch.float32)
-        updates = [Update(3, 3e38)]
+        updates, far = [Update(3, 2.0**127)], Perturbation(5, 2.0**127)
         if simulate:
-            run_simulated(
-                kernels, stored, residual, fmt, 512, updates, [Perturbation(5, 3e38)], [out], kind=kind, write_back=True
-            )
+            run_simulated(kernels, stored, residual, fmt, 512, updates, [far], [out], kind=kind, write_back=True)
         else:
             fused_pass(
                 stored, fmt, param_id=7, numel=512, updates=updates, noise=NoiseSpec(kind), residual=residual,
-                perturbations=[Perturbation(5, 3e38)], outs=[out],
+                perturbations=[far], outs=[out],
             )  # fmt: skip
         results.append((stored, [] if residual is None else [residual], [out]))
     assert_same(results)

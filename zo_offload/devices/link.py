@@ -32,7 +32,7 @@ class Link:
 
 
 def measure_link(device: torch.device, nbytes: int = 64 << 20, repeats: int = 4) -> Link:
-    """The link of `device`; on the CPU, copies within host memory. Takes 4 * nbytes of memory, and some milliseconds."""
+    """The link of `device`; on the CPU, copies within host memory. Takes 4 * nbytes and some milliseconds."""
     on_gpu = device.type == "cuda"
     host = [torch.zeros(nbytes, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
     there = [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]

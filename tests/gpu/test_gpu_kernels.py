@@ -1,0 +1,155 @@
+"""On a GPU: noise and fused passes have the bits of the CPU library, for every format, and every time."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from zo_offload import native, native_cuda
+from zo_offload.formats import FORMATS
+from zo_offload.formats.codec import encode_values
+from zo_offload.fused import Perturbation, Update, fused_pass, fused_rows
+from zo_offload.noise import NoiseSpec, noise
+
+EPS = 2.0**-10
+LANES = [Perturbation(11, EPS), Perturbation(11, -EPS), Perturbation(12, EPS), Perturbation(0, 0.0)]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def test_the_golden_hash_is_the_cpus():
+    assert native.fingerprint(native_cuda._OnDevice(native_cuda.kernels(0))) == native.FINGERPRINT
+
+
+@pytest.mark.parametrize("source", ["fatbin", "nvrtc"])
+def test_both_images_are_right(source, monkeypatch):
+    if source == "fatbin" and not native_cuda.IMAGE.exists():
+        pytest.skip("no nvcc when this was built")
+    monkeypatch.setenv("ZO_CUDA", "nvrtc" if source == "nvrtc" else "1")
+    kernels = native_cuda._open(0)
+    assert (source == "fatbin") == (kernels.source == native_cuda.IMAGE.name)
+    assert native.fingerprint(native_cuda._OnDevice(kernels)) == native.FINGERPRINT
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("rounds", [7, 10])
+@pytest.mark.parametrize("numel, offset", [(1, 0), (5003, (1 << 34) - 77), (1 << 22, 1 << 33)])
+def test_noise(kind, rounds, numel, offset):
+    z = torch.full((numel,), float("nan"), device="cuda")
+    stream = torch.cuda.current_stream().cuda_stream
+    native_cuda.kernels(0).noise(z.data_ptr(), kind, rounds, 2**63 + 5, 0xDEADBEEF, numel, offset, stream)
+    expected = noise(NoiseSpec(kind, rounds), 2**63 + 5, 0xDEADBEEF, numel, offset)
+    assert torch.equal(z.cpu().view(torch.int32), expected.view(torch.int32))
+
+
+def weights(numel, fmt):
+    g = torch.Generator().manual_seed(numel)
+    return encode_values(torch.randn(numel, generator=g) * 0.02, fmt)
+
+
+def run(device, fmt, numel, updates, kind, rounding, target="values"):
+    first, second = weights(numel, fmt)
+    stored, residual = first.to(device), None if second is None else second.to(device)
+    outs = [torch.full((numel,), -3.0, dtype=DTYPES[j % 3], device=device) for j in range(len(LANES))]
+    fused_pass(
+        stored, fmt, param_id=9, numel=numel, offset=1 << 20, updates=updates, noise=NoiseSpec(kind), rounding=rounding,
+        perturbations=LANES, outs=outs, residual=residual, target=target,
+    )  # fmt: skip
+    return [t.cpu().view(torch.uint8) for t in (stored, residual, *outs) if t is not None]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("numel", [4097, 1 << 20])
+def test_fused_pass(name, kind, rounding, count, numel):
+    fmt = FORMATS[name]
+    updates = [Update(i, (-1) ** i * 2.0**-9, 1 - 2.0**-10, fold=fmt.trains and i != 3) for i in range(count)]
+    pair = [run(device, fmt, numel, updates, kind, rounding) for device in ("cpu", "cuda")]
+    for a, b in zip(*pair, strict=True):
+        assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} bytes differ"
+
+
+@pytest.mark.parametrize("name", [n for n, fmt in FORMATS.items() if fmt.trains_scales])
+def test_scales_that_train(name):
+    updates = [Update(i, 2.0**-12) for i in range(2)]
+    pair = [run(d, FORMATS[name], 4096 + 77, updates, "gaussian", "nearest", "scales") for d in ("cpu", "cuda")]
+    for a, b in zip(*pair, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_gathered_rows(name):
+    fmt, width, count = FORMATS[name], 96, 50
+    first, _ = weights(width * count, fmt)
+    rows = torch.tensor([49, 0, 3, 3, 17])
+    found = []
+    for device in ("cpu", "cuda"):
+        outs = [torch.zeros(5, width, dtype=d, device=device) for d in DTYPES]
+        fused_rows(
+            first.to(device), fmt, param_id=9, row_numel=width, numel=width * count, rows=rows.to(device),
+            updates=[Update(1, 2.0**-9, fold=False)], noise=NoiseSpec(), perturbations=LANES[:3], outs=outs,
+            residual=None,
+        )  # fmt: skip
+        found.append([o.cpu().view(torch.uint8) for o in outs])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_same_pass_twice_is_the_same():
+    fmt, updates = FORMATS["bf16"], [Update(1, 2.0**-9)]
+    a, b = (run("cuda", fmt, 1 << 22, updates, "gaussian", "stochastic") for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_more_than_two_to_the_32_elements():
+    free = torch.cuda.mem_get_info()[0]
+    numel = (1 << 32) + 4096
+    if free < 3 * numel:
+        pytest.skip(f"needs {3 * numel >> 30} GiB of GPU memory, {free >> 30} are free")
+    fmt = FORMATS["fp8_e4m3"]
+    tail = 1 << 14
+    first, _ = weights(tail, fmt)
+    stored = torch.zeros(fmt.nbytes(numel), dtype=torch.uint8, device="cuda")
+    start, (at, _) = numel - tail, fmt.scales_span(numel)
+    stored[start:numel] = first[:tail].cuda()
+    k = start // fmt.group
+    span = fmt.scales_span(tail)
+    stored[at + k : at + k + span[1]] = first[span[0] : sum(span)].cuda()
+    fused_pass(stored, fmt, param_id=9, numel=numel, updates=[Update(3, 2.0**-6)], noise=NoiseSpec())
+    expected = first.clone()
+    fused_pass(expected, fmt, param_id=9, numel=tail, offset=start, updates=[Update(3, 2.0**-6)], noise=NoiseSpec())
+    assert torch.equal(stored[start:numel].cpu(), expected[:tail])
+
+
+def test_no_access_is_out_of_bounds_or_a_race(tmp_path):
+    """compute-sanitizer over passes of awkward sizes, where it is installed."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("no compute-sanitizer on this machine")
+    script = tmp_path / "passes.py"
+    script.write_text(
+        "import torch\n"
+        "from zo_offload.formats import FORMATS\n"
+        "from zo_offload.formats.codec import encode_values\n"
+        "from zo_offload.fused import Perturbation, Update, fused_pass\n"
+        "from zo_offload.noise import NoiseSpec\n"
+        "for fmt in FORMATS.values():\n"
+        "    for kind in ('gaussian', 'rademacher'):\n"
+        "        for n in (1, 513, 3003):\n"
+        "            a, b = encode_values(torch.randn(n), fmt)\n"
+        "            out = [torch.empty(n, device='cuda', dtype=torch.bfloat16)]\n"
+        "            fused_pass(a.cuda(), fmt, param_id=1, numel=n, updates=[Update(1, 0.5, fold=fmt.trains)],\n"
+        "                       noise=NoiseSpec(kind), perturbations=[Perturbation(2, 0.5)], outs=out,\n"
+        "                       residual=None if b is None else b.cuda())\n"
+        "torch.cuda.synchronize()\n"
+    )
+    command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "99", sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer does not support this device here")
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -1,0 +1,137 @@
+"""The CUDA build: what ptxas reported, what is told where there is nothing to build with, NVRTC and its cache."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_simulated import compilers
+
+from zo_offload import native_cuda, nvrtc
+from zo_offload.config import EngineConfig
+from zo_offload.devices import make_device
+from zo_offload.devices.driver import CudaError
+from zo_offload.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORT = ROOT / "zo_offload" / "_zo_cuda.txt"
+
+
+def newer_than_sources(path: Path) -> bool:
+    return path.exists() and all(
+        path.stat().st_mtime > (ROOT / "csrc" / name).stat().st_mtime for name in nvrtc.SOURCES
+    )
+
+
+@pytest.mark.skipif(compilers()["nvcc"] != "", reason=compilers()["nvcc"] or "nvcc is here")
+def test_no_kernel_spills_on_any_gpu():
+    """ptxas' report of the build: every kernel for every GPU, two blocks a multiprocessor, nothing in local memory."""
+    if not newer_than_sources(REPORT):
+        pytest.skip(
+            "the checkout was not built with nvcc since the sources changed: python setup.py build_ext --inplace"
+        )
+    text = REPORT.read_text()
+    found = re.findall(r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill "
+                       r"stores, (\d+) bytes spill loads.*?Used (\d+) registers", text, re.S)  # fmt: skip
+    names = {f"zo_pass_{n}_{k}" for n in native_cuda.KERNELS for k in native_cuda.TILE}
+    names |= {f"zo_scales_{n}_{k}" for n in native_cuda.SCALES_KERNELS for k in native_cuda.TILE}
+    names |= {f"zo_noise_{k}" for k in native_cuda.TILE}
+    assert {(name, arch) for name, arch, *_ in found} == {(n, f"sm_{a}") for n in names for a in (80, 86, 89, 90)}
+    for name, arch, stack, stores, loads, registers in found:
+        assert (stack, stores, loads) == ("0", "0", "0"), f"{name} for {arch} uses local memory"
+        assert int(registers) <= 128, f"{name} for {arch}: {registers} registers leave one block a multiprocessor"
+
+
+def test_without_nvcc_the_build_succeeds_and_says_so(tmp_path):
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-lib",
+        str(tmp_path),
+        "--build-temp",
+        str(tmp_path / "t"),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"NVCC": str(tmp_path / "no-nvcc"), "CXX": str(tmp_path / "no-cxx")},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "no nvcc" in done.stdout
+    assert not (tmp_path / "zo_offload" / "_zo_cuda.fatbin").exists()
+    assert {p.name for p in (tmp_path / "zo_offload" / "csrc").iterdir()} == set(nvrtc.SOURCES)
+
+
+def test_nvcc_that_fails_does_not_stop_the_build(tmp_path):
+    bad = tmp_path / "bad-nvcc"
+    bad.write_text("#!/bin/sh\necho 'unsupported gpu architecture' >&2\nexit 1\n")
+    bad.chmod(0o755)
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-lib",
+        str(tmp_path),
+        "--build-temp",
+        str(tmp_path / "t"),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"NVCC": str(bad), "CXX": str(tmp_path / "no-cxx"), "ZO_CUDA": "1"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "CUDA kernels not built" in done.stderr and "unsupported gpu architecture" in done.stderr
+
+
+@pytest.mark.skipif(compilers()["nvrtc"] != "", reason=compilers()["nvrtc"] or "NVRTC is here")
+def test_nvrtc_compiles_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "read_sources", lambda: {"a.cu": 'extern "C" __global__ void k(int* p) { *p = 1; }'})
+    first, where = nvrtc.compiled("sm_90")
+    assert first[:4] == b"\x7fELF" and "cached in" in where
+    monkeypatch.setattr(nvrtc.Nvrtc, "compile", lambda *a: pytest.fail("compiled again"))
+    assert nvrtc.compiled("sm_90")[0] == first
+
+
+@pytest.mark.skipif(compilers()["nvrtc"] != "", reason=compilers()["nvrtc"] or "NVRTC is here")
+def test_nvrtc_shows_what_it_could_not_compile():
+    path = nvrtc.find_library()
+    assert path is not None
+    with pytest.raises(CudaError, match=r"a\.cu for sm_90.*undefined_thing"):
+        nvrtc.Nvrtc(path).compile({"a.cu": "int x = undefined_thing;"}, "sm_90")
+
+
+def test_no_nvrtc_is_named_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(nvrtc, "find_library", lambda: None)
+    with pytest.raises(CudaError, match=r"no NVRTC found.*nvidia-cuda-nvrtc.*build_ext"):
+        nvrtc.compiled("sm_90")
+
+
+def test_the_structs_are_as_the_kernels_read_them():
+    lane = (2**64 - 1, 0x1000, -0.5, 2)
+    args = native_cuda.pack_args(
+        lanes=[lane] * 16, last_fold=-1, total_rows=7, lane_scales=0x2000, stored=1, rows=0, updates=3, numel=4, offset=5,
+        num_rows=0, num_updates=1, format=1, param_id=6, distribution="gaussian", rounds=10, write_back=True,
+        stochastic=False,
+    )  # fmt: skip
+    assert len(args) == native_cuda.ARGS_BYTES == native_cuda.ABI & 0xFFF
+
+
+def test_a_device_that_is_not_there_is_named():
+    import torch
+
+    if torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="torch finds"):
+            make_device("cuda:99")
+    else:
+        with pytest.raises(ConfigError, match=r"device='cuda'.*python -m zo_offload"):
+            make_device("cuda")
+        assert native_cuda.describe().startswith("none: torch")
+    with pytest.raises(ConfigError, match="expected 'cpu', 'cuda' or 'cuda:N'"):
+        EngineConfig(device="gpu")
+    with pytest.raises(ConfigError, match="matrix units"):
+        EngineConfig(compute="tf32")
