@@ -114,8 +114,8 @@ def test_no_nvrtc_is_named_with_what_to_do(monkeypatch):
 def test_the_structs_are_as_the_kernels_read_them():
     lane = (2**64 - 1, 0x1000, -0.5, 2)
     args = native_cuda.pack_args(
-        lanes=[lane] * 16, last_fold=-1, total_rows=7, lane_scales=0x2000, stored=1, rows=0, updates=3, numel=4, offset=5,
-        num_rows=0, num_updates=1, format=1, param_id=6, distribution="gaussian", rounds=10, write_back=True,
+        lanes=[lane] * 16, last_fold=-1, total_rows=7, lane_scales=0x2000, stored=1, rows=0, updates=3, numel=4,
+        offset=5, num_rows=0, num_updates=1, format=1, param_id=6, distribution="gaussian", rounds=10, write_back=True,
         stochastic=False,
     )  # fmt: skip
     assert len(args) == native_cuda.ARGS_BYTES == native_cuda.ABI & 0xFFF
