@@ -43,7 +43,7 @@ def encode_values(
         raise CheckpointError(f"{what}: {before} of {flat.numel()} values are NaN or infinite")
     if after:
         largest = float(flat.abs().max())
-        raise CheckpointError(f"{what}: values up to {largest:g}, more than {fmt.name} can hold; choose bf16 or fp32")
+        raise CheckpointError(f"{what}: values up to {largest:g}, more than {fmt.name} can hold; choose fp32 or bf16")
     return stored, residual
 
 

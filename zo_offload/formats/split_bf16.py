@@ -29,7 +29,7 @@ class BF16Plus16(_SplitBF16):
     """2 bytes a parameter streamed, 2 more held: an exact float32 master, whatever the rounding.
 
     Lanes see the master to 2**-9. Infinities stay, every NaN becomes 0x7fc00000. A finite master above 3.39e38 streams
-    as infinity, and is still exact.
+    as infinity; `encode_values` refuses one, a fold keeps it exactly.
     """
 
     name: ClassVar[str] = "bf16+16"
