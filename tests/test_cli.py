@@ -199,3 +199,20 @@ def test_doctor(capsys):
     assert doctor.main() == 0
     text = capsys.readouterr().out
     assert f"native       {native.describe()}\n" in text and "one step     ok" in text
+
+
+def test_scales_of_a_quantized_checkpoint_are_trained(files, tmp_path, capsys):
+    run = tmp_path / "run"
+    args = ("fit", files / "base", "--data", files / "train.jsonl", "--batch-size", 4, "--quiet", "--steps", 3)
+    assert call(*args, "--method", "qzo", "--storage", "int4", "--clip", 50, "--run-dir", run, "--device", "cpu") == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["method"]["name"] == "qzo" and config["method"]["clip"] == 50
+    assert (
+        call("fit", run, "--resume", "--data", files / "train.jsonl", "--batch-size", 4, "--quiet", "--steps", 5) == 0
+    )
+    assert len(losses(run)) == 5
+    capsys.readouterr()
+    assert call(*args, "--clip", 50) == 2 and "--method qzo" in capsys.readouterr().err
+    assert call(*args, "--preset", "opt", "--method", "qzo") == 2 and "leave out --method" in capsys.readouterr().err
+    assert call("fit", run, "--resume", "--data", files / "train.jsonl", "--method", "qzo") == 2
+    assert "leave out --method" in capsys.readouterr().err

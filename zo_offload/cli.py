@@ -31,15 +31,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fit(args: argparse.Namespace) -> int:
     from .engine import Engine
-    from .methods import MeZO
+    from .methods import MeZO, method_from
 
     _check_out(args.out)
     if args.resume:
-        _refuse(args, "preset", *_METHOD, *_IDENTITY, "run_dir")
+        _refuse(args, "preset", "method", *_METHOD, *_IDENTITY, "run_dir")
         engine = Engine.resume(args.model, **_given(args, *_MOVABLE, "model_class"))
     else:
         recipe = _given(args, *_METHOD)
-        method = MeZO.preset(args.preset, **recipe) if args.preset else MeZO(**recipe)
+        if args.preset and args.method:
+            raise ConfigError(f"--preset {args.preset} is a recipe of mezo: leave out --method")
+        if args.clip is not None and args.method != "qzo":
+            raise ConfigError(f"--clip {args.clip:g} bounds the projected gradient of --method qzo")
+        name = args.method or "mezo"
+        method = MeZO.preset(args.preset, **recipe) if args.preset else method_from({"name": name, **recipe})
         settings = _given(args, *_IDENTITY, *_MOVABLE, "run_dir")
         engine = Engine(args.model, method=method, model_class=args.model_class, **settings)
     with engine:
@@ -65,8 +70,9 @@ def _plan(args: argparse.Namespace) -> int:
     from .report import plan_report
 
     for line in plan_report(
-        args.model, storage=args.storage, keep=args.keep, fold_every=args.fold_every, compute=args.compute, offload=args.offload, device_memory=args.device_memory,
-        tokens=args.tokens, batch_size=args.batch_size, trainable=args.trainable, model_class=args.model_class,
+        args.model, storage=args.storage, keep=args.keep, fold_every=args.fold_every, compute=args.compute,
+        offload=args.offload, device_memory=args.device_memory, tokens=args.tokens, batch_size=args.batch_size,
+        trainable=args.trainable, model_class=args.model_class,
     ):  # fmt: skip
         print(line)
     return 0
@@ -152,9 +158,16 @@ def _refuse(args: argparse.Namespace, *names: str) -> None:
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
-_METHOD = ("lr", "eps", "weight_decay", "schedule", "warmup_steps", "distribution", "rounds", "on_nonfinite")
+_METHOD = ("lr", "eps", "weight_decay", "schedule", "warmup_steps", "distribution", "rounds", "on_nonfinite", "clip")
 _IDENTITY = ("storage", "keep", "compute", "rounding", "fold_every", "trainable", "seed")  # what numbers depend on
-_MOVABLE = ("offload", "device_memory", "num_slots", "order", "snapshot_minutes")  # what may change when it is resumed
+_MOVABLE = (
+    "offload",
+    "device",
+    "device_memory",
+    "num_slots",
+    "order",
+    "snapshot_minutes",
+)  # what may change when it is resumed
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -193,6 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--snapshot-minutes", type=float, help="every block to the disk once in so long (10)")
     fit.add_argument("--resume", action="store_true", help="continue the run in MODEL")
     fit.add_argument("--out", help="export the tuned checkpoint here")
+    fit.add_argument("--method", choices=["mezo", "qzo"], help="qzo trains the scales of a quantized storage")
+    fit.add_argument("--clip", type=float, help="of the projected gradient (qzo)")
     fit.add_argument("--preset", help="a published recipe: opt, opt-squad, opt-lora, opt-prefix, roberta")
     for name, kind in (("lr", float), ("eps", float), ("weight-decay", float), ("warmup-steps", int), ("rounds", int)):
         fit.add_argument(f"--{name}", type=kind)
@@ -256,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _storage(command: argparse.ArgumentParser) -> None:
     command.add_argument("--offload", choices=["auto", "none", "host", "disk"])
+    command.add_argument("--device", help="cpu, cuda or cuda:N")
     command.add_argument("--storage", help="fp32, bf16, fp16, bf16+16, int8+8, int4, ... (zo_offload.formats)")
     command.add_argument("--keep", nargs="+", help="parameters a quantized storage leaves in 16 or 32 bits")
     command.add_argument("--compute", choices=["fp32", "bf16", "fp16"])
