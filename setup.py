@@ -4,7 +4,7 @@ kernels' machine code. No torch, no Python headers.
 Everything else is in pyproject.toml. Without a working C++ compiler the package installs all the same and runs its
 slow reference. CXX chooses the compiler, CXXFLAGS is added to ours (a build whose floating point differs is refused
 when it is loaded). Without nvcc the CUDA kernels are compiled on first use by the NVRTC that torch brings. NVCC chooses
-another nvcc, ZO_CUDA=0 does without.
+another nvcc, ZO_CUDA_ARCHS=90 builds for these GPUs alone, ZO_CUDA=0 does without.
 """
 
 import os
@@ -33,7 +33,7 @@ HEADERS = ["noise.h", "formats.h", "api.h", "fused.h", "cpu_work.h", "cpu_format
 
 CUDA_SOURCES = ["cuda.cu", "cuda_kernels.h", "cuda_formats.h", "fused.h", "api.h", "formats.h", "noise.h"]
 # A100; RTX 30; RTX 40 and L40; H100 and H200; and PTX, which the driver compiles for what comes later
-CUDA_ARCHS = ("80", "86", "89", "90")
+CUDA_ARCHS = os.environ.get("ZO_CUDA_ARCHS", "80,86,89,90").split(",")
 
 
 def nvcc() -> str | None:

@@ -23,6 +23,7 @@ from zo_offload.devices import Later
 from zo_offload.devices.cpu import CpuDevice
 from zo_offload.devices.cuda import CudaDevice
 from zo_offload.devices.driver import CudaError
+from zo_offload.devices.link import Link
 
 Clock = dict[int, int]
 COMPUTE = 0
@@ -233,6 +234,12 @@ class FakeCudaDevice(CudaDevice):
 
     def __init__(self, backend: FakeBackend | None = None) -> None:
         super().__init__(0, backend if backend is not None else FakeBackend())
+
+    def measure_link(self):
+        return Link(50.0, 50.0, 40.0, 40.0)
+
+    def budget(self, asked, *, chosen=False):
+        return asked  # no budget: the smallest window, so that blocks do stream
 
 
 class DelayedCpuDevice(CpuDevice):

@@ -19,7 +19,8 @@ from transformers import OPTConfig, OPTForCausalLM
 import zo_offload.engine
 import zo_offload.streamer
 from zo_offload import BudgetError, DivergenceError, Engine, MeZO, runs
-from zo_offload.devices.cuda import CudaDevice
+from zo_offload.devices.cuda import LIBRARY_BYTES, CudaDevice
+from zo_offload.devices.link import Link
 from zo_offload.devices.staging import HostSlabs, Ring
 from zo_offload.journal import read_journal
 from zo_offload.serving import LaneRun, Served, gather
@@ -300,3 +301,24 @@ def test_nothing_is_warned_about_in_a_plain_run(use):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(device="cuda", offload="host", steps=2)
+
+
+def test_a_budget_is_what_the_driver_counts():
+    """The context comes off first, and what is too small for it says so; nothing given takes most of what is free."""
+    device = CudaDevice(0, FakeBackend())
+    device.context_bytes = 500 << 20
+    free = device.free_bytes()
+    assert device.budget(6 << 30) == (6 << 30) - (500 << 20) - LIBRARY_BYTES
+    assert device.budget(None, chosen=True) is None
+    assert device.budget(None) == int(0.8 * free) - LIBRARY_BYTES
+    with pytest.raises(BudgetError, match=r"device_memory=600\.0 MB is too small: the CUDA context takes 524\.3 MB"):
+        device.budget(600_000_000)
+
+
+def test_the_least_time_for_what_a_step_moves():
+    """Both directions at once while both have work, then the rest alone."""
+    link = Link(fetch_gbs=50, flush_gbs=40, both_fetch_gbs=25, both_flush_gbs=20)
+    assert link.seconds(50e9, 0) == pytest.approx(1.0)
+    assert link.seconds(25e9, 20e9) == pytest.approx(1.0)
+    assert link.seconds(75e9, 20e9) == pytest.approx(2.0)  # one second together, then 50 GB alone
+    assert link.seconds(0, 40e9) == pytest.approx(1.0)

@@ -29,11 +29,12 @@ from transformers import AutoTokenizer
 from . import runs
 from .activations import measure_activations
 from .checkpoint import Checkpoint, save_pretrained
-from .config import DTYPES, EngineConfig, parse_bytes
+from .config import DTYPES, EngineConfig, parse_bytes, show_bytes
 from .data import Batches, batch_tokens, fingerprint, loss_weight, make_batches, max_positions, split_micro_batches
 from .device_updates import UpdateTable
 from .devices import make_device
-from .errors import ConfigError, DataError, JournalError, PlanError
+from .devices.link import Link
+from .errors import BudgetError, ConfigError, DataError, JournalError, PlanError
 from .fused import Perturbation
 from .ingest import Base, ModuleBase
 from .journal import Journal, StepRecord
@@ -47,7 +48,7 @@ from .plan import Plan, make_plan, relift
 from .session import Maker, Session, choose_offload
 from .stepper import Stepper
 from .storage import choose_fold_every, decide_formats
-from .streamer import Streamer
+from .streamer import Streamer, Traffic
 from .training import FitResult, Training, check_same_data
 from .updates import UpdateLog
 
@@ -143,6 +144,8 @@ class Engine:
         self._session: Session | None = None
         self._hub: Hub | None = None
         self._stepper: Stepper | None = None
+        self.link: Link | None = None
+        """Of a GPU to the host, measured when the run was started; None where nothing streams over one."""
         self._closed = False
 
     @classmethod
@@ -332,6 +335,12 @@ class Engine:
         if not at_once:
             self._flush()
 
+    def wait_share(self, traffic: Traffic, seconds: float) -> float:
+        """Share of the time that compute waited for blocks; on a GPU, that the link needed for what was moved."""
+        if self.link is None:
+            return traffic.wait_s / seconds
+        return min(1.0, self.link.seconds(traffic.fetch_bytes, traffic.flush_bytes) / seconds)
+
     def _flush(self) -> None:
         """Every block to the last step, in its tier; the journal to the disk."""
         assert self._session is not None and self._stepper is not None
@@ -445,7 +454,20 @@ class Engine:
             part = split_micro_batches(batch, micro_batches)[0]
             activations = measure_activations(self.model, self.plan, part, self.objective)
             rows = batch_tokens(batch)
-        budget = None if config.device_memory is None else parse_bytes(config.device_memory, "device_memory")
+        asked = None if config.device_memory is None else parse_bytes(config.device_memory, "device_memory")
+        budget = self.device.budget(asked, chosen=config.num_slots is not None)
+        try:
+            return self._fit_into(budget, micro_batches, rows, activations)
+        except BudgetError as error:
+            if asked is None or budget is None or asked == budget:
+                raise
+            raise BudgetError(
+                f"{error}. Of device_memory={show_bytes(asked)} the CUDA context and libraries take "
+                f"{show_bytes(asked - budget)}"
+            ) from None
+
+    def _fit_into(self, budget: int | None, micro_batches: int, rows: int, activations: Activations) -> MemoryPlan:
+        config = self.config
         return plan_memory(
             self.plan, self.layout, offload=self.offload, budget=budget, num_slots=config.num_slots,
             perturbations=len(self.method.perturbations(config.seed, 0)), micro_batches=micro_batches,
@@ -483,6 +505,7 @@ class Engine:
             halvings=sum(record.halved for record in self.journal.steps) if self.journal is not None else 0,
         )  # fmt: skip
         tier = session.tier = self.device.wrap(tier, self.offload, self.layout.block_bytes, self.config.host_memory)
+        self.link = self.device.measure_link() if self.offload != "none" else None
         self._streamer = Streamer(
             self.plan, self.layout, tier, self.device, self.log, window=self.memory.window,
             fold_every=self.fold_every, noise=self.method.noise, rounding=self.config.rounding,

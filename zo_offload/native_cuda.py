@@ -247,8 +247,12 @@ def _open(device: int) -> CudaKernels:
 @functools.cache
 def kernels(device: int) -> CudaKernels:
     """The checked kernels of a device; CudaError says why there are none. Call with torch's context current."""
-    found = _open(device)
-    if native.fingerprint(_OnDevice(found)) != native.FINGERPRINT:
+    import torch
+
+    with torch.cuda.device(device):  # a module lives in the context that is current when it is loaded
+        found = _open(device)
+        same = native.fingerprint(_OnDevice(found)) == native.FINGERPRINT
+    if not same:
         raise CudaError(
             f"{found.source} on this GPU does not reproduce the CPU's noise and weights, so a run would not mean the "
             "same model. Please report this, with the output of python -m zo_offload"
@@ -308,9 +312,11 @@ def run(
     lanes = [
         (p.seed, out.data_ptr(), p.scale, format_of(out.dtype).code) for p, out in zip(perturbations, outs, strict=True)
     ]
-    kernels(device).run_pass(
-        **planes, rows=0 if rows is None else rows.data_ptr(), numel=numel, offset=offset,
+    call: dict[str, Any] = dict(
+        planes, rows=0 if rows is None else rows.data_ptr(), numel=numel, offset=offset,
         num_rows=0 if rows is None else rows.numel(), total_rows=total_rows, total=total, updates=updates,
         param_id=param_id, noise=noise, write_back=write_back, stochastic=stochastic, lanes=lanes,
         target_scales=target_scales, stream=torch.cuda.current_stream(device).cuda_stream,
     )  # fmt: skip
+    with torch.cuda.device(device):
+        kernels(device).run_pass(**call)

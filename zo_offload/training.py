@@ -34,7 +34,8 @@ class FitResult:
     tokens_per_s: float = 0.0
     seconds: float = 0.0
     wait_share: float = 0.0
-    """Share of the time that compute waited for blocks: near 0, compute binds; near 1, fetches do."""
+    """Share of the time that compute waited for blocks: near 0, compute binds; near 1, fetches do. On a GPU, the share
+    of the time that the measured link needs for the bytes that were moved."""
     resident_bytes: int = 0
     model_bytes: int = 0
     fetch_bytes: int = 0
@@ -74,7 +75,7 @@ class Training:
                     losses.append(record.loss)
                     tokens += batch_tokens(batch)
                     seconds = time.perf_counter() - begin
-                    wait = traffic.wait_s / seconds
+                    wait = engine.wait_share(traffic, seconds)
                     metrics.write(
                         step=step, loss=record.loss, grad=record.grad, lr=record.lr, skipped=record.skipped,
                         tokens=tokens, seconds=round(seconds, 3), wait_share=round(wait, 4),
@@ -97,7 +98,7 @@ class Training:
         seconds = time.perf_counter() - begin
         return FitResult(
             steps=len(losses), losses=losses, evals=list(engine.evals), tokens_per_s=tokens / seconds, seconds=seconds,
-            wait_share=traffic.wait_s / seconds, resident_bytes=streamer.resident_bytes,
+            wait_share=engine.wait_share(traffic, seconds), resident_bytes=streamer.resident_bytes,
             model_bytes=engine.layout.total_bytes, fetch_bytes=traffic.fetch_bytes, flush_bytes=traffic.flush_bytes,
         )  # fmt: skip
 

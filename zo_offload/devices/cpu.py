@@ -14,6 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..tiers import Tier
+    from .link import Link
 
 
 class Event:
@@ -163,6 +164,17 @@ class CpuDevice:
 
     def synchronize(self) -> None:
         """Wait until all that was computed so far is done."""
+
+    def budget(self, asked: int | None, *, chosen: bool = False) -> int | None:
+        """What blocks, scratch and activations may take of `device_memory`; None: as little as works.
+
+        chosen: the caller has chosen the window, so that nothing is to be decided for it.
+        """
+        return asked
+
+    def measure_link(self) -> Link | None:
+        """How fast blocks come and go, where they do over a link of the device's own."""
+        return None
 
     def free_bytes(self) -> int:
         """What can still be allocated."""

@@ -30,7 +30,11 @@ from ..config import show_bytes
 from ..errors import BudgetError, ConfigError
 from ..tiers import HostTier, Tier
 from .cpu import CpuDevice, Event, Later, Stream
+from .link import Link, measure_link
 from .staging import HostSlabs, ThroughHost
+
+LIBRARY_BYTES = 192 << 20  # cuBLAS workspaces, and kernels that are loaded when they are first used
+AUTOMATIC_SHARE = 0.8  # of the free memory, where no budget is given: activations are an estimate
 
 
 class Backend(Protocol):
@@ -244,6 +248,24 @@ class CudaDevice(CpuDevice):
 
     def synchronize(self) -> None:
         self.backend.drain(None)
+
+    def budget(self, asked: int | None, *, chosen: bool = False) -> int | None:
+        """`device_memory` is what the driver counts: the CUDA context and the libraries' memory come off first.
+
+        Not given, it is four fifths of what is free now. BudgetError if the context alone takes all of it.
+        """
+        if asked is None:
+            return None if chosen else int(AUTOMATIC_SHARE * self.free_bytes()) - LIBRARY_BYTES
+        rest = asked - self.context_bytes - LIBRARY_BYTES
+        if rest <= 0:
+            raise BudgetError(
+                f"device_memory={show_bytes(asked)} is too small: the CUDA context takes "
+                f"{show_bytes(self.context_bytes)} of it, and matrix libraries up to {show_bytes(LIBRARY_BYTES)}"
+            )
+        return rest
+
+    def measure_link(self) -> Link | None:
+        return measure_link(self.torch_device, nbytes=32 << 20)
 
     def free_bytes(self) -> int:
         return self.backend.memory()[0]
