@@ -241,9 +241,11 @@ class Recorder:
                 (into / name).write_bytes(bytes(size if made else rng.choice((0, size))))
 
 
-def power_cuts(folder: Path, wanted: int, rng: random.Random) -> dict[str, Any]:
+def power_cuts(
+    folder: Path, wanted: int, rng: random.Random, ways: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
     base = make_base(folder)
-    ways = [way for way in all_settings() if way["storage"] in ("fp32", "bf16", "bf16+16")]
+    ways = ways or [way for way in all_settings() if way["storage"] in ("fp32", "bf16", "bf16+16")]
     cuts = wrong = 0
     resumed_at: Counter[int] = Counter()
     for way in ways:
@@ -282,7 +284,7 @@ def a_run(folder: Path) -> Path:
     return folder / "run"
 
 
-def flips(folder: Path, wanted: int, rng: random.Random) -> Iterator[dict[str, Any]]:
+def flips(folder: Path, wanted: int, rng: random.Random, every: int = 64) -> Iterator[dict[str, Any]]:
     run = a_run(folder)
     data = (run / runs.JOURNAL).read_bytes()
     whole = read_journal(data)
@@ -305,12 +307,12 @@ def flips(folder: Path, wanted: int, rng: random.Random) -> Iterator[dict[str, A
     yield {"kind": "flips", "of": "blocks", "flips": wanted - wanted // 2,
            "bytes": sum(map(len, files.good)), **_summed(outcome)}  # fmt: skip
     outcome.clear()
-    for length in range(len(data)):
+    for length in range(0, len(data), max(1, every // 64)):
         outcome[_journal_outcome(data[:length], whole)] += 1
-    yield {"kind": "cuts", "of": "journal", "cuts": len(data), **_summed(outcome)}
+    yield {"kind": "cuts", "of": "journal", "cuts": outcome.total(), **_summed(outcome)}
     outcome.clear()
     for block, good in enumerate(files.good):
-        for length in range(0, len(good), 64):
+        for length in range(0, len(good), every):
             outcome[files.outcome(block, good[:length])] += 1
     yield {"kind": "cuts", "of": "blocks", "cuts": outcome.total(), **_summed(outcome)}
 

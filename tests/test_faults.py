@@ -1,0 +1,42 @@
+"""The fault harness (benchmarks/faults.py) in its small version: a few kills, power cuts, flips, a second of fuzzing.
+
+The kills run in a process of their own: they fork, and a fork is only safe where no thread was ever started.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import faults
+
+
+def test_killed_runs_end_with_the_weights_of_one_that_never_was():
+    command = [sys.executable, "-m", "benchmarks.faults", "--only", "kills", "--kills", "4", "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["kills"] >= 4 and result["wrong"] == 0
+
+
+def test_any_power_cut_leaves_a_run_that_ends_the_same(tmp_path):
+    ways = [way for way in faults.all_settings() if way["storage"] == "bf16"]
+    result = faults.power_cuts(tmp_path, 12, random.Random(4), ways)
+    assert result["cuts"] >= 12 and result["wrong"] == 0 and result["settings"] == len(ways)
+
+
+def test_flips_and_cuts_are_found_or_harmless(tmp_path):
+    results = list(faults.flips(tmp_path, 300, random.Random(5), every=997))
+    assert [(r["kind"], r["of"]) for r in results] == [
+        ("flips", "journal"), ("flips", "blocks"), ("cuts", "journal"), ("cuts", "blocks")
+    ]  # fmt: skip
+    assert all(result["wrong"] == 0 for result in results)
+    assert results[0]["outcomes"]["error"] > 100 and results[1]["outcomes"]["older generation taken"] > 5
+
+
+def test_readers_of_files_raise_our_errors_only(tmp_path):
+    result = faults.fuzz(tmp_path, 1.5, random.Random(6))
+    assert result["failures"] == [] and result["inputs"] > 50
