@@ -74,14 +74,14 @@ def all_settings() -> list[dict[str, Any]]:
     return [dict(way, storage=name) for way in ways for name in formats]
 
 
-def work(base: Path, run: Path, settings: dict[str, Any], result: Path) -> None:
+def work(base: Path, run: Path, settings: dict[str, Any], result: Path, steps: int = STEPS) -> None:
     """Begin the run or go on with it, to its end; write the digest of its weights."""
     if (run / runs.CONFIG).exists():
         engine = Engine.resume(run)
     else:
         engine = Engine(str(base), method=MeZO(lr=1e-3, batch_size=4), run_dir=run, **settings)
     with engine:
-        engine.fit(ROWS, steps=STEPS, batch_size=4)
+        engine.fit(ROWS, steps=steps, batch_size=4)
         digest = hashlib.sha256()
         for name, tensor in engine.weights():
             digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())

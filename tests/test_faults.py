@@ -28,6 +28,25 @@ def test_any_power_cut_leaves_a_run_that_ends_the_same(tmp_path):
     assert result["cuts"] >= 12 and result["wrong"] == 0 and result["settings"] == len(ways)
 
 
+def test_power_cut_at_every_single_write_and_sync(tmp_path):
+    """The write-ahead rule at each of its ordering points: step journaled | synced | block marked | written | headed |
+    sealed. Two steps on disk; from each point the run goes on to the same weights."""
+    base, original, result = faults.make_base(tmp_path), tmp_path / "original", tmp_path / "result.txt"
+    way = dict(offload="disk", storage="bf16", fold_every=1, snapshot_steps=1)
+    with faults.Recorder(original) as recorder:
+        faults.work(base, original, way, result, steps=2)
+    want, rng = result.read_text(), random.Random(7)
+    sizes = {f"blocks/{p.name}": p.stat().st_size for p in (original / "blocks").glob("*.zob")}
+    points = range(recorder.begin_of_run(), len(recorder.ops) + 1)
+    kinds = {(path.endswith(".zob"), kind) for path, kind, _, _ in recorder.ops[points.start :]}
+    assert {(False, "append"), (False, "sync"), (True, "write"), (True, "sync")} <= kinds and len(points) > 25
+    for upto in points:
+        run = tmp_path / f"cut-{upto}"
+        recorder.cut_power(upto, sizes, run, rng)
+        faults.work(base, run, way, result, steps=2)
+        assert result.read_text() == want, f"op {upto}: {recorder.ops[upto - 1][:3]}"
+
+
 def test_flips_and_cuts_are_found_or_harmless(tmp_path):
     results = list(faults.flips(tmp_path, 300, random.Random(5), every=997))
     assert [(r["kind"], r["of"]) for r in results] == [

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
 from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama, tiny_opt, train
 
-from zo_offload import ConfigError, DivergenceError, Engine, JournalError, MeZO, Stopped, StorageError
+from zo_offload import ConfigError, DataError, DivergenceError, Engine, JournalError, MeZO, Stopped, StorageError
 from zo_offload.journal import Journal
 from zo_offload.signals import stop_signals
 
@@ -384,3 +386,35 @@ def test_block_files_that_were_never_all_made_are_made_again(tmp_path):
         fit(engine, steps=4)
         engine._session.settle()
     assert len(list((tmp_path / "run" / "blocks").glob("*.zob"))) == len(shapes)
+
+
+def test_a_read_only_file_system_is_said_to_be_one(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with (
+        pytest.raises(
+            StorageError, match=r"making .*run: Read-only file system.*Nothing was trained.*make it writable"
+        ),
+        Engine(tiny_opt(), method=METHOD, offload="disk", run_dir=tmp_path / "run") as engine,
+    ):
+        fit(engine)
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
+    want = train(tiny_opt(), 6, ROWS)
+    jumps = iter(range(0, 10**15, 10**9))
+    monkeypatch.setattr(time, "time", lambda: float(10**10 - next(jumps)))
+    with Engine(tiny_opt(), method=METHOD, offload="disk", run_dir=tmp_path / "run") as engine:
+        fit(engine, steps=6)
+        assert_same(([], want[1]), ([], stored_weights(engine)))
+
+
+def test_a_data_set_smaller_than_a_batch_is_refused_before_anything_is_made(tmp_path):
+    with (
+        Engine(tiny_opt(), method=METHOD, offload="disk", run_dir=tmp_path / "run") as engine,
+        pytest.raises(DataError, match="has 3 rows, fewer than batch_size=4"),
+    ):
+        engine.fit(ROWS[:3], steps=2, batch_size=4)
+    assert not (tmp_path / "run").exists()

@@ -63,11 +63,11 @@ def _shards(directory: Path) -> list[Path]:
     try:
         weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
         names = list(dict.fromkeys(weight_map.values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         kind = type(error).__name__
         raise CheckpointError(f"{directory / INDEX}: not a safetensors index ({kind}: {error}).") from error
     for name in names:
-        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
+        if not isinstance(name, str) or name in ("", ".", "..") or len(name) > 255 or re.search(r"[/\\:\0]", name):
             raise CheckpointError(f"{directory / INDEX}: shard name {name!r} is not a plain file name; refused.")
         if not (directory / name).is_file():
             owned = [key for key, shard in weight_map.items() if shard == name]

@@ -107,13 +107,15 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
         raw = file.read(length)
     try:
         header = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of too many digits, too deep
         raise CheckpointError(
             f"{path}: the safetensors header is not JSON ({error}). Download or copy it again."
         ) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is a JSON {type(header).__name__}, not an object.")
     metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path}: __metadata__ is a JSON {type(metadata).__name__}, not an object.")
     entries = {name: _entry(path, name, value, 8 + length, size) for name, value in header.items()}
     _check_tiling(path, entries, 8 + length, size)
     return metadata, entries
@@ -122,7 +124,7 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
 def _entry(path: Path, name: str, value: Any, data_begin: int, size: int) -> Entry:
     try:
         code, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        well_typed = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        well_typed = type(code) is str and all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, begin, end))
     except (TypeError, KeyError, ValueError):
         well_typed = False
     if not well_typed:
