@@ -9,7 +9,8 @@ import torch
 from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama, tiny_opt, train
 from torch import nn
 
-from zo_offload import QZO, ConfigError, Engine, MeZO, PlanError, ZOError
+from zo_offload import QZO, BudgetError, ConfigError, Engine, MeZO, PlanError, ZOError
+from zo_offload.auto import compare
 from zo_offload.formats import FORMATS, decode_values, encode_values, get_format
 from zo_offload.fused import Perturbation, fused_pass
 from zo_offload.updates import with_folds
@@ -245,3 +246,39 @@ def test_a_base_with_nan_is_named(storage):
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = math.inf
     with pytest.raises(ZOError, match=r"layers.1.mlp.up_proj.weight.*1 of"), Engine(model, storage=storage) as engine:
         engine.evaluate(batches(1))
+
+
+# ---- auto ------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_float32_where_nothing_moves_and_int8_masters_where_it_streams(tmp_path):
+    with Engine(tiny_llama(), method=METHOD, storage="auto", offload="none") as engine:
+        assert engine.config.storage == "fp32" and "nothing has to move" in engine.storage_note
+    run = tmp_path / "run"
+    with Engine(tiny_llama(), method=METHOD, storage="auto", offload="disk", run_dir=run) as engine:
+        assert engine.config.storage == "int8+8" and "moves the least" in engine.storage_note
+        engine.fit(batches(), steps=2)
+        weights = stored_weights(engine)
+    with Engine.resume(run, tiny_llama(), offload="none") as engine:  # what was decided once holds for the run
+        assert engine.config.storage == "int8+8"
+        assert_same(([], weights), ([], stored_weights(engine)))
+
+
+def test_auto_says_what_would_fit_a_host_that_is_too_small(monkeypatch):
+    import zo_offload.auto as auto
+
+    monkeypatch.setattr(auto, "available_bytes", lambda: 30_000)
+    with pytest.raises(BudgetError, match=r"int8\+8, takes .*30.0 kB is free.*offload='disk'.*int4.*QZO"):
+        Engine(tiny_llama(), storage="auto", offload="host")
+
+
+def test_formats_compare_by_the_bytes_they_move():
+    with Engine(tiny_llama(layers=8)) as engine:
+        plan, base = engine.plan, engine.base
+    choices = {c.name: c for c in compare(plan, base.dtype_of, fold_every=4, link_bytes_per_s=1e6)}
+    assert set(choices) == set(FORMATS)
+    bf16, int8, int4 = choices["bf16"], choices["int8+8"], choices["int4"]
+    assert int8.fetch_bytes < bf16.fetch_bytes and int4.flush_bytes < 0.1 * bf16.flush_bytes
+    assert bf16.seconds == pytest.approx(bf16.wire_bytes / 1e6)
+    order = [choice.wire_bytes for choice in choices.values()]
+    assert order == sorted(order, reverse=True)

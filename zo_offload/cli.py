@@ -70,9 +70,9 @@ def _plan(args: argparse.Namespace) -> int:
     from .report import plan_report
 
     for line in plan_report(
-        args.model, storage=args.storage, keep=args.keep, fold_every=args.fold_every, compute=args.compute,
-        offload=args.offload, device_memory=args.device_memory, tokens=args.tokens, batch_size=args.batch_size,
-        trainable=args.trainable, model_class=args.model_class,
+        args.model, storage=args.storage, keep=args.keep, fold_every=args.fold_every, link_gb_per_s=args.link,
+        compute=args.compute, offload=args.offload, device_memory=args.device_memory,
+        tokens=args.tokens, batch_size=args.batch_size, trainable=args.trainable, model_class=args.model_class,
     ):  # fmt: skip
         print(line)
     return 0
@@ -230,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", type=_count, help="tokens a row: 512, or as many as the model takes")
     plan.add_argument("--batch-size", type=_count, default=1)
     plan.add_argument("--trainable", help="glob on parameter names, such as 'layers.*.self_attn'")
+    plan.add_argument("--link", type=float, help="GB/s that blocks move at (default: memory copy, measured)")
     plan.add_argument("--fold-every", type=_count, help="steps between two write-backs of a block")
     _storage(plan)
     plan.set_defaults(run=_plan)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers import AutoTokenizer
 
 from . import runs
 from .activations import measure_activations
+from .auto import choose_storage
 from .checkpoint import Checkpoint, save_pretrained
 from .config import DTYPES, EngineConfig, parse_bytes, show_bytes
 from .data import Batches, batch_tokens, fingerprint, loss_weight, make_batches, max_positions, split_micro_batches
@@ -127,6 +129,10 @@ class Engine:
             self.base = self.checkpoint
         self.plan: Plan = make_plan(self.model, example, trainable=self.config.trainable)
         target = self.method.target
+        self.storage_note = ""
+        if self.config.storage == "auto":  # decided here once; the run keeps the format's name
+            storage, self.storage_note = choose_storage(self.plan, self.base.dtype_of, self.config)
+            self.config = replace(self.config, storage=storage)
         stored = decide_formats(self.plan, self.config.storage, self.base.dtype_of, self.config.keep, target)
         self.plan = stored.plan
         self.layout: Layout = make_layout(self.plan, stored.format_of, target)

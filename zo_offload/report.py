@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from .activations import measure_activations
+from .auto import choose_storage, compare, copy_bytes_per_s, pass_seconds
 from .checkpoint import Checkpoint
-from .config import DTYPES, parse_bytes, show_bytes
+from .config import DTYPES, EngineConfig, parse_bytes, show_bytes
 from .data import max_positions
 from .errors import ConfigError
 from .layout import Layout, make_layout
@@ -29,6 +30,7 @@ def plan_report(
     storage: str | None = None,
     keep: Any = None,
     fold_every: int | None = None,
+    link_gb_per_s: float | None = None,
     compute: str | None = None,
     offload: str | None = None,
     device_memory: str | None = None,
@@ -50,6 +52,10 @@ def plan_report(
     batch = example_batch(module, batch_size, tokens)
     call: ForwardCall = lambda m, b: m(**b)  # noqa: E731 - the type is the point
     plan = make_plan(module, batch, trainable=trainable, call=call)
+    full, note = plan, ""
+    if storage == "auto":
+        config = EngineConfig(offload="disk" if offload in (None, "auto") else offload, run_dir="-", keep=keep)  # type: ignore[arg-type]
+        storage, note = choose_storage(plan, lambda name: checkpoint.dtype, config)
     stored = decide_formats(plan, storage, lambda name: checkpoint.dtype, keep)
     plan, layout = stored.plan, make_layout(stored.plan, stored.format_of)
     activations = measure_activations(module, plan, batch, call)
@@ -63,8 +69,11 @@ def plan_report(
     yield from _blocks(plan, layout)
     yield from _lifts(plan)
     yield from _memory(memory, batch_size, tokens, activations.peak > 0)
-    fold_every = choose_fold_every(fold_every, plan, layout, offload or "disk", "gaussian")
+    every_given, fold_every = fold_every, choose_fold_every(fold_every, plan, layout, offload or "disk", "gaussian")
     yield from _traffic(plan, layout, memory, fold_every)
+    if note:
+        yield f"auto takes {storage}: {note}"
+    yield from _compared(full, checkpoint, keep, every_given, link_gb_per_s)
 
 
 def _formats(layout: Layout) -> str:
@@ -163,3 +172,23 @@ def _traffic(plan: Plan, layout: Layout, memory: MemoryPlan, fold_every: int) ->
         f"a step fetches {show_bytes(fetched)} and flushes {show_bytes(flushed)} (updates folded every {fold_every} "
         f"step{'s' * (fold_every > 1)})"
     )
+
+
+def _compared(
+    plan: Plan, checkpoint: Checkpoint, keep: Any, fold_every: int | None, link_gb_per_s: float | None
+) -> Iterator[str]:
+    link = link_gb_per_s * 1e9 if link_gb_per_s is not None else copy_bytes_per_s()
+    given = "given" if link_gb_per_s is not None else "memory copy measured; --link gives a disk's or a bus's"
+    yield f"all parameters streamed at {link / 1e9:.1f} GB/s ({given}), two lanes, fused passes measured on this CPU:"
+    yield f"  {'format':<12}{'fold every':>11}{'fetch':>12}{'flush':>12}{'held':>12}{'a step, at least':>18}"
+    choices = compare(
+        plan, lambda name: checkpoint.dtype, keep=keep, fold_every=fold_every, link_bytes_per_s=link,
+        seconds_per_element=pass_seconds,
+    )  # fmt: skip
+    for choice in choices:
+        trains = "" if choice.layout.target == "values" else "   trains scales only"
+        yield (
+            f"  {choice.name:<12}{choice.fold_every:>11}{show_bytes(choice.fetch_bytes):>12}"
+            f"{show_bytes(choice.flush_bytes):>12}{show_bytes(choice.layout.total_bytes):>12}"
+            f"{choice.seconds:>16.2f} s{trains}"
+        )
