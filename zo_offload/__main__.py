@@ -24,6 +24,8 @@ def main() -> int:
     print(f"cuda         {native_cuda.describe()}")
     print(f"memory       {available_bytes() / 1e9:.1f} GB available, {torch.get_num_threads()} threads")
     print(f"copy         {_copy_gb_per_s():.1f} GB/s (read + write, one thread)")
+    if torch.cuda.is_available():
+        print(f"gpu          {_gpu()}")
     problem = _one_step()
     print(f"one step     {problem or 'ok: streamed from disk == in memory, bit for bit'}")
     return 1 if problem else 0
@@ -49,24 +51,45 @@ def _copy_gb_per_s() -> float:
     return 2 * source.numel() / best / 1e9
 
 
-def _one_step() -> str:
-    """Two steps of a tiny model, resident and from disk: "" if their losses are equal, else what is wrong."""
+def _gpu() -> str:
+    """The link to the GPU, and two steps of a tiny model there: resident and streamed from host memory."""
+    import torch
+
+    from .devices.link import measure_link
+    from .errors import ZOError
+
+    try:
+        link = measure_link(torch.device("cuda", torch.cuda.current_device()))
+        resident, host = (_losses(device="cuda", offload=offload) for offload in ("none", "host"))
+    except (ZOError, RuntimeError) as error:
+        return f"cannot be used: {error}"
+    same = "streamed from host == resident, bit for bit" if resident == host else f"LOSSES DIFFER: {resident}, {host}"
+    return (
+        f"fetch {link.fetch_gbs:.1f} GB/s, flush {link.flush_gbs:.1f}, both at once {link.both_fetch_gbs:.1f} + "
+        f"{link.both_flush_gbs:.1f}; {same}"
+    )
+
+
+def _losses(**settings: Any) -> list[float]:
+    """Of two steps of a tiny model."""
     import torch
     from torch import nn
 
     from . import Engine, MeZO
 
-    def losses(**settings: Any) -> list[float]:
-        torch.manual_seed(0)
-        model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
-        rows = [{"x": x} for x in torch.randn(8, 64)]
-        with Engine(
-            model, method=MeZO(lr=1e-3, batch_size=8), objective=lambda m, b: m(b["x"]).square().mean(), **settings
-        ) as engine:  # fmt: skip
-            return engine.fit(rows, steps=2).losses
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    rows = [{"x": x} for x in torch.randn(8, 64)]
+    with Engine(
+        model, method=MeZO(lr=1e-3, batch_size=8), objective=lambda m, b: m(b["x"]).square().mean(), **settings
+    ) as engine:  # fmt: skip
+        return engine.fit(rows, steps=2).losses
 
+
+def _one_step() -> str:
+    """Two steps of a tiny model, resident and from disk: "" if their losses are equal, else what is wrong."""
     with tempfile.TemporaryDirectory() as folder:
-        resident, disk = losses(offload="none"), losses(offload="disk", run_dir=f"{folder}/run")
+        resident, disk = _losses(offload="none"), _losses(offload="disk", run_dir=f"{folder}/run")
     return "" if resident == disk else f"losses differ: {resident} resident, {disk} from disk"
 
 
