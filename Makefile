@@ -12,7 +12,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check setuptools wheel $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	ZO_CUDA_ARCHS=$${ZO_CUDA_ARCHS:-90} $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	touch $@
 
 demo: install

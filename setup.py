@@ -53,6 +53,12 @@ class BuildNative(build_ext):
         # loaded by ctypes or the CUDA driver, so no Python version in the name
         return fullname.replace(".", os.sep) + (".fatbin" if fullname.endswith("_zo_cuda") else ".so")
 
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        report = Path(self.build_lib, "zo_offload", "_zo_cuda.txt")
+        if report.exists():
+            shutil.copy(report, "zo_offload")
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         if ext.name.endswith("_zo_cuda"):
@@ -75,8 +81,7 @@ class BuildNative(build_ext):
         command = nvcc_command(compiler, target, "-Xptxas=-v")
         try:
             done = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
-            for folder in {target.parent, Path("zo_offload")} if self.inplace else {target.parent}:
-                (folder / "_zo_cuda.txt").write_text(done.stderr)  # registers and spills, which a test looks at
+            target.with_suffix(".txt").write_text(done.stderr)  # registers and spills, which a test looks at
         except (OSError, subprocess.CalledProcessError) as error:
             target.unlink(missing_ok=True)
             said = str(getattr(error, "stderr", None) or "")[-2000:]

@@ -11,7 +11,8 @@ OUT/gpu_check.md with the commands that made them; OUT is $OUT where that is set
 Parts, most telling first, so that a machine that is taken away early has still told most:
     doctor, build, link, kernels, tests, steps of 1.3B / 6.7B / 13B beside naive MeZO, ZO2, 30B, steps of 512 tokens
 
-With --zo2 the time does not do for everything: `--only zo2` and `--only step` are two calls. No network, no root.
+With --zo2 the time does not do for everything: `--only zo2` and `--only step` are two calls. No network, no root; torch's CUDA wheel and the packages in
+NEEDED must be there (greenlet is the one that images tend to lack: unpack its wheel and set PYTHONPATH).
 **This has never run on a GPU**; a dry run is part of the CPU tests.
 """
 
@@ -35,6 +36,7 @@ from typing import Any
 from benchmarks.common import ROOT, commit, machine
 
 MEASURE = [sys.executable, "-m", "benchmarks.gpu_measure"]
+NEEDED = ("torch", "transformers", "safetensors", "accelerate", "greenlet", "numpy", "psutil", "tqdm", "pytest")
 ZO2_TEST = Path("test", "mezo_sgd", "hf_opt")
 
 
@@ -272,6 +274,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results"))
     parser.add_argument("--only", help="parts whose name contains this")
     options = parser.parse_args(arguments)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"{sys.executable} lacks {', '.join(missing)}: install them, or unpack their wheels into a folder that "
+              "PYTHONPATH names (on a machine without network, bring them along)")  # fmt: skip
+        return 2
     options.zo2 = options.zo2.resolve() if options.zo2 else None
     options.zo2_packages = options.zo2_packages.resolve() if options.zo2_packages else None
     options.out = options.out.resolve()
