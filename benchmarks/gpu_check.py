@@ -11,9 +11,9 @@ OUT/gpu_check.md with the commands that made them; OUT is $OUT where that is set
 Parts, most telling first, so that a machine that is taken away early has still told most:
     doctor, build, link, kernels, tests, steps of 1.3B / 6.7B / 13B beside naive MeZO, ZO2, 30B, steps of 512 tokens
 
-With --zo2 the time does not do for everything: `--only zo2` and `--only step` are two calls. No network, no root; torch's CUDA wheel and the packages in
-NEEDED must be there (greenlet is the one that images tend to lack: unpack its wheel and set PYTHONPATH).
-**This has never run on a GPU**; a dry run is part of the CPU tests.
+With --zo2 the time does not do for everything: `--only zo2` and `--only step` are two calls. No network, no root;
+torch's CUDA wheel and the packages in NEEDED must be there (greenlet is the one that images tend to lack: unpack its
+wheel and set PYTHONPATH). **This has never run on a GPU**; a dry run is part of the CPU tests.
 """
 
 from __future__ import annotations
