@@ -166,3 +166,15 @@ def test_split_float32_masters_are_float32_bit_for_bit(distribution, fold_every)
         assert_same(
             ([], float32_run(tiny_llama(layers=2), engine.plan, steps, method.noise)), ([], stored_weights(engine))
         )
+
+
+def test_reading_all_weights_fetches_each_block_once(monkeypatch):
+    import zo_offload.session as session
+
+    Counting.seen = []
+    monkeypatch.setattr(session, "HostTier", Counting)
+    with Engine(tiny_llama(), method=METHOD, offload="host", storage="bf16+16") as engine:
+        engine.fit(batches(), steps=4)
+        Counting.seen = []
+        stored_weights(engine)
+        assert len(Counting.seen) <= len(engine.plan.blocks)

@@ -125,6 +125,7 @@ class Streamer:
         self._slot: Slot | None = None
         self._stray: Slot | None = None
         self._exact = False
+        self._read: Slot | None = None  # the block that `read` left in the window
         self.set_plan(plan)
 
     # ---- passes ----------------------------------------------------------------------------------------------------
@@ -144,6 +145,7 @@ class Streamer:
             self._base += len(self._visits)
         self._position = -1
         self._exact = exact
+        self._read = None
 
     def end_pass(self) -> None:
         """All lanes have returned: bring the remaining blocks' visits to their end."""
@@ -198,6 +200,7 @@ class Streamer:
 
     def bring(self, block: int) -> None:
         """One block to the last fold, in its tier. Not in a pass, and with nothing fetched ahead."""
+        self._read = None
         slot = self._load(block, into_window=True)
         if block in self.layout.written and self.tier.version(block) != self.log.folded:
             self._settle(slot)
@@ -212,8 +215,11 @@ class Streamer:
         if self._live:
             self._restart()  # the slots hold blocks fetched ahead for the next pass
         place, spec = self.layout.places[name], self.plan.params[name]
-        slot = self._load(place.block, into_window=True)
+        slot = self._read
+        if slot is None or slot.block != place.block:  # else the last read left the block in the window
+            slot = self._load(place.block, into_window=True)
         self._settle(slot)
+        self._read = slot
         value = torch.empty(spec.shape, dtype=place.fmt.torch_dtype, device=slot.memory.device)
         if place.residual_nbytes:
             self._emit_exact(name, slot, False, [value], None)
@@ -256,6 +262,7 @@ class Streamer:
 
     def _restart(self) -> None:
         """Forget what was fetched ahead; flush what was written. The next pass starts with a cold window."""
+        self._read = None
         for slot in self._live.values():
             if slot.dirty and slot.block >= 0:
                 self._settle(slot)
