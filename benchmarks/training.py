@@ -183,13 +183,14 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     reference = [r["loss"] for r in results if r["way"] == "fp32"]
     if reference:
         axes.axhspan(min(reference), max(reference), color="0.9", label="range of fp32's seeds")
-    for way in dict.fromkeys(r["way"] for r in results):
+    for at, way in enumerate(dict.fromkeys(r["way"] for r in results)):
         mine = [r for r in results if r["way"] == way]
         x = sum(r["fetch_bytes_a_step"] + r["flush_bytes_a_step"] for r in mine) / len(mine) / 1e6
         losses = [r["loss"] for r in mine]
         mean = sum(losses) / len(losses)
         axes.errorbar(x, mean, [[mean - min(losses)], [max(losses) - mean]], fmt="o", capsize=3)
-        axes.annotate(way, (x, mean), textcoords="offset points", xytext=(6, 5), fontsize=8)
+        place = (6, (8, -12, 22, -26)[at % 4])  # neighbours would write over each other
+        axes.annotate(way, (x, mean), textcoords="offset points", xytext=place, fontsize=8)
     before = sum(r["loss_before"] for r in results) / len(results)
     axes.axhline(before, linestyle=":", color="0.5", label="before training")
     axes.set(xlabel="MB on the wire a step (fetched + flushed)", ylabel="held-out loss", xscale="log")
