@@ -37,7 +37,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import about, emit
-from zo_offload import Engine, MeZO, diskio, journal_tools, runs
+from zo_offload import QZO, Engine, MeZO, diskio, journal_tools, runs
 from zo_offload.checkpoint_files import find_weights
 from zo_offload.errors import ZOError
 from zo_offload.formats import FORMATS
@@ -63,15 +63,14 @@ def make_base(folder: Path) -> Path:
 
 
 def all_settings() -> list[dict[str, Any]]:
-    """Every tier with every format that trains; several schedules of folds and snapshots."""
-    formats = [name for name, fmt in FORMATS.items() if getattr(fmt, "trains", True)]
+    """Every tier with every format (one that is never rewritten trains its scales); schedules of folds, snapshots."""
     ways = [
         dict(offload="disk", fold_every=1, snapshot_steps=3),
         dict(offload="disk", fold_every=4, snapshot_steps=5, num_slots=2),
         dict(offload="host", fold_every=1, snapshot_steps=4),
         dict(offload="none", fold_every=4, snapshot_steps=3),
     ]
-    return [dict(way, storage=name) for way in ways for name in formats]
+    return [dict(way, storage=name) for way in ways for name in FORMATS]
 
 
 def work(base: Path, run: Path, settings: dict[str, Any], result: Path, steps: int = STEPS) -> None:
@@ -79,7 +78,8 @@ def work(base: Path, run: Path, settings: dict[str, Any], result: Path, steps: i
     if (run / runs.CONFIG).exists():
         engine = Engine.resume(run)
     else:
-        engine = Engine(str(base), method=MeZO(lr=1e-3, batch_size=4), run_dir=run, **settings)
+        method = MeZO if FORMATS[settings["storage"]].trains else QZO
+        engine = Engine(str(base), method=method(lr=1e-3, batch_size=4), run_dir=run, **settings)
     with engine:
         engine.fit(ROWS, steps=steps, batch_size=4)
         digest = hashlib.sha256()
@@ -138,9 +138,9 @@ def kills(folder: Path, wanted: int, rng: random.Random, deaths_a_run: int = 4) 
             killed, _ = in_child(lambda s=settings, r=run, o=result: work(base, r, s, o), rng.uniform(0, seconds))  # type: ignore[misc]
             if not killed:
                 break
-            done += 1
             journal = run / runs.JOURNAL
             steps = len(read_journal(journal.read_bytes()).steps) if journal.exists() else -1
+            done += steps >= 0  # one that fell before the run began is survived too, but proves less
             at_step["before the run began" if steps < 0 else f"after {10 * (steps // 10)}+ steps"] += 1
         if not result.exists():
             in_child(lambda s=settings, r=run, o=result: work(base, r, s, o))  # type: ignore[misc]
