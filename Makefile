@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO ?= demo
+# the family of the GPU that is here, else Hopper: each family takes nvcc a minute; NVRTC serves those left out
+ZO_CUDA_ARCHS ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | grep -xE '[0-9]+' | sort -u | head -1),90)
 
 .PHONY: demo test check fix bench gpu-check install clean
 
@@ -12,7 +14,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check setuptools wheel $(TORCH)
-	ZO_CUDA_ARCHS=$${ZO_CUDA_ARCHS:-90} $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	ZO_CUDA_ARCHS=$(ZO_CUDA_ARCHS) $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	touch $@
 
 demo: install
