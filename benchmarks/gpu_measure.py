@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import about, emit, quantile
+from benchmarks.step import plain_mezo
 from zo_offload import Engine, MeZO
 from zo_offload.devices.link import Link, measure_link
 from zo_offload.devices.nvml import DriverMemory
@@ -262,27 +263,11 @@ def host_over_model(engine: Engine) -> float:
 
 
 def naive_part(options: Any, common: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Malladi et al. 2023, Algorithm 1, as their code runs it: torch's own noise, weights perturbed in place."""
+    """Plain MeZO with the whole model on the GPU (`benchmarks.step.plain_mezo`)."""
     device, dtype = options.torch_device, DTYPES[options.dtype]
     model = resident_copy(options.model, dtype, options.tokens, device)
     batch = {k: v.to(device) for k, v in batch_of(model, options.tokens).items()}
-    step, eps, lr = [0], 1e-3, 1e-7
-
-    def shift(seed: int, scale: float) -> None:
-        torch.manual_seed(seed)
-        for p in model.parameters():
-            p.data.add_(torch.normal(0, 1, p.shape, device=device, dtype=dtype), alpha=scale)
-
-    def work() -> None:
-        with torch.no_grad():
-            seed = step[0] = step[0] + 1
-            shift(seed, eps)
-            plus = float(model(**batch).loss)
-            shift(seed, -2 * eps)
-            minus = float(model(**batch).loss)
-            shift(seed, eps)
-            shift(seed, -lr * (plus - minus) / (2 * eps))
-
+    work = plain_mezo(model, batch, lr=1e-7)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with PeakDriverMemory(options.driver_memory, options.driver_before) as driver:

@@ -61,12 +61,13 @@ def pairs(work: Work, floor: Work, repeats: int) -> tuple[list[float], list[floa
 
 
 def plain_mezo(model: nn.Module, batch: dict[str, torch.Tensor], eps: float = 1e-3, lr: float = 1e-6) -> Work:
+    """Malladi et al. 2023, Algorithm 1, as their code runs it: torch's own noise, weights perturbed in place."""
     step = [0]
 
     def shift(seed: int, scale: float) -> None:
         torch.manual_seed(seed)
         for p in model.parameters():
-            p.data.add_(torch.normal(0.0, 1.0, p.shape), alpha=scale)
+            p.data.add_(torch.normal(0.0, 1.0, p.shape, device=p.device, dtype=p.dtype), alpha=scale)
 
     def work() -> None:
         with torch.no_grad():

@@ -47,20 +47,16 @@ def test_no_kernel_spills_on_any_gpu():
         assert int(registers) <= 128, f"{name} for {arch}: {registers} registers leave one block a multiprocessor"
 
 
-def test_without_nvcc_the_build_succeeds_and_says_so(tmp_path):
-    command = [
-        sys.executable,
-        "setup.py",
-        "build_ext",
-        "--build-lib",
-        str(tmp_path),
-        "--build-temp",
-        str(tmp_path / "t"),
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"NVCC": str(tmp_path / "no-nvcc"), "CXX": str(tmp_path / "no-cxx")},
-        capture_output=True, text=True, timeout=120,
+def build(into, **settings):
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(into), "--build-temp", str(into / "t")]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"CXX": str(into / "no-cxx"), **settings}, capture_output=True, text=True,
+        timeout=120,
     )  # fmt: skip
+
+
+def test_without_nvcc_the_build_succeeds_and_says_so(tmp_path):
+    done = build(tmp_path, NVCC=str(tmp_path / "no-nvcc"))
     assert done.returncode == 0, done.stderr
     assert "no nvcc" in done.stdout
     assert not (tmp_path / "zo_offload" / "_zo_cuda.fatbin").exists()
@@ -71,19 +67,7 @@ def test_nvcc_that_fails_does_not_stop_the_build(tmp_path):
     bad = tmp_path / "bad-nvcc"
     bad.write_text("#!/bin/sh\necho 'unsupported gpu architecture' >&2\nexit 1\n")
     bad.chmod(0o755)
-    command = [
-        sys.executable,
-        "setup.py",
-        "build_ext",
-        "--build-lib",
-        str(tmp_path),
-        "--build-temp",
-        str(tmp_path / "t"),
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"NVCC": str(bad), "CXX": str(tmp_path / "no-cxx"), "ZO_CUDA": "1"},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = build(tmp_path, NVCC=str(bad), ZO_CUDA="1")
     assert done.returncode == 0, done.stderr
     assert "CUDA kernels not built" in done.stderr and "unsupported gpu architecture" in done.stderr
 
