@@ -16,6 +16,7 @@ The engine wires the parts and holds no algorithm.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from . import runs
 from .activations import measure_activations
 from .auto import choose_storage
 from .checkpoint import Checkpoint, save_pretrained
+from .chunked_loss import losses_in_chunks
 from .config import DTYPES, EngineConfig, parse_bytes, show_bytes
 from .data import Batches, batch_tokens, fingerprint, loss_weight, make_batches, max_positions, split_micro_batches
 from .device_updates import UpdateTable
@@ -404,7 +406,7 @@ class Engine:
             streamer.begin_pass(exact=all(lane.perturbation.scale == 0.0 for lane in lanes))
             hub.host_of = placed.host_of
             try:
-                with torch.no_grad(), matmul_precision(self.config.compute):
+                with torch.no_grad(), matmul_precision(self.config.compute), self._own_loss(self.model):
                     results = hub.run(lanes, call)
                 streamer.end_pass()
             except PlanFault as fault:
@@ -428,6 +430,10 @@ class Engine:
                 self._adopt(relift(self.plan, hub.trace))  # the first real run shows what tracing could not
             return results
         raise PlanError(f"the plan still has faults after {_MAX_CORRECTIONS} corrections; the last: {last}")
+
+    def _own_loss(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """While open, the loss that the model itself computes is computed in chunks; not under an objective given."""
+        return losses_in_chunks(model) if self.objective is model_loss else contextlib.nullcontext()
 
     def _adopt(self, plan: Plan) -> None:
         self.plan = plan
