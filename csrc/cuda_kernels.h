@@ -410,8 +410,12 @@ ZO_SCALES_KERNELS(int8, ZO_INT8)
 ZO_SCALES_KERNELS(int4, ZO_INT4)
 ZO_SCALES_KERNELS(nf4, ZO_NF4)
 
-// read by Python before the first launch: an image made from other sources would be handed other structs
-extern "C" __device__ zo_u32 zo_cuda_abi = ZO_ABI_VERSION << 16 | ZO_LAYOUT_VERSION << 12 | (zo_u32)sizeof(zo_cuda_args);
+// Asked by Python before any other launch: an image made from other sources would be handed other structs. A kernel and
+// not a variable, whose symbol is local to the image.
+ZO_KERNEL zo_cuda_abi(const zo_cuda_noise_args args) {
+  if (blockIdx.x == 0 && threadIdx.x == 0)
+    *(zo_u32*)args.out = ZO_ABI_VERSION << 16 | ZO_LAYOUT_VERSION << 12 | (zo_u32)sizeof(zo_cuda_args);
+}
 
 ZO_KERNEL zo_noise_gaussian(const zo_cuda_noise_args args) { zo_cuda::noise_kernel<zo_cuda::Gaussian>(args); }
 ZO_KERNEL zo_noise_rademacher(const zo_cuda_noise_args args) { zo_cuda::noise_kernel<zo_cuda::Rademacher>(args); }

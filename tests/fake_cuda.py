@@ -198,6 +198,9 @@ class FakeBackend:
     def memory(self) -> tuple[int, int]:
         return 8 << 30, 8 << 30
 
+    def trim(self) -> None:
+        pass
+
     # ---- races -------------------------------------------------------------------------------------------------------
 
     def access(self, tensor: Tensor, write: bool, stream: int, what: str) -> None:

@@ -334,3 +334,29 @@ def test_the_least_time_for_what_a_step_moves():
     assert link.seconds(25e9, 20e9) == pytest.approx(1.0)
     assert link.seconds(75e9, 20e9) == pytest.approx(2.0)  # one second together, then 50 GB alone
     assert link.seconds(0, 40e9) == pytest.approx(1.0)
+
+
+def test_a_profile_names_what_a_step_does(use):
+    """Spans cost nothing where no profiler runs, so one that runs has to be noticed."""
+    use(FakeCudaDevice())
+    with Engine(tiny_opt(), method=METHOD, device="cuda", offload="host") as engine:
+        engine.step(batches(1)[0])
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            engine.step(batches(1)[0])
+    names = {event.key for event in profile.key_averages()}
+    assert {"zo_offload.stream:fused", "zo_offload.stream:wait"} <= names
+
+
+def test_a_slot_is_not_fetched_into_while_its_memory_is_still_computed_with(use):
+    """An allocator may give a slot the memory of a tensor whose last kernel has not run: the first fetch waits too."""
+    device = use(FakeCudaDevice())
+    empty = device.backend.empty
+
+    def in_use(nbytes):
+        memory = empty(nbytes)
+        device.backend.access(memory, True, COMPUTE, "a kernel of before")
+        return memory
+
+    device.backend.empty = in_use
+    train(device="cuda", offload="host", num_slots=2, steps=1)
+    assert device.backend.races == []

@@ -19,6 +19,7 @@ import ctypes
 import functools
 import os
 import struct
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from .devices.driver import (
     ATTRIBUTE_MAJOR,
     ATTRIBUTE_MINOR,
     ATTRIBUTE_SM_COUNT,
-    ERROR_NO_BINARY,
+    ERRORS_OF_IMAGES,
     CudaError,
     Driver,
     driver,
@@ -95,17 +96,32 @@ class CudaKernels:
         """Loads into the current context; CudaError if the image is not for this GPU or these sources."""
         self.device, self.source = device, source
         self._driver = library
+        self._image = image  # kernels are loaded from it when they are first used
+        self._context = library.primary_context(device)
+        self._threads = threading.local()
         self._module = library.load_module(image)
-        found = library.read_global(self._module, "zo_cuda_abi")
+        self._functions: dict[str, int] = {}
+        self._max_grid = _WAVES * library.attribute(device, ATTRIBUTE_SM_COUNT)
+        found = self._abi()
         if found != ABI:
             raise CudaError(
                 f"{source} was built from other sources (interface {found:#x}, this package needs {ABI:#x}); "
                 "rebuild it: python setup.py build_ext --inplace"
             )
-        self._max_grid = _WAVES * library.attribute(device, ATTRIBUTE_SM_COUNT)
-        self._functions: dict[str, int] = {}
+
+    def _abi(self) -> int:
+        """Interface of the image, as its own kernel tells."""
+        import torch
+
+        told = torch.zeros(1, dtype=torch.int32, device=f"cuda:{self.device}")
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        self._launch("zo_cuda_abi", pack_noise(told.data_ptr(), 1, 0, 0, 0, 0), 1, stream)
+        return int(told.item()) & 0xFFFFFFFF
 
     def _launch(self, name: str, args: bytes, warps: int, stream: int) -> None:
+        if not hasattr(self._threads, "ready"):  # a thread in which torch has not used the device has no context
+            self._driver.ensure_current(self._context)
+            self._threads.ready = True
         function = self._functions.get(name)
         if function is None:
             function = self._functions[name] = self._driver.function(self._module, name)
@@ -170,10 +186,16 @@ class _OnDevice:
         z = torch.full((numel,), float("nan"), device=f"cuda:{self.kernels.device}")
         stream = torch.cuda.current_stream(self.kernels.device).cuda_stream
         self.kernels.noise(z.data_ptr(), distribution, rounds, seed, param_id, numel, offset, stream)
-        ctypes.memmove(out, z.cpu().data_ptr(), 4 * numel)
+        copy_out(out, z)
 
     def run_pass(self, **call: Any) -> None:
         run_on_device(self.kernels, **call)
+
+
+def copy_out(address: int, tensor: Tensor) -> None:
+    """A device tensor's bytes to a host address."""
+    data = tensor.cpu()  # in a variable: its memory has to live until it is copied
+    ctypes.memmove(address, data.data_ptr(), data.numel() * data.element_size())
 
 
 def run_on_device(
@@ -218,7 +240,7 @@ def run_on_device(
         lanes=[(seed, out.data_ptr(), scale, code) for (seed, _, scale, code), out in zip(lanes, outs, strict=True)],
     )  # fmt: skip
     for address, data in [(stored, weights), *zip((lane[1] for lane in lanes), outs, strict=True)]:
-        ctypes.memmove(address, data.cpu().data_ptr(), data.numel())
+        copy_out(address, data)
 
 
 def _open(device: int) -> CudaKernels:
@@ -231,9 +253,9 @@ def _open(device: int) -> CudaKernels:
         try:
             return CudaKernels(library, device, IMAGE.read_bytes(), IMAGE.name)
         except CudaError as error:
-            if error.code != ERROR_NO_BINARY:
+            if error.code not in ERRORS_OF_IMAGES:
                 raise
-            tried.append(f"{IMAGE.name} has nothing for this GPU")
+            tried.append(f"{IMAGE.name} has nothing that this GPU and its driver take ({error})")
     elif choice != "nvrtc":
         tried.append(f"{IMAGE.name} was not built (no nvcc at build time)")
     arch = f"sm_{library.attribute(device, ATTRIBUTE_MAJOR)}{library.attribute(device, ATTRIBUTE_MINOR)}"

@@ -34,12 +34,14 @@ def find_library() -> Path | None:
     roots: list[Path] = []
     spec = importlib.util.find_spec("nvidia")
     for place in (spec.submodule_search_locations or []) if spec is not None else []:
-        roots += [*Path(place).glob("cu[0-9]*/lib"), Path(place, "cuda_nvrtc", "lib")]
+        # nvidia/cu13/lib since CUDA 13, the newest first; nvidia/cuda_nvrtc/lib before
+        roots += [*sorted(Path(place).glob("cu[0-9]*/lib"), reverse=True), Path(place, "cuda_nvrtc", "lib")]
     torch = importlib.util.find_spec("torch")
     if torch is not None and torch.origin is not None:
         roots.append(Path(torch.origin).parent / "lib")
     names = ("libnvrtc.so.[0-9]*", "libnvrtc-*.so.[0-9]*")  # the second is how torch's conda builds call it
-    return next((p for root in roots for name in names for p in sorted(root.glob(name))), None)
+    found = (p for root in roots for name in names for p in sorted(root.glob(name)) if ".alt." not in p.name)
+    return next(found, None)
 
 
 class Nvrtc:
@@ -49,10 +51,12 @@ class Nvrtc:
         self.path = path
         # loaded by path, NVRTC does not find its own second half unless that is in the process already
         for builtins in sorted(path.parent.glob("libnvrtc-builtins*.so*")):
+            if ".alt." in builtins.name:  # of the other build of NVRTC that lies beside it
+                continue
             try:
                 ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
             except OSError:
-                continue  # of several (".alt" ones too), one is enough; the compiler names what it lacks
+                continue  # of several, one is enough; the compiler names what it lacks
         try:
             self._lib = ctypes.CDLL(str(path))
         except OSError as error:

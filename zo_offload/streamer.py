@@ -29,7 +29,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from .device_updates import DeviceUpdates
 from .devices import CpuDevice, Event, Stream
@@ -40,6 +39,7 @@ from .noise import NoiseSpec
 from .plan import Owner, ParamSpec, Plan
 from .schedule import Op, OpKey, last_visits, schedule
 from .scratch import ScratchPool
+from .spans import span
 from .tiers import Tier
 from .updates import UpdateLog
 
@@ -116,6 +116,8 @@ class Streamer:
         streamed = [b for b in range(len(plan.blocks)) if b not in window.pinned]
         slot_bytes = max((layout.block_bytes[b] for b in streamed), default=0)
         self._slots = [Slot(device.alloc(slot_bytes)) for _ in range(window.num_slots if streamed else 0)]
+        for slot in self._slots:  # an allocator may give memory that is still being computed with
+            slot.used = device.mark()
         self._fetch_stream: Stream = device.stream("fetch", window.io_threads)
         self._flush_stream: Stream = device.stream("flush", min(1, window.io_threads))
         self._flushes: deque[Event] = deque()
@@ -175,7 +177,7 @@ class Streamer:
             slot, writes = self._acquire(self.layout.places[name].block)
             outs = [scratch.tensors[j][index] for j in range(len(perturbations))]
             start = time.perf_counter()
-            with record_function("zo_offload.stream:fused"):
+            with span("zo_offload.stream:fused"):
                 self._emit_one(name, slot, writes, perturbations, outs, rows)
             self.traffic.fused_s += time.perf_counter() - start
         return scratch.tensors
@@ -344,7 +346,7 @@ class Streamer:
     def _wait(self, slot: Slot) -> None:
         if slot.ready is not None:
             start = time.perf_counter()
-            with record_function("zo_offload.stream:wait"):
+            with span("zo_offload.stream:wait"):
                 slot.ready.wait()
             self.traffic.wait_s += time.perf_counter() - start
             slot.ready = None
@@ -366,7 +368,7 @@ class Streamer:
             after.append(slot.used)
 
         def fetch() -> None:
-            with record_function("zo_offload.stream:fetch"):
+            with span("zo_offload.stream:fetch"):
                 self._fetch(op.block, slot, target)
 
         slot.ready = self._fetch_stream.submit(fetch, after, self._event(op.key))
@@ -409,7 +411,7 @@ class Streamer:
         """
         assert not slot.dirty, "a block was folded into without its residual"
         start = time.perf_counter()
-        with record_function("zo_offload.stream:fetch"):
+        with span("zo_offload.stream:fetch"):
             part = slot.memory[self.layout.stream_bytes[slot.block] : self.layout.block_bytes[slot.block]]
             self.tier.fetch(slot.block, part, self.layout.stream_bytes[slot.block])
             self.traffic.fetch_bytes += part.numel()
@@ -430,7 +432,7 @@ class Streamer:
         spans = self.layout.spans[block]
 
         def flush() -> None:
-            with record_function("zo_offload.stream:flush"):
+            with span("zo_offload.stream:flush"):
                 self.tier.flush(block, data, spans, version)
 
         after = () if slot.used is None else (slot.used,)  # the bytes are whole once the passes that write them ended

@@ -165,6 +165,9 @@ class CpuDevice:
     def synchronize(self) -> None:
         """Wait until all that was computed so far is done."""
 
+    def trim(self) -> None:
+        """Give back memory that an allocator keeps though nothing uses it."""
+
     def budget(self, asked: int | None, *, chosen: bool = False) -> int | None:
         """What blocks, scratch and activations may take of `device_memory`; None: as little as works.
 

@@ -31,9 +31,11 @@ from ..errors import BudgetError, ConfigError
 from ..tiers import HostTier, Tier
 from .cpu import CpuDevice, Event, Later, Stream
 from .link import Link, measure_link
+from .nvml import DriverMemory
 from .staging import HostSlabs, ThroughHost
 
 LIBRARY_BYTES = 192 << 20  # cuBLAS workspaces, and kernels that are loaded when they are first used
+USUAL_CONTEXT_BYTES = 512 << 20  # of a process, where the driver does not say
 AUTOMATIC_SHARE = 0.8  # of the free memory, where no budget is given: activations are an estimate
 
 
@@ -55,6 +57,7 @@ class Backend(Protocol):
     def lock(self, memory: Tensor) -> None: ...
     def unlock(self, memory: Tensor) -> None: ...
     def memory(self) -> tuple[int, int]: ...
+    def trim(self) -> None: ...
 
 
 class TorchCuda:
@@ -72,7 +75,8 @@ class TorchCuda:
         return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     def make_event(self) -> Any:
-        return torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # blocking: a host thread that waits for one sleeps, instead of taking a core from those that copy
+        return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
     def record(self, event: Any, stream: Any) -> None:
         event.record(stream if stream is not None else torch.cuda.current_stream(self.device))
@@ -95,6 +99,8 @@ class TorchCuda:
         return torch.cuda.stream(stream)
 
     def copy(self, to: Tensor, source: Tensor) -> None:
+        # cudaMemcpyAsync on the current stream, whoever allocated the host memory (ATen/native/cuda/Copy.cu): the
+        # driver knows what is page-locked. Of memory that is not, it returns once the bytes are staged.
         to.copy_(source, non_blocking=True)
 
     def is_device(self, tensor: Tensor) -> bool:
@@ -107,17 +113,20 @@ class TorchCuda:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def lock(self, memory: Tensor) -> None:
-        self._driver.make_current(self._context)  # worker threads have none of their own
-        self._driver.lock_host(memory.data_ptr(), memory.numel())
+        with self._driver.current(self._context):
+            self._driver.lock_host(memory.data_ptr(), memory.numel())
 
     def unlock(self, memory: Tensor) -> None:
-        self._driver.make_current(self._context)
-        self._driver.unlock_host(memory.data_ptr())
+        with self._driver.current(self._context):
+            self._driver.unlock_host(memory.data_ptr())
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes of the device, as the driver counts them."""
         free, total = torch.cuda.mem_get_info(self.device)
         return int(free), int(total)
+
+    def trim(self) -> None:
+        torch.cuda.empty_cache()
 
 
 class CudaEvent(Event):
@@ -195,7 +204,7 @@ class CudaDevice(CpuDevice):
         self.backend: Backend = backend if backend is not None else TorchCuda(index)
         self.torch_device = torch.device("cuda", index) if backend is None else torch.device("cpu")
         self.context_bytes = 0
-        """What the driver counted for this process before anything was allocated: context, kernels, libraries."""
+        """What the driver counts for this process beside torch's tensors: context, kernels, libraries."""
 
     def alloc(self, nbytes: int) -> Tensor:
         """Uninitialised device memory. BudgetError names what was asked and what is free."""
@@ -264,8 +273,14 @@ class CudaDevice(CpuDevice):
             )
         return rest
 
+    def trim(self) -> None:
+        """Give back memory that nothing uses. The allocator keeps freed blocks of whatever size; waits for the GPU."""
+        self.backend.trim()
+
     def measure_link(self) -> Link | None:
-        return measure_link(self.torch_device, nbytes=32 << 20)
+        link = measure_link(self.torch_device, nbytes=32 << 20)
+        self.trim()
+        return link
 
     def free_bytes(self) -> int:
         return self.backend.memory()[0]
@@ -293,18 +308,35 @@ def cuda_device(name: str) -> CudaDevice:
     if torch.version.cuda is None or not torch.cuda.is_available():
         built = "was built without CUDA" if torch.version.cuda is None else "finds no GPU"
         raise ConfigError(f"device={name!r}: torch {torch.__version__} {built}; `python -m zo_offload` shows more")
-    index = torch.device(name).index
-    index = torch.cuda.current_device() if index is None else index
+    index: int | None = torch.device(name).index
+    if index is None:  # to ask torch for the current device would be the process's first use of CUDA
+        index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
     if index >= torch.cuda.device_count():
         raise ConfigError(f"device={name!r}: torch finds {torch.cuda.device_count()} GPUs")
     with _lock:
         if index not in _made:
-            before = torch.cuda.mem_get_info(index)[0]
+            memory = DriverMemory(index)
+            fresh = not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+            before = memory.device_used() if fresh else None
             try:
                 device = CudaDevice(index)
                 native_cuda.kernels(index)
             except CudaError as error:
                 raise ConfigError(f"device={name!r}: {error}") from error
-            device.context_bytes = max(0, before - device.free_bytes())
+            device.context_bytes = context_bytes(memory, before, torch.cuda.memory_reserved(index))
             _made[index] = device
         return _made[index]
+
+
+def context_bytes(memory: DriverMemory, before: int | None, tensors: int) -> int:
+    """What the driver counts for this process beside `tensors` bytes of torch's.
+
+    By the process's own count where the driver tells processes apart; else by what the device had more of than
+    `before` the context was made; else what is usual.
+    """
+    own, used = memory.process_used(), memory.device_used()
+    if own is not None:
+        return max(0, own - tensors)
+    if before is not None and used is not None:
+        return max(0, used - before - tensors)
+    return USUAL_CONTEXT_BYTES

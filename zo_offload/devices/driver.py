@@ -1,20 +1,25 @@
 """NVIDIA's driver library through ctypes: modules, launches and page-locking, in the context torch uses.
 
-Only what torch does not offer. Everything is called by its versioned name, so the structs behind it cannot change
-under us. ctypes releases the GIL during a call: page-locking gigabytes does not stop other threads.
+Only what torch does not offer. Everything is called by its versioned name (those of cuda.h 12 and 13 are the same), so
+the structs behind it cannot change under us. ctypes releases the GIL during a call: page-locking gigabytes does not
+stop other threads.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import ZOError
 
-ERROR_OUT_OF_MEMORY, ERROR_NO_BINARY = 2, 209
+# an image that this GPU or this driver cannot use: invalid image or source, no binary, PTX invalid, newer than the
+# driver, or not to be compiled here
+ERRORS_OF_IMAGES = (200, 209, 218, 221, 222, 223, 300)
 HOST_REGISTER_PORTABLE = 1  # locked for every context of the process, as torch's own pinned memory is
-ATTRIBUTE_SM_COUNT, ATTRIBUTE_MAJOR, ATTRIBUTE_MINOR, ATTRIBUTE_ASYNC_ENGINES = 16, 75, 76, 40
+ATTRIBUTE_SM_COUNT, ATTRIBUTE_ASYNC_ENGINES, ATTRIBUTE_MAJOR, ATTRIBUTE_MINOR = 16, 40, 75, 76
 
 
 class CudaError(ZOError):
@@ -60,9 +65,22 @@ class Driver:
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
         return int(context.value or 0)
 
-    def make_current(self, context: int) -> None:
-        """For the calling thread. A thread that torch has not used has no context of its own."""
-        self.call("cuCtxSetCurrent", ctypes.c_void_p(context))
+    @contextmanager
+    def current(self, context: int) -> Iterator[None]:
+        """The context made current for the calling thread, and the one before put back: torch's idea of the thread's
+        device stays right. A thread that torch has not used has no context of its own."""
+        self.call("cuCtxPushCurrent_v2", ctypes.c_void_p(context))
+        try:
+            yield
+        finally:
+            self.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def ensure_current(self, context: int) -> None:
+        """A context for a calling thread that has none, for good."""
+        found = ctypes.c_void_p()
+        self.call("cuCtxGetCurrent", ctypes.byref(found))
+        if not found.value:
+            self.call("cuCtxSetCurrent", ctypes.c_void_p(context))
 
     def attribute(self, device: int, attribute: int) -> int:
         handle, value = ctypes.c_int(), ctypes.c_int()
@@ -81,16 +99,6 @@ class Driver:
         code = self._lib.cuModuleGetFunction(ctypes.byref(function), ctypes.c_void_p(module), name.encode())
         self.check(code, f"kernel {name}")
         return int(function.value or 0)
-
-    def read_global(self, module: int, name: str) -> int:
-        """The value of a 32-bit device variable."""
-        address, size, value = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_uint32()
-        code = self._lib.cuModuleGetGlobal_v2(
-            ctypes.byref(address), ctypes.byref(size), ctypes.c_void_p(module), name.encode()
-        )
-        self.check(code, f"variable {name}")
-        self.call("cuMemcpyDtoH_v2", ctypes.byref(value), address, ctypes.c_size_t(4))
-        return value.value
 
     def launch(self, function: int, grid: int, threads: int, stream: int, args: bytes) -> None:
         """Enqueue a kernel whose only parameter is the struct `args`, which is copied before this returns."""

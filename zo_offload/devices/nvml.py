@@ -2,6 +2,10 @@
 
 torch's allocator counts its own tensors; the CUDA context, kernels and libraries' workspaces come on top (half a
 gigabyte is usual). A budget that a user checks with nvidia-smi is about this number.
+
+NVML counts a device's memory by process only where process ids mean the same to it and to us: in containers they
+often do not, in virtual machines they may be hidden. Then what the whole device has more of than before is the nearest
+there is; nothing else may use the GPU at the time.
 """
 
 from __future__ import annotations
@@ -23,29 +27,54 @@ class DriverMemory:
             return
         try:
             pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByIndex(_physical(index))
+            self._handle = _handle(pynvml, index)
             self._nvml = pynvml
         except pynvml.NVMLError as error:
             self.reason = f"NVML: {error}"
 
-    def device_used(self) -> int | None:
-        """Bytes in use on the device by everyone."""
+    def _ask(self, question: str, *arguments: Any) -> Any:
+        """An NVML function's answer about the GPU, or None: which of them work depends on driver, container and MIG."""
         if self._nvml is None:
             return None
-        return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+        try:
+            return getattr(self._nvml, question)(self._handle, *arguments)
+        except self._nvml.NVMLError as error:
+            self.reason = f"{question}: {error}"
+            return None
+
+    def device_used(self) -> int | None:
+        """Bytes in use on the device by everyone, the driver's own included."""
+        info = self._ask("nvmlDeviceGetMemoryInfo")
+        return None if info is None else int(info.used)
 
     def process_used(self) -> int | None:
-        """Bytes in use by this process. Containers and virtual machines often do not tell processes apart."""
-        if self._nvml is None:
-            return None
-        for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle):
+        """Bytes in use by this process, where the driver tells processes apart by ids that are ours."""
+        for process in self._ask("nvmlDeviceGetComputeRunningProcesses") or ():
             if process.pid == os.getpid() and process.usedGpuMemory is not None:
                 return int(process.usedGpuMemory)
         return None
 
+    def describe(self) -> dict[str, Any]:
+        """What NVML tells of the GPU and of who uses it; None for what it does not."""
+        running = self._ask("nvmlDeviceGetComputeRunningProcesses")
+        mig = self._ask("nvmlDeviceGetMigMode")
+        return {
+            "nvml": self.reason if self._nvml is None else "works",
+            "device_used": self.device_used(),
+            "process_used": self.process_used(),
+            "pid": os.getpid(),
+            "pids_seen": None if running is None else [process.pid for process in running],
+            "mig": None if mig is None else bool(mig[0]),
+            "pcie_generation": self._ask("nvmlDeviceGetCurrPcieLinkGeneration"),
+            "pcie_width": self._ask("nvmlDeviceGetCurrPcieLinkWidth"),
+        }
 
-def _physical(index: int) -> int:
-    """NVML counts all GPUs of the machine, CUDA those it was shown."""
+
+def _handle(nvml: Any, index: int) -> Any:
+    """NVML counts all GPUs of the machine, CUDA those that CUDA_VISIBLE_DEVICES shows, by number or by name."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = [name.strip() for name in shown.split(",") if name.strip()]
-    return int(names[index]) if index < len(names) and names[index].isdigit() else index
+    name = names[index] if index < len(names) else str(index)
+    if name.isdigit():
+        return nvml.nvmlDeviceGetHandleByIndex(int(name))
+    return nvml.nvmlDeviceGetHandleByUUID(name)

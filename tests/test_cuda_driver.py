@@ -1,0 +1,228 @@
+"""Calls of the CUDA driver: against a library with the real one's names and types, as NVIDIA's cuda.h declares them."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from zo_offload import native_cuda
+from zo_offload.devices import driver as driver_module
+from zo_offload.devices.cuda import USUAL_CONTEXT_BYTES, TorchCuda, context_bytes
+from zo_offload.devices.driver import CudaError, Driver
+from zo_offload.devices.nvml import DriverMemory
+from zo_offload.fused import Perturbation
+from zo_offload.noise import NoiseSpec
+
+HERE = Path(__file__).resolve().parent
+
+
+def cuda_include() -> Path | None:
+    nvcc = shutil.which("nvcc")
+    places = ([Path(nvcc).resolve().parent.parent / "include"] if nvcc else []) + [Path("/usr/local/cuda/include")]
+    return next((place for place in places if (place / "cuda.h").exists()), None)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    include = cuda_include()
+    if include is None or shutil.which("gcc") is None:
+        pytest.skip("no cuda.h or no gcc on this machine")
+    out = tmp_path_factory.mktemp("libcuda") / "libcuda.so"
+    d = driver_module
+    numbers = {
+        "ZO_PORTABLE": d.HOST_REGISTER_PORTABLE, "ZO_SM_COUNT": d.ATTRIBUTE_SM_COUNT, "ZO_MAJOR": d.ATTRIBUTE_MAJOR,
+        "ZO_MINOR": d.ATTRIBUTE_MINOR, "ZO_ENGINES": d.ATTRIBUTE_ASYNC_ENGINES,
+        "ZO_IMAGE_ERRORS": ",".join(map(str, d.ERRORS_OF_IMAGES)),
+    }  # fmt: skip
+    defined = [f"-D{name}={value}" for name, value in numbers.items()]
+    source = str(HERE / "fake_libcuda.c")
+    command = [
+        "gcc",
+        "-std=c11",
+        "-Wall",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+        f"-I{include}",
+        *defined,
+        source,
+        "-o",
+        str(out),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = ctypes.CDLL(str(out))
+    found.fake_log.restype = ctypes.c_char_p
+    found.fake_last_params.restype = ctypes.c_void_p
+    return found
+
+
+@pytest.fixture
+def calls(library):
+    library.fake_clear()
+    return lambda: library.fake_log().decode().splitlines()
+
+
+def test_what_means_an_image_that_cannot_be_used(library):
+    assert all(library.fake_is_image_error(code) for code in driver_module.ERRORS_OF_IMAGES)
+
+
+def test_page_locking_goes_to_torchs_context_and_leaves_the_threads_own(library, calls):
+    """A pin worker has no context; a caller may be on another GPU, and stays there."""
+    driver = Driver(library)
+    backend = TorchCuda.__new__(TorchCuda)
+    backend._driver, backend._context = driver, driver.primary_context(1)
+    memory = torch.empty(4096, dtype=torch.uint8)
+    driver.call("cuCtxSetCurrent", ctypes.c_void_p(0x123))
+    library.fake_clear()
+    backend.lock(memory)
+    backend.unlock(memory)
+    at, context = hex(memory.data_ptr()), hex(0x700000000001)
+    assert calls() == [f"register {at} 4096 flags 1 context {context}", f"unregister {at} context {context}"]
+    now = ctypes.c_void_p()
+    driver.call("cuCtxGetCurrent", ctypes.byref(now))
+    assert now.value == 0x123
+    library.fake_answer(2)
+    with pytest.raises(CudaError, match=r"cuMemHostRegister.*CUDA_ERROR_OUT_OF_MEMORY \(out of memory\)") as caught:
+        backend.lock(memory)
+    assert caught.value.code == 2
+
+
+@pytest.fixture
+def kernels(library, monkeypatch):
+    monkeypatch.setattr(native_cuda.CudaKernels, "_abi", lambda self: native_cuda.ABI)
+    return native_cuda.CudaKernels(Driver(library), 0, b"\x7fELF and so on", "a test")
+
+
+def test_a_launch_has_the_struct_the_grid_and_the_stream(library, kernels, calls):
+    library.fake_clear()
+    library.fake_params(native_cuda.ARGS_BYTES)
+    stored, outs = torch.zeros(2 << 20, dtype=torch.uint8), [torch.zeros(1 << 20, dtype=torch.bfloat16)] * 2
+    lanes = [(p.seed, out.data_ptr(), p.scale, 1) for p, out in zip([Perturbation(5, 0.5)] * 2, outs, strict=True)]
+    call = dict(
+        stored=stored.data_ptr(), rows=0, numel=1 << 20, offset=512, format=1, param_id=9, write_back=True,
+        stochastic=False,
+    )  # fmt: skip
+    kernels.run_pass(updates=None, lanes=lanes, noise=NoiseSpec("gaussian"), stream=0x7000_1234_5678, **call)
+    lines = calls()
+    assert lines[0] == "function zo_pass_bf16_gaussian of 0x710000000000"
+    # 2048 warps of 512 elements, eight warps a block
+    assert lines[1].startswith("launch 0x720000000000 256,1,1 x 256,1,1 shared 0 stream 0x700012345678 extra (nil)")
+    expected = native_cuda.pack_args(
+        lanes=lanes, last_fold=-1, total_rows=0, updates=0, num_updates=0, num_rows=0, distribution="gaussian",
+        rounds=10, target_scales=False, **call,
+    )  # fmt: skip
+    assert ctypes.string_at(library.fake_last_params(), native_cuda.ARGS_BYTES) == expected
+
+
+def test_a_grid_has_a_limit_and_default_stream_is_null(library, kernels, calls):
+    library.fake_clear()
+    library.fake_params(native_cuda._NOISE.size)
+    kernels.noise(0x1000, "rademacher", 7, 1, 2, 1 << 40, 0, 0)
+    assert calls()[1].startswith(
+        f"launch 0x720000000000 {132 * native_cuda._WAVES},1,1 x 256,1,1 shared 0 stream (nil)"
+    )
+
+
+def test_a_thread_without_a_context_gets_torchs(library, kernels, calls):
+    library.fake_params(native_cuda._NOISE.size)
+    library.fake_clear()
+
+    def work():
+        for _ in range(2):
+            kernels.noise(0x1000, "gaussian", 10, 1, 2, 8, 0, 0)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    lines = calls()
+    assert lines.count("set current 0x700000000000") == 1
+    assert all(line.endswith("context 0x700000000000") for line in lines if line.startswith("launch"))
+
+
+def test_an_image_of_other_sources_is_refused(library, monkeypatch):
+    monkeypatch.setattr(native_cuda.CudaKernels, "_abi", lambda self: 7)
+    with pytest.raises(CudaError, match=r"a test was built from other sources \(interface 0x7.*build_ext") as caught:
+        native_cuda.CudaKernels(Driver(library), 0, b"\x7fELF", "a test")
+    assert caught.value.code == 0
+
+
+@pytest.mark.parametrize("code, falls_back", [(209, True), (222, True), (200, True), (2, False)])
+def test_an_image_that_the_driver_does_not_take_leaves_nvrtc(library, monkeypatch, tmp_path, code, falls_back):
+    image = tmp_path / "image.fatbin"
+    image.write_bytes(b"P\xed\x55\xba")
+    monkeypatch.delenv("ZO_CUDA", raising=False)
+    monkeypatch.setattr(native_cuda, "IMAGE", image)
+    monkeypatch.setattr(native_cuda, "driver", lambda: Driver(library))
+    monkeypatch.setattr(native_cuda.nvrtc, "compiled", lambda arch: (b"\x7fELF", f"compiled for {arch}"))
+    monkeypatch.setattr(native_cuda.CudaKernels, "_abi", lambda self: native_cuda.ABI)
+    library.fake_answer(code)
+    if falls_back:
+        assert native_cuda._open(0).source == "compiled for sm_99"
+    else:
+        with pytest.raises(CudaError, match="OUT_OF_MEMORY"):
+            native_cuda._open(0)
+
+
+class Told(DriverMemory):
+    """NVML that tells these two numbers."""
+
+    def __init__(self, device, process):
+        self.device_used, self.process_used = lambda: device, lambda: process
+
+
+@pytest.mark.parametrize("device, process, before, expected", [
+    (9000, 700, 100, 600),  # of the process itself, less torch's tensors
+    (9000, None, 8000, 900),  # processes are not told apart: what the device has more of
+    (9000, None, None, USUAL_CONTEXT_BYTES),  # the context was there before: nothing to compare with
+    (None, None, None, USUAL_CONTEXT_BYTES),  # no NVML
+])  # fmt: skip
+def test_where_the_contexts_size_comes_from(device, process, before, expected):
+    assert context_bytes(Told(device, process), before, 100) == expected
+
+
+class FakeNvml:
+    """pynvml, in a container that tells no processes and refuses MIG."""
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlInit(self):
+        pass
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return f"index {index}"
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        return f"name {uuid}"
+
+    def nvmlDeviceGetMemoryInfo(self, handle):
+        return type("Info", (), {"used": 5 << 30})
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle):
+        raise self.NVMLError("Not Supported")
+
+    nvmlDeviceGetMigMode = nvmlDeviceGetCurrPcieLinkGeneration = nvmlDeviceGetComputeRunningProcesses
+
+    def nvmlDeviceGetCurrPcieLinkWidth(self, handle):
+        return 16
+
+
+@pytest.mark.parametrize("shown, handle", [
+    (None, "index 0"), ("3,1", "index 3"), ("GPU-8a,GPU-9b", "name GPU-8a"), ("MIG-7c", "name MIG-7c"),
+])  # fmt: skip
+def test_nvml_that_tells_half(monkeypatch, shown, handle):
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown) if shown else monkeypatch.delenv("CUDA_VISIBLE_DEVICES", False)
+    memory = DriverMemory(0)
+    assert memory._handle == handle
+    assert memory.device_used() == 5 << 30 and memory.process_used() is None
+    assert "Not Supported" in memory.reason
+    told = memory.describe()
+    assert told["pcie_width"] == 16 and told["mig"] is None and told["pids_seen"] is None
