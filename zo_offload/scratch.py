@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_ALIGN = 64
+# what matrix libraries look at: two weights of one alignment are computed with by the same kernel, wherever they lie
+_ALIGN = 256
 
 
 @dataclass
