@@ -1,12 +1,13 @@
 // The plain C interface of the native libraries: pointers, sizes and scalars; no torch, no Python.
 //
-// One call is one fused pass (fused.h) over consecutive elements of one parameter, or over gathered rows of it.
+// One call is one fused pass (fused.h) over consecutive elements of one parameter, or over gathered rows of it. The
+// planes may hold all of the parameter or a piece of it.
 // Everything is 64-bit clean. The structs have no padding the compiler could choose: Python packs them with `struct`.
 #ifndef ZO_API_H
 #define ZO_API_H
 #include "formats.h"
 
-#define ZO_ABI_VERSION 2
+#define ZO_ABI_VERSION 3
 
 enum { ZO_OK = 0, ZO_ERROR_FORMAT = 1, ZO_ERROR_NOISE = 2, ZO_ERROR_ISA = 3, ZO_ERROR_MEMORY = 4 };
 enum { ZO_SCALAR = 0, ZO_AVX2 = 1, ZO_AVX512 = 2, ZO_NUM_ISAS = 3 };
@@ -32,15 +33,16 @@ enum {
   ZO_MASTER = 8          // lanes see the master of a split format; for decoding it, without updates
 };
 struct zo_pass {
-  void* stored;              // values plane. With rows: of the whole parameter, else of its element `offset`; as below
+  void* stored;              // values plane, from the parameter's element `offset` on; as below
   void* scales;              // formats with groups: a byte or a float32 a group
   void* minima;              // int4: a bfloat16 a group
   void* residual;            // split formats, when an update folds or with ZO_MASTER
-  const zo_i64* rows;        // null, or num_rows row indices: row r is elements [r * numel, (r + 1) * numel)
+  const zo_i64* rows;        // null, or num_rows row indices: row r is elements [r * numel, (r + 1) * numel); those that
+                             // are not among the planes' elements are passed over, their outputs left as they are
   const zo_update* updates;  // null: they follow this struct, and the lanes follow them
   const zo_lane* lanes;
   zo_u64 numel, offset, num_rows;
-  zo_u64 total;              // elements the planes hold: where the last group ends. Without rows, numel
+  zo_u64 total;              // elements the planes hold: where the last group ends. Without rows, numel; else whole rows
   zo_u32 num_updates, num_lanes;
   zo_u32 format, group;      // group: elements a scale, 64 or 128, `offset` a multiple of it; 0: no groups
   zo_u32 param_id, distribution, rounds, flags;

@@ -135,7 +135,8 @@ void rows_chunk(void* context, uint64_t c) {
   StandardFloat guard;
   const zo_u64 last = (c + 1) * job.rows_per_chunk;
   for (zo_u64 u = c * job.rows_per_chunk; u < last && u < pass.num_rows; ++u) {
-    job.segment(job.work, (zo_u64)pass.rows[u] * pass.numel, pass.numel, u * pass.numel);
+    const zo_u64 from = (zo_u64)pass.rows[u] * pass.numel;
+    if (from - pass.offset < pass.total) job.segment(job.work, from, pass.numel, u * pass.numel);  // else another piece's
   }
 }
 

@@ -217,7 +217,7 @@ inline Cut cut_tile(const zo_pass& pass, zo_u64 g, zo_u64 n) {
   cut.end = cut.head + cut.count;
   cut.span = (cut.end + ALIGN - 1) & ~(ALIGN - 1);
   if (pass.group) {
-    const zo_u64 last = (pass.rows ? 0 : pass.offset) + pass.total - cut.first;
+    const zo_u64 last = pass.offset + pass.total - cut.first;
     cut.begin &= ~((int)pass.group - 1);
     cut.end = (cut.end + (int)pass.group - 1) & ~((int)pass.group - 1);
     if ((zo_u64)cut.end > last) cut.end = (int)last;
@@ -227,7 +227,7 @@ inline Cut cut_tile(const zo_pass& pass, zo_u64 g, zo_u64 n) {
 
 // the planes at element g, a multiple of the group
 inline Planes planes_at(const zo_pass& pass, zo_u64 g) {
-  const zo_u64 at = g - (pass.rows ? 0 : pass.offset), group = pass.group ? at / pass.group : 0;
+  const zo_u64 at = g - pass.offset, group = pass.group ? at / pass.group : 0;
   const int format = (int)pass.format;
   Planes p = {(zo_u8*)pass.stored + at * zo_format_bits(format) / 8,
               (zo_u8*)pass.scales + group * zo_scale_bytes(format),
@@ -346,7 +346,7 @@ void scales_segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
   Noise noise;
   Grid grid;
   const zo_pass& pass = *work->pass;
-  const zo_u64 base = pass.rows ? 0 : pass.offset, group = pass.group;
+  const zo_u64 base = pass.offset, group = pass.group;
   const int format = (int)pass.format;
   grid.group = (int)group;
   while (n) {

@@ -25,7 +25,7 @@
 struct zo_cuda_args {  // the kernels' only parameter, by value
   zo_pass pass;        // updates: device memory; lanes: unused
   const float* scales;  // of the lanes, in device memory, or null: `lanes[j].scale`
-  zo_u64 total_rows;    // of the parameter, with rows; others are answered with NaN
+  zo_u64 total_rows;    // of the whole parameter, with rows; others are answered with NaN, by every piece
   zo_i32 last_fold;     // index of the last update that folds, or -1: the host knows which fold
   zo_u32 num_lanes;
   zo_lane lanes[ZO_CUDA_LANES];
@@ -246,7 +246,7 @@ ZO_DEV zo_u64 tiles_of(zo_u64 first, zo_u64 last, zo_u64 size) { return (last + 
 
 // A run's elements to read: whole groups, to the parameter's end.
 ZO_DEV Run run_of(const zo_pass& pass, zo_u64 first, zo_u64 out_at, bool valid) {
-  const zo_u64 base = pass.rows ? 0 : pass.offset, end = base + pass.total;
+  const zo_u64 base = pass.offset, end = base + pass.total;
   Run run = {first, first + pass.numel, first, first + pass.numel, base, out_at, valid};
   if (pass.group) {
     run.low = first / pass.group * pass.group;
@@ -273,7 +273,9 @@ ZO_DEV void walk(const zo_cuda_args& args, const zo_u64 TILE, Tile tile) {
     const zo_u64 u = t / a_row;
     const zo_i64 row = pass.rows[u];
     const bool valid = row >= 0 && (zo_u64)row < args.total_rows;
-    const Run run = run_of(pass, valid ? (zo_u64)row * pass.numel : 0, u * pass.numel, valid);
+    const zo_u64 first = valid ? (zo_u64)row * pass.numel : pass.offset;
+    if (first - pass.offset >= pass.total) continue;  // a row of another piece (or, wrapped around, of one before)
+    const Run run = run_of(pass, first, u * pass.numel, valid);
     const zo_u64 start = (run.first / TILE + t % a_row) * TILE;
     if (start < run.last) tile(run, start);
   }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from zo_offload.blocks import Piece
 from zo_offload.fused import Perturbation
 from zo_offload.lanes import Lane
 from zo_offload.plan import Owner, Plan
@@ -48,18 +49,26 @@ class DictSource:
         return self._cache[key]
 
     def emit(
-        self, owner: Owner, perturbations: Sequence[Perturbation], rows: Tensor | None = None
+        self,
+        owner: Owner,
+        perturbations: Sequence[Perturbation],
+        rows: Tensor | None = None,
+        piece: Piece | None = None,
     ) -> list[list[Tensor]]:
         self.emits.append((owner.name, list(perturbations), rows))
         self.out += 1
-        size = len(perturbations) * sum(self.weights[n].numel() for n in owner.params)
+        names = owner.params if piece is None or piece.index == 0 else (piece.name,)
+        size = len(perturbations) * sum(self.weights[n].numel() for n in names)
         used = start = self._place(size)
         scratch: list[list[Tensor]] = []
         for p in perturbations:
             scratch.append([])
-            for name in owner.params:
+            for name in names:
                 w = self.perturbed(name, p)
-                w = w if rows is None else w[rows]
+                if rows is not None:
+                    w = w[rows]
+                elif piece is not None and piece.name == name:
+                    w = w.view(-1)[piece.start : piece.stop].view(-1, *w.shape[1:])
                 if self._pool is not None:
                     free = self._pool.setdefault(w.shape, [])
                     scratch[-1].append((free.pop() if free else torch.empty_like(w)).copy_(w))

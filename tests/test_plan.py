@@ -12,6 +12,7 @@ import transformers as tf
 from lane_helpers import owners_of
 from torch import Tensor, nn
 
+from zo_offload.blocks import BLOCK_NUMEL
 from zo_offload.errors import PlanError
 from zo_offload.plan import Plan, make_plan, plan_digest, relift
 from zo_offload.trace import Trace
@@ -132,8 +133,10 @@ def test_paper_sizes_are_planned_in_seconds_without_weights() -> None:
     start = time.perf_counter()
     plan = make_plan(model, {"input_ids": ids, "labels": ids, "use_cache": False})
     seconds = time.perf_counter() - start
-    assert plan.traced and len(plan.blocks) == 98 and plan.numel == 174_604_468_224
-    assert {row.numel for row in plan.describe()[1:97]} == {1_812_099_072}
+    layers = plan.describe()
+    assert plan.traced and len(layers) == 98 and plan.numel == 174_604_468_224
+    assert {(row.numel, row.num_blocks) for row in layers[1:97]} == {(1_812_099_072, 32)}
+    assert max(block.numel for block in plan.blocks) <= BLOCK_NUMEL
     assert seconds < 20  # about 1
 
 

@@ -46,8 +46,8 @@ def test_blocks_are_a_streamed_part_and_a_residual_part():
         layout, plan = engine.layout, engine.plan
     for block in plan.blocks:
         ends = []
-        for name in block.params:
-            place, spec = layout.places[name], plan.params[name]
+        for piece in block.pieces:
+            place, spec = layout.places[piece], plan.params[piece.name]
             split = len(spec.shape) > 1
             assert place.fmt.name == ("bf16+8" if split else "fp32")
             assert place.residual_nbytes == (spec.numel if split else 0)
@@ -61,8 +61,8 @@ def test_blocks_are_a_streamed_part_and_a_residual_part():
         covered = torch.zeros(layout.block_bytes[block.index], dtype=torch.bool)
         for start, nbytes in layout.spans[block.index]:
             covered[start : start + nbytes] = True
-        for name in block.params:
-            place = layout.places[name]
+        for piece in block.pieces:
+            place = layout.places[piece]
             assert covered[place.offset : place.offset + place.nbytes].all()
             assert (
                 not place.residual_nbytes

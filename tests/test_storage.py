@@ -49,9 +49,9 @@ def test_every_format_that_trains_trains(storage):
         assert len(set(losses)) == 5
         weights = stored_weights(engine)
         assert all(not torch.equal(base[name], weights[name]) for name in base if base[name].dim() > 1)
-        for name, place in engine.layout.places.items():
+        for name, fmt in engine.layout.formats.items():
             plain = storage in ("fp32", "bf16", "fp16")
-            assert place.fmt.name == (storage if plain or base[name].dim() > 1 else "fp32"), name
+            assert fmt.name == (storage if plain or base[name].dim() > 1 else "fp32"), name
 
 
 @pytest.mark.parametrize("storage", ["int4", "int8", "fp8_e4m3", "int8+8"])
@@ -70,7 +70,7 @@ def test_the_base_is_encoded_as_the_codec_says(storage):
 
 def test_what_keep_names_stays_as_it_was():
     with Engine(tiny_llama(dtype=torch.bfloat16), storage="int8+8", keep=["embed_tokens", "lm_head"]) as engine:
-        kept = {name: place.fmt.name for name, place in engine.layout.places.items()}
+        kept = {name: fmt.name for name, fmt in engine.layout.formats.items()}
     assert kept["model.embed_tokens.weight"] == kept["lm_head.weight"] == kept["model.norm.weight"] == "fp32"
     assert kept["model.layers.0.mlp.up_proj.weight"] == "int8+8"
     with pytest.raises(PlanError, match="keep='nowhere' selects none"):

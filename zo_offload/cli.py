@@ -73,6 +73,7 @@ def _plan(args: argparse.Namespace) -> int:
         args.model, storage=args.storage, keep=args.keep, fold_every=args.fold_every, link_gb_per_s=args.link,
         compute=args.compute, offload=args.offload, device_memory=args.device_memory,
         tokens=args.tokens, batch_size=args.batch_size, trainable=args.trainable, model_class=args.model_class,
+        **_given(args, "block_numel"),
     ):  # fmt: skip
         print(line)
     return 0
@@ -159,7 +160,16 @@ def _refuse(args: argparse.Namespace, *names: str) -> None:
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 _METHOD = ("lr", "eps", "weight_decay", "schedule", "warmup_steps", "distribution", "rounds", "on_nonfinite", "clip")
-_IDENTITY = ("storage", "keep", "compute", "rounding", "fold_every", "trainable", "seed")  # what numbers depend on
+_IDENTITY = (  # what numbers depend on
+    "storage",
+    "keep",
+    "compute",
+    "rounding",
+    "fold_every",
+    "block_numel",
+    "trainable",
+    "seed",
+)
 _MOVABLE = (
     "offload",
     "device",
@@ -277,6 +287,7 @@ def _storage(command: argparse.ArgumentParser) -> None:
     command.add_argument("--keep", nargs="+", help="parameters a quantized storage leaves in 16 or 32 bits")
     command.add_argument("--compute", choices=["fp32", "bf16", "fp16"])
     command.add_argument("--device-memory", help="budget such as 6GB")
+    command.add_argument("--block-numel", type=_count, help="most elements of a block, the unit that streams")
     command.add_argument("--model-class", help="such as AutoModelForSequenceClassification")
 
 

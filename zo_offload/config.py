@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from .blocks import BLOCK_NUMEL
 from .errors import ConfigError
 from .formats import FORMATS
 
@@ -52,7 +53,7 @@ def show_bytes(nbytes: float) -> str:
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How an engine runs. No setting here changes the numbers of a run except storage, compute, rounding, fold_every,
-    seed and trainable; those are part of its identity and are checked on resume."""
+    block_numel, seed and trainable; those are part of its identity and are checked on resume."""
 
     offload: Offload = "auto"
     """Where blocks live: "none" in the device's memory, "host" in host memory behind a window, "disk" in files.
@@ -81,6 +82,9 @@ class EngineConfig:
     device_memory: int | float | str | None = None
     """Budget for window, scratch and activations together, e.g. "3GB". What the window can spare pins blocks.
     Default: the smallest window that overlaps (num_slots=3)."""
+    block_numel: int = BLOCK_NUMEL
+    """Most elements of a block. Larger layers are several blocks, larger parameters are cut into pieces of whole rows
+    (`blocks.py`), so the window takes num_slots times this whatever the model."""
     num_slots: int | None = None
     """Blocks in the window; 2 overlap the fetch, 3 the flush too. Default 3, or what device_memory allows."""
     prefetch: int | None = None
@@ -131,6 +135,8 @@ class EngineConfig:
                 "or overlap=False (>= 1)"
             )
         slots = self.num_slots or 3
+        if self.block_numel < 1:
+            raise ConfigError(f"block_numel={self.block_numel}: expected at least 1 element")
         if self.prefetch is not None and not 0 <= self.prefetch < slots:
             raise ConfigError(f"prefetch={self.prefetch} with num_slots={slots}: expected 0..{slots - 1}")
         if not self.overlap and self.prefetch:

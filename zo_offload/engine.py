@@ -129,7 +129,9 @@ class Engine:
             compute = DTYPES[self.config.compute] if self.config.compute is not None else own
             self.model = self.checkpoint.build_model(compute, model_class, seed=self.config.seed)
             self.base = self.checkpoint
-        self.plan: Plan = make_plan(self.model, example, trainable=self.config.trainable)
+        self.plan: Plan = make_plan(
+            self.model, example, trainable=self.config.trainable, block_numel=self.config.block_numel
+        )
         target = self.method.target
         self.storage_note = ""
         if self.config.storage == "auto":  # decided here once; the run keeps the format's name

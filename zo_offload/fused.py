@@ -162,6 +162,8 @@ def fused_rows(
     row_numel: int,
     rows: Tensor,
     numel: int | None = None,
+    first_row: int = 0,
+    total_rows: int | None = None,
     updates: Sequence[Update] | DeviceUpdates = (),
     rounding: Rounding = "nearest",
     noise: NoiseSpec,
@@ -171,14 +173,17 @@ def fused_rows(
     target: Target = "values",
     threads: int | None = None,
 ) -> None:
-    """The same arithmetic for gathered rows of a whole parameter; nothing is written back. For embeddings.
+    """The same arithmetic for gathered rows of a parameter; nothing is written back. For embeddings.
 
     Args:
-        stored: uint8, the streamed part of the whole parameter, rows of `row_numel` elements.
-        rows: int64 [U], contiguous; row indices in any order, repeats allowed.
-        numel: elements of the whole parameter; needed where `fmt` has groups, else it follows from the bytes.
+        stored: uint8, the streamed part of the parameter, rows of `row_numel` elements, or of a piece of it.
+        rows: int64 [U], contiguous; row indices in the parameter, in any order, repeats allowed.
+        numel: elements that `stored` holds; needed where `fmt` has groups, else it follows from the bytes.
+        first_row: the piece's first row in the parameter. Rows outside the piece are passed over inside the kernel,
+            and what `outs` hold for them is left alone: the host need not look at the rows.
+        total_rows: of the whole parameter; default, those that `stored` holds.
         outs: one contiguous [U, row_numel] tensor a perturbation.
-    Raises ConfigError as `fused_pass`, and on a row outside the parameter.
+    Raises ConfigError as `fused_pass`, and on a row outside the parameter. On a GPU such a row comes as NaN.
     """
     if isinstance(updates, DeviceUpdates) and not stored.is_cuda:
         updates = updates.read()
@@ -189,9 +194,16 @@ def fused_rows(
             f"{numel} elements ({stored.numel()} stored bytes) are not a whole number of {row_numel}-element "
             f"{fmt.name} rows"
         )
-    num_rows = numel // row_numel
+    total_rows = numel // row_numel if total_rows is None else total_rows
+    offset = first_row * row_numel
+    if first_row < 0 or offset + numel > total_rows * row_numel:
+        raise ConfigError(
+            f"rows {first_row}..{first_row + numel // row_numel - 1} are stored of a parameter with {total_rows} rows"
+        )
     _check_stored(stored, fmt, numel)
-    _check_call(param_id, 0, numel, rounding, perturbations, outs, stored.device)
+    _check_call(param_id, offset, numel, rounding, perturbations, outs, stored.device)
+    if fmt.group and offset % fmt.group:
+        raise ConfigError(f"first_row={first_row}: {fmt.name} has groups of {fmt.group}, start at one's first element")
     if rows.dtype != torch.int64 or rows.dim() != 1 or not rows.is_contiguous() or rows.device != stored.device:
         raise ConfigError(
             f"rows: need a contiguous 1-D int64 tensor on {stored.device}, got {rows.dtype} {tuple(rows.shape)} on "
@@ -206,27 +218,27 @@ def fused_rows(
         return
     if stored.is_cuda:  # a row outside comes out as NaN there: to look at the rows would be to wait for them
         native_cuda.run(
-            planes(stored, residual, fmt, numel), stored, param_id=param_id, numel=row_numel, offset=0,
+            planes(stored, residual, fmt, numel), stored, param_id=param_id, numel=row_numel, offset=offset,
             updates=updates, write_back=False, stochastic=rounding == "stochastic", noise=noise,
-            perturbations=perturbations, outs=outs, rows=rows, total_rows=num_rows, total=numel,
+            perturbations=perturbations, outs=outs, rows=rows, total_rows=total_rows, total=numel,
             target_scales=target == "scales",
         )  # fmt: skip
         return
     assert not isinstance(updates, DeviceUpdates)
     low, high = (int(x) for x in torch.aminmax(rows))
-    if low < 0 or high >= num_rows:
-        raise ConfigError(f"rows {low}..{high} asked of a parameter with {num_rows} rows")
+    if low < 0 or high >= total_rows:
+        raise ConfigError(f"rows {low}..{high} asked of a parameter with {total_rows} rows")
     stochastic = rounding == "stochastic"
     library = native.library()
     if library is None or fmt.code not in library.formats:
         reference.fused_rows(
-            stored, fmt, param_id=param_id, numel=numel, row_numel=row_numel, rows=rows, updates=updates,
-            stochastic=stochastic, noise=noise, perturbations=perturbations,
+            stored, fmt, param_id=param_id, numel=numel, row_numel=row_numel, rows=rows, first_row=first_row,
+            updates=updates, stochastic=stochastic, noise=noise, perturbations=perturbations,
             outs=[out.view(count, row_numel) for out in outs], residual=residual, target=target,
         )  # fmt: skip
         return
     library.run_pass(
-        **planes(stored, residual, fmt, numel), rows=rows.data_ptr(), numel=row_numel, offset=0, num_rows=count,
+        **planes(stored, residual, fmt, numel), rows=rows.data_ptr(), numel=row_numel, offset=offset, num_rows=count,
         total=numel, num_updates=len(updates), num_lanes=len(outs), param_id=param_id,
         distribution=noise.distribution, rounds=noise.rounds, write_back=False, stochastic=stochastic,
         target_scales=target == "scales", tail=_tail(updates, perturbations, outs),

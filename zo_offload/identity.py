@@ -23,7 +23,7 @@ from .storage import is_lossless
 
 MAY_CHANGE = (
     "Steps, evaluation, devices, window, threads and offload tier may change; the base weights, storage, folding, "
-    "compute, rounding, trainable parameters, seed, noise, method and data may not"
+    "compute, rounding, block_numel, trainable parameters, seed, noise, method and data may not"
 )
 SAMPLE = 16
 
@@ -42,8 +42,10 @@ def identity(
     data: what the engine knows of its data set when the run begins (`Batches.identity`), None if nothing.
     """
     trained = "\n".join(sorted(name for name, spec in plan.params.items() if spec.trainable))
-    shapes = "\n".join(f"{n} {s.param_id} {list(s.shape)} {s.dtype}" for n, s in sorted(plan.params.items()))
-    formats = "\n".join(f"{name} {place.fmt.name}" for name, place in sorted(layout.places.items()))
+    shapes = "\n".join(
+        f"{n} {s.param_id} {list(s.shape)} {s.dtype}{_cuts(plan, n)}" for n, s in sorted(plan.params.items())
+    )
+    formats = "\n".join(f"{name} {fmt.name}" for name, fmt in sorted(layout.formats.items()))
     return {
         "format": 2,
         "base": base_digest,
@@ -106,6 +108,12 @@ def _sampled(plan: Plan) -> list[str]:
     names = sorted(plan.params, key=lambda name: (plan.params[name].numel, name))
     names = names[: max(1, 3 * len(names) // 4)]
     return sorted({names[i * len(names) // SAMPLE] for i in range(SAMPLE)})
+
+
+def _cuts(plan: Plan, name: str) -> str:
+    """Where a parameter is cut: pieces may be multiplied one by one, and a product's last bits depend on its size."""
+    pieces = plan.pieces_of(name)
+    return f" cut {[piece.start for piece in pieces]}" if len(pieces) > 1 else ""
 
 
 def _digest(text: str) -> str:

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .blocks import ParamSpec, Piece
 from .checkpoint import tensor_digest
 from .errors import CheckpointError
 from .formats import Format, encode_values, format_of
@@ -89,26 +90,42 @@ def ingest(
 
     Memory: one block and one tensor. Raises CheckpointError if a tensor's size is not the plan's.
     """
+    filler = Filler(plan, layout, base)
     for index in range(len(plan.blocks)) if blocks is None else blocks:
         view = tier.view(index)
         buffer = alloc(layout.block_bytes[index]) if view is None else view
-        fill_block(plan, layout, base, index, buffer)
+        filler.fill(index, buffer)
         tier.flush(index, buffer, ((0, layout.block_bytes[index]),), 0)
         progress(layout.block_bytes[index])
 
 
-def fill_block(plan: Plan, layout: Layout, base: Base, index: int, buffer: Tensor) -> None:
-    """One block's bytes at version 0, from the base."""
-    for name in plan.blocks[index].params:
-        _ingest_one(plan, layout, base, name, buffer)
+class Filler:
+    """Blocks at version 0, from the base. Keeps the parameter it cut last until its last piece is out, so that one in
+    several blocks is loaded once if they are filled in order."""
 
+    def __init__(self, plan: Plan, layout: Layout, base: Base) -> None:
+        self.plan, self.layout, self.base = plan, layout, base
+        self._held: tuple[str, Tensor] | None = None
 
-def _ingest_one(plan: Plan, layout: Layout, base: Base, name: str, buffer: Tensor) -> None:
-    tensor, spec, place = base.load(name), plan.params[name], layout.places[name]
-    if tensor.shape != spec.shape:
-        found, wanted = tuple(tensor.shape), tuple(spec.shape)
-        raise CheckpointError(f"parameter {name!r} is {found} in the base, {wanted} in the model")
-    stored, residual = to_stored(name, tensor, place.fmt)
-    buffer[place.offset : place.offset + place.nbytes].copy_(stored)
-    if residual is not None:
-        buffer[place.residual_offset : place.residual_offset + place.residual_nbytes].copy_(residual)
+    def fill(self, index: int, buffer: Tensor) -> None:
+        """One block's bytes into `buffer`. Raises CheckpointError if a tensor's size is not the plan's."""
+        for piece in self.plan.blocks[index].pieces:
+            place = self.layout.places[piece]
+            stored, residual = to_stored(piece.name, self._values(piece), place.fmt)
+            buffer[place.offset : place.offset + place.nbytes].copy_(stored)
+            if residual is not None:
+                buffer[place.residual_offset : place.residual_offset + place.residual_nbytes].copy_(residual)
+
+    def _values(self, piece: Piece) -> Tensor:
+        spec = self.plan.params[piece.name]
+        tensor = self._held[1] if self._held is not None and self._held[0] == piece.name else self._load(spec)
+        self._held = (piece.name, tensor) if piece.stop < spec.numel else None
+        return tensor.view(-1)[piece.start : piece.stop]
+
+    def _load(self, spec: ParamSpec) -> Tensor:
+        self._held = None  # before the next one is loaded
+        tensor = self.base.load(spec.name)
+        if tensor.shape != spec.shape:
+            found, wanted = tuple(tensor.shape), tuple(spec.shape)
+            raise CheckpointError(f"parameter {spec.name!r} is {found} in the base, {wanted} in the model")
+        return tensor.contiguous()

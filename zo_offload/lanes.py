@@ -11,7 +11,8 @@ rows that the waiting lanes ask for, and remapped ids.
 
 Orders of service (results are the same bit for bit):
     module  all lanes waiting at the earliest owner are served together; noise is made once
-    block   one lane at a time through a block; scratch of one lane, only hidden states are held per lane
+    block   one lane at a time through a block; scratch of one lane, only hidden states are held per lane. An owner in
+            several blocks is served to all lanes together, since each block passes by once
     lane    one lane after another; for models whose modules keep tensors between calls
 
 A plan can be wrong (`watch.py`), so the first run of each kind of batch is watched. A weight used while it is away
@@ -197,14 +198,15 @@ class Hub(Attachment):
 
     def _pick(self, waiting: list[LaneRun], last: LaneRun | None, block: int) -> list[LaneRun]:
         """The lanes to let through next; all want the same owner. last, block: what was served before."""
-        if self.order != "module":
-            if last in waiting and self.plan.owners[last.want].block == block:
-                return [last]
-            return [min(waiting, key=lambda lane: (lane.position, lane.index))]
+        owners, alone = self.plan.owners, self.order != "module"
+        if alone and last in waiting and owners[last.want].block == block and not owners[last.want].spans:
+            return [last]
         first = waiting[0]
         for lane in waiting:
             if lane.position < first.position:
                 first = lane
+        if alone and not owners[first.want].spans:
+            return [first]
         return [lane for lane in waiting if lane.want == first.want]
 
     def _resume(self, lane: LaneRun, waiting: list[LaneRun], frame: Frame | None = None) -> bool:

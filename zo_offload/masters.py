@@ -28,6 +28,7 @@ def exact_values(
     *,
     param_id: int,
     numel: int,
+    offset: int = 0,
     pending: Sequence[Update],
     noise: NoiseSpec,
     rows: Tensor | None = None,
@@ -35,27 +36,30 @@ def exact_values(
 ) -> None:
     """out = join(stored, residual) less `pending`, in float32, rounded once to out's dtype; `pending` may not fold.
 
-    rows: int64 [U]; out is then [U, row], those rows only.
+    stored, residual: of elements [offset, offset + numel) of the parameter. rows: int64 [U]; out is then [U, row], of
+    which those rows are written that are among these elements.
     """
     assert not any(update.fold for update in pending), "folds come first: they change the stored bytes"
     flat, fp32 = out.view(-1), get_format("fp32")
-    for start, end, at in _ranges(numel, out, rows):
+    for start, end, at in _ranges(numel, offset, out, rows):
         values = _decode(stored, residual, fmt, numel, start, end)
         fused_pass(
-            values.view(torch.uint8), fp32, param_id=param_id, numel=end - start, offset=start, updates=pending,
+            values.view(torch.uint8), fp32, param_id=param_id, numel=end - start, offset=offset + start,
+            updates=pending,
             write_back=False, noise=noise, perturbations=_STILL, outs=[flat[at : at + end - start]], threads=threads,
         )  # fmt: skip
 
 
-def _ranges(numel: int, out: Tensor, rows: Tensor | None) -> Iterator[tuple[int, int, int]]:
-    """(start, end, place in out) of the elements wanted."""
+def _ranges(numel: int, offset: int, out: Tensor, rows: Tensor | None) -> Iterator[tuple[int, int, int]]:
+    """(start, end, place in out) of the elements wanted, counted from `offset`."""
     if rows is None:
         for start in range(0, numel, _TILE):
             yield start, min(start + _TILE, numel), start
         return
     size = out[0].numel() if len(rows) else 0
     for at, row in enumerate(rows.tolist()):
-        yield row * size, (row + 1) * size, at * size
+        if offset <= row * size < offset + numel:
+            yield row * size - offset, (row + 1) * size - offset, at * size
 
 
 def _decode(stored: Tensor, residual: Tensor, fmt: Format, numel: int, start: int, end: int) -> Tensor:

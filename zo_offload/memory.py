@@ -62,9 +62,9 @@ def scratch_bytes(plan: Plan, order: ServiceOrder, perturbations: int, rows: int
     rows: most rows of an embedding that one batch looks up.
     """
     sizes = {owner.name: _owner_bytes(plan, owner, rows) for owner in plan.owners}
-    copies = perturbations if order == "module" else 1
     worst = 0
     for owner in plan.owners:
+        copies = perturbations if order == "module" or owner.spans else 1
         around = sum(sizes[other] for other in sizes if other != owner.name and _contains(other, owner.name))
         worst = max(worst, sizes[owner.name] * copies + around * perturbations)
     return worst

@@ -319,7 +319,7 @@ def run(
 ) -> None:
     """`fused.fused_pass` (or `fused_rows`, with rows) for tensors on a GPU; arguments are checked there.
 
-    planes: `formats.codec.planes` of the parameter.
+    planes: `formats.codec.planes` of the parameter, or of the piece that begins at its element `offset`.
     """
     import torch
 

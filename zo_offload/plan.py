@@ -8,9 +8,7 @@ parameter used elsewhere is *lifted* to the nearest running module whose calls c
 parameter of every other module of that module's class, because what one layer does another may do on other data.
 If the trace fails, parameters of repeated layers are lifted to their layer until a real run shows their uses.
 
-A *block* is what streams as one: each element of an outermost repeated stack (ModuleList or Sequential with at least
-two children of one class), and the rest in execution order, in groups no larger than the largest of those. Models
-without a stack: their top-level children. A parameter belongs to the block of the module it is named after.
+Parameters lie in blocks, which are what streams, and those too large for one are cut into pieces: `blocks.py`.
 
 Pure: no device, no I/O; on a model on meta it needs no weights.
 """
@@ -22,35 +20,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
-import torch
 from torch import nn
 
+from .blocks import BLOCK_NUMEL, Block, ParamSpec, Piece, pack, whole
 from .errors import PlanError
 from .module_tree import ModuleTree, TrainableFilter, module_tree, select_trainable, upwards
 from .noise import assign_param_ids
 from .trace import trace_on_meta
 from .watch import ForwardCall, Path, Trace
-
-
-@dataclass(frozen=True)
-class ParamSpec:
-    """One parameter, stored once however many names it has."""
-
-    name: str
-    """Canonical name: the first in `model.named_parameters()`."""
-    aliases: tuple[str, ...]
-    """Its other names (ties)."""
-    param_id: int
-    shape: torch.Size
-    dtype: torch.dtype
-    """What the model computes with."""
-    trainable: bool
-
-    @property
-    def numel(self) -> int:
-        return self.shape.numel()
 
 
 @dataclass(frozen=True)
@@ -62,32 +42,26 @@ class Owner:
     params: tuple[str, ...]
     """Canonical names of the parameters installed while it runs, lifted ones included."""
     block: int
-    """Block of its first parameter that streams."""
+    """Block of its first piece that streams."""
     rows: bool = False
     """A plain nn.Embedding: it can be served the rows in use only."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """Parameters stored and streamed together."""
-
-    index: int
-    name: str
-    params: tuple[str, ...]
-    """Canonical names in execution order."""
+    spans: bool = False
+    """Its pieces lie in several blocks that stream: they pass by once, so all lanes are served together."""
 
 
 @dataclass(frozen=True)
 class BlockRow:
-    """One line of `Plan.describe()`."""
+    """One line of `Plan.describe()`: a layer, or a group of what lies outside of layers."""
 
     block: int
+    """Its first block."""
+    num_blocks: int
     name: str
     num_params: int
     numel: int
     trainable_numel: int
     visits: int
-    """How often one forward comes to this block."""
+    """How often one forward comes to its first block."""
 
 
 @dataclass(frozen=True)
@@ -109,20 +83,40 @@ class Plan:
     """Blocks that stay on the device for the whole run; no visit is counted for them."""
 
     def block_of(self, name: str) -> int:
-        """Index of the block that stores a parameter (canonical name)."""
-        return self._block_of[name]
+        """Index of the block that stores a parameter (canonical name), or its first piece."""
+        return self._block_of[self._pieces_of[name][0]]
+
+    def pieces_of(self, name: str) -> tuple[Piece, ...]:
+        """A parameter's pieces in order; most have one."""
+        return self._pieces_of[name]
+
+    def pieces_in(self, owner: Owner) -> tuple[Piece, ...]:
+        """All pieces of an owner's parameters, in the order in which its blocks are visited.
+
+        What is not cut comes before the one parameter that is (a bias before the first piece of its weight). Owners of
+        several that are cut (lifts): as they are stored.
+        """
+        return self._pieces_in[owner.params]
 
     @cached_property
-    def _block_of(self) -> dict[str, int]:
-        return {name: block.index for block in self.blocks for name in block.params}
+    def _block_of(self) -> dict[Piece, int]:
+        return {piece: block.index for block in self.blocks for piece in block.pieces}
+
+    @cached_property
+    def _pieces_of(self) -> dict[str, tuple[Piece, ...]]:
+        return _pieces_of(self.blocks)
+
+    @cached_property
+    def _pieces_in(self) -> dict[tuple[str, ...], tuple[Piece, ...]]:
+        return {o.params: _in_order(o.params, self._pieces_of, self._block_of) for o in self.owners}
 
     @cached_property
     def visits(self) -> tuple[int, ...]:
         """Blocks in the order one forward comes to them; calls one after another in one block are one visit."""
         order: list[int] = []
         for call in self.calls:
-            for name in self.owners[call].params:
-                block = self._block_of[name]
+            for piece in self.pieces_in(self.owners[call]):
+                block = self._block_of[piece]
                 if block not in self.resident and (not order or order[-1] != block):
                     order.append(block)
         return tuple(order)
@@ -144,27 +138,35 @@ class Plan:
         return {n: tuple(o) for n, o in owners.items() if not set(o) <= set(self.tree.holders[n])}
 
     def describe(self) -> list[BlockRow]:
-        """One row a block, for tables."""
-        specs, visits = self.params, self.visits
-        return [
-            BlockRow(
-                b.index, b.name, len(b.params), sum(specs[n].numel for n in b.params),
-                sum(specs[n].numel for n in b.params if specs[n].trainable), visits.count(b.index),
-            )
-            for b in self.blocks
-        ]  # fmt: skip
+        """One row a layer (blocks in a row that are parts of one), for tables."""
+        rows, visits = [], self.visits
+        for name, group in groupby(self.blocks, key=lambda block: block.name):
+            blocks = list(group)
+            pieces = [piece for block in blocks for piece in block.pieces]
+            rows.append(
+                BlockRow(
+                    blocks[0].index, len(blocks), name, len({p.name for p in pieces}), sum(p.numel for p in pieces),
+                    sum(p.numel for p in pieces if self.params[p.name].trainable), visits.count(blocks[0].index),
+                )
+            )  # fmt: skip
+        return rows
 
 
 def plan_digest(plan: Plan) -> str:
-    """32 hex digits over what fixes the stored bytes: parameters, their ids, and blocks. Owners and order are left
-    out, so a plan keeps its digest when it is relifted."""
+    """32 hex digits over what fixes the stored bytes: parameters, their ids, pieces and blocks. Owners and order are
+    left out, so a plan keeps its digest when it is relifted."""
     rows = [[p.name, p.param_id, list(p.shape), str(p.dtype), p.trainable] for p in plan.params.values()]
-    blocks = [list(b.params) for b in plan.blocks]
+    blocks = [[[p.name, p.start, p.numel] for p in b.pieces] for b in plan.blocks]
     return hashlib.blake2b(json.dumps([rows, blocks]).encode(), digest_size=16).hexdigest()
 
 
 def make_plan(
-    model: nn.Module, batch: Any = None, *, trainable: TrainableFilter = None, call: ForwardCall | None = None
+    model: nn.Module,
+    batch: Any = None,
+    *,
+    trainable: TrainableFilter = None,
+    call: ForwardCall | None = None,
+    block_numel: int = BLOCK_NUMEL,
 ) -> Plan:
     """Plan a model, from its module tree and one traced forward without weights.
 
@@ -178,6 +180,7 @@ def make_plan(
             one of its names match, segment by segment (`*` stays within a segment), so "layers.*.self_attn" selects
             everything in each layer's attention, "bias" every bias, "*" all.
         call: how a lane calls the model; default `model(**batch)`.
+        block_numel: most elements a block may hold; larger layers and parameters are cut (`blocks.py`).
 
     Raises PlanError: no parameters, none trainable, a pattern that selects nothing, parameters of unknown shape, one
     used outside of any module.
@@ -206,7 +209,7 @@ def make_plan(
     if trainable is None and frozen:
         trace = replace(trace, notes=(*trace.notes, f"{frozen:,} parameters without requires_grad stay frozen"))
     serving, notes = _serve(tree, trace)
-    blocks = _pack(tree, params, serving, trace)
+    blocks = pack(tree, params, serving, trace, block_numel)
     return _assemble(params, blocks, tree, trace, serving, notes)
 
 
@@ -223,11 +226,11 @@ def relift(plan: Plan, seen: Trace) -> Plan:
 
 
 def keep_resident(plan: Plan, names: frozenset[str]) -> Plan:
-    """The plan with the parameters `names` in a block of their own, the last one, that stays on the device."""
-    rest = [(b.name, tuple(n for n in b.params if n not in names)) for b in plan.blocks]
-    blocks = [Block(i, name, params) for i, (name, params) in enumerate((n, p) for n, p in rest if p)]
-    moved = tuple(n for b in plan.blocks for n in b.params if n in names)
-    resident = Block(len(blocks), "trained", moved)
+    """The plan with the parameters `names`, uncut, in a block of their own, the last one, that stays on the device."""
+    rest = [(b.name, tuple(p for p in b.pieces if p.name not in names)) for b in plan.blocks]
+    blocks = [Block(i, name, pieces) for i, (name, pieces) in enumerate((n, p) for n, p in rest if p)]
+    moved = dict.fromkeys(name for b in plan.blocks for name in b.params if name in names)
+    resident = Block(len(blocks), "trained", tuple(whole(plan.params[name]) for name in moved))
     serving, notes = _serve(plan.tree, plan.trace)
     return _assemble(
         plan.params, (*blocks, resident), plan.tree, plan.trace, serving, notes, frozenset({resident.index})
@@ -308,7 +311,8 @@ def _assemble(
     for name in params:
         for module in serving[name]:
             served.setdefault(module, []).append(name)
-    block_of = {name: block.index for block in blocks for name in block.params}
+    block_of = {piece: block.index for block in blocks for piece in block.pieces}
+    pieces_of = _pieces_of(blocks)
     called = [name for _, name in trace.order if name in served]
     unseen = [name for name in tree.classes if name in served and name not in set(called)]
     if not trace.complete:  # the order is a guess anyway: definition order for the rest
@@ -320,52 +324,28 @@ def _assemble(
         index[name] = len(owners)
         mine = tuple(served[name])
         rows = name in tree.gatherable and len(mine) == 1 and name in tree.holders[mine[0]]
+        streamed = [b for p in _in_order(mine, pieces_of, block_of) if (b := block_of[p]) not in resident]
         # one that has resident parameters only belongs where the forward is when it comes to it
-        block = next((block_of[n] for n in mine if block_of[n] not in resident), block)
-        owners.append(Owner(name, mine, block, rows))
+        block = streamed[0] if streamed else block
+        owners.append(Owner(name, mine, block, rows, len(set(streamed)) > 1))
     calls = tuple(index[name] for name in called)
     return Plan(params, tuple(owners), calls, blocks, trace.complete, notes, tree, trace, resident)
 
 
-# ---- blocks ----------------------------------------------------------------------------------------------------------
+def _pieces_of(blocks: tuple[Block, ...]) -> dict[str, tuple[Piece, ...]]:
+    found: dict[str, list[Piece]] = {}
+    for block in blocks:
+        for piece in block.pieces:
+            found.setdefault(piece.name, []).append(piece)
+    return {name: tuple(sorted(pieces, key=lambda piece: piece.index)) for name, pieces in found.items()}
 
 
-def _pack(
-    tree: ModuleTree, params: Mapping[str, ParamSpec], serving: Mapping[str, tuple[str, ...]], trace: Trace
-) -> tuple[Block, ...]:
-    """Blocks in the order a forward first comes to them."""
-    units: dict[str, list[str]] = {}  # stack element, or module outside of stacks -> its parameters
-    for name in params:
-        holder = tree.holders[name][0]
-        units.setdefault(tree.element_of(holder) or tree.runner(holder), []).append(name)
-    first = {module: i for i, (_, module) in reversed(list(enumerate(trace.order)))}
-    when, last = {}, -1
-    for unit, names in units.items():  # what was not seen to run stays behind what is defined before it
-        seen = [first[m] for n in names for m in serving[n] if m in first]
-        last = when[unit] = min(seen) if seen else last
-    nbytes = {u: sum(params[n].numel * params[n].dtype.itemsize for n in names) for u, names in units.items()}
-    cap = max((nbytes[u] for u in units if u in tree.elements), default=0)
-    groups: list[list[str]] = []
-    room = 0
-    for unit in sorted(units, key=lambda u: when[u]):
-        if unit in tree.elements:
-            groups.append([unit])
-            room = 0
-        elif groups and nbytes[unit] <= room:
-            groups[-1].append(unit)
-            room -= nbytes[unit]
-        else:
-            groups.append([unit])
-            room = cap - nbytes[unit]
-    blocks = []
-    for i, group in enumerate(groups):
-        names = [n for unit in group for n in sorted(units[unit], key=lambda n: _first_use(n, tree, serving, first))]
-        blocks.append(Block(i, "+".join(unit or "(model)" for unit in group), tuple(names)))
-    return tuple(blocks)
-
-
-def _first_use(
-    name: str, tree: ModuleTree, serving: Mapping[str, tuple[str, ...]], first: Mapping[str, int]
-) -> tuple[int, int]:
-    owner = min((first[m] for m in serving[name] if m in first), default=len(first))
-    return owner, min((first[h] for h in tree.holders[name] if h in first), default=len(first))
+def _in_order(
+    names: tuple[str, ...], pieces_of: Mapping[str, tuple[Piece, ...]], block_of: Mapping[Piece, int]
+) -> tuple[Piece, ...]:
+    """See `Plan.pieces_in`."""
+    pieces = sorted((piece for name in names for piece in pieces_of[name]), key=lambda piece: block_of[piece])
+    cut_ones = [name for name in names if len(pieces_of[name]) > 1]
+    if len(cut_ones) == 1:
+        pieces.sort(key=lambda piece: piece.name == cut_ones[0])
+    return tuple(pieces)

@@ -296,6 +296,7 @@ def fused_rows(
     numel: int,
     row_numel: int,
     rows: Tensor,
+    first_row: int,
     updates: Sequence[Update],
     stochastic: bool,
     noise: NoiseSpec,
@@ -305,9 +306,11 @@ def fused_rows(
     target: str = "values",
 ) -> None:
     """`zo_offload.fused.fused_rows`: the fused pass of the whole groups a row touches, cut to the row."""
-    unit = fmt.group or 1
+    unit, base = fmt.group or 1, first_row * row_numel
     for at, row in enumerate(rows.tolist()):
-        start, end = row * row_numel, (row + 1) * row_numel
+        start, end = (row - first_row) * row_numel, (row - first_row + 1) * row_numel  # in what is stored
+        if start < 0 or end > numel:
+            continue
         first, last = start // unit * unit, min(-(-end // unit) * unit, numel)
         wide = [torch.empty(last - first, dtype=out.dtype) for out in outs]
         r = fmt.residual_bytes
@@ -316,7 +319,7 @@ def fused_rows(
             fmt,
             param_id=param_id,
             numel=last - first,
-            offset=first,
+            offset=base + first,
             updates=updates,
             write_back=False,
             stochastic=stochastic,

@@ -23,7 +23,7 @@ from . import runs
 from .engine import Engine
 from .errors import ConfigError, JournalError
 from .identity import check_identity, check_sample, identity
-from .ingest import Base, fill_block
+from .ingest import Base, Filler
 from .journal import Contents, read_journal
 from .layout import Layout
 from .plan import Plan
@@ -102,13 +102,13 @@ class _BaseTier:
     in_memory = False
 
     def __init__(self, plan: Plan, layout: Layout, base: Base) -> None:
-        self._plan, self._layout, self._base = plan, layout, base
+        self._layout, self._filler = layout, Filler(plan, layout, base)
         self.held, self.data = -1, torch.empty(0, dtype=torch.uint8)
 
     def fetch(self, block: int, out: Tensor, start: int = 0) -> None:
         self.held, self.data = -1, torch.empty(0, dtype=torch.uint8)
         self.data = torch.zeros(self._layout.block_bytes[block], dtype=torch.uint8)
-        fill_block(self._plan, self._layout, self._base, block, self.data)
+        self._filler.fill(block, self.data)
         self.held = block
         out.copy_(self.data[start : start + out.numel()])
 

@@ -12,6 +12,7 @@ import torch
 
 from .activations import measure_activations
 from .auto import choose_storage, compare, copy_bytes_per_s, pass_seconds
+from .blocks import BLOCK_NUMEL
 from .checkpoint import Checkpoint
 from .config import DTYPES, EngineConfig, parse_bytes, show_bytes
 from .data import max_positions
@@ -38,6 +39,7 @@ def plan_report(
     batch_size: int = 1,
     trainable: str | None = None,
     model_class: str | None = None,
+    block_numel: int = BLOCK_NUMEL,
 ) -> Iterator[str]:
     """Lines of the report for a checkpoint directory, a config.json, or a size such as opt-175b.
 
@@ -51,7 +53,7 @@ def plan_report(
     tokens = tokens if tokens is not None else min(512, limit or 512)
     batch = example_batch(module, batch_size, tokens)
     call: ForwardCall = lambda m, b: m(**b)  # noqa: E731 - the type is the point
-    plan = make_plan(module, batch, trainable=trainable, call=call)
+    plan = make_plan(module, batch, trainable=trainable, call=call, block_numel=block_numel)
     full, note = plan, ""
     if storage == "auto":
         config = EngineConfig(offload="disk" if offload in (None, "auto") else offload, run_dir="-", keep=keep)  # type: ignore[arg-type]
@@ -111,7 +113,7 @@ def _number(value: int) -> str:
 
 def _blocks(plan: Plan, layout: Layout) -> Iterator[str]:
     rows = plan.describe()
-    table: list[tuple[str, int, int]] = []  # name, index of the first, how many: equal neighbours share a line
+    table: list[tuple[str, int, int]] = []  # name, index of the first row, how many: equal neighbours share a line
     index = 0
     while index < len(rows):
         end = index
@@ -120,10 +122,11 @@ def _blocks(plan: Plan, layout: Layout) -> Iterator[str]:
         table.append((_span(rows[index].name, rows[end].name), index, end - index + 1))
         index = end + 1
     width = max(len(name) for name, _, _ in table) + 1
-    yield f"{'block':<{width}}{'parameters':>16}{'MB':>12}{'visits':>8}"
+    yield f"{'layer':<{width}}{'parameters':>16}{'blocks':>8}{'MB':>12}{'visits':>8}"
     for name, index, many in table:
         row, times = rows[index], f"   x {many}" if many > 1 else ""
-        yield f"{name:<{width}}{row.numel:>16,}{layout.block_bytes[index] / 1e6:>12.2f}{row.visits:>8}{times}"
+        nbytes = sum(layout.block_bytes[row.block : row.block + row.num_blocks])
+        yield f"{name:<{width}}{row.numel:>16,}{row.num_blocks:>8}{nbytes / 1e6:>12.2f}{row.visits:>8}{times}"
 
 
 def _span(first: str, last: str, most: int = 72) -> str:
@@ -136,7 +139,7 @@ def _span(first: str, last: str, most: int = 72) -> str:
 
 
 def _alike(a: Any, b: Any) -> bool:
-    return (a.numel, a.num_params, a.visits) == (b.numel, b.num_params, b.visits)
+    return (a.numel, a.num_blocks, a.num_params, a.visits) == (b.numel, b.num_blocks, b.num_params, b.visits)
 
 
 def _lifts(plan: Plan) -> Iterator[str]:

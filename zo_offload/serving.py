@@ -15,6 +15,7 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
+from .blocks import Piece
 from .fused import Perturbation
 from .modes import LaneModes
 from .module_tree import gathers_rows
@@ -36,11 +37,17 @@ class Source(Protocol):
     """Where scratch weights come from. Called under the modes of `Hub.run`'s caller and no_grad."""
 
     def emit(
-        self, owner: Owner, perturbations: Sequence[Perturbation], rows: Tensor | None = None
+        self,
+        owner: Owner,
+        perturbations: Sequence[Perturbation],
+        rows: Tensor | None = None,
+        piece: Piece | None = None,
     ) -> list[list[Tensor]]:
         """[perturbation][parameter of owner.params], in the parameters' shapes, dtypes and device.
 
         rows: int64 [U], only for owners with `rows`: the result is [U, D], row i that of id rows[i].
+        piece: of the one parameter of the owner that is cut: only that piece of it, [rows of the piece, ...]; with the
+        first one the parameters that are not cut come too, with the others nothing else. Pieces are asked for in order.
         """
 
     def release(self, scratch: list[list[Tensor]]) -> None:

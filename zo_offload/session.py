@@ -16,7 +16,7 @@ from .config import EngineConfig, show_bytes
 from .devices import CpuDevice
 from .errors import BudgetError, CheckpointError, JournalError
 from .identity import check_identity, check_sample, header_of, identity
-from .ingest import Base, ModuleBase, fill_block, ingest
+from .ingest import Base, Filler, ModuleBase, ingest
 from .journal import Journal
 from .layout import Layout
 from .lock import RunLock
@@ -268,7 +268,7 @@ class Maker:
                 if not good:
                     check_identity({"base": self.base.digest()}, journal.header)
                     good.append(True)
-                fill_block(self.plan, self.layout, self.base, block, out)
+                Filler(self.plan, self.layout, self.base).fill(block, out)
 
         if not isinstance(self.base, ModuleBase):  # a module in memory lets its weights go
             files.rebuild = rebuild

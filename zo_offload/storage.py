@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
+from .blocks import ParamSpec
 from .errors import ConfigError
 from .formats import Format, format_of, get_format
 from .fused import Target
 from .layout import Layout
 from .module_tree import select_names
-from .plan import ParamSpec, Plan, keep_resident
+from .plan import Plan, keep_resident
 
 SMALL = 16
 """A trained part of at most 1 / SMALL of the model is kept on the device."""
@@ -130,7 +131,7 @@ def _small_part(plan: Plan) -> frozenset[str]:
 
 def is_lossless(plan: Plan, layout: Layout) -> bool:
     """Whether folding never rounds, so that any `fold_every` is the same: all that trains is stored in float32."""
-    trained = (layout.places[name].fmt.name for name, spec in plan.params.items() if spec.trainable)
+    trained = (layout.formats[name].name for name, spec in plan.params.items() if spec.trainable)
     return layout.target == "scales" or all(name == "fp32" for name in trained)
 
 

@@ -2,9 +2,9 @@
 
 The main thread walks the plan's visits. Before each it has enqueued the fetches of the next `ahead` stays, so copies
 run under the compute, across the end of a pass too. When a module's turn comes, `emit` makes its scratch weights from
-the block's stored bytes in one fused pass a parameter: apply the updates of the steps the parameter still lacks, write
-back those up to the last fold, emit the perturbed weights. What the block's modules did not ask for is brought to the
-last fold when the visit ends, so a block always leaves the window at one version.
+the blocks' stored bytes in one fused pass a piece: apply the updates of the steps the piece still lacks, write back
+those up to the last fold, emit the perturbed weights. What the block's modules did not ask for is brought to the last
+fold when the visit ends, so a block always leaves the window at one version.
 
 Updates after the last fold are applied in registers at every visit and written nowhere: between folds no block is
 written, so none is flushed. That is what `fold_every=K` saves: K - 1 of K flushes, and as many roundings.
@@ -15,7 +15,8 @@ step's number; where that was wrong (an evaluation that starts, a step that is s
 is needed, and the compute waits. Evaluation reads both parts: it sees the weights that `read` and an export give.
 
 Contract: the bytes of a block at version v are a function of the base weights and the updates of steps 0..v-1 only.
-Window, prefetch, tier, order of service and evaluation in between cannot change them.
+Window, prefetch, tier, order of service and evaluation in between cannot change them; nor can the cut into blocks and
+pieces change the values.
 
 Spans for profilers: `zo_offload.stream:fetch`, `:flush`, `:fused`, `:wait`.
 """
@@ -30,13 +31,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .blocks import ParamSpec, Piece
 from .device_updates import DeviceUpdates
 from .devices import CpuDevice, Event, Stream
 from .fused import Perturbation, Rounding, Update, fused_pass, fused_rows
 from .layout import Layout
 from .masters import exact_values
 from .noise import NoiseSpec
-from .plan import Owner, ParamSpec, Plan
+from .plan import Owner, Plan
 from .schedule import Op, OpKey, last_visits, schedule
 from .scratch import ScratchPool
 from .spans import span
@@ -57,13 +59,13 @@ class Window:
 
 @dataclass
 class Slot:
-    """A place for one block and what is known of its bytes. `version` is per parameter while a visit is under way."""
+    """A place for one block and what is known of its bytes. `version` is per piece while a visit is under way."""
 
     memory: Tensor
     block: int = -1
     ready: Event | None = None
     used: Event | None = None  # all that was computed with these bytes; None before the first visit
-    version: dict[str, int] = field(default_factory=dict)
+    version: dict[Piece, int] = field(default_factory=dict)
     stored: int = 0
     """The version that was fetched."""
     dirty: bool = False
@@ -134,7 +136,7 @@ class Streamer:
 
     def set_plan(self, plan: Plan) -> None:
         """Take a plan whose owners were lifted or whose order was learnt; the blocks must be the same."""
-        assert [b.params for b in plan.blocks] == [b.params for b in self.plan.blocks]
+        assert [b.pieces for b in plan.blocks] == [b.pieces for b in self.plan.blocks]
         self.plan = plan
         self._visits = tuple(plan.visits)
         self._last = last_visits(self._visits)
@@ -164,21 +166,33 @@ class Streamer:
     # ---- lanes.Source ----------------------------------------------------------------------------------------------
 
     def emit(
-        self, owner: Owner, perturbations: Sequence[Perturbation], rows: Tensor | None = None
+        self,
+        owner: Owner,
+        perturbations: Sequence[Perturbation],
+        rows: Tensor | None = None,
+        piece: Piece | None = None,
     ) -> list[list[Tensor]]:
         """Scratch weights of the owner's parameters, [perturbation][parameter]; see `lanes.Source`."""
+        names, pieces = owner.params, self.plan.pieces_in(owner)
+        if piece is not None:
+            with_uncut = piece.index == 0
+            pieces = tuple(p for p in pieces if p == piece or (with_uncut and p.name != piece.name))
+            names = tuple(name for name in names if name == piece.name or with_uncut)
         scratch = self._pool.take(
-            [self._shape(name, rows) for name in owner.params],
-            [self.plan.params[name].dtype for name in owner.params],
+            [self._shape(name, rows, piece) for name in names],
+            [self.plan.params[name].dtype for name in names],
             len(perturbations),
             fresh=self.is_watched(),
         )
-        for index, name in enumerate(owner.params):
-            slot, writes = self._acquire(self.layout.places[name].block)
-            outs = [scratch.tensors[j][index] for j in range(len(perturbations))]
+        for part in pieces:
+            slot, writes = self._acquire(self.layout.places[part].block)
+            index = names.index(part.name)
+            outs = [tensors[index] for tensors in scratch.tensors]
+            if rows is None and outs[0].numel() != part.numel:
+                outs = [out.view(-1)[part.start : part.stop] for out in outs]
             start = time.perf_counter()
             with span("zo_offload.stream:fused"):
-                self._emit_one(name, slot, writes, perturbations, outs, rows)
+                self._emit_one(part, slot, writes, perturbations, outs, rows)
             self.traffic.fused_s += time.perf_counter() - start
         return scratch.tensors
 
@@ -216,18 +230,29 @@ class Streamer:
         """
         if self._live:
             self._restart()  # the slots hold blocks fetched ahead for the next pass
-        place, spec = self.layout.places[name], self.plan.params[name]
+        spec, pieces = self.plan.params[name], self.plan.pieces_of(name)
+        whole = None if len(pieces) == 1 else torch.empty(spec.numel, dtype=self.layout.formats[name].torch_dtype)
+        for piece in pieces:
+            value = self._read_piece(piece)
+            if whole is None:
+                return value.cpu().view(spec.shape)
+            whole[piece.start : piece.stop] = value
+        assert whole is not None
+        return whole.view(spec.shape)
+
+    def _read_piece(self, piece: Piece) -> Tensor:
+        place = self.layout.places[piece]
         slot = self._read
         if slot is None or slot.block != place.block:  # else the last read left the block in the window
             slot = self._load(place.block, into_window=True)
         self._settle(slot)
         self._read = slot
-        value = torch.empty(spec.shape, dtype=place.fmt.torch_dtype, device=slot.memory.device)
+        value = torch.empty(piece.numel, dtype=place.fmt.torch_dtype, device=slot.memory.device)
         if place.residual_nbytes:
-            self._emit_exact(name, slot, False, [value], None)
+            self._emit_exact(piece, slot, False, [value], None)
         else:
-            self._fused(name, slot, False, [Perturbation(0, 0.0)], [value])
-        return value.cpu()
+            self._fused(piece, slot, False, [Perturbation(0, 0.0)], [value])
+        return value
 
     def is_in_memory(self, block: int) -> bool:
         """Whether a block lives in memory for the whole run: its tier is memory, or it is pinned."""
@@ -400,7 +425,7 @@ class Streamer:
         self.tier.fetch(block, slot.memory[:nbytes])
         # asked again: a tier that found damage has gone back to an older version
         slot.stored = self.tier.version(block)
-        slot.version = dict.fromkeys(self.plan.blocks[block].params, slot.stored)
+        slot.version = dict.fromkeys(self.plan.blocks[block].pieces, slot.stored)
         slot.fetched += nbytes
 
     def _fetch_residual(self, slot: Slot) -> None:
@@ -455,7 +480,7 @@ class Streamer:
         return self._events[key]
 
     def _uniform_version(self, slot: Slot) -> int:
-        versions = {slot.version[n] for n in self.plan.blocks[slot.block].params if self.plan.params[n].trainable}
+        versions = {slot.version[p] for p in self.plan.blocks[slot.block].pieces if self.plan.params[p.name].trainable}
         assert len(versions) == 1, f"block {slot.block} would be flushed at versions {sorted(versions)}"
         return versions.pop()
 
@@ -478,7 +503,7 @@ class Streamer:
             self._fetch(block, slot, None)
             self._count(slot)
         else:
-            version = dict.fromkeys(self.plan.blocks[block].params, self.tier.version(block))
+            version = dict.fromkeys(self.plan.blocks[block].pieces, self.tier.version(block))
             slot = Slot(memory, block, version=version, residual=True)
         if block in self.window.pinned:
             self._pinned[block] = slot
@@ -492,67 +517,74 @@ class Streamer:
         slot.dirty = False
 
     def _settle(self, slot: Slot) -> None:
-        """Bring the parameters of a block that no module asked for to the last fold, as the others are."""
+        """Bring the pieces of a block that no module asked for to the last fold, as the others are."""
         self._wait(slot)
-        for name in self.plan.blocks[slot.block].params:
-            if self.plan.params[name].trainable and slot.version[name] < self.log.folded:
-                self._fused(name, slot, True, (), ())
+        for piece in self.plan.blocks[slot.block].pieces:
+            if self._folds(piece, slot):
+                self._fused(piece, slot, True, (), ())
 
-    def _shape(self, name: str, rows: Tensor | None) -> tuple[int, ...]:
-        shape = tuple(self.plan.params[name].shape)
-        return shape if rows is None else (len(rows), *shape[1:])
+    def _shape(self, name: str, rows: Tensor | None, piece: Piece | None) -> tuple[int, ...]:
+        spec = self.plan.params[name]
+        if rows is not None:
+            return (len(rows), *spec.shape[1:])
+        if piece is not None and piece.name == name:
+            return (piece.numel // spec.row_numel, *spec.shape[1:])
+        return tuple(spec.shape)
 
     def _emit_one(
         self,
-        name: str,
+        piece: Piece,
         slot: Slot,
         writes: bool,
         perturbations: Sequence[Perturbation],
         outs: Sequence[Tensor],
         rows: Tensor | None,
     ) -> None:
-        spec, place = self.plan.params[name], self.layout.places[name]
+        spec, place = self.plan.params[piece.name], self.layout.places[piece]
         if self._exact and place.residual_nbytes:
-            self._emit_exact(name, slot, writes, outs, rows)
+            self._emit_exact(piece, slot, writes, outs, rows)
             return
         if not spec.trainable:
             perturbations = [Perturbation(0, 0.0)] * len(outs)
         if rows is None:
-            self._fused(name, slot, writes, perturbations, outs)
+            self._fused(piece, slot, writes, perturbations, outs)
             return
         fused_rows(
             slot.memory[place.offset : place.offset + place.nbytes],
             place.fmt,
             param_id=spec.param_id,
-            numel=spec.numel,
-            row_numel=spec.numel // spec.shape[0],
+            numel=piece.numel,
+            row_numel=spec.row_numel,
             rows=rows,
-            updates=self._lacking(name, slot),
+            first_row=piece.start // spec.row_numel,
+            total_rows=spec.shape[0],
+            updates=self._lacking(piece, slot),
             noise=self.noise,
             rounding=self.rounding,
             perturbations=perturbations,
             outs=outs,
-            residual=self._residual(name, slot),
+            residual=self._residual(piece, slot),
             target=self.layout.target if spec.trainable else "values",
             threads=self.threads,
         )
 
-    def _emit_exact(self, name: str, slot: Slot, writes: bool, outs: Sequence[Tensor], rows: Tensor | None) -> None:
+    def _emit_exact(self, piece: Piece, slot: Slot, writes: bool, outs: Sequence[Tensor], rows: Tensor | None) -> None:
         """A split parameter's masters, less what is pending, for lanes that are not perturbed."""
-        spec, place = self.plan.params[name], self.layout.places[name]
+        spec, place = self.plan.params[piece.name], self.layout.places[piece]
         if not slot.residual:
             self._fetch_residual(slot)
-        if self._folds(name, slot):
+        if self._folds(piece, slot):
             if not writes:  # an early visit of a block that a later one of this pass will write: fold into a copy
                 slot = replace(slot, memory=slot.memory.clone(), version=dict(slot.version))
-            self._fused(name, slot, True, (), ())
-        pending = self._lacking(name, slot)
+            self._fused(piece, slot, True, (), ())
+        pending = self._lacking(piece, slot)
         stored = slot.memory[place.offset : place.offset + place.nbytes]
         residual = slot.memory[place.residual_offset : place.residual_offset + place.residual_nbytes]
         for out in outs:
-            value = torch.empty_like(out, device="cpu") if out.is_cuda else out  # evaluation: the host's kernels do
+            value = out.cpu()  # evaluation: the host's kernels do; what other pieces of the rows wrote comes along
             exact_values(
-                stored.cpu(), residual.cpu(), place.fmt, value, param_id=spec.param_id, numel=spec.numel,
+                stored.cpu(), residual.cpu(), place.fmt, value, param_id=spec.param_id, numel=piece.numel,
+                offset=piece.start,
                 pending=pending.read() if isinstance(pending, DeviceUpdates) else pending,
                 noise=self.noise, rows=None if rows is None else rows.cpu(), threads=self.threads,
             )  # fmt: skip
@@ -560,48 +592,49 @@ class Streamer:
                 out.copy_(value)
 
     def _fused(
-        self, name: str, slot: Slot, writes: bool, perturbations: Sequence[Perturbation], outs: Sequence[Tensor]
+        self, piece: Piece, slot: Slot, writes: bool, perturbations: Sequence[Perturbation], outs: Sequence[Tensor]
     ) -> None:
-        place, spec = self.layout.places[name], self.plan.params[name]
-        folds = self._folds(name, slot)
+        place, spec = self.layout.places[piece], self.plan.params[piece.name]
+        folds = self._folds(piece, slot)
         fused_pass(
             slot.memory[place.offset : place.offset + place.nbytes],
             place.fmt,
             param_id=spec.param_id,
-            numel=spec.numel,
-            updates=self._lacking(name, slot),
+            numel=piece.numel,
+            offset=piece.start,
+            updates=self._lacking(piece, slot),
             write_back=writes and folds,
             rounding=self.rounding,
             noise=self.noise,
             perturbations=perturbations,
             outs=outs,
-            residual=self._residual(name, slot),
+            residual=self._residual(piece, slot),
             target=self.layout.target if spec.trainable else "values",
             threads=self.threads,
         )
         if writes and folds:
             slot.dirty = True
-            slot.version[name] = self.log.folded
+            slot.version[piece] = self.log.folded
 
-    def _folds(self, name: str, slot: Slot) -> bool:
-        """Whether an update that this parameter lacks folds."""
-        return self.plan.params[name].trainable and slot.version[name] < self.log.folded
+    def _folds(self, piece: Piece, slot: Slot) -> bool:
+        """Whether an update that this piece lacks folds."""
+        return self.plan.params[piece.name].trainable and slot.version[piece] < self.log.folded
 
-    def _residual(self, name: str, slot: Slot) -> Tensor | None:
-        """The parameter's residual part if a fold needs it now, fetched if it is not there.
+    def _residual(self, piece: Piece, slot: Slot) -> Tensor | None:
+        """The piece's residual part if a fold needs it now, fetched if it is not there.
 
-        For the whole block: once one parameter is folded, both parts of the block go back.
+        For the whole block: once one piece is folded, both parts of the block go back.
         """
-        if not self._folds(name, slot):
+        if not self._folds(piece, slot):
             return None
         if not slot.residual:
             self._fetch_residual(slot)
-        place = self.layout.places[name]
+        place = self.layout.places[piece]
         if not place.residual_nbytes:
             return None
         return slot.memory[place.residual_offset : place.residual_offset + place.residual_nbytes]
 
-    def _lacking(self, name: str, slot: Slot) -> Sequence[Update] | DeviceUpdates:
-        if not self.plan.params[name].trainable:
+    def _lacking(self, piece: Piece, slot: Slot) -> Sequence[Update] | DeviceUpdates:
+        if not self.plan.params[piece.name].trainable:
             return ()
-        return self.log.since(slot.version[name], self._decay[name])
+        return self.log.since(slot.version[piece], self._decay[piece.name])
