@@ -46,15 +46,22 @@ def make_ptx(compiler: str, folder: Path, arch: str = "compute_90") -> str:
 
 
 class SimulatedKernels(native_cuda.CudaKernels):
-    """Launches run at once, on host memory. `touch` names the memory a launch may access."""
+    """Launches run at once, on host memory. `touch` names the memory a launch may access; None: any."""
 
     def __init__(self, simulated: Simulated, *, grid: int = 3) -> None:
         self.device, self.source = 0, "PTX as C"
         self._simulated, self._grid = simulated, grid
-        self.touch: list[torch.Tensor] = []
+        self.touch: list[torch.Tensor] | None = []
         self.launches = 0
+
+    where = "cpu"
+
+    def stream(self) -> int:
+        return 0
 
     def _launch(self, name: str, args: bytes, warps: int, stream: int) -> None:
         self.launches += 1
-        ranges = [(t.data_ptr(), t.numel() * t.element_size()) for t in self.touch]
+        ranges = [(0, 1 << 63)]
+        if self.touch is not None:
+            ranges = [(t.data_ptr(), t.numel() * t.element_size()) for t in self.touch]
         self._simulated.launch(name, args, ranges, threads=native_cuda.THREADS, grid=min(self._grid, warps))

@@ -14,7 +14,7 @@ import torch
 from cuda_simulated import SimulatedKernels, compilers, make_ptx
 from ptx_to_c import Simulated, UnknownInstruction, translate
 
-from zo_offload import native_cuda
+from zo_offload import native, native_cuda
 from zo_offload.device_updates import UpdateTable
 from zo_offload.formats import FORMATS, format_of, get_format
 from zo_offload.formats.codec import encode_values, planes
@@ -44,6 +44,9 @@ def kernel_of(name: str, kind: str, what: str = "pass") -> str:
 
 PASSES = [kernel_of(*pair) for pair in PAIRS] + [kernel_of(*pair, "scales") for pair in SCALES]
 NOISES = ["zo_noise_gaussian", "zo_noise_rademacher"]
+FINGERPRINTED = [
+    f"zo_pass_{name}_gaussian" for name in ("fp32", "bf16", "fp16")
+]  # what `native.fingerprint` asks of a library
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FAR = (1 << 34) - 77
 
@@ -53,7 +56,9 @@ def kernels(request, tmp_path_factory):
     if REASONS[request.param]:
         pytest.skip(REASONS[request.param])
     folder = tmp_path_factory.mktemp(request.param)
-    names = PASSES + NOISES if request.param == "nvcc" or REASONS["nvcc"] else ["zo_pass_bf16_gaussian", *NOISES]
+    few = ["zo_pass_bf16_gaussian", *NOISES]
+    all_of_them = [*PASSES, *NOISES, *FINGERPRINTED, "zo_cuda_abi"]
+    names = all_of_them if request.param == "nvcc" or REASONS["nvcc"] else few
     names = list(dict.fromkeys(names))
     simulated = Simulated(make_ptx(request.param, folder), names, folder)
     found = SimulatedKernels(simulated)
@@ -306,6 +311,39 @@ def test_noise(kernels, kind, rounds, numel, offset):
     kernels.noise(z.data_ptr(), kind, rounds, 0x0123456789ABCDEF, 0xDEADBEEF, numel, offset, 0)
     expected = noise(NoiseSpec(kind, rounds), 0x0123456789ABCDEF, 0xDEADBEEF, numel, offset)
     assert torch.equal(z.view(torch.int32), expected.view(torch.int32))
+
+
+def test_the_kernels_are_asked_who_they_are_as_on_a_gpu(kernels, monkeypatch):
+    """The check before first use, word for word but for the memory: interface, then bits."""
+    if "zo_cuda_abi" not in kernels.names:
+        pytest.skip("only compiled for the first compiler")
+    monkeypatch.setattr(kernels, "touch", None)
+    assert kernels._abi() == native_cuda.ABI
+    assert native.fingerprint(native_cuda._OnDevice(kernels)) == native.FINGERPRINT
+
+
+@pytest.mark.parametrize("count", [3, 2 * native_cuda.MAX_LANES + 1])
+def test_a_pass_with_the_hosts_updates(kernels, monkeypatch, count):
+    """`native_cuda.run`, as `fused_pass` calls it for tensors on a GPU: updates go there first, lanes by the launch."""
+    fmt, numel = get_format("bf16"), 3000
+    updates = [Update(3, 2.0**-7, 1 - 2.0**-9), Update(4, 2.0**-8, fold=False)]
+    lanes = [Perturbation(seed, 0.5) for seed in range(count)]
+    stored, _ = values(numel, "bf16")
+    pair = [(stored.clone(), [torch.zeros(numel) for _ in lanes]) for _ in range(2)]
+    fused_pass(
+        pair[0][0], fmt, param_id=7, numel=numel, updates=updates, noise=NoiseSpec(), perturbations=lanes,
+        outs=pair[0][1],
+    )  # fmt: skip
+    monkeypatch.setattr(kernels, "touch", None)
+    monkeypatch.setattr(native_cuda, "kernels", lambda device: kernels)
+    launches = kernels.launches
+    native_cuda.run(
+        planes(pair[1][0], None, fmt, numel), pair[1][0], param_id=7, numel=numel, offset=0, updates=updates,
+        write_back=True, stochastic=False, noise=NoiseSpec(), perturbations=lanes, outs=pair[1][1],
+    )  # fmt: skip
+    assert kernels.launches - launches == -(-count // native_cuda.MAX_LANES)
+    assert torch.equal(pair[0][0], pair[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(pair[0][1], pair[1][1], strict=True))
 
 
 def test_a_wrong_coefficient_is_seen(kernels):

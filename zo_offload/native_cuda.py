@@ -113,19 +113,39 @@ class CudaKernels:
         """Interface of the image, as its own kernel tells."""
         import torch
 
-        told = torch.zeros(1, dtype=torch.int32, device=f"cuda:{self.device}")
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        self._launch("zo_cuda_abi", pack_noise(told.data_ptr(), 1, 0, 0, 0, 0), 1, stream)
+        told = torch.zeros(1, dtype=torch.int32, device=self.where)
+        self._launch("zo_cuda_abi", pack_noise(told.data_ptr(), 1, 0, 0, 0, 0), 1, self.stream())
         return int(told.item()) & 0xFFFFFFFF
 
+    @property
+    def where(self) -> str:
+        """torch's name of the memory that the kernels work on."""
+        return f"cuda:{self.device}"
+
+    def stream(self) -> int:
+        """torch's current stream on the device, as the driver knows it."""
+        import torch
+
+        return int(torch.cuda.current_stream(self.device).cuda_stream)
+
     def _launch(self, name: str, args: bytes, warps: int, stream: int) -> None:
+        import torch
+
         if not hasattr(self._threads, "ready"):  # a thread in which torch has not used the device has no context
             self._driver.ensure_current(self._context)
             self._threads.ready = True
+        grid = max(1, min(self._max_grid, -(-warps // (THREADS // 32))))
+        if torch.cuda.current_device() == self.device:
+            self._driver.launch(self._function(name), grid, THREADS, stream, args)
+        else:
+            with torch.cuda.device(self.device):  # a kernel is launched in its own context
+                self._driver.launch(self._function(name), grid, THREADS, stream, args)
+
+    def _function(self, name: str) -> int:
         function = self._functions.get(name)
         if function is None:
             function = self._functions[name] = self._driver.function(self._module, name)
-        self._driver.launch(function, max(1, min(self._max_grid, -(-warps // (THREADS // 32)))), THREADS, stream, args)
+        return function
 
     def run_pass(
         self,
@@ -183,8 +203,8 @@ class _OnDevice:
     ) -> None:
         import torch
 
-        z = torch.full((numel,), float("nan"), device=f"cuda:{self.kernels.device}")
-        stream = torch.cuda.current_stream(self.kernels.device).cuda_stream
+        z = torch.full((numel,), float("nan"), device=self.kernels.where)
+        stream = self.kernels.stream()
         self.kernels.noise(z.data_ptr(), distribution, rounds, seed, param_id, numel, offset, stream)
         copy_out(out, z)
 
@@ -221,7 +241,7 @@ def run_on_device(
     from .device_updates import RECORD_BYTES, DeviceUpdates
     from .noise import NoiseSpec
 
-    device = f"cuda:{kernels.device}"
+    device = kernels.where
     size = {0: 4, 1: 2, 2: 2}
 
     def take(address: int, nbytes: int) -> Tensor:
@@ -236,7 +256,7 @@ def run_on_device(
         stored=weights.data_ptr(), rows=0, numel=numel, offset=offset,
         updates=DeviceUpdates(records.view(-1, RECORD_BYTES), 0, folds), format=format, param_id=param_id,
         noise=NoiseSpec(distribution, rounds),  # type: ignore[arg-type]
-        write_back=write_back, stochastic=stochastic, stream=torch.cuda.current_stream(kernels.device).cuda_stream,
+        write_back=write_back, stochastic=stochastic, stream=kernels.stream(),
         lanes=[(seed, out.data_ptr(), scale, code) for (seed, _, scale, code), out in zip(lanes, outs, strict=True)],
     )  # fmt: skip
     for address, data in [(stored, weights), *zip((lane[1] for lane in lanes), outs, strict=True)]:
@@ -321,12 +341,10 @@ def run(
 
     planes: `formats.codec.planes` of the parameter, or of the piece that begins at its element `offset`.
     """
-    import torch
-
     from .device_updates import DeviceUpdates, UpdateTable
     from .formats import format_of
 
-    device = stored.device.index
+    found = kernels(stored.device.index)
     if not isinstance(updates, DeviceUpdates):
         table = UpdateTable(stored.device)
         table.append(updates)
@@ -338,7 +356,6 @@ def run(
         planes, rows=0 if rows is None else rows.data_ptr(), numel=numel, offset=offset,
         num_rows=0 if rows is None else rows.numel(), total_rows=total_rows, total=total, updates=updates,
         param_id=param_id, noise=noise, write_back=write_back, stochastic=stochastic, lanes=lanes,
-        target_scales=target_scales, stream=torch.cuda.current_stream(device).cuda_stream,
+        target_scales=target_scales, stream=found.stream(),
     )  # fmt: skip
-    with torch.cuda.device(device):
-        kernels(device).run_pass(**call)
+    found.run_pass(**call)
