@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from ptx_to_c import Simulated
 
-from zo_offload import native_cuda, nvrtc
+from zo_offload import native, native_cuda, nvrtc
 from zo_offload.devices.driver import CudaError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,3 +66,31 @@ class SimulatedKernels(native_cuda.CudaKernels):
         if self.touch is not None:
             ranges = [(t.data_ptr(), t.numel() * t.element_size()) for t in self.touch]
         self._simulated.launch(name, args, ranges, threads=native_cuda.THREADS, grid=min(self._grid, warps))
+
+
+class CpuKernels:
+    """What tests ask of `CudaKernels`, answered by the CPU library: to rehearse tests that need a GPU."""
+
+    device, where = 0, "cpu"
+
+    @property
+    def source(self) -> str:
+        return native_cuda.IMAGE.name if os.environ.get("ZO_CUDA") != "nvrtc" else "NVRTC"
+
+    def stream(self) -> int:
+        return 0
+
+    def noise(self, out, distribution, rounds, seed, param_id, numel, offset, stream) -> None:
+        library = native.library()
+        assert library is not None
+        library.noise(out, distribution, rounds, seed, param_id, numel, offset, 1)
+
+    def run_pass(self, *, updates, lanes, noise, stream, **call) -> None:
+        library = native.library()
+        assert library is not None
+        listed = [] if updates is None else updates.read()
+        tail = [u.packed for u in listed] + [native.PACK_LANE(*lane) for lane in lanes]
+        library.run_pass(
+            num_updates=len(listed), num_lanes=len(lanes), distribution=noise.distribution, rounds=noise.rounds,
+            tail=b"".join(tail), threads=1, num_rows=0, **call,
+        )  # fmt: skip

@@ -242,7 +242,8 @@ class FakeCudaDevice(CudaDevice):
         return Link(50.0, 50.0, 40.0, 40.0)
 
     def budget(self, asked, *, chosen=False):
-        return asked  # no budget: the smallest window, so that blocks do stream
+        # no budget: the smallest window, so that blocks do stream
+        return None if asked is None else super().budget(asked, chosen=chosen)
 
 
 class DelayedCpuDevice(CpuDevice):

@@ -37,10 +37,10 @@ def test_both_images_are_right(source, monkeypatch):
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("rounds", [7, 10])
 @pytest.mark.parametrize("numel, offset", [(1, 0), (5003, (1 << 34) - 77), (1 << 22, 1 << 33)])
-def test_noise(kind, rounds, numel, offset):
-    z = torch.full((numel,), float("nan"), device="cuda")
-    stream = torch.cuda.current_stream().cuda_stream
-    native_cuda.kernels(0).noise(z.data_ptr(), kind, rounds, 2**63 + 5, 0xDEADBEEF, numel, offset, stream)
+def test_noise(gpu, kind, rounds, numel, offset):
+    z = torch.full((numel,), float("nan"), device=gpu)
+    kernels = native_cuda.kernels(0)
+    kernels.noise(z.data_ptr(), kind, rounds, 2**63 + 5, 0xDEADBEEF, numel, offset, kernels.stream())
     expected = noise(NoiseSpec(kind, rounds), 2**63 + 5, 0xDEADBEEF, numel, offset)
     assert torch.equal(z.cpu().view(torch.int32), expected.view(torch.int32))
 
@@ -66,29 +66,29 @@ def run(device, fmt, numel, updates, kind, rounding, target="values"):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("count", [0, 1, 5])
 @pytest.mark.parametrize("numel", [4097, 1 << 20])
-def test_fused_pass(name, kind, rounding, count, numel):
+def test_fused_pass(gpu, name, kind, rounding, count, numel):
     fmt = FORMATS[name]
     updates = [Update(i, (-1) ** i * 2.0**-9, 1 - 2.0**-10, fold=fmt.trains and i != 3) for i in range(count)]
-    pair = [run(device, fmt, numel, updates, kind, rounding) for device in ("cpu", "cuda")]
+    pair = [run(device, fmt, numel, updates, kind, rounding) for device in ("cpu", gpu)]
     for a, b in zip(*pair, strict=True):
         assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} bytes differ"
 
 
 @pytest.mark.parametrize("name", [n for n, fmt in FORMATS.items() if fmt.trains_scales])
-def test_scales_that_train(name):
+def test_scales_that_train(gpu, name):
     updates = [Update(i, 2.0**-12) for i in range(2)]
-    pair = [run(d, FORMATS[name], 4096 + 77, updates, "gaussian", "nearest", "scales") for d in ("cpu", "cuda")]
+    pair = [run(d, FORMATS[name], 4096 + 77, updates, "gaussian", "nearest", "scales") for d in ("cpu", gpu)]
     for a, b in zip(*pair, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_gathered_rows(name):
+def test_gathered_rows(gpu, name):
     fmt, width, count = FORMATS[name], 96, 50
     first, _ = weights(width * count, fmt)
     rows = torch.tensor([49, 0, 3, 3, 17])
     found = []
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", gpu):
         outs = [torch.zeros(5, width, dtype=d, device=device) for d in DTYPES]
         fused_rows(
             first.to(device), fmt, param_id=9, row_numel=width, numel=width * count, rows=rows.to(device),
@@ -100,9 +100,9 @@ def test_gathered_rows(name):
         assert torch.equal(a, b)
 
 
-def test_the_same_pass_twice_is_the_same():
+def test_the_same_pass_twice_is_the_same(gpu):
     fmt, updates = FORMATS["bf16"], [Update(1, 2.0**-9)]
-    a, b = (run("cuda", fmt, 1 << 22, updates, "gaussian", "stochastic") for _ in range(2))
+    a, b = (run(gpu, fmt, 1 << 22, updates, "gaussian", "stochastic") for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
