@@ -302,6 +302,32 @@ def test_gathered_rows(kernels, name, kind, width):
         assert b[5:].isnan().all(), "a row that does not exist must be loud, and its neighbours' memory left alone"
 
 
+@pytest.mark.parametrize("name, kind", PAIRS)
+@pytest.mark.parametrize("width", [24, 61])
+def test_gathered_rows_of_a_piece(kernels, name, kind, width):
+    """Rows before and behind the piece are passed over; a row that no piece has is NaN from each of them."""
+    need(kernels, name, kind)
+    fmt, first, count, total = get_format(name), 128, 64, 300
+    stored, second = values(count * width, name)
+    rows, lanes, updates = torch.tensor([191, 0, 128, 299, 127, 192, 130]), LANES[:3], updates_for(name, "trailing")
+    folds = any(u.fold for u in updates)
+    expected = [torch.full((7, width), -3.0, dtype=d) for d in DTYPES]
+    fused_rows(
+        stored, fmt, param_id=7, row_numel=width, numel=count * width, rows=rows, first_row=first, total_rows=total,
+        updates=updates, noise=NoiseSpec(kind), perturbations=lanes, outs=expected, residual=second if folds else None,
+    )  # fmt: skip
+    assert [bool((row == -3.0).all()) for row in expected[0]] == [False, True, False, True, True, True, False]
+    asked = torch.cat([rows, torch.tensor([total, -1])])
+    found = [out_like(9 * width, d).view(9, width) for d in DTYPES]
+    run_simulated(
+        kernels, stored, second if folds else None, fmt, width, updates, lanes, found, kind=kind, rows=asked,
+        offset=first * width, total_rows=total, total=count * width, plane_numel=count * width,
+    )  # fmt: skip
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a.view(torch.uint8), b[:7].view(torch.uint8))
+        assert b[7:].isnan().all()
+
+
 @pytest.mark.parametrize("rounds", [7, 10])
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("numel, offset", [(5000, FAR), (1, 0), (129, 127)])

@@ -427,6 +427,35 @@ def test_rows_equal_the_rows_of_the_whole(variant, row_numel, fmt, target):
     assert torch.equal(stored, before)
 
 
+@each_variant
+@pytest.mark.parametrize("fmt, target", TARGETS, ids=target_id)
+@pytest.mark.parametrize("row_numel", [48, 128, 1030])
+def test_rows_of_a_piece_are_those_of_the_whole_and_others_are_left_alone(variant, row_numel, fmt, target):
+    """A piece begins where a group does. Rows of other pieces, before it and behind it, keep what was there."""
+    num_rows, first, stop = 192, 64, 128
+    n, start, end = num_rows * row_numel, first * row_numel, stop * row_numel
+    stored, residual = fmt.split(ordinary(n)) if fmt.residual_bytes else (weights(fmt, n), None)
+    rows = torch.tensor([127, 0, 64, 191, 64, 63, 128, 100])
+    folds = fmt.trains or target == "scales"
+    options = dict(updates=[Update(1, f32(1e-2), fold=folds), Update(2, f32(1e-4), fold=False)], rounding="stochastic",
+                   target=target)  # fmt: skip
+    lanes = [Perturbation(2, f32(1e-3)), Perturbation(2, f32(-1e-3))]
+    *_, one, two = run(variant, stored, fmt, numel=n, residual=residual, perturbations=lanes,
+                       dtypes=[torch.float32] * 2, **options)  # fmt: skip
+    piece, second = cut(fmt, stored, n, start, end), residual
+    if residual is not None:
+        second = residual[fmt.residual_bytes * start : fmt.residual_bytes * end].clone()
+    outs = [torch.full((len(rows), row_numel), -3.0) for _ in lanes]
+    with using(variant):
+        fused_rows(piece, fmt, param_id=5, row_numel=row_numel, rows=rows, numel=end - start, first_row=first,
+                   total_rows=num_rows, noise=SPEC, perturbations=lanes, outs=outs, residual=second, threads=3,
+                   **options)  # fmt: skip
+    inside = (rows >= first) & (rows < stop)
+    for out, full in zip(outs, (one, two), strict=True):
+        assert torch.equal(bits(out[inside]), full.view(num_rows, row_numel)[rows[inside]])
+        assert bool((out[~inside] == -3.0).all())
+
+
 def test_the_pass_is_its_formula():
     """One folded update and one lane, spelled out with float64 standing in for the exact sums."""
     n = 4000
@@ -527,6 +556,11 @@ def test_what_does_not_fit_is_refused_by_name():
     for message, bad in ((r"rows 2..2 asked of a parameter with 2", [2]), (r"rows -1..-1", [-1])):
         with pytest.raises(ConfigError, match=message):
             fused_rows(stored, BF16, rows=torch.tensor(bad), **rows)
+    with pytest.raises(ConfigError, match=r"rows 3..4 are stored of a parameter with 4 rows"):
+        fused_rows(stored, BF16, rows=torch.tensor([0]), first_row=3, total_rows=4, **rows)
+    with pytest.raises(ConfigError, match=r"first_row=3: int8 has groups of 128"):
+        fused_rows(torch.zeros(FORMATS["int8"].nbytes(128), dtype=torch.uint8), FORMATS["int8"], numel=128, first_row=3,
+                   total_rows=64, rows=torch.tensor([4]), **rows)  # fmt: skip
     with pytest.raises(ConfigError, match="int64"):
         fused_rows(stored, BF16, rows=torch.tensor([0], dtype=torch.int32), **rows)
     with pytest.raises(ConfigError, match="not a whole number"):

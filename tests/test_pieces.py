@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import archs
 import pytest
 import torch
 from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama, tiny_opt, train
 from test_plan import ARCH, plan_of
+from test_storage import ADAPTED, with_adapters
 
 from zo_offload import QZO, Engine
-from zo_offload.blocks import ALIGN, ParamSpec, cut
+from zo_offload.blocks import ALIGN, ParamSpec, cut, whole
+from zo_offload.errors import JournalError
 from zo_offload.formats import FORMATS
 from zo_offload.fused import Perturbation
-from zo_offload.plan import make_plan
+from zo_offload.plan import make_plan, relift
+from zo_offload.replay import replay
+from zo_offload.trace import Trace
 
 WHOLE = 1 << 40  # no parameter is cut, no layer split
 STILL = Perturbation(0, 0.0)
@@ -189,3 +194,94 @@ def test_weights_are_read_whole_between_steps():
     assert {name: value.shape for name, value in stored.items()} == {
         name: p.shape for name, p in tiny_llama().named_parameters()
     }
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def digest_of(folder):
+    return {f.name: f.read_bytes() for f in sorted(folder.iterdir()) if f.suffix == ".safetensors"}
+
+
+@pytest.mark.parametrize("storage, offload", [("bf16+16", "disk"), ("int8+8", "host"), ("bf16", "none")])
+def test_a_run_in_pieces_resumes_replays_and_exports_as_one_that_is_not_cut(storage, offload, tmp_path):
+    tiny_opt(2).save_pretrained(tmp_path / "base")
+    settings = dict(storage=storage, fold_every=2, method=METHOD)
+    with Engine(tmp_path / "base", block_numel=WHOLE, offload="none", **settings) as engine:
+        losses = engine.fit(batches(), steps=7).losses
+        engine.save_pretrained(tmp_path / "want")
+    run = dict(offload=offload, run_dir=tmp_path / "run", block_numel=900, snapshot_steps=2)
+    with Engine(tmp_path / "base", **settings, **run) as engine:
+        first = engine.fit(batches(), steps=3).losses
+    with Engine.resume(tmp_path / "run", offload="host" if offload == "disk" else "disk", num_slots=2) as engine:
+        assert engine.config.block_numel == 900 and len(engine.plan.blocks) > 30
+        assert first + engine.fit(batches(), steps=7).losses == losses
+        assert set(engine.evaluate(batches(2))) == {"loss"}
+        engine.save_pretrained(tmp_path / "out")
+    replay(tmp_path / "base", tmp_path / "run", tmp_path / "again")
+    want = digest_of(tmp_path / "want")
+    assert want and digest_of(tmp_path / "out") == want and digest_of(tmp_path / "again") == want
+
+
+def test_where_a_parameter_is_cut_is_part_of_the_run(tmp_path):
+    with Engine(tiny_opt(2), method=METHOD, run_dir=tmp_path / "run", block_numel=20_000) as engine:
+        engine.fit(batches(), steps=2)
+    with pytest.raises(JournalError, match="block_numel"):
+        Engine.resume(tmp_path / "run", tiny_opt(2), block_numel=900).fit(batches(), steps=3)
+    with Engine.resume(tmp_path / "run", tiny_opt(2), block_numel=WHOLE) as engine:  # nothing is cut in either
+        engine.fit(batches(), steps=3)
+
+
+def test_a_damaged_block_of_a_cut_parameter_is_brought_back(tmp_path):
+    tiny_opt(2).save_pretrained(tmp_path / "base")
+    settings = dict(method=METHOD, storage="bf16", fold_every=1)
+    with Engine(tmp_path / "base", block_numel=WHOLE, offload="none", **settings) as engine:
+        engine.fit(batches(), steps=4)
+        want = stored_weights(engine)
+    with Engine(tmp_path / "base", block_numel=900, offload="disk", run_dir=tmp_path / "run", **settings) as engine:
+        engine.fit(batches(), steps=2)
+        pieces = engine.plan.pieces_of("model.decoder.layers.0.fc1.weight")
+    assert len(pieces) > 2
+    for path in sorted((tmp_path / "run" / "blocks").glob("*.zob"))[5:12]:
+        data = bytearray(path.read_bytes())
+        data[8192:8200] = bytes(8)
+        path.write_bytes(data)
+    with Engine.resume(tmp_path / "run") as engine:
+        engine.fit(batches(), steps=4)
+        assert_same(([], want), ([], stored_weights(engine)))
+
+
+def test_adapters_stay_whole_and_on_the_device():
+    def run(**way):
+        return train(with_adapters(tiny_llama()), 5, storage="int4", **ADAPTED, **way)
+
+    want = run(block_numel=WHOLE, offload="none")
+    with Engine(with_adapters(tiny_llama()), storage="int4", offload="host", block_numel=800, **ADAPTED) as engine:
+        (resident,) = engine.plan.resident
+        assert all(p == whole(engine.plan.params[p.name]) for p in engine.plan.blocks[resident].pieces)
+        assert any(len(engine.plan.pieces_of(name)) > 1 for name in engine.plan.params)
+    for way in (dict(offload="host"), dict(offload="host", order="block")):
+        assert_same(want, run(block_numel=800, **way))
+
+
+@pytest.mark.parametrize("storage", ["fp32", "int8+8"])
+def test_a_layer_that_cannot_be_traced_is_lifted_over_several_blocks(storage):
+    """An owner that spans blocks is served to all lanes at once, in any order of service."""
+
+    def run(block_numel, **way):
+        plain = tiny_opt(2)
+        engine = Engine(plain, method=METHOD, storage=storage, block_numel=block_numel, **way)
+        engine.plan = relift_whole(engine.plan)
+        layers = [owner for owner in engine.plan.owners if owner.name == "model.decoder.layers.1"]
+        assert layers and layers[0].spans == (block_numel != WHOLE)
+        with engine:
+            return engine.fit(batches(), steps=4).losses, stored_weights(engine)
+
+    want = run(WHOLE, offload="none")
+    for order in ("module", "block", "lane"):
+        assert_same(want, run(900, offload="host", order=order))
+
+
+def relift_whole(plan):
+    """The plan as it is when nothing was seen of the forward: every layer has all its parameters."""
+    return relift(replace(plan, trace=Trace({}, (), False)), Trace({}, (), False))

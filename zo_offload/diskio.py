@@ -8,13 +8,32 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 from pathlib import Path
 
 from .config import show_bytes
-from .errors import StorageError
+from .errors import BudgetError, StorageError
 
+SPARE_FILES = 64  # descriptors left to everything else in the process
 MAX_IO = 1 << 30  # Linux moves at most 0x7ffff000 bytes a call
+
+
+def allow_open_files(count: int, what: str) -> None:
+    """Let this process hold `count` more files open: its soft limit (often 1024) is raised where the hard one allows.
+
+    Raises BudgetError, with both numbers, where it does not.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = len(os.listdir("/proc/self/fd")) + count + SPARE_FILES
+    if soft == resource.RLIM_INFINITY or need <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and need > hard:
+        raise BudgetError(
+            f"{count} {what} are held open together, and this process may open {hard} files in all. Raise that limit "
+            "(ulimit -Hn), or give a larger block_numel, so that there are fewer"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 
 
 def write_at(fd: int, data: memoryview | bytes, offset: int) -> None:

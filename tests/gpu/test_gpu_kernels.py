@@ -100,6 +100,28 @@ def test_gathered_rows(gpu, name):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_gathered_rows_of_a_piece(gpu, name):
+    """The kernel passes over the rows of other pieces, and answers with NaN for those that no piece has."""
+    fmt, width, first_row, count, total = FORMATS[name], 96, 128, 64, 300
+    first, _ = weights(width * count, fmt)
+    rows = torch.tensor([191, 0, 128, 299, 130])
+    found = []
+    for device in ("cpu", gpu):
+        # only a GPU is asked for rows that are not there: on a CPU they are refused
+        asked = torch.cat([rows, torch.tensor([total, -1])]).to(device) if device == "cuda" else rows
+        outs = [torch.full((len(asked), width), -3.0, dtype=d, device=device) for d in DTYPES]
+        fused_rows(
+            first.to(device), fmt, param_id=9, row_numel=width, numel=width * count, rows=asked, first_row=first_row,
+            total_rows=total, updates=[Update(1, 2.0**-9, fold=False)], noise=NoiseSpec(), perturbations=LANES[:3],
+            outs=outs, residual=None,
+        )  # fmt: skip
+        found.append([o.cpu()[:5].view(torch.uint8) for o in outs])
+    assert all(bool(o.cpu()[5:].isnan().all()) for o in outs)
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_the_same_pass_twice_is_the_same(gpu):
     fmt, updates = FORMATS["bf16"], [Update(1, 2.0**-9)]
     a, b = (run(gpu, fmt, 1 << 22, updates, "gaussian", "stochastic") for _ in range(2))

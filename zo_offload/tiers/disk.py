@@ -111,6 +111,7 @@ class DiskTier:
         Files of the same names are taken over: call it only for a run whose journal needs none of them. BudgetError if
         the space lacks.
         """
+        diskio.allow_open_files(len(shapes), "block files")
         directory.mkdir(parents=True, exist_ok=True)
         need = sum(shape.file_bytes for shape in shapes)
         there = sum(f.stat().st_size for f in directory.glob("*.zob"))
@@ -138,6 +139,7 @@ class DiskTier:
     @classmethod
     def open(cls, directory: Path, shapes: Sequence[Shape], *, write: bool = True) -> DiskTier:
         """The files of an earlier run, each checked against its shape. A block may have no whole generation."""
+        diskio.allow_open_files(len(shapes), "block files")
         blocks = []
         for shape in shapes:
             path = _path(directory, shape.index)
