@@ -126,7 +126,7 @@ def test_plan_of_a_directory_and_of_a_config(name, files, capsys):
     assert "stored as fp32: " in text and " in 7 blocks" in text
     assert f"memory, 2 x {POSITIONS} tokens" in text  # not the usual 512, which this model does not take
     (layers,) = [line.split() for line in text.splitlines() if line.startswith("model.decoder.layers.0 .. 3 ")]
-    assert layers[3:] == ["8,544", "0.04", "1", "x", "4"]
+    assert layers[3:] == ["8,544", "1", "0.04", "1", "x", "4"]
     assert "tied, stored and perturbed once: model.decoder.embed_tokens.weight = lm_head.weight" in text
 
 
