@@ -133,13 +133,14 @@ def test_plan_of_a_directory_and_of_a_config(name, files, capsys):
 def test_plan_of_a_size(capsys):
     assert call("plan", "opt-175b", "--storage", "bf16", "--tokens", 256) == 0
     text = capsys.readouterr().out
-    assert "174.604 G parameters" in text and "stored as bf16: 349.21 GB in 98 blocks" in text
+    assert "174.604 G parameters" in text and "stored as bf16: 349.21 GB in 3084 blocks" in text
     (layers,) = [line.split() for line in text.splitlines() if line.startswith("model.decoder.layers.0 .. 95 ")]
-    assert layers[3:] == ["1,812,099,072", "3624.20", "1", "x", "96"]
-    assert "memory, 1 x 256 tokens" in text and "3 slots" in text
-    assert (
-        "fetches 350.49 GB and flushes 87.30 GB (updates folded every 4 steps)" in text
-    )  # the tied embedding is fetched twice
+    assert layers[3:] == ["1,812,099,072", "32", "3624.20", "1", "x", "96"]
+    assert "memory, 1 x 256 tokens" in text
+    (window,) = [line.split() for line in text.splitlines() if line.startswith("  window ")]
+    assert window[1:] == ["377.6", "MB", "3", "slots,", "2", "fetched", "ahead"]
+    # the tied embedding is fetched twice
+    assert "fetches 350.44 GB and flushes 87.30 GB (updates folded every 4 steps)" in text
 
 
 BASE, DATA = ["fit", "{}/base"], ["--data", "{}/train.jsonl", "--batch-size", "4", "--steps", "1"]
