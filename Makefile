@@ -41,8 +41,8 @@ bench: install
 	$(BIN)/python -m benchmarks.memory
 
 # One command on a machine with a GPU: builds, tests, measures; needs no network and under 9 minutes. Uses the python that
-# is there (PYTHON=...), with torch, transformers, greenlet and pytest in it. GPU_CHECK="--dry" tries it without a GPU,
-# "--zo2 DIR" also measures a checkout of ZO2.
+# is there (PYTHON=...), with torch, transformers, greenlet and pytest in it; "--wheels DIR" brings those that lack.
+# GPU_CHECK="--dry" tries it without a GPU, "--zo2 DIR --zo2-wheels DIR" also measures a checkout of ZO2.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK)
 

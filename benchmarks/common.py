@@ -28,8 +28,8 @@ def machine() -> str:
     return f"{model}, {platform.system()} {platform.machine()}"
 
 
-def commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+def commit(checkout: Path = ROOT) -> str:
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

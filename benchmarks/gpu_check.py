@@ -1,19 +1,23 @@
-"""Everything that needs a GPU, in one command: build, tests, benchmarks; under nine minutes on one H200.
+"""Everything that needs a GPU, in one command: build, probe, tests, benchmarks; under nine minutes on one H200.
 
     make gpu-check                                  or: python -m benchmarks.gpu_check [options]
-    make gpu-check GPU_CHECK="--zo2 DIR --zo2-packages DIR"     ZO2 beside it: a checkout, and its pinned packages
+    make gpu-check GPU_CHECK="--wheels DIR"                     packages that the machine lacks, as wheels
+    make gpu-check GPU_CHECK="--zo2 DIR --zo2-wheels DIR"       ZO2 beside it: a checkout, and its pinned packages
     make gpu-check GPU_CHECK=--dry                  the same plumbing on a CPU; measures nothing
 
 Each part is a process of its own with its own time limit. One that fails or runs over is named at the end and the next
-one starts; the exit status is 1 then. Results are one JSON line each in OUT/gpu_check.jsonl, and a page
-OUT/gpu_check.md with the commands that made them; OUT is $OUT where that is set, else benchmarks/results.
+one starts; the exit status is 1 then. Three files come of it, whole after every part: OUT/gpu_check.jsonl, one JSON
+line a result; OUT/gpu_check.md, a page with the commands that made them; OUT/gpu_check.log, what the parts printed. OUT
+is $OUT where that is set, else benchmarks/results.
 
-Parts, most telling first, so that a machine that is taken away early has still told most:
-    doctor, build, link, kernels, tests, steps of 1.3B / 6.7B / 13B beside naive MeZO, ZO2, 30B, steps of 512 tokens
+Parts, most telling first, so that a limit of time cuts from the end:
+    build, probe, kernels bit-equal, engine equal wherever blocks live, link, steps of 1.3B and 6.7B, the device's
+    memory, fused pass, 13B, naive MeZO, doctor, 30B, steps of 512 tokens, architectures, compute-sanitizer
+With --zo2 each size is followed by ZO2's, and the tests wait till the end: `--only NAME` runs some parts alone.
 
-With --zo2 the time does not do for everything: `--only zo2` and `--only step` are two calls. No network, no root;
-torch's CUDA wheel and the packages in NEEDED must be there (greenlet is the one that images tend to lack: unpack its
-wheel and set PYTHONPATH). **This has never run on a GPU**; a dry run is part of the CPU tests.
+No network, no root. torch's CUDA wheel and the packages in NEEDED must be there; greenlet is the one that images tend
+to lack. ZO2 needs transformers 4.51.3, tokenizers 0.21.1 and huggingface-hub 0.30.2 (--zo2-wheels), and runs with the
+torch that is there. **This has never run on a GPU**; a dry run is part of the CPU tests.
 """
 
 from __future__ import annotations
@@ -23,17 +27,20 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, commit, machine
+from zo_offload.devices.nvml import DriverMemory
 
 MEASURE = [sys.executable, "-m", "benchmarks.gpu_measure"]
 NEEDED = ("torch", "transformers", "safetensors", "accelerate", "greenlet", "numpy", "psutil", "tqdm", "pytest")
@@ -55,42 +62,61 @@ class Part:
     seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
     tail: str = ""
+    device_peak: int | None = None
+    """The most that the device had in use while the part ran, less what it had before; by NVML."""
 
 
 def parts(options: argparse.Namespace) -> list[Part]:
-    dry = ["--dry"] if options.dry else []
-    tests = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--maxfail=20"]
-    if importlib.util.find_spec("pytest_timeout") is None:
-        tests += ["-o", "timeout="]
-    side_by_side = ["-n", "4"] if importlib.util.find_spec("xdist") and not options.dry else []
-    whole = ["tests/gpu/test_gpu_kernels.py", "-k", "golden"] if options.dry else ["tests/gpu", "-k", "not budget"]
-    listed = [
-        Part("doctor", [sys.executable, "-m", "zo_offload"], 60, reads="text"),
+    first = [
         Part("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 150, reads="text"),
-        Part("link", [*MEASURE, "link", *dry], 30),
-        Part("kernels", [*MEASURE, "kernels", *dry], 60),
-        Part("tests", [*tests, *side_by_side, *whole], 150, reads="text"),
-        # what the driver counts on the whole device: alone
-        Part("test of the budget", [*tests, "tests/gpu/test_gpu_engine.py", "-k", "budget"], 40, reads="text"),
+        Part("probe", [sys.executable, "-m", "benchmarks.gpu_probe", *_dry(options)], 90),
     ]
-    listed[1].environment = {"ZO_CUDA": "0"} if options.dry else this_gpu()
-    shapes = [("opt-1.3b", 2048, 45), ("opt-6.7b", 2048, 60), ("opt-13b", 2048, 75)]
+    first[0].environment = {"ZO_CUDA": "0"} if options.dry else this_gpu()
+    link, kernels = (Part(name, [*MEASURE, name, *_dry(options)], 60) for name in ("link", "kernels"))
+    doctor = Part("doctor", [sys.executable, "-m", "zo_offload"], 60, reads="text")
+    small, large, budget, archs, sanitizer = test_parts(options)
+    if options.dry:
+        steps = [step(options, "opt-1.3b"), step(options, "opt-1.3b", what="naive")]
+        return [*first, small, large, link, *steps, kernels, doctor, *zo2_parts(options, "opt-1.3b")]
+    if options.zo2 is not None:
+        sizes = [("opt-1.3b", 60.0), ("opt-6.7b", 90.0), ("opt-13b", 120.0), ("opt-30b", 180.0)]
+        beside = [part for size, limit in sizes for part in (step(options, size, limit), *zo2_parts(options, size))]
+        return [*first, link, *beside, small, large]
+    return [
+        *first, small, large, link, step(options, "opt-1.3b", 60), step(options, "opt-6.7b", 90), budget, kernels,
+        step(options, "opt-13b", 120), *(step(options, f"opt-{size}", 60, what="naive") for size in ("1.3b", "6.7b")),
+        doctor, step(options, "opt-30b", 180), step(options, "opt-13b", 60, what="naive"),
+        step(options, "opt-6.7b", 60, tokens=512), step(options, "opt-1.3b", 60, tokens=512),
+        step(options, "opt-13b", 90, tokens=512), archs, sanitizer,
+    ]  # fmt: skip
 
-    def step(model: str, tokens: int, limit: float, what: str = "step") -> Part:
-        options_of = ["--model", model, "--tokens", str(tokens), "--dtype", options.dtype]
-        return Part(f"{what} {model} {tokens}", [*MEASURE, what, *options_of, *dry], limit)
 
-    for shape in shapes[:1] if options.dry else shapes:
-        listed += [step(*shape), step(*shape, what="naive")]
-    listed += zo2_parts(options)
-    if not options.dry:
-        listed += [
-            step("opt-30b", 2048, 150),
-            step("opt-1.3b", 512, 40),
-            step("opt-13b", 512, 60),
-            step("opt-6.7b", 512, 50),
-        ]
-    return listed
+def _dry(options: argparse.Namespace) -> list[str]:
+    return ["--dry"] if options.dry else []
+
+
+def step(options: argparse.Namespace, model: str, limit: float = 60, *, tokens: int = 2048, what: str = "step") -> Part:
+    asked = ["--model", model, "--tokens", str(tokens), "--dtype", options.dtype]
+    return Part(f"{what} {model} {tokens}", [*MEASURE, what, *asked, *_dry(options)], limit)
+
+
+def test_parts(options: argparse.Namespace) -> list[Part]:
+    """The GPU tests: kernels; engine; what the driver counts on the whole device, alone; architectures; sanitizer."""
+    base = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--maxfail=20"]
+    side_by_side = ["-n", "8"] if importlib.util.find_spec("xdist") and not options.dry else []
+    places = [
+        ("tests of kernels", "kernels", "golden" if options.dry else "not out_of_bounds", 100, side_by_side),
+        ("tests of the engine", "engine", "seed_twice" if options.dry else "not budget", 120, side_by_side),
+        ("test of the budget", "engine", "budget", 60, []),
+        ("tests of architectures", "archs", "test", 150, side_by_side),
+        ("test with compute-sanitizer", "kernels", "out_of_bounds", 150, []),
+    ]
+    made = []
+    for name, file, chosen, limit, more in places:
+        part = Part(name, [*base, *more, f"tests/gpu/test_gpu_{file}.py", "-k", chosen], limit, reads="text")
+        part.environment = {"ZO_GPU_TESTS_ON": "cpu"} if options.dry else {}
+        made.append(part)
+    return made
 
 
 def this_gpu() -> dict[str, str]:
@@ -100,29 +126,65 @@ def this_gpu() -> dict[str, str]:
         found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return {}
-    return {"ZO_CUDA_ARCHS": ",".join(sorted({version.replace(".", "") for version in found}))} if found else {}
+    named = sorted({version.replace(".", "") for version in found if re.fullmatch(r"\d+\.\d", version)})
+    return {"ZO_CUDA_ARCHS": ",".join(named)} if named else {}
 
 
-def zo2_parts(options: argparse.Namespace) -> Iterator[Part]:
-    """ZO2's own test_speed and test_memory, unmodified, from its own directory as its scripts call them."""
+def zo2_parts(options: argparse.Namespace, model: str) -> Iterator[Part]:
+    """ZO2's own test_speed and test_memory, unmodified, from its own directory as its scripts call them.
+
+    Through `zo2_run.py`, which makes the random first weights quickly: they are most of the time otherwise.
+    """
     if options.zo2 is None:
         return
     if not (options.zo2 / ZO2_TEST / "test_speed.py").exists():
         raise SystemExit(f"--zo2 {options.zo2}: no {ZO2_TEST / 'test_speed.py'} there; give the root of a ZO2 checkout")
     places = [str(options.zo2), *([str(options.zo2_packages)] if options.zo2_packages else [])]
     environment = {"PYTHONPATH": os.pathsep.join(places), "HF_HUB_OFFLINE": "1"}
-    for model, tokens in (("opt_1_3b", 2048), ("opt_6_7b", 2048), ("opt_13b", 2048)):
-        for what in ("speed", "memory"):
-            command = [
-                sys.executable, str(ZO2_TEST / f"test_{what}.py"), "--model_name", model, "--task", "causalLM",
-                "--zo_method", "zo2", "--max_steps", "8" if what == "speed" else "3", "--sequence_length", str(tokens),
-                "--model_dtype", "fp16" if options.dtype == "fp16" else "bf16",
-            ]  # fmt: skip
-            label = {"model": model.replace("opt_", "opt-").replace("_", "."), "tokens": tokens}
-            yield Part(f"zo2 {what} {model}", command, 90, environment, options.zo2, f"zo2 {what}", label)
+    limits = {"opt-1.3b": 60, "opt-6.7b": 100, "opt-13b": 150, "opt-30b": 240}
+    for what in ("speed", "memory") if model != "opt-30b" else ("memory",):
+        command = [
+            sys.executable, str(ROOT / "benchmarks" / "zo2_run.py"), str(ZO2_TEST / f"test_{what}.py"), "--model_name",
+            model.replace("-", "_").replace(".", "_"), "--task", "causalLM", "--zo_method", "zo2", "--max_steps",
+            "8" if what == "speed" else "3", "--sequence_length", "2048", "--model_dtype", options.dtype,
+        ]  # fmt: skip
+        label = {"model": model, "tokens": 2048, "dtype": options.dtype, "zo2_commit": commit(options.zo2)}
+        yield Part(f"zo2 {what} {model}", command, limits[model], environment, options.zo2, f"zo2 {what}", label)
+
+
+class DevicePeak:
+    """The most device memory in use while the block runs, by NVML, less what was in use before it."""
+
+    def __init__(self) -> None:
+        self._memory, self._stop, self.peak = DriverMemory(0), threading.Event(), None
+        self._before = self._memory.device_used()
+
+    def __enter__(self) -> DevicePeak:
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while self._before is not None and not self._stop.wait(0.02):
+            used = self._memory.device_used()
+            if used is not None:
+                self.peak = max(self.peak or 0, used - self._before)
 
 
 def run(part: Part, limit: float, log: Path) -> None:
+    with DevicePeak() as device:
+        _run(part, limit, log)
+    part.device_peak = device.peak
+    text = log.read_text(errors="replace")
+    part.tail = text[-3000:]
+    part.rows = list(READERS[part.reads](text, part))
+
+
+def _run(part: Part, limit: float, log: Path) -> None:
     start = time.monotonic()
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"} | part.environment
     if part.folder == ROOT:
@@ -148,9 +210,6 @@ def run(part: Part, limit: float, log: Path) -> None:
             process.wait()
             part.status = f"stopped after {limit:.0f} s"
     part.seconds = time.monotonic() - start
-    text = log.read_text(errors="replace")
-    part.tail = text[-3000:]
-    part.rows = list(READERS[part.reads](text, part))
 
 
 def read_json(text: str, part: Part) -> Iterator[dict[str, Any]]:
@@ -169,7 +228,7 @@ def read_speed(text: str, part: Part) -> Iterator[dict[str, Any]]:
         last = found[len(found) // 2 :]
         rate = sum(last) / len(last)
         yield {"part": "step", "way": "ZO2, its test_speed", "tokens_per_s": round(rate, 1), "n": len(last),
-               "step_s": part.label["tokens"] / rate, **part.label}  # fmt: skip
+               "step_s": part.label["tokens"] / rate, "peak_driver_bytes": part.device_peak, **part.label}  # fmt: skip
     elif part.status == "ok":
         part.status = "printed no throughput"
 
@@ -178,7 +237,8 @@ def read_memory(text: str, part: Part) -> Iterator[dict[str, Any]]:
     gpu = [float(x) for x in re.findall(r"Peak GPU Memory after iteration \d+: ([\d.]+) MB", text)]
     cpu = [float(x) for x in re.findall(r"Peak CPU Memory after iteration \d+: ([\d.]+) MB", text)]
     if gpu:
-        yield {"part": "memory", "way": "ZO2, its test_memory", "peak_driver_bytes": int(max(gpu) * 2**20),
+        yield {"part": "memory", "way": "ZO2, its test_memory", "told_bytes": int(max(gpu) * 2**20),
+               "peak_driver_bytes": part.device_peak or int(max(gpu) * 2**20),
                "host_bytes": int(max(cpu, default=0) * 2**20), **part.label}  # fmt: skip
     elif part.status == "ok":
         part.status = "printed no memory"
@@ -199,6 +259,8 @@ def page(done: list[Part], options: argparse.Namespace, seconds: float) -> str:
     lines += ["| part | status | seconds | command |", "| --- | --- | --- | --- |"]
     for part in done:
         lines.append(f"| {part.name} | {part.status} | {part.seconds:.0f} | `{' '.join(part.command[1:])}` |")
+    lines += ["", "## Probe", "", "What no machine without a GPU could settle.", ""]
+    lines += table([r for r in rows if r.get("part") == "probe"], PROBE)
     lines += ["", "## Link, GB/s", ""] + table([r for r in rows if r.get("part") == "link"], LINK)
     lines += ["", "## Fused pass", ""] + table([r for r in rows if r.get("part") == "kernels"], KERNEL)
     steps = sorted((r for r in rows if r.get("part") == "step"), key=lambda r: (r["tokens"], r["model"]))
@@ -210,7 +272,15 @@ def page(done: list[Part], options: argparse.Namespace, seconds: float) -> str:
         "",
     ]
     lines += table(steps, STEP)
-    lines += ["", "## Memory by ZO2's own count", ""] + table([r for r in rows if r.get("part") == "memory"], MEMORY)
+    lines += [
+        "",
+        "## Memory of ZO2",
+        "",
+        "told: by its own count, which has all that is in use on the device. driver: the most that was, less what was "
+        "before it ran.",
+        "",
+    ]
+    lines += table([r for r in rows if r.get("part") == "memory"], MEMORY)
     lines += ["", "## Goals", ""] + goals(rows)
     failed = [part for part in done if part.status != "ok"]
     for part in failed:
@@ -218,11 +288,12 @@ def page(done: list[Part], options: argparse.Namespace, seconds: float) -> str:
     return "\n".join(lines) + "\n"
 
 
+PROBE = ("check", "verdict", "says")
 LINK = ("fetch_gbs", "flush_gbs", "both_fetch_gbs", "both_flush_gbs")
 KERNEL = ("case", "gelem_per_s", "gb_per_s", "share_of_copy")
 STEP = ("model", "tokens", "way", "dtype", "tokens_per_s", "step_s", "step_over_limit", "binds", "peak_allocator_bytes",
-        "peak_driver_bytes", "host_over_model")  # fmt: skip
-MEMORY = ("model", "tokens", "way", "peak_driver_bytes", "host_bytes")
+        "peak_reserved_bytes", "peak_driver_bytes", "planned_device_bytes", "host_over_model")  # fmt: skip
+MEMORY = ("model", "tokens", "way", "dtype", "told_bytes", "peak_driver_bytes", "host_bytes")
 
 
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[str]:
@@ -264,42 +335,65 @@ def goals(rows: list[dict[str, Any]]) -> list[str]:
     return lines or ["nothing to compare"]
 
 
+def unpack(wheels: Path | None, into: Path) -> Path | None:
+    """Wheels are zip files of what is to be on the path."""
+    if wheels is None:
+        return None
+    found = sorted(wheels.glob("*.whl"))
+    if not found:
+        raise SystemExit(f"{wheels}: no wheels (*.whl) there")
+    for wheel in found:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(into)
+    return into
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="on the CPU: proves the plumbing, measures nothing")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels that this machine lacks (greenlet)")
     parser.add_argument("--zo2", type=Path, help="root of a ZO2 checkout")
-    parser.add_argument("--zo2-packages", type=Path, help="where its pinned packages were installed (pip --target)")
-    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
+    parser.add_argument("--zo2-wheels", type=Path, help="folder of the wheels that ZO2 is pinned to")
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="fp16", help="default fp16, as ZO2's tables")
     parser.add_argument("--minutes", type=float, default=8.7, help="of all parts together")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results"))
     parser.add_argument("--only", help="parts whose name contains this")
     options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="gpu_check") as folder:
+        return check(options, Path(folder))
+
+
+def check(options: argparse.Namespace, folder: Path) -> int:
+    extra = unpack(options.wheels, folder / "packages")
+    if extra is not None:  # for this process and those that it starts
+        sys.path.insert(0, str(extra))
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(extra), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    options.zo2_packages = unpack(options.zo2_wheels, folder / "zo2_packages")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"{sys.executable} lacks {', '.join(missing)}: install them, or unpack their wheels into a folder that "
-              "PYTHONPATH names (on a machine without network, bring them along)")  # fmt: skip
+        print(f"{sys.executable} lacks {', '.join(missing)}: install them, or give a folder of their wheels (--wheels)")
         return 2
     options.zo2 = options.zo2.resolve() if options.zo2 else None
-    options.zo2_packages = options.zo2_packages.resolve() if options.zo2_packages else None
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
-    logs = options.out / "gpu_check_logs"
-    shutil.rmtree(logs, ignore_errors=True)
-    logs.mkdir()
     begin = time.monotonic()
     done = [part for part in parts(options) if not options.only or options.only in part.name]
-    results = options.out / "gpu_check.jsonl"
+    results, logs = options.out / "gpu_check.jsonl", options.out / "gpu_check.log"
     results.unlink(missing_ok=True)
+    logs.unlink(missing_ok=True)
     for part in done:
         left = 60 * options.minutes - (time.monotonic() - begin)
         if left < 10:
             part.status = "no time left"
             continue
-        run(part, min(part.limit, left), logs / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', part.name)}.log")
+        run(part, min(part.limit, left), folder / "part.log")
         with results.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in part.rows)
+        with logs.open("a") as file:
+            file.write(f"\n==== {part.name}: {part.status}, {part.seconds:.0f} s\n")
+            file.write((folder / "part.log").read_text(errors="replace")[-200_000:])
         (options.out / "gpu_check.md").write_text(page(done, options, time.monotonic() - begin))
-        print(f"{part.name:<24} {part.status:<24} {part.seconds:6.1f} s  {len(part.rows)} results", flush=True)
+        print(f"{part.name:<28} {part.status:<24} {part.seconds:6.1f} s  {len(part.rows)} results", flush=True)
     text = page(done, options, time.monotonic() - begin)
     (options.out / "gpu_check.md").write_text(text)
     failed = [f"{part.name} ({part.status})" for part in done if part.status != "ok"]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from benchmarks.common import about, emit, quantile
 from benchmarks.step import plain_mezo
 from zo_offload import Engine, MeZO
+from zo_offload.device_updates import UpdateTable
 from zo_offload.devices.link import Link, measure_link
 from zo_offload.devices.nvml import DriverMemory
 from zo_offload.formats import FORMATS
@@ -62,13 +63,19 @@ class Clock:
 
 
 class PeakDriverMemory:
-    """The most device memory in use, as the driver counts it, sampled while the block runs; less what was used before
-    this process had a context. None without NVML."""
+    """The most device memory in use, sampled while the block runs: `peak`, and in `source` by which count.
+
+    By NVML the whole device's, less what was used before this process had a context; without NVML by cudaMemGetInfo,
+    the whole device's with nothing taken off. `own`: this process's by NVML, where it tells processes apart.
+    """
 
     def __init__(self, memory: DriverMemory, before: int | None) -> None:
         self._memory, self._before = memory, before
         self._stop = threading.Event()
         self.peak: int | None = None
+        self.own: int | None = None
+        nvml = before is not None
+        self.source = "NVML, device less before" if nvml else "cudaMemGetInfo" if torch.cuda.is_available() else None
 
     def __enter__(self) -> PeakDriverMemory:
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -80,10 +87,20 @@ class PeakDriverMemory:
         self._thread.join()
 
     def _sample(self) -> None:
-        while not self._stop.wait(0.01):
-            used = self._memory.device_used()
-            if used is not None and self._before is not None:
-                self.peak = max(self.peak or 0, used - self._before)
+        while self.source is not None and not self._stop.wait(0.01):
+            used, own = self._used(), self._memory.process_used()
+            self.peak = max(self.peak or 0, used) if used is not None else self.peak
+            self.own = max(self.own or 0, own) if own is not None else self.own
+
+    def _used(self) -> int | None:
+        if self._before is None:
+            free, total = torch.cuda.mem_get_info()
+            return int(total - free)
+        used = self._memory.device_used()
+        return None if used is None else used - self._before
+
+    def as_row(self) -> dict[str, Any]:
+        return {"peak_driver_bytes": self.peak, "peak_driver_source": self.source, "peak_process_bytes": self.own}
 
 
 class RandomBase:
@@ -165,7 +182,11 @@ def kernels_part(options: Any, common: dict[str, Any]) -> Iterator[dict[str, Any
         residual = torch.zeros(fmt.residual_nbytes(n), dtype=torch.uint8, device=device) if fmt.residual_bytes else None
         for kind in ("gaussian", "rademacher"):
             for count in (1, 4, 8) if name == "bf16" else (1,):
-                updates = [Update(i, 2.0**-12, fold=fmt.trains and i == count - 1) for i in range(count)]
+                updates: Any = [Update(i, 2.0**-12, fold=fmt.trains and i == count - 1) for i in range(count)]
+                if device.type == "cuda":  # as in a run: the records are there already
+                    table = UpdateTable(device)
+                    table.append(updates)
+                    updates = table.since(0, True)
 
                 def work(stored: Tensor = stored, residual: Tensor | None = residual, updates: Any = updates,
                          kind: Any = kind, fmt: Any = fmt) -> None:  # fmt: skip
@@ -222,18 +243,18 @@ def step_part(options: Any, common: dict[str, Any]) -> Iterator[dict[str, Any]]:
             )  # fmt: skip
             times = [b - a for a, b in pairwise(stamps[1:])] or [float("nan")]
             streamer = engine._running()
+            enqueue = min(launch_seconds(engine, batch, Clock(options.torch_device)) for _ in range(2))
             rows.append({
                 "part": "step", "way": f"ours {offload}", "model": options.model, "tokens": options.tokens,
                 "dtype": options.dtype, "fold_every": engine.fold_every, "step_s": quantile(times, 0.5),
                 "p20": quantile(times, 0.2), "p80": quantile(times, 0.8), "n": len(times),
                 "tokens_per_s": round(options.tokens / quantile(times, 0.5), 1),
                 "model_bytes": engine.layout.total_bytes, "resident_bytes": streamer.resident_bytes,
-                "planned_device_bytes": engine.memory.device_bytes,
+                "planned_device_bytes": engine.memory.device_bytes, "context_bytes": engine.device.context_bytes,
+                "visits": len(engine.plan.visits), "enqueue_s": round(enqueue, 5),
                 "host_over_model": host_over_model(engine) if offload == "host" else None,
             })  # fmt: skip
-        if options.torch_device.type == "cuda":
-            rows[-1]["peak_allocator_bytes"] = torch.cuda.max_memory_allocated()
-        rows[-1]["peak_driver_bytes"] = driver.peak
+        rows[-1] |= allocator_peaks(options.torch_device) | driver.as_row()
         del engine, model, base, streamer
         gc.collect()
         if options.torch_device.type == "cuda":
@@ -247,6 +268,25 @@ def step_part(options: Any, common: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "two_forwards_s": floor, "fetch_s": fetch, "step_over_limit": round(row["step_s"] / limit, 3),
             "binds": "fetch" if limit > floor else "compute",
         }  # fmt: skip
+
+
+def allocator_peaks(device: torch.device) -> dict[str, Any]:
+    """Of torch's allocator since the last reset: tensors, and what it holds for them."""
+    if device.type != "cuda":
+        return {}
+    return {"peak_allocator_bytes": torch.cuda.max_memory_allocated(),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved()}  # fmt: skip
+
+
+def launch_seconds(engine: Engine, batch: dict[str, Tensor], clock: Clock) -> float:
+    """What the host takes to enqueue a step on an idle device: the least that a step can take."""
+    clock.sync()
+    start = time.perf_counter()
+    launched = engine._launch(batch, None, 1)
+    seconds = time.perf_counter() - start
+    assert engine._stepper is not None
+    engine._stepper.settle(launched)
+    return seconds
 
 
 def wait_pinned(engine: Engine) -> None:
@@ -275,9 +315,8 @@ def naive_part(options: Any, common: dict[str, Any]) -> Iterator[dict[str, Any]]
     yield {
         "part": "step", "way": "naive MeZO, resident", "model": options.model, "tokens": options.tokens,
         "dtype": options.dtype, "step_s": quantile(times, 0.5), "tokens_per_s": options.tokens / quantile(times, 0.5),
-        "peak_allocator_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-        "peak_driver_bytes": driver.peak, "n": len(times),
-    }  # fmt: skip
+        "n": len(times),
+    } | allocator_peaks(device) | driver.as_row()  # fmt: skip
 
 
 PARTS = {"link": link_part, "kernels": kernels_part, "step": step_part, "naive": naive_part}

@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, gpu_probe
 from benchmarks.gpu_check import Part
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,10 +62,85 @@ def test_what_zo2_prints_is_read():
 def test_zo2_runs_from_its_own_directory_unmodified(tmp_path):
     (tmp_path / gpu_check.ZO2_TEST).mkdir(parents=True)
     (tmp_path / gpu_check.ZO2_TEST / "test_speed.py").touch()
-    options = type("Options", (), {"zo2": tmp_path, "zo2_packages": None, "dtype": "fp16"})()
-    made = list(gpu_check.zo2_parts(options))
-    assert [p.name for p in made][:2] == ["zo2 speed opt_1_3b", "zo2 memory opt_1_3b"]
+    options = type("Options", (), {"zo2": tmp_path, "zo2_packages": None, "dtype": "fp16", "dry": False})()
+    made = list(gpu_check.zo2_parts(options, "opt-6.7b"))
+    assert [p.name for p in made] == ["zo2 speed opt-6.7b", "zo2 memory opt-6.7b"]
     assert all(p.folder == tmp_path and p.environment["PYTHONPATH"] == str(tmp_path) for p in made)
+    # the arguments that its own get_args declares
+    given = dict(zip(made[0].command[3::2], made[0].command[4::2], strict=True))
+    assert given["--model_name"] == "opt_6_7b" and given["--model_dtype"] == "fp16"
+    assert given.keys() <= {
+        "--zo_method",
+        "--task",
+        "--model_name",
+        "--model_dtype",
+        "--max_steps",
+        "--sequence_length",
+    }
     options.zo2 = tmp_path / "elsewhere"
     with pytest.raises(SystemExit, match="root of a ZO2 checkout"):
-        list(gpu_check.zo2_parts(options))
+        list(gpu_check.zo2_parts(options, "opt-6.7b"))
+
+
+def test_zo2s_script_finds_its_neighbour_and_quick_weights(tmp_path):
+    """`zo2_run.py` with a script like ZO2's: its arguments, the module beside it, large tensors of a repeated tile."""
+    (tmp_path / "utils.py").write_text("NAME = 'beside'\n")
+    (tmp_path / "script.py").write_text(
+        "import sys, torch\nfrom utils import NAME\n"
+        "w = torch.nn.Linear(2048, 1024).half().weight\n"
+        "w.data.normal_(mean=0.0, std=0.02)\n"
+        "small = torch.empty(10).normal_()\n"
+        "halves = w.view(2, -1)\n"
+        "print(NAME, sys.argv[1:], torch.equal(*halves), abs(float(w.std()) - 0.02) < 1e-4)\n"
+    )
+    command = [sys.executable, str(ROOT / "benchmarks" / "zo2_run.py"), str(tmp_path / "script.py"), "--steps", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "beside ['--steps', '3'] True True"
+
+
+def test_every_part_is_reached_in_time(tmp_path):
+    """The most telling first, and their limits leave room for them: what is cut by time is at the end."""
+    options = type("Options", (), {"zo2": None, "dtype": "fp16", "dry": False, "zo2_packages": None})()
+    made = gpu_check.parts(options)
+    names = [part.name for part in made]
+    first = [
+        "build",
+        "probe",
+        "tests of kernels",
+        "tests of the engine",
+        "link",
+        "step opt-1.3b 2048",
+        "step opt-6.7b 2048",
+    ]
+    assert names[: len(first)] == first and len(set(names)) == len(names)
+    options.zo2 = tmp_path
+    (tmp_path / gpu_check.ZO2_TEST).mkdir(parents=True)
+    (tmp_path / gpu_check.ZO2_TEST / "test_speed.py").touch()
+    names = [part.name for part in gpu_check.parts(options)]
+    assert names.index("zo2 memory opt-6.7b") < names.index("step opt-13b 2048") < names.index("tests of kernels")
+
+
+def test_wheels_are_put_on_the_path(tmp_path):
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "some_thing-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("some_thing.py", "x = 1")
+    into = gpu_check.unpack(tmp_path / "wheels", tmp_path / "into")
+    assert into is not None and (into / "some_thing.py").read_text() == "x = 1"
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SystemExit, match="no wheels"):
+        gpu_check.unpack(tmp_path / "none", tmp_path)
+
+
+def test_the_probe_reports_what_breaks_and_goes_on(monkeypatch):
+    probe = gpu_probe.Probe(dry=True)
+
+    def breaks():
+        raise RuntimeError("a driver of its own mind")
+
+    monkeypatch.setattr(probe, "check_kernels", breaks)
+    monkeypatch.setattr(probe, "check_locking", lambda: (False, "cannot", {}))
+    rows = {row["check"]: row for row in probe.run()}
+    assert rows["kernels"]["verdict"] == "broke" and "a driver of its own mind" in rows["kernels"]["says"]
+    assert rows["locking"]["verdict"] == "NOT ok"
+    rest = {row["verdict"] for name, row in rows.items() if name not in ("kernels", "locking")}
+    assert rest == {"ok", "told"} and len(rows) > 10
