@@ -13,7 +13,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from zo_offload import BudgetError, Engine, MeZO
-from zo_offload.memory import Activations, pinned_blocks, plan_memory
+from zo_offload.activations import Activations, Segment
+from zo_offload.memory import pinned_blocks, plan_memory
 from zo_offload.report import plan_report
 from zo_offload.scratch import ScratchPool
 
@@ -35,12 +36,16 @@ def planned(made, **settings):
 def test_terms_are_what_their_names_say():
     made = engine()
     layer = made.layout.block_bytes[made.plan.block_of("model.layers.0.mlp.gate_proj.weight")]
-    plan = planned(made, activations=Activations(1000, 100))
+    held = Activations((Segment(-1, 0, 50), Segment(0, 10, 900), Segment(1, 100, 1000), Segment(1, 200, 800)), 7)
+    plan = planned(made, activations=held)
     assert plan.terms["window"] == 3 * max(layer, made.layout.block_bytes[0])
     assert plan.terms["pinned"] == 0 and plan.order == "module"
     assert plan.terms["store"] == made.layout.total_bytes
-    assert plan.terms["activations"] == 2 * 1000
-    assert planned(made, activations=Activations(1000, 100), order="block").terms["activations"] == 1000 + 100
+    # one lane in the third segment, the other before the fourth; before the block of both; or not under way at all
+    assert plan.terms["activations"] == 7 + 1000 + 200
+    assert planned(made, activations=held, order="block").terms["activations"] == 7 + 1000 + 100
+    assert planned(made, activations=held, order="lane").terms["activations"] == 7 + 1000
+    assert planned(made, activations=held, micro_batches=3).terms["activations"] == 3 * 7 + 1000 + 5 * 200
     # the head is the largest module: 128 x 64 fp32, once a perturbation
     assert plan.terms["scratch"] == 2 * 128 * 64 * 4
     assert planned(made, order="block").terms["scratch"] == 128 * 64 * 4

@@ -1,18 +1,85 @@
-"""How much memory one forward's activations take, found on meta tensors: no weights, no arithmetic."""
+"""What a forward's activations take, found on meta tensors: no weights, no arithmetic.
+
+One lane runs at a time. The others wait where they stand: before an owner (module order), before a block (block order),
+or they have not begun or are through (lane order). So what counts is not every lane's peak, but the running lane's, and
+what the others hold where they wait. A forward is therefore measured in segments, from one owner to the next.
+
+An attention kernel takes what a fused one does, where the device has one for these shapes: on meta torch computes it
+the long way, through scores of all pairs of tokens.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from .memory import Activations
+from .chunked_loss import losses_in_chunks
 from .plan import Plan
 from .trace import ForwardCall, MetaWatch, meta_copy
 from .watch import Recorder, storage_key
+
+ServiceOrder = Literal["module", "block", "lane"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A lane's way from one place where it may wait to the next."""
+
+    block: int
+    """Of the owner that it waits for; -1: it has not begun."""
+    held: int
+    """Bytes of its activations while it waits there."""
+    peak: int
+    """The most that it holds from there on, until it waits again or ends."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one lane's forward holds, segment by segment; nothing is known if there are none."""
+
+    segments: tuple[Segment, ...] = ()
+    inputs: int = 0
+    """Bytes of the batch."""
+
+    @property
+    def peak(self) -> int:
+        return max((segment.peak for segment in self.segments), default=0)
+
+    def together(self, order: ServiceOrder, lanes: int) -> int:
+        """The most bytes that `lanes` lanes hold at once: the running one's, and the others' where they wait.
+
+        In a segment those that are behind hold what they held at its start, those ahead what they hold at its end.
+        """
+        if order == "lane" or not self.segments:
+            return self.inputs + self.peak
+        segments = merged(self.segments) if order == "block" else self.segments
+        ends = [*(segment.held for segment in segments[1:]), 0]
+        waiting = ((s.peak, max(s.held, end)) for s, end in zip(segments, ends, strict=True))
+        return self.inputs + max(peak + (lanes - 1) * held for peak, held in waiting)
+
+
+UNKNOWN = Activations()
+"""Counts as nothing."""
+
+
+def merged(segments: Sequence[Segment]) -> list[Segment]:
+    """Segments of one stay in a block as one: in block order a lane goes through it without waiting."""
+    runs: list[Segment] = []
+    for s in segments:
+        if runs and runs[-1].block == s.block:
+            runs[-1] = Segment(s.block, runs[-1].held, max(runs[-1].peak, s.peak))
+        else:
+            runs.append(s)
+    return runs
 
 
 class _LiveWatch(MetaWatch):  # type: ignore[no-untyped-call]
@@ -21,6 +88,8 @@ class _LiveWatch(MetaWatch):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__({})
         self.live = self.peak = 0
+        self.segments: list[Segment] = []
+        self._block, self._held = -1, 0
         self._seen: set[int] = set()
         self.recorder = Recorder()
 
@@ -41,24 +110,95 @@ class _LiveWatch(MetaWatch):  # type: ignore[no-untyped-call]
         self.live -= nbytes
         self._seen.discard(key)
 
+    def wait(self, block: int) -> None:
+        """The forward stands before an owner of `block`."""
+        self.segments.append(Segment(self._block, self._held, self.peak))
+        self._block, self._held, self.peak = block, self.live, self.live
 
-def measure_activations(model: nn.Module, plan: Plan, batch: Mapping[str, Any], call: ForwardCall) -> Activations:
-    """Peak bytes of one lane's forward on `batch`, and what it holds when it enters a block of a stack.
 
-    The model may be hollow or on meta. Returns zeros if the forward cannot run without weights; the plan then says
-    that activations are not in its figure.
+class _FusedAttention(TorchFunctionMode):
+    """Attention on meta makes what the kernel of a device makes, if that has one for the call."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        attention = func is nn.functional.scaled_dot_product_attention
+        if attention and args[0].is_meta and is_fused(self._device, *args, **kwargs):
+            return _fused_attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def is_fused(
+    device: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    enable_gqa: bool = False,
+    **options: Any,
+) -> bool:
+    """Whether scaled_dot_product_attention has a kernel that keeps no scores of all pairs of tokens (torch 2.13).
+
+    CPU: one, for heads of one size. CUDA: flash for 16 bits without a mask, else the memory-efficient one, which does
+    not share keys between heads.
+    """
+    one_size = query.shape[-1] == value.shape[-1]
+    if query.ndim != 4:
+        return False
+    if device == "cpu":
+        return one_size and dropout_p == 0.0
+    flash = attn_mask is None and query.dtype.itemsize == 2 and one_size and query.shape[-1] <= 256
+    return flash or not enable_gqa
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+) -> Tensor:
+    """Memory as a fused kernel takes it: a mask in the dtype of the query, a float per row, and the output."""
+    batch, heads, tokens = query.shape[:3]
+    alive = [query.new_empty((batch, heads, tokens), dtype=torch.float32)]
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        alive.append(torch.empty_like(attn_mask, dtype=query.dtype, device="meta"))
+    return query.new_empty((batch, tokens, heads, value.shape[-1])).transpose(1, 2)
+
+
+def measure_activations(
+    model: nn.Module,
+    plan: Plan,
+    batch: Mapping[str, Any],
+    call: ForwardCall,
+    *,
+    device: str = "cpu",
+    losses: Callable[[nn.Module], contextlib.AbstractContextManager[None]] = losses_in_chunks,
+) -> Activations:
+    """What one lane's `call(model, batch)` holds, from owner to owner of the plan, on a device of that kind.
+
+    The model may be hollow or on meta. losses: what is open around the call. Nothing, if the forward cannot run without
+    weights; the plan then says that activations are not in its figure.
     """
     watch = _LiveWatch()
     shadow = meta_copy(model)
-    between = [0]
-    blocks = {block.name for block in plan.blocks}
-    for name, module in shadow.named_modules():
-        if name in blocks:
-            module.register_forward_pre_hook(lambda m, a: between.append(watch.live))
+    for owner in plan.owners:
+        hook = partial(_wait_before, watch, owner.block)
+        shadow.get_submodule(owner.name).register_forward_pre_hook(hook, prepend=True)
     inputs = {k: v.to("meta") if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
     try:
-        with torch.no_grad(), watch:
+        with torch.no_grad(), losses(shadow), watch, _FusedAttention(device):
             call(shadow, inputs)
     except Exception:  # whatever a model's code may raise without real values: the caller says that it is unknown
-        return Activations()
-    return Activations(watch.peak, max(between))
+        return UNKNOWN
+    watch.wait(-1)
+    nbytes = sum(leaf.nbytes for leaf in tree_leaves(dict(batch)) if isinstance(leaf, Tensor))
+    return Activations(tuple(watch.segments), nbytes)
+
+
+def _wait_before(watch: _LiveWatch, block: int, module: nn.Module, args: Any) -> None:
+    watch.wait(block)

@@ -71,7 +71,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     for line in plan_report(
         args.model, storage=args.storage, keep=args.keep, fold_every=args.fold_every, link_gb_per_s=args.link,
-        compute=args.compute, offload=args.offload, device_memory=args.device_memory,
+        device=args.device or "cpu", compute=args.compute, offload=args.offload, device_memory=args.device_memory,
         tokens=args.tokens, batch_size=args.batch_size, trainable=args.trainable, model_class=args.model_class,
         **_given(args, "block_numel"),
     ):  # fmt: skip

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from . import runs
-from .activations import measure_activations
+from .activations import UNKNOWN, Activations, ServiceOrder, measure_activations
 from .auto import choose_storage
 from .checkpoint import Checkpoint, save_pretrained
 from .chunked_loss import losses_in_chunks
@@ -45,7 +45,7 @@ from .journal import Journal, StepRecord
 from .lanes import Hub, Lane, LanesShareState, PlanFault, hollow
 from .late import LateLog, Launched, divide
 from .layout import Layout, make_layout
-from .memory import Activations, MemoryPlan, ServiceOrder, plan_memory, process_bytes
+from .memory import MemoryPlan, plan_memory, process_bytes
 from .methods import MeZO, lr_schedule
 from .on_device import PlacedBatches, matmul_precision, move_buffers
 from .plan import Plan, make_plan, relift
@@ -463,10 +463,12 @@ class Engine:
 
     def _plan_memory(self, batch: Batch | None, micro_batches: int = 1) -> MemoryPlan:
         """Window and service order for lanes on a part of `batch`; without one, activations count as nothing."""
-        config, activations, rows = self.config, Activations(), 0
+        config, activations, rows = self.config, UNKNOWN, 0
         if batch is not None:
             part = split_micro_batches(batch, micro_batches)[0]
-            activations = measure_activations(self.model, self.plan, part, self.objective)
+            activations = measure_activations(
+                self.model, self.plan, part, self.objective, device=self.device.kind, losses=self._own_loss
+            )
             rows = batch_tokens(batch)
         asked = None if config.device_memory is None else parse_bytes(config.device_memory, "device_memory")
         budget = self.device.budget(asked, chosen=config.num_slots is not None)

@@ -3,7 +3,7 @@
     window       slots x the largest streamed block, in storage bytes
     pinned       blocks that stay in the window for the whole run (what the budget can spare)
     scratch      perturbed weights of the modules a lane is inside of, in compute bytes
-    activations  what one forward keeps alive at its peak, for the lanes that are under way together
+    activations  what the running lane's forward holds and what the others hold where they wait (`activations.py`)
     store        the model itself, where the tier is memory (offload "none" or "host")
     process      what was there before: interpreter, torch, libraries, the caller's own data
 
@@ -15,23 +15,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
+from .activations import UNKNOWN, Activations, ServiceOrder
 from .config import show_bytes
 from .errors import BudgetError
 from .layout import Layout
 from .plan import Owner, Plan
 from .streamer import Window
-
-ServiceOrder = Literal["module", "block", "lane"]
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Bytes that one lane's forward holds: at its peak, and while it waits between two blocks."""
-
-    peak: int = 0
-    between_blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +90,7 @@ def plan_memory(
     perturbations: int,
     micro_batches: int = 1,
     rows: int = 1 << 60,
-    activations: Activations = Activations(),
+    activations: Activations = UNKNOWN,
     budget: int | None = None,
     num_slots: int | None = None,
     ahead: int | None = None,
@@ -119,8 +109,7 @@ def plan_memory(
     lanes = perturbations * micro_batches
     smallest: MemoryPlan | None = None
     for which in orders:
-        held = activations.peak * lanes if which == "module" else activations.peak
-        held += 0 if which == "module" else (lanes - 1) * activations.between_blocks
+        held = activations.together(which, lanes) + activations.inputs * (micro_batches - 1)
         fixed = {"scratch": scratch_bytes(plan, which, perturbations, rows), "activations": held, "process": process}
         for slots in slot_choices:
             ask = _Ask(plan, layout, offload, which, slots, ahead, io_threads, fixed, budget)

@@ -17,12 +17,16 @@ from .checkpoint import Checkpoint
 from .config import DTYPES, EngineConfig, parse_bytes, show_bytes
 from .data import max_positions
 from .errors import ConfigError
+from .formats import FORMATS
 from .layout import Layout, make_layout
 from .memory import MemoryPlan, plan_memory, step_bytes
 from .plan import Plan, make_plan
 from .shapes import OPT_SHAPES, opt_config
 from .storage import choose_fold_every, decide_formats
 from .trace import ForwardCall
+
+CONTEXT_BYTES = 500_000_000
+"""Device memory of a CUDA context and the matrix libraries' workspaces, where there is no GPU to ask."""
 
 
 def plan_report(
@@ -32,6 +36,7 @@ def plan_report(
     keep: Any = None,
     fold_every: int | None = None,
     link_gb_per_s: float | None = None,
+    device: str = "cpu",
     compute: str | None = None,
     offload: str | None = None,
     device_memory: str | None = None,
@@ -43,10 +48,12 @@ def plan_report(
 ) -> Iterator[str]:
     """Lines of the report for a checkpoint directory, a config.json, or a size such as opt-175b.
 
-    tokens: a row; default 512, or as many as the model takes. Raises ZOError.
+    tokens: a row; default 512, or as many as the model takes. device: "cpu" or "cuda", which need not be there.
+    Raises ZOError.
     """
     checkpoint = open_config(model)
-    module = checkpoint.build_model(DTYPES[compute or "fp32"], model_class)
+    kind = EngineConfig(device=device).device.partition(":")[0]
+    module = checkpoint.build_model(_compute_dtype(compute, kind, checkpoint, storage), model_class)
     limit = max_positions(module.config)
     if tokens is not None and limit is not None and tokens > limit:
         raise ConfigError(f"tokens={tokens}: {model} takes at most {limit}")
@@ -60,22 +67,32 @@ def plan_report(
         storage, note = choose_storage(plan, lambda name: checkpoint.dtype, config)
     stored = decide_formats(plan, storage, lambda name: checkpoint.dtype, keep)
     plan, layout = stored.plan, make_layout(stored.plan, stored.format_of)
-    activations = measure_activations(module, plan, batch, call)
+    activations = measure_activations(module, plan, batch, call, device=kind)
+    context = CONTEXT_BYTES if kind == "cuda" else 0
     memory = plan_memory(
         plan, layout, offload=offload if offload not in (None, "auto") else "disk", perturbations=2,
         rows=batch_size * tokens, activations=activations,
-        budget=None if device_memory is None else parse_bytes(device_memory, "device_memory"),
+        budget=None if device_memory is None else parse_bytes(device_memory, "device_memory") - context,
     )  # fmt: skip
     yield f"{type(module).__name__}: {_number(plan.numel)} parameters, {_number(plan.trainable_numel)} trainable"
     yield f"stored as {_formats(layout)}: {show_bytes(layout.total_bytes)} in {len(plan.blocks)} blocks"
     yield from _blocks(plan, layout)
     yield from _lifts(plan)
-    yield from _memory(memory, batch_size, tokens, activations.peak > 0)
+    yield from _memory(memory, batch_size, tokens, activations.peak > 0, context)
     every_given, fold_every = fold_every, choose_fold_every(fold_every, plan, layout, offload or "disk", "gaussian")
     yield from _traffic(plan, layout, memory, fold_every)
     if note:
         yield f"auto takes {storage}: {note}"
     yield from _compared(full, checkpoint, keep, every_given, link_gb_per_s)
+
+
+def _compute_dtype(compute: str | None, kind: str, checkpoint: Checkpoint, storage: str | None) -> torch.dtype:
+    """As an engine would choose it: fp32 on the CPU, the checkpoint's own on a GPU (of a bare size, the storage's)."""
+    if compute is not None or kind == "cpu":
+        return DTYPES[compute or "fp32"]
+    if checkpoint.path is None and storage in FORMATS:
+        return FORMATS[storage].torch_dtype
+    return checkpoint.dtype
 
 
 def _formats(layout: Layout) -> str:
@@ -157,7 +174,7 @@ def _lifts(plan: Plan) -> Iterator[str]:
         yield f"note: {note}"
 
 
-def _memory(memory: MemoryPlan, batch_size: int, tokens: int, known: bool) -> Iterator[str]:
+def _memory(memory: MemoryPlan, batch_size: int, tokens: int, known: bool, context: int) -> Iterator[str]:
     yield f"memory, {batch_size} x {tokens} tokens, two lanes in {memory.order} order:"
     for name, nbytes in memory.rows():
         detail = ""
@@ -166,7 +183,10 @@ def _memory(memory: MemoryPlan, batch_size: int, tokens: int, known: bool) -> It
         if name == "pinned":
             detail = f"   {len(memory.window.pinned)} blocks"
         yield f"  {name:<14}{show_bytes(nbytes):>12}{detail}"
-    yield f"  {'device':<14}{show_bytes(memory.device_bytes):>12}" + ("" if known else "   (activations unknown)")
+    if context:
+        yield f"  {'context':<14}{show_bytes(context):>12}   of CUDA and its libraries, about"
+    total = memory.device_bytes + context
+    yield f"  {'device':<14}{show_bytes(total):>12}" + ("" if known else "   (activations unknown)")
 
 
 def _traffic(plan: Plan, layout: Layout, memory: MemoryPlan, fold_every: int) -> Iterator[str]:
