@@ -152,11 +152,11 @@ def test_plan_for_a_gpu_that_is_not_there(capsys):
     """16-bit activations, half of the CPU's, and the context by its name."""
     texts = {}
     for device in ("cpu", "cuda"):
-        assert call("plan", "opt-1.3b", "--storage", "bf16", "--tokens", 256, "--device", device) == 0
+        assert call("plan", "opt-1.3b", "--storage", "bf16", "--tokens", 2048, "--device", device) == 0
         texts[device] = capsys.readouterr().out
     on_cpu, on_gpu = (activations_in(texts[device]) for device in ("cpu", "cuda"))
     assert on_cpu.endswith("MB") and on_gpu.endswith("MB") and 1.4 < float(on_cpu[:-3]) / float(on_gpu[:-3]) < 2.1
-    assert "context         500.0 MB" in texts["cuda"] and "context" not in texts["cpu"]
+    assert "context           500.0 MB" in texts["cuda"] and "context" not in texts["cpu"]
 
 
 BASE, DATA = ["fit", "{}/base"], ["--data", "{}/train.jsonl", "--batch-size", "4", "--steps", "1"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .chunked_loss import losses_in_chunks
-from .plan import Plan
+from .plan import Owner, Plan
 from .trace import ForwardCall, MetaWatch, meta_copy
 from .watch import Recorder, storage_key
 
@@ -40,6 +40,8 @@ class Segment:
     """Bytes of its activations while it waits there."""
     peak: int
     """The most that it holds from there on, until it waits again or ends."""
+    together: bool = False
+    """It waits for the others in every order but "lane": the owner's blocks pass by once for all."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ def merged(segments: Sequence[Segment]) -> list[Segment]:
     """Segments of one stay in a block as one: in block order a lane goes through it without waiting."""
     runs: list[Segment] = []
     for s in segments:
-        if runs and runs[-1].block == s.block:
-            runs[-1] = Segment(s.block, runs[-1].held, max(runs[-1].peak, s.peak))
+        if runs and runs[-1].block == s.block and not s.together:
+            runs[-1] = replace(runs[-1], peak=max(runs[-1].peak, s.peak))
         else:
             runs.append(s)
     return runs
@@ -89,7 +91,7 @@ class _LiveWatch(MetaWatch):  # type: ignore[no-untyped-call]
         super().__init__({})
         self.live = self.peak = 0
         self.segments: list[Segment] = []
-        self._block, self._held = -1, 0
+        self._last = Segment(-1, 0, 0)
         self._seen: set[int] = set()
         self.recorder = Recorder()
 
@@ -110,10 +112,11 @@ class _LiveWatch(MetaWatch):  # type: ignore[no-untyped-call]
         self.live -= nbytes
         self._seen.discard(key)
 
-    def wait(self, block: int) -> None:
-        """The forward stands before an owner of `block`."""
-        self.segments.append(Segment(self._block, self._held, self.peak))
-        self._block, self._held, self.peak = block, self.live, self.live
+    def wait(self, block: int = -1, together: bool = False) -> None:
+        """The forward stands before an owner of `block`, or has ended."""
+        self.segments.append(replace(self._last, peak=self.peak))
+        self._last = Segment(block, self.live, self.live, together)
+        self.peak = self.live
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -187,7 +190,7 @@ def measure_activations(
     watch = _LiveWatch()
     shadow = meta_copy(model)
     for owner in plan.owners:
-        hook = partial(_wait_before, watch, owner.block)
+        hook = partial(_wait_before, watch, owner)
         shadow.get_submodule(owner.name).register_forward_pre_hook(hook, prepend=True)
     inputs = {k: v.to("meta") if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
     try:
@@ -195,10 +198,10 @@ def measure_activations(
             call(shadow, inputs)
     except Exception:  # whatever a model's code may raise without real values: the caller says that it is unknown
         return UNKNOWN
-    watch.wait(-1)
+    watch.wait()
     nbytes = sum(leaf.nbytes for leaf in tree_leaves(dict(batch)) if isinstance(leaf, Tensor))
     return Activations(tuple(watch.segments), nbytes)
 
 
-def _wait_before(watch: _LiveWatch, block: int, module: nn.Module, args: Any) -> None:
-    watch.wait(block)
+def _wait_before(watch: _LiveWatch, owner: Owner, module: nn.Module, args: Any) -> None:
+    watch.wait(owner.block, owner.spans)
