@@ -8,6 +8,7 @@ from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from zo_offload import Engine, MeZO
+from zo_offload.blocks import BLOCK_NUMEL
 from zo_offload.formats import get_format
 from zo_offload.fused import fused_pass
 from zo_offload.layout import PARAM_ALIGN
@@ -168,13 +169,17 @@ def test_split_float32_masters_are_float32_bit_for_bit(distribution, fold_every)
         )
 
 
-def test_reading_all_weights_fetches_each_block_once(monkeypatch):
+@pytest.mark.parametrize(
+    "make, limit", [(tiny_llama, BLOCK_NUMEL), (tiny_llama, 900), (tiny_opt, 1000), (tiny_opt, 4000)]
+)
+def test_reading_all_weights_fetches_each_block_once(make, limit, monkeypatch, tmp_path):
     import zo_offload.session as session
 
     Counting.seen = []
     monkeypatch.setattr(session, "HostTier", Counting)
-    with Engine(tiny_llama(), method=METHOD, offload="host", storage="bf16+16") as engine:
+    with Engine(make(), method=METHOD, offload="host", storage="bf16+16", block_numel=limit) as engine:
         engine.fit(batches(), steps=4)
-        Counting.seen = []
-        stored_weights(engine)
-        assert len(Counting.seen) <= len(engine.plan.blocks)
+        for look in (stored_weights, lambda e: e.save_pretrained(tmp_path / "out")):
+            Counting.seen = []
+            look(engine)
+            assert len(Counting.seen) <= len(engine.plan.blocks)

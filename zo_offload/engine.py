@@ -39,7 +39,7 @@ from .device_updates import UpdateTable
 from .devices import make_device
 from .devices.link import Link
 from .errors import BudgetError, ConfigError, DataError, JournalError, PlanError
-from .fused import Perturbation
+from .fused import STILL, Perturbation
 from .ingest import Base, ModuleBase
 from .journal import Journal, StepRecord
 from .lanes import Hub, Lane, LanesShareState, PlanFault, hollow
@@ -52,17 +52,15 @@ from .plan import Plan, make_plan, relift
 from .session import Maker, Session, choose_offload
 from .stepper import Stepper
 from .storage import choose_fold_every, decide_formats
-from .streamer import Streamer, Traffic
+from .streamer import Streamer
 from .training import FitResult, Training, check_same_data
 from .updates import UpdateLog
+from .window import Traffic
 
 Batch = Mapping[str, Any]
 Objective = Callable[[nn.Module, Batch], Any]
 
 _MAX_CORRECTIONS = 8  # of the plan, by watched runs; each adds a use, so a few are enough
-
-
-STILL = Perturbation(0, 0.0)  # the weights as they are: evaluation
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:

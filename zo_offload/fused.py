@@ -85,6 +85,10 @@ class Perturbation:
         _check("a perturbation", self.seed, scale=self.scale)
 
 
+STILL = Perturbation(0, 0.0)
+"""The weights as they are: evaluation, and what is not trained."""
+
+
 def fused_pass(
     stored: Tensor,
     fmt: Format,

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from .formats import Format, decode_values, get_format
 from .formats.grouped import cut
-from .fused import Perturbation, Update, fused_pass
+from .fused import STILL, Update, fused_pass
 from .noise import NoiseSpec
 
 _TILE = 1 << 20  # elements; a multiple of every group
-_STILL = [Perturbation(0, 0.0)]
 
 
 def exact_values(
@@ -46,7 +45,7 @@ def exact_values(
         fused_pass(
             values.view(torch.uint8), fp32, param_id=param_id, numel=end - start, offset=offset + start,
             updates=pending,
-            write_back=False, noise=noise, perturbations=_STILL, outs=[flat[at : at + end - start]], threads=threads,
+            write_back=False, noise=noise, perturbations=[STILL], outs=[flat[at : at + end - start]], threads=threads,
         )  # fmt: skip
 
 

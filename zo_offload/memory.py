@@ -21,7 +21,7 @@ from .config import show_bytes
 from .errors import BudgetError
 from .layout import Layout
 from .plan import Owner, Plan
-from .streamer import Window
+from .window import Window
 
 
 @dataclass(frozen=True)

@@ -1,91 +1,43 @@
-"""Runs the schedule: blocks move through the window on worker streams while the lanes compute.
+"""The lanes' source of weights: scratch made from blocks as they pass through the window.
 
-The main thread walks the plan's visits. Before each it has enqueued the fetches of the next `ahead` stays, so copies
-run under the compute, across the end of a pass too. When a module's turn comes, `emit` makes its scratch weights from
-the blocks' stored bytes in one fused pass a piece: apply the updates of the steps the piece still lacks, write back
-those up to the last fold, emit the perturbed weights. What the block's modules did not ask for is brought to the last
-fold when the visit ends, so a block always leaves the window at one version.
-
-Updates after the last fold are applied in registers at every visit and written nowhere: between folds no block is
-written, so none is flushed. That is what `fold_every=K` saves: K - 1 of K flushes, and as many roundings.
-
-Of blocks with split parameters the streamed part is fetched at every stay, the residual part only for stays in which a
-fold lands. A fetch is enqueued ahead, often before the step that may fold has been taken, so this is foretold from the
-step's number; where that was wrong (an evaluation that starts, a step that is skipped) the residual is fetched when it
-is needed, and the compute waits. Evaluation reads both parts: it sees the weights that `read` and an export give.
+When a module's turn comes, `emit` makes its scratch weights from the blocks' stored bytes in one fused pass a piece:
+apply the updates of the steps the piece still lacks, write back those up to the last fold, emit the perturbed weights.
+How blocks come and go is `window.py`'s.
 
 Contract: the bytes of a block at version v are a function of the base weights and the updates of steps 0..v-1 only.
 Window, prefetch, tier, order of service and evaluation in between cannot change them; nor can the cut into blocks and
 pieces change the values.
 
-Spans for profilers: `zo_offload.stream:fetch`, `:flush`, `:fused`, `:wait`.
+Span for profilers: `zo_offload.stream:fused`.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .blocks import ParamSpec, Piece
 from .device_updates import DeviceUpdates
-from .devices import CpuDevice, Event, Stream
-from .fused import Perturbation, Rounding, Update, fused_pass, fused_rows
+from .devices import CpuDevice
+from .fused import STILL, Perturbation, Rounding, Update, fused_pass, fused_rows
 from .layout import Layout
 from .masters import exact_values
 from .noise import NoiseSpec
 from .plan import Owner, Plan
-from .schedule import Op, OpKey, last_visits, schedule
 from .scratch import ScratchPool
 from .spans import span
 from .tiers import Tier
 from .updates import UpdateLog
+from .window import BlockWindow, Slot, Window
+
+_SMALL = 1 << 16  # elements: a piece that is read along with its block
 
 
-@dataclass(frozen=True)
-class Window:
-    """How blocks move. num_slots: places that blocks stream through; ahead: stays fetched before they are needed;
-    pinned: blocks that stay in memory; io_threads: workers for fetches (0: every op runs in order on the caller)."""
-
-    num_slots: int
-    ahead: int
-    pinned: frozenset[int]
-    io_threads: int = 1
-
-
-@dataclass
-class Slot:
-    """A place for one block and what is known of its bytes. `version` is per piece while a visit is under way."""
-
-    memory: Tensor
-    block: int = -1
-    ready: Event | None = None
-    used: Event | None = None  # all that was computed with these bytes; None before the first visit
-    version: dict[Piece, int] = field(default_factory=dict)
-    stored: int = 0
-    """The version that was fetched."""
-    dirty: bool = False
-    residual: bool = False
-    """The residual part is there too, or the block has none."""
-    fetched: int = 0
-    """Bytes fetched and not counted yet."""
-
-
-@dataclass
-class Traffic:
-    """Counted since the last reset: bytes both ways, and seconds the compute thread spent where."""
-
-    fetch_bytes: int = 0
-    flush_bytes: int = 0
-    wait_s: float = 0.0
-    fused_s: float = 0.0
-
-
-class Streamer:
+class Streamer(BlockWindow):
     """The lanes' source of weights (`lanes.Source`) over a tier, a window of slots and the update log.
 
     decays(spec): whether weight decay applies to a parameter.
@@ -106,62 +58,34 @@ class Streamer:
         decays: Callable[[ParamSpec], bool] = lambda spec: len(spec.shape) > 1,
         threads: int | None = None,
     ) -> None:
-        self.plan, self.layout, self.tier, self.device, self.log = plan, layout, tier, device, log
-        self.window, self.noise, self.rounding, self.threads = window, noise, rounding, threads
-        self.fold_every = fold_every
-        self.traffic = Traffic()
+        self.noise, self.rounding, self.threads = noise, rounding, threads
         self.is_watched: Callable[[], bool] = lambda: False
         """Whether the run under way is watched: it must tell one module's scratch from the next one's."""
         self._decay = {name: decays(spec) for name, spec in plan.params.items()}
         self._pool = ScratchPool(device.alloc)
-        self._pinned: dict[int, Slot] = {}
-        streamed = [b for b in range(len(plan.blocks)) if b not in window.pinned]
-        slot_bytes = max((layout.block_bytes[b] for b in streamed), default=0)
-        self._slots = [Slot(device.alloc(slot_bytes)) for _ in range(window.num_slots if streamed else 0)]
-        for slot in self._slots:  # an allocator may give memory that is still being computed with
-            slot.used = device.mark()
-        self._fetch_stream: Stream = device.stream("fetch", window.io_threads)
-        self._flush_stream: Stream = device.stream("flush", min(1, window.io_threads))
-        self._flushes: deque[Event] = deque()
-        self._events: dict[OpKey, Event] = {}
-        self._live: dict[int, Slot] = {}  # stay -> its slot, from fetch to the end of the stay
-        self._base, self._position = 0, -1  # visits before this pass; the visit under way, -1 before the first
-        self._slot: Slot | None = None
-        self._stray: Slot | None = None
-        self._exact = False
-        self._read: Slot | None = None  # the block that `read` left in the window
-        self.set_plan(plan)
-
-    # ---- passes ----------------------------------------------------------------------------------------------------
-
-    def set_plan(self, plan: Plan) -> None:
-        """Take a plan whose owners were lifted or whose order was learnt; the blocks must be the same."""
-        assert [b.pieces for b in plan.blocks] == [b.pieces for b in self.plan.blocks]
-        self.plan = plan
-        self._visits = tuple(plan.visits)
-        self._last = last_visits(self._visits)
-        self._restart()
+        self._read_slot: Slot | None = None  # the block that `read` left in the window
+        self._read_along: dict[Piece, Tensor] = {}  # small pieces of blocks that `read` passed, not asked for yet
+        super().__init__(plan, layout, tier, device, log, window=window, fold_every=fold_every)
 
     def begin_pass(self, exact: bool = False) -> None:
-        """Start one forward of all lanes. exact: no lane is perturbed, and all are to see the masters (evaluation)."""
-        assert self._position == len(self._visits) or self._position == -1, "the last pass was neither ended nor reset"
-        if self._position != -1:
-            self._base += len(self._visits)
-        self._position = -1
-        self._exact = exact
-        self._read = None
+        self._forget_read()
+        super().begin_pass(exact)
 
-    def end_pass(self) -> None:
-        """All lanes have returned: bring the remaining blocks' visits to their end."""
-        while self._position < len(self._visits):
-            self._advance()
+    def bring(self, block: int) -> None:
+        self._forget_read()
+        super().bring(block)
 
-    def abort_pass(self) -> None:
-        """A lane failed in mid-pass. Blocks keep their bytes and versions; the next pass starts over."""
-        slot = self._slot
-        if slot is not None:
-            self._settle(slot)
-        self._restart()
+    def _restart(self) -> None:
+        self._forget_read()
+        super()._restart()
+
+    def close(self) -> None:
+        super().close()
+        self._pool.clear()
+
+    @property
+    def scratch_bytes(self) -> int:
+        return self._pool.nbytes
 
     # ---- lanes.Source ----------------------------------------------------------------------------------------------
 
@@ -200,321 +124,51 @@ class Streamer:
         """The last lane has left the owner: its scratch may be used again."""
         self._pool.give(scratch)
 
-    # ---- whole-model operations --------------------------------------------------------------------------------------
-
-    def flush_all(self) -> None:
-        """Bring every block to the last fold in its tier. Called before save, return and close.
-
-        Updates after it stay pending: they are in the journal, and `read` applies them.
-        """
-        self._restart()
-        self._raise_failed_flush()
-        target = self.log.folded
-        for block in range(len(self.plan.blocks)):
-            if block in self.layout.written and self.tier.version(block) != target:
-                self.bring(block)
-
-    def bring(self, block: int) -> None:
-        """One block to the last fold, in its tier. Not in a pass, and with nothing fetched ahead."""
-        self._read = None
-        slot = self._load(block, into_window=True)
-        if block in self.layout.written and self.tier.version(block) != self.log.folded:
-            self._settle(slot)
-            self._write_back(slot)
-        self.device.synchronize()  # before the slots are fetched into again, and before anyone reads the tier
+    # ---- reading -----------------------------------------------------------------------------------------------------
 
     def read(self, name: str) -> Tensor:
         """A copy of one parameter's current value in its storage dtype. Not in a pass.
 
-        Folds and pending updates are all in it: decode(stored) less the pending updates in float32, rounded once.
+        Folds and pending updates are all in it: decode(stored) less the pending updates in float32, rounded once. A
+        layer's parameters may be asked for in any order: what is small is read along with its block, so that a block is
+        fetched once for each large parameter in it at most, and once for all that follow one another.
         """
         if self._live:
             self._restart()  # the slots hold blocks fetched ahead for the next pass
         spec, pieces = self.plan.params[name], self.plan.pieces_of(name)
-        whole = None if len(pieces) == 1 else torch.empty(spec.numel, dtype=self.layout.formats[name].torch_dtype)
+        if len(pieces) == 1:
+            return self._read_piece(pieces[0]).view(spec.shape)
+        value = torch.empty(spec.numel, dtype=self.layout.formats[name].torch_dtype)
         for piece in pieces:
-            value = self._read_piece(piece)
-            if whole is None:
-                return value.cpu().view(spec.shape)
-            whole[piece.start : piece.stop] = value
-        assert whole is not None
-        return whole.view(spec.shape)
+            value[piece.start : piece.stop] = self._read_piece(piece)
+        return value.view(spec.shape)
 
     def _read_piece(self, piece: Piece) -> Tensor:
+        if piece in self._read_along:
+            return self._read_along.pop(piece)
+        block = self.layout.places[piece].block
+        slot = self._read_slot
+        if slot is None or slot.block != block:  # else the last read left the block in the window
+            slot = self._load(block, into_window=True)
+            self._settle(slot)
+            self._read_slot = slot
+            small = [p for p in self.plan.blocks[block].pieces if p.numel <= _SMALL and p != piece]
+            self._read_along.update((p, self._current(p, slot)) for p in small)
+        return self._current(piece, slot)
+
+    def _current(self, piece: Piece, slot: Slot) -> Tensor:
         place = self.layout.places[piece]
-        slot = self._read
-        if slot is None or slot.block != place.block:  # else the last read left the block in the window
-            slot = self._load(place.block, into_window=True)
-        self._settle(slot)
-        self._read = slot
         value = torch.empty(piece.numel, dtype=place.fmt.torch_dtype, device=slot.memory.device)
         if place.residual_nbytes:
             self._emit_exact(piece, slot, False, [value], None)
         else:
-            self._fused(piece, slot, False, [Perturbation(0, 0.0)], [value])
-        return value
+            self._fused(piece, slot, False, [STILL], [value])
+        return value.cpu()
 
-    def is_in_memory(self, block: int) -> bool:
-        """Whether a block lives in memory for the whole run: its tier is memory, or it is pinned."""
-        return block in self.window.pinned or self.tier.in_memory
+    def _forget_read(self) -> None:
+        self._read_slot, self._read_along = None, {}
 
-    def copy_block(self, block: int, out: Tensor) -> int:
-        """Copy such a block, between steps, for a snapshot; its version."""
-        if block in self._pinned:
-            out.copy_(self._pinned[block].memory[: out.numel()])
-            return self._uniform_version(self._pinned[block])
-        self._flush_stream.drain()
-        self.tier.fetch(block, out)
-        return self.tier.version(block)
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of weights in the device's memory: the window and the pinned blocks."""
-        pinned = sum(self.layout.block_bytes[block] for block in self.window.pinned)
-        return pinned + sum(slot.memory.numel() for slot in self._slots)
-
-    @property
-    def scratch_bytes(self) -> int:
-        return self._pool.nbytes
-
-    def close(self) -> None:
-        """End the worker threads and let the window go. Nothing is flushed; call flush_all first."""
-        self._restart()
-        self._fetch_stream.close()
-        self._flush_stream.close()
-        self._slots, self._pinned = [], {}
-        self._pool.clear()
-
-    # ---- walking the visits ------------------------------------------------------------------------------------------
-
-    def _restart(self) -> None:
-        """Forget what was fetched ahead; flush what was written. The next pass starts with a cold window."""
-        self._read = None
-        for slot in self._live.values():
-            if slot.dirty and slot.block >= 0:
-                self._settle(slot)
-                self._mark_used(slot)
-                self._enqueue_flush(slot, self.device.event())
-        self._flush_stream.drain()
-        # Fetches that wait for a flush which will now never be enqueued must not wait for ever. What they read is
-        # not used.
-        for event in self._events.values():
-            if not event.is_done():
-                event.set()
-        self._fetch_stream.drain()
-        for slot in self._live.values():
-            self._count(slot)
-        self._events, self._live = {}, {}
-        self._base, self._position = 0, -1
-        self._slot = self._stray = None
-        self._ops: Iterator[Op] = schedule(
-            self._visits,
-            num_slots=self.window.num_slots,
-            pinned=self.window.pinned,
-            ahead=self.window.ahead,
-            written=self.layout.written,
-        )
-
-    def _acquire(self, block: int) -> tuple[Slot, bool]:
-        """The slot that holds `block`, ready, and whether this visit writes it."""
-        if block in self.plan.resident:
-            return self._load(block), True
-        position = self._position
-        if 0 <= position < len(self._visits) and self._visits[position] == block:
-            assert self._slot is not None
-            return self._slot, self._last[position] or block in self.window.pinned
-        try:
-            target = self._visits.index(block, max(0, position + 1))
-        except ValueError:
-            return self._acquire_stray(block), False
-        while self._position < target:
-            self._advance()
-        assert self._slot is not None
-        return self._slot, self._last[target] or block in self.window.pinned
-
-    def _acquire_stray(self, block: int) -> Slot:
-        """A block that the plan does not expect here (the forward took another way than the traced one).
-
-        It is read on the side, and not written: lanes apply what it lacks in registers, so the losses are the same.
-        """
-        if self._stray is None or self._stray.block != block:
-            self._stray = self._load(block, wait_for_flush=True)
-        return self._stray
-
-    def _advance(self) -> None:
-        """End the current visit and enter the next one: enqueue its ops, wait for its block."""
-        if self._position >= 0 and self._slot is not None:
-            if self._last[self._position] and self._slot.block in self.layout.written:
-                self._settle(self._slot)
-            self._mark_used(self._slot)
-            self._stray = None
-        self._position += 1
-        if self._position == len(self._visits):
-            self._slot = None
-            return
-        for op in self._ops:
-            if op.kind == "fetch":
-                self._enqueue_fetch(op)
-            elif op.kind == "flush":
-                slot = self._live.pop(op.stay)
-                self._enqueue_flush(slot, self._event(op.key))
-            else:
-                assert op.visit == self._base + self._position, f"{op} at visit {self._base + self._position}"
-                self._slot = self._load(op.block) if op.stay < 0 else self._live[op.stay]
-                break
-        assert self._slot is not None
-        self._wait(self._slot)
-
-    def _mark_used(self, slot: Slot) -> None:
-        slot.used = self.device.mark()
-
-    def _wait(self, slot: Slot) -> None:
-        if slot.ready is not None:
-            start = time.perf_counter()
-            with span("zo_offload.stream:wait"):
-                slot.ready.wait()
-            self.traffic.wait_s += time.perf_counter() - start
-            slot.ready = None
-            self._count(slot)
-
-    def _count(self, slot: Slot) -> None:
-        self.traffic.fetch_bytes += slot.fetched
-        slot.fetched = 0
-
-    def _enqueue_fetch(self, op: Op) -> None:
-        for stay in [s for s, slot in self._live.items() if slot is self._slots[op.slot]]:
-            del self._live[stay]  # a clean stay that ended: no flush op took it out
-        slot = self._slots[op.slot]
-        slot.block, slot.dirty = op.block, False
-        self._live[op.stay] = slot
-        target = self._foretold(op)
-        after = [self._event(key) for key in op.after if key[0] == "flush"]
-        if slot.used is not None:  # what computed with the slot's last block is enqueued, on a GPU it may still run
-            after.append(slot.used)
-
-        def fetch() -> None:
-            with span("zo_offload.stream:fetch"):
-                self._fetch(op.block, slot, target)
-
-        slot.ready = self._fetch_stream.submit(fetch, after, self._event(op.key))
-
-    def _foretold(self, op: Op) -> int | None:
-        """The fold that the stay's block will have to reach; None: both parts are wanted whatever is folded.
-
-        Known for the pass under way. For the next one it is foretold: one more step, which folds if its number says so.
-        """
-        if self._exact:  # evaluation: the next pass is most often one more batch of it
-            return None
-        visits = len(self._visits)
-        last = op.visit  # of a stay that goes on into the next pass, the last visit counts
-        while last < op.visit + visits and self._visits[(last + 1) % visits] == op.block:
-            last += 1
-        if last < self._base + visits or (self.log.version + 1) % self.fold_every:
-            return self.log.folded
-        return self.log.version + 1
-
-    def _fetch(self, block: int, slot: Slot, target: int | None) -> None:
-        """Read a block into its slot: the streamed part, and the residual part if a fold up to `target` is lacking.
-
-        Runs on the fetch stream, after the block's last flush: only then is its version in the tier the last word.
-        """
-        version = self.tier.version(block)
-        whole = target is None or (block in self.layout.written and version < target)
-        nbytes = (self.layout.block_bytes if whole else self.layout.stream_bytes)[block]
-        slot.residual = nbytes == self.layout.block_bytes[block]
-        self.tier.fetch(block, slot.memory[:nbytes])
-        # asked again: a tier that found damage has gone back to an older version
-        slot.stored = self.tier.version(block)
-        slot.version = dict.fromkeys(self.plan.blocks[block].pieces, slot.stored)
-        slot.fetched += nbytes
-
-    def _fetch_residual(self, slot: Slot) -> None:
-        """Read the residual part into a slot that was fetched without it. The compute waits.
-
-        The tier's residual belongs to the slot's bytes: a slot without it cannot have been folded into, and while the
-        block is in this slot nobody else flushes it.
-        """
-        assert not slot.dirty, "a block was folded into without its residual"
-        start = time.perf_counter()
-        with span("zo_offload.stream:fetch"):
-            part = slot.memory[self.layout.stream_bytes[slot.block] : self.layout.block_bytes[slot.block]]
-            self.tier.fetch(slot.block, part, self.layout.stream_bytes[slot.block])
-            self.traffic.fetch_bytes += part.numel()
-            if self.tier.version(slot.block) != slot.stored:  # damaged: both parts have to be of one version
-                self._fetch(slot.block, slot, None)
-                self._count(slot)
-        self.traffic.wait_s += time.perf_counter() - start
-        slot.residual = True
-
-    def _enqueue_flush(self, slot: Slot, event: Event) -> None:
-        """Write a slot back if it was written; the event is set either way, since the next fetch waits for it."""
-        if not slot.dirty:
-            event.set()
-            return
-        block, version = slot.block, self._uniform_version(slot)
-        slot.dirty = False
-        data = slot.memory[: self.layout.block_bytes[block]]
-        spans = self.layout.spans[block]
-
-        def flush() -> None:
-            with span("zo_offload.stream:flush"):
-                self.tier.flush(block, data, spans, version)
-
-        after = () if slot.used is None else (slot.used,)  # the bytes are whole once the passes that write them ended
-        self._flushes.append(self._flush_stream.submit(flush, after, event))
-        self.traffic.flush_bytes += sum(nbytes for _, nbytes in spans)
-        self._raise_failed_flush()
-
-    def _raise_failed_flush(self) -> None:
-        """A flush that failed stops the run at the next one, on the caller's thread, where it can be handled."""
-        while self._flushes and self._flushes[0].is_done():
-            self._flushes.popleft().wait()
-
-    def _event(self, key: OpKey) -> Event:
-        """The event of an op, made by whoever asks first. Old finished ones are dropped now and then."""
-        if len(self._events) > 8 * (len(self._visits) + self.window.num_slots) + 64:
-            recent = max(stay for _, stay in self._events) - 2 * (len(self._visits) + self.window.num_slots)
-            self._events = {k: e for k, e in self._events.items() if k[1] >= recent or not e.is_done()}
-        if key not in self._events:
-            self._events[key] = self.device.event()
-        return self._events[key]
-
-    def _uniform_version(self, slot: Slot) -> int:
-        versions = {slot.version[p] for p in self.plan.blocks[slot.block].pieces if self.plan.params[p.name].trainable}
-        assert len(versions) == 1, f"block {slot.block} would be flushed at versions {sorted(versions)}"
-        return versions.pop()
-
-    # ---- one block -----------------------------------------------------------------------------------------------
-
-    def _load(self, block: int, *, wait_for_flush: bool = False, into_window: bool = False) -> Slot:
-        """A block outside the schedule: a pinned one (loaded once), or a copy on the side.
-
-        into_window: between passes the slots are empty, so the copy needs no memory of its own.
-        """
-        if block in self._pinned:
-            return self._pinned[block]
-        if wait_for_flush:
-            self._flush_stream.drain()
-        memory = self.tier.view(block)
-        if memory is None:
-            nbytes = self.layout.block_bytes[block]
-            spare = into_window and block not in self.window.pinned
-            slot = Slot(self._slots[0].memory[:nbytes] if spare else self.device.alloc(nbytes), block)
-            self._fetch(block, slot, None)
-            self._count(slot)
-        else:
-            version = dict.fromkeys(self.plan.blocks[block].pieces, self.tier.version(block))
-            slot = Slot(memory, block, version=version, residual=True)
-        if block in self.window.pinned:
-            self._pinned[block] = slot
-        return slot
-
-    def _write_back(self, slot: Slot) -> None:
-        version = self._uniform_version(slot)
-        spans = self.layout.spans[slot.block]
-        self.tier.flush(slot.block, slot.memory[: self.layout.block_bytes[slot.block]], spans, version)
-        self.traffic.flush_bytes += sum(nbytes for _, nbytes in spans)
-        slot.dirty = False
+    # ---- one block ---------------------------------------------------------------------------------------------------
 
     def _settle(self, slot: Slot) -> None:
         """Bring the pieces of a block that no module asked for to the last fold, as the others are."""
@@ -545,7 +199,7 @@ class Streamer:
             self._emit_exact(piece, slot, writes, outs, rows)
             return
         if not spec.trainable:
-            perturbations = [Perturbation(0, 0.0)] * len(outs)
+            perturbations = [STILL] * len(outs)
         if rows is None:
             self._fused(piece, slot, writes, perturbations, outs)
             return
