@@ -24,7 +24,7 @@ FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-er
 # gcc 12 takes the deliberately undefined registers in its own AVX-512 header for a mistake
 FLAGS += ["-Wno-maybe-uninitialized"]
 LINK_FLAGS = "-shared -s -pthread -static-libstdc++ -static-libgcc".split()
-SOURCES = {"csrc/cpu.cpp": [], "csrc/cpu_scalar.cpp": [], "csrc/cpu_checksum.cpp": []}
+SOURCES = {"csrc/cpu.cpp": [], "csrc/cpu_scalar.cpp": [], "csrc/cpu_checksum.cpp": [], "csrc/cpu_io.cpp": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     # one unit an instruction set, chosen at run time: only these files may use what their flags allow
     SOURCES["csrc/cpu_avx2.cpp"] = "-mavx2 -mfma -mf16c".split()

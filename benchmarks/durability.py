@@ -25,23 +25,32 @@ import torch
 
 from benchmarks.common import about, emit, quantile
 from benchmarks.step import make_model
-from zo_offload import Engine, MeZO, diskio
+from zo_offload import Engine, MeZO, diskio, summed_io
 from zo_offload.checksum import checksum
 from zo_offload.fused import Update
 from zo_offload.journal import Journal, StepRecord
 from zo_offload.noise import step_seed
-from zo_offload.tiers import block_file
 
 
 @contextmanager
 def nothing_durable() -> Iterator[None]:
     """Flushes as they are, without syncs and checksums. What is read back then is not checked either."""
-    real = diskio.sync, block_file.checksum
-    diskio.sync, block_file.checksum = (lambda fd: None), (lambda data, offset=0: 0)
+    real = diskio.sync, summed_io.read_summed, summed_io.write_summed
+    diskio.sync, summed_io.read_summed, summed_io.write_summed = (lambda fd: None), _read_unsummed, _write_unsummed
     try:
         yield
     finally:
-        diskio.sync, block_file.checksum = real
+        diskio.sync, summed_io.read_summed, summed_io.write_summed = real
+
+
+def _read_unsummed(fd: int, out: torch.Tensor, at: int, begin: int, threads: int = 1) -> int:
+    diskio.read_at(fd, memoryview(out.numpy()), at)  # type: ignore[arg-type]
+    return 0
+
+
+def _write_unsummed(fd: int, data: torch.Tensor, at: int, begin: int) -> int:
+    diskio.write_at(fd, memoryview(data.numpy()), at)  # type: ignore[arg-type]
+    return 0
 
 
 def step_costs(options: argparse.Namespace, folder: Path, common: dict[str, Any]) -> None:
@@ -87,7 +96,7 @@ def step_costs(options: argparse.Namespace, folder: Path, common: dict[str, Any]
 
 def checksum_speed() -> float:
     """Bytes a second, of pieces that the cache holds, as the tier uses it."""
-    data = torch.zeros(block_file.PIECE, dtype=torch.uint8)
+    data = torch.zeros(summed_io.CACHED, dtype=torch.uint8)
     begin = time.perf_counter()
     for _ in range(1000):
         checksum(data)

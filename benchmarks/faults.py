@@ -37,7 +37,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import about, emit
-from zo_offload import QZO, Engine, MeZO, diskio, journal_tools, runs
+from zo_offload import QZO, Engine, MeZO, diskio, journal_tools, runs, summed_io
 from zo_offload.checkpoint_files import find_weights
 from zo_offload.errors import ZOError
 from zo_offload.formats import FORMATS
@@ -163,6 +163,7 @@ class Recorder:
     def __init__(self, root: Path) -> None:
         self.root, self.ops = root, []  # type: ignore[var-annotated]
         self._real = {name: getattr(diskio, name) for name in ("write_at", "append", "sync", "cut", "replace_file")}
+        self._native_write = summed_io.write_summed
 
     def _path(self, fd: int) -> str:
         return os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), self.root)
@@ -190,11 +191,13 @@ class Recorder:
 
         diskio.write_at, diskio.append, diskio.sync = write_at, append, sync  # undone in __exit__
         diskio.replace_file = replace_file
+        summed_io.write_summed = summed_io.reference_write_summed  # which writes through diskio
         return self
 
     def __exit__(self, *exc: object) -> None:
         for name, function in self._real.items():
             setattr(diskio, name, function)
+        summed_io.write_summed = self._native_write
 
     def begin_of_run(self) -> int:
         """The op after which the run exists: the sync of the journal's header."""

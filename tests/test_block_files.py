@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from zo_offload import checksum as checksums
-from zo_offload import diskio, native
+from zo_offload import diskio, native, summed_io
 from zo_offload.checksum import checksum, reference
 from zo_offload.errors import BudgetError, CheckpointError, StorageError
 from zo_offload.tiers.block_file import DATA, PAGE, Shape, extents
@@ -166,8 +166,9 @@ def test_bytes_reach_a_file_only_after_their_journal(tmp_path, monkeypatch):
     tier = started(tmp_path, shape)
     events = []
     tier.before_write = lambda version: events.append(("journal", version))
-    real = diskio.write_at
+    real, real_summed = diskio.write_at, summed_io.write_summed
     monkeypatch.setattr(diskio, "write_at", lambda *a: (events.append(("write",)), real(*a)))
+    monkeypatch.setattr(summed_io, "write_summed", lambda *a: (events.append(("write",)), real_summed(*a))[1])
     for version in (1, 2, 3):
         tier.flush(0, content(shape, version), shape.spans, version)
     journaled = [i for i, event in enumerate(events) if event[0] == "journal"]
@@ -182,6 +183,33 @@ def test_bytes_reach_a_file_only_after_their_journal(tmp_path, monkeypatch):
         tier.flush(0, content(shape, 4), shape.spans, 4)
     assert len(events) == before and tier.version(0) == 3
     tier.close()
+
+
+def test_native_reads_and_writes_are_the_references(tmp_path):
+    """Bytes, checksums, file offsets and short files, at sizes around the 256 kB that are moved at a time."""
+    if native.library() is not None:
+        assert summed_io._native() is not None, "the library lacks reads and writes of block files"
+    fd = os.open(tmp_path / "blocks", os.O_RDWR | os.O_CREAT)
+    for nbytes in (0, 1, 4095, 4096, 4097, summed_io.CACHED - 1, summed_io.CACHED + 1, 3 * summed_io.CACHED + 5000):
+        data = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
+        for at, begin in ((0, 0), (8192, 4096)):
+            os.ftruncate(fd, 0)
+            wrote = summed_io.write_summed(fd, data, at, begin)
+            assert os.fstat(fd).st_size == (at + nbytes if nbytes else 0)
+            assert wrote == summed_io.reference_write_summed(fd, data, at, begin) == checksum(data, begin)
+            for threads in (1, 2):
+                for read in (summed_io.read_summed, lambda *a: summed_io.reference_read_summed(*a[:4])):
+                    out = torch.zeros(nbytes, dtype=torch.uint8)
+                    assert read(fd, out, at, begin, threads) == wrote and torch.equal(out, data)
+                    short = torch.zeros(nbytes + 1, dtype=torch.uint8)
+                    assert read(fd, short, at, begin, threads) is None, "the file ends before that"
+    os.close(fd)
+    for read in (summed_io.read_summed, summed_io.reference_read_summed):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            read(fd, torch.zeros(9, dtype=torch.uint8), 0, 0)
+    for write in (summed_io.write_summed, summed_io.reference_write_summed):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            write(fd, torch.zeros(9, dtype=torch.uint8), 0, 0)
 
 
 # ---- crashes ---------------------------------------------------------------------------------------------------------
@@ -203,6 +231,7 @@ class Recorder:
             self.ops.append(None)
 
         monkeypatch.setattr(diskio, "write_at", write_at)
+        monkeypatch.setattr(summed_io, "write_summed", summed_io.reference_write_summed)  # it writes through diskio
         monkeypatch.setattr(diskio, "sync", sync)
 
     def killed(self, upto, image):

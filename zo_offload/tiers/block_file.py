@@ -40,8 +40,7 @@ from typing import cast
 
 from torch import Tensor
 
-from .. import diskio
-from ..checksum import CHUNK_BYTES, checksum
+from .. import diskio, summed_io
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -50,7 +49,6 @@ DATA = 2 * PAGE
 WRITING, WHOLE = 0, 1
 _HEAD = struct.Struct("<4sIIIQQQQ4Q")
 MAGIC = b"ZOB2"
-PIECE = 64 * CHUNK_BYTES  # 256 kB: still in the core's cache when it is summed after a read, or written after a sum
 
 
 @dataclass(frozen=True)
@@ -158,18 +156,17 @@ def read(fd: int, shape: Shape, generation: int, header: Header, out: Tensor, st
     The parts (streamed, rest) that lie whole within the range are checked as they are read.
     """
     stop = start + out.numel()
-    view = memoryview(out.numpy())  # type: ignore[arg-type]
     sums = [0, 0, 0, 0]
     for group in extents(shape, generation):
         for extent in group:
             begin, end = max(start, extent.offset), min(stop, extent.offset + extent.nbytes)
-            whole = (begin, end) == (extent.offset, extent.offset + extent.nbytes)
-            for at in range(begin, end, PIECE):
-                piece = slice(at - start, min(end, at + PIECE) - start)
-                if diskio.read_at(fd, view[piece], extent.at + at - extent.offset) < len(view[piece]):
-                    return False
-                if whole:
-                    sums[extent.sum] += checksum(out[piece], at)
+            if begin >= end:
+                continue
+            part = out[begin - start : end - start]
+            found = summed_io.read_summed(fd, part, extent.at + begin - extent.offset, begin)
+            if found is None:
+                return False
+            sums[extent.sum] += found  # of an extent that was not read whole it is not looked at
     covered = [0, 1] * (start == 0 and stop >= shape.streamed)
     covered += [2, 3] * (start <= shape.streamed and stop == shape.nbytes)
     return all(sums[i] & 0xFFFFFFFFFFFFFFFF == header.sums[i] for i in covered)
@@ -184,13 +181,10 @@ def write(
     """
     sums = [0, old.sums[1], 0, old.sums[3]] if old is not None and not whole else [0, 0, 0, 0]
     mark(fd, shape, generation)
-    view = memoryview(data.numpy())  # type: ignore[arg-type]
     trained, frozen = extents(shape, generation)
     for extent in (*trained, *(frozen if whole else ())):
-        for at in range(0, extent.nbytes, PIECE):
-            piece = slice(extent.offset + at, extent.offset + min(extent.nbytes, at + PIECE))
-            sums[extent.sum] += checksum(data[piece], extent.offset + at)
-            diskio.write_at(fd, view[piece], extent.at + at)
+        bytes_of = data[extent.offset : extent.offset + extent.nbytes]
+        sums[extent.sum] += summed_io.write_summed(fd, bytes_of, extent.at, extent.offset)
     done = Header(WHOLE, chain, version, cast(tuple[int, int, int, int], tuple(s & 0xFFFFFFFFFFFFFFFF for s in sums)))
     diskio.write_at(fd, done.pack(shape), generation * PAGE)
     return done
