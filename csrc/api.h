@@ -65,6 +65,10 @@ ZO_EXPORT int zo_cpu_encode(const zo_pass* pass, const void* values, zo_u32 valu
 ZO_EXPORT int zo_cpu_noise(float* out, zo_u64 numel, zo_u64 offset, zo_u64 seed, zo_u32 param_id, zo_u32 distribution,
                            zo_u32 rounds, int isa, int threads);
 ZO_EXPORT int zo_cpu_philox(const zo_u32* counter, const zo_u32* key, zo_u32 rounds, zo_u32* out);  // for known answers
+// Compute on the threads of this OpenMP runtime (its GOMP_parallel and omp_get_max_threads); null: on our own pool.
+ZO_EXPORT void zo_cpu_share_threads(void (*parallel)(void (*body)(void*), void* context, unsigned threads,
+                                                     unsigned flags),
+                                    int (*max_threads)(void));
 ZO_EXPORT zo_u32 zo_cpu_isas(void);  // bit i: ISA i is built in and this CPU has it
 ZO_EXPORT zo_u32 zo_abi_version(void);
 ZO_EXPORT zo_u32 zo_layout_version(void);

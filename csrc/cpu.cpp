@@ -164,7 +164,7 @@ void run_range(Job& job, zo::ChunkFn fn, zo_u64 begin, zo_u64 numel, zo_u64 stre
   job.begin = begin;
   job.end = begin + numel;
   job.chunk = chunk_size(numel, threads);
-  zo::pool().run(fn, &job, (job.end - (begin & ~(job.chunk - 1)) + job.chunk - 1) / job.chunk, threads);
+  zo::run(fn, &job, (job.end - (begin & ~(job.chunk - 1)) + job.chunk - 1) / job.chunk, threads);
 }
 
 void run_rows(Job& job, const zo_pass& pass, zo_u64 streams, int threads) {
@@ -172,7 +172,7 @@ void run_rows(Job& job, const zo_pass& pass, zo_u64 streams, int threads) {
   if (numel == 0) return;
   if (threads < 1 || numel * streams < SMALL) threads = 1;
   job.rows_per_chunk = (chunk_size(numel, threads) + pass.numel - 1) / pass.numel;
-  zo::pool().run(rows_chunk, &job, (pass.num_rows + job.rows_per_chunk - 1) / job.rows_per_chunk, threads);
+  zo::run(rows_chunk, &job, (pass.num_rows + job.rows_per_chunk - 1) / job.rows_per_chunk, threads);
 }
 
 bool format_fits(const zo_pass& pass, bool folds) {
@@ -269,6 +269,16 @@ int zo_cpu_philox(const zo_u32* counter, const zo_u32* key, zo_u32 rounds, zo_u3
                            : zo_philox<10>(block, counter[2], counter[3], seed);
   for (int i = 0; i < 4; ++i) out[i] = w.w[i];
   return ZO_OK;
+}
+
+void zo_cpu_share_threads(void (*parallel)(void (*)(void*), void*, unsigned, unsigned), int (*max_threads)(void)) {
+  static const int once = pthread_atfork(nullptr, nullptr, [] {  // the child has none of the runtime's threads
+    zo::shared().parallel = nullptr;
+    pthread_mutex_init(&zo::shared().busy, nullptr);
+  });
+  (void)once;
+  zo::shared().max_threads = max_threads;
+  zo::shared().parallel = max_threads ? parallel : nullptr;
 }
 
 zo_u32 zo_cpu_isas(void) {

@@ -47,7 +47,7 @@ extern "C" __attribute__((visibility("default"))) int64_t zo_cpu_read(int fd, un
                                                                       uint64_t at, uint64_t begin, int threads,
                                                                       uint64_t* sum) {
   Extent e = {fd, data, nbytes, at, begin, {0}, {0}, {0}};
-  zo::pool().run(read_run, &e, (nbytes + CACHED - 1) / CACHED, threads);
+  zo::run(read_run, &e, (nbytes + CACHED - 1) / CACHED, threads);
   *sum = e.sum;
   return e.error ? -(int64_t)e.error : (int64_t)e.done;
 }

@@ -1,6 +1,10 @@
-// A small thread pool for calls of tens of microseconds: workers spin briefly for the next job, then sleep.
+// Chunks on several threads: those of the OpenMP runtime that torch computes with, else a small pool of our own.
 //
-// One job at a time; a caller that finds the pool busy (a second Python thread) does its own work alone. The calling
+// Torch's runtime is the better one where there is one: after each of its regions its threads spin for milliseconds,
+// waiting for the next, and a second pool would have to share the cores with them (measured between two matmuls on two
+// cores: the fused pass took 1.5 to 3 times as long, and the matmuls suffered too).
+//
+// The pool is for calls of tens of microseconds: workers spin briefly for the next job, then sleep. One job at a time; a caller that finds the pool busy (a second Python thread) does its own work alone. The calling
 // thread takes part and never waits for a worker that has not started: `gate` lets workers in until the caller closes
 // it, and only those inside are waited for. After fork() the child starts with an empty pool.
 #ifndef ZO_CPU_THREADS_H
@@ -121,6 +125,45 @@ inline Pool& pool() {
     return new (storage) Pool;
   }();
   return *instance;
+}
+
+// The runtime that torch was linked with (`zo_cpu_share_threads`): GOMP_parallel, and omp_get_max_threads.
+struct Shared {
+  void (*parallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+  int (*max_threads)(void);
+  pthread_mutex_t busy;
+};
+
+inline Shared& shared() {
+  static Shared instance = {nullptr, nullptr, PTHREAD_MUTEX_INITIALIZER};
+  return instance;
+}
+
+struct Chunks {
+  ChunkFn fn;
+  void* context;
+  uint64_t count;
+  std::atomic<uint64_t> next;
+};
+
+inline void take_chunks(void* all) {
+  Chunks& chunks = *(Chunks*)all;
+  for (uint64_t c; (c = chunks.next.fetch_add(1, std::memory_order_relaxed)) < chunks.count;)
+    chunks.fn(chunks.context, c);
+}
+
+// Runs fn(context, c) for every c in [0, chunks) on up to `threads` threads; returns when all have run.
+inline void run(ChunkFn fn, void* context, uint64_t chunks, int threads) {
+  Shared& with = shared();
+  // another number of threads than torch's: the runtime would end threads and start them again at every call
+  if (threads < 2 || chunks < 2 || !with.parallel || with.max_threads() != threads ||
+      pthread_mutex_trylock(&with.busy) != 0) {
+    pool().run(fn, context, chunks, threads);
+    return;
+  }
+  Chunks all = {fn, context, chunks, {0}};
+  with.parallel(take_chunks, &all, (unsigned)threads, 0);
+  pthread_mutex_unlock(&with.busy);
 }
 
 }  // namespace zo

@@ -6,6 +6,8 @@ import itertools
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import torch
 from native_variants import ISAS, each_isa, each_variant, using
 
+from zo_offload import native
 from zo_offload.errors import ConfigError
 from zo_offload.formats import FORMATS
 from zo_offload.formats.grouped import cut
@@ -601,3 +604,33 @@ def test_scalars_must_be_float32(value):
             make()
     with pytest.raises(ConfigError, match="seed=-1"):
         Update(-1, 0.5)
+
+
+def test_own_threads_and_torchs_do_the_same():
+    """Both pools in one process, from several Python threads at once, and in a child after a fork."""
+    program = """
+import ctypes, os, sys, threading
+import torch
+from zo_offload import native, noise
+
+library = native.library()
+lib = ctypes.CDLL(str(library.path))
+torch.set_num_threads(2)
+make = lambda: noise.noise(noise.NoiseSpec("gaussian"), 5, 6, 300_001, 77, threads=2)
+assert library.threads == "torch's" or not torch.backends.openmp.is_available() or sys.platform != "linux"
+want = noise.noise(noise.NoiseSpec("gaussian"), 5, 6, 300_001, 77, threads=1)
+assert torch.equal(make(), want)
+wrong = []
+callers = [threading.Thread(target=lambda: wrong.append(not torch.equal(make(), want))) for _ in range(4)]
+[t.start() for t in callers], [t.join() for t in callers]
+assert wrong == [False] * 4
+child = os.fork()
+if child == 0:  # torch's threads are not there (its own ops would hang): ours start anew
+    os._exit(0 if make().numpy().tobytes() == want.numpy().tobytes() else 1)
+assert os.waitpid(child, 0)[1] == 0
+lib.zo_cpu_share_threads(None, None)
+assert torch.equal(make(), want)
+"""
+    if native.library() is None:
+        pytest.skip("no native library: there are no threads of its own")
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -5,7 +5,10 @@ which releases the GIL. Before first use it has to reproduce known bits of noise
 built with -ffast-math, or from other sources, is refused rather than allowed to train another model. Where there is
 no library the callers use `reference.py`: same bits, slowly.
 
-Environment: ZO_NATIVE=0 does without the library; ZO_ISA=scalar|avx2|avx512 takes that variant.
+It computes on the threads of torch's OpenMP runtime where that is found (csrc/cpu_threads.h says why), else on its own.
+
+Environment: ZO_NATIVE=0 does without the library; ZO_ISA=scalar|avx2|avx512 takes that variant; ZO_THREADS=own leaves
+torch's threads alone.
 """
 
 from __future__ import annotations
@@ -113,6 +116,8 @@ class Library:
         self._noise.argtypes = [ctypes.c_void_p, u64, u64, u64, u32, u32, u32, ctypes.c_int, ctypes.c_int]
         self._philox = lib.zo_cpu_philox
         self._philox.argtypes = [ctypes.c_char_p, ctypes.c_char_p, u32, ctypes.c_char_p]
+        self.threads = _share_threads(lib)
+        """Whose threads it computes on: "torch's" or "its own"."""
         if fingerprint(self) != FINGERPRINT:
             raise NativeError(
                 f"{path} ({self.isa}) does not reproduce the known noise and weights: was it built with -ffast-math or "
@@ -156,6 +161,22 @@ class Library:
         if error:
             raise NativeError(f"{self.path.name}: Philox with {rounds} rounds; it has 7 and 10")
         return struct.unpack("<4I", out.raw)
+
+
+def _share_threads(lib: ctypes.CDLL) -> str:
+    """Have the library compute on the threads of the OpenMP runtime that torch is linked with, if there is one."""
+    import torch
+
+    found: list[Any] = []
+    if os.environ.get("ZO_THREADS") != "own" and torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
+        linked = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"  # looks names up in what it is linked with
+        runtime = ctypes.CDLL(str(linked)) if linked.exists() else None
+        found = [getattr(runtime, name, None) for name in ("GOMP_parallel", "omp_get_max_threads")]
+    shared = bool(found) and None not in found
+    lib.zo_cpu_share_threads(
+        *([ctypes.cast(function, ctypes.c_void_p) for function in found] if shared else (None, None))
+    )
+    return "torch's" if shared else "its own"
 
 
 def fingerprint(library: Any) -> str:
@@ -214,4 +235,4 @@ def describe() -> str:
     found, reason = _load()
     if found is None:
         return f"native kernels: none, the slow reference runs instead; {reason}"
-    return f"native kernels: {found.path.name}, {found.isa} (has {', '.join(found.isas)})"
+    return f"native kernels: {found.path.name}, {found.isa} (has {', '.join(found.isas)}), on {found.threads} threads"
