@@ -7,7 +7,7 @@
 #define ZO_API_H
 #include "formats.h"
 
-#define ZO_ABI_VERSION 3
+#define ZO_ABI_VERSION 4
 
 enum { ZO_OK = 0, ZO_ERROR_FORMAT = 1, ZO_ERROR_NOISE = 2, ZO_ERROR_ISA = 3, ZO_ERROR_MEMORY = 4 };
 enum { ZO_SCALAR = 0, ZO_AVX2 = 1, ZO_AVX512 = 2, ZO_NUM_ISAS = 3 };

@@ -24,7 +24,7 @@ from typing import Any
 from zo_offload.errors import ConfigError, ZOError
 
 LIBRARY = Path(__file__).with_name("_zo_cpu.so")
-ABI_VERSION, LAYOUT_VERSION = 3, 1
+ABI_VERSION, LAYOUT_VERSION = 4, 1
 ISAS = ("scalar", "avx2", "avx512")
 
 _DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1}
