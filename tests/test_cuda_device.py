@@ -25,7 +25,7 @@ from zo_offload.devices.cuda import LIBRARY_BYTES, CudaDevice
 from zo_offload.devices.link import Link
 from zo_offload.devices.staging import HostSlabs, Ring
 from zo_offload.journal import read_journal
-from zo_offload.serving import LaneRun, Served, gather
+from zo_offload.serving import LaneRun, Served, gather, unseen
 from zo_offload.tiers import HostTier
 
 VOCAB, STEPS = 97, 5
@@ -306,6 +306,18 @@ def test_rows_of_ids_that_the_host_does_not_know():
             assert rows.shape == (6,) and [lane.ids.shape for lane in lanes] == [(1, 3), (1, 3)]
     for i, found in zip(ids, results[0], strict=True):
         assert torch.equal(found, weight[i])
+
+
+def test_more_ids_that_the_host_does_not_know_than_there_are_rows():
+    """Then every row is asked for once; an id that does not exist gets the row that does not, which comes as NaN."""
+    weight = torch.randn(11, 5)
+    ids = torch.tensor([[4, 4, 1, 10, 0, 2, 3], [9, 4, 0, 11, -3, 900, 8]])
+    rows, places = unseen(list(ids), 11)
+    assert rows.tolist() == list(range(12))
+    given = torch.cat([weight, torch.full((1, 5), math.nan)])[rows]
+    exists, found = (ids >= 0) & (ids < 11), nn.functional.embedding(places.view(2, 7), given)
+    assert torch.equal(found[exists], weight[ids[exists]]) and found[~exists].isnan().all()
+    assert unseen([ids[:, :5]], 11)[0].tolist() == ids[:, :5].flatten().tolist()
 
 
 def test_nothing_is_warned_about_in_a_plain_run(use):

@@ -405,10 +405,13 @@ class Engine:
         for _ in range(_MAX_CORRECTIONS):
             streamer.begin_pass(exact=all(lane.perturbation.scale == 0.0 for lane in lanes))
             hub.host_of = placed.host_of
+            seen = hub.trace
             try:
                 with torch.no_grad(), matmul_precision(self.config.compute), self._own_loss(self.model):
                     results = hub.run(lanes, call)
                 streamer.end_pass()
+                if hub.trace is not seen:  # a watched run: each module's weights had memory of their own
+                    self.device.trim()
             except PlanFault as fault:
                 # The watched run used a weight where the plan did not have it: lift its owner and run again.
                 streamer.abort_pass()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # what matrix libraries look at: two weights of one alignment are computed with by the same kernel, wherever they lie
 _ALIGN = 256
+_MOST_CUTS = 256  # kept of a buffer: gathered rows are of another number every step
 
 
 @dataclass
@@ -31,6 +33,7 @@ class ScratchPool:
         self._alloc = alloc
         self._free: list[Tensor] = []
         self._out: dict[int, Scratch] = {}
+        self._cut: dict[int, dict[Any, list[list[Tensor]]]] = {}  # of each buffer: what it was cut into before
         self.nbytes = 0  # free and handed out
         self.peak_bytes = 0
 
@@ -48,13 +51,12 @@ class ScratchPool:
         sizes = [_nbytes(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
         stride = sum(-(-n // _ALIGN) * _ALIGN for n in sizes)
         buffer = self._buffer(max(_ALIGN, stride * copies))
-        tensors: list[list[Tensor]] = []
-        offset = 0
-        for _ in range(copies):
-            tensors.append([])
-            for shape, dtype, n in zip(shapes, dtypes, sizes, strict=True):
-                tensors[-1].append(buffer[offset : offset + n].view(dtype).view(shape))
-                offset += -(-n // _ALIGN) * _ALIGN
+        cuts, key = self._cut.setdefault(id(buffer), {}), (tuple(shapes), tuple(dtypes), copies)
+        tensors = cuts.get(key)
+        if tensors is None:  # views take microseconds each, and the same modules come again every step
+            if len(cuts) >= _MOST_CUTS:
+                cuts.clear()
+            tensors = cuts[key] = _cut(buffer, shapes, dtypes, sizes, copies)
         scratch = Scratch(buffer, tensors)
         self._out[id(tensors)] = scratch
         return scratch
@@ -66,7 +68,7 @@ class ScratchPool:
             self._free.append(scratch.buffer)
 
     def clear(self) -> None:
-        self._free, self._out, self.nbytes = [], {}, 0
+        self._free, self._out, self._cut, self.nbytes = [], {}, {}, 0
 
     def _alone(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._alloc(_nbytes(shape, dtype)).view(dtype).view(shape)
@@ -77,11 +79,28 @@ class ScratchPool:
             return self._free.pop(min(fitting, key=lambda i: self._free[i].numel()))
         if self._free:  # too small for this: its memory goes into the larger one
             largest = max(range(len(self._free)), key=lambda i: self._free[i].numel())
-            self.nbytes -= self._free.pop(largest).numel()
+            dropped = self._free.pop(largest)
+            self._cut.pop(id(dropped), None)
+            self.nbytes -= dropped.numel()
+            del dropped  # its memory is to be free before the larger one is asked for
         buffer = self._alloc(nbytes)
         self.nbytes += nbytes
         self.peak_bytes = max(self.peak_bytes, self.nbytes)
         return buffer
+
+
+def _cut(
+    buffer: Tensor, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype], sizes: Sequence[int], copies: int
+) -> list[list[Tensor]]:
+    """Tensors one after the other, each aligned."""
+    tensors: list[list[Tensor]] = []
+    offset = 0
+    for _ in range(copies):
+        tensors.append([])
+        for shape, dtype, n in zip(shapes, dtypes, sizes, strict=True):
+            tensors[-1].append(buffer[offset : offset + n].view(dtype).view(shape))
+            offset += -(-n // _ALIGN) * _ALIGN
+    return tensors
 
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

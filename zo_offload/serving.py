@@ -164,16 +164,15 @@ def gather(served: Served, group: list[LaneRun], host_of: Callable[[Tensor], Ten
 
     F.embedding checks padding_idx against the number of rows, so there are at least padding_idx + 1 (the last ones
     are row 0 again). Ids on a GPU are looked up on the host (`host_of`), since to look at them there is to wait. Those
-    that the host does not have (positions that the model counts out, say) are asked for one by one, repeats and all:
-    the same weights, and a row that does not exist comes as NaN.
+    that the host does not have (positions that the model counts out, say) are asked for one by one, repeats and all,
+    or, where that is no fewer, all rows of the embedding: the same weights, and a row that does not exist comes as NaN.
     """
     ids = [lane.ids for lane in group if lane.ids is not None]
     assert len(ids) == len(group)
     device = ids[0].device
     known = [host_of(i) for i in ids] if host_of is not None and device.type != "cpu" else list(ids)
     if any(i is None for i in known):
-        rows = torch.cat([i.reshape(-1) for i in ids]).long()
-        places = torch.arange(rows.numel(), device=device)
+        rows, places = unseen(ids, served.params[0].shape[0])
     else:
         rows, places = _unique(served, [i for i in known if i is not None])
         if device.type != "cpu":
@@ -184,6 +183,15 @@ def gather(served: Served, group: list[LaneRun], host_of: Callable[[Tensor], Ten
         start += i.numel()
     padding = served.module.padding_idx
     return nn.functional.pad(rows, (0, max(0, (0 if padding is None else int(padding)) + 1 - rows.numel())))  # type: ignore[arg-type]
+
+
+def unseen(ids: list[Tensor], num_rows: int) -> tuple[Tensor, Tensor]:
+    """Rows to ask for, and where each id is among them, without looking at the ids."""
+    rows = torch.cat([i.reshape(-1) for i in ids]).long()
+    if rows.numel() <= num_rows:
+        return rows, torch.arange(rows.numel(), device=rows.device)
+    places = torch.where((rows < 0) | (rows > num_rows), torch.full_like(rows, num_rows), rows)
+    return torch.arange(num_rows + 1, device=rows.device), places  # the last one does not exist
 
 
 def _unique(served: Served, ids: list[Tensor]) -> tuple[Tensor, Tensor]:
