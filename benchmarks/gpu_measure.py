@@ -20,14 +20,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import about, emit, quantile
-from benchmarks.step import plain_mezo
-from zo_offload import Engine, MeZO
 from zo_offload.device_updates import UpdateTable
 from zo_offload.devices.link import Link, measure_link
 from zo_offload.devices.nvml import DriverMemory
@@ -35,6 +33,9 @@ from zo_offload.formats import FORMATS
 from zo_offload.fused import Perturbation, Update, fused_pass
 from zo_offload.noise import NoiseSpec
 from zo_offload.shapes import opt_config
+
+if TYPE_CHECKING:  # the engine is imported where it runs: link and kernels need no greenlet
+    from zo_offload import Engine
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALE = 0.02
@@ -220,6 +221,8 @@ def two_forwards(options: Any, model: nn.Module, batch: dict[str, Tensor]) -> fl
 
 def step_part(options: Any, common: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Offload host first: its memory is what must not be disturbed."""
+    from zo_offload import Engine, MeZO
+
     dtype, before = DTYPES[options.dtype], options.driver_before
     rows: list[dict[str, Any]] = []
     found = find_link(options)
@@ -304,6 +307,8 @@ def host_over_model(engine: Engine) -> float:
 
 def naive_part(options: Any, common: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Plain MeZO with the whole model on the GPU (`benchmarks.step.plain_mezo`)."""
+    from benchmarks.step import plain_mezo
+
     device, dtype = options.torch_device, DTYPES[options.dtype]
     model = resident_copy(options.model, dtype, options.tokens, device)
     batch = {k: v.to(device) for k, v in batch_of(model, options.tokens).items()}

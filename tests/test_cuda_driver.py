@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import shutil
 import subprocess
@@ -97,6 +98,7 @@ def test_page_locking_goes_to_torchs_context_and_leaves_the_threads_own(library,
 @pytest.fixture
 def kernels(library, monkeypatch):
     monkeypatch.setattr(native_cuda.CudaKernels, "_abi", lambda self: native_cuda.ABI)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     return native_cuda.CudaKernels(Driver(library), 0, b"\x7fELF and so on", "a test")
 
 
@@ -144,6 +146,15 @@ def test_a_thread_without_a_context_gets_torchs(library, kernels, calls):
     lines = calls()
     assert lines.count("set current 0x700000000000") == 1
     assert all(line.endswith("context 0x700000000000") for line in lines if line.startswith("launch"))
+
+
+def test_a_kernel_is_launched_on_its_own_gpu(library, kernels, monkeypatch):
+    library.fake_params(native_cuda._NOISE.size)
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: entered.append(index) or contextlib.nullcontext())
+    kernels.noise(0x1000, "gaussian", 10, 1, 2, 8, 0, 0)
+    assert entered == [0]
 
 
 def test_an_image_of_other_sources_is_refused(library, monkeypatch):

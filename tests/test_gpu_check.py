@@ -3,6 +3,7 @@ read as its own script reads them."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_every_part_is_reached_in_time(tmp_path):
     first = [
         "build",
         "probe",
-        "tests of kernels",
+        "kernels bit-equal",
         "tests of the engine",
         "link",
         "step opt-1.3b 2048",
@@ -117,7 +118,7 @@ def test_every_part_is_reached_in_time(tmp_path):
     (tmp_path / gpu_check.ZO2_TEST).mkdir(parents=True)
     (tmp_path / gpu_check.ZO2_TEST / "test_speed.py").touch()
     names = [part.name for part in gpu_check.parts(options)]
-    assert names.index("zo2 memory opt-6.7b") < names.index("step opt-13b 2048") < names.index("tests of kernels")
+    assert names.index("zo2 memory opt-6.7b") < names.index("step opt-13b 2048") < names.index("kernels bit-equal")
 
 
 def test_wheels_are_put_on_the_path(tmp_path):
@@ -144,3 +145,15 @@ def test_the_probe_reports_what_breaks_and_goes_on(monkeypatch):
     assert rows["locking"]["verdict"] == "NOT ok"
     rest = {row["verdict"] for name, row in rows.items() if name not in ("kernels", "locking")}
     assert rest == {"ok", "told"} and len(rows) > 10
+
+
+def test_without_greenlet_the_parts_that_need_no_lanes_still_run(tmp_path, monkeypatch, capsys):
+    ran = [sys.executable, "-c", "pass"]
+    made = [Part("link", ran, 20), Part("step opt-1.3b 2048", ran, 20)]
+    monkeypatch.setattr(gpu_check, "parts", lambda options: made)
+    monkeypatch.setattr(gpu_check, "NEEDED", ("torch", "greenlet"))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "greenlet" else find(name))
+    assert gpu_check.main(["--dry", "--out", str(tmp_path)]) == 1
+    assert [part.status for part in made] == ["ok", "not run: needs greenlet"]
+    assert "lacks greenlet" in capsys.readouterr().out
