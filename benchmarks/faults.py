@@ -65,9 +65,9 @@ def make_base(folder: Path) -> Path:
 def all_settings() -> list[dict[str, Any]]:
     """Every tier with every format (one that is never rewritten trains its scales); schedules of folds, snapshots."""
     ways = [
-        dict(offload="disk", fold_every=1, snapshot_steps=3),
+        dict(offload="disk", fold_every=1, snapshot_steps=3, block_numel=300),  # the same numbers, in pieces
         dict(offload="disk", fold_every=4, snapshot_steps=5, num_slots=2),
-        dict(offload="host", fold_every=1, snapshot_steps=4),
+        dict(offload="host", fold_every=1, snapshot_steps=4, block_numel=700),
         dict(offload="none", fold_every=4, snapshot_steps=3),
     ]
     return [dict(way, storage=name) for way in ways for name in FORMATS]

@@ -15,6 +15,7 @@ import torch
 from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama, tiny_opt, train
 
 from zo_offload import ConfigError, DataError, DivergenceError, Engine, JournalError, MeZO, Stopped, StorageError
+from zo_offload.blocks import BLOCK_NUMEL
 from zo_offload.journal import Journal
 from zo_offload.signals import stop_signals
 
@@ -329,9 +330,10 @@ def test_a_data_worker_that_fails_leaves_a_run_that_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("offload", ["none", "host"])
-@pytest.mark.parametrize("storage", ["fp32", "bf16"])
-def test_a_run_in_memory_resumes_from_its_snapshots(offload, storage, tmp_path):
-    settings = dict(method=METHOD, offload=offload, storage=storage, snapshot_steps=3, fold_every=1)
+@pytest.mark.parametrize("storage, limit", [("fp32", BLOCK_NUMEL), ("bf16", BLOCK_NUMEL), ("bf16", 900)])
+def test_a_run_in_memory_resumes_from_its_snapshots(offload, storage, limit, tmp_path):
+    """A layer in several blocks is taken in one turn: the blocks are many more than the steps."""
+    settings = dict(method=METHOD, offload=offload, storage=storage, snapshot_steps=3, fold_every=1, block_numel=limit)
     settings["run_dir"] = tmp_path / "run"
     with Engine(tiny_opt(), **settings) as engine:
         engine.fit(batches(), steps=9, callback=lambda record: engine._session.settle())  # no turn is skipped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 from dataclasses import replace
 
 import archs
@@ -12,7 +13,7 @@ from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama
 from test_plan import ARCH, plan_of
 from test_storage import ADAPTED, with_adapters
 
-from zo_offload import QZO, Engine
+from zo_offload import QZO, BudgetError, Engine, diskio
 from zo_offload.blocks import ALIGN, ParamSpec, cut, whole
 from zo_offload.errors import JournalError
 from zo_offload.formats import FORMATS
@@ -285,3 +286,16 @@ def test_a_layer_that_cannot_be_traced_is_lifted_over_several_blocks(storage):
 def relift_whole(plan):
     """The plan as it is when nothing was seen of the forward: every layer has all its parameters."""
     return relift(replace(plan, trace=Trace({}, (), False)), Trace({}, (), False))
+
+
+@pytest.mark.parametrize("limits, raised", [((1 << 20, 1 << 20), None), ((200, 1 << 20), True), ((200, 300), False)])
+def test_as_many_files_may_be_open_as_there_are_blocks(limits, raised, monkeypatch):
+    given = []
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda which, new: given.append(new))
+    if raised is False:
+        with pytest.raises(BudgetError, match="1000 block files are held open together, and this process may open 300"):
+            diskio.allow_open_files(1000, "block files")
+    else:
+        diskio.allow_open_files(1000, "block files")
+    assert bool(given) == bool(raised) and all(soft > 1000 and hard == limits[1] for soft, hard in given)

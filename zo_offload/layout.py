@@ -65,7 +65,7 @@ class Layout:
     def total_bytes(self) -> int:
         return sum(self.block_bytes)
 
-    @property
+    @cached_property
     def written(self) -> frozenset[int]:
         """Blocks with a trainable parameter."""
         return frozenset(block for block, spans in enumerate(self.spans) if spans)

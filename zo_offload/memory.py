@@ -76,10 +76,10 @@ def _owner_bytes(plan: Plan, owner: Owner, rows: int) -> int:
 def pinned_blocks(plan: Plan, count: int) -> frozenset[int]:
     """`count` blocks to keep: first those visited more than once a pass, then evenly spread."""
     visits = Counter(plan.visits)
-    often = sorted((b for b in visits if visits[b] > 1), key=lambda b: -visits[b])[:count]
+    often = frozenset(sorted((b for b in visits if visits[b] > 1), key=lambda b: -visits[b])[:count])
     rest = [block.index for block in plan.blocks if block.index not in often]
     left = count - len(often)
-    return frozenset(often) | {rest[i * len(rest) // left] for i in range(left)}
+    return often | {rest[i * len(rest) // left] for i in range(left)}
 
 
 def plan_memory(
@@ -169,9 +169,19 @@ class _Ask:
 
     def with_most_pinned(self, budget: int) -> MemoryPlan:
         """The most pinned blocks that the budget takes; the empty set is known to fit."""
-        counts = range(len(self.plan.blocks), -1, -1)
-        plans = (self.with_pinned(pinned_blocks(self.plan, count)) for count in counts)
-        return next(found for found in plans if found.device_bytes <= budget)
+
+        def pinning(count: int) -> MemoryPlan:
+            return self.with_pinned(pinned_blocks(self.plan, count))
+
+        fits, too_many = 0, len(self.plan.blocks) + 1
+        if pinning(too_many - 1).device_bytes <= budget:  # then there is no window: less than with a few streamed
+            return pinning(too_many - 1)
+        while too_many - fits > 1:  # there may be thousands
+            middle = (fits + too_many) // 2
+            fits, too_many = (middle, too_many) if pinning(middle).device_bytes <= budget else (fits, middle)
+        # blocks differ in size, and which ones are pinned differs with their number: a few more may fit after all
+        further = (pinning(count) for count in range(min(fits + 16, len(self.plan.blocks)), fits, -1))
+        return next((plan for plan in further if plan.device_bytes <= budget), pinning(fits))
 
 
 def _too_small(plan: Plan, layout: Layout, least: MemoryPlan, budget: int, offload: str) -> BudgetError:

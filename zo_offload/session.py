@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -279,8 +280,9 @@ class Maker:
             self._bind(made, journal)
             return made
 
-        written = sorted(self.layout.written)
+        layers = groupby(self.plan.blocks, key=lambda block: block.name)
+        written = [[block.index for block in layer if block.index in self.layout.written] for _, layer in layers]
         return Snapshots(
-            tier, open_files, self.layout, written, self.device.host_alloc,
+            tier, open_files, self.layout, [layer for layer in written if layer], self.device.host_alloc,
             minutes=self.config.snapshot_minutes, steps=self.config.snapshot_steps,
         )  # fmt: skip
