@@ -456,10 +456,10 @@ def test_an_error_of_the_source_leaves_all_clean() -> None:
     lanes = [Lane(PLUS, {"x": x}), Lane(MINUS, {"x": x})]
     emit = source.emit
 
-    def broken(owner: Any, perturbations: Any, rows: Any = None) -> Any:
+    def broken(owner: Any, perturbations: Any, rows: Any = None, piece: Any = None) -> Any:
         if owner.name == "layers.2":
             raise OSError("disk on fire")
-        return emit(owner, perturbations, rows)
+        return emit(owner, perturbations, rows, piece)
 
     with Hub(model, make_plan(model, {"x": x}), source) as hub:
         source.emit = broken  # type: ignore[method-assign]

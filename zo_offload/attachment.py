@@ -1,14 +1,19 @@
-"""What a hub does to a model while it is attached: parameters away, hooks on the owners.
+"""What a hub does to a model while it is attached: parameters away, hooks on the owners, cut linear layers in pieces.
 
 The hooks run inside lanes. A pre-hook gives control to the hub until the owner's weights are installed; the hook after
 the forward takes them out again. `lanes.Hub` builds on this class and decides who runs when.
+
+A plain nn.Linear whose weight the plan cuts has a forward of its own meanwhile, which computes piece by piece
+(`tiles.py`), always, so that its results are the same however it is served. Where it is an owner itself, its pre-hook
+waits for the first piece and its forward for the others; where its weight is there whole (lifted, or because somebody
+else has hooks on it) it takes the pieces out of that.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Self
 
 import greenlet
@@ -16,10 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .blocks import Piece
 from .errors import PlanError
 from .modes import ModeState
-from .plan import Plan
-from .serving import LaneRun, Served, install, placeholder, set_data
+from .module_tree import has_hooks, is_plain_linear
+from .plan import Owner, Plan
+from .serving import LaneRun, Portion, Served, install, placeholder, set_data
+from .tiles import tiled_linear
 from .watched import WatchedRun
 
 
@@ -39,6 +47,7 @@ class Attachment:
         self._params: dict[str, nn.Parameter] = {}
         self._own_data: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
+        self._tiled: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = []  # and the forward each was given
         self._home = self._current = self._watch = None
         self._thread, self._aborting = 0, False
 
@@ -93,8 +102,7 @@ class Attachment:
         self._served: list[Served] = []
         for index, owner in enumerate(owners):
             module = self.model.get_submodule(owner.name)
-            params, resting = [self._params[n] for n in owner.params], [self._resting[n] for n in owner.params]
-            served = Served(index, owner, module, params, resting)
+            served = Served(index, owner, module, self._portions(owner, module))
             served.overlaps = any(count[n] > 1 for n in owner.params)
             self._served.append(served)
         for served in self._served:
@@ -107,10 +115,47 @@ class Attachment:
             self._handles.append(handle)
             self._handles.append(served.module.register_forward_hook(self._leave_hook(served), always_call=True))
 
+        self._cut_linears()
+
+    def _portions(self, owner: Owner, module: nn.Module) -> list[Portion]:
+        """What the owner is served in: one portion, or as many as its weight has pieces."""
+        pieces = self.plan.tiles(owner)
+        if not pieces or not is_plain_linear(module) or has_hooks(module):
+            return [self._portion(owner, None)]
+        return [self._portion(owner, piece) for piece in pieces]
+
+    def _portion(self, owner: Owner, piece: Piece | None) -> Portion:
+        names = owner.params if piece is None or piece.index == 0 else (piece.name,)
+        shapes = {name: tuple(self._params[name].shape) for name in names}
+        if piece is not None:
+            columns = shapes[piece.name][1]
+            shapes[piece.name] = (piece.numel // columns, columns)
+        blocks = self.plan.streamed_blocks(self.plan.portion(owner, piece))
+        params, resting = tuple(self._params[n] for n in names), tuple(self._resting[n] for n in names)
+        first = blocks[0] if blocks else owner.block
+        return Portion(piece, first, len(blocks) > 1, names, params, tuple(shapes.values()), resting)
+
+    def _cut_linears(self) -> None:
+        """Give every plain nn.Linear whose weight is cut a forward that computes piece by piece."""
+        names = {id(p): name for name, p in self._params.items()}
+        in_pieces = {id(served.module): served for served in self._served if len(served.portions) > 1}
+        for module in self.model.modules():
+            if not isinstance(module, nn.Linear) or not is_plain_linear(module):
+                continue
+            pieces, columns = self.plan.pieces_of(names[id(module.weight)]), module.weight.shape[1]
+            if len(pieces) > 1:
+                rows = [slice(p.start // columns, p.stop // columns) for p in pieces]
+                forward = self._tiled_forward(module, rows, in_pieces.get(id(module)))
+                vars(module)["forward"] = forward
+                self._tiled.append((module, forward))
+
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for module, forward in self._tiled:
+            if vars(module).get("forward") is forward:  # else somebody has put another in its place since
+                del vars(module)["forward"]
+        self._handles, self._tiled = [], []
 
     # ---- hooks: these run inside lanes ---------------------------------------------------------------------------
 
@@ -121,7 +166,7 @@ class Attachment:
             lane = self._current
             if lane is None or threading.get_ident() != self._thread:
                 self._refuse(served)
-            lane.want, lane.last = index, name
+            lane.want, lane.piece, lane.last = index, 0, name
             self._wait(lane)
 
         return enter
@@ -139,6 +184,28 @@ class Attachment:
             return ((ids, *args[1:]), kwargs) if args else (args, {**kwargs, "input": ids})
 
         return enter_rows
+
+    def _tiled_forward(
+        self, module: nn.Linear, pieces: Sequence[slice], served: Served | None
+    ) -> Callable[[Tensor], Tensor]:
+        """What takes the place of a cut layer's forward. served: None if its weight never comes in pieces."""
+
+        def forward(input: Tensor) -> Tensor:
+            lane = self._current
+            if served is None or lane is None or not lane.frames or lane.frames[-1].served is not served:
+                whole = module.weight  # there, or away: then this is a fault of the plan, as with any other module
+                return tiled_linear(input, pieces, lambda k: whole[pieces[k]], module.bias)
+
+            def piece(k: int) -> Tensor:
+                if k:
+                    self._leave(lane, failed=False)
+                    lane.piece = k
+                    self._wait(lane)
+                return module.weight
+
+            return tiled_linear(input, pieces, piece, module.bias)
+
+        return forward
 
     def _wait(self, lane: LaneRun) -> None:
         """Give control to the hub until it has installed what the lane wants."""
@@ -160,23 +227,26 @@ class Attachment:
             failed = output is None and sys.exc_info()[1] is not None
             if failed and not lane.failed_in:
                 lane.failed_in = served.owner.name
-            if torch._C._len_torch_function_stack():  # a lane's function mode is for what the model does
-                with torch._C.DisableTorchFunction():
-                    self._leave(lane, failed)
-            else:
-                self._leave(lane, failed)
+            self._leave(lane, failed)
 
         return leave
 
     def _leave(self, lane: LaneRun, failed: bool) -> None:
         """Take the innermost owner's weights out of the model and give up the lane's share of them."""
+        if torch._C._len_torch_function_stack():  # a lane's function mode is for what the model does
+            with torch._C.DisableTorchFunction():
+                self._take_out(lane, failed)
+        else:
+            self._take_out(lane, failed)
+
+    def _take_out(self, lane: LaneRun, failed: bool) -> None:
         frame, watch = lane.frames[-1], self._watch
         if watch is not None:
             watch.leave(lane, frame, check=not failed)
             watch.mode.recorder = None  # what hub and source do with memory is not the model's doing
         del lane.frames[-1]
         served = frame.served
-        for p, rest in zip(served.params, served.resting, strict=True):
+        for p, rest in zip(frame.portion.params, frame.portion.resting, strict=True):
             set_data(p, rest)
         if served.overlaps:
             for outer in lane.frames:

@@ -27,7 +27,7 @@ from .errors import DataError
 
 __all__ = [
     "Batch", "Batches", "Encoder", "RowBatches", "StreamBatches", "batch_tokens", "fingerprint", "loss_weight",
-    "make_batches", "max_positions", "read_rows", "split_micro_batches",
+    "make_batches", "max_positions", "most_ids", "read_rows", "split_micro_batches",
 ]  # fmt: skip
 
 DIGESTED = 4096  # rows that a data set is told by
@@ -297,6 +297,12 @@ def batch_tokens(batch: Mapping[str, Any]) -> int:
     if isinstance(mask, Tensor):
         return int((mask != 0).sum())
     return ids.numel() if isinstance(ids, Tensor) else _rows(batch)
+
+
+def most_ids(batch: Mapping[str, Any]) -> int:
+    """Most rows of an embedding that a batch can ask for: padding is looked up too."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    return max((t.numel() for t in tensors if not t.is_floating_point()), default=0) or _rows(batch)
 
 
 def loss_weight(batch: Mapping[str, Any]) -> float:

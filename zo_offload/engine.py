@@ -34,7 +34,7 @@ from .auto import choose_storage
 from .checkpoint import Checkpoint, save_pretrained
 from .chunked_loss import losses_in_chunks
 from .config import DTYPES, EngineConfig, parse_bytes, show_bytes
-from .data import Batches, batch_tokens, fingerprint, loss_weight, make_batches, max_positions, split_micro_batches
+from .data import Batches, fingerprint, loss_weight, make_batches, max_positions, most_ids, split_micro_batches
 from .device_updates import UpdateTable
 from .devices import make_device
 from .devices.link import Link
@@ -470,7 +470,7 @@ class Engine:
             activations = measure_activations(
                 self.model, self.plan, part, self.objective, device=self.device.kind, losses=self._own_loss
             )
-            rows = batch_tokens(batch)
+            rows = most_ids(batch)
         asked = None if config.device_memory is None else parse_bytes(config.device_memory, "device_memory")
         budget = self.device.budget(asked, chosen=config.num_slots is not None)
         try:

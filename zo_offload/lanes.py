@@ -7,12 +7,13 @@ lets each lane through) and goes on. Lanes need not meet owners in the same orde
 While an owner runs in a lane its parameters hold that lane's scratch; at all other times a Parameter keeps its
 identity, shape, dtype and device, and its values are NaN. An owner whose children switch lanes has its weights
 changed with the lane. Lanes with the same perturbation (micro-batches) share scratch. An `nn.Embedding` gets only the
-rows that the waiting lanes ask for, and remapped ids.
+rows that the waiting lanes ask for, and remapped ids. An `nn.Linear` whose weight is cut gets piece after piece: to the
+hub each is an owner's call of its own, so lanes are in lockstep over (call, piece).
 
 Orders of service (results are the same bit for bit):
     module  all lanes waiting at the earliest owner are served together; noise is made once
-    block   one lane at a time through a block; scratch of one lane, only hidden states are held per lane. An owner in
-            several blocks is served to all lanes together, since each block passes by once
+    block   one lane at a time through a block; scratch of one lane, only hidden states are held per lane. What lies in
+            several blocks and is served at once is served to all lanes together, since each block passes by once
     lane    one lane after another; for models whose modules keep tensors between calls
 
 A plan can be wrong (`watch.py`), so the first run of each kind of batch is watched. A weight used while it is away
@@ -42,6 +43,7 @@ from .serving import (
     Frame,
     Lane,
     LaneRun,
+    Portion,
     Source,
     gather,
     hollow,
@@ -189,7 +191,7 @@ class Hub(Attachment):
             if not waiting:
                 return
             group = self._pick(waiting, last, block)
-            last, block = group[0], self.plan.owners[group[0].want].block
+            last, block = group[0], self._portion_of(group[0]).block
             self._unentered = self._serve(group)
             for lane in group:
                 waiting.remove(lane)
@@ -197,17 +199,23 @@ class Hub(Attachment):
                     return
 
     def _pick(self, waiting: list[LaneRun], last: LaneRun | None, block: int) -> list[LaneRun]:
-        """The lanes to let through next; all want the same owner. last, block: what was served before."""
-        owners, alone = self.plan.owners, self.order != "module"
-        if alone and last in waiting and owners[last.want].block == block and not owners[last.want].spans:
-            return [last]
+        """The lanes to let through next; all want the same portion. last, block: what was served before."""
+        alone = self.order != "module"
+        if alone and last in waiting:
+            portion = self._portion_of(last)
+            if portion.block == block and not portion.spans:
+                return [last]
         first = waiting[0]
         for lane in waiting:
-            if lane.position < first.position:
+            if (lane.position, lane.piece) < (first.position, first.piece):
                 first = lane
-        if alone and not owners[first.want].spans:
+        if alone and not self._portion_of(first).spans:
             return [first]
-        return [lane for lane in waiting if lane.want == first.want]
+        return [lane for lane in waiting if lane.want == first.want and lane.piece == first.piece]
+
+    def _portion_of(self, lane: LaneRun) -> Portion:
+        """What a lane waits for."""
+        return self._served[lane.want].portions[lane.piece]
 
     def _resume(self, lane: LaneRun, waiting: list[LaneRun], frame: Frame | None = None) -> bool:
         """Run a lane until it waits for an owner (it joins `waiting`) or ends. False if it failed."""
@@ -239,6 +247,8 @@ class Hub(Attachment):
 
     def _locate(self, lane: LaneRun) -> None:
         """Find the call of the plan that a lane stands before: the next one of that owner, if any is left."""
+        if lane.piece:
+            return  # in the midst of it
         calls, cursor = self.plan.calls, lane.cursor
         if cursor < len(calls) and calls[cursor] == lane.want:
             lane.position = cursor
@@ -252,14 +262,14 @@ class Hub(Attachment):
         lane.cursor = lane.position + 1
 
     def _serve(self, group: list[LaneRun]) -> list[Frame]:
-        """Scratch of the owner that the lanes of a group wait for, one frame a lane."""
-        served = self._served[group[0].want]
+        """Scratch of what the lanes of a group wait for, one frame a lane."""
+        served, portion = self._served[group[0].want], self._portion_of(group[0])
         places: dict[Perturbation, int] = {}
         index = [places.setdefault(lane.lane.perturbation, len(places)) for lane in group]
         rows = gather(served, group, self.host_of) if served.rows else None
-        scratch = self.source.emit(served.owner, list(places), rows)
+        scratch = self.source.emit(served.owner, list(places), rows, portion.piece)
         emission = Emission(scratch, len(group), self.source.release)
-        frames = [Frame(served, scratch[i], emission) for i in index]
+        frames = [Frame(served, portion, scratch[i], emission) for i in index]
         return frames if self._watch is None else self._watch.serve(group, frames, rows)
 
     # ---- the end of a run ----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from .config import show_bytes
 from .errors import BudgetError
 from .layout import Layout
 from .plan import Owner, Plan
+from .scratch import padded
 from .window import Window
 
 
@@ -54,7 +55,7 @@ def scratch_bytes(plan: Plan, order: ServiceOrder, perturbations: int, rows: int
     sizes = {owner.name: _owner_bytes(plan, owner, rows) for owner in plan.owners}
     worst = 0
     for owner in plan.owners:
-        copies = perturbations if order == "module" or owner.spans else 1
+        copies = perturbations if order == "module" or _spans(plan, owner) else 1
         around = sum(sizes[other] for other in sizes if other != owner.name and _contains(other, owner.name))
         worst = max(worst, sizes[owner.name] * copies + around * perturbations)
     return worst
@@ -64,12 +65,23 @@ def _contains(outer: str, inner: str) -> bool:
     return outer == "" or inner.startswith(outer + ".")
 
 
+def _spans(plan: Plan, owner: Owner) -> bool:
+    """Whether one portion of it lies in several blocks, which is served to all lanes at once in any order."""
+    pieces = plan.tiles(owner)
+    return len(plan.streamed_blocks(plan.portion(owner, pieces[0] if pieces else None))) > 1
+
+
 def _owner_bytes(plan: Plan, owner: Owner, rows: int) -> int:
+    """Scratch of one perturbation; of a layer that is served in pieces, for the largest of them."""
+    pieces = plan.tiles(owner)
+    if pieces:
+        portions = (plan.portion(owner, piece) for piece in pieces)
+        return max(sum(padded(p.numel * plan.params[p.name].dtype.itemsize) for p in portion) for portion in portions)
     total = 0
     for name in owner.params:
         spec = plan.params[name]
         numel = min(rows, spec.shape[0]) * (spec.numel // spec.shape[0]) if owner.rows else spec.numel
-        total += numel * spec.dtype.itemsize
+        total += padded(numel * spec.dtype.itemsize)
     return total
 
 

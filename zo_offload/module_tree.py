@@ -29,6 +29,8 @@ class ModuleTree:
     """Modules that never run themselves."""
     gatherable: frozenset[str]
     """Exact nn.Embedding modules without max_norm."""
+    linears: frozenset[str]
+    """Plain nn.Linear modules that nobody watches: their weight may come a piece at a time."""
     elements: tuple[str, ...]
     """Elements of the outermost repeated stacks."""
 
@@ -65,6 +67,7 @@ def module_tree(model: nn.Module) -> ModuleTree:
         names=names,
         containers=frozenset(n for n, m in modules.items() if isinstance(m, _CONTAINERS)),
         gatherable=frozenset(n for n, m in modules.items() if gathers_rows(m)),
+        linears=frozenset(n for n, m in modules.items() if is_plain_linear(m) and not has_hooks(m)),
         elements=tuple(_stack_elements(model, modules)),
     )
 
@@ -73,8 +76,21 @@ def gathers_rows(module: nn.Module) -> bool:
     """Whether a call of this module reads only the rows of its weight that its input names."""
     return (
         type(module) is nn.Embedding and module.max_norm is None and "forward" not in vars(module)
-        and not module._forward_hooks and not module._forward_pre_hooks
+        and not has_hooks(module)
     )  # fmt: skip
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a call of this module is `input @ weight.T + bias` and no more.
+
+    Not a subclass, not parametrized (that changes the class), its forward not replaced, its weight a parameter.
+    """
+    return type(module) is nn.Linear and "forward" not in vars(module) and module._parameters.get("weight") is not None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody is called with this module before or after its forward: they may look at its weight."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _stack_elements(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:

@@ -98,6 +98,31 @@ class Plan:
         """
         return self._pieces_in[owner.params]
 
+    def tiles(self, owner: Owner) -> tuple[Piece, ...]:
+        """The pieces that an owner can be served one after another; none if it needs all its parameters at once.
+
+        Those of a plain nn.Linear's own weight, if all that the owner has besides is its bias and that is not cut.
+        """
+        if owner.name not in self.tree.linears:
+            return ()
+        weight, bias = (self.tree.names.get(f"{owner.name}.{what}") for what in ("weight", "bias"))
+        if weight not in owner.params or not {weight, bias}.issuperset(owner.params):
+            return ()
+        pieces = self._pieces_of[weight]
+        return pieces if len(pieces) > 1 else ()
+
+    def portion(self, owner: Owner, piece: Piece | None) -> tuple[Piece, ...]:
+        """What an owner is served at once: all of it, or one piece and with the first one what is not cut."""
+        pieces = self.pieces_in(owner)
+        if piece is None:
+            return pieces
+        return tuple(p for p in pieces if p == piece or (piece.index == 0 and p.name != piece.name))
+
+    def streamed_blocks(self, pieces: tuple[Piece, ...]) -> tuple[int, ...]:
+        """The blocks that pieces lie in, in their order, but for those that stay on the device."""
+        blocks = dict.fromkeys(self._block_of[piece] for piece in pieces)
+        return tuple(block for block in blocks if block not in self.resident)
+
     @cached_property
     def _block_of(self) -> dict[Piece, int]:
         return {piece: block.index for block in self.blocks for piece in block.pieces}

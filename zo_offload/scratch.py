@@ -14,6 +14,11 @@ _ALIGN = 256
 _MOST_CUTS = 256  # kept of a buffer: gathered rows are of another number every step
 
 
+def padded(nbytes: int) -> int:
+    """What a tensor takes in scratch."""
+    return -(-nbytes // _ALIGN) * _ALIGN
+
+
 @dataclass
 class Scratch:
     """One owner's scratch: `tensors[perturbation][parameter]`, cut from `buffer`."""
@@ -49,7 +54,7 @@ class ScratchPool:
             # from `alloc`, not from the heap: these go back to the system at once, where the heap would keep them
             return Scratch(None, [[self._alone(shape, dtype) for shape, dtype in pairs] for _ in range(copies)])
         sizes = [_nbytes(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-        stride = sum(-(-n // _ALIGN) * _ALIGN for n in sizes)
+        stride = sum(padded(n) for n in sizes)
         buffer = self._buffer(max(_ALIGN, stride * copies))
         cuts, key = self._cut.setdefault(id(buffer), {}), (tuple(shapes), tuple(dtypes), copies)
         tensors = cuts.get(key)
@@ -99,7 +104,7 @@ def _cut(
         tensors.append([])
         for shape, dtype, n in zip(shapes, dtypes, sizes, strict=True):
             tensors[-1].append(buffer[offset : offset + n].view(dtype).view(shape))
-            offset += -(-n // _ALIGN) * _ALIGN
+            offset += padded(n)
     return tensors
 
 

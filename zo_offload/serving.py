@@ -3,6 +3,9 @@
 While an owner does not run, its parameters hold placeholders. A `Frame` is one call of an owner in one lane, with the
 lane's weights for it; a lane is inside of its frames, outermost first. An `Emission` is the scratch of all lanes that
 were served together, and goes back to its source when the last of them has left the owner.
+
+An owner is served in `Portion`s: one, with all it has, or one for each piece of a linear layer's weight. Then its call
+is as many frames, one after another.
 """
 
 from __future__ import annotations
@@ -83,13 +86,30 @@ def hollow(model: nn.Module, device: torch.device | str = "cpu") -> None:
             setattr(module, name, fresh[id(p)])  # not _parameters[name]: nn.RNN looks on
 
 
+@dataclass(frozen=True)
+class Portion:
+    """What of an owner is served at once: all of it, or one piece of its cut weight and what goes with that."""
+
+    piece: Piece | None
+    """None: all."""
+    block: int
+    """The first of the blocks that it lies in."""
+    spans: bool
+    """It lies in several: they pass by once, so all lanes are served together."""
+    names: tuple[str, ...]
+    params: tuple[nn.Parameter, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    resting: tuple[Tensor, ...]
+    """What the parameters hold while the owner does not run."""
+
+
 class Served:
-    """One owner as the hub sees it: its parameters, and what they hold while it does not run."""
+    """One owner as the hub sees it: its module, and its parameters in the portions that they are served in."""
 
-    __slots__ = ("index", "module", "overlaps", "owner", "params", "resting", "rows")
+    __slots__ = ("index", "module", "overlaps", "owner", "portions", "rows")
 
-    def __init__(self, index: int, owner: Owner, module: nn.Module, params: list[nn.Parameter], resting: list[Tensor]):
-        self.index, self.owner, self.module, self.params, self.resting = index, owner, module, params, resting
+    def __init__(self, index: int, owner: Owner, module: nn.Module, portions: list[Portion]):
+        self.index, self.owner, self.module, self.portions = index, owner, module, portions
         self.overlaps = False  # another owner has one of its parameters too
         self.rows = owner.rows and gathers_rows(module)
 
@@ -111,12 +131,12 @@ class Emission:
 
 
 class Frame:
-    """An owner that is running in a lane, with the lane's weights for it."""
+    """An owner that is running in a lane, with the lane's weights for it, or for this piece of it."""
 
-    __slots__ = ("emission", "origins", "served", "weights")
+    __slots__ = ("emission", "origins", "portion", "served", "weights")
 
-    def __init__(self, served: Served, weights: list[Tensor], emission: Emission) -> None:
-        self.served, self.weights, self.emission = served, weights, emission
+    def __init__(self, served: Served, portion: Portion, weights: list[Tensor], emission: Emission) -> None:
+        self.served, self.portion, self.weights, self.emission = served, portion, weights, emission
         self.origins: list[Origin] = []  # of the weights, in a watched run
 
 
@@ -124,8 +144,8 @@ class LaneRun:
     """One lane of the run under way."""
 
     __slots__ = (
-        "cursor", "error", "failed_in", "frames", "glet", "ids", "index", "lane", "last", "modes", "position",
-        "recorder", "result", "rng", "want",
+        "cursor", "error", "failed_in", "frames", "glet", "ids", "index", "lane", "last", "modes", "piece",
+        "position", "recorder", "result", "rng", "want",
     )  # fmt: skip
 
     def __init__(self, index: int, lane: Lane) -> None:
@@ -133,6 +153,7 @@ class LaneRun:
         self.glet: greenlet.greenlet | None = None
         self.frames: list[Frame] = []  # owners running in it, outermost first
         self.want = -1  # owner it waits for
+        self.piece = 0  # and which portion of it
         self.ids: Tensor | None = None  # in: ids an embedding is called with; out: their places among the rows
         self.cursor = 0  # calls of the plan behind it
         self.position = 0  # call of the plan it waits for
@@ -149,13 +170,13 @@ class LaneRun:
 
 
 def install(frame: Frame) -> None:
-    for p, w in zip(frame.served.params, frame.weights, strict=True):
+    for p, w in zip(frame.portion.params, frame.weights, strict=True):
         set_data(p, w)
 
 
 def uninstall(frames: list[Frame]) -> None:
     for frame in frames:
-        for p, rest in zip(frame.served.params, frame.served.resting, strict=True):
+        for p, rest in zip(frame.portion.params, frame.portion.resting, strict=True):
             set_data(p, rest)
 
 
@@ -197,7 +218,7 @@ def unseen(ids: list[Tensor], num_rows: int) -> tuple[Tensor, Tensor]:
 def _unique(served: Served, ids: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Different ids in order, and where each id is among them. IndexError for one the embedding does not have."""
     rows, places = torch.unique(torch.cat([i.reshape(-1) for i in ids]).long(), return_inverse=True)
-    num_rows = served.params[0].shape[0]
+    num_rows = served.portions[0].shapes[0][0]
     if rows.numel() and (int(rows[0]) < 0 or int(rows[-1]) >= num_rows):
         odd = int(rows[-1]) if int(rows[-1]) >= num_rows else int(rows[0])
         raise IndexError(f"id {odd} is out of range for {served.owner.name!r}, an embedding of {num_rows} rows")

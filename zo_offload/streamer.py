@@ -97,11 +97,9 @@ class Streamer(BlockWindow):
         piece: Piece | None = None,
     ) -> list[list[Tensor]]:
         """Scratch weights of the owner's parameters, [perturbation][parameter]; see `lanes.Source`."""
-        names, pieces = owner.params, self.plan.pieces_in(owner)
-        if piece is not None:
-            with_uncut = piece.index == 0
-            pieces = tuple(p for p in pieces if p == piece or (with_uncut and p.name != piece.name))
-            names = tuple(name for name in names if name == piece.name or with_uncut)
+        pieces = self.plan.portion(owner, piece)
+        there = {part.name for part in pieces}
+        names = [name for name in owner.params if name in there]
         scratch = self._pool.take(
             [self._shape(name, rows, piece) for name in names],
             [self.plan.params[name].dtype for name in names],

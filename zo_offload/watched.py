@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import PlanError
 from .plan import Plan
-from .serving import Emission, Frame, LaneRun
+from .serving import Emission, Frame, LaneRun, Portion
 from .watch import Origin, RunWatch, Trace, hook_module_calls, trace_of
 
 
@@ -54,8 +54,8 @@ class WatchedRun:
         not in tensors of its own is copied first, and given back at once.
         """
         first = frames[0]
-        emission, names = first.emission, first.served.owner.params
-        self._check(names, emission.scratch, rows)
+        emission, names = first.emission, first.portion.names
+        self._check(first.portion, emission.scratch, rows)
         origins = self._track(names, emission.scratch)
         if origins is None:
             copies = [[t.clone(memory_format=torch.contiguous_format) for t in row] for row in emission.scratch]
@@ -65,19 +65,19 @@ class WatchedRun:
             emission = Emission(copies, len(frames), None)
             origins = self._track(names, copies)
             assert origins is not None
-            frames = [Frame(first.served, copies[i], emission) for i in place]
+            frames = [Frame(first.served, first.portion, copies[i], emission) for i in place]
         for lane, frame in zip(lanes, frames, strict=True):
             frame.origins = origins[next(i for i, row in enumerate(emission.scratch) if row is frame.weights)]
             for origin in frame.origins:
                 origin.held[lane.recorder] = tuple(lane.recorder.stack)
         return list(frames)
 
-    def _check(self, names: Sequence[str], scratch: list[list[Tensor]], rows: Tensor | None) -> None:
+    def _check(self, portion: Portion, scratch: list[list[Tensor]], rows: Tensor | None) -> None:
         for weights in scratch:
-            for name, w in zip(names, weights, strict=True):
-                spec = self.plan.params[name]
-                want = spec.shape if rows is None else torch.Size((rows.numel(), spec.shape[1]))
-                assert w.shape == want and w.dtype == spec.dtype, f"{name}: source gave {tuple(w.shape)} {w.dtype}"
+            for name, shape, w in zip(portion.names, portion.shapes, weights, strict=True):
+                want = shape if rows is None else (rows.numel(), *shape[1:])
+                right = tuple(w.shape) == want and w.dtype == self.plan.params[name].dtype
+                assert right, f"{name}: source gave {tuple(w.shape)} {w.dtype}"
 
     def _track(self, names: Sequence[str], scratch: list[list[Tensor]]) -> list[list[Origin]] | None:
         """Origins like `scratch`; None if some of its memory is shared or already known."""
@@ -99,7 +99,7 @@ class WatchedRun:
             path = origin.held.pop(lane.recorder, None)
             if path is not None:
                 origin.retired[lane.recorder] = path
-        for name, p, w in zip(frame.served.owner.params, frame.served.params, frame.weights, strict=True):
+        for name, p, w in zip(frame.portion.names, frame.portion.params, frame.weights, strict=True):
             if check and p.data_ptr() != w.data_ptr():
                 raise PlanError(
                     f"the data of parameter {name!r} was replaced in the forward of {frame.served.owner.name!r}. "
