@@ -1,6 +1,7 @@
 """One MeZO step beside two plain forwards of the same model: the floor of any two-point method.
 
     python -m benchmarks.step [--quick] [--models opt-125m opt-1.3b] [--tokens 128 512] [--repeats 5] [--ways NAME ...]
+                              [--block-numel N ...]
 
 Random weights, random tokens, batch 1, fp32 compute and storage. For each way of running, its step and two plain
 forwards (loss included) are timed in turn in the same process, so a noisy machine disturbs both; `ratio` is the median
@@ -18,6 +19,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from torch import nn
 
 from benchmarks.common import about, emit, quantile
 from zo_offload import Engine, MeZO
+from zo_offload.blocks import BLOCK_NUMEL
 from zo_offload.shapes import opt_config
 
 Work = Callable[[], Any]
@@ -86,14 +89,15 @@ WAYS = ("ours none", "ours host", "ours disk", "plain mezo", "accelerate cpu", "
 
 
 def ways(
-    name: str, batch: dict[str, torch.Tensor], folder: str, wanted: Sequence[str]
+    name: str, batch: dict[str, torch.Tensor], folder: str, wanted: Sequence[str], block_numels: Sequence[int]
 ) -> Iterator[tuple[str, Work, dict[str, Any]]]:
     """Each way of running, with its work set up; the next one is set up only when this one is done with."""
-    for offload in ("none", "host", "disk"):
+    for offload, block_numel in product(("none", "host", "disk"), block_numels):
         if f"ours {offload}" not in wanted:
             continue
-        run_dir = tempfile.mkdtemp(dir=folder) if offload == "disk" else None
-        engine = Engine(make_model(name), method=MeZO(lr=1e-6), offload=offload, run_dir=run_dir and f"{run_dir}/run")
+        run_dir = f"{tempfile.mkdtemp(dir=folder)}/run" if offload == "disk" else None
+        settings = dict(offload=offload, run_dir=run_dir, block_numel=block_numel)
+        engine = Engine(make_model(name), method=MeZO(lr=1e-6), **settings)
         with engine:
             engine.step(batch)
             engine.step(batch)
@@ -102,7 +106,10 @@ def ways(
                 f"ours {offload}",
                 lambda engine=engine: engine.step(batch),
                 {
+                    "block_numel": block_numel,
+                    "blocks": len(engine.plan.blocks),
                     "resident_bytes": streamer.resident_bytes,
+                    "scratch_bytes": streamer.scratch_bytes,
                     "model_bytes": engine.layout.total_bytes,
                 },
             )
@@ -141,6 +148,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[128, 512])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="NAME", help=f"of {', '.join(WAYS)}")
+    parser.add_argument("--block-numel", nargs="+", type=int, default=[BLOCK_NUMEL], help="of ours: elements a block")
     parser.add_argument("--quick", action="store_true", help="opt-125m at 128 tokens, three repeats")
     options = parser.parse_args()
     if options.quick:
@@ -153,7 +161,7 @@ def main() -> None:
             batch = {"input_ids": ids, "labels": ids}
             floor = two_forwards(plain, batch)
             with tempfile.TemporaryDirectory() as folder:
-                for way, work, extra in ways(name, batch, folder, options.ways):
+                for way, work, extra in ways(name, batch, folder, options.ways, options.block_numel):
                     ours, two = pairs(work, floor, options.repeats)
                     ratios = [a / b for a, b in zip(ours, two, strict=True)]
                     emit(

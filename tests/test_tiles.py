@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from zo_offload import Engine, MeZO
+from zo_offload.activations import Activations, measure_activations
 from zo_offload.errors import PlanError
 from zo_offload.lanes import Hub, Lane, PlanFault, run_settled
 from zo_offload.plan import Plan, make_plan, relift
@@ -640,6 +641,23 @@ def test_scratch_is_a_piece_a_lane() -> None:
             bias = -(-(128 * 9 + 5) * 4 // 256) * 256
             assert engine.memory.terms["scratch"] == copies * (128 * 32 * 4 + bias)
             assert engine._running().scratch_bytes == engine.memory.terms["scratch"]
+
+
+def test_the_activation_term_knows_that_lanes_wait_with_their_output_in_hand() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 128 * 9 + 5))
+    x, out = torch.zeros(64, 32), 64 * (128 * 9 + 5) * 4
+
+    def measured(block_numel: int) -> Activations:
+        plan = make_plan(model, {"x": x}, call=lambda m, b: m(b["x"]), block_numel=block_numel)
+        return measure_activations(model, plan, {"x": x}, lambda m, b: m(b["x"]).square().mean())
+
+    cut, whole = measured(128 * 32 + 2000), measured(1 << 30)
+    for order in ("module", "block"):
+        two, one = cut.together(order, 2), cut.together(order, 1)  # type: ignore[arg-type]
+        assert out <= two - one <= out + x.nbytes, "the other lane's output, and its input"
+        assert 0 < whole.together(order, 2) - whole.together(order, 1) <= 2 * x.nbytes  # type: ignore[arg-type]
+    assert cut.together("lane", 2) == whole.together("lane", 2) == cut.peak + x.nbytes
+    assert has_forward(model) == []
 
 
 def test_a_resumed_run_of_a_model_that_is_learnt_from_its_first_run_has_the_same_bits(tmp_path: Path) -> None:

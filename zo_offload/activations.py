@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from .blocks import Piece
 from .chunked_loss import losses_in_chunks
 from .plan import Owner, Plan
+from .tiles import tiled_linear
 from .trace import ForwardCall, MetaWatch, meta_copy
 from .watch import Recorder, storage_key
 
@@ -190,8 +192,11 @@ def measure_activations(
     watch = _LiveWatch()
     shadow = meta_copy(model)
     for owner in plan.owners:
-        hook = partial(_wait_before, watch, owner)
-        shadow.get_submodule(owner.name).register_forward_pre_hook(hook, prepend=True)
+        module, pieces = shadow.get_submodule(owner.name), plan.tiles(owner)
+        if pieces:
+            vars(module)["forward"] = partial(_in_pieces, watch, plan, owner, module)
+        hook = partial(_wait_before, watch, plan, owner, pieces[0] if pieces else None)
+        module.register_forward_pre_hook(hook, prepend=True)
     inputs = {k: v.to("meta") if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
     try:
         with torch.no_grad(), losses(shadow), watch, _FusedAttention(device):
@@ -203,5 +208,20 @@ def measure_activations(
     return Activations(tuple(watch.segments), nbytes)
 
 
-def _wait_before(watch: _LiveWatch, owner: Owner, module: nn.Module, args: Any) -> None:
-    watch.wait(owner.block, owner.spans)
+def _wait_before(watch: _LiveWatch, plan: Plan, owner: Owner, piece: Piece | None, *_: Any) -> None:
+    """A pre-hook of an owner, or what is done before a later piece of it."""
+    blocks = plan.streamed_blocks(owner, piece)
+    watch.wait(blocks[0] if blocks else owner.block, len(blocks) > 1)
+
+
+def _in_pieces(watch: _LiveWatch, plan: Plan, owner: Owner, module: Any, input: Tensor) -> Tensor:
+    """The forward of a layer that waits for each piece of its weight, its output in hand."""
+    pieces, columns = plan.tiles(owner), module.weight.shape[1]
+    rows = [slice(piece.start // columns, piece.stop // columns) for piece in pieces]
+
+    def weight(k: int) -> Tensor:
+        if k:
+            _wait_before(watch, plan, owner, pieces[k])
+        return module.weight[rows[k]]  # type: ignore[no-any-return]
+
+    return tiled_linear(input, rows, weight, module.bias)

@@ -130,7 +130,7 @@ class Attachment:
         if piece is not None:
             columns = shapes[piece.name][1]
             shapes[piece.name] = (piece.numel // columns, columns)
-        blocks = self.plan.streamed_blocks(self.plan.portion(owner, piece))
+        blocks = self.plan.streamed_blocks(owner, piece)
         params, resting = tuple(self._params[n] for n in names), tuple(self._resting[n] for n in names)
         first = blocks[0] if blocks else owner.block
         return Portion(piece, first, len(blocks) > 1, names, params, tuple(shapes.values()), resting)

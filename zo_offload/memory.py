@@ -66,9 +66,9 @@ def _contains(outer: str, inner: str) -> bool:
 
 
 def _spans(plan: Plan, owner: Owner) -> bool:
-    """Whether one portion of it lies in several blocks, which is served to all lanes at once in any order."""
-    pieces = plan.tiles(owner)
-    return len(plan.streamed_blocks(plan.portion(owner, pieces[0] if pieces else None))) > 1
+    """Whether it has a portion in several blocks: that is served to all lanes at once in any order."""
+    first = plan.tiles(owner)[:1] or (None,)
+    return len(plan.streamed_blocks(owner, first[0])) > 1
 
 
 def _owner_bytes(plan: Plan, owner: Owner, rows: int) -> int:

@@ -118,9 +118,9 @@ class Plan:
             return pieces
         return tuple(p for p in pieces if p == piece or (piece.index == 0 and p.name != piece.name))
 
-    def streamed_blocks(self, pieces: tuple[Piece, ...]) -> tuple[int, ...]:
-        """The blocks that pieces lie in, in their order, but for those that stay on the device."""
-        blocks = dict.fromkeys(self._block_of[piece] for piece in pieces)
+    def streamed_blocks(self, owner: Owner, piece: Piece | None) -> tuple[int, ...]:
+        """The blocks that a portion lies in, as they are visited; not those that stay on the device."""
+        blocks = dict.fromkeys(self._block_of[piece] for piece in self.portion(owner, piece))
         return tuple(block for block in blocks if block not in self.resident)
 
     @cached_property

@@ -69,7 +69,8 @@ def _is_plain(x: Tensor) -> bool:
 def _as_autocast(t: Tensor) -> Tensor:
     """What autocast would give to F.linear; ops with out= are left to the caller."""
     kind = t.device.type
-    if not torch.is_autocast_enabled(kind) or not t.is_floating_point() or t.dtype is torch.float64:
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not casts or not t.is_floating_point() or t.dtype is torch.float64:
         return t
     return t.to(torch.get_autocast_dtype(kind))
 
