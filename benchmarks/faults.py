@@ -65,7 +65,7 @@ def make_base(folder: Path) -> Path:
 def all_settings() -> list[dict[str, Any]]:
     """Every tier with every format (one that is never rewritten trains its scales); schedules of folds, snapshots."""
     ways = [
-        dict(offload="disk", fold_every=1, snapshot_steps=3, block_numel=300),  # the same numbers, in pieces
+        dict(offload="disk", fold_every=1, snapshot_steps=3, block_numel=300),  # in pieces
         dict(offload="disk", fold_every=4, snapshot_steps=5, num_slots=2),
         dict(offload="host", fold_every=1, snapshot_steps=4, block_numel=700),
         dict(offload="none", fold_every=4, snapshot_steps=3),
@@ -126,7 +126,8 @@ def kills(folder: Path, wanted: int, rng: random.Random, deaths_a_run: int = 4) 
     while done < wanted:
         settings = choices[chains % len(choices)]
         chains += 1
-        numbers = json.dumps([settings["storage"], settings["fold_every"]])  # what the weights depend on
+        # what the weights depend on; on the pieces because layers are computed in them
+        numbers = json.dumps([settings["storage"], settings["fold_every"], settings.get("block_numel")])
         if numbers not in reference:
             never = folder / f"never-{len(reference)}"
             _, seconds = in_child(lambda s=settings, r=never: work(base, r, s, r.with_suffix(".txt")))  # type: ignore[misc]

@@ -26,9 +26,9 @@ WHOLE = 1 << 40  # no parameter is cut, no layer split
 STILL = Perturbation(0, 0.0)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def whole_products(monkeypatch):
-    """No linear layer is computed piece by piece, which may give other bits (`test_tiles.py`)."""
+    """Here no linear layer is computed piece by piece, which may give other bits (`test_tiles.py`)."""
     monkeypatch.setattr("zo_offload.attachment.is_plain_linear", lambda module: False)
 
 
@@ -132,7 +132,6 @@ WAYS = [
 ]
 
 
-@pytest.mark.usefixtures("whole_products")
 @pytest.mark.parametrize("make, block_numel", [(tiny_opt, 1 << 10), (tiny_opt, 5000), (tiny_llama, 700)])
 def test_no_cut_tier_or_order_changes_a_bit(make, block_numel, tmp_path):
     want = train(make(), 6, block_numel=WHOLE, offload="none", fold_every=2)
@@ -142,7 +141,6 @@ def test_no_cut_tier_or_order_changes_a_bit(make, block_numel, tmp_path):
         assert_same(want, train(make(), 6, block_numel=block_numel, fold_every=2, **way))
 
 
-@pytest.mark.usefixtures("whole_products")
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("storage", sorted(FORMATS))
 def test_no_cut_changes_a_bit_in_any_format(storage, distribution, tmp_path):

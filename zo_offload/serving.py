@@ -193,7 +193,7 @@ def gather(served: Served, group: list[LaneRun], host_of: Callable[[Tensor], Ten
     device = ids[0].device
     known = [host_of(i) for i in ids] if host_of is not None and device.type != "cpu" else list(ids)
     if any(i is None for i in known):
-        rows, places = unseen(ids, served.params[0].shape[0])
+        rows, places = unseen(ids, served.portions[0].shapes[0][0])
     else:
         rows, places = _unique(served, [i for i in known if i is not None])
         if device.type != "cpu":
