@@ -25,7 +25,7 @@ from zo_offload.devices.cuda import LIBRARY_BYTES, CudaDevice
 from zo_offload.devices.link import Link
 from zo_offload.devices.staging import HostSlabs, Ring
 from zo_offload.journal import read_journal
-from zo_offload.serving import LaneRun, Served, gather, unseen
+from zo_offload.serving import LaneRun, Portion, Served, gather, unseen
 from zo_offload.tiers import HostTier
 
 VOCAB, STEPS = 97, 5
@@ -297,7 +297,8 @@ def test_rows_of_ids_that_the_host_does_not_know():
         lanes = [LaneRun(i, None) for i in range(2)]
         for lane, i in zip(lanes, ids, strict=True):
             lane.ids = i if known else i.to("meta")
-        served = Served(0, type("O", (), {"name": "e", "rows": True})(), embedding, [embedding.weight], [])
+        portion = Portion(None, 0, False, ("e.weight",), (embedding.weight,), ((11, 5),), ())
+        served = Served(0, type("O", (), {"name": "e", "rows": True})(), embedding, [portion])
         if known:
             rows = gather(served, lanes)
             results.append([nn.functional.embedding(lane.ids, weight[rows], 3) for lane in lanes])
