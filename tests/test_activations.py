@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from zo_offload.activations import is_fused, measure_activations, merged
 from zo_offload.chunked_loss import losses_in_chunks
 from zo_offload.plan import make_plan
+from zo_offload.watch import UseWatch
 
 _SIZES = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512)
 _LLAMA = dict(_SIZES, vocab_size=200, intermediate_size=256, num_key_value_heads=2)
@@ -108,6 +109,18 @@ def test_waiting_lanes_hold_less_than_a_running_one():
 def test_a_cache_is_held_from_block_to_block():
     _, held = starts_of_blocks("opt", use_cache=True)
     assert held[3] - held[2] == 2 * 2 * 256 * 64 * 4, "keys and values of a layer"
+
+
+def test_a_watch_keeps_nothing_of_memory_that_is_gone():
+    """A struct kept for each module's weights would lie in the holes that the next layer's activations need."""
+    watch = UseWatch({})
+    kept, gone = torch.zeros(3), torch.zeros(3)
+    assert watch.track(kept, "kept") is not None and watch.track(gone, "gone") is not None
+    view = gone[1:]
+    del gone
+    assert len(watch.origins) == 2, "a view may still be used"
+    del view
+    assert [origin.name for origin in watch.origins.values()] == ["kept"]
 
 
 def test_a_forward_that_needs_values_says_nothing():

@@ -513,6 +513,7 @@ class Engine:
         move_buffers(self.model, self.device.torch_device)
         if isinstance(self.base, ModuleBase) and make is None:
             self.base.let_go()
+        self.device.trim()  # of what the base's tensors took while they were read
         if self.device.late:
             self.log = LateLog(self.log, UpdateTable(self.device.torch_device, self.device.upload))
         formats = [place.fmt.torch_dtype for place in self.layout.places.values()]

@@ -128,7 +128,7 @@ class Origin:
     """A storage that carries a parameter's values: the parameter on meta, its placeholder, or a lane's scratch."""
 
     name: str
-    ref: StorageWeakRef  # while we hold this, no other storage can appear under the same key
+    ref: weakref.ref[Any]  # its end ends the tracking: nothing can use that memory any more
     always: bool = False  # readable at any time (meta trace)
     held: dict[Recorder, tuple[Running, ...]] = field(default_factory=dict)  # calls running when it was handed out
     retired: dict[Recorder, tuple[Running, ...]] = field(default_factory=dict)  # and the same after it was taken back
@@ -146,6 +146,15 @@ def storage_key(tensor: Tensor) -> int | None:
 def weak_storage(tensor: Tensor) -> StorageWeakRef:
     """Keeps the key of a tensor's storage from being given to another, not the memory."""
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def watched_storage(tensor: Tensor, gone: Callable[[Any], None]) -> weakref.ref[Any]:
+    """Calls `gone` when the memory of a tensor goes.
+
+    A StorageWeakRef would keep its small struct in the heap, and those of thousands of tensors break the holes that the
+    next ones need: resident memory would grow layer by layer.
+    """
+    return weakref.ref(tensor.untyped_storage(), gone)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -170,9 +179,12 @@ class UseWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage_key(tensor)
         if key is None or key in self.origins:
             return None
-        origin = Origin(name, weak_storage(tensor), always)
+        origin = Origin(name, watched_storage(tensor, partial(self._untrack, key)), always)
         self.origins[key] = origin
         return origin
+
+    def _untrack(self, key: int, _: Any) -> None:
+        self.origins.pop(key, None)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -234,8 +246,7 @@ class _Made:
     """A tensor's memory: which lane made it, and whether weights or inputs went into it."""
 
     ref: weakref.ref[Any]
-    """Takes the entry out when the memory goes. A StorageWeakRef would keep its small struct in the heap, and those
-    of thousands of activations break the holes that the next ones need: resident memory would grow layer by layer."""
+    """Takes the entry out when the memory goes."""
     by: Recorder
     tainted: bool
 
@@ -296,7 +307,7 @@ class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
                 self._made[key].tainted |= tainted
             elif key not in known:
                 gone = partial(self._forget, key)
-                self._made[key] = _Made(weakref.ref(t.untyped_storage(), gone), recorder, tainted)
+                self._made[key] = _Made(watched_storage(t, gone), recorder, tainted)
 
     def _forget(self, key: int, _: Any) -> None:
         self._made.pop(key, None)

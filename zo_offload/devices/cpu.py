@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import queue
 import threading
@@ -15,6 +16,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ..tiers import Tier
     from .link import Link
+
+# glibc's; other C libraries have none. Tensors read one after another leave holes of tens of megabytes in the heap.
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 class Event:
@@ -167,6 +171,8 @@ class CpuDevice:
 
     def trim(self) -> None:
         """Give back memory that an allocator keeps though nothing uses it."""
+        if _malloc_trim is not None:
+            _malloc_trim(0)
 
     def budget(self, asked: int | None, *, chosen: bool = False) -> int | None:
         """What blocks, scratch and activations may take of `device_memory`; None: as little as works.
