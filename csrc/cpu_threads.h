@@ -1,12 +1,12 @@
 // Chunks on several threads: those of the OpenMP runtime that torch computes with, else a small pool of our own.
 //
 // Torch's runtime is the better one where there is one: after each of its regions its threads spin for milliseconds,
-// waiting for the next, and a second pool would have to share the cores with them (measured between two matmuls on two
-// cores: the fused pass took 1.5 to 3 times as long, and the matmuls suffered too).
+// waiting for the next, and a second pool would have to share the cores with them (`benchmarks.threads`).
 //
-// The pool is for calls of tens of microseconds: workers spin briefly for the next job, then sleep. One job at a time; a caller that finds the pool busy (a second Python thread) does its own work alone. The calling
-// thread takes part and never waits for a worker that has not started: `gate` lets workers in until the caller closes
-// it, and only those inside are waited for. After fork() the child starts with an empty pool.
+// The pool is for calls of tens of microseconds: workers spin briefly for the next job, then sleep. One job at a time;
+// a caller that finds the pool busy (a second Python thread) does its own work alone. The calling thread takes part and
+// never waits for a worker that has not started: `gate` lets workers in until the caller closes it, and only those
+// inside are waited for. After fork() the child starts with an empty pool.
 #ifndef ZO_CPU_THREADS_H
 #define ZO_CPU_THREADS_H
 #include <pthread.h>

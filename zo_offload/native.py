@@ -116,7 +116,7 @@ class Library:
         self._noise.argtypes = [ctypes.c_void_p, u64, u64, u64, u32, u32, u32, ctypes.c_int, ctypes.c_int]
         self._philox = lib.zo_cpu_philox
         self._philox.argtypes = [ctypes.c_char_p, ctypes.c_char_p, u32, ctypes.c_char_p]
-        self.threads = _share_threads(lib)
+        self.threads = share_threads(lib)
         """Whose threads it computes on: "torch's" or "its own"."""
         if fingerprint(self) != FINGERPRINT:
             raise NativeError(
@@ -163,7 +163,7 @@ class Library:
         return struct.unpack("<4I", out.raw)
 
 
-def _share_threads(lib: ctypes.CDLL) -> str:
+def share_threads(lib: ctypes.CDLL) -> str:
     """Have the library compute on the threads of the OpenMP runtime that torch is linked with, if there is one."""
     import torch
 
