@@ -77,7 +77,7 @@ def step_costs(options: argparse.Namespace, folder: Path, common: dict[str, Any]
             with nothing_durable():
                 plain.close()
             ratios = sorted(a / b for a, b in zip(times["durable"][2:], times["plain"][2:], strict=True))
-            traffic = durable._running().traffic
+            traffic = durable.streamer.traffic
             steps = (options.repeats + 2) * options.fold_every
             moved = (traffic.fetch_bytes + traffic.flush_bytes) / steps if offload == "disk" else 0
             emit(
@@ -120,7 +120,7 @@ def recoveries(options: argparse.Namespace, folder: Path, common: dict[str, Any]
         with Engine.resume(run, make_model(options.model)) as engine:
             engine._start()
             opened = time.perf_counter() - begin
-            engine._flush()
+            engine.settle()
             took = time.perf_counter() - begin
             parameters = sum(spec.numel for spec in engine.plan.params.values())
         rate = parameters * steps / max(took - opened, 1e-9)

@@ -245,7 +245,7 @@ def step_part(options: Any, common: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 callback=lambda record, stamps=stamps: stamps.append(time.perf_counter()),
             )  # fmt: skip
             times = [b - a for a, b in pairwise(stamps[1:])] or [float("nan")]
-            streamer = engine._running()
+            streamer = engine.streamer
             enqueue = min(launch_seconds(engine, batch, Clock(options.torch_device)) for _ in range(2))
             rows.append({
                 "part": "step", "way": f"ours {offload}", "model": options.model, "tokens": options.tokens,
@@ -285,22 +285,21 @@ def launch_seconds(engine: Engine, batch: dict[str, Tensor], clock: Clock) -> fl
     """What the host takes to enqueue a step on an idle device: the least that a step can take."""
     clock.sync()
     start = time.perf_counter()
-    launched = engine._launch(batch, None, 1)
+    launched = engine.launch(batch)
     seconds = time.perf_counter() - start
-    assert engine._stepper is not None
-    engine._stepper.settle(launched)
+    engine.finish(launched)
     return seconds
 
 
 def wait_pinned(engine: Engine) -> None:
-    tier = engine._running().tier
+    tier = engine.streamer.tier
     if hasattr(tier, "wait_pinned"):
         tier.wait_pinned()
 
 
 def host_over_model(engine: Engine) -> float:
     """Bytes of host memory that hold weights, over the model's: slabs, and what stages them."""
-    tier: Any = engine._running().tier
+    tier: Any = engine.streamer.tier
     staged = sum(getattr(tier, ring).nbytes for ring in ("_fetch_ring", "_flush_ring") if hasattr(tier, ring))
     return round((engine.layout.total_bytes + staged) / engine.layout.total_bytes, 4)
 

@@ -101,7 +101,7 @@ def ways(
         with engine:
             engine.step(batch)
             engine.step(batch)
-            streamer = engine._running()
+            streamer = engine.streamer
             yield (
                 f"ours {offload}",
                 lambda engine=engine: engine.step(batch),

@@ -234,7 +234,7 @@ def test_what_is_not_trainable_is_neither_perturbed_nor_written(tmp_path):
     ) as engine:
         losses = engine.fit(batches(), steps=6).losses
         weights = stored_weights(engine)
-        flushed = engine._running().traffic.flush_bytes
+        flushed = engine.streamer.traffic.flush_bytes
     model = tiny_opt()
     pairs = plain_mezo(model, batches(6), lr=1e-3, eps=1e-3, weight_decay=0.1, trainable=lambda n: "self_attn." in n)
     assert losses == pytest.approx([sum(p) / 2 for p in pairs], rel=1e-4)

@@ -16,11 +16,10 @@ The engine wires the parts and holds no algorithm.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +28,26 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from . import runs
-from .activations import UNKNOWN, Activations, ServiceOrder, measure_activations
+from .activations import UNKNOWN, Activations, measure_activations
 from .auto import choose_storage
 from .checkpoint import Checkpoint, save_pretrained
-from .chunked_loss import losses_in_chunks
 from .config import DTYPES, EngineConfig, parse_bytes, show_bytes
-from .data import Batches, fingerprint, loss_weight, make_batches, max_positions, most_ids, split_micro_batches
+from .data import Batches, fingerprint, make_batches, max_positions, most_ids, split_micro_batches
 from .device_updates import UpdateTable
 from .devices import make_device
 from .devices.link import Link
-from .errors import BudgetError, ConfigError, DataError, JournalError, PlanError
-from .fused import STILL, Perturbation
+from .errors import BudgetError, ConfigError, JournalError
+from .fused import STILL
 from .ingest import Base, ModuleBase
 from .journal import Journal, StepRecord
-from .lanes import Hub, Lane, LanesShareState, PlanFault, hollow
-from .late import LateLog, Launched, divide
+from .lanes import Lane, hollow
+from .late import LateLog, Launched
 from .layout import Layout, make_layout
 from .memory import MemoryPlan, plan_memory, process_bytes
 from .methods import MeZO, lr_schedule
-from .on_device import PlacedBatches, matmul_precision, move_buffers
-from .plan import Plan, make_plan, relift
+from .on_device import move_buffers
+from .passes import Batch, Objective, Passes, model_loss, own_loss
+from .plan import Plan, make_plan
 from .session import Maker, Session, choose_offload
 from .stepper import Stepper
 from .storage import choose_fold_every, decide_formats
@@ -57,21 +56,14 @@ from .training import FitResult, Training, check_same_data
 from .updates import UpdateLog
 from .window import Traffic
 
-Batch = Mapping[str, Any]
-Objective = Callable[[nn.Module, Batch], Any]
 
-_MAX_CORRECTIONS = 8  # of the plan, by watched runs; each adds a use, so a few are enough
+@dataclass(frozen=True)
+class _Parts:
+    """What takes steps, made at the first use."""
 
-
-def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The default objective: `model(**batch).loss`."""
-    loss: Tensor | None = getattr(model(**batch), "loss", None)
-    if loss is None:
-        raise DataError(
-            f"{type(model).__name__} returned no loss for a batch with {sorted(batch)}: give labels, "
-            "or pass objective=(model, batch) -> loss"
-        )
-    return loss
+    streamer: Streamer
+    passes: Passes
+    stepper: Stepper
 
 
 def _absolute(model: str | Path) -> str:
@@ -148,10 +140,8 @@ class Engine:
         self.journal: Journal | None = None
         self.evals: list[dict[str, float]] = []
         self._check_data = self._at_once = False
-        self._streamer: Streamer | None = None
         self._session: Session | None = None
-        self._hub: Hub | None = None
-        self._stepper: Stepper | None = None
+        self._parts: _Parts | None = None
         self.link: Link | None = None
         """Of a GPU to the host, measured when the run was started; None where nothing streams over one."""
         self._closed = False
@@ -183,7 +173,7 @@ class Engine:
     @property
     def eps_halvings(self) -> int:
         """How often on_nonfinite="halve_eps" has halved eps."""
-        return self._stepper.halvings if self._stepper is not None else 0
+        return self._parts.stepper.halvings if self._parts is not None else 0
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -222,13 +212,13 @@ class Engine:
             evaluation = self._batches(eval_data, rows, data_options, shuffle=False)
         factor = lr_schedule(self.method.schedule, self.method.warmup_steps, steps)
         data = None if new_data else batches.identity()
-        self._start(batches.batch(0), micro_batches, data and {**data, "micro_batches": micro_batches})
+        parts = self._start(batches.batch(0), micro_batches, data and {**data, "micro_batches": micro_batches})
         if self._check_data and not new_data:
             assert self.journal is not None
             check_same_data(batches, self.journal.steps)
         self._check_data = False
         return Training(
-            self, self._running(), batches, evaluation, steps, lambda step: self.method.lr * factor(step),
+            self, parts.streamer, batches, evaluation, steps, lambda step: self.method.lr * factor(step),
             micro_batches, eval_every, progress, callback,
         ).run()  # fmt: skip
 
@@ -247,32 +237,34 @@ class Engine:
         waiting: deque[tuple[Launched, Any]] = deque()
         for step in steps:
             batch: Batch = batches.batch(step)
-            waiting.append((self._launch(batch, lr(step), micro_batches), batch))
-            assert self._stepper is not None
-            ahead = 1 if self._stepper.late and step + 1 < steps.stop and not pause_after(step + 1) else 0
+            waiting.append((self.launch(batch, lr(step), micro_batches=micro_batches), batch))
+            late = self._start().stepper.late
+            ahead = 1 if late and step + 1 < steps.stop and not pause_after(step + 1) else 0
             while len(waiting) > ahead:
                 launched, its_batch = waiting.popleft()
-                yield self._stepper.settle(launched), its_batch
+                yield self.finish(launched), its_batch
 
     def step(self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1) -> StepRecord:
         """One step on one batch: lanes, update, journal. The update reaches each block at its next visit."""
-        launched = self._launch(batch, lr, micro_batches)
-        assert self._stepper is not None
-        return self._stepper.settle(launched)
+        return self.finish(self.launch(batch, lr, micro_batches=micro_batches))
 
-    def _launch(self, batch: Batch, lr: float | None, micro_batches: int) -> Launched:
-        """A step as far as it goes without looking at its losses."""
+    def launch(self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1) -> Launched:
+        """A step as far as it goes without looking at its losses: on a GPU, enqueued. `finish` each, in order."""
         if self._make_session is not None:
             raise ConfigError("a replayed engine does not train: export this step, or resume its run")
-        self._start(batch, micro_batches)
-        stepper = self._stepper
-        assert stepper is not None
+        parts = self._start(batch, micro_batches)
+        stepper = parts.stepper
         lr = self.method.lr if lr is None else lr
-        losses = self._losses(batch, stepper.current.perturbations(self.config.seed, self.log.version), micro_batches)
+        perturbations = stepper.current.perturbations(self.config.seed, self.log.version)
+        losses = parts.passes.losses(batch, perturbations, micro_batches, late=stepper.late)
         launched = stepper.launch(losses, lr, fingerprint(batch))
         if self._session is not None and self._session.snapshots is not None:
-            self._session.snapshots.tick(self.log.version, self._running())
+            self._session.snapshots.tick(self.log.version, parts.streamer)
         return launched
+
+    def finish(self, launched: Launched) -> StepRecord:
+        """Read a launched step's losses and put it on record. Raises what `on_nonfinite` says."""
+        return self._start().stepper.settle(launched)
 
     def evaluate(self, data: Any, *, batch_size: int | None = None, **data_options: Any) -> dict[str, float]:
         """Mean loss, and accuracy where the data defines it, at the current weights. See `data.make_batches`."""
@@ -281,10 +273,14 @@ class Engine:
         self._start(next(iter(batches.epoch())))
         return self.measure(batches)
 
+    def measure(self, batches: Batches, between: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """`evaluate` on batches that are made already, once under way. between: called before each batch."""
+        return self._start().passes.measure(batches, between)
+
     def run(self, batch: Batch, call: Callable[[nn.Module, Batch], Any] | None = None) -> Any:
         """One forward at the current weights: `call(model, batch)`, default `model(**batch)`. For logits, say."""
-        self._start(batch)
-        return self._forward([Lane(STILL, batch)], call or (lambda model, inputs: model(**inputs)))[0]
+        passes = self._start(batch).passes
+        return passes.forward([Lane(STILL, batch)], call or (lambda model, inputs: model(**inputs)))[0]
 
     # ---- results -----------------------------------------------------------------------------------------------------
 
@@ -295,21 +291,19 @@ class Engine:
 
         Configs and tokenizer go along. overwrite: into a directory that is not empty; see `export.save_pretrained`.
         """
-        self._start()
-        streamer = self._running()
-        self._flush()
+        parts = self._start()
+        self._flush(parts)
         return save_pretrained(
-            Path(directory), model=self.model, names=list(self.plan.params), read=streamer.read,
+            Path(directory), model=self.model, names=list(self.plan.params), read=parts.streamer.read,
             checkpoint=self.checkpoint, max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")),
             overwrite=overwrite, tokenizer=self.tokenizer if self.checkpoint is None else None,
         )  # fmt: skip
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(canonical name, current value in the storage dtype) of every parameter, one in memory at a time."""
-        self._start()
-        streamer = self._running()
-        self._flush()
-        return ((name, streamer.read(name)) for name in self.plan.params)
+        parts = self._start()
+        self._flush(parts)
+        return ((name, parts.streamer.read(name)) for name in self.plan.params)
 
     def restore(self) -> nn.Module:
         """Put the current weights into the module's parameters, whole, and return it; the engine is closed."""
@@ -324,24 +318,25 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        if self._hub is not None:
-            self._hub.detach()
+        parts = self._parts
+        if parts is not None:
+            parts.passes.close()
         try:
-            if self._streamer is not None and not self._at_once:
-                self._flush()
+            if parts is not None and not self._at_once:
+                self._flush(parts)
         finally:  # a flush that failed is reported; what the journal holds is not lost by it
-            if self._streamer is not None:
-                self._streamer.close()
+            if parts is not None:
+                parts.streamer.close()
             if self._session is not None:
                 self._session.close()
 
     def settle(self, *, at_once: bool = False) -> None:
         """End of a call of `fit`: flush and sync, or (at once) leave it all to the journal, now and in `close`."""
-        self._at_once = at_once
-        if at_once and self._stepper is not None:
-            self._stepper.settle_before(self.log.version)
-        if not at_once:
-            self._flush()
+        self._at_once, parts = at_once, self._parts
+        if parts is not None and at_once:
+            parts.stepper.settle_before(self.log.version)
+        elif parts is not None:
+            self._flush(parts)
 
     def wait_share(self, traffic: Traffic, seconds: float) -> float:
         """Share of the time that compute waited for blocks; on a GPU, that the link needed for what was moved."""
@@ -349,12 +344,12 @@ class Engine:
             return traffic.wait_s / seconds
         return min(1.0, self.link.seconds(traffic.fetch_bytes, traffic.flush_bytes) / seconds)
 
-    def _flush(self) -> None:
+    def _flush(self, parts: _Parts) -> None:
         """Every block to the last step, in its tier; the journal to the disk."""
-        assert self._session is not None and self._stepper is not None
-        self._stepper.settle_before(self.log.version)
+        assert self._session is not None
+        parts.stepper.settle_before(self.log.version)
         self._session.settle()
-        self._running().flush_all()
+        parts.streamer.flush_all()
         if self.journal is not None:
             self.journal.make_durable(self.log.version)
 
@@ -364,102 +359,6 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # ---- one pass ----------------------------------------------------------------------------------------------------
-
-    def _losses(self, batch: Batch, perturbations: Sequence[Perturbation], micro_batches: int) -> list[Any]:
-        """The loss of each perturbation over the whole batch: micro-batches weighted by their labels."""
-        parts = split_micro_batches(batch, micro_batches)
-        weights = [loss_weight(part) for part in parts]
-        lanes = [Lane(perturbation, part) for perturbation in perturbations for part in parts]
-        late = self._stepper is not None and self._stepper.late
-        losses = self._forward(lanes, self._late_loss if late else self._loss)
-        if len(parts) == 1:
-            return losses
-        total = sum(weights)
-        sums = [sum(w * losses[i * len(parts) + j] for j, w in enumerate(weights)) for i in range(len(perturbations))]
-        return [divide(x, total) if isinstance(x, Tensor) else x / total for x in sums]
-
-    def _loss(self, model: nn.Module, batch: Batch) -> float:
-        loss = self.objective(model, batch)
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise ConfigError(f"the objective returned a tensor of shape {tuple(loss.shape)}; expected a scalar")
-            return float(loss.detach().item())
-        return float(loss)
-
-    def _late_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss as float64 on the device: nobody waits for it."""
-        loss = self.objective(model, batch)
-        if not isinstance(loss, Tensor):
-            return torch.full((), float(loss), dtype=torch.float64, device=self.device.torch_device)
-        if loss.numel() != 1:
-            raise ConfigError(f"the objective returned a tensor of shape {tuple(loss.shape)}; expected a scalar")
-        return loss.detach().reshape(()).to(torch.float64)
-
-    def _forward(self, lanes: Sequence[Lane], call: Callable[[nn.Module, Batch], Any]) -> list[Any]:
-        """All lanes through the model once, streamed. A failure leaves the engine usable and the weights unharmed."""
-        streamer, hub = self._running(), self._hub
-        assert hub is not None
-        placed = PlacedBatches(self.device)
-        lanes = [Lane(lane.perturbation, placed.place(lane.batch)) for lane in lanes]
-        for _ in range(_MAX_CORRECTIONS):
-            streamer.begin_pass(exact=all(lane.perturbation.scale == 0.0 for lane in lanes))
-            hub.host_of = placed.host_of
-            seen = hub.trace
-            try:
-                with torch.no_grad(), matmul_precision(self.config.compute), self._own_loss(self.model):
-                    results = hub.run(lanes, call)
-                streamer.end_pass()
-                if hub.trace is not seen:  # a watched run: each module's weights had memory of their own
-                    self.device.trim()
-            except PlanFault as fault:
-                # The watched run used a weight where the plan did not have it: lift its owner and run again.
-                streamer.abort_pass()
-                last: PlanError = fault
-                self._adopt(relift(self.plan, fault.trace))
-                continue
-            except LanesShareState:
-                # A module keeps tensors between calls: such a model runs one lane after another, as its own code does.
-                streamer.abort_pass()
-                if self.config.order != "auto":
-                    raise
-                self._hub = self._make_hub(streamer, "lane")
-                hub = self._hub
-                continue
-            except BaseException:
-                streamer.abort_pass()
-                raise
-            if not self.plan.traced and hub.trace is not None and hub.trace.complete:
-                self._adopt(relift(self.plan, hub.trace))  # the first real run shows what tracing could not
-            return results
-        raise PlanError(f"the plan still has faults after {_MAX_CORRECTIONS} corrections; the last: {last}")
-
-    def _own_loss(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """While open, the loss that the model itself computes is computed in chunks; not under an objective given."""
-        return losses_in_chunks(model) if self.objective is model_loss else contextlib.nullcontext()
-
-    def _adopt(self, plan: Plan) -> None:
-        self.plan = plan
-        self._running().set_plan(plan)
-        assert self._hub is not None
-        self._hub.adopt(plan)
-
-    def measure(self, batches: Batches, between: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Weighted means of what `batches` measure, over one epoch. between: called before each batch."""
-        sums: dict[str, float] = {}
-        weights: dict[str, float] = {}
-
-        def measure(model: nn.Module, batch: Batch) -> dict[str, tuple[float, float]]:
-            return batches.measure(model, dict(batch), self._loss)
-
-        for batch in batches.epoch():
-            between()
-            values = self._forward([Lane(STILL, batch)], measure)[0]
-            for name, (value, weight) in values.items():
-                sums[name] = sums.get(name, 0.0) + value * weight
-                weights[name] = weights.get(name, 0.0) + weight
-        return {name: sums[name] / weights[name] for name in sums if weights[name]}
-
     # ---- getting under way -------------------------------------------------------------------------------------------
 
     def _plan_memory(self, batch: Batch | None, micro_batches: int = 1) -> MemoryPlan:
@@ -468,7 +367,12 @@ class Engine:
         if batch is not None:
             part = split_micro_batches(batch, micro_batches)[0]
             activations = measure_activations(
-                self.model, self.plan, part, self.objective, device=self.device.kind, losses=self._own_loss
+                self.model,
+                self.plan,
+                part,
+                self.objective,
+                device=self.device.kind,
+                losses=lambda model: own_loss(model, self.objective),
             )
             rows = most_ids(batch)
         asked = None if config.device_memory is None else parse_bytes(config.device_memory, "device_memory")
@@ -492,12 +396,12 @@ class Engine:
             rows=rows, activations=activations, process=self.process_bytes,
         )  # fmt: skip
 
-    def _start(self, batch: Batch | None = None, micro_batches: int = 1, data: dict[str, Any] | None = None) -> None:
-        """Fill or reopen the tier, hollow the model, wire hub and streamer. Once, at the first use."""
+    def _start(self, batch: Batch | None = None, micro_batches: int = 1, data: dict[str, Any] | None = None) -> _Parts:
+        """What takes steps; at the first use, fill or reopen the tier, hollow the model, and wire it all."""
         if self._closed:
             raise ConfigError("this engine is closed; make another, or Engine.resume(run_dir)")
-        if self._streamer is not None:
-            return
+        if self._parts is not None:
+            return self._parts
         if batch is not None:
             self.memory = self._plan_memory(batch, micro_batches)
         make = self._make_session
@@ -505,7 +409,7 @@ class Engine:
             self.plan, self.layout, self.base, self.config, self.method, self.offload, self.fold_every,
             self.device, model_name=self._model_name, model_class=self._model_class, data=data,
         ).start()  # fmt: skip
-        tier, self.log, self.journal = session.tier, session.log, session.journal
+        self.log, self.journal = session.log, session.journal
         self._check_data = session.reopened
         if session.reopened and self.journal is not None:
             self.evals = [values for values in runs.evaluations(self._path(runs.METRICS)) if self._has_reached(values)]
@@ -516,32 +420,36 @@ class Engine:
         self.device.trim()  # of what the base's tensors took while they were read
         if self.device.late:
             self.log = LateLog(self.log, UpdateTable(self.device.torch_device, self.device.upload))
+        self._parts = self._make_parts(session)
+        return self._parts
+
+    def _make_parts(self, session: Session) -> _Parts:
         formats = [place.fmt.torch_dtype for place in self.layout.places.values()]
-        self._stepper = Stepper(
+        stepper = Stepper(
             self.method, self.config.seed, self.fold_every, self.log, self.journal, self.device,
             min((torch.finfo(dtype).max for dtype in formats), default=math.inf),
             halvings=sum(record.halved for record in self.journal.steps) if self.journal is not None else 0,
         )  # fmt: skip
-        tier = session.tier = self.device.wrap(tier, self.offload, self.layout.block_bytes, self.config.host_memory)
+        session.tier = self.device.wrap(session.tier, self.offload, self.layout.block_bytes, self.config.host_memory)
         self.link = self.device.measure_link() if self.offload != "none" else None
-        self._streamer = Streamer(
-            self.plan, self.layout, tier, self.device, self.log, window=self.memory.window,
+        streamer = Streamer(
+            self.plan, self.layout, session.tier, self.device, self.log, window=self.memory.window,
             fold_every=self.fold_every, noise=self.method.noise, rounding=self.config.rounding,
             threads=self.config.threads,
         )  # fmt: skip
-        self._streamer.is_watched = lambda: self._hub is not None and self._hub.watching
-        self._hub = self._make_hub(self._streamer, self.memory.order)
+        passes = Passes(
+            self.model, self.plan, streamer, self.device, objective=self.objective, order=self.memory.order,
+            fixed=self.config.order != "auto", compute=self.config.compute, on_plan=self._adopt,
+        )  # fmt: skip
+        return _Parts(streamer, passes, stepper)
 
-    def _make_hub(self, streamer: Streamer, order: ServiceOrder) -> Hub:
-        if self._hub is not None:
-            self._hub.detach()
-        hub = Hub(self.model, self.plan, streamer, order=order)
-        hub.attach()
-        return hub
+    def _adopt(self, plan: Plan) -> None:
+        self.plan = plan
 
-    def _running(self) -> Streamer:
-        assert self._streamer is not None, "call _start first"
-        return self._streamer
+    @property
+    def streamer(self) -> Streamer:
+        """Where weights come from and what it counts; once the engine is under way."""
+        return self._start().streamer
 
     def _batches(self, data: Any, batch_size: int, options: dict[str, Any], shuffle: bool = True) -> Batches:
         """Data as batches. Text without a tokenizer given uses the checkpoint's own."""

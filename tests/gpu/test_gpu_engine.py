@@ -116,7 +116,7 @@ def test_a_step_does_not_wait_for_the_gpu(monkeypatch, offload):
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                engine._launch(batches(1)[0], None, 1)
+                engine.launch(batches(1)[0])
             found = list(waits)
         finally:
             torch.cuda.set_sync_debug_mode("default")
