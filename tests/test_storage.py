@@ -10,7 +10,7 @@ from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama
 from torch import nn
 
 from zo_offload import QZO, BudgetError, ConfigError, Engine, MeZO, PlanError, ZOError
-from zo_offload.auto import compare
+from zo_offload.auto import compare, rates
 from zo_offload.formats import FORMATS, decode_values, encode_values, get_format
 from zo_offload.fused import Perturbation, fused_pass
 from zo_offload.updates import with_folds
@@ -275,10 +275,25 @@ def test_auto_says_what_would_fit_a_host_that_is_too_small(monkeypatch):
 def test_formats_compare_by_the_bytes_they_move():
     with Engine(tiny_llama(layers=8)) as engine:
         plan, base = engine.plan, engine.base
-    choices = {c.name: c for c in compare(plan, base.dtype_of, fold_every=4, link_bytes_per_s=1e6)}
+    found = compare(plan, base.dtype_of, fold_every=4, link_seconds=lambda fetched, flushed: (fetched + flushed) / 1e6)
+    choices = {choice.name: choice for choice in found}
     assert set(choices) == set(FORMATS)
     bf16, int8, int4 = choices["bf16"], choices["int8+8"], choices["int4"]
     assert int8.fetch_bytes < bf16.fetch_bytes and int4.flush_bytes < 0.1 * bf16.flush_bytes
     assert bf16.seconds == pytest.approx(bf16.wire_bytes / 1e6)
     order = [choice.wire_bytes for choice in choices.values()]
     assert order == sorted(order, reverse=True)
+
+
+def test_the_plan_for_a_gpu_counts_both_ways_of_its_link_at_once():
+    link = rates("cuda", 10.0)  # given, so nothing is measured, there or not
+    assert link.link_seconds(20e9, 5e9) == pytest.approx(2.0) and "10.0 + 10.0 GB/s both at once (given)" in link.note
+    disk = rates("cpu", 10.0)
+    assert disk.link_seconds(20e9, 5e9) == pytest.approx(2.5) and "10.0 GB/s (given" in disk.note
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and is measured")
+def test_the_plan_for_a_gpu_that_is_not_here_says_what_it_takes_its_link_to_be():
+    link = rates("cuda")
+    assert link.pass_seconds is None
+    assert "25.0 GB/s in" in link.note and "no GPU here to measure" in link.note and "not counted" in link.note

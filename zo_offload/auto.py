@@ -8,20 +8,23 @@ Plain bf16, fp16 and fp8 are smaller than their masters but round updates away (
 takes them; bf16+16, the exact float32 master, moves twice the bytes of int8+8 and is there by name.
 
 Seconds are a floor: the larger of the wire's and the fused passes', which overlap; what the model itself computes comes
-on top. Rates are measured in a tenth of a second on this machine, or given.
+on top. Rates are measured in a tenth of a second on this machine, of its GPU where that is asked for, or given.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .config import EngineConfig, parse_bytes, show_bytes
-from .devices import CpuDevice
+from .device_updates import DeviceUpdates, UpdateTable
+from .devices import CpuDevice, make_device
+from .devices.link import Link
 from .errors import BudgetError
 from .formats import FORMATS, Format
 from .fused import Perturbation, Update, fused_pass
@@ -33,6 +36,8 @@ from .storage import choose_fold_every, decide_formats
 
 STREAMED, RESIDENT = "int8+8", "fp32"
 _PROBE = 1 << 18  # elements
+_GPU_PROBE = 1 << 26  # long enough that the launch does not count
+USUAL_LINK_GBS = 25.0  # each way, of PCIe 4 x16 in practice: where there is no GPU to measure
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,13 @@ def compare(
     keep: Any = None,
     fold_every: int | None = None,
     lanes: int = 2,
-    link_bytes_per_s: float | None = None,
+    link_seconds: Callable[[float, float], float] | None = None,
     seconds_per_element: Callable[[Format, int, int], float] | None = None,
 ) -> Iterator[Choice]:
-    """Every format that can train what `plan` trains, everything streamed; most bytes on the wire first."""
+    """Every format that can train what `plan` trains, everything streamed; most bytes on the wire first.
+
+    link_seconds(fetched, flushed): of that many bytes. seconds_per_element(format, fold_every, lanes): of a fused pass.
+    """
     found = []
     for name, fmt in FORMATS.items():
         target: Any = "values" if fmt.trains else "scales"
@@ -96,8 +104,8 @@ def compare(
         every = choose_fold_every(fold_every, stored.plan, layout, "host", "gaussian")
         fetched, flushed = step_bytes(stored.plan, layout, stored.plan.resident, every)
         seconds = 0.0
-        if link_bytes_per_s is not None:
-            seconds = (fetched + flushed) / link_bytes_per_s
+        if link_seconds is not None:
+            seconds = link_seconds(fetched, flushed)
         if seconds_per_element is not None:
             seconds = max(seconds, seconds_per_element(fmt, every, lanes) * plan.numel)
         found.append(Choice(name, layout, every, fetched, flushed, seconds))
@@ -107,6 +115,46 @@ def compare(
 # ---- rates of this machine -------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Rates:
+    """How fast blocks come and go and fused passes run. note: where the numbers are from."""
+
+    link_seconds: Callable[[float, float], float]
+    pass_seconds: Callable[[Format, int, int], float] | None
+    note: str
+
+
+def rates(device: str, gb_per_s: float | None = None) -> Rates:
+    """Of "cpu" or "cuda", measured where that device is there. gb_per_s: of the link instead, fetches and flushes
+    together on the CPU (a disk's, say), each way on a GPU."""
+    if device != "cpu":
+        return _gpu_rates(device, gb_per_s)
+    per_second = gb_per_s * 1e9 if gb_per_s is not None else copy_bytes_per_s()
+    given = "given" if gb_per_s is not None else "memory copy measured; --link gives a disk's or a bus's"
+    return Rates(
+        lambda fetched, flushed: (fetched + flushed) / per_second, pass_seconds,
+        f"at {per_second / 1e9:.1f} GB/s ({given}), fused passes measured on this CPU",
+    )  # fmt: skip
+
+
+def _gpu_rates(device: str, gb_per_s: float | None) -> Rates:
+    link, passes, told = None, None, "fused passes not counted"
+    if torch.cuda.is_available():
+        gpu = make_device(device)
+        link = gpu.measure_link()
+        passes = functools.partial(pass_seconds, device=gpu.torch_device, numel=_GPU_PROBE)
+        told = "fused passes measured on this GPU"
+    given = "measured"
+    if gb_per_s is not None or link is None:
+        each = USUAL_LINK_GBS if gb_per_s is None else gb_per_s
+        link = Link(each, each, each, each)
+        given = "given" if gb_per_s is not None else "PCIe 4 x16, no GPU here to measure; --link gives another"
+    both = f"{link.both_fetch_gbs:.1f} + {link.both_flush_gbs:.1f} GB/s both at once"
+    return Rates(
+        link.seconds, passes, f"at {link.fetch_gbs:.1f} GB/s in, {link.flush_gbs:.1f} out, {both} ({given}), {told}"
+    )
+
+
 def copy_bytes_per_s() -> float:
     """What memory copies here: the most a link between host memory and a window on the same host can give."""
     device = CpuDevice()
@@ -114,27 +162,44 @@ def copy_bytes_per_s() -> float:
     return a.numel() / min(_timed(lambda: b.copy_(a)) for _ in range(3))
 
 
-def pass_seconds(fmt: Format, fold_every: int, lanes: int) -> float:
+def pass_seconds(
+    fmt: Format, fold_every: int, lanes: int, *, device: torch.device | None = None, numel: int = _PROBE
+) -> float:
     """Seconds of a fused pass an element, on average over the pending updates of `fold_every` steps."""
     target: Any = "values" if fmt.trains else "scales"
-    stored = torch.zeros(fmt.nbytes(_PROBE), dtype=torch.uint8)
-    residual = torch.zeros(fmt.residual_nbytes(_PROBE), dtype=torch.uint8) if fmt.residual_bytes else None
-    outs = [torch.empty(_PROBE) for _ in range(lanes)]
+    on_gpu = device is not None and device.type == "cuda"
+    stored = torch.zeros(fmt.nbytes(numel), dtype=torch.uint8, device=device)
+    residual = torch.zeros(fmt.residual_nbytes(numel), dtype=torch.uint8, device=device) if fmt.residual_bytes else None
+    outs = [torch.empty(numel, dtype=fmt.torch_dtype if on_gpu else None, device=device) for _ in range(lanes)]
     perturbations = [Perturbation(1, 2.0**-10 * (-1) ** lane) for lane in range(lanes)]
     counts = [fold_every] if fold_every == 1 else [1, fold_every]  # the cost is linear in the pending updates
 
-    def once(count: int) -> None:
-        updates = [Update(k, 2.0**-12, fold=count == fold_every and k == count - 1) for k in range(count)]
+    def once(updates: Sequence[Update] | DeviceUpdates) -> None:
         fused_pass(
-            stored, fmt, param_id=1, numel=_PROBE, updates=updates, noise=NoiseSpec(), perturbations=perturbations,
+            stored, fmt, param_id=1, numel=numel, updates=updates, noise=NoiseSpec(), perturbations=perturbations,
             outs=outs, residual=residual, target=target,
         )  # fmt: skip
 
-    times = [min(_timed(lambda count=count: once(count)) for _ in range(5)) for count in counts]  # type: ignore[misc]
-    return sum(times) / len(times) / _PROBE
+    times = []
+    for count in counts:
+        updates: Any = [Update(k, 2.0**-12, fold=count == fold_every and k == count - 1) for k in range(count)]
+        if on_gpu:  # as in a run: the records are there already
+            assert device is not None
+            table = UpdateTable(device)
+            table.append(updates)
+            updates = table.since(0, True)
+        times.append(min(_timed(lambda updates=updates: once(updates), device) for _ in range(5)))  # type: ignore[misc]
+    return sum(times) / len(times) / numel
 
 
-def _timed(work: Callable[[], Any]) -> float:
+def _timed(work: Callable[[], Any], device: torch.device | None = None) -> float:
+    _wait_for(device)
     start = time.perf_counter()
     work()
+    _wait_for(device)
     return time.perf_counter() - start
+
+
+def _wait_for(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)

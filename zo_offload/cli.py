@@ -240,7 +240,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", type=_count, help="tokens a row: 512, or as many as the model takes")
     plan.add_argument("--batch-size", type=_count, default=1)
     plan.add_argument("--trainable", help="glob on parameter names, such as 'layers.*.self_attn'")
-    plan.add_argument("--link", type=float, help="GB/s that blocks move at (default: memory copy, measured)")
+    plan.add_argument(
+        "--link",
+        type=float,
+        help="GB/s that blocks move at (default: measured; of a GPU that is not here, 25 each way)",
+    )
     plan.add_argument("--fold-every", type=_count, help="steps between two write-backs of a block")
     _storage(plan)
     plan.set_defaults(run=_plan)

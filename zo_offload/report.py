@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .activations import measure_activations
-from .auto import choose_storage, compare, copy_bytes_per_s, pass_seconds
+from .auto import Rates, choose_storage, compare, rates
 from .blocks import BLOCK_NUMEL
 from .checkpoint import Checkpoint
 from .config import DTYPES, EngineConfig, parse_bytes, show_bytes
@@ -83,7 +83,7 @@ def plan_report(
     yield from _traffic(plan, layout, memory, fold_every)
     if note:
         yield f"auto takes {storage}: {note}"
-    yield from _compared(full, checkpoint, keep, every_given, link_gb_per_s)
+    yield from _compared(full, checkpoint, keep, every_given, rates(EngineConfig(device=device).device, link_gb_per_s))
 
 
 def _compute_dtype(compute: str | None, kind: str, checkpoint: Checkpoint, storage: str | None) -> torch.dtype:
@@ -197,16 +197,12 @@ def _traffic(plan: Plan, layout: Layout, memory: MemoryPlan, fold_every: int) ->
     )
 
 
-def _compared(
-    plan: Plan, checkpoint: Checkpoint, keep: Any, fold_every: int | None, link_gb_per_s: float | None
-) -> Iterator[str]:
-    link = link_gb_per_s * 1e9 if link_gb_per_s is not None else copy_bytes_per_s()
-    given = "given" if link_gb_per_s is not None else "memory copy measured; --link gives a disk's or a bus's"
-    yield f"all parameters streamed at {link / 1e9:.1f} GB/s ({given}), two lanes, fused passes measured on this CPU:"
+def _compared(plan: Plan, checkpoint: Checkpoint, keep: Any, fold_every: int | None, rate: Rates) -> Iterator[str]:
+    yield f"all parameters streamed {rate.note}, two lanes:"
     yield f"  {'format':<12}{'fold every':>11}{'fetch':>12}{'flush':>12}{'held':>12}{'a step, at least':>18}"
     choices = compare(
-        plan, lambda name: checkpoint.dtype, keep=keep, fold_every=fold_every, link_bytes_per_s=link,
-        seconds_per_element=pass_seconds,
+        plan, lambda name: checkpoint.dtype, keep=keep, fold_every=fold_every, link_seconds=rate.link_seconds,
+        seconds_per_element=rate.pass_seconds,
     )  # fmt: skip
     for choice in choices:
         trains = "" if choice.layout.target == "values" else "   trains scales only"
