@@ -12,7 +12,7 @@ is $OUT where that is set, else benchmarks/results.
 
 Parts, most telling first, so that a limit of time cuts from the end:
     build, probe, kernels bit-equal, engine equal wherever blocks live, link, steps of 1.3B and 6.7B, the device's
-    memory, fused pass, 13B, naive MeZO, doctor, 30B, steps of 512 tokens, architectures, compute-sanitizer
+    memory, fused pass, 13B, naive MeZO, doctor, plan, 30B, steps of 512 tokens, architectures, compute-sanitizer
 With --zo2 each size is followed by ZO2's, and the tests wait till the end: `--only NAME` runs some parts alone.
 
 No network, no root. torch's CUDA wheel and the packages in NEEDED must be there; greenlet is the one that images tend
@@ -76,10 +76,12 @@ def parts(options: argparse.Namespace) -> list[Part]:
     first[0].environment = {"ZO_CUDA": "0"} if options.dry else {"NVCC_APPEND_FLAGS": "--split-compile=0"} | this_gpu()
     link, kernels = (Part(name, [*MEASURE, name, *_dry(options)], 60) for name in ("link", "kernels"))
     doctor = Part("doctor", [sys.executable, "-m", "zo_offload"], 60, reads="text")
+    asked = ["opt-13b", "--storage", "bf16", "--tokens", "2048", "--device", "cpu" if options.dry else "cuda"]
+    plan = Part("plan", [sys.executable, "-m", "zo_offload.cli", "plan", *asked], 60, reads="text")
     small, large, budget, archs, sanitizer = test_parts(options)
     if options.dry:
         steps = [step(options, "opt-1.3b"), step(options, "opt-1.3b", what="naive")]
-        return [*first, small, large, link, *steps, kernels, doctor, *zo2_parts(options, "opt-1.3b")]
+        return [*first, small, large, link, *steps, kernels, doctor, plan, *zo2_parts(options, "opt-1.3b")]
     if options.zo2 is not None:
         sizes = [("opt-1.3b", 60.0), ("opt-6.7b", 90.0), ("opt-13b", 120.0), ("opt-30b", 180.0)]
         beside = [part for size, limit in sizes for part in (step(options, size, limit), *zo2_parts(options, size))]
@@ -87,7 +89,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
     return [
         *first, small, large, link, step(options, "opt-1.3b", 60), step(options, "opt-6.7b", 90), budget, kernels,
         step(options, "opt-13b", 120), *(step(options, f"opt-{size}", 60, what="naive") for size in ("1.3b", "6.7b")),
-        doctor, step(options, "opt-30b", 180), step(options, "opt-13b", 60, what="naive"),
+        doctor, plan, step(options, "opt-30b", 180), step(options, "opt-13b", 60, what="naive"),
         step(options, "opt-6.7b", 60, tokens=512), step(options, "opt-1.3b", 60, tokens=512),
         step(options, "opt-13b", 90, tokens=512), archs, sanitizer,
     ]  # fmt: skip
