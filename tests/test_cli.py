@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from zo_offload import __main__ as doctor
 from zo_offload import native
@@ -159,6 +160,23 @@ def test_plan_for_a_gpu_that_is_not_there(capsys):
     assert "context           500.0 MB" in texts["cuda"] and "context" not in texts["cpu"]
 
 
+def test_generate_says_what_plain_transformers_says(files, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(files / "base", base)
+    core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(211)}, unk_token="w3"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="w1", eos_token="w2")
+    tokenizer.save_pretrained(base)
+    assert call("generate", base, "--prompt", "w7 w8 w9", "w5", "--max-new-tokens", 5, "--offload", "host") == 0
+    lines = capsys.readouterr().out.splitlines()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for prompt, line in zip(("w7 w8 w9", "w5"), lines, strict=True):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        mask = torch.ones_like(ids)
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=1)
+        assert line == prompt + tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
 BASE, DATA = ["fit", "{}/base"], ["--data", "{}/train.jsonl", "--batch-size", "4", "--steps", "1"]
 DISK = ["--offload", "disk", "--run-dir", "{}/never"]
 WRONG = {
@@ -180,6 +198,7 @@ WRONG = {
     "out in use": ([*BASE, *DATA, *DISK, "--out", "{}/tuned"], "{}/tuned is not empty"),
     "out under a file": (["export", "{}/run", "--out", "{}/dev.jsonl/x"], "{}/dev.jsonl is a file"),
     "resume with lr": (["fit", "{}/run", "--resume", *DATA, "--lr", "1", "--seed", "2"], "leave out --lr, --seed"),
+    "no tokenizer": (["generate", "{}/run", "--prompt", "a"], "there must be a tokenizer"),
     "export in bf16": (["export", "{}/run", "--out", "{}/never", "--storage", "bf16"], "leave out --storage"),
 }  # fmt: skip
 

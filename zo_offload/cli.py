@@ -1,4 +1,4 @@
-"""The command line: zo-offload fit | plan | eval | export | replay | journal. The library itself never prints."""
+"""The command line: zo-offload fit | plan | eval | generate | export | replay | journal. Only it prints."""
 
 from __future__ import annotations
 
@@ -83,6 +83,15 @@ def _eval(args: argparse.Namespace) -> int:
     with _open(args) as engine:
         values = engine.evaluate(args.data, batch_size=args.batch_size, **_data_options(args))
     print(json.dumps(values))
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    options = {"do_sample": False} if args.temperature == 0 else {"do_sample": True, "temperature": args.temperature}
+    with _open(args) as engine:
+        texts = engine.generate(args.prompt, max_new_tokens=args.max_new_tokens, **options)
+    for prompt, text in zip(args.prompt, texts, strict=True):
+        print(f"{prompt}{text}")
     return 0
 
 
@@ -201,7 +210,7 @@ def _count(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="zo-offload", description="Fine-tune models far larger than the device.")
-    commands = parser.add_subparsers(required=True, metavar="fit | plan | eval | export | replay | journal")
+    commands = parser.add_subparsers(required=True, metavar="fit | plan | eval | generate | export | replay | journal")
 
     fit = commands.add_parser("fit", help="fine-tune a checkpoint")
     fit.add_argument("model", help="checkpoint directory or cached hub id; with --resume, the run directory")
@@ -257,6 +266,15 @@ def _parser() -> argparse.ArgumentParser:
     _storage(evaluate)
     _data(evaluate)
     evaluate.set_defaults(run=_eval)
+
+    generate = commands.add_parser("generate", help="text from a checkpoint or a run; one pass of the weights a token")
+    generate.add_argument("model", help="checkpoint or run directory")
+    generate.add_argument("--prompt", required=True, nargs="+")
+    generate.add_argument("--max-new-tokens", type=_count, default=32)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token each time")
+    generate.add_argument("--run-dir", help="fresh directory for the blocks of a checkpoint, with --offload disk")
+    _storage(generate)
+    generate.set_defaults(run=_generate)
 
     export = commands.add_parser("export", help="a run's weights as a checkpoint for plain transformers")
     export.add_argument("model", help="run directory (or a checkpoint, with --storage to convert it)")

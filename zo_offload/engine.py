@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from .devices import make_device
 from .devices.link import Link
 from .errors import BudgetError, ConfigError, JournalError
 from .fused import STILL
+from .generation import generate_texts
 from .ingest import Base, ModuleBase
 from .journal import Journal, StepRecord
 from .lanes import Lane, hollow
@@ -46,7 +47,7 @@ from .layout import Layout, make_layout
 from .memory import MemoryPlan, plan_memory, process_bytes
 from .methods import MeZO, lr_schedule
 from .on_device import move_buffers
-from .passes import Batch, Objective, Passes, model_loss, own_loss
+from .passes import Batch, Objective, Passes, for_a_loss, model_loss
 from .plan import Plan, make_plan
 from .session import Maker, Session, choose_offload
 from .stepper import Stepper
@@ -282,6 +283,17 @@ class Engine:
         passes = self._start(batch).passes
         return passes.forward([Lane(STILL, batch)], call or (lambda model, inputs: model(**inputs)))[0]
 
+    def generate(self, prompts: str | Sequence[str] | Batch, **options: Any) -> Any:
+        """`model.generate` at the current weights: texts after prompts, or token ids after a batch of them.
+
+        One pass a token, for all rows together. options: of transformers' `generate` (max_new_tokens, do_sample, ...).
+        """
+        if isinstance(prompts, Mapping):
+            model: Any = self.model
+            return self.run(prompts, lambda _, inputs: model.generate(**inputs, **options))
+        texts = generate_texts(self, self._tokenizer(), [prompts] if isinstance(prompts, str) else prompts, **options)
+        return texts[0] if isinstance(prompts, str) else texts
+
     # ---- results -----------------------------------------------------------------------------------------------------
 
     def save_pretrained(
@@ -372,7 +384,7 @@ class Engine:
                 part,
                 self.objective,
                 device=self.device.kind,
-                losses=lambda model: own_loss(model, self.objective),
+                losses=lambda model: for_a_loss(model, self.objective),
             )
             rows = most_ids(batch)
         asked = None if config.device_memory is None else parse_bytes(config.device_memory, "device_memory")

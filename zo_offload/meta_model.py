@@ -22,14 +22,14 @@ from transformers.monkey_patching import patch_output_recorders
 def construct(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """cls(config) with everything on meta, nothing tied and nothing initialised yet. The config is copied."""
     config = copy.deepcopy(config)
-    for part in _config_parts(config):
+    for part in config_parts(config):
         part.dtype = dtype
     with contextlib.ExitStack() as stack:
         for context in cls.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
         model = cls(config)
     patch_output_recorders(model)
-    for part in _config_parts(model.config):
+    for part in config_parts(model.config):
         if hasattr(part, "use_cache"):
             part.use_cache = False
     return model
@@ -110,7 +110,7 @@ def _default_generator_kept() -> Iterator[None]:
         torch.default_generator.set_state(state)
 
 
-def _config_parts(config: Any) -> list[Any]:
+def config_parts(config: Any) -> list[Any]:
     """A config and the configs inside it."""
     inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    return [config, *(part for child in inner if child is not None for part in _config_parts(child))]
+    return [config, *(part for child in inner if child is not None for part in config_parts(child))]

@@ -8,11 +8,12 @@ another order of lanes, and nothing of the first attempt is left in the weights 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .activations import ServiceOrder
 from .chunked_loss import losses_in_chunks
@@ -22,6 +23,7 @@ from .errors import ConfigError, DataError, PlanError
 from .fused import STILL, Perturbation
 from .lanes import Hub, Lane, LanesShareState, PlanFault
 from .late import divide
+from .meta_model import config_parts
 from .on_device import PlacedBatches, matmul_precision
 from .plan import Plan, relift
 from .streamer import Streamer
@@ -46,6 +48,25 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
 def own_loss(model: nn.Module, objective: Objective) -> contextlib.AbstractContextManager[None]:
     """While open, the loss that the model itself computes is computed in chunks; not under an objective given."""
     return losses_in_chunks(model) if objective is model_loss else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def for_a_loss(model: nn.Module, objective: Objective) -> Iterator[None]:
+    """`own_loss`, and nothing is kept for tokens that a loss does not generate: `use_cache` is off in the configs.
+
+    Keys and values of every layer would stay for the whole pass, those of each lane.
+    """
+    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)] if objective is model_loss else []
+    parts = {id(part): part for config in configs for part in config_parts(config)}
+    on = [part for part in parts.values() if getattr(part, "use_cache", False)]
+    try:
+        for part in on:
+            part.use_cache = False
+        with own_loss(model, objective):
+            yield
+    finally:
+        for part in on:
+            part.use_cache = True
 
 
 class Passes:
@@ -89,7 +110,8 @@ class Passes:
         parts = split_micro_batches(batch, micro_batches)
         weights = [loss_weight(part) for part in parts]
         lanes = [Lane(perturbation, part) for perturbation in perturbations for part in parts]
-        losses = self.forward(lanes, self._late_loss if late else self._loss)
+        with for_a_loss(self.model, self.objective):
+            losses = self.forward(lanes, self._late_loss if late else self._loss)
         if len(parts) == 1:
             return losses
         total = sum(weights)
@@ -106,7 +128,8 @@ class Passes:
 
         for batch in batches.epoch():
             between()
-            values = self.forward([Lane(STILL, batch)], measure)[0]
+            with for_a_loss(self.model, self.objective):
+                values = self.forward([Lane(STILL, batch)], measure)[0]
             for name, (value, weight) in values.items():
                 sums[name] = sums.get(name, 0.0) + value * weight
                 weights[name] = weights.get(name, 0.0) + weight

@@ -229,7 +229,11 @@ class BlockWindow:
         try:
             target = self._visits.index(block, max(0, position + 1))
         except ValueError:
-            return self._acquire_stray(block), False
+            if position + 1 < len(self._visits) or block not in self._visits:
+                return self._acquire_stray(block), False
+            self.end_pass()  # the model was called again in the same run, as `generate` does: one more pass
+            self.begin_pass(self._exact)
+            return self._acquire(block)
         while self._position < target:
             self._advance()
         assert self._slot is not None
