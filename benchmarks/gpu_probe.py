@@ -232,7 +232,7 @@ class Probe:
             stalls.append(time.perf_counter() - start)
         thread.join()
         if len(times) < count:
-            return False, "memory cannot be locked: a run goes through the ring of pinned pieces", {}
+            return False, "memory cannot be locked: a run goes through the ring of pinned chunks", {}
         numbers = {
             "lock_gbs": round(count * self.size / sum(times) / 1e9, 2),
             "longest_stall_ms": round(1e3 * max(stalls), 2),

@@ -282,7 +282,7 @@ def test_slabs_are_exact_and_locked_once():
 def test_a_ring_makes_no_more_pieces_than_it_may():
     ring = Ring(FakeBackend(), 1 << 10, 2)
     for _ in range(7):
-        with ring.piece(), ring.piece():
+        with ring.chunk(), ring.chunk():
             pass
     assert ring.nbytes == 2 << 10
 
