@@ -69,26 +69,34 @@ CUresult cuCtxSetCurrent(CUcontext context) {
   return stack[depth] = context, CUDA_SUCCESS;
 }
 CUresult cuCtxGetCurrent(CUcontext* context) { return *context = stack[depth], CUDA_SUCCESS; }
+// what needs a context: a thread has none until somebody makes one current
+#define NEEDS_CONTEXT \
+  if (!stack[depth]) return CUDA_ERROR_INVALID_CONTEXT
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
+  NEEDS_CONTEXT;
   note("load %.4s\n", (const char*)image);
   return *module = (CUmodule)0x710000000000, told();
 }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
+  NEEDS_CONTEXT;
   note("function %s of %p\n", name, (void*)module);
   return *function = (CUfunction)0x720000000000, told();
 }
 CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                         unsigned shared, CUstream stream, void** parameters, void** extra) {
+  NEEDS_CONTEXT;
   note("launch %p %u,%u,%u x %u,%u,%u shared %u stream %p extra %p context %p\n", (void*)f, gx, gy, gz, bx, by, bz,
        shared, (void*)stream, (void*)extra, (void*)stack[depth]);
   memcpy(params, parameters[0], params_bytes);
   return told();
 }
 CUresult cuMemHostRegister(void* address, size_t bytes, unsigned flags) {
+  NEEDS_CONTEXT;
   note("register %p %zu flags %u context %p\n", address, bytes, flags, (void*)stack[depth]);
   return told();
 }
 CUresult cuMemHostUnregister(void* address) {
+  NEEDS_CONTEXT;
   note("unregister %p context %p\n", address, (void*)stack[depth]);
   return told();
 }

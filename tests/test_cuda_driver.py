@@ -102,6 +102,23 @@ def kernels(library, monkeypatch):
     return native_cuda.CudaKernels(Driver(library), 0, b"\x7fELF and so on", "a test")
 
 
+def test_an_image_is_loaded_in_a_process_in_which_torch_has_not_used_the_gpu_yet(library, monkeypatch, calls):
+    """torch leaves a thread without a context until its first tensor: the module goes to its context all the same."""
+    monkeypatch.setattr(native_cuda.CudaKernels, "_abi", lambda self: native_cuda.ABI)
+    loaded, now = [], ctypes.c_void_p(1)
+
+    def load():
+        driver = Driver(library)
+        loaded.append(native_cuda.CudaKernels(driver, 0, b"\x7fELF", "a test"))
+        driver.call("cuCtxGetCurrent", ctypes.byref(now))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    assert loaded and "load \x7fELF" in calls()
+    assert now.value is None
+
+
 def test_a_launch_has_the_struct_the_grid_and_the_stream(library, kernels, calls):
     library.fake_clear()
     library.fake_params(native_cuda.ARGS_BYTES)

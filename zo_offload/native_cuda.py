@@ -93,13 +93,14 @@ class CudaKernels:
     """The kernels on one device. Launches go to torch's current stream and return at once."""
 
     def __init__(self, library: Driver, device: int, image: bytes, source: str) -> None:
-        """Loads into the current context; CudaError if the image is not for this GPU or these sources."""
+        """Loads into torch's context; CudaError if the image is not for this GPU or these sources."""
         self.device, self.source = device, source
         self._driver = library
         self._image = image  # kernels are loaded from it when they are first used
         self._context = library.primary_context(device)
         self._threads = threading.local()
-        self._module = library.load_module(image)
+        with library.current(self._context):  # torch makes its own current only when it first uses the device
+            self._module = library.load_module(image)
         self._functions: dict[str, int] = {}
         self._max_grid = _WAVES * library.attribute(device, ATTRIBUTE_SM_COUNT)
         found = self._abi()
@@ -288,10 +289,10 @@ def _open(device: int) -> CudaKernels:
 
 @functools.cache
 def kernels(device: int) -> CudaKernels:
-    """The checked kernels of a device; CudaError says why there are none. Call with torch's context current."""
+    """The checked kernels of a device; CudaError says why there are none."""
     import torch
 
-    with torch.cuda.device(device):  # a module lives in the context that is current when it is loaded
+    with torch.cuda.device(device):
         found = _open(device)
         same = native.fingerprint(_OnDevice(found)) == native.FINGERPRINT
     if not same:
