@@ -50,12 +50,12 @@ from .on_device import move_buffers
 from .passes import Batch, Objective, Passes, for_a_loss, model_loss
 from .plan import Plan, make_plan
 from .session import Maker, Session, choose_offload
+from .slots import Traffic
 from .stepper import Stepper
 from .storage import choose_fold_every, decide_formats
 from .streamer import Streamer
 from .training import FitResult, Training, check_same_data
 from .updates import UpdateLog
-from .window import Traffic
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from .errors import BudgetError
 from .layout import Layout
 from .plan import Owner, Plan
 from .scratch import padded
-from .window import Window
+from .slots import Window
 
 
 @dataclass(frozen=True)

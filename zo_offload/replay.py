@@ -28,9 +28,9 @@ from .journal import Contents, read_journal
 from .layout import Layout
 from .plan import Plan
 from .session import Session
+from .slots import Window
 from .streamer import Streamer
 from .updates import UpdateLog
-from .window import Window
 
 
 def load_journal(path: str | Path) -> Contents:

@@ -29,10 +29,11 @@ from .masters import exact_values
 from .noise import NoiseSpec
 from .plan import Owner, Plan
 from .scratch import ScratchPool
+from .slots import Slot, Window
 from .spans import span
 from .tiers import Tier
 from .updates import UpdateLog
-from .window import BlockWindow, Slot, Window
+from .window import BlockWindow
 
 _SMALL = 1 << 16  # elements: a piece that is read along with its block
 

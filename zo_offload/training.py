@@ -17,8 +17,8 @@ from .errors import JournalError
 from .journal import StepRecord
 from .progress import Progress
 from .signals import Stopped, StopRequest, stop_signals
+from .slots import Traffic
 from .streamer import Streamer
-from .window import Traffic
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -1,0 +1,49 @@
+"""Slots: places of the window, what is in them, and what is counted on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .blocks import Piece
+from .devices import Event
+
+
+@dataclass(frozen=True)
+class Window:
+    """How blocks move. num_slots: places that blocks stream through; ahead: stays fetched before they are needed;
+    pinned: blocks that stay in memory; io_threads: workers for fetches (0: every op runs in order on the caller)."""
+
+    num_slots: int
+    ahead: int
+    pinned: frozenset[int]
+    io_threads: int = 1
+
+
+@dataclass
+class Slot:
+    """A place for one block and what is known of its bytes. `version` is per piece while a visit is under way."""
+
+    memory: Tensor
+    block: int = -1
+    ready: Event | None = None
+    used: Event | None = None  # all that was computed with these bytes; None before the first visit
+    version: dict[Piece, int] = field(default_factory=dict)
+    stored: int = 0
+    """The version that was fetched."""
+    dirty: bool = False
+    residual: bool = False
+    """The residual part is there too, or the block has none."""
+    fetched: int = 0
+    """Bytes fetched and not counted yet."""
+
+
+@dataclass
+class Traffic:
+    """Counted since the last reset: bytes both ways, and seconds the compute thread spent where."""
+
+    fetch_bytes: int = 0
+    flush_bytes: int = 0
+    wait_s: float = 0.0
+    fused_s: float = 0.0
