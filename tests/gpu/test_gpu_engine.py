@@ -184,3 +184,13 @@ def test_evaluation_and_export(gpu, tmp_path):
     with torch.no_grad():
         expected = plain(batches(1)[0]["input_ids"].to(gpu)).logits.cpu()
     assert torch.allclose(logits.float(), expected.float(), atol=2e-2)
+
+
+def test_generated_ids_do_not_depend_on_where_blocks_live():
+    inputs = {"input_ids": batches(1)[0]["input_ids"][:, :7], "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+    found = []
+    for offload in ("none", "host"):
+        with Engine(model(), method=METHOD, device="cuda", offload=offload) as engine:
+            engine.fit(batches(2), steps=2, batch_size=2)
+            found.append(engine.generate(inputs, max_new_tokens=9, do_sample=False).cpu())
+    assert torch.equal(*found) and found[0].shape == (2, 16)
