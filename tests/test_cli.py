@@ -160,6 +160,17 @@ def test_plan_for_a_gpu_that_is_not_there(capsys):
     assert "context           500.0 MB" in texts["cuda"] and "context" not in texts["cpu"]
 
 
+@pytest.mark.parametrize("storage", ["int4", "int4_g64", "nf4"])
+def test_a_checkpoint_is_evaluated_and_converted_in_four_bits(files, tmp_path, capsys, storage):
+    assert call("eval", files / "base", "--data", files / "dev.jsonl", "--storage", storage) == 0
+    rounded = json.loads(capsys.readouterr().out)["loss"]
+    assert call("export", files / "base", "--storage", storage, "--out", tmp_path / "out") == 0
+    assert call("eval", tmp_path / "out", "--data", files / "dev.jsonl", "--storage", "fp32") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["loss"] == pytest.approx(rounded, rel=1e-3)  # rounded to 16 bits
+    assert call("eval", files / "base", "--data", files / "dev.jsonl", "--storage", "fp32") == 0
+    assert json.loads(capsys.readouterr().out)["loss"] != rounded
+
+
 def test_generate_says_what_plain_transformers_says(files, tmp_path, capsys):
     base = tmp_path / "base"
     shutil.copytree(files / "base", base)

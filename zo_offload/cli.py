@@ -140,11 +140,16 @@ def _open(args: argparse.Namespace) -> Any:
     """An engine on a run directory (as its journal left it) or on a checkpoint."""
     from . import runs
     from .engine import Engine
+    from .formats import FORMATS
+    from .methods import QZO
 
     if (Path(args.model) / runs.JOURNAL).exists():
         _refuse(args, *_IDENTITY, "run_dir")
         return Engine.resume(args.model, **_given(args, *_MOVABLE, "model_class"))
-    return Engine(args.model, model_class=args.model_class, **_given(args, *_IDENTITY, *_MOVABLE, "run_dir"))
+    frozen = args.storage in FORMATS and not FORMATS[args.storage].trains
+    method = QZO() if frozen else None  # nothing is trained here, so values that are never rewritten will do
+    given = _given(args, *_IDENTITY, *_MOVABLE, "run_dir")
+    return Engine(args.model, method=method, model_class=args.model_class, **given)
 
 
 def _check_out(out: str | None) -> None:
