@@ -37,8 +37,14 @@ CUDA_ARCHS = os.environ.get("ZO_CUDA_ARCHS", "80,86,89,90").split(",")
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler, or None if there is none or it is not wanted."""
-    return None if os.environ.get("ZO_CUDA") == "0" else shutil.which(os.environ.get("NVCC", "nvcc"))
+    """The CUDA compiler, or None if there is none or it is not wanted. A toolkit's folder is often not on the path."""
+    if os.environ.get("ZO_CUDA") == "0":
+        return None
+    if "NVCC" in os.environ:
+        return shutil.which(os.environ["NVCC"])
+    toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = ["nvcc", *(str(Path(toolkit, "bin", "nvcc")) for toolkit in toolkits if toolkit)]
+    return next(filter(None, map(shutil.which, places)), None)
 
 
 def nvcc_command(compiler: str, target: Path, *extra: str) -> list[str]:

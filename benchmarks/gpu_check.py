@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one command: build, probe, tests, benchmarks; under nine minutes on one H200.
 
     make gpu-check                                  or: python -m benchmarks.gpu_check [options]
-    make gpu-check GPU_CHECK="--wheels DIR"                     packages that the machine lacks, as wheels
+    make gpu-check GPU_CHECK="--wheels DIR"                     packages that the machine lacks, as wheels; .whl if here
     make gpu-check GPU_CHECK="--zo2 DIR --zo2-wheels DIR"       ZO2 beside it: a checkout, and its pinned packages
     make gpu-check GPU_CHECK=--dry                  the same plumbing on a CPU; measures nothing
 
@@ -11,9 +11,13 @@ line a result; OUT/gpu_check.md, a page with the commands that made them; OUT/gp
 is $OUT where that is set, else benchmarks/results.
 
 Parts, most telling first, so that a limit of time cuts from the end:
-    build, probe, kernels bit-equal, engine equal wherever blocks live, link, steps of 1.3B and 6.7B, the device's
-    memory, fused pass, 13B, naive MeZO, doctor, plan, 30B, steps of 512 tokens, architectures, compute-sanitizer
+    host memory, build, probe, kernels bit-equal, engine equal wherever blocks live, link, steps of 1.3B and 6.7B, the
+    device's memory, fused pass, 13B, naive MeZO, losses and pieces, doctor, plan, 30B, steps of 512 tokens,
+    architectures, compute-sanitizer
 With --zo2 each size is followed by ZO2's, and the tests wait till the end: `--only NAME` runs some parts alone.
+
+A machine whose memory grows as it is used shows little of it before: then the first part makes it grow, and the others
+are told how far it did (ZO_HOST_MEMORY).
 
 No network, no root. torch's CUDA wheel and the packages in NEEDED must be there; greenlet is the one that images tend
 to lack. ZO2 needs transformers 4.51.3, tokenizers 0.21.1 and huggingface-hub 0.30.2 (--zo2-wheels), and runs with the
@@ -44,7 +48,8 @@ from zo_offload.devices.nvml import DriverMemory
 
 MEASURE = [sys.executable, "-m", "benchmarks.gpu_measure"]
 NEEDED = ("torch", "transformers", "safetensors", "accelerate", "greenlet", "numpy", "psutil", "tqdm", "pytest")
-WITHOUT_LANES = ("build", "probe", "link", "kernels", "zo2")  # parts that run without greenlet
+WITHOUT_LANES = ("host", "build", "probe", "link", "kernels", "zo2")  # parts that run without greenlet
+WHEELS = ROOT / ".whl"
 ZO2_TEST = Path("test", "mezo_sgd", "hf_opt")
 
 
@@ -69,16 +74,17 @@ class Part:
 
 def parts(options: argparse.Namespace) -> list[Part]:
     first = [
+        Part("host memory", [sys.executable, "-m", "benchmarks.host_memory", *_dry(options)], 45),
         Part("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 150, reads="text"),
         Part("probe", [sys.executable, "-m", "benchmarks.gpu_probe", *_dry(options)], 90),
     ]
     # nvcc's own variable: one kernel after another on one core would take a minute
-    first[0].environment = {"ZO_CUDA": "0"} if options.dry else {"NVCC_APPEND_FLAGS": "--split-compile=0"} | this_gpu()
+    first[1].environment = {"ZO_CUDA": "0"} if options.dry else {"NVCC_APPEND_FLAGS": "--split-compile=0"} | this_gpu()
     link, kernels = (Part(name, [*MEASURE, name, *_dry(options)], 60) for name in ("link", "kernels"))
     doctor = Part("doctor", [sys.executable, "-m", "zo_offload"], 60, reads="text")
     asked = ["opt-13b", "--storage", "bf16", "--tokens", "2048", "--device", "cpu" if options.dry else "cuda"]
     plan = Part("plan", [sys.executable, "-m", "zo_offload.cli", "plan", *asked], 60, reads="text")
-    small, large, budget, archs, sanitizer = test_parts(options)
+    small, large, budget, losses, archs, sanitizer = test_parts(options)
     if options.dry:
         steps = [step(options, "opt-1.3b"), step(options, "opt-1.3b", what="naive")]
         return [*first, small, large, link, *steps, kernels, doctor, plan, *zo2_parts(options, "opt-1.3b")]
@@ -89,7 +95,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
     return [
         *first, small, large, link, step(options, "opt-1.3b", 60), step(options, "opt-6.7b", 90), budget, kernels,
         step(options, "opt-13b", 120), *(step(options, f"opt-{size}", 60, what="naive") for size in ("1.3b", "6.7b")),
-        doctor, plan, step(options, "opt-30b", 180), step(options, "opt-13b", 60, what="naive"),
+        losses, doctor, plan, step(options, "opt-30b", 180), step(options, "opt-13b", 60, what="naive"),
         step(options, "opt-6.7b", 60, tokens=512), step(options, "opt-1.3b", 60, tokens=512),
         step(options, "opt-13b", 90, tokens=512), archs, sanitizer,
     ]  # fmt: skip
@@ -105,33 +111,40 @@ def step(options: argparse.Namespace, model: str, limit: float = 60, *, tokens: 
 
 
 def test_parts(options: argparse.Namespace) -> list[Part]:
-    """The GPU tests: kernels; engine; what the driver counts on the whole device, alone; architectures; sanitizer."""
+    """The GPU tests: kernels; engine; what the driver counts on the whole device, alone; the others; sanitizer."""
     base = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--maxfail=20"]
     side_by_side = ["-n", "8"] if importlib.util.find_spec("xdist") and not options.dry else []
     places = [
-        ("kernels bit-equal", "kernels", "golden" if options.dry else "not out_of_bounds", 100, side_by_side),
+        ("kernels bit-equal", "kernels", "golden" if options.dry else "not out_of_bounds", 120, side_by_side),
         ("tests of the engine", "engine", "seed_twice" if options.dry else "not budget", 120, side_by_side),
-        ("test of the budget", "engine", "budget", 60, []),
+        ("test of the budget", "engine", "budget", 90, []),
+        ("tests of losses and pieces", "loss tiles", "test", 90, side_by_side),
         ("tests of architectures", "archs", "test", 150, side_by_side),
         ("test with compute-sanitizer", "kernels", "out_of_bounds", 150, []),
     ]
     made = []
-    for name, file, chosen, limit, more in places:
-        part = Part(name, [*base, *more, f"tests/gpu/test_gpu_{file}.py", "-k", chosen], limit, reads="text")
+    for name, files, chosen, limit, more in places:
+        paths = [f"tests/gpu/test_gpu_{file}.py" for file in files.split()]
+        part = Part(name, [*base, *more, *paths, "-k", chosen], limit, reads="text")
         part.environment = {"ZO_GPU_TESTS_ON": "cpu"} if options.dry else {}
         made.append(part)
     return made
 
 
 def this_gpu() -> dict[str, str]:
-    """Build for this machine's GPU alone: a quarter of the time."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    named = sorted({version.replace(".", "") for version in found if re.fullmatch(r"\d+\.\d", version)})
-    return {"ZO_CUDA_ARCHS": ",".join(named)} if named else {}
+    """Build for this machine's GPU alone: a quarter of the time. nvidia-smi is quick, but may not be on the path."""
+    ask_torch = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
+    for command in (
+        ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], [sys.executable, "-c", ask_torch],
+    ):  # fmt: skip
+        try:
+            found = subprocess.run(command, capture_output=True, text=True, timeout=40, check=True).stdout.split()
+        except (OSError, subprocess.SubprocessError):
+            continue
+        named = sorted({version.replace(".", "") for version in found if re.fullmatch(r"\d+\.\d", version)})
+        if named:
+            return {"ZO_CUDA_ARCHS": ",".join(named)}
+    return {}
 
 
 def zo2_parts(options: argparse.Namespace, model: str) -> Iterator[Part]:
@@ -144,7 +157,7 @@ def zo2_parts(options: argparse.Namespace, model: str) -> Iterator[Part]:
     if not (options.zo2 / ZO2_TEST / "test_speed.py").exists():
         raise SystemExit(f"--zo2 {options.zo2}: no {ZO2_TEST / 'test_speed.py'} there; give the root of a ZO2 checkout")
     places = [str(options.zo2), *([str(options.zo2_packages)] if options.zo2_packages else [])]
-    environment = {"PYTHONPATH": os.pathsep.join(places), "HF_HUB_OFFLINE": "1"}
+    environment = {"PYTHONPATH": os.pathsep.join(places)}
     limits = {"opt-1.3b": 60, "opt-6.7b": 100, "opt-13b": 150, "opt-30b": 240}
     for what in ("speed", "memory") if model != "opt-30b" else ("memory",):
         command = [
@@ -173,7 +186,7 @@ class DevicePeak:
         self._thread.join()
 
     def _sample(self) -> None:
-        while self._before is not None and not self._stop.wait(0.02):
+        while self._before is not None and not self._stop.wait(0.05):
             used = self._memory.device_used()
             if used is not None:
                 self.peak = max(self.peak or 0, used - self._before)
@@ -190,7 +203,8 @@ def run(part: Part, limit: float, log: Path) -> None:
 
 def _run(part: Part, limit: float, log: Path) -> None:
     start = time.monotonic()
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"} | part.environment
+    always = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | always | part.environment
     if part.folder == ROOT:
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     with log.open("w") as out:
@@ -340,13 +354,17 @@ def goals(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def unpack(wheels: Path | None, into: Path) -> Path | None:
-    """Wheels are zip files of what is to be on the path."""
+    """Wheels are zip files of what is to be on the path. SystemExit where there is none, or one of another Python."""
     if wheels is None:
         return None
     found = sorted(wheels.glob("*.whl"))
     if not found:
         raise SystemExit(f"{wheels}: no wheels (*.whl) there")
     for wheel in found:
+        pythons, abi = wheel.stem.split("-")[-3:-1]
+        ours = f"cp{sys.version_info.major}{sys.version_info.minor}"
+        if abi not in ("none", "abi3") and ours not in pythons.split("."):
+            raise SystemExit(f"{wheel.name} is for {pythons}, {sys.executable} is {ours}: bring the wheel of {ours}")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(into)
     return into
@@ -355,7 +373,10 @@ def unpack(wheels: Path | None, into: Path) -> Path | None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="on the CPU: proves the plumbing, measures nothing")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels that this machine lacks (greenlet)")
+    parser.add_argument(
+        "--wheels", type=Path, default=WHEELS if WHEELS.is_dir() else None,
+        help="folder of wheels that this machine lacks (greenlet); default: .whl of the checkout, if it is there",
+    )  # fmt: skip
     parser.add_argument("--zo2", type=Path, help="root of a ZO2 checkout")
     parser.add_argument("--zo2-wheels", type=Path, help="folder of the wheels that ZO2 is pinned to")
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="fp16", help="default fp16, as ZO2's tables")
@@ -365,6 +386,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="gpu_check") as folder:
         return check(options, Path(folder))
+
+
+def count_on(rows: list[dict[str, Any]]) -> None:
+    """Host memory that was there when it was used, though the system had not shown it: the parts from now on know."""
+    for row in rows:
+        if row.get("part") == "host memory" and row["reached_bytes"] > row["available_after_bytes"]:
+            os.environ["ZO_HOST_MEMORY"] = str(row["reached_bytes"])
 
 
 def check(options: argparse.Namespace, folder: Path) -> int:
@@ -395,6 +423,7 @@ def check(options: argparse.Namespace, folder: Path) -> int:
             part.status = "no time left"
             continue
         run(part, min(part.limit, left), folder / "part.log")
+        count_on(part.rows)
         with results.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in part.rows)
         with logs.open("a") as file:

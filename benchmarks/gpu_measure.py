@@ -88,7 +88,7 @@ class PeakDriverMemory:
         self._thread.join()
 
     def _sample(self) -> None:
-        while self.source is not None and not self._stop.wait(0.01):
+        while self.source is not None and not self._stop.wait(0.05):
             used, own = self._used(), self._memory.process_used()
             self.peak = max(self.peak or 0, used) if used is not None else self.peak
             self.own = max(self.own or 0, own) if own is not None else self.own
@@ -220,57 +220,66 @@ def two_forwards(options: Any, model: nn.Module, batch: dict[str, Tensor]) -> fl
 
 
 def step_part(options: Any, common: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Offload host first: its memory is what must not be disturbed."""
-    from zo_offload import Engine, MeZO
-
-    dtype, before = DTYPES[options.dtype], options.driver_before
-    rows: list[dict[str, Any]] = []
+    """Offload host first: its memory is what must not be disturbed. Each row is told as soon as it can be."""
+    device, dtype = options.torch_device, DTYPES[options.dtype]
+    batch = batch_of(opt_model(options.model, dtype, options.tokens), options.tokens)
     found = find_link(options)
+    give_back(device)  # what the copies held is not the engine's
+    floor: float | None = None
     for offload in ("host", "none"):
-        batch = batch_of(opt_model(options.model, dtype, options.tokens), options.tokens)
-        settings: dict[str, Any] = {"num_slots": 3} if offload == "host" else {}
-        if options.torch_device.type == "cuda":
-            settings["device"] = "cuda"
-            torch.cuda.reset_peak_memory_stats()
-        stamps: list[float] = []
-        model = opt_model(options.model, dtype, options.tokens)
-        base = RandomBase(model, dtype)
-        with PeakDriverMemory(options.driver_memory, before) as driver, Engine(
-            model, method=MeZO(lr=1e-7), base=base, offload=offload, fold_every=options.fold_every, **settings
-        ) as engine:  # fmt: skip
-            engine.step(batch)
-            wait_pinned(engine)
-            engine.fit(
-                [batch] * (options.steps + 3), steps=options.steps + 3, batch_size=1,
-                callback=lambda record, stamps=stamps: stamps.append(time.perf_counter()),
-            )  # fmt: skip
-            times = [b - a for a, b in pairwise(stamps[1:])] or [float("nan")]
-            streamer = engine.streamer
-            enqueue = min(launch_seconds(engine, batch, Clock(options.torch_device)) for _ in range(2))
-            rows.append({
-                "part": "step", "way": f"ours {offload}", "model": options.model, "tokens": options.tokens,
-                "dtype": options.dtype, "fold_every": engine.fold_every, "step_s": quantile(times, 0.5),
-                "p20": quantile(times, 0.2), "p80": quantile(times, 0.8), "n": len(times),
-                "tokens_per_s": round(options.tokens / quantile(times, 0.5), 1),
-                "model_bytes": engine.layout.total_bytes, "resident_bytes": streamer.resident_bytes,
-                "planned_device_bytes": engine.memory.device_bytes, "context_bytes": engine.device.context_bytes,
-                "visits": len(engine.plan.visits), "enqueue_s": round(enqueue, 5),
-                "host_over_model": host_over_model(engine) if offload == "host" else None,
-            })  # fmt: skip
-        rows[-1] |= allocator_peaks(options.torch_device) | driver.as_row()
-        del engine, model, base, streamer
-        gc.collect()
-        if options.torch_device.type == "cuda":
-            torch.cuda.empty_cache()
-    floor = two_forwards(options, resident_copy(options.model, dtype, options.tokens, options.torch_device), batch)
-    for row in rows:
-        folds = row["model_bytes"] / row["fold_every"]
-        fetch = row["model_bytes"] / 1e9 / (found.both_fetch_gbs if folds else found.fetch_gbs)
-        limit = max(floor, fetch if row["way"] == "ours host" else 0.0)
+        row = steps_of(options, offload, batch)
+        give_back(device)
+        if floor is None:
+            floor = two_forwards(options, resident_copy(options.model, dtype, options.tokens, device), batch)
+            give_back(device)
+        fetch = row["model_bytes"] / 1e9 / found.both_fetch_gbs  # something flows back at every fold
+        limit = max(floor, fetch if offload == "host" else 0.0)
         yield row | {
             "two_forwards_s": floor, "fetch_s": fetch, "step_over_limit": round(row["step_s"] / limit, 3),
             "binds": "fetch" if limit > floor else "compute",
         }  # fmt: skip
+
+
+def steps_of(options: Any, offload: str, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """An engine's steps and memory, without what they are compared with."""
+    from zo_offload import Engine, MeZO
+
+    settings: dict[str, Any] = {"num_slots": 3} if offload == "host" else {}
+    if options.torch_device.type == "cuda":
+        settings["device"] = "cuda"
+        torch.cuda.reset_peak_memory_stats()
+    stamps: list[float] = []
+    model = opt_model(options.model, DTYPES[options.dtype], options.tokens)
+    base = RandomBase(model, DTYPES[options.dtype])
+    with PeakDriverMemory(options.driver_memory, options.driver_before) as driver, Engine(
+        model, method=MeZO(lr=1e-7), base=base, offload=offload, fold_every=options.fold_every, **settings
+    ) as engine:  # fmt: skip
+        engine.step(batch)
+        wait_pinned(engine)
+        engine.fit(
+            [batch] * (options.steps + 3), steps=options.steps + 3, batch_size=1,
+            callback=lambda record: stamps.append(time.perf_counter()),
+        )  # fmt: skip
+        times = [b - a for a, b in pairwise(stamps[1:])] or [float("nan")]
+        enqueue = min(launch_seconds(engine, batch, Clock(options.torch_device)) for _ in range(2))
+        row = {
+            "part": "step", "way": f"ours {offload}", "model": options.model, "tokens": options.tokens,
+            "dtype": options.dtype, "fold_every": engine.fold_every, "step_s": quantile(times, 0.5),
+            "p20": quantile(times, 0.2), "p80": quantile(times, 0.8), "n": len(times),
+            "tokens_per_s": round(options.tokens / quantile(times, 0.5), 1),
+            "model_bytes": engine.layout.total_bytes, "resident_bytes": engine.streamer.resident_bytes,
+            "planned_device_bytes": engine.memory.device_bytes, "context_bytes": engine.device.context_bytes,
+            "visits": len(engine.plan.visits), "enqueue_s": round(enqueue, 5),
+            "host_over_model": host_over_model(engine) if offload == "host" else None,
+        }  # fmt: skip
+    return row | allocator_peaks(options.torch_device) | driver.as_row()
+
+
+def give_back(device: torch.device) -> None:
+    """Memory that nothing refers to any more, to the driver: it would count for what is measured next."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def allocator_peaks(device: torch.device) -> dict[str, Any]:

@@ -59,7 +59,12 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
   note("attribute %d of %d\n", (int)attribute, device);
   return *value = attribute == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT ? 132 : 9, CUDA_SUCCESS;
 }
+static int retained;
+CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned* flags, int* active) {
+  return *flags = 0, *active = retained >> device & 1, CUDA_SUCCESS;
+}
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
+  retained |= 1 << device;
   return *context = (CUcontext)(size_t)(0x700000000000 + device), CUDA_SUCCESS;
 }
 CUresult cuCtxPushCurrent(CUcontext context) { return stack[++depth] = context, CUDA_SUCCESS; }

@@ -63,6 +63,21 @@ def test_without_nvcc_the_build_succeeds_and_says_so(tmp_path):
     assert {p.name for p in (tmp_path / "zo_offload" / "csrc").iterdir()} == set(nvrtc.SOURCES)
 
 
+def test_nvcc_is_found_where_its_toolkit_is_though_not_on_the_path(tmp_path):
+    """Told by its own failure: nothing here compiles for minutes."""
+    compiler = tmp_path / "toolkit" / "bin" / "nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text("#!/bin/sh\necho 'the one of the toolkit' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    folders = [str(tmp_path / "path")] + [
+        p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "nvcc").exists()
+    ]
+    environment = {"CUDA_HOME": str(tmp_path / "toolkit"), "PATH": os.pathsep.join(folders), "ZO_CUDA": "1"}
+    done = build(tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "the one of the toolkit" in done.stderr
+
+
 def test_nvcc_that_fails_does_not_stop_the_build(tmp_path):
     bad = tmp_path / "bad-nvcc"
     bad.write_text("#!/bin/sh\necho 'unsupported gpu architecture' >&2\nexit 1\n")

@@ -102,6 +102,14 @@ def kernels(library, monkeypatch):
     return native_cuda.CudaKernels(Driver(library), 0, b"\x7fELF and so on", "a test")
 
 
+def test_a_context_that_is_there_is_seen(library):
+    """Its size is measured by what the device has more of once it is made, so it has to be known whether it is."""
+    driver = Driver(library)
+    assert not driver.has_context(5)
+    driver.primary_context(5)
+    assert driver.has_context(5) and not driver.has_context(4)
+
+
 def test_an_image_is_loaded_in_a_process_in_which_torch_has_not_used_the_gpu_yet(library, monkeypatch, calls):
     """torch leaves a thread without a context until its first tensor: the module goes to its context all the same."""
     monkeypatch.setattr(native_cuda.CudaKernels, "_abi", lambda self: native_cuda.ABI)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check, gpu_probe
+from benchmarks import gpu_check, gpu_probe, host_memory
 from benchmarks.gpu_check import Part
+from zo_offload.memory import available_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,6 +107,7 @@ def test_every_part_is_reached_in_time(tmp_path):
     made = gpu_check.parts(options)
     names = [part.name for part in made]
     first = [
+        "host memory",
         "build",
         "probe",
         "kernels bit-equal",
@@ -121,12 +124,47 @@ def test_every_part_is_reached_in_time(tmp_path):
     assert names.index("zo2 memory opt-6.7b") < names.index("step opt-13b 2048") < names.index("kernels bit-equal")
 
 
+def test_every_file_of_gpu_tests_is_run():
+    options = type("Options", (), {"zo2": None, "dtype": "fp16", "dry": False, "zo2_packages": None})()
+    told = {word for part in gpu_check.parts(options) for word in part.command}
+    files = {f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
+    assert files and files <= told
+
+
+def test_memory_that_appears_when_it_is_used_is_taken_and_given_back():
+    """A machine that shows 3 MB free until a gigabyte of it is held; one that shows no more after 2 steps."""
+    shown = [3 << 20]
+
+    def grows():
+        shown[0] += 1 << 18
+        return shown[0]
+
+    assert host_memory.grow(8 << 20, 1 << 20, 5 << 20, grows, 5.0) == 8 << 20
+    answers = iter([9, 9, 9, 9, 1, 1, 1])
+    assert host_memory.grow(8 << 20, 1 << 20, 5 << 20, lambda: next(answers) << 20, 0.0) == 2 << 20
+
+
+def test_the_parts_count_on_memory_that_was_there(monkeypatch):
+    monkeypatch.delenv("ZO_HOST_MEMORY", raising=False)
+    row = {"part": "host memory", "available_before_bytes": 5, "reached_bytes": 70 << 40, "available_after_bytes": 9}
+    gpu_check.count_on([{"part": "link"}, row | {"reached_bytes": 0}])
+    assert "ZO_HOST_MEMORY" not in os.environ
+    gpu_check.count_on([row])
+    assert available_bytes() == 70 << 40
+    monkeypatch.delenv("ZO_HOST_MEMORY")
+    assert available_bytes() < 70 << 40
+
+
 def test_wheels_are_put_on_the_path(tmp_path):
     (tmp_path / "wheels").mkdir()
     with zipfile.ZipFile(tmp_path / "wheels" / "some_thing-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("some_thing.py", "x = 1")
     into = gpu_check.unpack(tmp_path / "wheels", tmp_path / "into")
     assert into is not None and (into / "some_thing.py").read_text() == "x = 1"
+    with zipfile.ZipFile(tmp_path / "wheels" / "other-1-cp27-cp27m-manylinux_2_28_x86_64.whl", "w") as wheel:
+        wheel.writestr("other.py", "x = 1")
+    with pytest.raises(SystemExit, match=r"other-1-cp27.*is for cp27, .*bring the wheel of cp3"):
+        gpu_check.unpack(tmp_path / "wheels", tmp_path / "into")
     (tmp_path / "none").mkdir()
     with pytest.raises(SystemExit, match="no wheels"):
         gpu_check.unpack(tmp_path / "none", tmp_path)

@@ -12,12 +12,15 @@ The budget `device_memory` covers the first four (and the store for "none", wher
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from .activations import UNKNOWN, Activations, ServiceOrder
-from .config import show_bytes
+from .config import parse_bytes, show_bytes
 from .errors import BudgetError
 from .layout import Layout
 from .plan import Owner, Plan
@@ -227,15 +230,27 @@ def process_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that can still be taken on this host, control-group limit included."""
+    """Memory that can still be taken on this host. A control group's limit counts, files that it caches do not.
+
+    ZO_HOST_MEMORY ("120GB") is for machines that show less than they have, as virtual ones do that grow when memory is
+    used: the larger of the two holds.
+    """
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            text = limit.read().strip()
-            if text != "max":
-                free = min(free, max(0, int(text) - int(used.read())))
-    except OSError:  # no such control group: the host's own figure holds
-        pass
-    return free
+    with contextlib.suppress(OSError):  # no such control group: the host's own figure holds
+        text = (_CGROUP / "memory.max").read_text().strip()
+        if text != "max":
+            used = int((_CGROUP / "memory.current").read_text()) - _cached_bytes()
+            free = min(free, max(0, int(text) - used))
+    told = os.environ.get("ZO_HOST_MEMORY")
+    return max(free, parse_bytes(told, "ZO_HOST_MEMORY")) if told else free
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def _cached_bytes() -> int:
+    """Pages of files that count as used in the control group, and go when the memory is wanted."""
+    fields = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    return int(fields.get("active_file", 0)) + int(fields.get("inactive_file", 0))

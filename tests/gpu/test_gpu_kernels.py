@@ -170,7 +170,9 @@ def test_no_access_is_out_of_bounds_or_a_race(tmp_path):
         "                       residual=None if b is None else b.cuda())\n"
         "torch.cuda.synchronize()\n"
     )
-    command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "99", sys.executable, str(script)]
+    # not API errors: torch asks the driver for things that are not there, and goes on
+    options = ["--tool", "memcheck", "--error-exitcode", "99", "--report-api-errors", "no"]
+    command = [sanitizer, *options, sys.executable, str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     if "Device not supported" in done.stdout:
         pytest.skip("compute-sanitizer does not support this device here")

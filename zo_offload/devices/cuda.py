@@ -303,7 +303,7 @@ _lock = threading.Lock()
 def cuda_device(name: str) -> CudaDevice:
     """The device "cuda" or "cuda:1", one object a GPU. ConfigError if torch has no such GPU, or our kernels none."""
     from .. import native_cuda
-    from .driver import CudaError
+    from .driver import CudaError, driver
 
     if torch.version.cuda is None or not torch.cuda.is_available():
         built = "was built without CUDA" if torch.version.cuda is None else "finds no GPU"
@@ -316,9 +316,8 @@ def cuda_device(name: str) -> CudaDevice:
     with _lock:
         if index not in _made:
             memory = DriverMemory(index)
-            fresh = not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-            before = memory.device_used() if fresh else None
             try:
+                before = None if driver().has_context(index) else memory.device_used()
                 device = CudaDevice(index)
                 native_cuda.kernels(index)
             except CudaError as error:

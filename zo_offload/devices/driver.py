@@ -65,6 +65,13 @@ class Driver:
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
         return int(context.value or 0)
 
+    def has_context(self, device: int) -> bool:
+        """Whether that context is there; asking does not make it. torch calls itself initialised before it is."""
+        handle, flags, active = ctypes.c_int(), ctypes.c_uint(), ctypes.c_int()
+        self.call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
+        self.call("cuDevicePrimaryCtxGetState", handle, ctypes.byref(flags), ctypes.byref(active))
+        return bool(active.value)
+
     @contextmanager
     def current(self, context: int) -> Iterator[None]:
         """The context made current for the calling thread, and the one before put back: torch's idea of the thread's
