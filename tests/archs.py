@@ -493,7 +493,7 @@ class Rows(nn.Module):
         self.head.weight = self.tokens.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(input=ids) + self.places(torch.arange(ids.shape[1]))
+        x = self.tokens(input=ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
         return self.head(x + self.bag(ids)[:, None])
 
 

@@ -84,6 +84,7 @@ class FakeBackend:
         self._current = threading.local()
         self._lock = threading.Lock()
         self.compute_clock: Clock = {COMPUTE: 0}
+        self._seen_done: Clock = {}  # what the main thread has waited for: before all that is enqueued from then on
         self.streams: list[FakeStream] = []
         self._accesses: list[Access] = []
         self._device: set[int] = set()
@@ -144,12 +145,19 @@ class FakeBackend:
     def drain(self, stream: Any) -> None:
         stream = self._on(stream)
         if stream is None:
+            self.host_waited()
             return
         idle = threading.Event()
         stream.put(idle.set)
         idle.wait()
-        if threading.current_thread() is threading.main_thread():  # what it enqueues from here on comes after
-            self._merge(self.compute_clock, stream.clock)
+        self.host_waited(stream)
+
+    def host_waited(self, stream: FakeStream | None = None) -> None:
+        """All of a stream is done, and the main thread knows: what it has enqueued from here on comes after."""
+        if threading.current_thread() is threading.main_thread():
+            clock = self.compute_clock if stream is None else stream.clock
+            self._merge(self.compute_clock, clock)
+            self._merge(self._seen_done, clock)
 
     @contextlib.contextmanager
     def on(self, stream: Any) -> Any:
@@ -163,13 +171,18 @@ class FakeBackend:
     def copy(self, to: Tensor, source: Tensor) -> None:
         stream = self._on(None)
         self.copies += 1
+        if stream is not None:
+            self._merge(stream.clock, {i: at for i, at in self._seen_done.items() if i != stream.index})
         index = COMPUTE if stream is None else stream.index
         self.access(source, False, index, "copy from")
         self.access(to, True, index, "copy to")
         if stream is None:
-            to.copy_(source)
+            self._move(to, source)
         else:
-            stream.put(lambda: to.copy_(source))
+            stream.put(lambda: self._move(to, source))
+
+    def _move(self, to: Tensor, source: Tensor) -> None:
+        to.copy_(source)
 
     def is_device(self, tensor: Tensor) -> bool:
         at = tensor.data_ptr()

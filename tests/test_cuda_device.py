@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -277,6 +279,36 @@ def test_slabs_are_exact_and_locked_once():
     assert backend.locked == slabs.pinned_bytes == 4096 + 12288 + 8192
     slabs.close()
     assert backend.locked == 0
+
+
+def test_forked_processes_have_no_part_in_host_memory_of_blocks():
+    """Page-locked memory that a fork shares is copied at once, or copied on write: away from under the GPU."""
+    slab, plain = FakeCudaDevice().host_alloc(1 << 16), CpuDevice().host_alloc(1 << 16)
+    assert "dc" in mapping_flags(slab.data_ptr()) and "dc" not in mapping_flags(plain.data_ptr())
+
+
+def mapping_flags(address):
+    """VmFlags of the mapping that an address is in (proc(5))."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= address < int(match[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"{address:#x} is not mapped")
+
+
+def test_the_link_is_measured_once_and_before_pages_are_locked(use, monkeypatch):
+    """Locking takes the driver's locks, and copies that wait for them would make the link look slow."""
+    happened = []
+    link = Link(50.0, 50.0, 40.0, 40.0)
+    monkeypatch.setattr("zo_offload.devices.cuda.measure_link", lambda *a, **k: happened.append("measured") or link)
+    device = use(FakeCudaDevice())
+    monkeypatch.setattr(device, "measure_link", lambda: CudaDevice.measure_link(device))
+    monkeypatch.setattr(device.backend, "lock", lambda memory: happened.append("locked"))
+    for _ in range(2):
+        train(device="cuda", offload="host", steps=1)
+    assert happened[0] == "measured" and happened.count("measured") == 1 and "locked" in happened
 
 
 def test_a_ring_makes_no_more_pieces_than_it_may():

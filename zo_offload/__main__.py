@@ -60,7 +60,7 @@ def _gpu() -> str:
 
     try:
         link = measure_link(torch.device("cuda", torch.cuda.current_device()))
-        resident, host = (_losses(device="cuda", offload=offload) for offload in ("none", "host"))
+        resident, host = (_losses(device="cuda", offload=offload, num_slots=2) for offload in ("none", "host"))
     except (ZOError, RuntimeError) as error:
         return f"cannot be used: {error}"
     same = "streamed from host == resident, bit for bit" if resident == host else f"LOSSES DIFFER: {resident}, {host}"

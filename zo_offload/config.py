@@ -81,7 +81,8 @@ class EngineConfig:
     "staged" copies through a small pinned ring; "auto" tries the first and falls back to the second."""
     device_memory: int | float | str | None = None
     """Budget for window, scratch and activations together, e.g. "3GB". What the window can spare pins blocks.
-    Default: the smallest window that overlaps (num_slots=3)."""
+    Default: on the CPU the smallest window that overlaps (num_slots=3); on a GPU four fifths of what is free, or that
+    same window where num_slots is given."""
     block_numel: int = BLOCK_NUMEL
     """Most elements of a block. Larger layers are several blocks, larger parameters are cut into pieces of whole rows
     (`blocks.py`), so the window takes num_slots times this whatever the model."""

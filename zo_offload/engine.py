@@ -46,7 +46,7 @@ from .late import LateLog, Launched
 from .layout import Layout, make_layout
 from .memory import MemoryPlan, plan_memory, process_bytes
 from .methods import MeZO, lr_schedule
-from .on_device import move_buffers
+from .on_device import Homes, move_buffers
 from .passes import Batch, Objective, Passes, for_a_loss, model_loss
 from .plan import Plan, make_plan
 from .session import Maker, Session, choose_offload
@@ -318,11 +318,14 @@ class Engine:
         return ((name, parts.streamer.read(name)) for name in self.plan.params)
 
     def restore(self) -> nn.Module:
-        """Put the current weights into the module's parameters, whole, and return it; the engine is closed."""
-        weights = {name: tensor.to(self.plan.params[name].dtype) for name, tensor in self.weights()}
+        """Put the current weights into the module's parameters, whole, and return it; the engine is closed.
+
+        The module is where it was when it was given (a checkpoint's, on the host). Its parameters are other objects
+        than then if they were not on the engine's device.
+        """
+        weights = dict(self.weights())
         self.close()
-        for name, parameter in self.model.named_parameters():
-            parameter.data = weights.pop(name)
+        self._homes.bring_back(self.model, weights)
         return self.model
 
     def close(self) -> None:
@@ -339,8 +342,11 @@ class Engine:
         finally:  # a flush that failed is reported; what the journal holds is not lost by it
             if parts is not None:
                 parts.streamer.close()
-            if self._session is not None:
-                self._session.close()
+            try:
+                if self._session is not None:
+                    self._session.close()
+            finally:
+                self.device.trim()  # the window is gone: what an allocator keeps of it is others' to use
 
     def settle(self, *, at_once: bool = False) -> None:
         """End of a call of `fit`: flush and sync, or (at once) leave it all to the journal, now and in `close`."""
@@ -425,6 +431,7 @@ class Engine:
         self._check_data = session.reopened
         if session.reopened and self.journal is not None:
             self.evals = [values for values in runs.evaluations(self._path(runs.METRICS)) if self._has_reached(values)]
+        self._homes = Homes(self.model)
         hollow(self.model, self.device.torch_device)
         move_buffers(self.model, self.device.torch_device)
         if isinstance(self.base, ModuleBase) and make is None:
@@ -442,8 +449,9 @@ class Engine:
             min((torch.finfo(dtype).max for dtype in formats), default=math.inf),
             halvings=sum(record.halved for record in self.journal.steps) if self.journal is not None else 0,
         )  # fmt: skip
-        session.tier = self.device.wrap(session.tier, self.offload, self.layout.block_bytes, self.config.host_memory)
+        # the link first: page-locking, which begins behind our back, would take part in the measurement
         self.link = self.device.measure_link() if self.offload != "none" else None
+        session.tier = self.device.wrap(session.tier, self.offload, self.layout.block_bytes, self.config.host_memory)
         streamer = Streamer(
             self.plan, self.layout, session.tier, self.device, self.log, window=self.memory.window,
             fold_every=self.fold_every, noise=self.method.noise, rounding=self.config.rounding,

@@ -346,7 +346,7 @@ def run(
     from .formats import format_of
 
     found = kernels(stored.device.index)
-    if not isinstance(updates, DeviceUpdates):
+    if not isinstance(updates, DeviceUpdates) and len(updates):
         table = UpdateTable(stored.device)
         table.append(updates)
         updates = table.since(0, True)
@@ -355,7 +355,8 @@ def run(
     ]
     call: dict[str, Any] = dict(
         planes, rows=0 if rows is None else rows.data_ptr(), numel=numel, offset=offset,
-        num_rows=0 if rows is None else rows.numel(), total_rows=total_rows, total=total, updates=updates,
+        num_rows=0 if rows is None else rows.numel(), total_rows=total_rows, total=total,
+        updates=updates if isinstance(updates, DeviceUpdates) else None,
         param_id=param_id, noise=noise, write_back=write_back, stochastic=stochastic, lanes=lanes,
         target_scales=target_scales, stream=found.stream(),
     )  # fmt: skip

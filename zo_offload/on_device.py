@@ -26,6 +26,33 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
                 setattr(module, name, moved[id(buffer)])
 
 
+class Homes:
+    """Where a model's parameters and buffers are now, to bring them back there; from meta, to the host."""
+
+    def __init__(self, model: nn.Module) -> None:
+        found = [*model.named_parameters(), *model.named_buffers()]
+        self._of = {name: torch.device("cpu") if t.is_meta else t.device for name, t in found}
+
+    def bring_back(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
+        """Parameters get their `values`; those that have gone to another device become new ones, ties stay ties."""
+        new: dict[int, Tensor] = {}
+        for name, p in model.named_parameters():
+            value, home = values[name].to(p.dtype), self._of[name]
+            if p.device == home:
+                p.data = value.to(home)
+            else:
+                new[id(p)] = nn.Parameter(value.to(home), requires_grad=p.requires_grad)
+        for name, buffer in model.named_buffers():
+            if buffer.device != self._of.get(name, buffer.device):
+                new[id(buffer)] = buffer.to(self._of[name])
+        for module in model.modules():
+            held = [*module.named_parameters(recurse=False, remove_duplicate=False)]
+            held += module.named_buffers(recurse=False, remove_duplicate=False)  # type: ignore[arg-type]
+            for name, tensor in held:
+                if id(tensor) in new:
+                    setattr(module, name, new[id(tensor)])
+
+
 class PlacedBatches:
     """Batches on the device, each moved once however many lanes use it, and what is known of them on the host."""
 

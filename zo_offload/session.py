@@ -248,12 +248,15 @@ class Maker:
             if block in files.torn:
                 continue
             view = tier.view(block)
-            buffer = self.device.host_alloc(nbytes) if view is None else view
+            in_place = view is not None and view.device.type == "cpu"  # a file is read into the host's memory only
+            buffer = view if in_place and view is not None else self.device.host_alloc(nbytes)
             try:
                 files.fetch(block, buffer)
             except CheckpointError:
                 missing.append(block)
                 continue
+            if view is not None and not in_place:
+                buffer = view.copy_(buffer)
             tier.flush(block, buffer, ((0, nbytes),), files.version(block))
             self.progress(nbytes)
         return missing

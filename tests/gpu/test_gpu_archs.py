@@ -18,10 +18,11 @@ def squares(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     return torch.stack([leaf.float().square().mean() for leaf in found]).sum()
 
 
-def losses(arch: Arch, device: str, offload: str) -> list[float]:
+def losses(arch: Arch, device: str, offload: str, **settings: Any) -> list[float]:
     batch = arch.batch(0)
-    method = MeZO(lr=1e-3)
-    with Engine(build(arch), method=method, objective=squares, device=device, offload=offload, example=batch) as engine:
+    with Engine(
+        build(arch), method=MeZO(lr=1e-3), objective=squares, device=device, offload=offload, example=batch, **settings
+    ) as engine:
         return [engine.step(batch).loss for _ in range(2)]
 
 
@@ -31,4 +32,4 @@ def test_an_architecture_streams_as_it_runs_resident(arch):
         with pytest.raises(PlanError, match="changed in place"):
             losses(arch, "cuda", "none")
         return
-    assert losses(arch, "cuda", "none") == losses(arch, "cuda", "host")
+    assert losses(arch, "cuda", "none") == losses(arch, "cuda", "host", num_slots=2)

@@ -48,4 +48,4 @@ def test_an_architecture_in_pieces_streams_as_it_runs_resident(name):
                     block_numel=700, **settings) as engine:  # fmt: skip
             return [engine.step(batch).loss for _ in range(3)]
 
-    assert losses("none") == losses("host") == losses("host", order="block")
+    assert losses("none") == losses("host", num_slots=2) == losses("host", num_slots=3, order="block")

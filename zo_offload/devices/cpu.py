@@ -116,6 +116,23 @@ class Stream:
             self._idle.notify_all()
 
 
+def map_memory(nbytes: int, *, forked: bool = True) -> Tensor:
+    """Zeroed uint8 memory of exactly nbytes, page-aligned, returned to the system when its last view dies.
+
+    mmap rather than malloc: nothing is rounded up, and huge pages (where the system grants them) save most of the page
+    faults and TLB misses of a window that is walked end to end. forked: processes that are forked off have it too.
+    """
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= 1 << 22 and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages: plain ones work the same
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    if not forked and hasattr(mmap, "MADV_DONTFORK"):
+        memory.madvise(mmap.MADV_DONTFORK)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
 class CpuDevice:
     """Host memory and worker threads behind the device interface."""
 
@@ -126,18 +143,8 @@ class CpuDevice:
     context_bytes = 0
 
     def alloc(self, nbytes: int) -> Tensor:
-        """A zeroed uint8 tensor of exactly nbytes, page-aligned, returned to the system when its last view dies.
-
-        mmap rather than malloc: nothing is rounded up, and huge pages (where the system grants them) save most of
-        the page faults and TLB misses of a window that is walked end to end.
-        """
-        if nbytes == 0:
-            return torch.empty(0, dtype=torch.uint8)
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if nbytes >= 1 << 22 and hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without transparent huge pages: plain ones work the same
-                memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        """A uint8 tensor where blocks are computed with; see `map_memory`."""
+        return map_memory(nbytes)
 
     def host_alloc(self, nbytes: int) -> Tensor:
         """Memory for blocks that live on the host."""

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..config import show_bytes
 from ..errors import BudgetError, ConfigError
 from ..tiers import HostTier, Tier
-from .cpu import CpuDevice, Event, Later, Stream
+from .cpu import CpuDevice, Event, Later, Stream, map_memory
 from .link import Link, measure_link
 from .nvml import DriverMemory
 from .staging import HostSlabs, ThroughHost
@@ -91,7 +91,10 @@ class TorchCuda:
         event.synchronize()
 
     def drain(self, stream: Any) -> None:
-        (stream if stream is not None else torch.cuda.current_stream(self.device)).synchronize()
+        # by an event that lets the thread sleep: to synchronise a stream is to spin on a core until it is done
+        event = self.make_event()
+        self.record(event, stream)
+        event.synchronize()
 
     def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         if stream is None:
@@ -203,6 +206,7 @@ class CudaDevice(CpuDevice):
     def __init__(self, index: int = 0, backend: Backend | None = None) -> None:
         self.backend: Backend = backend if backend is not None else TorchCuda(index)
         self.torch_device = torch.device("cuda", index) if backend is None else torch.device("cpu")
+        self._link: Link | None = None
         self.context_bytes = 0
         """What the driver counts for this process beside torch's tensors: context, kernels, libraries."""
 
@@ -218,8 +222,12 @@ class CudaDevice(CpuDevice):
             ) from error
 
     def host_alloc(self, nbytes: int) -> Tensor:
-        """Exact, page-aligned host memory; `staging.HostSlabs` locks it."""
-        return super().alloc(nbytes)
+        """Exact, page-aligned host memory; `staging.HostSlabs` locks it.
+
+        It is not there in forked processes (workers of a DataLoader): the kernel would copy locked pages for each of
+        them at once, or move the ones that are written to away from under the GPU.
+        """
+        return map_memory(nbytes, forked=False)
 
     def stream(self, name: str, threads: int) -> CudaStream:
         return CudaStream(name, threads, self.backend)
@@ -278,11 +286,15 @@ class CudaDevice(CpuDevice):
         self.backend.trim()
 
     def measure_link(self) -> Link | None:
-        link = measure_link(self.torch_device, nbytes=32 << 20)
-        self.trim()
-        return link
+        """Once a process: nothing else may use the link meanwhile, page-locking least of all."""
+        if self._link is None:
+            self._link = measure_link(self.torch_device, nbytes=32 << 20)
+            self.trim()
+        return self._link
 
     def free_bytes(self) -> int:
+        """What the driver has left, what torch keeps of tensors that are gone included."""
+        self.trim()
         return self.backend.memory()[0]
 
 

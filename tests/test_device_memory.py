@@ -1,0 +1,204 @@
+"""Whole runs on tensors that are not the host's (`fake_gpu.py`): nothing is mixed up, and nothing waits in a step.
+
+What a model's own code does is its own; here it is asked what ours does around it. Numbers are compared within the
+fake GPU: torch attends there by other kernels than on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from archs import ALL, build
+from fake_gpu import DEVICE, FakeGpu, Gpu, GpuTensor, HostKernels, MixedDevices, reason
+from test_cuda_device import METHOD, assert_same, batches, tiny_opt
+from transformers import OPTForCausalLM
+
+import zo_offload.engine
+from zo_offload import Engine, MeZO, native_cuda, tiles
+from zo_offload.replay import replayed
+
+pytestmark = pytest.mark.skipif(bool(reason()), reason=reason() or "-")
+ARCH = {arch.name: arch for arch in ALL}
+
+
+STEPS = 4
+
+
+def small_opt():
+    model = tiny_opt()
+    del model.model.decoder.layers[2:]
+    model.config.num_hidden_layers = 2
+    return model
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The memory of a GPU; engines with device="cuda" use it, each with streams of its own."""
+    gpu = Gpu()
+    made = gpu.devices = []
+
+    def make_device(name):
+        made.append(FakeGpu(gpu, longest_s=2e-4))
+        return made[-1]
+
+    kernels = HostKernels(gpu)
+    monkeypatch.setattr(zo_offload.engine, "make_device", make_device)
+    monkeypatch.setattr(native_cuda, "kernels", lambda index: kernels)
+    monkeypatch.setattr(tiles, "_is_plain", lambda x: True)  # a GpuTensor is one to the code that runs on a GPU
+    with gpu:
+        yield gpu
+    for device in made:
+        assert not device.backend.races and not device.backend.foreign
+
+
+def ours(waits):
+    """Waits whose innermost caller outside of torch is this package."""
+    innermost = (wait.split(" at ")[1].split(" < ")[0] for wait in waits)
+    return [where for where in innermost if "zo_offload/" in where and "watch.py" not in where]
+
+
+TIERS = {
+    "none": dict(offload="none"),
+    "host": dict(offload="host", num_slots=2),
+    "host, staged": dict(offload="host", num_slots=2, host_memory="staged"),
+    "host, block order": dict(offload="host", num_slots=3, order="block"),
+    "disk": dict(offload="disk", num_slots=2),
+}
+MORE = {
+    "folds": dict(fold_every=3),
+    "split": dict(storage="int8+8", fold_every=2),
+    "pieces": dict(block_numel=600, fold_every=2),
+    "frozen": dict(trainable="model.decoder.layers.1.*"),
+}
+
+
+@pytest.mark.parametrize("more", MORE)
+def test_every_tier_gives_the_same_numbers_and_waits_for_nothing(gpu, tmp_path, more):
+    results = []
+    tiers = TIERS if more == "folds" else {name: TIERS[name] for name in ("none", "host")}
+    for name, tier in tiers.items():
+        settings = MORE[more] | tier | (dict(run_dir=tmp_path / name) if name == "disk" else {})
+        with Engine(small_opt(), method=METHOD, device="cuda", **settings) as engine:
+            losses = engine.fit(batches(2), steps=2, batch_size=4, micro_batches=2).losses
+            gpu.waits.clear()
+            launched = [engine.launch(batch, micro_batches=2) for batch in batches(3)]
+            assert gpu.waits == []
+            losses += [engine.finish(step).loss for step in launched]
+            results.append((losses, dict(engine.weights())))
+    for other in results[1:]:
+        assert_same(results[0], other)
+
+
+@pytest.mark.parametrize("name", "llama-tied gpt2 gpt_oss t5 Rows Routed Overlap NestedTies".split())
+def test_an_architecture_streams_as_it_runs_resident(gpu, name):
+    arch = ARCH[name]
+
+    def losses(offload, **settings):
+        with Engine(
+            build(arch), method=MeZO(lr=1e-3), objective=squares, device="cuda", offload=offload, example=arch.batch(0),
+            **settings,
+        ) as engine:  # fmt: skip
+            found = [engine.step(arch.batch(0)).loss]
+            gpu.waits.clear()
+            launched = engine.launch(arch.batch(1))
+            assert ours(gpu.waits) == []
+            return [*found, engine.finish(launched).loss]
+
+    assert losses("none", block_numel=700) == losses("host", num_slots=2, block_numel=700)
+
+
+def squares(model, batch):
+    leaves = torch.utils._pytree.tree_leaves(model(**batch))
+    found = [leaf for leaf in leaves if torch.is_tensor(leaf) and leaf.is_floating_point()]
+    return torch.stack([leaf.float().square().mean() for leaf in found]).sum()
+
+
+@pytest.mark.parametrize("offload", ["none", "host", "disk"])
+def test_a_run_is_evaluated_snapshotted_resumed_and_exported(gpu, tmp_path, offload):
+    settings = dict(device="cuda", offload=offload, snapshot_steps=2, storage="int8+8", fold_every=2)
+    settings |= {} if offload == "none" else dict(num_slots=2)
+    options = dict(batch_size=4, eval_data=batches(2), eval_every=2)
+    with Engine(small_opt(), method=METHOD, run_dir=tmp_path / "whole", **settings) as engine:
+        whole = engine.fit(batches(STEPS), steps=STEPS, **options), dict(engine.weights())
+    with Engine(small_opt(), method=METHOD, run_dir=tmp_path / "run", **settings) as engine:
+        engine.fit(batches(STEPS), steps=3, **options)
+    with Engine.resume(tmp_path / "run", small_opt()) as engine:
+        again = engine.fit(batches(STEPS), steps=STEPS, new_data=True, **options)
+        assert_same((again.evals[-1], whole[1]), (whole[0].evals[-1], dict(engine.weights())))
+        engine.save_pretrained(tmp_path / "out")
+    plain = OPTForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, whole[1][name])
+
+
+@pytest.mark.parametrize("offload", ["none", "host"])
+def test_what_is_restored_is_where_it_was(gpu, offload):
+    """The module as it was given, on the host: buffers as well as parameters, so that it runs."""
+    model = build(ARCH["llama"])
+    with Engine(model, method=METHOD, device="cuda", offload=offload) as engine:
+        engine.step(ARCH["llama"].batch(0))
+        expected = dict(engine.weights())
+        assert engine.restore() is model
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name]) and not isinstance(parameter, GpuTensor)
+    with torch.no_grad():
+        assert model(**ARCH["llama"].batch(0)).loss.isfinite()
+
+
+def test_a_checkpoint_is_trained_and_replayed(gpu, tmp_path):
+    small_opt().save_pretrained(tmp_path / "base")
+    with Engine(
+        tmp_path / "base", method=METHOD, device="cuda", offload="host", num_slots=2, run_dir=tmp_path / "run"
+    ) as engine:
+        engine.fit(batches(STEPS), steps=STEPS, batch_size=4)
+        expected, score = dict(engine.weights()), engine.evaluate(batches(2), batch_size=4)
+    with replayed(tmp_path / "base", tmp_path / "run") as engine:
+        assert_same((score, expected), (engine.evaluate(batches(2), batch_size=4), dict(engine.weights())))
+
+
+def test_a_pass_that_fails_leaves_a_run_that_goes_on(gpu):
+    """In the midst of a step, with blocks under way: the next steps are those of a run where nothing failed."""
+    patience = [math.inf]
+
+    def objective(model, batch):
+        loss = model(**batch).loss
+        patience[0] -= 1
+        if patience[0] < 0:
+            raise RuntimeError("out of patience")
+        return loss
+
+    settings = dict(method=METHOD, device="cuda", offload="host", num_slots=2, fold_every=1)
+    with Engine(small_opt(), **settings) as engine:
+        expected = [engine.step(batch).loss for batch in batches(4)]
+    with Engine(small_opt(), objective=objective, **settings) as engine:
+        found = [engine.step(batch).loss for batch in batches(2)]
+        patience[0] = 1
+        with pytest.raises(RuntimeError, match="out of patience"):
+            engine.step(batches(3)[2])
+        patience[0] = math.inf
+        assert found + [engine.step(batch).loss for batch in batches(4)[2:]] == expected
+
+
+def test_the_stand_in_sees_what_it_is_there_for(gpu):
+    """Tensors of both sides in one op, and each kind of wait."""
+    there, here = torch.ones(4, device="cuda"), torch.ones(4)
+    assert there.device == DEVICE and there.is_cuda and (there + 1).device == DEVICE and (there * here[0]).is_cuda
+    for mixed in (lambda: there + here, lambda: torch.cat([there, here]), lambda: here @ there):
+        with pytest.raises(MixedDevices):
+            mixed()
+    pinned = here.pin_memory()
+    gpu.waits.clear()
+    pinned.to(DEVICE, non_blocking=True)
+    there.copy_(pinned, non_blocking=True)
+    torch.where(there > 0, there, 0.0).sum().double()
+    assert gpu.waits == []
+    for number, waits in enumerate((
+        lambda: there.sum().item(), lambda: bool(there[0]), lambda: there.cpu(), lambda: here.to(DEVICE),
+        lambda: here.to(DEVICE, non_blocking=True), lambda: there[there > 0], lambda: there.nonzero(),
+        lambda: there.unique(), lambda: there.tolist(), lambda: here.copy_(there),
+        lambda: torch.tensor(2, device=DEVICE),
+    )):  # fmt: skip
+        waits()
+        assert len(gpu.waits) == number + 1 and "test_device_memory.py" in gpu.waits[-1], number
