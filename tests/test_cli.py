@@ -88,6 +88,16 @@ def test_fit_writes_a_run_and_a_checkpoint(files, tmp_path, capsys):
     assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_fit_by_another_method_is_resumed_by_it(files, tmp_path):
+    run = tmp_path / "run"
+    assert fit(files, "--steps", 2, "--run-dir", run, "--method", "fzoo", "--directions", 3) == 0
+    assert (
+        call("fit", run, "--resume", "--data", files / "train.jsonl", "--batch-size", 4, "--steps", 3, "--quiet") == 0
+    )
+    assert (run / "journal.zoj").stat().st_size > 9 * 64, "a record a direction"
+    assert len(losses(run)) == 3
+
+
 def test_resumed_is_never_stopped(trained, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     assert fit(trained, "--steps", 3, "--run-dir", run) == 0
@@ -166,7 +176,7 @@ def test_a_checkpoint_is_evaluated_and_converted_in_four_bits(files, tmp_path, c
     rounded = json.loads(capsys.readouterr().out)["loss"]
     assert call("export", files / "base", "--storage", storage, "--out", tmp_path / "out") == 0
     assert call("eval", tmp_path / "out", "--data", files / "dev.jsonl", "--storage", "fp32") == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["loss"] == pytest.approx(rounded, rel=1e-3)  # rounded to 16 bits
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["loss"] == pytest.approx(rounded, rel=1e-3)
     assert call("eval", files / "base", "--data", files / "dev.jsonl", "--storage", "fp32") == 0
     assert json.loads(capsys.readouterr().out)["loss"] != rounded
 
@@ -205,6 +215,7 @@ WRONG = {
     "little memory": ([*BASE, *DATA, *DISK, "--device-memory", "10KB"], "device_memory=10.0 kB is too small"),
     "little memory to plan": (["plan", "{}/base", "--device-memory", "10KB"], "device_memory=10.0 kB is too small"),
     "size": (["export", "{}/run", "--out", "{}/never", "--max-shard", "big"], "max_shard_bytes='big'"),
+    "directions of mezo": ([*BASE, *DATA, "--directions", "4"], "--directions 4 are those of --method fzoo"),
     "preset": ([*BASE, *DATA, "--preset", "opus"], "preset 'opus' is not known; there are opt"),
     "out in use": ([*BASE, *DATA, *DISK, "--out", "{}/tuned"], "{}/tuned is not empty"),
     "out under a file": (["export", "{}/run", "--out", "{}/dev.jsonl/x"], "{}/dev.jsonl is a file"),

@@ -21,6 +21,7 @@ _HOMES = {
     "FitResult": "training",
     "Stopped": "signals",
     "MeZO": "methods",
+    "FZOO": "methods",
     "QZO": "methods",
     "PRESETS": "methods",
     "Checkpoint": "checkpoint",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .errors import PlanError as PlanError
     from .errors import StorageError as StorageError
     from .errors import ZOError as ZOError
+    from .methods import FZOO as FZOO
     from .methods import PRESETS as PRESETS
     from .methods import QZO as QZO
     from .methods import MeZO as MeZO

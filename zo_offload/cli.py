@@ -43,6 +43,8 @@ def _fit(args: argparse.Namespace) -> int:
             raise ConfigError(f"--preset {args.preset} is a recipe of mezo: leave out --method")
         if args.clip is not None and args.method != "qzo":
             raise ConfigError(f"--clip {args.clip:g} bounds the projected gradient of --method qzo")
+        if args.directions is not None and args.method != "fzoo":
+            raise ConfigError(f"--directions {args.directions} are those of --method fzoo")
         name = args.method or "mezo"
         method = MeZO.preset(args.preset, **recipe) if args.preset else method_from({"name": name, **recipe})
         settings = _given(args, *_IDENTITY, *_MOVABLE, "run_dir")
@@ -173,7 +175,8 @@ def _refuse(args: argparse.Namespace, *names: str) -> None:
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
-_METHOD = ("lr", "eps", "weight_decay", "schedule", "warmup_steps", "distribution", "rounds", "on_nonfinite", "clip")
+_METHOD = ("lr", "eps", "weight_decay", "schedule", "warmup_steps", "distribution", "rounds", "on_nonfinite", "clip",
+           "directions")  # fmt: skip
 _IDENTITY = (  # what numbers depend on
     "storage",
     "keep",
@@ -230,7 +233,11 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--snapshot-minutes", type=float, help="every block to the disk once in so long (10)")
     fit.add_argument("--resume", action="store_true", help="continue the run in MODEL")
     fit.add_argument("--out", help="export the tuned checkpoint here")
-    fit.add_argument("--method", choices=["mezo", "qzo"], help="qzo trains the scales of a quantized storage")
+    fit.add_argument(
+        "--method", choices=["mezo", "fzoo", "qzo"],
+        help="fzoo takes steps along several directions; qzo trains the scales of a quantized storage",
+    )  # fmt: skip
+    fit.add_argument("--directions", type=_count, help="perturbations of a step (fzoo; 8)")
     fit.add_argument("--clip", type=float, help="of the projected gradient (qzo)")
     fit.add_argument("--preset", help="a published recipe: opt, opt-squad, opt-lora, opt-prefix, roberta")
     for name, kind in (("lr", float), ("eps", float), ("weight-decay", float), ("warmup-steps", int), ("rounds", int)):

@@ -134,7 +134,7 @@ class Engine:
         self._make_session = _session  # a replayed engine: its blocks are made as they are fetched
         self.offload = choose_offload(self.config, self.layout, self.device) if _session is None else "disk"
         self.fold_every = choose_fold_every(
-            self.config.fold_every, self.plan, self.layout, self.offload, self.method.distribution
+            self.config.fold_every, self.plan, self.layout, self.offload, self.method.distribution, self.method.noises
         )
         self.memory: MemoryPlan = self._plan_memory(example)
         self.log = UpdateLog()

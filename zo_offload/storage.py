@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -135,14 +136,17 @@ def is_lossless(plan: Plan, layout: Layout) -> bool:
     return layout.target == "scales" or all(name == "fp32" for name in trained)
 
 
-def choose_fold_every(given: int | None, plan: Plan, layout: Layout, offload: str, distribution: str) -> int:
+def choose_fold_every(
+    given: int | None, plan: Plan, layout: Layout, offload: str, distribution: str, noises: int = 1
+) -> int:
     """`fold_every`, with the default decided.
 
     In float32 the numbers do not depend on it, so weights that are never flushed (offload "none", or all that trains is
     resident) fold every step, which saves making the noise of pending updates again. Elsewhere it is part of the run's
-    identity and must not depend on where the blocks live.
+    identity and must not depend on where the blocks live. noises: of one step; each is a pending update of its own.
     """
     if given is not None:
         return given
     flushed = offload != "none" and not layout.written <= plan.resident
-    return FOLD_EVERY[distribution] if flushed or not is_lossless(plan, layout) else 1
+    every = max(1, round(FOLD_EVERY[distribution] / math.sqrt(noises)))  # c of the formula above is that of all noises
+    return every if flushed or not is_lossless(plan, layout) else 1

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
+from .fzoo import FZOO
 from .mezo import PRESETS, MeZO, Step, lr_schedule
 from .qzo import QZO
 
-__all__ = ["METHODS", "PRESETS", "QZO", "MeZO", "Step", "lr_schedule", "method_from"]
+__all__ = ["FZOO", "METHODS", "PRESETS", "QZO", "MeZO", "Step", "lr_schedule", "method_from"]
 
-METHODS: dict[str, type[MeZO]] = {"mezo": MeZO, "qzo": QZO}
+METHODS: dict[str, type[MeZO]] = {"mezo": MeZO, "fzoo": FZOO, "qzo": QZO}
 
 
 def method_from(record: Mapping[str, Any]) -> MeZO:

@@ -98,6 +98,11 @@ class MeZO:
     def noise(self) -> NoiseSpec:
         return NoiseSpec(self.distribution, self.rounds)
 
+    @property
+    def noises(self) -> int:
+        """Different noises of one step, each with an update of its own."""
+        return 1
+
     def with_options(self, **changes: Any) -> MeZO:
         return replace(self, **changes)
 
