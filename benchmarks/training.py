@@ -18,6 +18,7 @@ its name tells:
     bf16+16 int8+8 fp8+8   split masters, folded every 4 steps
     int4 QZO        frozen codes, trained group scales (lr, eps: --qzo)
     int4 LoRA       frozen codes, rank-8 adapters on queries and values (lr, eps: --lora)
+    FZOO            int8+8, eight directions a step: nine forwards, where the others take two (lr: --fzoo)
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import about, emit
-from zo_offload import QZO, Engine, MeZO
+from zo_offload import FZOO, QZO, Engine, MeZO
 
 Batch = dict[str, Tensor]
 ANCHORS = ("a personal message to a friend", "advertisement: win a free prize, claim now")
@@ -47,6 +48,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "fp8 cast": dict(storage="fp8_e4m3", fold_every=1),
     "int4 QZO": dict(storage="int4"),
     "int4 LoRA": dict(storage="int4", trainable="requires_grad"),
+    "FZOO": dict(storage="int8+8"),
 }
 
 
@@ -154,6 +156,8 @@ def run(task: Task, way: str, seed: int, options: argparse.Namespace) -> dict[st
     if way.endswith("LoRA"):
         model = with_adapters(model, seed)
         method = MeZO(lr=options.lora[0], eps=options.lora[1], batch_size=16)
+    if way == "FZOO":
+        method = FZOO(lr=options.fzoo, eps=1e-3, batch_size=16)
     settings.setdefault("trainable", "encoder.layer")
     train, dev = task.train(seed, options.steps), task.dev()
     with Engine(model, method=method, offload="host", seed=seed, example=train[0], **settings) as engine:
@@ -161,7 +165,8 @@ def run(task: Task, way: str, seed: int, options: argparse.Namespace) -> dict[st
         result = engine.fit(train, steps=options.steps)
         after = measure(engine, dev)
         return {
-            "way": way, "seed": seed, "steps": options.steps, "lr": method.lr, "eps": method.eps,
+            "way": way, "seed": seed, "steps": options.steps,
+            "forwards": options.steps * len(method.perturbations(0, 0)), "lr": method.lr, "eps": method.eps,
             "fold_every": engine.fold_every, "loss_before": round(before[0], 5), "loss": round(after[0], 5),
             "accuracy_before": round(before[1], 4), "accuracy": round(after[1], 4),
             "train_loss_last_20": round(sum(result.losses[-20:]) / len(result.losses[-20:]), 5),
@@ -207,6 +212,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--qzo", type=float, nargs=2, default=[1e-5, 1e-3], metavar=("LR", "EPS"))
+    parser.add_argument("--fzoo", type=float, default=3e-4, metavar="LR")
     parser.add_argument("--lora", type=float, nargs=2, default=[1e-2, 1e-2], metavar=("LR", "EPS"))
     parser.add_argument("--out", type=Path, help="add the lines to this file too")
     parser.add_argument("--plot", type=Path, help="draw the lines of --out here, and run nothing")
