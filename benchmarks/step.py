@@ -1,9 +1,10 @@
-"""One MeZO step beside two plain forwards of the same model: the floor of any two-point method.
+"""One step beside as many plain forwards of the same model as its method takes: two for MeZO, the floor of any
+two-point method; nine for FZOO (--method fzoo, ways "ours" only).
 
     python -m benchmarks.step [--quick] [--models opt-125m opt-1.3b] [--tokens 128 512] [--repeats 5] [--ways NAME ...]
-                              [--block-numel N ...]
+                              [--block-numel N ...] [--method mezo|fzoo]
 
-Random weights, random tokens, batch 1, fp32 compute and storage. For each way of running, its step and two plain
+Random weights, random tokens, batch 1, fp32 compute and storage. For each way of running, its step and the plain
 forwards (loss included) are timed in turn in the same process, so a noisy machine disturbs both; `ratio` is the median
 of the pairs' ratios. Ways:
     ours none | host | disk        Engine.step, everything resident, or streamed through 3 slots
@@ -26,7 +27,7 @@ import torch
 from torch import nn
 
 from benchmarks.common import about, emit, quantile
-from zo_offload import Engine, MeZO
+from zo_offload import FZOO, Engine, MeZO
 from zo_offload.blocks import BLOCK_NUMEL
 from zo_offload.shapes import opt_config
 
@@ -89,7 +90,12 @@ WAYS = ("ours none", "ours host", "ours disk", "plain mezo", "accelerate cpu", "
 
 
 def ways(
-    name: str, batch: dict[str, torch.Tensor], folder: str, wanted: Sequence[str], block_numels: Sequence[int]
+    name: str,
+    batch: dict[str, torch.Tensor],
+    folder: str,
+    wanted: Sequence[str],
+    block_numels: Sequence[int],
+    method: MeZO,
 ) -> Iterator[tuple[str, Work, dict[str, Any]]]:
     """Each way of running, with its work set up; the next one is set up only when this one is done with."""
     for offload, block_numel in product(("none", "host", "disk"), block_numels):
@@ -97,7 +103,7 @@ def ways(
             continue
         run_dir = f"{tempfile.mkdtemp(dir=folder)}/run" if offload == "disk" else None
         settings = dict(offload=offload, run_dir=run_dir, block_numel=block_numel)
-        engine = Engine(make_model(name), method=MeZO(lr=1e-6), **settings)
+        engine = Engine(make_model(name), method=method, **settings)
         with engine:
             engine.step(batch)
             engine.step(batch)
@@ -128,15 +134,15 @@ def ways(
         model = make_model(name)
         device = torch.device("cpu")
         model = cpu_offload(model, device) if where == "cpu" else disk_offload(model, f"{folder}/accelerate", device)
-        yield f"accelerate {where}, twice", two_forwards(model, batch), {}
+        yield f"accelerate {where}, twice", forwards(model, batch, 2), {}
         del model
         gc.collect()
 
 
-def two_forwards(model: nn.Module, batch: dict[str, torch.Tensor]) -> Work:
+def forwards(model: nn.Module, batch: dict[str, torch.Tensor], count: int) -> Work:
     def work() -> None:
         with torch.no_grad():
-            for _ in range(2):
+            for _ in range(count):
                 float(model(**batch).loss)
 
     return work
@@ -149,27 +155,32 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="NAME", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--block-numel", nargs="+", type=int, default=[BLOCK_NUMEL], help="of ours: elements a block")
+    parser.add_argument("--method", choices=["mezo", "fzoo"], default="mezo")
     parser.add_argument("--quick", action="store_true", help="opt-125m at 128 tokens, three repeats")
     options = parser.parse_args()
     if options.quick:
         options.models, options.tokens, options.repeats = ["opt-125m"], [128], 3
-    common = about("step")
+    method = FZOO(lr=1e-6) if options.method == "fzoo" else MeZO(lr=1e-6)
+    count = len(method.perturbations(0, 0))
+    if options.method == "fzoo":
+        options.ways = [way for way in options.ways if way.startswith("ours")]
+    common = about("step") | {"method": options.method, "forwards": count}
     for name in options.models:
         plain = make_model(name)
         for tokens in options.tokens:
             ids = torch.randint(5, 50000, (1, tokens), generator=torch.Generator().manual_seed(1))
             batch = {"input_ids": ids, "labels": ids}
-            floor = two_forwards(plain, batch)
+            floor = forwards(plain, batch, count)
             with tempfile.TemporaryDirectory() as folder:
-                for way, work, extra in ways(name, batch, folder, options.ways, options.block_numel):
-                    ours, two = pairs(work, floor, options.repeats)
-                    ratios = [a / b for a, b in zip(ours, two, strict=True)]
+                for way, work, extra in ways(name, batch, folder, options.ways, options.block_numel, method):
+                    ours, plainly = pairs(work, floor, options.repeats)
+                    ratios = [a / b for a, b in zip(ours, plainly, strict=True)]
                     emit(
                         {
                             "model": name, "tokens": tokens, "way": way, "ratio": round(quantile(ratios, 0.5), 3),
                             "p20": round(quantile(ratios, 0.2), 3), "p80": round(quantile(ratios, 0.8), 3),
                             "n": len(ratios), "step_s": round(quantile(ours, 0.5), 3),
-                            "two_forwards_s": round(quantile(two, 0.5), 3),
+                            "forwards_s": round(quantile(plainly, 0.5), 3),
                             "tokens_per_s": round(tokens / quantile(ours, 0.5), 1), **extra,
                         },
                         common,
