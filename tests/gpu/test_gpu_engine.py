@@ -13,7 +13,7 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 import zo_offload
-from zo_offload import BudgetError, Engine, MeZO
+from zo_offload import FZOO, BudgetError, Engine, MeZO
 from zo_offload.devices.link import measure_link
 from zo_offload.devices.nvml import DriverMemory
 
@@ -71,6 +71,13 @@ WAYS = {
 def test_where_blocks_live_changes_nothing(tmp_path, way, dtype, more):
     settings = WAYS[way] | more | (dict(run_dir=tmp_path / "run") if way == "disk" else {})
     assert_same(train(model(dtype=dtype), offload="none", **more), train(model(dtype=dtype), **settings))
+
+
+def test_many_directions_a_step():
+    method = FZOO(
+        lr=1e-3, directions=18, weight_decay=0.1
+    )  # with the weights themselves more lanes than one launch takes
+    assert_same(train(offload="none", method=method, fold_every=2), train(offload="host", method=method, fold_every=2))
 
 
 def test_the_same_seed_twice():
