@@ -53,11 +53,16 @@ class DictSource:
         owner: Owner,
         perturbations: Sequence[Perturbation],
         rows: Tensor | None = None,
-        piece: Piece | None = None,
+        pieces: Sequence[Piece] | None = None,
     ) -> list[list[Tensor]]:
         self.emits.append((owner.name, list(perturbations), rows))
         self.out += 1
-        names = owner.params if piece is None or piece.index == 0 else (piece.name,)
+        parts = dict[str, slice]()  # of each parameter the elements asked for: what its pieces make up
+        for piece in pieces or ():
+            start = parts[piece.name].start if piece.name in parts else piece.start
+            assert piece.name not in parts or parts[piece.name].stop == piece.start, "in order, and without a gap"
+            parts[piece.name] = slice(start, piece.stop)
+        names = [name for name in owner.params if pieces is None or name in parts]
         size = len(perturbations) * sum(self.weights[n].numel() for n in names)
         used = start = self._place(size)
         scratch: list[list[Tensor]] = []
@@ -67,8 +72,8 @@ class DictSource:
                 w = self.perturbed(name, p)
                 if rows is not None:
                     w = w[rows]
-                elif piece is not None and piece.name == name:
-                    w = w.view(-1)[piece.start : piece.stop].view(-1, *w.shape[1:])
+                elif pieces is not None:
+                    w = w.view(-1)[parts[name]].view(-1, *w.shape[1:])
                 if self._pool is not None:
                     free = self._pool.setdefault(w.shape, [])
                     scratch[-1].append((free.pop() if free else torch.empty_like(w)).copy_(w))

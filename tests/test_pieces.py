@@ -29,7 +29,8 @@ STILL = Perturbation(0, 0.0)
 @pytest.fixture(autouse=True)
 def whole_products(monkeypatch):
     """Here no linear layer is computed piece by piece, which may give other bits (`test_tiles.py`)."""
-    monkeypatch.setattr("zo_offload.attachment.is_plain_linear", lambda module: False)
+    for name in ("is_plain_linear", "is_stack_of_experts", "computes_in_portions"):
+        monkeypatch.setattr(f"zo_offload.attachment.{name}", lambda module: False)
 
 
 def spec(*shape):
@@ -171,9 +172,10 @@ def test_a_source_gives_a_piece_as_it_gives_the_whole(storage):
             whole = [[w.clone() for w in tensors] for tensors in _emitted(streamer, owner, lanes)]
             (cut_one,) = several
             at = owner.params.index(cut_one)
+            beside = [piece for piece in plan.pieces_in(owner) if piece.name != cut_one]
             for piece in plan.pieces_of(cut_one):
                 row = plan.params[cut_one].row_numel
-                got = _emitted(streamer, owner, lanes, piece)
+                got = _emitted(streamer, owner, lanes, [piece] if piece.index else [*beside, piece])
                 for tensors, all_of_it in zip(got, whole, strict=True):
                     want = all_of_it[at][piece.start // row : piece.stop // row]
                     if piece.index:
@@ -185,8 +187,8 @@ def test_a_source_gives_a_piece_as_it_gives_the_whole(storage):
         assert checked > 10
 
 
-def _emitted(streamer, owner, lanes, piece=None):
-    tensors = streamer.emit(owner, lanes, piece=piece)
+def _emitted(streamer, owner, lanes, pieces=None):
+    tensors = streamer.emit(owner, lanes, pieces=pieces)
     streamer.release(tensors)
     return tensors
 

@@ -264,9 +264,9 @@ class Told(DictSource):
         self.sizes: dict[int, int] = {}
         self.most = 0
 
-    def emit(self, owner: Any, perturbations: Any, rows: Any = None, piece: Any = None) -> Any:
-        self.asked.append((owner.name, None if piece is None else piece.index, [p.scale for p in perturbations]))
-        scratch = super().emit(owner, perturbations, rows, piece)
+    def emit(self, owner: Any, perturbations: Any, rows: Any = None, pieces: Any = None) -> Any:
+        self.asked.append((owner.name, None if pieces is None else pieces[-1].index, [p.scale for p in perturbations]))
+        scratch = super().emit(owner, perturbations, rows, pieces)
         self.sizes[id(scratch)] = sum(t.numel() for row in scratch for t in row)
         self.most = max(self.most, sum(self.sizes.values()))
         return scratch
@@ -485,10 +485,10 @@ def test_a_source_that_fails_in_mid_tile_leaves_all_clean(order: Any, watch: boo
     lanes = [Lane(p, {"x": x}) for p in (PLUS, MINUS)]
     emit = source.emit
 
-    def broken(owner: Any, perturbations: Any, rows: Any = None, piece: Any = None) -> Any:
-        if owner.name == "layers.1" and piece.index == at and perturbations[-1] is MINUS:
+    def broken(owner: Any, perturbations: Any, rows: Any = None, pieces: Any = None) -> Any:
+        if owner.name == "layers.1" and pieces[-1].index == at and perturbations[-1] is MINUS:
             raise OSError("disk on fire")
-        return emit(owner, perturbations, rows, piece)
+        return emit(owner, perturbations, rows, pieces)
 
     with Hub(model, plan, source, order=order) as hub:
         source.emit = broken  # type: ignore[method-assign]

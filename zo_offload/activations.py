@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from .blocks import Piece
 from .chunked_loss import losses_in_chunks
+from .experts import in_runs, set_rows
 from .plan import Owner, Plan
 from .tiles import tiled_linear
 from .trace import ForwardCall, MetaWatch, meta_copy
@@ -192,10 +193,11 @@ def measure_activations(
     watch = _LiveWatch()
     shadow = meta_copy(model)
     for owner in plan.owners:
-        module, pieces = shadow.get_submodule(owner.name), plan.tiles(owner)
-        if pieces:
-            vars(module)["forward"] = partial(_in_pieces, watch, plan, owner, module)
-        hook = partial(_wait_before, watch, plan, owner, pieces[0] if pieces else None)
+        module, portions = shadow.get_submodule(owner.name), plan.portions(owner)
+        if len(portions) > 1:
+            in_portions = _in_runs if owner.name in plan.tree.stacks else _in_pieces
+            vars(module)["forward"] = partial(in_portions, watch, plan, owner, module)
+        hook = partial(_wait_before, watch, plan, owner, portions[0])
         module.register_forward_pre_hook(hook, prepend=True)
     inputs = {k: v.to("meta") if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
     try:
@@ -208,20 +210,42 @@ def measure_activations(
     return Activations(tuple(watch.segments), nbytes)
 
 
-def _wait_before(watch: _LiveWatch, plan: Plan, owner: Owner, piece: Piece | None, *_: Any) -> None:
-    """A pre-hook of an owner, or what is done before a later piece of it."""
-    blocks = plan.streamed_blocks(owner, piece)
+def _wait_before(watch: _LiveWatch, plan: Plan, owner: Owner, portion: Sequence[Piece], *_: Any) -> None:
+    """A pre-hook of an owner, or what is done before a later portion of it."""
+    blocks = plan.streamed_blocks(portion)
     watch.wait(blocks[0] if blocks else owner.block, len(blocks) > 1)
 
 
 def _in_pieces(watch: _LiveWatch, plan: Plan, owner: Owner, module: Any, input: Tensor) -> Tensor:
     """The forward of a layer that waits for each piece of its weight, its output in hand."""
-    pieces, columns = plan.tiles(owner), module.weight.shape[1]
-    rows = [slice(piece.start // columns, piece.stop // columns) for piece in pieces]
+    portions, columns = plan.portions(owner), module.weight.shape[1]
+    rows = [slice(portion[-1].start // columns, portion[-1].stop // columns) for portion in portions]
 
     def weight(k: int) -> Tensor:
         if k:
-            _wait_before(watch, plan, owner, pieces[k])
+            _wait_before(watch, plan, owner, portions[k])
         return module.weight[rows[k]]  # type: ignore[no-any-return]
 
     return tiled_linear(input, rows, weight, module.bias)
+
+
+def _in_runs(watch: _LiveWatch, plan: Plan, owner: Owner, module: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of stacked experts that wait for each run, as though every token chose experts of that run only.
+
+    The first and the last run are computed; those between, of which there may be hundreds, take what the first takes.
+    """
+    portions, runs = plan.portions(owner), plan.runs(owner.params)
+    whole = [p.data for p in module.parameters()]
+    reached, before, watch.peak = watch.peak, watch.live, watch.live
+
+    def hold(k: int) -> None:
+        if k:
+            took, watch.peak = watch.peak - before, max(watch.peak, reached)
+            for portion in portions[1:]:
+                _wait_before(watch, plan, owner, portion)
+                watch.peak = watch.live + (took if portion is not portions[-1] else 0)
+        set_rows(module, [w[(runs[0], runs[-1])[k]] for w in whole])
+
+    out = in_runs(module, (runs[0], runs[-1]), args, kwargs, hold, masked=True)
+    set_rows(module, whole)
+    return out

@@ -1,12 +1,13 @@
-"""What a hub does to a model while it is attached: parameters away, hooks on the owners, cut linear layers in pieces.
+"""What a hub does to a model while it is attached: parameters away, hooks on the owners, cut weights in portions.
 
 The hooks run inside lanes. A pre-hook gives control to the hub until the owner's weights are installed; the hook after
 the forward takes them out again. `lanes.Hub` builds on this class and decides who runs when.
 
 A plain nn.Linear whose weight the plan cuts has a forward of its own meanwhile, which computes piece by piece
-(`tiles.py`), always, so that its results are the same however it is served. Where it is an owner itself, its pre-hook
-waits for the first piece and its forward for the others; where its weight is there whole (lifted, or because somebody
-else has hooks on it) it takes the pieces out of that.
+(`tiles.py`), and so have stacked experts (`experts.py`), run by run: always, so that results are the same however they
+are served. Where such a module is an owner itself, its pre-hook waits for the first portion and its forward for the
+others; where its weights are there whole (lifted, or because somebody else has hooks on it) it takes the portions out
+of them.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from torch.utils.hooks import RemovableHandle
 
 from .blocks import Piece
 from .errors import PlanError
+from .experts import in_runs, is_stack_of_experts, set_rows
 from .modes import ModeState
-from .module_tree import has_hooks, is_plain_linear
+from .module_tree import computes_in_portions, has_hooks, is_plain_linear
 from .plan import Owner, Plan
 from .serving import LaneRun, Portion, Served, install, placeholder, set_data
 from .tiles import tiled_linear
@@ -47,7 +49,7 @@ class Attachment:
         self._params: dict[str, nn.Parameter] = {}
         self._own_data: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
-        self._tiled: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = []  # and the forward each was given
+        self._tiled: list[tuple[nn.Module, Callable[..., Tensor]]] = []  # and the forward each was given
         self._home = self._current = self._watch = None
         self._thread, self._aborting = 0, False
 
@@ -115,37 +117,40 @@ class Attachment:
             self._handles.append(handle)
             self._handles.append(served.module.register_forward_hook(self._leave_hook(served), always_call=True))
 
-        self._cut_linears()
+        self._compute_in_portions()
 
     def _portions(self, owner: Owner, module: nn.Module) -> list[Portion]:
-        """What the owner is served in: one portion, or as many as its weight has pieces."""
-        pieces = self.plan.tiles(owner)
-        if not pieces or not is_plain_linear(module) or has_hooks(module):
+        """What the owner is served in: all at once, or portion by portion."""
+        portions = self.plan.portions(owner)
+        if len(portions) == 1 or not computes_in_portions(module) or has_hooks(module):
             return [self._portion(owner, None)]
-        return [self._portion(owner, piece) for piece in pieces]
+        return [self._portion(owner, pieces) for pieces in portions]
 
-    def _portion(self, owner: Owner, piece: Piece | None) -> Portion:
-        names = owner.params if piece is None or piece.index == 0 else (piece.name,)
-        shapes = {name: tuple(self._params[name].shape) for name in names}
-        if piece is not None:
-            columns = shapes[piece.name][1]
-            shapes[piece.name] = (piece.numel // columns, columns)
-        blocks = self.plan.streamed_blocks(owner, piece)
+    def _portion(self, owner: Owner, pieces: tuple[Piece, ...] | None) -> Portion:
+        held = self.plan.pieces_in(owner) if pieces is None else pieces
+        found = self.plan.shapes(held)
+        names = tuple(name for name in owner.params if name in found)
+        shapes = tuple(found[name] for name in names)
+        blocks = self.plan.streamed_blocks(held)
         params, resting = tuple(self._params[n] for n in names), tuple(self._resting[n] for n in names)
-        first = blocks[0] if blocks else owner.block
-        return Portion(piece, first, len(blocks) > 1, names, params, tuple(shapes.values()), resting)
+        return Portion(pieces, blocks[0] if blocks else owner.block, len(blocks) > 1, names, params, shapes, resting)
 
-    def _cut_linears(self) -> None:
-        """Give every plain nn.Linear whose weight is cut a forward that computes piece by piece."""
+    def _compute_in_portions(self) -> None:
+        """Give every module whose weights are cut, and that can, a forward that computes portion by portion."""
         names = {id(p): name for name, p in self._params.items()}
-        in_pieces = {id(served.module): served for served in self._served if len(served.portions) > 1}
+        in_portions = {id(served.module): served for served in self._served if len(served.portions) > 1}
         for module in self.model.modules():
-            if not isinstance(module, nn.Linear) or not is_plain_linear(module):
-                continue
-            pieces, columns = self.plan.pieces_of(names[id(module.weight)]), module.weight.shape[1]
-            if len(pieces) > 1:
+            served = in_portions.get(id(module))
+            if is_plain_linear(module):
+                pieces, columns = self.plan.pieces_of(names[id(module.weight)]), int(module.weight.shape[1])  # type: ignore[index]
                 rows = [slice(p.start // columns, p.stop // columns) for p in pieces]
-                forward = self._tiled_forward(module, rows, in_pieces.get(id(module)))
+                forward: Callable[..., Tensor] = self._tiled_forward(module, rows, served)
+            elif is_stack_of_experts(module):
+                rows = list(self.plan.runs([names[id(p)] for p in module.parameters()]))
+                forward = self._runs_forward(module, rows, served)
+            else:
+                continue
+            if len(rows) > 1:
                 vars(module)["forward"] = forward
                 self._tiled.append((module, forward))
 
@@ -166,7 +171,7 @@ class Attachment:
             lane = self._current
             if lane is None or threading.get_ident() != self._thread:
                 self._refuse(served)
-            lane.want, lane.piece, lane.last = index, 0, name
+            lane.want, lane.portion, lane.last = index, 0, name
             self._wait(lane)
 
         return enter
@@ -185,27 +190,49 @@ class Attachment:
 
         return enter_rows
 
-    def _tiled_forward(
-        self, module: nn.Linear, pieces: Sequence[slice], served: Served | None
-    ) -> Callable[[Tensor], Tensor]:
+    def _tiled_forward(self, module: Any, pieces: Sequence[slice], served: Served | None) -> Callable[[Tensor], Tensor]:
         """What takes the place of a cut layer's forward. served: None if its weight never comes in pieces."""
 
         def forward(input: Tensor) -> Tensor:
-            lane = self._current
-            if served is None or lane is None or not lane.frames or lane.frames[-1].served is not served:
+            lane = self._lane_inside(served)
+            if lane is None:
                 whole = module.weight  # there, or away: then this is a fault of the plan, as with any other module
                 return tiled_linear(input, pieces, lambda k: whole[pieces[k]], module.bias)
 
             def piece(k: int) -> Tensor:
-                if k:
-                    self._leave(lane, failed=False)
-                    lane.piece = k
-                    self._wait(lane)
-                return module.weight
+                self._next_portion(lane, k)
+                return module.weight  # type: ignore[no-any-return]
 
             return tiled_linear(input, pieces, piece, module.bias)
 
         return forward
+
+    def _runs_forward(self, module: nn.Module, runs: Sequence[slice], served: Served | None) -> Callable[..., Tensor]:
+        """The same for stacked experts."""
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            lane = self._lane_inside(served)
+            if lane is not None:
+                return in_runs(module, runs, args, kwargs, lambda k: self._next_portion(lane, k))
+            whole = [p.data for p in module.parameters()]
+            try:
+                return in_runs(module, runs, args, kwargs, lambda k: set_rows(module, [w[runs[k]] for w in whole]))
+            finally:
+                set_rows(module, whole)
+
+        return forward
+
+    def _lane_inside(self, served: Served | None) -> LaneRun | None:
+        """The lane that runs, if it is inside of this owner and nothing else; it is there for its first portion."""
+        lane = self._current
+        return lane if served is not None and lane and lane.frames and lane.frames[-1].served is served else None
+
+    def _next_portion(self, lane: LaneRun, k: int) -> None:
+        """Give up the portion that a lane holds and wait for the k-th, unless that is the first."""
+        if k:
+            self._leave(lane, failed=False)
+            lane.portion = k
+            self._wait(lane)
 
     def _wait(self, lane: LaneRun) -> None:
         """Give control to the hub until it has installed what the lane wants."""

@@ -12,6 +12,10 @@ do not depend on how it is cut. Not cut, and so maybe larger than a block should
 dimensions, those whose rows are too large (128 elements in whole rows do not fit), and what is kept on the device for
 the whole run.
 
+Stacked experts (`experts.py`) are cut together, by *runs*: the pieces of all their parameters for as many experts as
+fit into a block lie side by side, so that a run is one block, or blocks in a row where one expert is larger than that.
+There a piece is rows of one expert's matrix.
+
 Pure: no device, no I/O.
 """
 
@@ -19,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -59,7 +63,7 @@ class ParamSpec:
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, start + numel) of a parameter, whole rows of it; of most parameters the only piece."""
+    """Elements [start, start + numel) of a parameter, whole rows; of most parameters the only piece."""
 
     name: str
     """Canonical name of the parameter."""
@@ -114,6 +118,33 @@ def cut(spec: ParamSpec, most: int) -> tuple[Piece, ...]:
     return tuple(Piece(spec.name, i, r * row, min(size, rows - r) * row) for i, r in enumerate(starts))
 
 
+def cut_runs(specs: Sequence[ParamSpec], most: int) -> list[list[Piece]]:
+    """Stacked parameters, all with a row an expert, in runs of experts: per run its pieces, parameter by parameter.
+
+    A run has at most `most` elements if more than one expert (or as many as the grid takes) fits, and no piece has
+    more where its rows can be cut. One run of whole parameters if all of them fit.
+    """
+    experts, each = specs[0].shape[0], sum(spec.row_numel for spec in specs)
+    if experts * each <= most:
+        return [[whole(spec) for spec in specs]]
+    unit = math.lcm(*(ALIGN // math.gcd(ALIGN, spec.row_numel) for spec in specs))
+    fitting = max(1, most // each // unit) * unit
+    size = -(-experts // -(-experts // fitting))
+    size = -(-size // unit) * unit
+    count = dict.fromkeys((spec.name for spec in specs), 0)
+    runs: list[list[Piece]] = []
+    for first in range(0, experts, size):
+        runs.append([])
+        held = min(size, experts - first)
+        for spec in specs:  # cut as a matrix of all rows of the run's experts
+            rows = replace(spec, shape=torch.Size((held * spec.shape[1], *spec.shape[2:])))
+            for piece in cut(rows, most):
+                start = first * spec.row_numel + piece.start
+                runs[-1].append(Piece(spec.name, count[spec.name], start, piece.numel))
+                count[spec.name] += 1
+    return runs
+
+
 def pack(
     tree: ModuleTree,
     params: Mapping[str, ParamSpec],
@@ -166,10 +197,14 @@ def _bundles(
 ) -> Iterator[list[Piece]]:
     """Pieces in order, those together that are best in one block: a bias and the first piece of its weight.
 
-    Per module what is not cut comes first, so that it is there before the first piece of what is.
+    Per module what is not cut comes first, so that it is there before the first piece of what is. Of stacked experts a
+    run is a bundle.
     """
-    for _, group in groupby(names, key=lambda name: tree.holders[name][0]):
+    for holder, group in groupby(names, key=lambda name: tree.holders[name][0]):
         specs = [params[name] for name in group]
+        if holder in tree.stacks and sum(spec.numel for spec in specs) > block_numel:
+            yield from cut_runs(specs, block_numel)
+            continue
         small = [whole(spec) for spec in specs if len(spec.shape) < 2]
         beside = sum(piece.numel for piece in small)
         most = block_numel - beside if 2 * beside <= block_numel else block_numel

@@ -7,8 +7,8 @@ lets each lane through) and goes on. Lanes need not meet owners in the same orde
 While an owner runs in a lane its parameters hold that lane's scratch; at all other times a Parameter keeps its
 identity, shape, dtype and device, and its values are NaN. An owner whose children switch lanes has its weights
 changed with the lane. Lanes with the same perturbation (micro-batches) share scratch. An `nn.Embedding` gets only the
-rows that the waiting lanes ask for, and remapped ids. An `nn.Linear` whose weight is cut gets piece after piece: to the
-hub each is an owner's call of its own, so lanes are in lockstep over (call, piece).
+rows that the waiting lanes ask for, and remapped ids. An `nn.Linear` whose weight is cut, and stacked experts that are,
+get portion after portion: to the hub each is an owner's call of its own, so lanes are in lockstep over (call, portion).
 
 Orders of service (results are the same bit for bit):
     module  all lanes waiting at the earliest owner are served together; noise is made once
@@ -207,15 +207,15 @@ class Hub(Attachment):
                 return [last]
         first = waiting[0]
         for lane in waiting:
-            if (lane.position, lane.piece) < (first.position, first.piece):
+            if (lane.position, lane.portion) < (first.position, first.portion):
                 first = lane
         if alone and not self._portion_of(first).spans:
             return [first]
-        return [lane for lane in waiting if lane.want == first.want and lane.piece == first.piece]
+        return [lane for lane in waiting if lane.want == first.want and lane.portion == first.portion]
 
     def _portion_of(self, lane: LaneRun) -> Portion:
         """What a lane waits for."""
-        return self._served[lane.want].portions[lane.piece]
+        return self._served[lane.want].portions[lane.portion]
 
     def _resume(self, lane: LaneRun, waiting: list[LaneRun], frame: Frame | None = None) -> bool:
         """Run a lane until it waits for an owner (it joins `waiting`) or ends. False if it failed."""
@@ -247,7 +247,7 @@ class Hub(Attachment):
 
     def _locate(self, lane: LaneRun) -> None:
         """Find the call of the plan that a lane stands before: the next one of that owner, if any is left."""
-        if lane.piece:
+        if lane.portion:
             return  # in the midst of it
         calls, cursor = self.plan.calls, lane.cursor
         if cursor < len(calls) and calls[cursor] == lane.want:
@@ -267,7 +267,7 @@ class Hub(Attachment):
         places: dict[Perturbation, int] = {}
         index = [places.setdefault(lane.lane.perturbation, len(places)) for lane in group]
         rows = gather(served, group, self.host_of) if served.rows else None
-        scratch = self.source.emit(served.owner, list(places), rows, portion.piece)
+        scratch = self.source.emit(served.owner, list(places), rows, portion.pieces)
         emission = Emission(scratch, len(group), self.source.release)
         frames = [Frame(served, portion, scratch[i], emission) for i in index]
         return frames if self._watch is None else self._watch.serve(group, frames, rows)

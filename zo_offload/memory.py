@@ -13,6 +13,7 @@ The budget `device_memory` covers the first four (and the store for "none", wher
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -70,22 +71,19 @@ def _contains(outer: str, inner: str) -> bool:
 
 def _spans(plan: Plan, owner: Owner) -> bool:
     """Whether it has a portion in several blocks: that is served to all lanes at once in any order."""
-    first = plan.tiles(owner)[:1] or (None,)
-    return len(plan.streamed_blocks(owner, first[0])) > 1
+    return any(len(plan.streamed_blocks(portion)) > 1 for portion in plan.portions(owner))
 
 
 def _owner_bytes(plan: Plan, owner: Owner, rows: int) -> int:
-    """Scratch of one perturbation; of a layer that is served in pieces, for the largest of them."""
-    pieces = plan.tiles(owner)
-    if pieces:
-        portions = (plan.portion(owner, piece) for piece in pieces)
-        return max(sum(padded(p.numel * plan.params[p.name].dtype.itemsize) for p in portion) for portion in portions)
-    total = 0
-    for name in owner.params:
-        spec = plan.params[name]
-        numel = min(rows, spec.shape[0]) * (spec.numel // spec.shape[0]) if owner.rows else spec.numel
-        total += padded(numel * spec.dtype.itemsize)
-    return total
+    """Scratch of one perturbation, for the largest of the owner's portions."""
+    if owner.rows:
+        (spec,) = (plan.params[name] for name in owner.params)
+        return padded(min(rows, spec.shape[0]) * spec.row_numel * spec.dtype.itemsize)
+    return max(_portion_bytes(plan, plan.shapes(portion)) for portion in plan.portions(owner))
+
+
+def _portion_bytes(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(padded(math.prod(shape) * plan.params[name].dtype.itemsize) for name, shape in shapes.items())
 
 
 def pinned_blocks(plan: Plan, count: int) -> frozenset[int]:

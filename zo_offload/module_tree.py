@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .errors import PlanError
+from .experts import is_stack_of_experts
 
 TrainableFilter = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -29,8 +30,10 @@ class ModuleTree:
     """Modules that never run themselves."""
     gatherable: frozenset[str]
     """Exact nn.Embedding modules without max_norm."""
-    linears: frozenset[str]
-    """Plain nn.Linear modules that nobody watches: their weight may come a piece at a time."""
+    portioned: frozenset[str]
+    """Plain nn.Linear modules and stacked experts that nobody watches: their weights may come a portion at a time."""
+    stacks: Mapping[str, tuple[str, ...]]
+    """Modules of stacked experts -> canonical names of their parameters, which have a row an expert."""
     elements: tuple[str, ...]
     """Elements of the outermost repeated stacks."""
 
@@ -67,7 +70,10 @@ def module_tree(model: nn.Module) -> ModuleTree:
         names=names,
         containers=frozenset(n for n, m in modules.items() if isinstance(m, _CONTAINERS)),
         gatherable=frozenset(n for n, m in modules.items() if gathers_rows(m)),
-        linears=frozenset(n for n, m in modules.items() if is_plain_linear(m) and not has_hooks(m)),
+        portioned=frozenset(n for n, m in modules.items() if computes_in_portions(m) and not has_hooks(m)),
+        stacks={
+            n: tuple(canonical[id(p)] for p in m.parameters()) for n, m in modules.items() if is_stack_of_experts(m)
+        },
         elements=tuple(_stack_elements(model, modules)),
     )
 
@@ -86,6 +92,11 @@ def is_plain_linear(module: nn.Module) -> bool:
     Not a subclass, not parametrized (that changes the class), its forward not replaced, its weight a parameter.
     """
     return type(module) is nn.Linear and "forward" not in vars(module) and module._parameters.get("weight") is not None
+
+
+def computes_in_portions(module: nn.Module) -> bool:
+    """Whether a call of this module can take its weights a portion at a time (`tiles.py`, `experts.py`)."""
+    return is_plain_linear(module) or is_stack_of_experts(module)
 
 
 def has_hooks(module: nn.Module) -> bool:

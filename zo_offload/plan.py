@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -98,30 +100,36 @@ class Plan:
         """
         return self._pieces_in[owner.params]
 
-    def tiles(self, owner: Owner) -> tuple[Piece, ...]:
-        """The pieces that an owner can be served one after another; none if it needs all its parameters at once.
+    def portions(self, owner: Owner) -> tuple[tuple[Piece, ...], ...]:
+        """What an owner can be served one after another, each as it is stored; one portion, if it needs all at once.
 
-        Those of a plain nn.Linear's own weight, if all that the owner has besides is its bias and that is not cut.
+        Of a plain nn.Linear the pieces of its own weight, the first one with the bias, if that is all it has. Of
+        stacked experts its runs, if it has them and no more.
         """
-        if owner.name not in self.tree.linears:
-            return ()
-        weight, bias = (self.tree.names.get(f"{owner.name}.{what}") for what in ("weight", "bias"))
-        if weight not in owner.params or not {weight, bias}.issuperset(owner.params):
-            return ()
-        pieces = self._pieces_of[weight]
-        return pieces if len(pieces) > 1 else ()
+        return self._portions_of[owner.name]
 
-    def portion(self, owner: Owner, piece: Piece | None) -> tuple[Piece, ...]:
-        """What an owner is served at once: all of it, or one piece and with the first one what is not cut."""
-        pieces = self.pieces_in(owner)
-        if piece is None:
-            return pieces
-        return tuple(p for p in pieces if p == piece or (piece.index == 0 and p.name != piece.name))
+    def runs(self, names: Sequence[str]) -> tuple[slice, ...]:
+        """Stacked parameters cut at the same experts: the experts of each run. One run if they are not cut."""
+        rows = {name: self.params[name].row_numel for name in names}
+        starts = ({p.start // rows[n] for p in self._pieces_of[n] if p.start % rows[n] == 0} for n in names)
+        firsts = sorted(set.intersection(*starts))
+        ends = [*firsts[1:], self.params[names[0]].shape[0]]
+        return tuple(slice(first, end) for first, end in zip(firsts, ends, strict=True))
 
-    def streamed_blocks(self, owner: Owner, piece: Piece | None) -> tuple[int, ...]:
-        """The blocks that a portion lies in, as they are visited; not those that stay on the device."""
-        blocks = dict.fromkeys(self._block_of[piece] for piece in self.portion(owner, piece))
+    def streamed_blocks(self, pieces: Iterable[Piece]) -> tuple[int, ...]:
+        """The blocks that pieces lie in, in the order given; not those that stay on the device."""
+        blocks = dict.fromkeys(self._block_of[piece] for piece in pieces)
         return tuple(block for block in blocks if block not in self.resident)
+
+    def shapes(self, pieces: Iterable[Piece]) -> dict[str, tuple[int, ...]]:
+        """Shapes of what pieces make up, by parameter: of dim 0 as many rows as they have."""
+        numel = Counter[str]()
+        for piece in pieces:
+            numel[piece.name] += piece.numel
+        return {name: self._shape(self.params[name], n) for name, n in numel.items()}
+
+    def _shape(self, spec: ParamSpec, numel: int) -> tuple[int, ...]:
+        return tuple(spec.shape) if numel == spec.numel else (numel // spec.row_numel, *spec.shape[1:])
 
     @cached_property
     def _block_of(self) -> dict[Piece, int]:
@@ -134,6 +142,27 @@ class Plan:
     @cached_property
     def _pieces_in(self) -> dict[tuple[str, ...], tuple[Piece, ...]]:
         return {o.params: _in_order(o.params, self._pieces_of, self._block_of) for o in self.owners}
+
+    @cached_property
+    def _portions_of(self) -> dict[str, tuple[tuple[Piece, ...], ...]]:
+        return {owner.name: self._cut_up(owner) for owner in self.owners}
+
+    def _cut_up(self, owner: Owner) -> tuple[tuple[Piece, ...], ...]:
+        pieces = self.pieces_in(owner)
+        if owner.name not in self.tree.portioned:
+            return (pieces,)
+        if set(owner.params) == set(self.tree.stacks.get(owner.name, ())):
+            firsts = [run.start for run in self.runs(owner.params)]
+            found: list[list[Piece]] = [[] for _ in firsts]
+            for piece in pieces:
+                found[bisect_right(firsts, piece.start // self.params[piece.name].row_numel) - 1].append(piece)
+            return tuple(tuple(portion) for portion in found)
+        weight, bias = (self.tree.names.get(f"{owner.name}.{what}") for what in ("weight", "bias"))
+        if weight in owner.params and {weight, bias}.issuperset(owner.params):
+            first, *others = self._pieces_of[weight]
+            beside = (piece for piece in pieces if piece.name != weight)
+            return ((*beside, first), *((piece,) for piece in others))
+        return (pieces,)
 
     @cached_property
     def visits(self) -> tuple[int, ...]:

@@ -4,8 +4,8 @@ While an owner does not run, its parameters hold placeholders. A `Frame` is one 
 lane's weights for it; a lane is inside of its frames, outermost first. An `Emission` is the scratch of all lanes that
 were served together, and goes back to its source when the last of them has left the owner.
 
-An owner is served in `Portion`s: one, with all it has, or one for each piece of a linear layer's weight. Then its call
-is as many frames, one after another.
+An owner is served in `Portion`s: one, with all it has, or one for each piece of a linear layer's weight or run of
+stacked experts. Then its call is as many frames, one after another.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Source(Protocol):
         owner: Owner,
         perturbations: Sequence[Perturbation],
         rows: Tensor | None = None,
-        piece: Piece | None = None,
+        pieces: Sequence[Piece] | None = None,
     ) -> list[list[Tensor]]:
         """[perturbation][parameter of owner.params], in the parameters' shapes, dtypes and device.
 
         rows: int64 [U], only for owners with `rows`: the result is [U, D], row i that of id rows[i].
-        piece: of the one parameter of the owner that is cut: only that piece of it, [rows of the piece, ...]; with the
-        first one the parameters that are not cut come too, with the others nothing else. Pieces are asked for in order.
+        pieces: one of the owner's portions (`Plan.portions`): only the parameters that it has pieces of, and of those
+        only these rows of dim 0, `Plan.shapes`. Portions are asked for in order.
         """
 
     def release(self, scratch: list[list[Tensor]]) -> None:
@@ -88,9 +88,9 @@ def hollow(model: nn.Module, device: torch.device | str = "cpu") -> None:
 
 @dataclass(frozen=True)
 class Portion:
-    """What of an owner is served at once: all of it, or one piece of its cut weight and what goes with that."""
+    """What of an owner is served at once: all of it, or some pieces of its cut parameters."""
 
-    piece: Piece | None
+    pieces: tuple[Piece, ...] | None
     """None: all."""
     block: int
     """The first of the blocks that it lies in."""
@@ -131,7 +131,7 @@ class Emission:
 
 
 class Frame:
-    """An owner that is running in a lane, with the lane's weights for it, or for this piece of it."""
+    """An owner that is running in a lane, with the lane's weights for it, or for this portion of it."""
 
     __slots__ = ("emission", "origins", "portion", "served", "weights")
 
@@ -144,7 +144,7 @@ class LaneRun:
     """One lane of the run under way."""
 
     __slots__ = (
-        "cursor", "error", "failed_in", "frames", "glet", "ids", "index", "lane", "last", "modes", "piece",
+        "cursor", "error", "failed_in", "frames", "glet", "ids", "index", "lane", "last", "modes", "portion",
         "position", "recorder", "result", "rng", "want",
     )  # fmt: skip
 
@@ -153,7 +153,7 @@ class LaneRun:
         self.glet: greenlet.greenlet | None = None
         self.frames: list[Frame] = []  # owners running in it, outermost first
         self.want = -1  # owner it waits for
-        self.piece = 0  # and which portion of it
+        self.portion = 0  # and which portion of it
         self.ids: Tensor | None = None  # in: ids an embedding is called with; out: their places among the rows
         self.cursor = 0  # calls of the plan behind it
         self.position = 0  # call of the plan it waits for

@@ -95,24 +95,26 @@ class Streamer(BlockWindow):
         owner: Owner,
         perturbations: Sequence[Perturbation],
         rows: Tensor | None = None,
-        piece: Piece | None = None,
+        pieces: Sequence[Piece] | None = None,
     ) -> list[list[Tensor]]:
         """Scratch weights of the owner's parameters, [perturbation][parameter]; see `lanes.Source`."""
-        pieces = self.plan.portion(owner, piece)
-        there = {part.name for part in pieces}
-        names = [name for name in owner.params if name in there]
+        parts = self.plan.pieces_in(owner) if pieces is None else pieces
+        shapes, first = self.plan.shapes(parts), dict[str, int]()
+        for part in parts:
+            first[part.name] = min(part.start, first.get(part.name, part.start))
+        names = [name for name in owner.params if name in shapes]
         scratch = self._pool.take(
-            [self._shape(name, rows, piece) for name in names],
+            [shapes[name] if rows is None else (len(rows), *shapes[name][1:]) for name in names],
             [self.plan.params[name].dtype for name in names],
             len(perturbations),
             fresh=self.is_watched(),
         )
-        for part in pieces:
+        for part in parts:
             slot, writes = self._acquire(self.layout.places[part].block)
-            index = names.index(part.name)
+            index, start_at = names.index(part.name), part.start - first[part.name]
             outs = [tensors[index] for tensors in scratch.tensors]
             if rows is None and outs[0].numel() != part.numel:
-                outs = [out.view(-1)[part.start : part.stop] for out in outs]
+                outs = [out.view(-1)[start_at : start_at + part.numel] for out in outs]
             start = time.perf_counter()
             with span("zo_offload.stream:fused"):
                 self._emit_one(part, slot, writes, perturbations, outs, rows)
@@ -175,14 +177,6 @@ class Streamer(BlockWindow):
         for piece in self.plan.blocks[slot.block].pieces:
             if self._folds(piece, slot):
                 self._fused(piece, slot, True, (), ())
-
-    def _shape(self, name: str, rows: Tensor | None, piece: Piece | None) -> tuple[int, ...]:
-        spec = self.plan.params[name]
-        if rows is not None:
-            return (len(rows), *spec.shape[1:])
-        if piece is not None and piece.name == name:
-            return (piece.numel // spec.row_numel, *spec.shape[1:])
-        return tuple(spec.shape)
 
     def _emit_one(
         self,

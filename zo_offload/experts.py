@@ -1,0 +1,166 @@
+"""Stacked experts computed a run at a time: parameters with a row an expert, of which a few are there at once.
+
+transformers marks such modules with `use_experts_implementation`: forward(x, top_k_index, top_k_weights) is, for each
+token, the sum over its experts of weight * expert(token), with `num_experts` in gate_up_proj or up_proj, down_proj and
+their biases, and the same whichever of several implementations computes it. So a run of experts is a module of its own
+with fewer experts, and the module's own forward computes it: its parameters hold the run's rows, `num_experts` says how
+many there are, and the sum of all runs, taken in float32 in the order of the experts, is the layer's output.
+
+Which tokens a run gets:
+    rows      those that chose one of its experts, one row a choice, each with the one expert it chose. The numbers of
+              rows are looked at on the host, once a call. Right for every implementation, and nothing is computed twice
+    masked    all of them, with the choices outside of the run sent to an expert after the last one with weight 0, as
+              transformers' expert parallelism does. Nothing is looked at; the grouped product skips those rows
+
+On a GPU "grouped_mm", transformers' default, takes masked tokens. Everything else takes rows: on the CPU to look costs
+nothing, "eager" looks at the routing itself and knows no expert after the last one in transformers 5.17, and
+"batched_mm" gathers a weight for every row it is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+_MARKS = ("has_gate", "has_bias", "is_transposed")  # what the decorator leaves on a module
+_MASKED = frozenset({"grouped_mm"})
+
+
+def is_stack_of_experts(module: nn.Module) -> bool:
+    """Whether a call of this module is the decorator's, and its parameters are what that reads and no more."""
+    forward, held = type(module).forward, vars(module)
+    if "forward" in held or getattr(forward, "__globals__", {}).get("__name__") != "transformers.integrations.moe":
+        return False
+    num_experts = held.get("num_experts")
+    if not all(isinstance(held.get(mark), bool) for mark in _MARKS) or type(num_experts) is not int:
+        return False
+    matrices = {"gate_up_proj" if held["has_gate"] else "up_proj": 3, "down_proj": 3}
+    biases = {f"{name}_bias": 2 for name in matrices} if held["has_bias"] else {}
+    found = {name: p.ndim for name, p in module.named_parameters() if p.shape[:1] == (num_experts,)}
+    return (
+        found == {**matrices, **biases} and len(found) == len(list(module.parameters()))
+        and next(module.buffers(), None) is None
+        and len(inspect.signature(forward).parameters) == 4
+    )  # fmt: skip
+
+
+def in_runs(
+    module: nn.Module,
+    runs: Sequence[slice],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    hold: Callable[[int], None],
+    *,
+    masked: bool | None = None,
+) -> Tensor:
+    """What the module's own forward gives for (*args, **kwargs), run by run.
+
+    runs: the experts of each. hold(k): from here on the parameters hold the rows of runs[k]; called once each, in
+    order. The module's attributes are as before when this returns or raises, and while `hold` is under way.
+    masked: None chooses as the module's docstring says.
+    """
+    forward = type(module).forward
+    x, index, weights = inspect.signature(forward).bind(module, *args, **kwargs).args[1:]
+    if masked is None:
+        masked = x.device.type != "cpu" and _implementation(module) in _MASKED
+    picked = None if masked else _Picked(x, index, weights, runs[-1].stop)
+    out: Tensor | None = None
+    dtype = x.dtype
+    for k, run in enumerate(runs):
+        hold(k)
+        if picked is None:
+            part = _masked(module, forward, run, x, index, weights)
+        elif picked.count(run):
+            part = picked.call(module, forward, run)
+        else:
+            continue
+        if out is None:
+            out, dtype = _zeros(x, part), part.dtype
+        if picked is None:
+            out += part
+        else:
+            picked.add(run, part, out)
+        del part  # nothing of a run is kept while the lane waits for the next one
+    return torch.zeros_like(x) if out is None else out.to(dtype)
+
+
+def _implementation(module: Any) -> str | None:
+    return cast(str | None, getattr(module.config, "_experts_implementation", None))
+
+
+def _zeros(x: Tensor, part: Tensor) -> Tensor:
+    shape = (*x.shape[:-1], part.shape[-1])
+    return torch.zeros(shape, dtype=torch.promote_types(part.dtype, torch.float32), device=x.device)
+
+
+class _Picked:
+    """The choices of all tokens, sorted by expert; of one expert first all first choices, token by token.
+
+    So the rows of an expert are in the order in which the eager forward takes them.
+    """
+
+    def __init__(self, x: Tensor, index: Tensor, weights: Tensor, num_experts: int) -> None:
+        self.x, self.weights = x, weights.t().reshape(-1)
+        self.experts, self.order = torch.sort(index.t().reshape(-1), stable=True)
+        self.tokens = self.order % max(1, x.shape[0])
+        edges = torch.arange(num_experts + 1, dtype=self.experts.dtype, device=self.experts.device)
+        self.starts: list[int] = torch.searchsorted(self.experts, edges).tolist()
+        """Of each expert's rows, and the end of the last one's."""
+
+    def count(self, run: slice) -> int:
+        return int(self.starts[run.stop] - self.starts[run.start])
+
+    def call(self, module: nn.Module, forward: Callable[..., Tensor], run: slice) -> Tensor:
+        rows = slice(self.starts[run.start], self.starts[run.stop])
+        index, weights = self.experts[rows] - run.start, self.weights[self.order[rows]]
+        with _holding(module, run.stop - run.start):
+            return forward(module, self.x[self.tokens[rows]], index[:, None], weights[:, None])
+
+    def add(self, run: slice, part: Tensor, out: Tensor) -> None:
+        """Add the rows of a run to their tokens, expert by expert: a token is in each once, so the order is given."""
+        first = self.starts[run.start]
+        for expert in range(run.start, run.stop):
+            rows = slice(self.starts[expert], self.starts[expert + 1])
+            if rows.start < rows.stop:
+                out.index_add_(0, self.tokens[rows], part[rows.start - first : rows.stop - first].to(out.dtype))
+
+
+def _masked(
+    module: nn.Module, forward: Callable[..., Tensor], run: slice, x: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    count = run.stop - run.start
+    inside = (index >= run.start) & (index < run.stop)
+    # of one expert the rows are not counted (histc takes an empty range for none given): it is followed by itself
+    held = max(2, count)
+    index, weights = torch.where(inside, index - run.start, held), weights.masked_fill(~inside, 0)
+    with _holding(module, held, masked=True, repeat=count == 1):
+        return forward(module, x, index, weights)
+
+
+@contextlib.contextmanager
+def _holding(module: Any, count: int, *, masked: bool = False, repeat: bool = False) -> Iterator[None]:
+    """The module with `count` experts. masked: tokens may choose the one after the last. repeat: it holds only one."""
+    before = {name: vars(module)[name] for name in ("num_experts", "_is_expert_parallel") if name in vars(module)}
+    data = [p.data for p in module.parameters()] if repeat else []
+    try:
+        module.num_experts = count
+        if masked and "_is_expert_parallel" in before:  # transformers 5.17 has no such attribute, and masks always
+            module._is_expert_parallel = True
+        set_rows(module, [w.expand(count, *w.shape[1:]) for w in data])
+        yield
+    finally:
+        set_rows(module, data)
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def set_rows(module: nn.Module, rows: Sequence[Tensor]) -> None:
+    """Let the module's parameters hold these; none: leave them as they are. No business of a lane's function mode."""
+    with torch._C.DisableTorchFunction():
+        for p, w in zip(module.parameters(), rows, strict=False):
+            p.data = w
