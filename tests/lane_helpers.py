@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -125,6 +126,59 @@ def whole_model(
     finally:
         for n, p in named.items():
             p.data = before[n]
+
+
+def experts_in_runs(model: nn.Module, plan: Plan) -> list[nn.Module]:
+    """Give the plain model's cut experts a forward that takes a run at a time, written plainly; which they are.
+
+    The caller deletes it again. A run ends where no parameter has a piece with rows of the experts on both sides.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    patched = []
+    for module in model.modules():
+        if not hasattr(module, "down_proj") or not isinstance(module.down_proj, nn.Parameter):
+            continue
+        edges = [
+            e for e in range(module.num_experts + 1)
+            if all(
+                e * p[0].numel() in (0, p.numel(), *(piece.start for piece in plan.pieces_of(names[id(p)])))
+                for p in module.parameters()
+            )
+        ]  # fmt: skip
+        if len(edges) > 2:
+            runs = [range(a, b) for a, b in pairwise(edges)]
+            module.forward = _forward_in_runs(module, runs)  # type: ignore[method-assign]
+            patched.append(module)
+    return patched
+
+
+def _forward_in_runs(module: Any, runs: Sequence[range]) -> Callable[..., Tensor]:
+    own, num_experts = type(module).forward, module.num_experts
+
+    def forward(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        whole = dict(module._parameters)
+        total, dtype = torch.zeros(x.shape, dtype=torch.float32), x.dtype
+        for run in runs:
+            chosen = [torch.where(index.t() == expert) for expert in run]
+            choice, token = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+            if not len(token):
+                continue
+            numbers = torch.cat([torch.full_like(t, i) for i, (_, t) in enumerate(chosen)])
+            try:
+                module.num_experts = len(run)
+                for name, w in whole.items():
+                    module._parameters[name] = nn.Parameter(w[run.start : run.stop], requires_grad=False)
+                rows = own(module, x[token], numbers[:, None], weights[token, choice][:, None])
+            finally:
+                module.num_experts = num_experts
+                module._parameters.update(whole)
+            dtype = rows.dtype
+            for _, tokens in chosen:
+                total.index_add_(0, tokens, rows[: len(tokens)].float())
+                rows = rows[len(tokens) :]
+        return total.to(dtype)
+
+    return forward
 
 
 def assert_same(got: Any, want: Any, what: str = "") -> None:

@@ -84,7 +84,14 @@ def test_scratch_is_used_again():
         pool.give(scratch.tensors)
     assert pool.peak_bytes == 2 * (4096 + 256)
     outer, inner = pool.take([(5,)], [torch.float32], 1), pool.take([(5,)], [torch.float32], 1)
-    assert outer.buffer.data_ptr() != inner.buffer.data_ptr()
+    third = pool.take([(2000,)], [torch.float32], 1)
+    places = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for s in (outer, inner, third) for t in s.tensors[0])
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(places)), "none lies on another"
+    assert pool.nbytes == pool.peak_bytes == 2 * (4096 + 256), "all three in the room of one"
+    pool.give(inner.tensors)
+    assert pool.take([(6,)], [torch.float32], 1).tensors[0][0].data_ptr() == inner.tensors[0][0].data_ptr()
+    assert pool.take([(200,)], [torch.float32], 1).buffer.data_ptr() != outer.buffer.data_ptr(), "no room left"
+    assert pool.nbytes == 2 * (4096 + 256) + 1024
 
 
 def test_paper_sizes_are_planned_without_weights():

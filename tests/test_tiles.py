@@ -12,7 +12,7 @@ import archs
 import pytest
 import torch
 from archs import Arch
-from lane_helpers import MINUS, OTHER, PLUS, DictSource, assert_same, whole_model
+from lane_helpers import MINUS, OTHER, PLUS, DictSource, assert_same, experts_in_runs, whole_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -158,9 +158,12 @@ def test_other_tensors_and_gradients_take_torchs_way() -> None:
 
 @contextlib.contextmanager
 def tiled_model(model: nn.Module, plan: Plan) -> Iterator[int]:
-    """The plain model with torch's products of the pieces in its cut linear layers; how many there are."""
+    """The plain model with torch's products of the pieces in its cut linear layers, and its experts in runs.
+
+    Gives how many modules that are.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
-    patched = []
+    patched = experts_in_runs(model, plan)
     for module in model.modules():
         if type(module) is not nn.Linear or "forward" in vars(module):
             continue
@@ -587,7 +590,7 @@ def squares(model: nn.Module, batch: Any) -> Tensor:
 
 
 ENGINES = [
-    "opt", "llama-tied", "gpt2", "phi3", "mixtral", "mamba", "bert", "t5", "vit",
+    "opt", "llama-tied", "gpt2", "phi3", "mixtral", "deepseek_v3", "mamba", "bert", "t5", "vit",
 ]  # fmt: skip
 
 

@@ -1,9 +1,9 @@
-"""Scratch memory for perturbed weights: a few buffers, used again by one module after another."""
+"""Scratch memory for perturbed weights: a buffer that is used again by one module after another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,22 +25,43 @@ class Scratch:
 
     buffer: Tensor | None  # None: each tensor has its own
     tensors: list[list[Tensor]]
+    place: tuple[int, int] = (0, 0)
+    """From which to which byte of the buffer."""
+
+
+@dataclass
+class _Buffer:
+    memory: Tensor
+    taken: list[tuple[int, int]] = field(default_factory=list)  # in order
+    cuts: dict[Any, list[list[Tensor]]] = field(default_factory=dict)  # what it was cut into before
+
+    def gap(self, nbytes: int) -> tuple[int, int] | None:
+        """The first free place of that size."""
+        start = 0
+        for low, high in [*self.taken, (self.memory.numel(), 0)]:
+            if start + nbytes <= low:
+                return start, start + nbytes
+            start = high
+        return None
 
 
 class ScratchPool:
-    """Hands out scratch and takes it back; never holds more buffers than were out at once.
+    """Hands out scratch and takes it back; once the largest was asked for, all of it comes from one buffer.
 
-    Modules nest a few levels deep at most, so there are only as many buffers as levels; one that is too small is
-    let go before a larger one is allocated, so the total stays at the sum of the largest scratch of each level.
+    Owners nest a few levels deep: what is inside takes what the one around leaves. Buffers in which nothing is out are
+    let go before a larger one is allocated, so the total is what was out at once, as `memory.scratch_bytes` predicts.
     """
 
     def __init__(self, alloc: Callable[[int], Tensor]) -> None:
         self._alloc = alloc
-        self._free: list[Tensor] = []
-        self._out: dict[int, Scratch] = {}
-        self._cut: dict[int, dict[Any, list[list[Tensor]]]] = {}  # of each buffer: what it was cut into before
-        self.nbytes = 0  # free and handed out
+        self._buffers: list[_Buffer] = []
+        self._out: dict[int, tuple[_Buffer, Scratch]] = {}
         self.peak_bytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Free and handed out."""
+        return sum(buffer.memory.numel() for buffer in self._buffers)
 
     def take(
         self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype], copies: int, *, fresh: bool = False
@@ -55,43 +76,40 @@ class ScratchPool:
             return Scratch(None, [[self._alone(shape, dtype) for shape, dtype in pairs] for _ in range(copies)])
         sizes = [_nbytes(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
         stride = sum(padded(n) for n in sizes)
-        buffer = self._buffer(max(_ALIGN, stride * copies))
-        cuts, key = self._cut.setdefault(id(buffer), {}), (tuple(shapes), tuple(dtypes), copies)
-        tensors = cuts.get(key)
+        buffer, place = self._place(max(_ALIGN, stride * copies))
+        key = (place, tuple(shapes), tuple(dtypes), copies)
+        tensors = buffer.cuts.get(key)
         if tensors is None:  # views take microseconds each, and the same modules come again every step
-            if len(cuts) >= _MOST_CUTS:
-                cuts.clear()
-            tensors = cuts[key] = _cut(buffer, shapes, dtypes, sizes, copies)
-        scratch = Scratch(buffer, tensors)
-        self._out[id(tensors)] = scratch
+            if len(buffer.cuts) >= _MOST_CUTS:
+                buffer.cuts.clear()
+            tensors = buffer.cuts[key] = _cut(buffer.memory[slice(*place)], shapes, dtypes, sizes, copies)
+        scratch = Scratch(buffer.memory, tensors, place)
+        buffer.taken = sorted([*buffer.taken, place])
+        self._out[id(tensors)] = buffer, scratch
         return scratch
 
     def give(self, tensors: list[list[Tensor]]) -> None:
         """Take back what `take` handed out (its `tensors`)."""
-        scratch = self._out.pop(id(tensors), None)
-        if scratch is not None and scratch.buffer is not None:
-            self._free.append(scratch.buffer)
+        if id(tensors) in self._out:
+            buffer, scratch = self._out.pop(id(tensors))
+            buffer.taken.remove(scratch.place)
 
     def clear(self) -> None:
-        self._free, self._out, self._cut, self.nbytes = [], {}, {}, 0
+        self._buffers, self._out = [], {}
 
     def _alone(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._alloc(_nbytes(shape, dtype)).view(dtype).view(shape)
 
-    def _buffer(self, nbytes: int) -> Tensor:
-        fitting = [i for i, buffer in enumerate(self._free) if buffer.numel() >= nbytes]
-        if fitting:
-            return self._free.pop(min(fitting, key=lambda i: self._free[i].numel()))
-        if self._free:  # too small for this: its memory goes into the larger one
-            largest = max(range(len(self._free)), key=lambda i: self._free[i].numel())
-            dropped = self._free.pop(largest)
-            self._cut.pop(id(dropped), None)
-            self.nbytes -= dropped.numel()
-            del dropped  # its memory is to be free before the larger one is asked for
-        buffer = self._alloc(nbytes)
-        self.nbytes += nbytes
+    def _place(self, nbytes: int) -> tuple[_Buffer, tuple[int, int]]:
+        for buffer in self._buffers:
+            place = buffer.gap(nbytes)
+            if place is not None:
+                return buffer, place
+        # all too small for this; their memory is to be free before the larger one is asked for
+        self._buffers = [buffer for buffer in self._buffers if buffer.taken]
+        self._buffers.append(_Buffer(self._alloc(nbytes)))
         self.peak_bytes = max(self.peak_bytes, self.nbytes)
-        return buffer
+        return self._buffers[-1], (0, nbytes)
 
 
 def _cut(
