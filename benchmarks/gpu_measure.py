@@ -112,13 +112,22 @@ class RandomBase:
         self._dtype = dtype
         self._tile = (torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * SCALE).to(dtype)
 
-    def load(self, name: str) -> Tensor:
-        shape = self._shapes[name]
-        times = -(-shape.numel() // self._tile.numel())
-        return self._tile.repeat(times)[: shape.numel()].view(shape)
+    def shape_of(self, name: str) -> torch.Size:
+        return self._shapes[name]
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        size, at = self._tile.numel(), 0
+        while at < len(out):
+            begin = (start + at) % size
+            count = min(size - begin, len(out) - at)
+            out[at : at + count] = self._tile[begin : begin + count]
+            at += count
 
     def dtype_of(self, name: str) -> torch.dtype:
         return self._dtype
+
+    def digest_of(self, name: str) -> str:
+        return "random"
 
     def digest(self) -> str:
         return "random"

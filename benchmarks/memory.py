@@ -26,21 +26,29 @@ from benchmarks.common import ROOT, about, emit
 
 
 class RandomBase:
-    """First weights made up on the spot, one tensor at a time."""
+    """First weights made up on the spot, a tile of noise again and again."""
 
     def __init__(self, shapes: dict[str, torch.Size]) -> None:
         self._shapes = shapes
         self._noise = (torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
 
-    def load(self, name: str) -> Tensor:
-        numel = self._shapes[name].numel()
-        out = torch.empty(numel, dtype=torch.bfloat16)
-        for start in range(0, numel, self._noise.numel()):
-            out[start : start + self._noise.numel()] = self._noise[: numel - start]
-        return out.view(self._shapes[name])
+    def shape_of(self, name: str) -> torch.Size:
+        return self._shapes[name]
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        size = self._noise.numel()
+        at = 0
+        while at < len(out):
+            begin = (start + at) % size
+            count = min(size - begin, len(out) - at)
+            out[at : at + count] = self._noise[begin : begin + count]
+            at += count
 
     def dtype_of(self, name: str) -> torch.dtype:
         return torch.bfloat16
+
+    def digest_of(self, name: str) -> str:
+        return "random"
 
     def digest(self) -> str:
         return "random"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import resource
-import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import BERT, LLAMA, ZOO, Tiny, tokens
 from torch import nn
 
+from zo_offload import weights
 from zo_offload.checkpoint import Checkpoint, save_pretrained
 from zo_offload.errors import CheckpointError
-from zo_offload.safetensors_io import DTYPES
+from zo_offload.safetensors_io import DTYPES, SafetensorsFile
 
 SHARD = 20_000
 
@@ -42,6 +43,10 @@ def shapes(directory: Path) -> dict[str, tuple[list[int], str]]:
                 part = opened.get_slice(key)
                 found[key] = (part.get_shape(), part.get_dtype())
     return found
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for file in directory.glob("*.safetensors") for key, tensor in load_file(file).items()}
 
 
 def logits(model, inputs):
@@ -107,19 +112,22 @@ def test_loads_what_from_pretrained_loads(tmp_path, name, sharded):
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_an_export_is_what_transformers_would_save(tmp_path, name):
+def test_an_export_is_what_transformers_would_save(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(weights, "RUN", 128)  # so that tensors are in several runs
     tiny = ZOO[name]
     first, ours, theirs = tmp_path / "first", tmp_path / "ours", tmp_path / "theirs"
     tiny.build().save_pretrained(first)
     checkpoint = Checkpoint.open(first)
     model = checkpoint.build_model()
     written = save_pretrained(
-        ours, model=model, names=checkpoint.names, read=checkpoint.load, checkpoint=checkpoint, max_shard_bytes=SHARD
+        ours, model=model, names=checkpoint.names, weights=checkpoint, checkpoint=checkpoint, max_shard_bytes=SHARD
     )
     cls = getattr(transformers, tiny.model)
     reference = cls.from_pretrained(first)
     reference.save_pretrained(theirs)
     assert shapes(ours) == shapes(theirs)
+    saved, wanted = tensors(ours), tensors(theirs)
+    assert all(torch.equal(saved[key], wanted[key]) for key in wanted)
     assert json.loads((ours / "config.json").read_text()) == json.loads((theirs / "config.json").read_text())
     assert (ours / "generation_config.json").exists() == (theirs / "generation_config.json").exists()
     assert all(path.is_file() and path.parent == ours for path in written)
@@ -202,15 +210,27 @@ def test_modules_that_stay_in_fp32(tmp_path, dtype):
     assert_same_skeleton(Checkpoint.open(tmp_path).build_model(dtype), reference)
 
 
+def counted_reads(monkeypatch) -> dict[str, list[int]]:
+    """Elements of each read from the files from now on, by the tensor's name."""
+    read, reads = SafetensorsFile.read_into, {}
+
+    def counted(self, name: str, start: int, out: torch.Tensor) -> None:
+        reads.setdefault(name, []).append(len(out))
+        read(self, name, start, out)
+
+    monkeypatch.setattr(SafetensorsFile, "read_into", counted)
+    return reads
+
+
 def test_a_fused_tensor_is_read_once_for_all_its_parts(tmp_path, monkeypatch):
     ZOO["hrm-text"].build().save_pretrained(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
     checkpoint.build_model()
-    read, reads = checkpoint._read, []
-    monkeypatch.setattr(checkpoint, "_read", lambda name: reads.append(name) or read(name))
+    reads = counted_reads(monkeypatch)
     for name in checkpoint.names:
         checkpoint.load(name)
-    assert sorted(reads) == sorted(shapes(tmp_path)) and len(reads) < len(checkpoint.names)
+    sizes = {name: math.prod(shape) for name, (shape, _) in shapes(tmp_path).items()}
+    assert {name: sum(runs) for name, runs in reads.items()} == sizes and len(sizes) < len(checkpoint.names)
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -248,7 +268,7 @@ def test_use_cache_is_off_in_the_model_and_as_before_in_an_export(tmp_path):
     checkpoint = Checkpoint.open(tmp_path / "a")
     model = checkpoint.build_model()
     assert model.config.use_cache is False
-    save_pretrained(tmp_path / "b", model=model, names=checkpoint.names, read=checkpoint.load, checkpoint=checkpoint)
+    save_pretrained(tmp_path / "b", model=model, names=checkpoint.names, weights=checkpoint, checkpoint=checkpoint)
     assert transformers.AutoConfig.from_pretrained(tmp_path / "b").use_cache is True
 
 
@@ -354,8 +374,8 @@ def test_the_digest_after_an_ingestion_reads_nothing_again(tmp_path, monkeypatch
     wanted = Checkpoint.open(tmp_path).digest()
     for name in checkpoint.names:
         checkpoint.load(name)
-    monkeypatch.setattr(checkpoint, "_read", lambda name: pytest.fail(f"{name} was read again"))
-    assert checkpoint.digest() == wanted
+    reads = counted_reads(monkeypatch)
+    assert checkpoint.digest() == wanted and not reads
 
 
 # ---- without weights ------------------------------------------------------------------------------------------------
@@ -587,33 +607,32 @@ def test_a_model_in_memory_is_saved_as_transformers_saves_it(tmp_path, name):
 def test_read_decides_values_and_dtype(tmp_path):
     model = ZOO["llama-tied"].build()
     values = {n: torch.full_like(p, i, dtype=torch.bfloat16) for i, (n, p) in enumerate(model.named_parameters())}
-    asked = []
-    export(tmp_path / "a", model, names=list(values), read=lambda name: asked.append(name) or values[name])
-    assert sorted(asked) == sorted(values)
+    given = Given(values)
+    export(tmp_path / "a", model, names=list(values), weights=given)
+    assert given.elements == {name: value.numel() for name, value in values.items()}, "each read once"
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "a")
     assert again.dtype == torch.bfloat16
     assert all(torch.equal(p, values[n]) for n, p in again.named_parameters())
 
 
-def test_one_group_of_tensors_is_alive_at_a_time(tmp_path):
-    """Only what transformers converts together: here the gate and up projections' fused experts."""
-    model = ZOO["mixtral"].build()
-    alive, most = 0, 0
+class Given:
+    """Weights from tensors in memory; counts the elements that are read."""
 
-    def read(name: str) -> torch.Tensor:
-        nonlocal alive, most
-        tensor = model.get_parameter(name).detach().clone()
-        alive += 1
-        weakref.finalize(tensor, forget)
-        most = max(most, alive)
-        return tensor
+    def __init__(self, values: dict[str, torch.Tensor], failing: str | None = None):
+        self.values, self.failing, self.elements, self.longest = values, failing, {}, 0
 
-    def forget() -> None:
-        nonlocal alive
-        alive -= 1
+    def shape_of(self, name: str) -> torch.Size:
+        return self.values[name].shape
 
-    export(tmp_path / "a", model, names=[n for n, _ in model.named_parameters()], read=read, max_shard_bytes=SHARD)
-    assert most <= 2  # the tensor just read, and the one whose generator frame has not moved on yet
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.values[name].dtype
+
+    def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
+        if name == self.failing:
+            raise KeyboardInterrupt
+        out.copy_(self.values[name].detach().reshape(-1)[start : start + len(out)])
+        self.elements[name] = self.elements.get(name, 0) + len(out)
+        self.longest = max(self.longest, len(out))
 
 
 class Odd(nn.Module):
@@ -672,7 +691,7 @@ def test_tokenizer_templates_and_licence_go_along_and_nothing_else(saved, tmp_pa
     checkpoint = Checkpoint.open(saved)
     model = checkpoint.build_model()
     assert model.generation_config.max_new_tokens == 7
-    save_pretrained(tmp_path / "b", model=model, names=checkpoint.names, read=checkpoint.load, checkpoint=checkpoint)
+    save_pretrained(tmp_path / "b", model=model, names=checkpoint.names, weights=checkpoint, checkpoint=checkpoint)
     found = {str(p.relative_to(tmp_path / "b")) for p in (tmp_path / "b").rglob("*") if p.is_file()}
     assert found == set(carried) | {"config.json", "model.safetensors"}
     assert all((tmp_path / "b" / name).read_text() == text for name, text in carried.items())
@@ -727,7 +746,7 @@ def test_the_source_is_never_the_target(saved):
     before = files_in(saved)
     with pytest.raises(CheckpointError, match="the checkpoint this model is read from"):
         save_pretrained(
-            saved, model=model, names=checkpoint.names, read=checkpoint.load, checkpoint=checkpoint, overwrite=True
+            saved, model=model, names=checkpoint.names, weights=checkpoint, checkpoint=checkpoint, overwrite=True
         )
     assert files_in(saved) == before
 
@@ -736,14 +755,11 @@ def test_a_failure_in_the_middle_leaves_nothing_behind(tmp_path, saved):
     checkpoint = Checkpoint.open(saved)
     model = checkpoint.build_model()
 
-    def read(name: str) -> torch.Tensor:
-        if name == "model.norm.weight":
-            raise KeyboardInterrupt
-        return checkpoint.load(name)
-
+    given = Given({name: checkpoint.load(name) for name in checkpoint.names}, failing="model.norm.weight")
     before = files_in(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        save_pretrained(tmp_path / "b", model=model, names=checkpoint.names, read=read, checkpoint=checkpoint)
+        save_pretrained(tmp_path / "b", model=model, names=checkpoint.names, weights=given, checkpoint=checkpoint)
+    assert given.elements, "it failed in the middle"
     assert files_in(tmp_path) == before and not (tmp_path / "b").exists()
 
 
@@ -755,7 +771,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing_behind(tmp_path, saved)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
     try:
         with pytest.raises(CheckpointError, match=r"could not write .*File too large .*GB free there"):
-            save_pretrained(tmp_path / "b", model=model, names=checkpoint.names, read=checkpoint.load)
+            save_pretrained(tmp_path / "b", model=model, names=checkpoint.names, weights=checkpoint)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert files_in(tmp_path) == before
@@ -766,15 +782,16 @@ def test_what_cannot_be_saved_is_named_before_anything_is_written(tmp_path, save
     model = checkpoint.build_model()
     for options, message in [
         ({}, r"'model\.embed_tokens\.weight' cannot be saved: it is on meta"),
-        ({"names": checkpoint.names[1:], "read": checkpoint.load}, "cannot be saved: it is on meta"),
-        ({"names": checkpoint.names}, "both names and read"),
+        ({"names": checkpoint.names[1:], "weights": checkpoint}, "cannot be saved: it is on meta"),
+        ({"names": checkpoint.names}, "both names and weights"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             export(tmp_path / "b", model, **options)
     with pytest.raises(CheckpointError, match="not among the names to read"):
-        export(tmp_path / "b", Odd(), names=["a"], read=lambda name: torch.zeros(3))
-    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' was read with shape \[1\]"):
-        export(tmp_path / "b", model, names=checkpoint.names, read=lambda name: torch.zeros(1))
+        export(tmp_path / "b", Odd(), names=["a"], weights=Given({"a": torch.zeros(3)}))
+    names = checkpoint.names
+    with pytest.raises(CheckpointError, match=r"was read with shape \[1\]; the model has \[96, 32\]"):
+        export(tmp_path / "b", model, names=names, weights=Given(dict.fromkeys(names, torch.zeros(1))))
     assert not (tmp_path / "b").exists()
 
 

@@ -1,26 +1,26 @@
 """A transformers checkpoint, opened without loading it.
 
 `Checkpoint.build_model` gives the model with its parameters on meta and everything else real (buffers, ties, config);
-`Checkpoint.load` then gives one parameter at a time: bit for bit what `from_pretrained` would have put there, in the
-dtype of the file. Names are canonical: the first name of a parameter in `model.named_parameters()`; persistent buffers
-go by their name in `named_buffers()`. At most one group of tensors that transformers converts together is in memory.
+`Checkpoint.read_into` then gives any run of a parameter's elements: bit for bit what `from_pretrained` would have put
+there, in the dtype of the file. Names are canonical: the first name of a parameter in `model.named_parameters()`;
+persistent buffers go by their name in `named_buffers()`. Memory: what is asked for, and a few MB. Only where
+transformers transposes a whole tensor, or computes with it, are the tensors it converts together in memory at once,
+until the last element of them was read; and parameters that the files lack stay in memory.
 
 Parameters the files lack (a fresh classification head) are made by the model's own `_init_weights`, in fp32 and then
 rounded to the checkpoint's dtype, with a generator seeded per module by (seed, module path): the same values whatever
 else is missing and whatever dtype the model is built in.
 
-The digest of a checkpoint is independent of sharding, of the order of reading and of the names in the files:
-    per tensor   blake2b-8 of "<canonical name> <dtype> <shape> <crc32 of its bytes>"
-    together     blake2b-8 of the lines "<name> <digest of the tensor>" in order of names
-Every `load` notes the crc of what it returned, so after an ingestion `digest()` reads nothing again.
+The digest of a checkpoint (`weights.py`) is independent of sharding, of the order of reading and of the names in the
+files. Every read notes the crc of what it gave, so after an ingestion `digest()` reads nothing again.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +35,9 @@ from .conversion import Group, loading_groups
 from .errors import CheckpointError
 from .export import save_pretrained
 from .meta_model import construct, keep_in_fp32, make_real
-from .safetensors_io import SafetensorsFile, as_bytes
+from .recipe import Reader, Recipe
+from .safetensors_io import SafetensorsFile
+from .weights import Crcs, entry_digest, runs, tensor_digest, together
 
 __all__ = ["Checkpoint", "save_pretrained", "tensor_digest"]
 
@@ -47,7 +49,7 @@ class _Layout:
     model: PreTrainedModel  # conversions may look up shapes in it; its tensors' data is not used
     canonical: dict[str, str]  # every name in the state dict -> canonical name
     metas: dict[str, Tensor]  # canonical name -> meta tensor as `load` returns it
-    groups: dict[str, tuple[Group, str]]  # canonical name -> its group and its name there
+    recipes: dict[str, Recipe]  # canonical name -> how it comes from the files
     fresh: dict[str, Tensor] = field(default_factory=dict)  # initialised, not in the files
     parameters: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
@@ -56,7 +58,7 @@ class _Layout:
 
 
 class Checkpoint:
-    """See the module. `load` may be called from several threads; building is for one."""
+    """See the module. Reading may be done from several threads; building is for one."""
 
     def __init__(self, config: Any, path: Path | None, files: list[SafetensorsFile], carried: list[Path]):
         """Use `open`."""
@@ -65,8 +67,8 @@ class Checkpoint:
         self.carried = carried  # tokenizer, generation config, chat template, ...: to go along with an export
         self._file_of = {name: file for file in files for name in file.entries}
         self._layout: _Layout | None = None
-        self._crcs: dict[str, int] = {}
-        self._leftover: dict[str, Tensor] = {}  # outputs of the last converted group nobody has asked for yet
+        self._crcs = Crcs()
+        self._reader = Reader(self._read_into)
 
     @classmethod
     def open(cls, path: str | Path | Any, *, weights: bool = True) -> Checkpoint:
@@ -138,9 +140,9 @@ class Checkpoint:
             model._weight_conversions = used  # type: ignore[assignment]
             keep_in_fp32(model, parameter_dtype, sources)
         layout = self._layout = self._lay_out(model, sources, unexpected)
-        self._crcs, self._leftover = {}, {}
-        absent = [name for name in layout.metas if name not in layout.groups] if self.has_weights else []
-        loaded = {name: self.load(name) for name in layout.buffers if name in layout.groups}
+        self._crcs, self._reader = Crcs(), Reader(self._read_into)
+        absent = [name for name in layout.metas if name not in layout.recipes] if self.has_weights else []
+        loaded = {name: self.load(name) for name in layout.buffers if name in layout.recipes}
         fresh = make_real(model, loaded, [name for name in absent if name in layout.parameters], seed)
         layout.fresh = {name: value.to(layout.metas[name].dtype) for name, value in fresh.items()}
         layout.fresh.update((name, model.get_buffer(name)) for name in absent if name in layout.buffers)
@@ -182,31 +184,44 @@ class Checkpoint:
 
     def load(self, name: str) -> Tensor:
         """One parameter or persistent buffer, contiguous, in memory of its own, in the dtype of the file."""
+        meta = self._meta(name)
+        out = torch.empty(meta.shape, dtype=meta.dtype)
+        self.read_into(name, 0, out.view(-1))
+        return out
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Elements [start, start + len(out)) of one into `out`: 1-D, contiguous, of the dtype of the file."""
+        name, meta = self._built().canonical.get(name, name), self._meta(name)
+        self._fill(name, start, out)
+        self._crcs.add(name, start * meta.dtype.itemsize, out, meta.nbytes)
+
+    def _fill(self, name: str, start: int, out: Tensor) -> None:
         if not self.has_weights:
             raise CheckpointError(
                 f"{name!r} was asked of a checkpoint opened without weights: {self.path or 'a config'}"
             )
-        layout = self._built()
-        name = layout.canonical.get(name, name)
-        meta = self._meta(name)
+        layout, meta = self._built(), self._meta(name)
+        assert out.dtype == meta.dtype and start + len(out) <= meta.numel(), (name, start, len(out), out.dtype)
         fresh = layout.fresh.get(name)
-        tensor = self._load_from_group(layout, name) if fresh is None else fresh.clone()
-        tensor = tensor.contiguous()
-        assert (tensor.shape, tensor.dtype) == (meta.shape, meta.dtype), (name, tensor.shape, meta.shape)
-        if name not in self._crcs:
-            self._crcs[name] = _crc(tensor)
-        return tensor
+        if fresh is None:
+            layout.recipes[name].fill(self._reader, start, out)
+        else:
+            out.copy_(fresh.reshape(-1)[start : start + len(out)])
+
+    def digest_of(self, name: str) -> str:
+        """16 hex digits over one's name, dtype, shape and content; reads it if not all of it was read before."""
+        meta = self._meta(name)
+
+        def read() -> Iterator[Tensor]:
+            fill = partial(self._fill, name)
+            return (values for _, values in runs(fill, meta.dtype, 0, meta.numel()))
+
+        return entry_digest(name, meta.dtype, meta.shape, self._crcs.of(name, read))
 
     def digest(self) -> str:
-        """16 hex digits over names, dtypes, shapes and contents; reads only what `load` has not read before."""
+        """16 hex digits over names, dtypes, shapes and contents; reads only what was not read before."""
         layout = self._built()
-        lines = []
-        for name in sorted((*layout.parameters, *layout.buffers)):
-            if name not in self._crcs:
-                self.load(name)
-            meta = layout.metas[name]
-            lines.append(f"{name} {_entry_digest(name, meta.dtype, meta.shape, self._crcs[name])}\n")
-        return hashlib.blake2b("".join(lines).encode(), digest_size=8).hexdigest()
+        return together({name: self.digest_of(name) for name in (*layout.parameters, *layout.buffers)})
 
     def close(self) -> None:
         for file in set(self._file_of.values()):
@@ -229,20 +244,8 @@ class Checkpoint:
         entries = (file.entries[name] for name, file in self._file_of.items())
         return {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries}
 
-    def _read(self, source: str) -> Tensor:
-        return self._file_of[source].read(source)
-
-    def _load_from_group(self, layout: _Layout, name: str) -> Tensor:
-        group, output = layout.groups[name]
-        if len(group.outputs) == 1:
-            return group.run(self._read, layout.model)[output]
-        # a fused tensor is read once for all its parts, if they are asked for in turn; dict.pop is atomic
-        tensor = self._leftover.pop(output, None)
-        if tensor is None:
-            made = group.run(self._read, layout.model)
-            tensor = made.pop(output)
-            self._leftover = made
-        return tensor
+    def _read_into(self, source: str, start: int, out: Tensor) -> None:
+        self._file_of[source].read_into(source, start, out)
 
     def _model_class(self, given: type[PreTrainedModel] | str | None) -> type[PreTrainedModel]:
         if isinstance(given, type):
@@ -306,9 +309,8 @@ class Checkpoint:
             layout.canonical.update(dict.fromkeys(names, canonical))
             output = next((name for name in names if name in sources and name not in absent), None)
             if output is not None:
-                group = sources[output]
-                layout.groups[canonical] = (group, output)
-                layout.metas[canonical] = group.outputs[output]
+                layout.recipes[canonical] = sources[output].recipes[output]
+                layout.metas[canonical] = sources[output].outputs[output]
             else:
                 report.missing_keys.add(canonical)
                 tensor = model.get_parameter_or_buffer(canonical)
@@ -326,29 +328,21 @@ class Checkpoint:
         for target, source in list(model.all_tied_weights_keys.items()):
             if target not in sources or source not in sources:
                 continue
-            one, other = (sources[name].run(self._read, model)[name] for name in (target, source))
-            if one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other):
+            one, other = (sources[name].outputs[name] for name in (target, source))
+            if (
+                one.shape == other.shape
+                and one.dtype == other.dtype
+                and self._are_equal(sources[target].recipes[target], sources[source].recipes[source])
+            ):
                 absent.add(target)
             else:
                 del model.all_tied_weights_keys[target]
 
+    def _are_equal(self, one: Recipe, other: Recipe) -> bool:
+        """Whether two tensors of the files have the same elements; reads no further than they do."""
+        both = [runs(partial(r.fill, Reader(self._read_into)), r.dtype, 0, r.numel) for r in (one, other)]
+        return all(torch.equal(a, b) for (_, a), (_, b) in zip(*both, strict=True))
+
     def _set_generation_config(self, model: PreTrainedModel) -> None:
         if self.path is not None and model.can_generate() and (self.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self.path, local_files_only=True)
-
-
-def tensor_digest(name: str, tensor: Tensor) -> str:
-    """The digest of one tensor as it enters `Checkpoint.digest` (16 hex digits)."""
-    return _entry_digest(name, tensor.dtype, tensor.shape, _crc(tensor))
-
-
-def _crc(tensor: Tensor) -> int:
-    crc = 0
-    for piece in as_bytes(tensor):
-        crc = zlib.crc32(piece, crc)
-    return crc
-
-
-def _entry_digest(name: str, dtype: torch.dtype, shape: torch.Size, crc: int) -> str:
-    line = f"{name} {str(dtype).removeprefix('torch.')} {list(shape)} {crc:08x}"
-    return hashlib.blake2b(line.encode(), digest_size=8).hexdigest()

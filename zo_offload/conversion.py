@@ -2,9 +2,10 @@
 
 transformers 5 may rename, merge (one fused tensor of all experts), split (a fused qkv) or permute tensors when it
 loads a checkpoint, and undoes that when it saves. It does so for a whole model at once. Here its own transforms are
-asked which tensors belong together, tried on meta tensors to learn what comes out, and then run on one group when one
-of its tensors is wanted. Everything that depends on the internals of transformers (5.17 to 5.23) and is not about
-building a model is in this module.
+asked which tensors belong together, and tried on meta tensors to learn what comes out and where each element of it
+comes from (`recipe.py`); a transform that does more than move elements is run on its group when one of its tensors is
+wanted. Everything that depends on the internals of transformers (5.17 to 5.23) and is not about building a model is in
+this module.
 """
 
 from __future__ import annotations
@@ -29,35 +30,29 @@ from transformers.core_model_loading import (
 )
 
 from .errors import CheckpointError
-
-Read = Callable[[str], Tensor]
+from .recipe import Finder, Reader, Recipe, Source, Whole
 
 
 @dataclass
 class Group:
-    """Tensors that are converted together. sources: names to read, in order; outputs: final name -> meta tensor."""
+    """Tensors that are converted together. sources: names to read, in order; outputs: final name -> meta tensor;
+    recipes: final name -> how its elements come from the sources'."""
 
     sources: list[str]
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    recipes: dict[str, Recipe] = field(default_factory=dict)
     _patterns: list[str] = field(default_factory=list)
     _transform: WeightConverter | None = None  # None: the tensor as it is, under another name
     _first: str = ""  # the name transformers files this group under
-    _final: dict[str, str] = field(default_factory=dict)  # name as the transform gives it -> final name
 
     @classmethod
     def plain(cls, name: str, meta: Tensor) -> Group:
         """One tensor that keeps its name."""
-        return cls([name], {name: meta}, _patterns=[name], _first=name)
+        return cls([name], {name: meta}, {name: Source(name, meta.numel(), meta.dtype)}, [name], None, name)
 
-    def run(self, read: Read, model: nn.Module) -> dict[str, Tensor]:
-        """All tensors of the group, converted. Reads each source once and holds all of them."""
-        if self._transform is None:
-            return {name: read(self.sources[0]) for name in self.outputs}
-        return {self._final[name]: tensor for name, tensor in self._convert(read, model).items()}
-
-    def _convert(self, read: Read, model: nn.Module) -> dict[str, Tensor]:
+    def _convert(self, tensors: list[Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """The sources, converted, by the names that the transform gives."""
         assert self._transform is not None
-        tensors = [read(source) for source in self.sources]
         if len({t.dtype for t in tensors}) > 1:  # torch.stack and friends would refuse or depend on the order
             common = tensors[0].dtype
             for tensor in tensors:
@@ -77,13 +72,30 @@ class Group:
         return {name: t[0] if isinstance(t, list) else t for name, t in converted.items()}
 
     def _try(self, metas: Mapping[str, Tensor], model: nn.Module, rename: Callable[[str], str]) -> None:
-        """Learns the outputs by running on meta tensors."""
+        """Learns outputs and recipes by running on meta tensors."""
+        given = [metas[name].detach() for name in self.sources]  # tensors of our own: recipes go by identity
+        recipes = [Source(name, t.numel(), t.dtype) for name, t in zip(self.sources, given, strict=True)]
         if self._transform is None:
-            self.outputs = {self._first: metas[self.sources[0]]}
+            self.outputs, self.recipes = {self._first: given[0]}, {self._first: recipes[0]}
             return
-        converted = self._convert(metas.__getitem__, model)
-        self._final = {name: rename(name) for name in converted}
-        self.outputs = {self._final[name]: tensor for name, tensor in converted.items()}
+        with Finder() as finder:
+            for tensor, source in zip(given, recipes, strict=True):
+                finder.add(tensor, source)
+            converted = self._convert(given, model)
+
+        def run(reader: Reader) -> dict[str, Tensor]:
+            """All outputs, from whole sources."""
+            parts = zip(recipes, (metas[name].shape for name in self.sources), strict=True)
+            made = self._convert([source.part(reader, 0, source.numel).view(shape) for source, shape in parts], model)
+            return {rename(name): tensor for name, tensor in made.items()}
+
+        for name, tensor in converted.items():
+            final = rename(name)
+            self.outputs[final] = tensor
+            found = finder.recipe(tensor)
+            self.recipes[final] = found or Whole(
+                final, run, len(converted), self.sources[0], tensor.numel(), tensor.dtype
+            )
 
 
 def loading_groups(

@@ -299,14 +299,14 @@ class Engine:
     def save_pretrained(
         self, directory: str | Path, *, max_shard_bytes: int | float | str = 5e9, overwrite: bool = False
     ) -> list[Path]:
-        """Write the current weights as a checkpoint that plain transformers loads, one tensor in memory at a time.
+        """Write the current weights as a checkpoint that plain transformers loads, a block in memory at a time.
 
         Configs and tokenizer go along. overwrite: into a directory that is not empty; see `export.save_pretrained`.
         """
         parts = self._start()
         self._flush(parts)
         return save_pretrained(
-            Path(directory), model=self.model, names=list(self.plan.params), read=parts.streamer.read,
+            Path(directory), model=self.model, names=list(self.plan.params), weights=parts.streamer,
             checkpoint=self.checkpoint, max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")),
             overwrite=overwrite, tokenizer=self.tokenizer if self.checkpoint is None else None,
         )  # fmt: skip

@@ -1,7 +1,10 @@
-"""Writes a model as a transformers checkpoint, one group of tensors in memory at a time.
+"""Writes a model as a transformers checkpoint, a run of elements in memory at a time.
 
 Names, splits and ties are those that transformers' own `save_pretrained` writes for the model, so that plain
-`from_pretrained` gives the same weights bit for bit. Everything is written into a fresh directory beside the target and
+`from_pretrained` gives the same weights bit for bit. All headers are known before a weight is read; elements are then
+read in the order of the model's tensors and written to their places, of which one tensor's may lie in several files.
+Only where transformers transposes a whole tensor or computes with it are those it converts together in memory at once.
+Everything is written into a fresh directory beside the target and
 then renamed: the target is complete or absent. With overwrite=True the files are moved into an existing directory one
 by one, weights first and the index last; what was there under other names stays, save for weight files that an earlier
 export of ours left and that would shadow or outlive the new ones.
@@ -16,7 +19,8 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +31,9 @@ from transformers import PreTrainedModel
 from .checkpoint_files import CONFIG, INDEX, SINGLE
 from .conversion import Group, names_to_save, saving_groups
 from .errors import CheckpointError
-from .safetensors_io import ShardWriter, header_bound, read_header
+from .recipe import Reader
+from .safetensors_io import Shard, ShardWriter, Tensorlike, header_bound, read_header
+from .weights import Weights, runs
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -40,7 +46,7 @@ def save_pretrained(
     *,
     model: nn.Module,
     names: Iterable[str] | None = None,
-    read: Callable[[str], Tensor] | None = None,
+    weights: Weights | None = None,
     checkpoint: Checkpoint | None = None,
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
@@ -48,8 +54,8 @@ def save_pretrained(
 ) -> list[Path]:
     """Writes `model` to `directory`; returns the files, weights first.
 
-    names, read: canonical names of the parameters (and of any buffers) that `read` gives; each is read once, in the
-    dtype it is to have in the file, on any device. They must cover every parameter. Buffers not among them, and
+    names, weights: canonical names of the parameters (and of any buffers) that `weights` has; each element is read
+    once, in the dtype it is to have in the file. They must cover every parameter. Buffers not among them, and
     everything if both are None, are taken from the model. checkpoint: where the model came from; its config and small
     files (tokenizer, generation config, chat template, licence) go along. Without it the model's own configs and
     `tokenizer` (anything with a `save_pretrained`) do. A model that is not a PreTrainedModel becomes plain
@@ -60,11 +66,11 @@ def save_pretrained(
     """
     target = Path(directory).expanduser()
     _check_target(target, checkpoint, overwrite)
-    reader = _Reader(model, None if names is None else set(names), read)
+    entries = _Entries(model, None if names is None else set(names), weights)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
-        config_dtype = _write_weights(work, model, reader, int(max_shard_bytes))
+        config_dtype = _write_weights(work, model, entries, int(max_shard_bytes))
         _write_small_files(work, model, checkpoint, config_dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
@@ -81,72 +87,121 @@ def save_pretrained(
         shutil.rmtree(work, ignore_errors=True)  # made above, by us alone
 
 
-class _Reader:
-    """State dict entries by the name they are saved under, from `read` or from the model."""
+class _Entries:
+    """State dict entries by the name they are saved under, from `weights` or from the model."""
 
-    def __init__(self, model: nn.Module, names: set[str] | None, read: Callable[[str], Tensor] | None):
-        self.entries = names_to_save(model)
-        self._names, self._read = names, read
+    def __init__(self, model: nn.Module, names: set[str] | None, weights: Weights | None):
+        self._tensors = names_to_save(model)
+        self._weights = weights
         canonical = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
-        self._canonical = {name: canonical[id(tensor)] for name, tensor in self.entries.items()}
-        if (names is None) != (read is None):
-            raise CheckpointError("save_pretrained needs both names and read, or neither.")
-        for name, tensor in self.entries.items():
-            covered = names is not None and self._canonical[name] in names
-            if not covered and (tensor.is_meta or (names is not None and isinstance(tensor, nn.Parameter))):
+        self._given: dict[str, str] = {}  # name -> canonical name, of what is read from `weights`
+        if (names is None) != (weights is None):
+            raise CheckpointError("save_pretrained needs both names and weights, or neither.")
+        for name, tensor in self._tensors.items():
+            which = canonical[id(tensor)]
+            if names is not None and weights is not None and which in names:
+                self._given[name] = which
+                if weights.shape_of(which) != tensor.shape:
+                    found, expected = list(weights.shape_of(which)), list(tensor.shape)
+                    raise CheckpointError(f"{which!r} was read with shape {found}; the model has {expected}.")
+            elif tensor.is_meta or (names is not None and isinstance(tensor, nn.Parameter)):
                 where = "on meta" if tensor.is_meta else "not among the names to read"
-                raise CheckpointError(f"parameter or buffer {self._canonical[name]!r} cannot be saved: it is {where}.")
+                raise CheckpointError(f"parameter or buffer {which!r} cannot be saved: it is {where}.")
 
-    def __call__(self, name: str) -> Tensor:
-        canonical = self._canonical[name]
-        if self._names is None or canonical not in self._names:
-            return self.entries[name].detach()
-        assert self._read is not None
-        tensor = self._read(canonical)
-        if tensor.shape != self.entries[name].shape:
-            expected = list(self.entries[name].shape)
-            raise CheckpointError(f"{canonical!r} was read with shape {list(tensor.shape)}; the model has {expected}.")
-        return tensor.detach()
+    def metas(self) -> dict[str, Tensor]:
+        """Shapes and dtypes as they are to be saved."""
+        return {
+            name: torch.empty(tensor.shape, dtype=self._dtype(name, tensor), device="meta")
+            for name, tensor in self._tensors.items()
+        }
+
+    def _dtype(self, name: str, tensor: Tensor) -> torch.dtype:
+        if name not in self._given:
+            return tensor.dtype
+        assert self._weights is not None
+        return self._weights.dtype_of(self._given[name])
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        if name in self._given:
+            assert self._weights is not None
+            self._weights.read_into(self._given[name], start, out)
+        else:
+            out.copy_(self._tensors[name].detach().reshape(-1)[start : start + len(out)])
 
 
-def _write_weights(work: Path, model: nn.Module, reader: _Reader, max_shard_bytes: int) -> torch.dtype | None:
+def _write_weights(work: Path, model: nn.Module, entries: _Entries, max_shard_bytes: int) -> torch.dtype | None:
     """Streams all groups into shards under their final names, with an index if there are several."""
-    metas = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in reader.entries.items()}
+    metas = entries.metas()
     if isinstance(model, PreTrainedModel):
         groups = saving_groups(model, metas)
     else:
         groups = [Group.plain(name, meta) for name, meta in metas.items()]
-    waiting = {name: tuple(meta.shape) for group in groups for name, meta in group.outputs.items()}
-    elements: Counter[torch.dtype] = Counter()
-    shards: list[ShardWriter] = []
-    try:
-        for name, tensor in _stream(groups, reader, model):
-            if not shards or not shards[-1].fits(tensor, max_shard_bytes):
-                if shards:
-                    shards[-1].finish()
-                room = header_bound(_first_bytes(waiting, max_shard_bytes), METADATA)
-                shards.append(ShardWriter(work / f"shard-{len(shards)}", room, METADATA))
-            shards[-1].add(name, tensor)
-            del waiting[name]
-            if tensor.is_floating_point():
-                elements[tensor.dtype] += tensor.numel()
-        if not shards:
-            raise CheckpointError(f"{type(model).__name__} has no parameters or buffers to save.")
-        shards[-1].finish()
-    except BaseException:
-        for shard in shards:
-            shard.abandon()
-        raise
+    outputs = {name: Tensorlike(t.dtype, tuple(t.shape)) for group in groups for name, t in group.outputs.items()}
+    if not outputs:
+        raise CheckpointError(f"{type(model).__name__} has no parameters or buffers to save.")
+    shards = _into_shards(outputs, max_shard_bytes)
+    with _Files(work, shards) as files:
+        reader = Reader(entries.read_into)
+        for group in groups:
+            # in the order of their first elements in the sources, so that those are passed through once
+            for name, recipe in sorted(group.recipes.items(), key=lambda item: item[1].first()):
+                for start, values in runs(partial(recipe.fill, reader), recipe.dtype, 0, recipe.numel):
+                    files.write(name, start, values)
+                files.end(name)
     _name_shards(work, shards)
+    elements: Counter[torch.dtype] = Counter()
+    for tensor in outputs.values():
+        if tensor.dtype.is_floating_point:
+            elements[tensor.dtype] += tensor.numel
     return elements.most_common(1)[0][0] if elements else None
 
 
-def _stream(groups: list[Group], reader: _Reader, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for group in groups:
-        tensors = group.run(reader, model)
-        while tensors:
-            name = next(iter(tensors))
-            yield name, tensors.pop(name)
+def _into_shards(outputs: Mapping[str, Tensorlike], max_bytes: int) -> list[Shard]:
+    shards: list[Shard] = []
+    waiting = {name: tensor.shape for name, tensor in outputs.items()}
+    for name, tensor in outputs.items():
+        if not shards or not shards[-1].fits(tensor, max_bytes):
+            shards.append(Shard(header_bound(_first_bytes(waiting, max_bytes), METADATA)))
+        shards[-1].add(name, tensor)
+        del waiting[name]
+    return shards
+
+
+class _Files:
+    """The shards' files while they are written; each is open from its first element to its last."""
+
+    def __init__(self, work: Path, shards: list[Shard]) -> None:
+        self._work, self._shards = work, shards
+        self._shard_of = {name: index for index, shard in enumerate(shards) for name in shard.tensors}
+        self._lacking = [len(shard.tensors) for shard in shards]
+        self._open: dict[int, ShardWriter] = {}
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        self._file(self._shard_of[name]).write(name, start, values)
+
+    def end(self, name: str) -> None:
+        """The tensor's last element was written."""
+        index = self._shard_of[name]
+        self._lacking[index] -= 1
+        if not self._lacking[index]:
+            self._file(index).finish()
+            del self._open[index]
+
+    def _file(self, index: int) -> ShardWriter:
+        if index not in self._open:
+            self._open[index] = ShardWriter(_path(self._work, index), self._shards[index], METADATA)
+        return self._open[index]
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for file in self._open.values():
+            file.abandon()
+
+
+def _path(work: Path, index: int) -> Path:
+    return work / f"shard-{index}"
 
 
 def _first_bytes(shapes: dict[str, tuple[int, ...]], max_bytes: int) -> dict[str, tuple[int, ...]]:
@@ -161,15 +216,15 @@ def _first_bytes(shapes: dict[str, tuple[int, ...]], max_bytes: int) -> dict[str
     return taken
 
 
-def _name_shards(work: Path, shards: list[ShardWriter]) -> None:
+def _name_shards(work: Path, shards: list[Shard]) -> None:
     if len(shards) == 1:
-        shards[0].path.rename(work / SINGLE)
+        _path(work, 0).rename(work / SINGLE)
         return
     weight_map = {}
-    for index, shard in enumerate(shards, start=1):
-        final = SINGLE.replace(".safetensors", f"-{index:05d}-of-{len(shards):05d}.safetensors")
-        shard.path.rename(work / final)
-        weight_map.update(dict.fromkeys(shard.names, final))
+    for index, shard in enumerate(shards):
+        final = SINGLE.replace(".safetensors", f"-{index + 1:05d}-of-{len(shards):05d}.safetensors")
+        _path(work, index).rename(work / final)
+        weight_map.update(dict.fromkeys(shard.tensors, final))
     total = {"total_size": sum(shard.nbytes for shard in shards)}
     _write_json(work / INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
 

@@ -11,15 +11,14 @@ import torch
 import transformers
 
 from . import __version__, runs
-from .checkpoint import tensor_digest
 from .config import EngineConfig
 from .errors import JournalError
-from .ingest import Base
 from .layout import Layout
 from .methods import MeZO
 from .noise import NoiseSpec
 from .plan import Plan
 from .storage import is_lossless
+from .weights import Base
 
 MAY_CHANGE = (
     "Steps, evaluation, devices, window, threads and offload tier may change; the base weights, storage, folding, "
@@ -76,7 +75,7 @@ def header_of(
         settings["trainable"] = sorted(name for name, spec in plan.params.items() if spec.trainable)
     return {
         **wanted,
-        "sample": {name: tensor_digest(name, base.load(name)) for name in _sampled(plan)},
+        "sample": {name: base.digest_of(name) for name in _sampled(plan)},
         "layout": layout.digest(),
         "settings": settings,
         "model": model,
@@ -95,7 +94,7 @@ def check_sample(base: Base, header: dict[str, Any]) -> None:
     """
     sample = header.get("sample")
     for name, wanted in sorted(sample.items()) if isinstance(sample, dict) else []:
-        found = tensor_digest(name, base.load(name))
+        found = base.digest_of(name)
         if found != wanted:
             raise JournalError(
                 f"this run cannot be continued as asked; the base weights are not the run's: {name!r} has digest "

@@ -1,11 +1,11 @@
-"""Safetensors files, one tensor at a time.
+"""Safetensors files, a run of a tensor's elements at a time.
 
 Reading checks the header as a stranger's bytes before anything is read: sizes, offsets, dtypes and that the tensors
-tile the data without gaps. A tensor is then one `pread` into memory of its own: unlike a mapping it cannot turn into a
-bus error when the file is cut short under us, cannot alias the file, and may be called from any number of threads.
+tile the data without gaps. Elements are then one `pread` into memory of the caller's: unlike a mapping it cannot turn
+into a bus error when the file is cut short under us, cannot alias the file, holds no page but those asked for, and may
+be called from any number of threads.
 
-Writing does not know what comes next: tensors arrive one by one, in whatever dtype they have. `ShardWriter` reserves
-room for the header, appends the data, and fills the header in at the end (the format allows trailing blanks in it).
+Writing begins with the header, from names, dtypes and shapes; elements then arrive in any order, each in its place.
 
 File layout, little-endian (https://github.com/huggingface/safetensors): header bytes u64 | JSON header, padded with
 blanks | data. Header: name -> {"dtype", "shape", "data_offsets": [begin, end]} from the data, and "__metadata__".
@@ -17,6 +17,7 @@ import contextlib
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import diskio
 from .errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
@@ -61,25 +63,42 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         self._fd = -1
+        self._lock = threading.Lock()
         self.metadata, self.entries = read_header(path)
 
     def read(self, name: str) -> Tensor:
         """The tensor, in memory of its own."""
         entry = self.entries[name]
+        out = torch.empty(entry.shape, dtype=entry.dtype)
+        self.read_into(name, 0, out.view(-1))
+        return out
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Elements [start, start + len(out)) of a tensor into `out`, 1-D and contiguous, of its dtype. Reads no others.
+
+        CheckpointError if the file ends before them.
+        """
+        entry = self.entries[name]
+        assert out.dtype == entry.dtype, f"{name}: {entry.dtype} into {out.dtype}"
+        begin, nbytes = entry.begin + start * entry.dtype.itemsize, out.nbytes
+        assert begin + nbytes <= entry.end, f"{name}: elements from {start}, {len(out)} of them"
         if self._fd < 0:
-            self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        data = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view = data.numpy().data
+            self._open()
+        view = out.view(torch.uint8).numpy().data if nbytes else b""
         done = 0
-        while done < entry.nbytes:
-            got = os.preadv(self._fd, [view[done : done + READ_CHUNK_BYTES]], entry.begin + done)
+        while done < nbytes:
+            got = os.preadv(self._fd, [view[done : done + READ_CHUNK_BYTES]], begin + done)
             if got == 0:
                 raise CheckpointError(
-                    f"{self.path}: ends at byte {entry.begin + done} inside tensor {name!r}, which goes on to byte "
+                    f"{self.path}: ends at byte {begin + done} inside tensor {name!r}, which goes on to byte "
                     f"{entry.end}; the file was cut short after it was opened. Restore it."
                 )
             done += got
-        return data.view(entry.dtype).reshape(entry.shape)
+
+    def _open(self) -> None:
+        with self._lock:
+            if self._fd < 0:
+                self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -160,52 +179,82 @@ def _check_tiling(path: Path, entries: dict[str, Entry], data_begin: int, size: 
         raise CheckpointError(f"{path}: {size - at} bytes after the last tensor (ends at byte {at} of {size}).")
 
 
-class ShardWriter:
-    """Writes one file whose tensors are not known in advance.
+@dataclass(frozen=True)
+class Tensorlike:
+    """What a header says of a tensor that is still to be written."""
 
-    header_room: bytes kept for the header; `header_bound` gives one that suffices. Not atomic: write under another
-    name and rename. Tensor offsets stay multiples of the element size (`fits` says whether the next one's would be).
-    """
-
-    def __init__(self, path: Path, header_room: int, metadata: dict[str, str]):
-        self.path = path
-        self.nbytes = 0
-        self._header: dict[str, Any] = {"__metadata__": metadata}
-        self._room = -(-header_room // 8) * 8
-        self._file = open(path, "xb")  # noqa: SIM115  # finish or abandon closes it
-        self._file.seek(8 + self._room)
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
     @property
-    def names(self) -> list[str]:
-        return [name for name in self._header if name != "__metadata__"]
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
-    def fits(self, tensor: Tensor, max_bytes: int) -> bool:
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class Shard:
+    """What one file is to hold, tensors in the order of their bytes.
+
+    header_room: bytes kept for the header; `header_bound` gives one that suffices. Tensor offsets stay multiples of
+    the element size (`fits` says whether the next one's would be).
+    """
+
+    def __init__(self, header_room: int) -> None:
+        self.nbytes = 0
+        self.tensors: dict[str, Tensorlike] = {}
+        self.begins: dict[str, int] = {}
+        """Of each tensor, in bytes from the first one."""
+        self.room = -(-header_room // 8) * 8
+
+    def fits(self, tensor: Tensorlike, max_bytes: int) -> bool:
         aligned = self.nbytes % tensor.dtype.itemsize == 0
         return self.nbytes == 0 or (aligned and self.nbytes + tensor.nbytes <= max_bytes)
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        assert name not in self._header, name
+    def add(self, name: str, tensor: Tensorlike) -> None:
+        assert name not in self.tensors, name
         if tensor.dtype not in CODES:
             raise CheckpointError(f"tensor {name!r} has dtype {tensor.dtype}, which safetensors cannot hold.")
-        begin = self.nbytes
-        for piece in as_bytes(tensor):
-            self._file.write(piece)
+        self.tensors[name], self.begins[name] = tensor, self.nbytes
         self.nbytes += tensor.nbytes
-        offsets = [begin, self.nbytes]
-        self._header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+
+    def header(self, metadata: dict[str, str]) -> bytes:
+        """The file's first bytes, up to its data; blanks fill the room."""
+        entries: dict[str, Any] = {"__metadata__": metadata}
+        for name, tensor in self.tensors.items():
+            offsets = [self.begins[name], self.begins[name] + tensor.nbytes]
+            entries[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        raw = json.dumps(entries, separators=(",", ":")).encode()
+        assert len(raw) <= self.room, f"{len(raw)} bytes of header in a room of {self.room}"
+        return self.room.to_bytes(8, "little") + raw.ljust(self.room)
+
+
+class ShardWriter:
+    """Writes a shard's file: its header now, elements as they come. Not atomic: write under another name and rename."""
+
+    def __init__(self, path: Path, shard: Shard, metadata: dict[str, str]):
+        self.path, self._shard = path, shard
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115  # finish or abandon closes it
+        header = shard.header(metadata)
+        diskio.write_at(self._file.fileno(), memoryview(header), 0)
+        self._begin = len(header)
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Elements [start, start + len(values)) of a tensor; values: 1-D, contiguous, on the CPU. OSError."""
+        assert values.dtype == self._shard.tensors[name].dtype, name
+        at = self._begin + self._shard.begins[name] + start * values.dtype.itemsize
+        if len(values):
+            diskio.write_at(self._file.fileno(), values.view(torch.uint8).numpy().data, at)
 
     def finish(self) -> None:
-        """Header in place and everything on the medium."""
-        header = json.dumps(self._header, separators=(",", ":")).encode()
-        assert len(header) <= self._room, f"{len(header)} bytes of header in a room of {self._room}"
-        self._file.seek(0)
-        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
-        self._file.flush()
+        """Everything on the medium."""
         os.fsync(self._file.fileno())
         self._file.close()
 
     def abandon(self) -> None:
-        with contextlib.suppress(OSError):  # closing flushes, and the disk may be full
+        with contextlib.suppress(OSError):
             self._file.close()
 
 

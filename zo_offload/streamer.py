@@ -20,9 +20,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .blocks import ParamSpec, Piece
+from .blocks import ALIGN, ParamSpec, Piece
 from .device_updates import DeviceUpdates
 from .devices import CpuDevice
+from .formats.grouped import cut
 from .fused import STILL, Perturbation, Rounding, Update, fused_pass, fused_rows
 from .layout import Layout
 from .masters import exact_values
@@ -127,8 +128,22 @@ class Streamer(BlockWindow):
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
+    def shape_of(self, name: str) -> torch.Size:
+        return self.plan.params[name].shape
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a parameter is read as: its storage dtype."""
+        return self.layout.formats[name].torch_dtype
+
     def read(self, name: str) -> Tensor:
-        """A copy of one parameter's current value in its storage dtype. Not in a pass.
+        """A copy of one parameter's current value; see `read_into`."""
+        spec = self.plan.params[name]
+        out = torch.empty(spec.shape, dtype=self.dtype_of(name))
+        self.read_into(name, 0, out.view(-1))
+        return out
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Elements [start, start + len(out)) of a parameter's current value into `out`, on the CPU. Not in a pass.
 
         Folds and pending updates are all in it: decode(stored) less the pending updates in float32, rounded once. A
         layer's parameters may be asked for in any order: what is small is read along with its block, so that a block is
@@ -136,35 +151,52 @@ class Streamer(BlockWindow):
         """
         if self._live:
             self._restart()  # the slots hold blocks fetched ahead for the next pass
-        spec, pieces = self.plan.params[name], self.plan.pieces_of(name)
-        if len(pieces) == 1:
-            return self._read_piece(pieces[0]).view(spec.shape)
-        value = torch.empty(spec.numel, dtype=self.layout.formats[name].torch_dtype)
-        for piece in pieces:
-            value[piece.start : piece.stop] = self._read_piece(piece)
-        return value.view(spec.shape)
+        stop = start + len(out)
+        for piece in self.plan.pieces_of(name):
+            low, high = max(start, piece.start), min(stop, piece.stop)
+            if low < high:
+                self._read_piece(piece, low - piece.start, out[low - start : high - start])
 
-    def _read_piece(self, piece: Piece) -> Tensor:
-        if piece in self._read_along:
-            return self._read_along.pop(piece)
-        block = self.layout.places[piece].block
-        slot = self._read_slot
-        if slot is None or slot.block != block:  # else the last read left the block in the window
-            slot = self._load(block, into_window=True)
-            self._settle(slot)
-            self._read_slot = slot
-            small = [p for p in self.plan.blocks[block].pieces if p.numel <= _SMALL and p != piece]
-            self._read_along.update((p, self._current(p, slot)) for p in small)
-        return self._current(piece, slot)
+    def _read_piece(self, piece: Piece, start: int, out: Tensor) -> None:
+        value = self._read_along.get(piece)
+        if value is None:
+            block = self.layout.places[piece].block
+            slot = self._read_slot
+            if slot is None or slot.block != block:  # else the last read left the block in the window
+                slot = self._load(block, into_window=True)
+                self._settle(slot)
+                self._read_slot = slot
+                small = [p for p in self.plan.blocks[block].pieces if p.numel <= _SMALL and p != piece]
+                self._read_along.update((p, self._current(p, slot, 0, p.numel)) for p in small)
+            out.copy_(self._current(piece, slot, start, start + len(out)))
+            return
+        out.copy_(value[start : start + len(out)])
+        if start + len(out) == piece.numel:
+            del self._read_along[piece]
 
-    def _current(self, piece: Piece, slot: Slot) -> Tensor:
-        place = self.layout.places[piece]
-        value = torch.empty(piece.numel, dtype=place.fmt.torch_dtype, device=slot.memory.device)
+    def _current(self, piece: Piece, slot: Slot, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a piece whose folds are done, on the CPU."""
+        spec, place = self.plan.params[piece.name], self.layout.places[piece]
+        low, high = start // ALIGN * ALIGN, min(piece.numel, -(-stop // ALIGN) * ALIGN)  # whole groups
+        stored = cut(place.fmt, slot.memory[place.offset : place.offset + place.nbytes], piece.numel, low, high)
+        pending = self._lacking(piece, slot)
         if place.residual_nbytes:
-            self._emit_exact(piece, slot, False, [value], None)
+            wide, at = place.fmt.residual_bytes, place.residual_offset
+            value = torch.empty(high - low, dtype=place.fmt.torch_dtype)
+            exact_values(
+                stored.cpu(), slot.memory[at + wide * low : at + wide * high].cpu(), place.fmt, value,
+                param_id=spec.param_id, numel=high - low, offset=piece.start + low,
+                pending=pending.read() if isinstance(pending, DeviceUpdates) else pending, noise=self.noise,
+                threads=self.threads,
+            )  # fmt: skip
         else:
-            self._fused(piece, slot, False, [STILL], [value])
-        return value.cpu()
+            value = torch.empty(high - low, dtype=place.fmt.torch_dtype, device=stored.device)
+            fused_pass(
+                stored, place.fmt, param_id=spec.param_id, numel=high - low, offset=piece.start + low, updates=pending,
+                write_back=False, noise=self.noise, perturbations=[STILL], outs=[value],
+                target=self.layout.target if spec.trainable else "values", threads=self.threads,
+            )  # fmt: skip
+        return value[start - low : stop - low].cpu()
 
     def _forget_read(self) -> None:
         self._read_slot, self._read_along = None, {}

@@ -1,4 +1,5 @@
-"""Whole parameters in and out of a storage format; native where it is built, else the reference. The same bits."""
+"""Values in and out of a storage format, whole or a run of groups; native where it is built, else the reference. The
+same bits."""
 
 from __future__ import annotations
 
@@ -8,20 +9,22 @@ from torch import Tensor
 from zo_offload import native
 from zo_offload.errors import CheckpointError, ConfigError
 from zo_offload.formats.base import Format
+from zo_offload.formats.grouped import paste
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of the plain formats
 
 
-def planes(stored: Tensor, residual: Tensor | None, fmt: Format, numel: int) -> dict[str, int]:
-    """Addresses of a parameter's planes and how to read them, as `native.pack_pass` takes them."""
-    at = stored.data_ptr()
-    fields = {"stored": at, "format": fmt.code, "group": fmt.group}
+def planes(stored: Tensor, residual: Tensor | None, fmt: Format, numel: int, start: int = 0) -> dict[str, int]:
+    """Addresses of a parameter's planes, from its element `start` on, and how to read them: as `native.pack_pass` takes
+    them. start: a multiple of the group."""
+    at, group = stored.data_ptr(), start // fmt.group if fmt.group else 0
+    fields = {"stored": at + fmt.values_nbytes(start), "format": fmt.code, "group": fmt.group}
     if fmt.scale_bytes:
-        fields["scales"] = at + fmt.scales_span(numel)[0]
+        fields["scales"] = at + fmt.scales_span(numel)[0] + group * fmt.scale_bytes
     if fmt.minimum_bytes:
-        fields["minima"] = at + fmt.minima_span(numel)[0]
+        fields["minima"] = at + fmt.minima_span(numel)[0] + group * fmt.minimum_bytes
     if residual is not None:
-        fields["residual"] = residual.data_ptr()
+        fields["residual"] = residual.data_ptr() + start * fmt.residual_bytes
     return fields
 
 
@@ -33,39 +36,70 @@ def encode_values(
     Memory beside the result: one parameter in float32 at most. Raises CheckpointError, naming `what`, on NaN or
     infinity and on values larger than the format can hold.
     """
-    if values.dtype not in _CODES or values.device.type != "cpu":
-        raise ConfigError(f"{what}: {values.dtype} on {values.device}; encoding takes {list(_CODES)} on the CPU")
     flat = values.detach().reshape(-1).contiguous()
     stored = torch.zeros(fmt.nbytes(flat.numel()), dtype=torch.uint8)
     residual = torch.zeros(fmt.residual_nbytes(flat.numel()), dtype=torch.uint8) if fmt.residual_bytes else None
-    before, after = _encode_into(flat, fmt, stored, residual, threads)
-    if before:
-        raise CheckpointError(f"{what}: {before} of {flat.numel()} values are NaN or infinite")
-    if after:
-        largest = float(flat.abs().max())
-        raise CheckpointError(f"{what}: values up to {largest:g}, more than {fmt.name} can hold; choose fp32 or bf16")
+    encoder = PlaneEncoder(stored, residual, fmt, flat.numel(), what, threads)
+    encoder.put(0, flat)
+    encoder.finish()
     return stored, residual
 
 
-def _encode_into(
-    flat: Tensor, fmt: Format, stored: Tensor, residual: Tensor | None, threads: int | None
-) -> tuple[int, int]:
-    """Fills the planes; how many values are not finite before and after."""
-    library = native.library()
-    if library is not None and fmt.code in library.formats:
-        return library.encode(
-            flat.data_ptr(), _CODES[flat.dtype], torch.get_num_threads() if threads is None else threads,
-            numel=flat.numel(), **planes(stored, residual, fmt, flat.numel()),
-        )  # fmt: skip
-    wide = flat.float()
-    before = int((~torch.isfinite(wide)).sum())
-    if residual is not None:
-        parts = fmt.split(wide)
-        stored.copy_(parts[0])
-        residual.copy_(parts[1])
-    else:
-        stored.copy_(fmt.encode(wide))
-    return before, int((~torch.isfinite(fmt.decode(stored, flat.numel()))).sum()) if fmt.trains else 0
+class PlaneEncoder:
+    """`numel` values into the planes `stored` and `residual`, a run at a time; `finish` says whether all could be held.
+
+    The planes are zero, or hold an encoding of as many values. Memory beside them: with the native library none.
+    """
+
+    def __init__(
+        self, stored: Tensor, residual: Tensor | None, fmt: Format, numel: int, what: str, threads: int | None = None
+    ) -> None:
+        self._stored, self._residual, self._fmt, self._numel = stored, residual, fmt, numel
+        self._what, self._threads = what, threads
+        self._not_finite = self._too_large = 0
+        self._largest = 0.0
+
+    def put(self, start: int, values: Tensor) -> None:
+        """Encode values [start, start + len(values)); start is a multiple of the group, values 1-D and contiguous."""
+        if values.dtype not in _CODES or values.device.type != "cpu":
+            raise ConfigError(
+                f"{self._what}: {values.dtype} on {values.device}; encoding takes {list(_CODES)} on the CPU"
+            )
+        assert not (self._fmt.group and start % self._fmt.group), f"{self._what}: {start} is inside a group"
+        before, after = self._put(start, values)
+        self._not_finite += before
+        self._too_large += after
+        if after and not before:
+            self._largest = max(self._largest, float(values.abs().max()))
+
+    def finish(self) -> None:
+        """CheckpointError on NaN or infinity, and on values larger than the format can hold."""
+        if self._not_finite:
+            raise CheckpointError(f"{self._what}: {self._not_finite} of {self._numel} values are NaN or infinite")
+        if self._too_large:
+            raise CheckpointError(
+                f"{self._what}: values up to {self._largest:g}, more than {self._fmt.name} can hold; choose fp32 or "
+                "bf16"
+            )
+
+    def _put(self, start: int, values: Tensor) -> tuple[int, int]:
+        """How many values are not finite before and after."""
+        fmt, library = self._fmt, native.library()
+        if library is not None and fmt.code in library.formats:
+            return library.encode(
+                values.data_ptr(), _CODES[values.dtype],
+                torch.get_num_threads() if self._threads is None else self._threads,
+                numel=values.numel(), **planes(self._stored, self._residual, fmt, self._numel, start),
+            )  # fmt: skip
+        wide, wide_bytes = values.float(), fmt.residual_bytes
+        before = int((~torch.isfinite(wide)).sum())
+        if self._residual is not None:
+            stored, residual = fmt.split(wide)
+            self._residual[start * wide_bytes : (start + values.numel()) * wide_bytes] = residual
+        else:
+            stored = fmt.encode(wide)
+        paste(fmt, self._stored, self._numel, start, stored, values.numel())
+        return before, int((~torch.isfinite(fmt.decode(stored, values.numel()))).sum()) if fmt.trains else 0
 
 
 def decode_values(

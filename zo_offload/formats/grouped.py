@@ -54,7 +54,7 @@ def scaled_down(values: Tensor, exponent: Tensor, group: int) -> Tensor:
 
 def pack(fmt: Format, numel: int, codes: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:
     """Planes as uint8 -> the streamed part."""
-    stored = torch.zeros(fmt.nbytes(numel), dtype=torch.uint8)
+    stored = torch.zeros(fmt.nbytes(numel), dtype=torch.uint8, device=codes.device)
     stored[: codes.numel()] = codes
     for (start, size), plane in ((fmt.scales_span(numel), scales), (fmt.minima_span(numel), minima)):
         if plane is not None:
