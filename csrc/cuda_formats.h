@@ -179,12 +179,15 @@ ZO_HD constexpr int residual_size(int format) {
 }
 ZO_HD constexpr int value_size(int format) { return format == ZO_FP32 ? 4 : is_bf16(format) || format == ZO_FP16 ? 2 : 1; }
 
+// Of an element, counted from where elements are: a group is 64 or 128 of them, and 64-bit division takes a hundred steps.
+ZO_DEV zo_u64 group_of(const zo_pass& pass, zo_u64 at) { return at >> (pass.group == 64 ? 6 : 7); }
+
 template <int FORMAT>
 ZO_DEV Group load_group(const zo_pass& pass, const Eight& e) {
   Group group = {0.0f, 0.0f, 0};
   if constexpr (is_grouped(FORMAT)) {
     if (e.lo >= e.hi) return group;
-    const zo_u64 k = (zo_u64)e.at / pass.group;
+    const zo_u64 k = group_of(pass, e.at);
     if constexpr (is_fp8(FORMAT))
       group.exponent = ((const zo_u8*)pass.scales)[k];
     else
@@ -358,9 +361,9 @@ ZO_DEV void fold_group(const zo_pass& pass, const Eight& e, Group& group, float 
   if constexpr (residual_size(FORMAT) != 0) write_bytes<WHOLE, 1>((zo_u8*)pass.residual + e.at, e.lo, e.hi, low);
   if ((e.at & (pass.group - 1)) != 0) return;  // the group's first thread writes its scale
   if constexpr (is_fp8(FORMAT))
-    ((zo_u8*)pass.scales)[e.at / pass.group] = (zo_u8)group.exponent;
+    ((zo_u8*)pass.scales)[group_of(pass, e.at)] = (zo_u8)group.exponent;
   else
-    ((float*)pass.scales)[e.at / pass.group] = group.scale;
+    ((float*)pass.scales)[group_of(pass, e.at)] = group.scale;
 }
 
 // w = decode(encode(w)), and the bytes where `keep`; of a split format the master's value but for the last fold.

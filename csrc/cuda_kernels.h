@@ -249,34 +249,37 @@ ZO_DEV Run run_of(const zo_pass& pass, zo_u64 first, zo_u64 out_at, bool valid) 
   const zo_u64 base = pass.offset, end = base + pass.total;
   Run run = {first, first + pass.numel, first, first + pass.numel, base, out_at, valid};
   if (pass.group) {
-    run.low = first / pass.group * pass.group;
-    run.high = (run.last + pass.group - 1) / pass.group * pass.group;
+    const zo_u64 inside = pass.group - 1;
+    run.low = first & ~inside;
+    run.high = (run.last + inside) & ~inside;
     if (run.high > end) run.high = end;
   }
   return run;
 }
 
-// All warps of the grid walk over the tiles; every condition here is the same for a whole warp.
+// All warps of the grid walk over the tiles; every condition here is the same for a whole warp. One call of `tile`: it is
+// inlined, and most of the code there is.
 template <class Tile>
 ZO_DEV void walk(const zo_cuda_args& args, const zo_u64 TILE, Tile tile) {
   const zo_pass& pass = args.pass;
   const zo_u64 warps = (zo_u64)gridDim.x * (ZO_CUDA_THREADS / 32);
   const zo_u64 warp = (zo_u64)blockIdx.x * (ZO_CUDA_THREADS / 32) + threadIdx.x / 32;
-  if (!pass.rows) {
-    const Run run = run_of(pass, pass.offset, 0, true);
-    const zo_u64 tiles = tiles_of(run.first, run.last, TILE), base = run.first / TILE;
-    for (zo_u64 t = warp; t < tiles; t += warps) tile(run, (base + t) * TILE);
-    return;
-  }
   const zo_u64 a_row = pass.numel / TILE + 2;  // tiles a row touches, at most
-  for (zo_u64 t = warp; t < pass.num_rows * a_row; t += warps) {
-    const zo_u64 u = t / a_row;
-    const zo_i64 row = pass.rows[u];
-    const bool valid = row >= 0 && (zo_u64)row < args.total_rows;
-    const zo_u64 first = valid ? (zo_u64)row * pass.numel : pass.offset;
-    if (first - pass.offset >= pass.total) continue;  // a row of another piece (or, wrapped around, of one before)
-    const Run run = run_of(pass, first, u * pass.numel, valid);
-    const zo_u64 start = (run.first / TILE + t % a_row) * TILE;
+  const zo_u64 tiles = pass.rows ? pass.num_rows * a_row : tiles_of(pass.offset, pass.offset + pass.numel, TILE);
+  for (zo_u64 t = warp; t < tiles; t += warps) {
+    zo_u64 first = pass.offset, out_at = 0, nth = t;
+    bool valid = true;
+    if (pass.rows) {
+      const zo_u64 u = t / a_row;
+      const zo_i64 row = pass.rows[u];
+      valid = row >= 0 && (zo_u64)row < args.total_rows;
+      if (valid) first = (zo_u64)row * pass.numel;
+      if (first - pass.offset >= pass.total) continue;  // a row of another piece (or, wrapped around, of one before)
+      out_at = u * pass.numel;
+      nth = t - u * a_row;
+    }
+    const Run run = run_of(pass, first, out_at, valid);
+    const zo_u64 start = (first / TILE + nth) * TILE;
     if (start < run.last) tile(run, start);
   }
 }
@@ -322,7 +325,7 @@ ZO_DEV void scales_tile(const zo_cuda_args& args, const Run& run, zo_u64 start) 
   }
   __syncwarp();  // one thread of the group writes the scale below: all of them have read it now
   if (e.lo >= e.hi) return;
-  const zo_u64 index = g / pass.group;  // of the group in its parameter, and so of its noise
+  const zo_u64 index = group_of(pass, g);  // of the group in its parameter, and so of its noise
   float scale = group.scale;
 #pragma unroll 1
   for (zo_u32 k = 0; k < pass.num_updates; ++k) {
@@ -331,7 +334,7 @@ ZO_DEV void scales_tile(const zo_cuda_args& args, const Run& run, zo_u64 start) 
     if (u.coeff != 0.0f) scale = one_noise<Noise>(index, u.seed, pass.param_id, pass.rounds, -u.coeff, scale);
     scale = zo_trained_scale(scale);
     if ((pass.flags & ZO_WRITE_BACK) && (zo_i32)k == args.last_fold && run.valid && (e.at & (pass.group - 1)) == 0)
-      ((float*)pass.scales)[e.at / pass.group] = scale;
+      ((float*)pass.scales)[group_of(pass, e.at)] = scale;
   }
 #pragma unroll 1
   for (zo_u32 j = 0; j < args.num_lanes; ++j) {
