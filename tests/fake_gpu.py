@@ -96,8 +96,8 @@ def unwrap(value: Any) -> Any:
 def reason() -> str:
     """Why none of this can be had here; "" if it can.
 
-    torch makes a tensor's device the current one around some calls, and without CUDA it has nobody to do that for
-    cuda tensors. The one that does nothing, for meta tensors, is put in the empty place of its table.
+    torch makes a tensor's device the current one around some calls, and where there is no GPU it has nobody who could
+    do that for cuda tensors. The one that does nothing, for meta tensors, takes that place in its table.
     """
     table = "_ZN3c104impl26device_guard_impl_registryE"  # c10/core/impl/DeviceGuardImplInterface.h
     try:
@@ -106,7 +106,8 @@ def reason() -> str:
         return f"torch {torch.__version__} has no table of device guards to add to ({error})"
     if guards[_META] is None:
         return f"torch {torch.__version__} has no guard for meta tensors"
-    guards[_CUDA] = guards[_CUDA] or guards[_META]
+    if not torch.cuda.is_available():
+        guards[_CUDA] = guards[_META]
     return ""
 
 
