@@ -17,7 +17,7 @@ from pathlib import Path
 from demo_assets import TEMPLATE, VERBALIZERS, write_assets
 
 from zo_offload import Engine, MeZO
-from zo_offload.data import read_rows
+from zo_offload.data import open_rows
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     folder = write_assets(options.out)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     run_dir, tuned = folder / f"run-{stamp}", folder / f"tuned-{stamp}"
-    dev = read_rows(folder / "dev.jsonl")[: options.dev_rows]
+    dev = open_rows(folder / "dev.jsonl")[: options.dev_rows]
     task = dict(template=TEMPLATE, verbalizers=list(VERBALIZERS))
     with Engine(
         folder / "model", method=MeZO(lr=3e-5, eps=1e-3, batch_size=16), storage="fp32", offload="disk", num_slots=2,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import tracemalloc
 import zlib
 
 import pytest
@@ -19,7 +21,7 @@ from zo_offload.data import (
     loss_weight,
     make_batches,
     max_positions,
-    read_rows,
+    open_rows,
     split_micro_batches,
 )
 from zo_offload.errors import DataError
@@ -223,8 +225,8 @@ def test_jsonl_and_csv(tmp_path, tokenizer):
     rows = [{"text": "good, very good", "label": 1}, {"text": "bad", "label": 0}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (tmp_path / "a.csv").write_text('text,label\r\n"good, very good",1\r\nbad,0\r\n')
-    assert read_rows(tmp_path / "a.jsonl") == rows
-    assert read_rows(tmp_path / "a.csv") == [{k: str(v) for k, v in row.items()} for row in rows]
+    assert list(open_rows(tmp_path / "a.jsonl")) == rows
+    assert list(open_rows(tmp_path / "a.csv")) == [{k: str(v) for k, v in row.items()} for row in rows]
     one, two = (
         make_batches(tmp_path / name, batch_size=2, tokenizer=tokenizer, seed=1, **PROMPT).batch(0)
         for name in ("a.jsonl", "a.csv")
@@ -253,6 +255,68 @@ def test_unreadable_files_are_named_with_the_line(tmp_path, name, content, messa
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         make_batches(tmp_path / name, batch_size=1)
+
+
+AWKWARD = {
+    "a.jsonl": '\ufeff{"text": "a", "n": 1}\r\n\n   \n{"text": "é\u2028 \U0001f600", "n": 2}\n{"n": 3}\n\n{"t": "end"}',
+    "b.csv": '\ufefftext,n\r\n\r\n"two\r\nlines, é",1\r\n\n"a ""quoted"" one",2\rof the old kind,3\n"",4\n\nend,5',
+    "c.csv": "text\n\n\nx\n\ny\n\n",
+}
+
+
+def in_memory(path) -> list[dict]:
+    """The rows, read whole: what a row file has to equal."""
+    if path.suffix == ".csv":
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file, strict=True))
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_rows_of_a_file_in_any_order_are_those_of_the_whole_file(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(AWKWARD[name].encode())
+    wanted, rows = in_memory(path), open_rows(path)
+    assert len(rows) == len(wanted) > 1
+    for index in [*reversed(range(len(wanted))), *range(-len(wanted), 0)]:
+        assert rows[index] == wanted[index]
+    assert rows[1:] == wanted[1:] and list(rows) == wanted
+    with pytest.raises(IndexError):
+        rows[len(wanted)]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_batches_of_a_file_are_those_of_its_rows(tmp_path, tokenizer, suffix):
+    given = [{"text": " ".join(WORDS[3 + i % 7 : 6 + i % 11]), "label": str(i % 2)} for i in range(23)]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "csv":
+        path.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in given))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    of_file, of_list = (
+        make_batches(data, batch_size=4, tokenizer=tokenizer, seed=5, **PROMPT) for data in (path, given)
+    )
+    assert of_file.identity() == of_list.identity()
+    for step in range(12):
+        assert fingerprint(of_file.batch(step)) == fingerprint(of_list.batch(step))
+    assert [fingerprint(b) for b in of_file.epoch()] == [fingerprint(b) for b in of_list.epoch()]
+    sizes = [of_list.encoder.size_of(row) for row in given]
+    assert of_file.rows.longest == sorted(range(23), key=lambda i: -sizes[i])[:8]
+
+
+def test_a_file_is_not_in_memory_and_may_not_change(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "x" * 1000, "n": i}) + "\n" for i in range(2000)))
+    tracemalloc.start()
+    rows = open_rows(path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert rows[1234]["n"] == 1234
+    assert most < 400_000 < path.stat().st_size / 5, "a buffer and 16 kB of places"
+    with open(path, "a") as file:
+        file.write("{}\n")
+    with pytest.raises(DataError, match=r"a\.jsonl was changed after it was opened"):
+        rows[0]
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

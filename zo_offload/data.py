@@ -1,18 +1,16 @@
 """Training data as batches that are functions of the step.
 
 `make_batches` takes what users have: a DataLoader or other iterable of dicts of tensors, a dataset or list of dicts
-(text or tokenised), or a path to .jsonl or .csv. For data with random access the batch of step t is a pure function of
-(seed, t): epoch e is a permutation keyed by (seed, e), so a resumed run sees what an uninterrupted one would. Other
-iterables are read in order and started over at their end; resuming reads up to the step again. `fingerprint` of the
-batch is what the journal keeps to tell when that went wrong.
+(text or tokenised), or a path to .jsonl or .csv, whose rows are read when they are needed (`row_file.py`). For data
+with random access the batch of step t is a pure function of (seed, t): epoch e is a permutation keyed by (seed, e), so
+a resumed run sees what an uninterrupted one would. Other iterables are read in order and started over at their end;
+resuming reads up to the step again. `fingerprint` of the batch is what the journal keeps to tell when that went wrong.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
-import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,14 +22,14 @@ from torch.utils.data import DataLoader
 
 from .encode import IGNORED, Batch, Encoder, Row
 from .errors import DataError
+from .row_file import LONGEST_KEPT, RowFile, open_rows
 
 __all__ = [
     "Batch", "Batches", "Encoder", "RowBatches", "StreamBatches", "batch_tokens", "fingerprint", "loss_weight",
-    "make_batches", "max_positions", "most_ids", "read_rows", "split_micro_batches",
+    "make_batches", "max_positions", "most_ids", "open_rows", "split_micro_batches",
 ]  # fmt: skip
 
 DIGESTED = 4096  # rows that a data set is told by
-LONGEST_CHECKED = 8  # rows tokenised at once to find one that the model cannot take before training starts
 
 
 class Batches:
@@ -71,7 +69,7 @@ class RowBatches(Batches):
         if shuffle and len(rows) < batch_size:
             raise DataError(f"{name} has {len(rows)} rows, fewer than batch_size={batch_size}. Lower batch_size.")
         self.rows, self.batch_size, self.seed, self.shuffle, self.name = rows, batch_size, seed, shuffle, name
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._order = (-1, torch.empty(0, dtype=torch.int64))  # an epoch and its permutation
         self._try_rows()
 
     def __len__(self) -> int:
@@ -82,8 +80,10 @@ class RowBatches(Batches):
         if len(self) == 0:
             raise DataError(f"{self.name} has {len(self.rows)} rows, fewer than batch_size={self.batch_size}.")
         epoch, place = divmod(step, len(self))
-        order = self._epoch_order(epoch)
-        return self._collated(order[place * self.batch_size : (place + 1) * self.batch_size])
+        begin = place * self.batch_size
+        if not self.shuffle:
+            return self._collated(range(begin, begin + self.batch_size))
+        return self._collated(self._shuffled(epoch)[begin : begin + self.batch_size].tolist())
 
     def epoch(self) -> Iterator[Batch]:
         for begin in range(0, len(self.rows), self.batch_size):
@@ -100,12 +100,10 @@ class RowBatches(Batches):
             "shuffle": self.shuffle,
         }  # fmt: skip
 
-    def _epoch_order(self, epoch: int) -> Sequence[int]:
-        if not self.shuffle:
-            return range(len(self.rows))
+    def _shuffled(self, epoch: int) -> Tensor:
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
-            self._order = (epoch, torch.randperm(len(self.rows), generator=generator).tolist())
+            self._order = (epoch, torch.randperm(len(self.rows), generator=generator))
         return self._order[1]
 
     def _collated(self, indices: Iterable[int]) -> Batch:
@@ -116,10 +114,14 @@ class RowBatches(Batches):
     def _try_rows(self) -> None:
         """Raises now what the first and the longest rows would raise at some step."""
         self.encoder(self.rows[0], f"{self.name} row 0")
-        if isinstance(self.rows, (list, tuple)) and all(isinstance(row, Mapping) for row in self.rows):
+        longest: list[int] = []
+        if isinstance(self.rows, RowFile):
+            longest = self.rows.longest
+        elif isinstance(self.rows, (list, tuple)) and all(isinstance(row, Mapping) for row in self.rows):
             by_size = sorted(range(len(self.rows)), key=lambda i: -self.encoder.size_of(self.rows[i]))
-            for i in by_size[:LONGEST_CHECKED]:
-                self.encoder(self.rows[i], f"{self.name} row {i}")
+            longest = by_size[:LONGEST_KEPT]
+        for i in longest:
+            self.encoder(self.rows[i], f"{self.name} row {i}")
 
 
 class StreamBatches(Batches):
@@ -211,7 +213,9 @@ def make_batches(
     encoder = Encoder(**encoding, causal=type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")))
     if isinstance(data, (str, Path)):
         name = Path(data).name
-        return RowBatches(read_rows(data), encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=name)
+        return RowBatches(
+            open_rows(data, encoder.size_of), encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=name
+        )
     name = type(data).__name__
     if isinstance(data, Mapping) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise DataError(f"data is a {name}; expected a path, a dataset or list of dicts, or an iterable of batches.")
@@ -219,52 +223,6 @@ def make_batches(
     if has_rows and (len(data) == 0 or not _is_batch(data[0])):
         return RowBatches(data, encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=name)
     return StreamBatches(data, encoder, seed=seed, name=name)
-
-
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl (an object a line) or .csv (with a header), all in memory. Raises DataError with the line."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise DataError(f"{path} does not exist or is not a file.")
-    readers = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".csv": _read_csv}
-    if path.suffix not in readers:
-        raise DataError(f"{path}: {path.suffix or 'no suffix'} is not read; give .jsonl or .csv, or a list of dicts.")
-    rows = readers[path.suffix](path)
-    if not rows:
-        raise DataError(f"{path} holds no rows.")
-    return rows
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} line {number} is not JSON: {error}.") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path} line {number} is a JSON {type(row).__name__}; expected an object with columns.")
-        rows.append(row)
-    return rows
-
-
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise DataError(
-                        f"{path} line {reader.line_num}: {len(row)} fields do not match the header "
-                        f"{', '.join(reader.fieldnames or ())}."
-                    )
-                rows.append(row)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path} after line {reader.line_num}: {error}.") from error
-    return rows
 
 
 def max_positions(config: Any) -> int | None:
