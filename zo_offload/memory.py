@@ -141,8 +141,11 @@ def step_bytes(plan: Plan, layout: Layout, pinned: frozenset[int], fold_every: i
     """Bytes fetched and flushed a step, on average over fold_every steps, by the blocks that stream.
 
     A visit fetches the streamed part; residual parts come, and both go back, at the one step of fold_every that folds.
+    A block that ends one pass and begins the next is there already.
     """
     streamed = [block for block in plan.visits if block not in pinned]
+    if len(streamed) > 1 and streamed[0] == streamed[-1]:
+        del streamed[0]
     fetched = sum(layout.stream_bytes[block] for block in streamed)
     residual = sum(layout.block_bytes[b] - layout.stream_bytes[b] for b in streamed if b in layout.written)
     flushed = sum(nbytes for block in set(streamed) for _, nbytes in layout.spans[block])

@@ -96,9 +96,10 @@ class Plan:
         """All pieces of an owner's parameters, in the order in which its blocks are visited.
 
         What is not cut comes before the one parameter that is (a bias before the first piece of its weight). Owners of
-        several that are cut (lifts): as they are stored.
+        several that are cut (lifts): as they are stored. Of an embedding that gives rows the last piece comes first:
+        where it is tied to the head, which the pass before ended with, that piece is there already.
         """
-        return self._pieces_in[owner.params]
+        return self._pieces_in[owner.params, owner.rows]
 
     def portions(self, owner: Owner) -> tuple[tuple[Piece, ...], ...]:
         """What an owner can be served one after another, each as it is stored; one portion, if it needs all at once.
@@ -140,8 +141,8 @@ class Plan:
         return _pieces_of(self.blocks)
 
     @cached_property
-    def _pieces_in(self) -> dict[tuple[str, ...], tuple[Piece, ...]]:
-        return {o.params: _in_order(o.params, self._pieces_of, self._block_of) for o in self.owners}
+    def _pieces_in(self) -> dict[tuple[tuple[str, ...], bool], tuple[Piece, ...]]:
+        return {(o.params, o.rows): _in_order(o.params, self._pieces_of, self._block_of, o.rows) for o in self.owners}
 
     @cached_property
     def _portions_of(self) -> dict[str, tuple[tuple[Piece, ...], ...]]:
@@ -378,7 +379,7 @@ def _assemble(
         index[name] = len(owners)
         mine = tuple(served[name])
         rows = name in tree.gatherable and len(mine) == 1 and name in tree.holders[mine[0]]
-        streamed = [b for p in _in_order(mine, pieces_of, block_of) if (b := block_of[p]) not in resident]
+        streamed = [b for p in _in_order(mine, pieces_of, block_of, rows) if (b := block_of[p]) not in resident]
         # one that has resident parameters only belongs where the forward is when it comes to it
         block = streamed[0] if streamed else block
         owners.append(Owner(name, mine, block, rows, len(set(streamed)) > 1))
@@ -395,10 +396,11 @@ def _pieces_of(blocks: tuple[Block, ...]) -> dict[str, tuple[Piece, ...]]:
 
 
 def _in_order(
-    names: tuple[str, ...], pieces_of: Mapping[str, tuple[Piece, ...]], block_of: Mapping[Piece, int]
+    names: tuple[str, ...], pieces_of: Mapping[str, tuple[Piece, ...]], block_of: Mapping[Piece, int], rows: bool
 ) -> tuple[Piece, ...]:
     """See `Plan.pieces_in`."""
-    pieces = sorted((piece for name in names for piece in pieces_of[name]), key=lambda piece: block_of[piece])
+    pieces = [piece for name in names for piece in pieces_of[name]]
+    pieces.sort(key=lambda piece: block_of[piece], reverse=rows)
     cut_ones = [name for name in names if len(pieces_of[name]) > 1]
     if len(cut_ones) == 1:
         pieces.sort(key=lambda piece: piece.name == cut_ones[0])
