@@ -112,7 +112,9 @@ def step(options: argparse.Namespace, model: str, limit: float = 60, *, tokens: 
 
 def test_parts(options: argparse.Namespace) -> list[Part]:
     """The GPU tests: kernels; engine; what the driver counts on the whole device, alone; the others; sanitizer."""
-    base = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--maxfail=20"]
+    # no -q: the project's own settings have one, and two hide how many tests passed
+    base = [sys.executable, "-m", "pytest", "-rs", "--tb=short", "--durations=3", "-p", "no:cacheprovider",
+            "--maxfail=20"]  # fmt: skip
     side_by_side = ["-n", "8"] if importlib.util.find_spec("xdist") and not options.dry else []
     places = [
         ("kernels bit-equal", "kernels", "golden" if options.dry else "not out_of_bounds", 120, side_by_side),
@@ -270,13 +272,19 @@ READERS = {"json": read_json, "zo2 speed": read_speed, "zo2 memory": read_memory
 
 def page(done: list[Part], options: argparse.Namespace, seconds: float) -> str:
     rows = [row for part in done for row in part.rows]
-    about = rows[0] if rows else {}
+    about = next((row for row in rows if "versions" in row), {})
     lines = ["# GPU check" + (" (dry run on a CPU: no number here is a measurement)" if options.dry else ""), ""]
     lines += [f"Commit {commit()}, {about.get('date', 'no date')}, {about.get('device', 'no device')}, {machine()}."]
     lines += [f"Versions: {about.get('versions', {})}. Took {seconds:.0f} s.", ""]
-    lines += ["| part | status | seconds | command |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        if row.get("part") == "host memory":
+            sizes = [f"{row[key] / 1e9:.1f} GB" for key in ("available_before_bytes", "reached_bytes")]
+            lines += [f"Host memory: {sizes[0]} available at first, {sizes[1]} taken to see whether it grows.", ""]
+    lines += ["| part | status | seconds | last line | command |", "| --- | --- | --- | --- | --- |"]
     for part in done:
-        lines.append(f"| {part.name} | {part.status} | {part.seconds:.0f} | `{' '.join(part.command[1:])}` |")
+        said = last_line(part.tail) if part.reads == "text" else ""
+        command = " ".join(part.command[1:])
+        lines.append(f"| {part.name} | {part.status} | {part.seconds:.0f} | {said} | `{command}` |")
     lines += ["", "## Probe", "", "What no machine without a GPU could settle.", ""]
     lines += table([r for r in rows if r.get("part") == "probe"], PROBE)
     lines += ["", "## Link, GB/s", ""] + table([r for r in rows if r.get("part") == "link"], LINK)
@@ -304,6 +312,12 @@ def page(done: list[Part], options: argparse.Namespace, seconds: float) -> str:
     for part in failed:
         lines += ["", f"## {part.name}: {part.status}", "", "```", part.tail.strip()[-1500:], "```"]
     return "\n".join(lines) + "\n"
+
+
+def last_line(text: str) -> str:
+    """Of a part that prints text: pytest's counts, the doctor's verdict."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:100].replace("|", "/") if lines else ""
 
 
 PROBE = ("check", "verdict", "says")
@@ -403,7 +417,12 @@ def check(options: argparse.Namespace, folder: Path) -> int:
     options.zo2_packages = unpack(options.zo2_wheels, folder / "zo2_packages")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"{sys.executable} lacks {', '.join(missing)}: install them, or give a folder of their wheels (--wheels)")
+        ours = f"cp{sys.version_info.major}{sys.version_info.minor}"
+        left_out = ": no engine runs, only build, probe, kernels and link" if missing == ["greenlet"] else ""
+        print(
+            f"{sys.executable} lacks {', '.join(missing)}{left_out}. Install it, or bring its {ours} wheel in a folder "
+            f"({WHEELS.name} of this checkout, or --wheels DIR)"
+        )
     if set(missing) - {"greenlet"}:
         return 2
     options.zo2 = options.zo2.resolve() if options.zo2 else None

@@ -387,13 +387,13 @@ class Probe:
 
     def check_nothing_waits_in_a_step(self) -> Found:
         """Who asks the GPU for a value in a step: torch's sync debug mode, by file and line."""
+        if self.dry or not _version("greenlet"):
+            return None, "no GPU" if self.dry else "not asked: a step needs greenlet", {}
         from transformers import OPTConfig, OPTForCausalLM
 
         import zo_offload
         from zo_offload import Engine, MeZO
 
-        if self.dry:
-            return None, "no GPU", {}
         config = OPTConfig(vocab_size=512, hidden_size=256, num_hidden_layers=4, ffn_dim=1024, num_attention_heads=4,
                            max_position_embeddings=512, word_embed_proj_dim=256)  # fmt: skip
         ids = torch.randint(5, 512, (1, 256))

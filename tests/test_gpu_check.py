@@ -33,6 +33,7 @@ def test_a_dry_run_measures_nothing_and_says_so(tmp_path):
     assert all(row["measured"] is False for row in rows)
     page = (tmp_path / "gpu_check.md").read_text()
     assert "no number here is a measurement" in page and "ours host" in page
+    assert "no date" not in page and "Versions: {'torch'" in page
 
 
 def test_a_part_that_fails_is_named_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
@@ -129,6 +130,20 @@ def test_every_file_of_gpu_tests_is_run():
     told = {word for part in gpu_check.parts(options) for word in part.command}
     files = {f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
     assert files and files <= told
+
+
+def test_the_page_tells_how_many_tests_passed(tmp_path):
+    """Beside the host's memory, whose row comes first and tells no versions."""
+    (tmp_path / "test_two.py").write_text("def test_a(): pass\ndef test_b(): pass\n")
+    options = type("Options", (), {"zo2": None, "dtype": "fp16", "dry": False, "zo2_packages": None})()
+    part = next(part for part in gpu_check.parts(options) if part.name == "test of the budget")
+    at = next(i for i, word in enumerate(part.command) if word.endswith(".py"))
+    part.command = [*part.command[:at], str(tmp_path / "test_two.py"), "-c", str(ROOT / "pyproject.toml")]
+    gpu_check.run(part, 60, tmp_path / "log")
+    memory = Part("host memory", [], 1, status="ok")
+    memory.rows = [{"part": "host memory", "available_before_bytes": 9e9, "reached_bytes": 72e9}]
+    page = gpu_check.page([memory, part], options, 1.0)
+    assert "| 2 passed in" in page and "9.0 GB available at first, 72.0 GB taken" in page
 
 
 def test_memory_that_appears_when_it_is_used_is_taken_and_given_back():
