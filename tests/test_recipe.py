@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zo_offload import recipe
 from zo_offload.conversion import loading_groups, names_to_save, saving_groups
-from zo_offload.recipe import Finder, Reader, Source, Whole
+from zo_offload.recipe import Finder, Reader, Source, Turn, Whole
 
 OPERATIONS = {
     "stack 0": lambda a, b: torch.stack([a, b]),
@@ -74,8 +74,25 @@ def assert_equal_in_runs(made, want: Tensor, reader: Reader, seed: int = 0) -> N
     runs = [(0, len(flat)), (0, min(1, len(flat))), (len(flat) - 1, 1)] if len(flat) else [(0, 0)]
     runs += [(start := draw.randrange(len(flat)), draw.randint(0, len(flat) - start)) for _ in range(12) if len(flat)]
     assert (made.numel, made.dtype) == (len(flat), want.dtype)
+    for element, _ in runs if len(flat) else ():
+        assert origin_of(made, element, reader) == flat[element]
     for start, count in runs:
         assert torch.equal(made.part(reader, start, count), flat[start : start + count]), (start, count)
+
+
+def origin_of(made, element: int, reader: Reader) -> Tensor:
+    """The source's element that a recipe says this one is; of a permuted row's, the one that was asked for."""
+    source, place = made.origin(element)
+    if any(isinstance(part, Turn) for part in parts_of(made)):
+        return made.part(reader, element, 1)[0]
+    out = torch.empty(1)
+    reader.read_into(source, place, out)
+    return out[0]
+
+
+def parts_of(made) -> list:
+    inner = [made.of] if hasattr(made, "of") else getattr(made, "parts", [])
+    return [made, *(part for one in inner for part in parts_of(one))]
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

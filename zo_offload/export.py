@@ -2,12 +2,13 @@
 
 Names, splits and ties are those that transformers' own `save_pretrained` writes for the model, so that plain
 `from_pretrained` gives the same weights bit for bit. All headers are known before a weight is read; elements are then
-read in the order of the model's tensors and written to their places, of which one tensor's may lie in several files.
-Only where transformers transposes a whole tensor or computes with it are those it converts together in memory at once.
-Everything is written into a fresh directory beside the target and
-then renamed: the target is complete or absent. With overwrite=True the files are moved into an existing directory one
-by one, weights first and the index last; what was there under other names stays, save for weight files that an earlier
-export of ours left and that would shadow or outlive the new ones.
+read in the order of the blocks that hold them, and each is written to its place in its file. Only where transformers
+transposes a whole tensor or computes with it are those it converts together in memory at once.
+
+Everything is written into a fresh directory beside the target and then renamed: the target is complete or absent. With
+overwrite=True the files are moved into an existing directory one by one, weights first and the index last; what was
+there under other names stays, save for weight files that an earlier export of ours left and that would shadow or
+outlive the new ones.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from transformers import PreTrainedModel
 from .checkpoint_files import CONFIG, INDEX, SINGLE
 from .conversion import Group, names_to_save, saving_groups
 from .errors import CheckpointError
-from .recipe import Reader
+from .recipe import Reader, Recipe
 from .safetensors_io import Shard, ShardWriter, Tensorlike, header_bound, read_header
-from .weights import Weights, runs
+from .weights import Placed, Weights, runs
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -121,6 +122,11 @@ class _Entries:
         assert self._weights is not None
         return self._weights.dtype_of(self._given[name])
 
+    def place_of(self, name: str, element: int) -> int:
+        """The block it is fetched with, where `weights` come in blocks."""
+        placed = self._weights if name in self._given else None
+        return placed.place_of(self._given[name], element) if isinstance(placed, Placed) else 0
+
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         if name in self._given:
             assert self._weights is not None
@@ -142,18 +148,27 @@ def _write_weights(work: Path, model: nn.Module, entries: _Entries, max_shard_by
     shards = _into_shards(outputs, max_shard_bytes)
     with _Files(work, shards) as files:
         reader = Reader(entries.read_into)
-        for group in groups:
-            # in the order of their first elements in the sources, so that those are passed through once
-            for name, recipe in sorted(group.recipes.items(), key=lambda item: item[1].first()):
-                for start, values in runs(partial(recipe.fill, reader), recipe.dtype, 0, recipe.numel):
-                    files.write(name, start, values)
-                files.end(name)
+        for name, recipe in _in_order(groups, entries):
+            for start, values in runs(partial(recipe.fill, reader), recipe.dtype, 0, recipe.numel):
+                files.write(name, start, values)
+            files.end(name)
     _name_shards(work, shards)
     elements: Counter[torch.dtype] = Counter()
     for tensor in outputs.values():
         if tensor.dtype.is_floating_point:
             elements[tensor.dtype] += tensor.numel
     return elements.most_common(1)[0][0] if elements else None
+
+
+def _in_order(groups: list[Group], entries: _Entries) -> list[tuple[str, Recipe]]:
+    """All that is to be written, in the order of the blocks that it is read from; in a block, of its elements. So each
+    block is fetched once, also where several tensors lie in turns in it (experts) or become many."""
+    found = [
+        (entries.place_of(*recipe.origin()), index, recipe.origin(), name, recipe)
+        for index, group in enumerate(groups)
+        for name, recipe in group.recipes.items()
+    ]
+    return [(name, recipe) for *_, name, recipe in sorted(found, key=lambda entry: entry[:3])]
 
 
 def _into_shards(outputs: Mapping[str, Tensorlike], max_bytes: int) -> list[Shard]:

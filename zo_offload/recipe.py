@@ -68,8 +68,8 @@ class Recipe:
         """Elements [start, start + len(out)) into `out`, 1-D and of this dtype."""
         raise NotImplementedError
 
-    def first(self) -> tuple[str, int]:
-        """Source and place of its first element: tensors read in this order read their sources in order."""
+    def origin(self, element: int = 0) -> tuple[str, int]:
+        """Source of an element, and its place there (of a permuted row's: the row's first)."""
         raise NotImplementedError
 
     def part(self, reader: Reader, start: int, count: int) -> Tensor:
@@ -90,8 +90,8 @@ class Source(Recipe):
     def fill(self, reader: Reader, start: int, out: Tensor) -> None:
         reader.read_into(self.name, start, out)
 
-    def first(self) -> tuple[str, int]:
-        return self.name, 0
+    def origin(self, element: int = 0) -> tuple[str, int]:
+        return self.name, element
 
 
 @dataclass(eq=False)
@@ -109,8 +109,8 @@ class Cast(Recipe):
             run = out[at : at + SCRATCH]
             run.copy_(self.of.part(reader, start + at, len(run)))
 
-    def first(self) -> tuple[str, int]:
-        return self.of.first()
+    def origin(self, element: int = 0) -> tuple[str, int]:
+        return self.of.origin(element)
 
 
 @dataclass(eq=False)
@@ -143,8 +143,11 @@ class Join(Recipe):
             self.parts[index].fill(reader, inside, out[at : at + count])
             at += count
 
-    def first(self) -> tuple[str, int]:
-        return self.parts[0].first()
+    def origin(self, element: int = 0) -> tuple[str, int]:
+        row, column = divmod(element, max(1, self._ends[-1]))
+        index = min(bisect_right(self._ends, column), len(self.parts) - 1)
+        size = self._widths[index]
+        return self.parts[index].origin(row * size + column - (self._ends[index] - size))
 
 
 @dataclass(eq=False)
@@ -174,9 +177,9 @@ class Cut(Recipe):
             self.of.fill(reader, row * self._row + self.begin + column, out[at : at + count])
             at += count
 
-    def first(self) -> tuple[str, int]:
-        name, at = self.of.first()
-        return name, at + self.begin
+    def origin(self, element: int = 0) -> tuple[str, int]:
+        row, column = divmod(element, max(1, self.width))
+        return self.of.origin(row * self._row + self.begin + column)
 
 
 @dataclass(eq=False)
@@ -209,8 +212,8 @@ class Turn(Recipe):
         values = self.of.part(reader, row * self._row, rows * self._row).view(rows, *self.shape)
         return values.permute(0, *(dim + 1 for dim in self.dims)).reshape(-1)
 
-    def first(self) -> tuple[str, int]:
-        return self.of.first()
+    def origin(self, element: int = 0) -> tuple[str, int]:
+        return self.of.origin(element // self._row * self._row)
 
 
 @dataclass(eq=False)
@@ -232,7 +235,7 @@ class Whole(Recipe):
         if start + len(out) == self.numel:
             reader.ended(self.run, self.name, self.count)
 
-    def first(self) -> tuple[str, int]:
+    def origin(self, element: int = 0) -> tuple[str, int]:
         return self.source, 0
 
 

@@ -135,6 +135,11 @@ class Streamer(BlockWindow):
         """What a parameter is read as: its storage dtype."""
         return self.layout.formats[name].torch_dtype
 
+    def place_of(self, name: str, element: int) -> int:
+        """The block of an element: parameters that are read in this order are fetched once."""
+        pieces = self.plan.pieces_of(name)
+        return next((self.layout.places[p].block for p in pieces if element < p.stop), len(self.plan.blocks))
+
     def read(self, name: str) -> Tensor:
         """A copy of one parameter's current value; see `read_into`."""
         spec = self.plan.params[name]

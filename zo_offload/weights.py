@@ -12,7 +12,7 @@ import hashlib
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,15 @@ class Weights(Protocol):
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Elements [start, start + len(out)) of a tensor, flattened, into `out`: 1-D, contiguous, of its dtype."""
+        ...
+
+
+@runtime_checkable
+class Placed(Weights, Protocol):
+    """Weights that are fetched a block at a time."""
+
+    def place_of(self, name: str, element: int) -> int:
+        """The block of an element: who reads in this order fetches each once."""
         ...
 
 
