@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -71,6 +71,13 @@ class Piece:
     """Among the pieces of the parameter, in order."""
     start: int
     numel: int
+    _hash: int = field(init=False, repr=False, compare=False)  # pieces are looked up a dozen times a visit
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.name, self.start)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def stop(self) -> int:

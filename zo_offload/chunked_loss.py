@@ -12,7 +12,7 @@ a [rows, 1] table of log p, so in the order that it takes over the whole table.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -119,14 +119,16 @@ def _own_loss(module: nn.Module) -> Any:
 
 
 @contextlib.contextmanager
-def losses_in_chunks(model: nn.Module) -> Iterator[None]:
+def losses_in_chunks(model: nn.Module, parts: Iterable[nn.Module] | None = None) -> Iterator[None]:
     """While this is open, `loss_function` of the model, and of models inside it, works in chunks where it can.
+
+    parts: the modules to look at, if that is known: to walk over all of a large model takes a millisecond.
 
     Where it is not one of the two functions of transformers, or not what the forward calls, nothing changes.
     """
     changed: list[tuple[dict[str, Any], dict[str, Any]]] = []  # where it was set, and what was there
     try:
-        for module in model.modules():
+        for module in model.modules() if parts is None else parts:
             own = _own_loss(module)
             for theirs, ours in _IN_CHUNKS:
                 if own is theirs:

@@ -43,6 +43,7 @@ from zo_offload.noise import NoiseSpec
 
 Rounding = Literal["nearest", "stochastic"]
 Target = Literal["values", "scales"]
+_ROUNDINGS, _TARGETS = get_args(Rounding), get_args(Target)
 
 
 def _check(what: str, seed: int, **scalars: float) -> None:
@@ -271,8 +272,8 @@ def _residual(
 ) -> Tensor | None:
     """The residual part if this pass uses it, else None; ConfigError if it is needed and not there, or not right."""
     folds = any(updates.folds if isinstance(updates, DeviceUpdates) else (update.fold for update in updates))
-    if target not in get_args(Target):
-        raise ConfigError(f"target={target!r}: choose one of {get_args(Target)}")
+    if target not in _TARGETS:
+        raise ConfigError(f"target={target!r}: choose one of {_TARGETS}")
     if target == "scales":
         if not fmt.trains_scales:
             raise ConfigError(f"target='scales': {fmt.name} has no float32 scales to train")
@@ -307,8 +308,8 @@ def _check_call(
         raise ConfigError(f"param_id={param_id}: must be >= 0 and < 2**32")
     if numel < 0 or offset < 0 or offset + numel > 1 << 62:
         raise ConfigError(f"elements [{offset}, {offset} + {numel}): need 0 <= offset and offset + numel <= 2**62")
-    if rounding not in get_args(Rounding):
-        raise ConfigError(f"rounding={rounding!r}: choose one of {get_args(Rounding)}")
+    if rounding not in _ROUNDINGS:
+        raise ConfigError(f"rounding={rounding!r}: choose one of {_ROUNDINGS}")
     if len(perturbations) != len(outs):
         raise ConfigError(f"{len(perturbations)} perturbations but {len(outs)} outputs: give one tensor a perturbation")
     for out in outs:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import native, nvrtc
+from .device_updates import RECORD_BYTES, DeviceUpdates, UpdateTable
 from .devices.driver import (
     ATTRIBUTE_MAJOR,
     ATTRIBUTE_MINOR,
@@ -34,11 +35,11 @@ from .devices.driver import (
     Driver,
     driver,
 )
+from .formats import format_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .device_updates import DeviceUpdates
     from .fused import Perturbation, Update
     from .noise import NoiseSpec
 
@@ -127,7 +128,7 @@ class CudaKernels:
         """torch's current stream on the device, as the driver knows it."""
         import torch
 
-        return int(torch.cuda.current_stream(self.device).cuda_stream)
+        return int(torch._C._cuda_getCurrentRawStream(self.device))  # of current_stream, without an object around it
 
     def _launch(self, name: str, args: bytes, warps: int, stream: int) -> None:
         import torch
@@ -239,7 +240,6 @@ def run_on_device(
     """`native.Library.run_pass` through the GPU: host addresses are copied in and back."""
     import torch
 
-    from .device_updates import RECORD_BYTES, DeviceUpdates
     from .noise import NoiseSpec
 
     device = kernels.where
@@ -342,9 +342,6 @@ def run(
 
     planes: `formats.codec.planes` of the parameter, or of the piece that begins at its element `offset`.
     """
-    from .device_updates import DeviceUpdates, UpdateTable
-    from .formats import format_of
-
     found = kernels(stored.device.index)
     if not isinstance(updates, DeviceUpdates) and len(updates):
         table = UpdateTable(stored.device)

@@ -45,24 +45,34 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
-def own_loss(model: nn.Module, objective: Objective) -> contextlib.AbstractContextManager[None]:
+def own_loss(
+    model: nn.Module, objective: Objective, parts: Sequence[nn.Module] | None = None
+) -> contextlib.AbstractContextManager[None]:
     """While open, the loss that the model itself computes is computed in chunks; not under an objective given."""
-    return losses_in_chunks(model) if objective is model_loss else contextlib.nullcontext()
+    return losses_in_chunks(model, parts) if objective is model_loss else contextlib.nullcontext()
+
+
+def language_models(model: nn.Module) -> list[PreTrainedModel]:
+    """The model and what is inside of it, as far as that is transformers'."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 @contextlib.contextmanager
-def for_a_loss(model: nn.Module, objective: Objective) -> Iterator[None]:
+def for_a_loss(
+    model: nn.Module, objective: Objective, parts: Sequence[PreTrainedModel] | None = None
+) -> Iterator[None]:
     """`own_loss`, and nothing is kept for tokens that a loss does not generate: `use_cache` is off in the configs.
 
-    Keys and values of every layer would stay for the whole pass, those of each lane.
+    Keys and values of every layer would stay for the whole pass, those of each lane. parts: see `language_models`.
     """
-    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)] if objective is model_loss else []
-    parts = {id(part): part for config in configs for part in config_parts(config)}
-    on = [part for part in parts.values() if getattr(part, "use_cache", False)]
+    parts = language_models(model) if parts is None else parts
+    configs = [part.config for part in parts] if objective is model_loss else []
+    with_it = {id(part): part for config in configs for part in config_parts(config)}
+    on = [part for part in with_it.values() if getattr(part, "use_cache", False)]
     try:
         for part in on:
             part.use_cache = False
-        with own_loss(model, objective):
+        with own_loss(model, objective, parts):
             yield
     finally:
         for part in on:
@@ -91,6 +101,7 @@ class Passes:
     ) -> None:
         self.model, self.plan, self.streamer, self.device, self.objective = model, plan, streamer, device, objective
         self._fixed, self._compute, self._on_plan = fixed, compute, on_plan
+        self._parts = language_models(model)
         self._hub = self._attach(order)
         streamer.is_watched = lambda: self._hub.watching
 
@@ -110,7 +121,7 @@ class Passes:
         parts = split_micro_batches(batch, micro_batches)
         weights = [loss_weight(part) for part in parts]
         lanes = [Lane(perturbation, part) for perturbation in perturbations for part in parts]
-        with for_a_loss(self.model, self.objective):
+        with for_a_loss(self.model, self.objective, self._parts):
             losses = self.forward(lanes, self._late_loss if late else self._loss)
         if len(parts) == 1:
             return losses
@@ -128,7 +139,7 @@ class Passes:
 
         for batch in batches.epoch():
             between()
-            with for_a_loss(self.model, self.objective):
+            with for_a_loss(self.model, self.objective, self._parts):
                 values = self.forward([Lane(STILL, batch)], measure)[0]
             for name, (value, weight) in values.items():
                 sums[name] = sums.get(name, 0.0) + value * weight
@@ -168,7 +179,11 @@ class Passes:
             hub.host_of = placed.host_of
             seen = hub.trace
             try:
-                with torch.no_grad(), matmul_precision(self._compute), own_loss(self.model, self.objective):
+                with (
+                    torch.no_grad(),
+                    matmul_precision(self._compute),
+                    own_loss(self.model, self.objective, self._parts),
+                ):
                     results = hub.run(lanes, call)
                 streamer.end_pass()
             except PlanFault as fault:  # a weight was used where the plan did not have it: lift its owner, run again

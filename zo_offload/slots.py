@@ -37,6 +37,15 @@ class Slot:
     """The residual part is there too, or the block has none."""
     fetched: int = 0
     """Bytes fetched and not counted yet."""
+    streamed: dict[Piece, Tensor] = field(default_factory=dict)
+    """Views of streamed parts, of whatever block they were asked for: a piece always lies in the same place."""
+
+    def streamed_part(self, piece: Piece, offset: int, nbytes: int) -> Tensor:
+        """The bytes of a piece's streamed part: a view, which takes microseconds to make."""
+        part = self.streamed.get(piece)
+        if part is None:
+            part = self.streamed[piece] = self.memory[offset : offset + nbytes]
+        return part
 
 
 @dataclass

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,16 @@ from .updates import UpdateLog
 from .window import BlockWindow
 
 _SMALL = 1 << 16  # elements: a piece that is read along with its block
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What scratch an owner's pieces need and where each piece goes: the same at every visit, and asked for at each."""
+
+    shapes: list[tuple[int, ...]]
+    dtypes: list[torch.dtype]
+    parts: list[tuple[Piece, int, int]]
+    """(piece, index of its parameter, its first element's place in what is there of the parameter)."""
 
 
 class Streamer(BlockWindow):
@@ -69,6 +79,10 @@ class Streamer(BlockWindow):
         self._read_along: dict[Piece, Tensor] = {}  # small pieces of blocks that `read` passed, not asked for yet
         super().__init__(plan, layout, tier, device, log, window=window, fold_every=fold_every)
 
+    def set_plan(self, plan: Plan) -> None:
+        self._recipes: dict[tuple[str, Piece | None, int], _Recipe] = {}
+        super().set_plan(plan)
+
     def begin_pass(self, exact: bool = False) -> None:
         self._forget_read()
         super().begin_pass(exact)
@@ -99,20 +113,18 @@ class Streamer(BlockWindow):
         pieces: Sequence[Piece] | None = None,
     ) -> list[list[Tensor]]:
         """Scratch weights of the owner's parameters, [perturbation][parameter]; see `lanes.Source`."""
-        parts = self.plan.pieces_in(owner) if pieces is None else pieces
-        shapes, first = self.plan.shapes(parts), dict[str, int]()
-        for part in parts:
-            first[part.name] = min(part.start, first.get(part.name, part.start))
-        names = [name for name in owner.params if name in shapes]
+        key = (owner.name, pieces[0] if pieces else None, len(pieces or ()))
+        recipe = self._recipes.get(key)
+        if recipe is None:
+            recipe = self._recipes[key] = self._recipe(owner, pieces)
         scratch = self._pool.take(
-            [shapes[name] if rows is None else (len(rows), *shapes[name][1:]) for name in names],
-            [self.plan.params[name].dtype for name in names],
+            recipe.shapes if rows is None else [(len(rows), *shape[1:]) for shape in recipe.shapes],
+            recipe.dtypes,
             len(perturbations),
             fresh=self.is_watched(),
         )
-        for part in parts:
+        for part, index, start_at in recipe.parts:
             slot, writes = self._acquire(self.layout.places[part].block)
-            index, start_at = names.index(part.name), part.start - first[part.name]
             outs = [tensors[index] for tensors in scratch.tensors]
             if rows is None and outs[0].numel() != part.numel:
                 outs = [out.view(-1)[start_at : start_at + part.numel] for out in outs]
@@ -121,6 +133,18 @@ class Streamer(BlockWindow):
                 self._emit_one(part, slot, writes, perturbations, outs, rows)
             self.traffic.fused_s += time.perf_counter() - start
         return scratch.tensors
+
+    def _recipe(self, owner: Owner, pieces: Sequence[Piece] | None) -> _Recipe:
+        parts = self.plan.pieces_in(owner) if pieces is None else pieces
+        shapes, first = self.plan.shapes(parts), dict[str, int]()
+        for part in parts:
+            first[part.name] = min(part.start, first.get(part.name, part.start))
+        names = [name for name in owner.params if name in shapes]
+        return _Recipe(
+            [shapes[name] for name in names],
+            [self.plan.params[name].dtype for name in names],
+            [(part, names.index(part.name), part.start - first[part.name]) for part in parts],
+        )
 
     def release(self, scratch: list[list[Tensor]]) -> None:
         """The last lane has left the owner: its scratch may be used again."""
@@ -259,7 +283,7 @@ class Streamer(BlockWindow):
             self._fetch_residual(slot)
         if self._folds(piece, slot):
             if not writes:  # an early visit of a block that a later one of this pass will write: fold into a copy
-                slot = replace(slot, memory=slot.memory.clone(), version=dict(slot.version))
+                slot = replace(slot, memory=slot.memory.clone(), version=dict(slot.version), streamed={})
             self._fused(piece, slot, True, (), ())
         pending = self._lacking(piece, slot)
         stored = slot.memory[place.offset : place.offset + place.nbytes]
@@ -281,7 +305,7 @@ class Streamer(BlockWindow):
         place, spec = self.layout.places[piece], self.plan.params[piece.name]
         folds = self._folds(piece, slot)
         fused_pass(
-            slot.memory[place.offset : place.offset + place.nbytes],
+            slot.streamed_part(piece, place.offset, place.nbytes),
             place.fmt,
             param_id=spec.param_id,
             numel=piece.numel,
@@ -292,7 +316,7 @@ class Streamer(BlockWindow):
             noise=self.noise,
             perturbations=perturbations,
             outs=outs,
-            residual=self._residual(piece, slot),
+            residual=self._residual(piece, slot) if folds else None,
             target=self.layout.target if spec.trainable else "values",
             threads=self.threads,
         )
