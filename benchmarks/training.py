@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--qzo", type=float, nargs=2, default=[1e-5, 1e-3], metavar=("LR", "EPS"))
-    parser.add_argument("--fzoo", type=float, default=3e-4, metavar="LR")
+    parser.add_argument("--fzoo", type=float, default=1e-2, metavar="LR")
     parser.add_argument("--lora", type=float, nargs=2, default=[1e-2, 1e-2], metavar=("LR", "EPS"))
     parser.add_argument("--out", type=Path, help="add the lines to this file too")
     parser.add_argument("--plot", type=Path, help="draw the lines of --out here, and run nothing")
