@@ -8,8 +8,9 @@ No block holds more than `block_numel` elements: a layer larger than that is sev
 that does not fit into one beside the small ones of its module is cut into *pieces*: runs of whole rows (of dim 0),
 about equal. All but the last are a multiple of 128 rows, or if fewer rows fit, of 128 elements: so the groups of a
 format, their trained scales and the counters of the noise lie in a piece as they lie in the parameter, and the numbers
-do not depend on how it is cut. Not cut, and so maybe larger than a block should be: parameters with fewer than two
-dimensions, those whose rows are too large (128 elements in whole rows do not fit), and what is kept on the device for
+do not depend on how it is cut. Where rows of dim 0 are too large (128 elements in whole rows do not fit), those of the
+first two dimensions taken as one count as rows, and so on. Not cut, and so maybe larger than a block should be:
+parameters with fewer than two dimensions, those whose last dimension is too large, and what is kept on the device for
 the whole run.
 
 Stacked experts (`experts.py`) are cut together, by *runs*: the pieces of all their parameters for as many experts as
@@ -116,6 +117,8 @@ def cut(spec: ParamSpec, most: int) -> tuple[Piece, ...]:
         return (whole(spec),)
     unit = ALIGN if most // row >= ALIGN else ALIGN // math.gcd(ALIGN, row)
     fitting = most // row // unit * unit
+    if fitting == 0 and len(spec.shape) > 2:
+        return cut(replace(spec, shape=torch.Size((spec.shape[0] * spec.shape[1], *spec.shape[2:]))), most)
     if fitting == 0:
         return (whole(spec),)
     rows = spec.shape[0]
