@@ -76,6 +76,8 @@ def run(module: Any, cuts: list[slice], *given: Tensor, masked: bool | None = No
 
     def hold(k: int) -> None:
         assert vars(module)["num_experts"] == E, "while it waits the module is as it was"
+        rows = {p.shape[0] for p in module.parameters()}
+        assert rows == {cuts[k - 1].stop - cuts[k - 1].start if k else E}, "and holds what it was given"
         for m in memory:
             m.fill_(float("nan"))
         held = cuts[k].stop - cuts[k].start
@@ -131,6 +133,21 @@ def test_rows_that_nobody_chose_are_not_computed_and_overflow_stays_with_its_exp
             torch.testing.assert_close(run(module, cuts, x, index, weights, masked=masked), want)
 
 
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_choice_is_computed_once(cuts: list[slice], masked: bool, monkeypatch: Any) -> None:
+    computed: list[int] = []
+    product = nn.functional.grouped_mm
+
+    def counted(x: Tensor, w: Tensor, *, offs: Tensor) -> Tensor:
+        computed.append(int(offs[-1]))
+        return product(x, w, offs=offs)
+
+    monkeypatch.setattr(nn.functional, "grouped_mm", counted)
+    run(experts(MixtralExperts, "grouped_mm"), cuts, *routed(tokens=11, choices=3), masked=masked)
+    assert sum(computed) == 2 * 11 * 3, "two products for each"
+
+
 def test_no_tokens_and_one_choice() -> None:
     for implementation in IMPLEMENTATIONS:
         module = experts(MixtralExperts, implementation)
@@ -144,8 +161,8 @@ def test_no_tokens_and_one_choice() -> None:
     "implementation, dtype",
     [(way, dtype) for way in IMPLEMENTATIONS for dtype in (torch.bfloat16, torch.float16)] + [("eager", torch.float64)],
 )
-def test_sums_are_no_worse_than_those_of_the_whole(dtype: torch.dtype, implementation: str) -> None:
-    exact, given = experts(MixtralExperts).double(), routed(tokens=64)
+def test_sums_are_at_least_as_good_as_those_of_the_whole(dtype: torch.dtype, implementation: str) -> None:
+    exact, given = experts(MixtralExperts).double(), routed(tokens=64, choices=6)
     wide = (given[0].to(dtype).double(), given[1], given[2].double())
     module = experts(MixtralExperts, implementation).to(dtype)
     error = []
@@ -156,7 +173,8 @@ def test_sums_are_no_worse_than_those_of_the_whole(dtype: torch.dtype, implement
         for y in (module(*narrow), run(module, CUTS["pairs"], *narrow)):
             assert y.dtype == dtype
             error.append((y.double() - want).square().mean().sqrt())
-    assert error[1] <= 1.1 * error[0] + 1e-15
+    # the eager forward rounds after each expert, the others once
+    assert error[1] <= (0.95 if implementation == "eager" else 1.05) * error[0] + 1e-14
 
 
 class NoLook(TorchFunctionMode):
@@ -499,6 +517,9 @@ def test_the_activation_term_counts_the_wait_for_every_run() -> None:
     cut, whole = (measure_activations(model, p, arch.batch(0), call) for p in (plan, large))
     tokens = archs.B * archs.T
     assert len(cut.segments) > len(whole.segments) and whole.peak <= cut.peak <= whole.peak + 4 * tokens * 32 * 4
+    up = tokens * 3 * 48 * 4  # gate and up of all choices
+    large_cut, large_whole = (sum(s.peak - s.held >= up for s in each.segments) for each in (cut, whole))
+    assert large_cut - large_whole == 3 * (3 - 1), "two more runs in each of three layers"
     assert cut.together("module", 2) >= whole.together("module", 2)
     assert has_forward(model) == []
     assert experts_in_runs(model, large) == []
