@@ -12,7 +12,7 @@ is $OUT where that is set, else benchmarks/results.
 
 Parts, most telling first, so that a limit of time cuts from the end:
     host memory, build, probe, kernels bit-equal, engine equal wherever blocks live, link, steps of 1.3B and 6.7B, the
-    device's memory, fused pass, 13B, naive MeZO, losses and pieces, doctor, plan, 30B, steps of 512 tokens,
+    device's memory, fused pass, 13B, naive MeZO, losses and portions, doctor, plan, 30B, steps of 512 tokens,
     architectures, compute-sanitizer
 With --zo2 each size is followed by ZO2's, and the tests wait till the end: `--only NAME` runs some parts alone.
 
@@ -120,7 +120,7 @@ def test_parts(options: argparse.Namespace) -> list[Part]:
         ("kernels bit-equal", "kernels", "golden" if options.dry else "not out_of_bounds", 120, side_by_side),
         ("tests of the engine", "engine", "seed_twice" if options.dry else "not budget", 120, side_by_side),
         ("test of the budget", "engine", "budget", 90, []),
-        ("tests of losses and pieces", "loss tiles", "test", 90, side_by_side),
+        ("tests of losses and portions", "loss tiles experts", "test", 120, side_by_side),
         ("tests of architectures", "archs", "test", 150, side_by_side),
         ("test with compute-sanitizer", "kernels", "out_of_bounds", 150, []),
     ]
