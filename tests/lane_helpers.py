@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from zo_offload.blocks import Piece
 from zo_offload.fused import Perturbation
-from zo_offload.lanes import Lane
-from zo_offload.plan import Owner, Plan
+from zo_offload.lanes import Hub, Lane, run_settled
+from zo_offload.plan import Owner, Plan, relift
 
 PLUS, MINUS = Perturbation(1, 2**-6), Perturbation(1, -(2**-6))
 OTHER = Perturbation(2, 2**-6)
@@ -192,6 +192,29 @@ def assert_same(got: Any, want: Any, what: str = "") -> None:
             assert torch.equal(x, y), f"{what}: {(x != y).sum()} of {y.numel()} values differ"
             compared += 1
     assert compared, what
+
+
+def has_forward(model: nn.Module) -> list[str]:
+    """Modules with a forward of their own."""
+    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+def assert_lanes_give(
+    model: nn.Module, plan: Plan, source: DictSource, lanes: Sequence[Lane], want: Sequence[Any], what: str
+) -> None:
+    """In every order of service the lanes give `want` bit for bit, and the model is as before afterwards."""
+    for order in ("module", "block", "lane"):
+        with Hub(model, plan, source, order=order) as hub:  # type: ignore[arg-type]
+            for some in (lanes[:2], lanes, lanes):  # watched, not watched, and with a plan learnt from the first run
+                for i, (got, wanted) in enumerate(zip(run_settled(hub, some), want, strict=False)):
+                    assert_same(got, wanted, f"{what} order={order} lane {i}")
+                if not hub.plan.traced:
+                    assert hub.trace is not None
+                    hub.adopt(relift(hub.plan, hub.trace))
+            assert source.out == 0
+        assert has_forward(model) == []
+    for name, p in model.named_parameters():
+        assert torch.equal(p, source.weights[name]), f"{name} is not as before"
 
 
 def owners_of(plan: Plan) -> dict[str, set[str]]:

@@ -29,14 +29,6 @@ ARCH = {arch.name: arch for arch in archs.ALL}
 SHARES_STATE = {"recurrent_gemma"}  # keeps its recurrent state on the module between calls
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def two_lanes(arch: Arch) -> list[Lane]:
     return [Lane(p, arch.batch(0)) for p in (PLUS, MINUS)]
 

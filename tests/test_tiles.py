@@ -12,7 +12,17 @@ import archs
 import pytest
 import torch
 from archs import Arch
-from lane_helpers import MINUS, OTHER, PLUS, DictSource, assert_same, experts_in_runs, whole_model
+from lane_helpers import (
+    MINUS,
+    OTHER,
+    PLUS,
+    DictSource,
+    assert_lanes_give,
+    assert_same,
+    experts_in_runs,
+    has_forward,
+    whole_model,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -21,21 +31,13 @@ from torch.utils._pytree import tree_leaves
 from zo_offload import Engine, MeZO
 from zo_offload.activations import Activations, measure_activations
 from zo_offload.errors import PlanError
-from zo_offload.lanes import Hub, Lane, PlanFault, run_settled
+from zo_offload.lanes import Hub, Lane, PlanFault
 from zo_offload.plan import Plan, make_plan, relift
 from zo_offload.tiles import tiled_linear
 from zo_offload.trace import Trace
 
 ARCH = {arch.name: arch for arch in archs.ALL}
 LIMIT = 700  # elements a block: 20 rows of 32
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------
@@ -198,10 +200,6 @@ def lanes_of(arch: Arch) -> list[Lane]:
     return [Lane(p, arch.batch(b)) for p in (PLUS, MINUS, OTHER) for b in (0, 1)]
 
 
-def has_forward(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if "forward" in vars(module)]
-
-
 ARCHS = [
     "opt", "opt-projected", "llama", "llama-tied", "gemma3", "gpt2", "bloom", "phi3", "mixtral", "qwen2_moe", "gpt_oss",
     "deepseek_v3", "mamba", "jamba", "rwkv", "bert", "deberta_v2", "t5", "bart", "whisper", "vit", "clip", "swin",
@@ -217,18 +215,7 @@ def test_lanes_in_tiles_equal_the_whole_model_in_tiles(name: str) -> None:
     plan = make_plan(model, arch.batch(0), block_numel=limit)
     source = DictSource(model, "arena")
     want = want_of(arch, model, plan, source, lanes)
-    for order in ("module", "block", "lane"):
-        with Hub(model, plan, source, order=order) as hub:  # type: ignore[arg-type]
-            for some in (lanes[:2], lanes, lanes):  # watched, not watched, and with a plan learnt from the first run
-                for i, (got, wanted) in enumerate(zip(run_settled(hub, some), want, strict=False)):
-                    assert_same(got, wanted, f"{name} order={order} lane {i}")
-                if not hub.plan.traced:
-                    assert hub.trace is not None
-                    hub.adopt(relift(hub.plan, hub.trace))
-            assert source.out == 0
-        assert has_forward(model) == []
-    for name, p in model.named_parameters():
-        assert torch.equal(p, source.weights[name]), f"{name} is not as before"
+    assert_lanes_give(model, plan, source, lanes, want, name)
 
 
 class Stack(nn.Module):

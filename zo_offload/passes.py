@@ -58,12 +58,13 @@ def language_models(model: nn.Module) -> list[PreTrainedModel]:
 
 
 @contextlib.contextmanager
-def for_a_loss(
+def without_cache(
     model: nn.Module, objective: Objective, parts: Sequence[PreTrainedModel] | None = None
 ) -> Iterator[None]:
-    """`own_loss`, and nothing is kept for tokens that a loss does not generate: `use_cache` is off in the configs.
+    """While open, nothing is kept for tokens that a loss does not generate: `use_cache` is off in the configs.
 
-    Keys and values of every layer would stay for the whole pass, those of each lane. parts: see `language_models`.
+    Keys and values of every layer would stay for the whole pass, those of each lane. Not under an objective given.
+    parts: see `language_models`.
     """
     parts = language_models(model) if parts is None else parts
     configs = [part.config for part in parts] if objective is model_loss else []
@@ -72,11 +73,17 @@ def for_a_loss(
     try:
         for part in on:
             part.use_cache = False
-        with own_loss(model, objective, parts):
-            yield
+        yield
     finally:
         for part in on:
             part.use_cache = True
+
+
+@contextlib.contextmanager
+def for_a_loss(model: nn.Module, objective: Objective) -> Iterator[None]:
+    """All that a pass for losses opens around the model, for those who measure one."""
+    with without_cache(model, objective), own_loss(model, objective):
+        yield
 
 
 class Passes:
@@ -121,7 +128,7 @@ class Passes:
         parts = split_micro_batches(batch, micro_batches)
         weights = [loss_weight(part) for part in parts]
         lanes = [Lane(perturbation, part) for perturbation in perturbations for part in parts]
-        with for_a_loss(self.model, self.objective, self._parts):
+        with without_cache(self.model, self.objective, self._parts):
             losses = self.forward(lanes, self._late_loss if late else self._loss)
         if len(parts) == 1:
             return losses
@@ -139,7 +146,7 @@ class Passes:
 
         for batch in batches.epoch():
             between()
-            with for_a_loss(self.model, self.objective, self._parts):
+            with without_cache(self.model, self.objective, self._parts):
                 values = self.forward([Lane(STILL, batch)], measure)[0]
             for name, (value, weight) in values.items():
                 sums[name] = sums.get(name, 0.0) + value * weight
