@@ -131,25 +131,27 @@ def test_micro_batches_are_lanes_of_the_same_step(tmp_path):
 
 @pytest.mark.parametrize("make", [tiny_opt, tiny_llama])
 def test_a_step_is_mezo(make):
-    """Against Algorithm 1 written plainly: float32 within twice the plain float32 path's own error from float64."""
+    """Against Algorithm 1 in float64: the projected gradient is off by what float32 losses are, the weights by that.
+
+    How float32 losses round differs between CPUs, so a second float32 run would be no measure of it.
+    """
     data = batches(5)
     settings = dict(lr=1e-3, eps=1e-3, weight_decay=0.1)
-    exact, plain = make().double(), make()
-    plain_mezo(exact, data, **settings)
-    plain_losses = plain_mezo(plain, data, **settings)
+    exact = make().double()
+    pairs = plain_mezo(exact, data, **settings)
+    grads = []
     with Engine(make(), method=MeZO(batch_size=4, **settings)) as engine:
-        losses = engine.fit(data, steps=5).losses
+        losses = engine.fit(data, steps=5, callback=lambda record: grads.append(record.grad)).losses
         weights = stored_weights(engine)
-    assert losses == pytest.approx([sum(pair) / 2 for pair in plain_losses], rel=1e-4)
+    assert losses == pytest.approx([sum(pair) / 2 for pair in pairs], rel=1e-6)
+    off = [abs(grad - (up - down) / 2e-3) for grad, (up, down) in zip(grads, pairs, strict=True)]
+    ulp = 2.0**-21  # of a loss in [4, 8)
+    assert max(losses) < 8 and max(off) < 16 * ulp / 2e-3
     start = {n: p.detach() for n, p in make().named_parameters()}
-    error = plain_error = moved = 0.0
-    plain_weights = {n: p.detach() for n, p in plain.named_parameters()}
-    for name, w in ((n, p.detach()) for n, p in exact.named_parameters()):
-        moved = max(moved, float((w - start[name]).abs().max()))
-        error = max(error, float((weights[name] - w).abs().max()))
-        plain_error = max(plain_error, float((plain_weights[name] - w).abs().max()))
-    assert moved > 20 * error, "the weights must move by much more than the error"
-    assert error <= 2 * plain_error + 1e-7
+    error = max(float((weights[n] - p.detach()).abs().max()) for n, p in exact.named_parameters())
+    moved = max(float((p.detach() - start[n]).abs().max()) for n, p in exact.named_parameters())
+    assert error < sum(off) * 1e-3 * 6.6 + 5 * 2.0**-23  # |z| < 6.6; five steps of float32 weights around 1
+    assert moved > 1000 * error
 
 
 @pytest.mark.parametrize("offload", ["none", "host", "disk"])
