@@ -11,6 +11,7 @@ the long way, through scores of all pairs of tokens.
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ from .trace import ForwardCall, MetaWatch, meta_copy
 from .watch import Recorder, storage_key
 
 ServiceOrder = Literal["module", "block", "lane"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Activations:
     segments: tuple[Segment, ...] = ()
     inputs: int = 0
     """Bytes of the batch."""
+    unknown: str = ""
+    """Why a forward could not be measured; empty where it was, or where there was no batch to measure it with."""
 
     @property
     def peak(self) -> int:
@@ -72,8 +77,8 @@ class Activations:
         return self.inputs + max(peak + (lanes - 1) * held for peak, held in waiting)
 
 
-UNKNOWN = Activations()
-"""Counts as nothing."""
+NOT_MEASURED = Activations()
+"""Before there is a batch: counts as nothing."""
 
 
 def merged(segments: Sequence[Segment]) -> list[Segment]:
@@ -187,8 +192,8 @@ def measure_activations(
 ) -> Activations:
     """What one lane's `call(model, batch)` holds, from owner to owner of the plan, on a device of that kind.
 
-    The model may be hollow or on meta. losses: what is open around the call. Nothing, if the forward cannot run without
-    weights; the plan then says that activations are not in its figure.
+    The model may be hollow or on meta. losses: what is open around the call. Where the forward cannot run without
+    weights, no segments and the reason in `unknown`: the plan then holds a reserve (`memory.py`).
     """
     watch = _LiveWatch()
     shadow = meta_copy(model)
@@ -200,13 +205,15 @@ def measure_activations(
         hook = partial(_wait_before, watch, plan, owner, portions[0])
         module.register_forward_pre_hook(hook, prepend=True)
     inputs = {k: v.to("meta") if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+    nbytes = sum(leaf.nbytes for leaf in tree_leaves(dict(batch)) if isinstance(leaf, Tensor))
     try:
         with torch.no_grad(), losses(shadow), watch, _FusedAttention(device):
             call(shadow, inputs)
-    except Exception:  # whatever a model's code may raise without real values: the caller says that it is unknown
-        return UNKNOWN
+    except Exception as error:  # whatever a model's code may raise without real values
+        log.debug("activations could not be measured", exc_info=True)
+        said = str(error).strip().splitlines()[:1]
+        return Activations(inputs=nbytes, unknown=": ".join([type(error).__name__, *said])[:200])
     watch.wait()
-    nbytes = sum(leaf.nbytes for leaf in tree_leaves(dict(batch)) if isinstance(leaf, Tensor))
     return Activations(tuple(watch.segments), nbytes)
 
 

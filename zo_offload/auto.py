@@ -25,14 +25,14 @@ from .config import EngineConfig, parse_bytes, show_bytes
 from .device_updates import DeviceUpdates, UpdateTable
 from .devices import CpuDevice, make_device
 from .devices.link import Link
-from .errors import BudgetError
+from .errors import BudgetError, ConfigError
 from .formats import FORMATS, Format
-from .fused import Perturbation, Update, fused_pass
+from .fused import Perturbation, Target, Update, fused_pass
 from .layout import Layout, make_layout
 from .memory import available_bytes, step_bytes
 from .noise import NoiseSpec
 from .plan import Plan
-from .storage import choose_fold_every, decide_formats
+from .storage import Stored, choose_fold_every, decide_formats
 
 STREAMED, RESIDENT = "int8+8", "fp32"
 _PROBE = 1 << 18  # elements
@@ -89,19 +89,21 @@ def compare(
     keep: Any = None,
     fold_every: int | None = None,
     lanes: int = 2,
+    distribution: str = "gaussian",
+    noises: int = 1,
     link_seconds: Callable[[float, float], float] | None = None,
     seconds_per_element: Callable[[Format, int, int], float] | None = None,
 ) -> Iterator[Choice]:
-    """Every format that can train what `plan` trains, everything streamed; most bytes on the wire first.
+    """Every format that can train what `plan` trains, or scales of it, all streamed; most bytes on the wire first.
 
     link_seconds(fetched, flushed): of that many bytes. seconds_per_element(format, fold_every, lanes): of a fused pass.
     """
     found = []
     for name, fmt in FORMATS.items():
-        target: Any = "values" if fmt.trains else "scales"
-        stored = decide_formats(plan, name, dtype_of, keep, target)
-        layout = make_layout(stored.plan, stored.format_of, target)
-        every = choose_fold_every(fold_every, stored.plan, layout, "host", "gaussian")
+        if (way := _trained(plan, dtype_of, name, keep)) is None:
+            continue
+        stored, layout = way
+        every = choose_fold_every(fold_every, stored.plan, layout, "host", distribution, noises)
         fetched, flushed = step_bytes(stored.plan, layout, stored.plan.resident, every)
         seconds = 0.0
         if link_seconds is not None:
@@ -110,6 +112,18 @@ def compare(
             seconds = max(seconds, seconds_per_element(fmt, every, lanes) * plan.numel)
         found.append(Choice(name, layout, every, fetched, flushed, seconds))
     yield from sorted(found, key=lambda choice: -choice.wire_bytes)
+
+
+def _trained(plan: Plan, dtype_of: Callable[[str], torch.dtype], name: str, keep: Any) -> tuple[Stored, Layout] | None:
+    """A format's way to train what `plan` trains: values if it can, else scales; None if it has neither."""
+    targets: tuple[Target, ...] = ("values", "scales")
+    for target in targets:
+        try:
+            stored = decide_formats(plan, name, dtype_of, keep, target)
+        except ConfigError:
+            continue  # this way is closed to the format; not an error of the user, who named none
+        return stored, make_layout(stored.plan, stored.format_of, target)
+    return None
 
 
 # ---- rates of this machine -------------------------------------------------------------------------------------------

@@ -31,24 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fit(args: argparse.Namespace) -> int:
     from .engine import Engine
-    from .methods import MeZO, method_from
 
     _check_out(args.out)
     if args.resume:
         _refuse(args, "preset", "method", *_METHOD, *_IDENTITY, "run_dir")
         engine = Engine.resume(args.model, **_given(args, *_MOVABLE, "model_class"))
     else:
-        recipe = _given(args, *_METHOD)
-        if args.preset and args.method:
-            raise ConfigError(f"--preset {args.preset} is a recipe of mezo: leave out --method")
-        if args.clip is not None and args.method != "qzo":
-            raise ConfigError(f"--clip {args.clip:g} bounds the projected gradient of --method qzo")
-        if args.directions is not None and args.method != "fzoo":
-            raise ConfigError(f"--directions {args.directions} are those of --method fzoo")
-        name = args.method or "mezo"
-        method = MeZO.preset(args.preset, **recipe) if args.preset else method_from({"name": name, **recipe})
         settings = _given(args, *_IDENTITY, *_MOVABLE, "run_dir")
-        engine = Engine(args.model, method=method, model_class=args.model_class, **settings)
+        engine = Engine(args.model, method=_method(args), model_class=args.model_class, **settings)
+        if engine.storage_note:
+            print(f"storage auto takes {engine.config.storage}: {engine.storage_note}")
     with engine:
         result = engine.fit(
             args.data, eval_data=args.eval_data, eval_every=args.eval_every, micro_batches=args.micro_batches,
@@ -72,10 +64,9 @@ def _plan(args: argparse.Namespace) -> int:
     from .report import plan_report
 
     for line in plan_report(
-        args.model, storage=args.storage, keep=args.keep, fold_every=args.fold_every, link_gb_per_s=args.link,
-        device=args.device or "cpu", compute=args.compute, offload=args.offload, device_memory=args.device_memory,
-        tokens=args.tokens, batch_size=args.batch_size, trainable=args.trainable, model_class=args.model_class,
-        **_given(args, "block_numel"),
+        args.model, method=_method(args), tokens=args.tokens, batch_size=args.batch_size,
+        micro_batches=args.micro_batches, model_class=args.model_class, link_gb_per_s=args.link,
+        **_given(args, *_IDENTITY, *_MOVABLE),
     ):  # fmt: skip
         print(line)
     return 0
@@ -136,6 +127,20 @@ def _journal(args: argparse.Namespace) -> int:
             print(line if sound else f"NOT SOUND: {line}")
         return 0 if all(sound for sound, _ in results) else 1
     return 0
+
+
+def _method(args: argparse.Namespace) -> Any:
+    """The method that the options name."""
+    from .methods import MeZO, method_from
+
+    recipe = _given(args, *_METHOD)
+    if args.preset and args.method:
+        raise ConfigError(f"--preset {args.preset} is a recipe of mezo: leave out --method")
+    if args.clip is not None and args.method != "qzo":
+        raise ConfigError(f"--clip {args.clip:g} bounds the projected gradient of --method qzo")
+    if args.directions is not None and args.method != "fzoo":
+        raise ConfigError(f"--directions {args.directions} are those of --method fzoo")
+    return MeZO.preset(args.preset, **recipe) if args.preset else method_from({"name": args.method or "mezo", **recipe})
 
 
 def _open(args: argparse.Namespace) -> Any:
@@ -233,25 +238,8 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--snapshot-minutes", type=float, help="every block to the disk once in so long (10)")
     fit.add_argument("--resume", action="store_true", help="continue the run in MODEL")
     fit.add_argument("--out", help="export the tuned checkpoint here")
-    fit.add_argument(
-        "--method", choices=["mezo", "fzoo", "qzo"],
-        help="fzoo takes steps along several directions; qzo trains the scales of a quantized storage",
-    )  # fmt: skip
-    fit.add_argument("--directions", type=_count, help="perturbations of a step (fzoo; 8)")
-    fit.add_argument("--clip", type=float, help="of the projected gradient (qzo)")
-    fit.add_argument("--preset", help="a published recipe: opt, opt-squad, opt-lora, opt-prefix, roberta")
-    for name, kind in (("lr", float), ("eps", float), ("weight-decay", float), ("warmup-steps", int), ("rounds", int)):
-        fit.add_argument(f"--{name}", type=kind)
-    fit.add_argument("--schedule", help="transformers' name of a learning rate schedule")
-    fit.add_argument("--distribution", choices=["gaussian", "rademacher"])
-    fit.add_argument("--on-nonfinite", choices=["stop", "skip", "halve_eps"])
-    fit.add_argument("--rounding", choices=["nearest", "stochastic"])
-    fit.add_argument("--fold-every", type=_count, help="steps between two write-backs of a block")
-    fit.add_argument("--num-slots", type=_count)
-    fit.add_argument("--order", choices=["auto", "module", "block", "lane"])
-    fit.add_argument("--seed", type=int)
+    _method_options(fit)
     fit.add_argument("--quiet", action="store_true", help="no progress bar")
-    fit.add_argument("--trainable", help="glob on parameter names, such as 'layers.*.self_attn'")
     _storage(fit)
     _data(fit)
     fit.set_defaults(run=_fit)
@@ -260,13 +248,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("model", help="checkpoint directory, config.json, or a size such as opt-175b")
     plan.add_argument("--tokens", type=_count, help="tokens a row: 512, or as many as the model takes")
     plan.add_argument("--batch-size", type=_count, default=1)
-    plan.add_argument("--trainable", help="glob on parameter names, such as 'layers.*.self_attn'")
+    plan.add_argument("--micro-batches", type=_count, default=1, help="parts a batch is cut into")
     plan.add_argument(
         "--link",
         type=float,
         help="GB/s that blocks move at (default: measured; of a GPU that is not here, 25 each way)",
     )
-    plan.add_argument("--fold-every", type=_count, help="steps between two write-backs of a block")
+    _method_options(plan)
     _storage(plan)
     plan.set_defaults(run=_plan)
 
@@ -312,6 +300,28 @@ def _parser() -> argparse.ArgumentParser:
     journal.add_argument("--to", type=int, help="cut: how many steps to keep")
     journal.set_defaults(run=_journal)
     return parser
+
+
+def _method_options(command: argparse.ArgumentParser) -> None:
+    """What a step does, and how it is run: the same for a run and for its plan."""
+    command.add_argument(
+        "--method", choices=["mezo", "fzoo", "qzo"],
+        help="fzoo takes steps along several directions; qzo trains the scales of a quantized storage",
+    )  # fmt: skip
+    command.add_argument("--directions", type=_count, help="perturbations of a step (fzoo; 8)")
+    command.add_argument("--clip", type=float, help="of the projected gradient (qzo)")
+    command.add_argument("--preset", help="a published recipe: opt, opt-squad, opt-lora, opt-prefix, roberta")
+    for name, kind in (("lr", float), ("eps", float), ("weight-decay", float), ("warmup-steps", int), ("rounds", int)):
+        command.add_argument(f"--{name}", type=kind)
+    command.add_argument("--schedule", help="transformers' name of a learning rate schedule")
+    command.add_argument("--distribution", choices=["gaussian", "rademacher"])
+    command.add_argument("--on-nonfinite", choices=["stop", "skip", "halve_eps"])
+    command.add_argument("--rounding", choices=["nearest", "stochastic"])
+    command.add_argument("--fold-every", type=_count, help="steps between two write-backs of a block")
+    command.add_argument("--num-slots", type=_count)
+    command.add_argument("--order", choices=["auto", "module", "block", "lane"])
+    command.add_argument("--seed", type=int)
+    command.add_argument("--trainable", help="glob on parameter names, such as 'layers.*.self_attn'")
 
 
 def _storage(command: argparse.ArgumentParser) -> None:

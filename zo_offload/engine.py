@@ -17,9 +17,10 @@ The engine wires the parts and holds no algorithm.
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +29,29 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from . import runs
-from .activations import UNKNOWN, Activations, measure_activations
-from .auto import choose_storage
 from .checkpoint import Checkpoint, save_pretrained
-from .config import DTYPES, EngineConfig, parse_bytes, show_bytes
-from .data import Batches, fingerprint, make_batches, max_positions, most_ids, split_micro_batches
+from .config import DTYPES, EngineConfig, parse_bytes
+from .data import Batches, fingerprint, make_batches, max_positions
 from .device_updates import UpdateTable
 from .devices import make_device
 from .devices.link import Link
-from .errors import BudgetError, ConfigError, JournalError
+from .errors import ConfigError, JournalError
 from .fused import STILL
 from .generation import generate_texts
 from .ingest import Base, ModuleBase
 from .journal import Journal, StepRecord
 from .lanes import Lane, hollow
 from .late import LateLog, Launched
-from .layout import Layout, make_layout
-from .memory import MemoryPlan, plan_memory, process_bytes
+from .layout import Layout
+from .memory import MemoryPlan, process_bytes
 from .methods import MeZO, lr_schedule
-from .on_device import Homes, move_buffers
-from .passes import Batch, Objective, Passes, for_a_loss, model_loss
-from .plan import Plan, make_plan
-from .session import Maker, Session, choose_offload
+from .on_device import Homes, move_buffers, tensor_bytes
+from .passes import Batch, Objective, Passes, model_loss
+from .plan import Plan
+from .prepare import prepare
+from .session import Maker, Session
 from .slots import Traffic
 from .stepper import Stepper
-from .storage import choose_fold_every, decide_formats
 from .streamer import Streamer
 from .training import FitResult, Training, check_same_data
 from .updates import UpdateLog
@@ -70,6 +69,16 @@ class _Parts:
 def _absolute(model: str | Path) -> str:
     """A directory as an absolute path, so that a run can be resumed from elsewhere; a hub id as it is."""
     return str(Path(model).resolve()) if Path(model).exists() else str(model)
+
+
+def _refuse_ranks() -> None:
+    """A launcher of several processes would train the same thing several times, or fight for one run directory."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world.isdigit() and int(world) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE={world}: several processes are not supported yet. Start one process (without torchrun or "
+            "accelerate launch), or unset WORLD_SIZE if each is to train on its own"
+        )
 
 
 class Engine:
@@ -98,6 +107,7 @@ class Engine:
         _session: Callable[[Engine], Session] | None = None,
         **settings: Any,
     ) -> None:
+        _refuse_ranks()
         self.config = config if config is not None else EngineConfig(**settings)
         self.method = method if method is not None else MeZO()
         self.objective = objective if objective is not None else model_loss
@@ -120,23 +130,17 @@ class Engine:
             compute = DTYPES[self.config.compute] if self.config.compute is not None else own
             self.model = self.checkpoint.build_model(compute, model_class, seed=self.config.seed)
             self.base = self.checkpoint
-        self.plan: Plan = make_plan(
-            self.model, example, trainable=self.config.trainable, block_numel=self.config.block_numel
-        )
-        target = self.method.target
-        self.storage_note = ""
-        if self.config.storage == "auto":  # decided here once; the run keeps the format's name
-            storage, self.storage_note = choose_storage(self.plan, self.base.dtype_of, self.config)
-            self.config = replace(self.config, storage=storage)
-        stored = decide_formats(self.plan, self.config.storage, self.base.dtype_of, self.config.keep, target)
-        self.plan = stored.plan
-        self.layout: Layout = make_layout(self.plan, stored.format_of, target)
         self._make_session = _session  # a replayed engine: its blocks are made as they are fetched
-        self.offload = choose_offload(self.config, self.layout, self.device) if _session is None else "disk"
-        self.fold_every = choose_fold_every(
-            self.config.fold_every, self.plan, self.layout, self.offload, self.method.distribution, self.method.noises
-        )
+        prepared = self._prepared = prepare(
+            self.model, self.base.dtype_of, self.config, self.method, self.device, example=example,
+            offload=None if _session is None else "disk",
+        )  # fmt: skip
+        self.config, self.storage_note = prepared.config, prepared.storage_note
+        self.plan: Plan = prepared.plan
+        self.layout: Layout = prepared.layout
+        self.offload, self.fold_every = prepared.offload, prepared.fold_every
         self.memory: MemoryPlan = self._plan_memory(example)
+        self._planned_bytes = 0  # of the largest part of a batch that the memory plan has seen
         self.log = UpdateLog()
         self.journal: Journal | None = None
         self.evals: list[dict[str, float]] = []
@@ -254,14 +258,26 @@ class Engine:
         if self._make_session is not None:
             raise ConfigError("a replayed engine does not train: export this step, or resume its run")
         parts = self._start(batch, micro_batches)
+        self._keep_budget(parts, batch, micro_batches)
         stepper = parts.stepper
         lr = self.method.lr if lr is None else lr
         perturbations = stepper.current.perturbations(self.config.seed, self.log.version)
         losses = parts.passes.losses(batch, perturbations, micro_batches, late=stepper.late)
+        self._planned_bytes = max(self._planned_bytes, tensor_bytes([batch]) // micro_batches)
         launched = stepper.launch(losses, lr, fingerprint(batch))
         if self._session is not None and self._session.snapshots is not None:
             self._session.snapshots.tick(self.log.version, parts.streamer)
         return launched
+
+    def _keep_budget(self, parts: _Parts, batch: Batch, micro_batches: int) -> None:
+        """A batch larger than any before is within the memory budget, or BudgetError says so before its step."""
+        nbytes = tensor_bytes([batch]) // micro_batches
+        if self.memory.budget is None or nbytes <= self._planned_bytes:
+            return
+        if self.memory.unknown:
+            parts.passes.watch_next()
+        else:
+            self._prepared.check_batch(self.memory, batch, objective=self.objective, micro_batches=micro_batches)
 
     def finish(self, launched: Launched) -> StepRecord:
         """Read a launched step's losses and put it on record. Raises what `on_nonfinite` says."""
@@ -381,38 +397,9 @@ class Engine:
 
     def _plan_memory(self, batch: Batch | None, micro_batches: int = 1) -> MemoryPlan:
         """Window and service order for lanes on a part of `batch`; without one, activations count as nothing."""
-        config, activations, rows = self.config, UNKNOWN, 0
-        if batch is not None:
-            part = split_micro_batches(batch, micro_batches)[0]
-            activations = measure_activations(
-                self.model,
-                self.plan,
-                part,
-                self.objective,
-                device=self.device.kind,
-                losses=lambda model: for_a_loss(model, self.objective),
-            )
-            rows = most_ids(batch)
-        asked = None if config.device_memory is None else parse_bytes(config.device_memory, "device_memory")
-        budget = self.device.budget(asked, chosen=config.num_slots is not None)
-        try:
-            return self._fit_into(budget, micro_batches, rows, activations)
-        except BudgetError as error:
-            if asked is None or budget is None or asked == budget:
-                raise
-            raise BudgetError(
-                f"{error}. Of device_memory={show_bytes(asked)} the CUDA context and libraries take "
-                f"{show_bytes(asked - budget)}"
-            ) from None
-
-    def _fit_into(self, budget: int | None, micro_batches: int, rows: int, activations: Activations) -> MemoryPlan:
-        config = self.config
-        return plan_memory(
-            self.plan, self.layout, offload=self.offload, budget=budget, num_slots=config.num_slots,
-            perturbations=len(self.method.perturbations(config.seed, 0)), micro_batches=micro_batches,
-            order=config.order, ahead=config.prefetch, io_threads=config.io_threads if config.overlap else 0,
-            rows=rows, activations=activations, process=self.process_bytes,
-        )  # fmt: skip
+        return self._prepared.plan_memory(
+            batch, objective=self.objective, micro_batches=micro_batches, process=self.process_bytes
+        )
 
     def _start(self, batch: Batch | None = None, micro_batches: int = 1, data: dict[str, Any] | None = None) -> _Parts:
         """What takes steps; at the first use, fill or reopen the tier, hollow the model, and wire it all."""
@@ -422,6 +409,9 @@ class Engine:
             return self._parts
         if batch is not None:
             self.memory = self._plan_memory(batch, micro_batches)
+            self._planned_bytes = tensor_bytes([batch]) // micro_batches
+        else:
+            self.memory = self._prepared.plan_blindly(process=self.process_bytes)
         make = self._make_session
         session = self._session = make(self) if make is not None else Maker(
             self.plan, self.layout, self.base, self.config, self.method, self.offload, self.fold_every,
@@ -460,6 +450,7 @@ class Engine:
         passes = Passes(
             self.model, self.plan, streamer, self.device, objective=self.objective, order=self.memory.order,
             fixed=self.config.order != "auto", compute=self.config.compute, on_plan=self._adopt,
+            on_measured=self.memory.check_reserve,
         )  # fmt: skip
         return _Parts(streamer, passes, stepper)
 

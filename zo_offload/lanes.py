@@ -75,6 +75,8 @@ class Hub(Attachment):
         """What the last watched run saw; `relift(plan, trace)` refines a plan that was not traced."""
         self.notes: tuple[str, ...] = ()
         """Remarks of the last watched run."""
+        self.activation_bytes = 0
+        """The most that the lanes of the last watched run held at once, their batches not counted."""
         self.watching = False
         """The run under way is watched."""
         self.host_of: Callable[[Tensor], Tensor | None] | None = None
@@ -302,6 +304,7 @@ class Hub(Attachment):
         """Keep what a watched run saw; raise if its results are wrong, with the generators as they were."""
         self.trace = watch.trace(lanes)
         self.notes = self.trace.notes
+        self.activation_bytes = watch.mode.peak_bytes
         try:
             watch.judge(lanes, self.trace, lockstep=self.order != "lane")
         except PlanError:

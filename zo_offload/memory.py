@@ -8,6 +8,10 @@
     process      what was there before: interpreter, torch, libraries, the caller's own data
 
 The budget `device_memory` covers the first four (and the store for "none", where the tier is the device).
+
+Some forwards cannot be measured before weights are there (they branch on values, or leave torch). Then the plan says
+so, and under a budget takes the smallest window and keeps the rest in reserve for activations. The first pass measures
+them; if it holds more than the reserve, it ends with a BudgetError before its step is taken (`check_reserve`).
 """
 
 from __future__ import annotations
@@ -17,10 +21,10 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .activations import UNKNOWN, Activations, ServiceOrder
+from .activations import NOT_MEASURED, Activations, ServiceOrder
 from .config import parse_bytes, show_bytes
 from .errors import BudgetError
 from .layout import Layout
@@ -37,6 +41,33 @@ class MemoryPlan:
     order: ServiceOrder
     terms: Mapping[str, int]
     budget: int | None
+    unknown: str = ""
+    """Why activations could not be measured; they are in `terms` as the reserve, or without a budget as the batch."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the figures has to know."""
+        if not self.unknown:
+            return ()
+        held = (
+            "they are not in the figures"
+            if self.budget is None
+            else f"the {show_bytes(self.terms['activations'])} that device_memory leaves are kept for them"
+        )
+        return (f"activations could not be measured without weights ({self.unknown}): {held}",)
+
+    def check_reserve(self, seen_bytes: int) -> None:
+        """Raise BudgetError if a pass held more activations, batches included, than an unmeasured plan reserves."""
+        reserve = self.terms["activations"]
+        if not self.unknown or self.budget is None or seen_bytes <= reserve:
+            return
+        least = self.device_bytes - reserve + seen_bytes
+        raise BudgetError(
+            f"device_memory={show_bytes(self.budget)} is too small: the activations of this batch take "
+            f"{show_bytes(seen_bytes)}, and {show_bytes(reserve)} are left beside the smallest window. They could "
+            f"only be measured in the first pass ({self.unknown}), whose results are not used. Use shorter or smaller "
+            f"batches, micro_batches, or device_memory of at least {show_bytes(least)}"
+        )
 
     @property
     def device_bytes(self) -> int:
@@ -46,6 +77,12 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         return sum(self.terms.values())
+
+    def with_reserve(self) -> MemoryPlan:
+        """All that the budget leaves, for activations."""
+        assert self.budget is not None
+        kept = self.terms["activations"] + self.budget - self.device_bytes
+        return replace(self, terms={**self.terms, "activations": kept})
 
     def rows(self) -> list[tuple[str, int]]:
         return [(name, nbytes) for name, nbytes in self.terms.items() if nbytes]
@@ -103,7 +140,7 @@ def plan_memory(
     perturbations: int,
     micro_batches: int = 1,
     rows: int = 1 << 60,
-    activations: Activations = UNKNOWN,
+    activations: Activations = NOT_MEASURED,
     budget: int | None = None,
     num_slots: int | None = None,
     ahead: int | None = None,
@@ -114,6 +151,7 @@ def plan_memory(
     """The window and order to run with. Without a budget: the smallest window that overlaps, module order.
 
     With one: the most pinned blocks that fit, module order if it fits with 3 slots, else block order, else 2 slots.
+    Where activations are unknown: no more pinned than has to be, the rest of the budget in reserve for them.
     Raises BudgetError, with the terms and what would fit, if nothing does.
     """
     orders: list[ServiceOrder] = ["module", "block"] if order == "auto" else [order]  # type: ignore[list-item]
@@ -125,11 +163,13 @@ def plan_memory(
         held = activations.together(which, lanes) + activations.inputs * (micro_batches - 1)
         fixed = {"scratch": scratch_bytes(plan, which, perturbations, rows), "activations": held, "process": process}
         for slots in slot_choices:
-            ask = _Ask(plan, layout, offload, which, slots, ahead, io_threads, fixed, budget)
+            ask = _Ask(plan, layout, offload, which, slots, ahead, io_threads, fixed, budget, activations.unknown)
             least = ask.with_pinned(frozenset(range(len(plan.blocks))) if offload == "none" else frozenset())
             if budget is None:
                 return least
             if least.device_bytes <= budget:
+                if activations.unknown:
+                    return least.with_reserve()
                 return least if offload == "none" else ask.with_most_pinned(budget)
             if smallest is None or least.device_bytes < smallest.device_bytes:
                 smallest = least
@@ -165,6 +205,7 @@ class _Ask:
     io_threads: int
     fixed: Mapping[str, int]
     budget: int | None
+    unknown: str
 
     def with_pinned(self, pinned: frozenset[int]) -> MemoryPlan:
         """The plan that keeps the blocks `pinned` and streams the others."""
@@ -181,7 +222,8 @@ class _Ask:
             "store": self.layout.total_bytes if self.offload == "host" else 0,
             "process": self.fixed["process"],
         }
-        return MemoryPlan(Window(max(used, 1), ahead, pinned, self.io_threads), self.order, terms, self.budget)
+        window = Window(max(used, 1), ahead, pinned, self.io_threads)
+        return MemoryPlan(window, self.order, terms, self.budget, self.unknown)
 
     def with_most_pinned(self, budget: int) -> MemoryPlan:
         """The most pinned blocks that the budget takes; the empty set is known to fit."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .devices import CpuDevice
 
@@ -51,6 +51,12 @@ class Homes:
             for name, tensor in held:
                 if id(tensor) in new:
                     setattr(module, name, new[id(tensor)])
+
+
+def tensor_bytes(batches: Iterable[Any]) -> int:
+    """Bytes of all tensors in `batches`, each counted once."""
+    found = {id(leaf): leaf.nbytes for batch in batches for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
+    return sum(found.values())
 
 
 class PlacedBatches:

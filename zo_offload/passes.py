@@ -19,12 +19,12 @@ from .activations import ServiceOrder
 from .chunked_loss import losses_in_chunks
 from .data import Batches, loss_weight, split_micro_batches
 from .devices import CpuDevice
-from .errors import ConfigError, DataError, PlanError
+from .errors import BudgetError, ConfigError, DataError, PlanError
 from .fused import STILL, Perturbation
 from .lanes import Hub, Lane, LanesShareState, PlanFault
 from .late import divide
 from .meta_model import config_parts
-from .on_device import PlacedBatches, matmul_precision
+from .on_device import PlacedBatches, matmul_precision, tensor_bytes
 from .plan import Plan, relift
 from .streamer import Streamer
 
@@ -90,7 +90,8 @@ class Passes:
     """Passes of one model over one streamer.
 
     order: in which lanes are served; fixed: and no other, even if the model needs lanes one after another. compute:
-    "tf32" for float32 products on the matrix units. on_plan: told each corrected plan.
+    "tf32" for float32 products on the matrix units. on_plan: told each corrected plan. on_measured: told the
+    bytes of activations that a watched pass held, batches included; may raise, and the pass then has no results.
     """
 
     def __init__(
@@ -105,9 +106,10 @@ class Passes:
         fixed: bool,
         compute: str | None,
         on_plan: Callable[[Plan], None],
+        on_measured: Callable[[int], None],
     ) -> None:
         self.model, self.plan, self.streamer, self.device, self.objective = model, plan, streamer, device, objective
-        self._fixed, self._compute, self._on_plan = fixed, compute, on_plan
+        self._fixed, self._compute, self._on_plan, self._on_measured = fixed, compute, on_plan, on_measured
         self._parts = language_models(model)
         self._hub = self._attach(order)
         streamer.is_watched = lambda: self._hub.watching
@@ -210,10 +212,22 @@ class Passes:
                 raise
             if hub.trace is not seen:  # a watched run: each module's weights had memory of their own
                 self.device.trim()
+                self._measured(hub.activation_bytes + tensor_bytes(lane.batch for lane in lanes))
             if not self.plan.traced and hub.trace is not None and hub.trace.complete:
                 self._adopt(relift(self.plan, hub.trace))  # the first real run shows what tracing could not
             return results
         raise PlanError(f"the plan still has faults after {_MAX_CORRECTIONS} corrections; the last: {last}")
+
+    def watch_next(self) -> None:
+        """Watch the next pass, whatever was seen before."""
+        self._hub.adopt(self.plan)
+
+    def _measured(self, nbytes: int) -> None:
+        try:
+            self._on_measured(nbytes)
+        except BudgetError:
+            self.watch_next()  # a second try is refused again
+            raise
 
     def _adopt(self, plan: Plan) -> None:
         self.plan = plan

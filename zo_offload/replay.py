@@ -89,7 +89,6 @@ def replayed(base: str | Path | nn.Module, journal: str | Path, *, to: int | Non
         return Session(ReplayTier(engine, log, lambda: check_identity({"base": engine.base.digest()}, header)), log)
 
     settings = {**header["settings"], "offload": "auto", "device_memory": None, "num_slots": None, "prefetch": None}
-    settings |= {"pin": None} if "pin" in settings else {}
     passed: dict[str, Any] = {k: options.pop(k) for k in ("objective", "tokenizer", "example") if k in options}
     if not isinstance(base, nn.Module) and header.get("model_class") is not None:
         passed["model_class"] = header["model_class"]

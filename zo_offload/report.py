@@ -4,86 +4,110 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from .activations import measure_activations
-from .auto import Rates, choose_storage, compare, rates
-from .blocks import BLOCK_NUMEL
+from .auto import Rates, compare, rates
 from .checkpoint import Checkpoint
 from .config import DTYPES, EngineConfig, parse_bytes, show_bytes
 from .data import max_positions
-from .errors import ConfigError
+from .devices import make_device
+from .errors import BudgetError, ConfigError
 from .formats import FORMATS
-from .layout import Layout, make_layout
-from .memory import MemoryPlan, plan_memory, step_bytes
-from .plan import Plan, make_plan
+from .layout import Layout
+from .memory import MemoryPlan, step_bytes
+from .methods import MeZO
+from .passes import model_loss
+from .plan import Plan
+from .prepare import PlannedDevice, Prepared, prepare
 from .shapes import OPT_SHAPES, opt_config
-from .storage import choose_fold_every, decide_formats
-from .trace import ForwardCall
 
 CONTEXT_BYTES = 500_000_000
 """Device memory of a CUDA context and the matrix libraries' workspaces, where there is no GPU to ask."""
 
 
+@dataclass(frozen=True)
+class AbsentGpu:
+    """A GPU that is not here, as a plan sees it: of its memory nothing is known but what `device_memory` says."""
+
+    memory_bytes: int | None
+
+    @property
+    def kind(self) -> str:
+        return "cuda"
+
+    def free_bytes(self) -> int:
+        """What blocks could take; 0 if nothing was said, so that "auto" plans to stream."""
+        return max(0, (self.memory_bytes or 0) - CONTEXT_BYTES)
+
+    def budget(self, asked: int | None, *, chosen: bool = False) -> int | None:
+        if asked is not None and asked <= CONTEXT_BYTES:
+            raise BudgetError(
+                f"device_memory={show_bytes(asked)} is too small: the CUDA context and libraries take about "
+                f"{show_bytes(CONTEXT_BYTES)}"
+            )
+        return None if asked is None else asked - CONTEXT_BYTES
+
+
 def plan_report(
     model: str,
     *,
-    storage: str | None = None,
-    keep: Any = None,
-    fold_every: int | None = None,
-    link_gb_per_s: float | None = None,
-    device: str = "cpu",
-    compute: str | None = None,
-    offload: str | None = None,
-    device_memory: str | None = None,
+    method: MeZO | None = None,
     tokens: int | None = None,
     batch_size: int = 1,
-    trainable: str | None = None,
+    micro_batches: int = 1,
     model_class: str | None = None,
-    block_numel: int = BLOCK_NUMEL,
+    link_gb_per_s: float | None = None,
+    **settings: Any,
 ) -> Iterator[str]:
     """Lines of the report for a checkpoint directory, a config.json, or a size such as opt-175b.
 
-    tokens: a row; default 512, or as many as the model takes. device: "cpu" or "cuda", which need not be there.
-    Raises ZOError.
+    settings: those of `EngineConfig`, decided as a run with a run directory decides them (`prepare.py`). tokens: a row;
+    default 512, or as many as the model takes. A GPU need not be there. Raises ZOError, as the run would.
     """
+    method = method if method is not None else MeZO()
+    config = EngineConfig(**{"run_dir": "-", **settings})
     checkpoint = open_config(model)
-    kind = EngineConfig(device=device).device.partition(":")[0]
-    module = checkpoint.build_model(_compute_dtype(compute, kind, checkpoint, storage), model_class)
+    device = _device(config)
+    dtype = _compute_dtype(config.compute, device.kind, checkpoint, config.storage)
+    module = checkpoint.build_model(dtype, model_class)
     limit = max_positions(module.config)
     if tokens is not None and limit is not None and tokens > limit:
         raise ConfigError(f"tokens={tokens}: {model} takes at most {limit}")
     tokens = tokens if tokens is not None else min(512, limit or 512)
     batch = example_batch(module, batch_size, tokens)
-    call: ForwardCall = lambda m, b: m(**b)  # noqa: E731 - the type is the point
-    plan = make_plan(module, batch, trainable=trainable, call=call, block_numel=block_numel)
-    full, note = plan, ""
-    if storage == "auto":
-        config = EngineConfig(offload="disk" if offload in (None, "auto") else offload, run_dir="-", keep=keep)  # type: ignore[arg-type]
-        storage, note = choose_storage(plan, lambda name: checkpoint.dtype, config)
-    stored = decide_formats(plan, storage, lambda name: checkpoint.dtype, keep)
-    plan, layout = stored.plan, make_layout(stored.plan, stored.format_of)
-    activations = measure_activations(module, plan, batch, call, device=kind)
-    context = CONTEXT_BYTES if kind == "cuda" else 0
-    memory = plan_memory(
-        plan, layout, offload=offload if offload not in (None, "auto") else "disk", perturbations=2,
-        rows=batch_size * tokens, activations=activations,
-        budget=None if device_memory is None else parse_bytes(device_memory, "device_memory") - context,
-    )  # fmt: skip
+    prepared = prepare(module, checkpoint.dtype_of, config, method, device, example=batch, call=_forward)
+    objective = model_loss if "labels" in batch else _forward
+    memory = prepared.plan_memory(batch, objective=objective, micro_batches=micro_batches)
+    plan, layout = prepared.plan, prepared.layout
     yield f"{type(module).__name__}: {_number(plan.numel)} parameters, {_number(plan.trainable_numel)} trainable"
     yield f"stored as {_formats(layout)}: {show_bytes(layout.total_bytes)} in {len(plan.blocks)} blocks"
+    if prepared.storage_note:
+        yield f"storage auto takes {prepared.config.storage}: {prepared.storage_note}"
+    lives = {"none": "the device's memory", "host": "host memory", "disk": "files"}[prepared.offload]
+    yield f"offload {prepared.offload}{' (auto)' * (config.offload == 'auto')}: blocks live in {lives}"
     yield from _blocks(plan, layout)
     yield from _lifts(plan)
-    yield from _memory(memory, batch_size, tokens, activations.peak > 0, context)
-    every_given, fold_every = fold_every, choose_fold_every(fold_every, plan, layout, offload or "disk", "gaussian")
-    yield from _traffic(plan, layout, memory, fold_every)
-    if note:
-        yield f"auto takes {storage}: {note}"
-    yield from _compared(full, checkpoint, keep, every_given, rates(EngineConfig(device=device).device, link_gb_per_s))
+    yield from _memory(prepared, memory, f"{batch_size} x {tokens} tokens", micro_batches)
+    yield from _traffic(plan, layout, memory, prepared.fold_every)
+    yield from _compared(prepared, checkpoint.dtype_of, rates(config.device, link_gb_per_s))
+
+
+def _forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
+    return module(**batch)
+
+
+def _device(config: EngineConfig) -> PlannedDevice:
+    """The device, or what a plan can know of a GPU that is not here."""
+    if config.device == "cpu" or torch.cuda.is_available():
+        return make_device(config.device)
+    asked = config.device_memory
+    return AbsentGpu(None if asked is None else parse_bytes(asked, "device_memory"))
 
 
 def _compute_dtype(compute: str | None, kind: str, checkpoint: Checkpoint, storage: str | None) -> torch.dtype:
@@ -104,11 +128,13 @@ def _formats(layout: Layout) -> str:
 
 
 def open_config(model: str) -> Checkpoint:
-    """A checkpoint without weights, from a directory, a config.json or a known size."""
+    """A checkpoint to plan with: a directory, a config.json (weights beside it are not looked for) or a known size."""
     if model.lower() in OPT_SHAPES and not os.path.exists(model):
         return Checkpoint.open(opt_config(model))
     path = Path(model)
-    return Checkpoint.open(path.parent if path.name == "config.json" else model, weights=False)
+    if path.name == "config.json":
+        return Checkpoint.open(path.parent, weights=False)
+    return Checkpoint.open(model, weights=any(path.glob("*.safetensors")))
 
 
 def example_batch(module: Any, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
@@ -174,19 +200,25 @@ def _lifts(plan: Plan) -> Iterator[str]:
         yield f"note: {note}"
 
 
-def _memory(memory: MemoryPlan, batch_size: int, tokens: int, known: bool, context: int) -> Iterator[str]:
-    yield f"memory, {batch_size} x {tokens} tokens, two lanes in {memory.order} order:"
+def _memory(prepared: Prepared, memory: MemoryPlan, batch: str, micro_batches: int) -> Iterator[str]:
+    perturbations = len(prepared.method.perturbations(prepared.config.seed, 0))
+    parts = f" of {micro_batches} parts" if micro_batches > 1 else ""
+    yield f"memory, {batch}{parts}, {perturbations * micro_batches} lanes in {memory.order} order:"
     for name, nbytes in memory.rows():
         detail = ""
         if name == "window":
             detail = f"   {memory.window.num_slots} slots, {memory.window.ahead} fetched ahead"
         if name == "pinned":
             detail = f"   {len(memory.window.pinned)} blocks"
+        if name == "activations" and memory.unknown:
+            detail = "   not measured"
         yield f"  {name:<14}{show_bytes(nbytes):>12}{detail}"
+    context = CONTEXT_BYTES if prepared.device.kind == "cuda" else 0
     if context:
         yield f"  {'context':<14}{show_bytes(context):>12}   of CUDA and its libraries, about"
-    total = memory.device_bytes + context
-    yield f"  {'device':<14}{show_bytes(total):>12}" + ("" if known else "   (activations unknown)")
+    yield f"  {'device':<14}{show_bytes(memory.device_bytes + context):>12}"
+    for note in memory.notes:
+        yield f"note: {note}"
 
 
 def _traffic(plan: Plan, layout: Layout, memory: MemoryPlan, fold_every: int) -> Iterator[str]:
@@ -197,11 +229,14 @@ def _traffic(plan: Plan, layout: Layout, memory: MemoryPlan, fold_every: int) ->
     )
 
 
-def _compared(plan: Plan, checkpoint: Checkpoint, keep: Any, fold_every: int | None, rate: Rates) -> Iterator[str]:
-    yield f"all parameters streamed {rate.note}, two lanes:"
+def _compared(prepared: Prepared, dtype_of: Callable[[str], torch.dtype], rate: Rates) -> Iterator[str]:
+    method, config = prepared.method, prepared.config
+    lanes = len(method.perturbations(config.seed, 0))
+    yield f"all parameters streamed {rate.note}, {lanes} lanes:"
     yield f"  {'format':<12}{'fold every':>11}{'fetch':>12}{'flush':>12}{'held':>12}{'a step, at least':>18}"
     choices = compare(
-        plan, lambda name: checkpoint.dtype, keep=keep, fold_every=fold_every, link_seconds=rate.link_seconds,
+        prepared.full_plan, dtype_of, keep=config.keep, fold_every=config.fold_every, lanes=lanes,
+        distribution=method.distribution, noises=method.noises, link_seconds=rate.link_seconds,
         seconds_per_element=rate.pass_seconds,
     )  # fmt: skip
     for choice in choices:

@@ -1,4 +1,4 @@
-"""From settings to a running engine: which tier, which identity, fresh or resumed."""
+"""From a prepared model to a run under way: its tier, its identity, fresh or resumed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from . import diskio, runs
-from .config import EngineConfig, show_bytes
+from .config import EngineConfig
 from .devices import CpuDevice
-from .errors import BudgetError, CheckpointError, JournalError
+from .errors import CheckpointError, JournalError
 from .identity import check_identity, check_sample, header_of, identity
 from .ingest import Base, Filler, ModuleBase, ingest
 from .journal import Journal
 from .layout import Layout
 from .lock import RunLock
-from .memory import available_bytes
 from .methods import MeZO
 from .plan import Plan
 from .snapshot import Snapshots
@@ -30,55 +29,6 @@ from .tiers.disk import Shape, shapes_of
 from .updates import UpdateLog
 
 _log = logging.getLogger(__name__)
-
-
-def choose_offload(config: EngineConfig, layout: Layout, device: CpuDevice) -> str:
-    """`offload`, with "auto" decided: none if the stored model takes at most half of the free memory, else disk.
-
-    On a GPU: none if it takes at most half of the GPU's free memory, else host if the host can hold it, else disk.
-    Raises BudgetError if a memory tier cannot hold the model.
-    """
-    need, free = layout.total_bytes, available_bytes()
-    if device.kind == "cuda":
-        return _choose_beside_gpu(config, need, free, device.free_bytes())
-    if config.offload == "auto":
-        if need <= free / 2 or (config.run_dir is None and need <= 0.9 * free):
-            return "none"
-        if config.run_dir is None:
-            raise BudgetError(
-                f"the stored model takes {show_bytes(need)} and {show_bytes(free)} of memory is free: "
-                "give run_dir=... so that it can stream from disk"
-            )
-        return "disk"
-    if config.offload in ("none", "host") and need > free:
-        raise BudgetError(
-            f"offload={config.offload!r} keeps the whole model in memory: {show_bytes(need)}, but "
-            f"{show_bytes(free)} is free. Use offload='disk', or a smaller storage format"
-        )
-    return config.offload
-
-
-def _choose_beside_gpu(config: EngineConfig, need: int, host: int, gpu: int) -> str:
-    if config.offload == "auto":
-        if need <= gpu / 2:
-            return "none"
-        if need <= 0.9 * host:
-            return "host"
-        if config.run_dir is None:
-            raise BudgetError(
-                f"the stored model takes {show_bytes(need)}; {show_bytes(gpu)} of GPU memory and {show_bytes(host)} of "
-                "host memory are free: give run_dir=... so that it can stream from disk"
-            )
-        return "disk"
-    free = {"none": gpu, "host": host}.get(config.offload, need)
-    if need > free:
-        where = "GPU" if config.offload == "none" else "host"
-        raise BudgetError(
-            f"offload={config.offload!r} keeps the whole model in {where} memory: {show_bytes(need)}, but "
-            f"{show_bytes(free)} is free. Use offload={'host' if config.offload == 'none' else 'disk'!r}, or a smaller "
-            "storage format"
-        )
-    return config.offload
 
 
 @dataclass

@@ -249,6 +249,7 @@ class _Made:
     """Takes the entry out when the memory goes."""
     by: Recorder
     tainted: bool
+    nbytes: int
 
 
 class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
@@ -259,6 +260,9 @@ class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
         self.faults: list[str] = []
         self.crossings: list[str] = []
         self.notes: dict[str, None] = {}
+        self.peak_bytes = 0
+        """The most memory of their own making that all lanes held at once."""
+        self._live_bytes = 0
         self._made: dict[int, _Made] = {}
         self._batch: dict[int, StorageWeakRef] = {}
 
@@ -306,11 +310,15 @@ class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
             if key in self._made:
                 self._made[key].tainted |= tainted
             elif key not in known:
-                gone = partial(self._forget, key)
-                self._made[key] = _Made(watched_storage(t, gone), recorder, tainted)
+                gone, nbytes = partial(self._forget, key), t.untyped_storage().nbytes()
+                self._made[key] = _Made(watched_storage(t, gone), recorder, tainted, nbytes)
+                self._live_bytes += nbytes
+                self.peak_bytes = max(self.peak_bytes, self._live_bytes)
 
     def _forget(self, key: int, _: Any) -> None:
-        self._made.pop(key, None)
+        made = self._made.pop(key, None)
+        if made is not None:
+            self._live_bytes -= made.nbytes
 
 
 def trace_from(recorder: Recorder, *, complete: bool, notes: tuple[str, ...] = ()) -> Trace:
