@@ -6,6 +6,7 @@ import csv
 import json
 import tracemalloc
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,15 +21,23 @@ from zo_offload.data import (
     fingerprint,
     loss_weight,
     make_batches,
-    max_positions,
     open_rows,
     split_micro_batches,
 )
 from zo_offload.errors import DataError
+from zo_offload.model_kind import kind_of
 
 WORDS = "[PAD] [BOS] [EOS] good bad fine film was it very the a It review so boring not".split()
 PAD, BOS, EOS = 0, 1, 2
 ID = {word: i for i, word in enumerate(WORDS)}
+
+
+CAUSAL, CLASSIFIER = (kind_of(ZOO[name].build()) for name in ("llama", "bert"))
+
+
+def make(data, *, kind=CAUSAL, **options):
+    """Batches for a causal language model, or for the kind given."""
+    return make_batches(data, kind=kind, **options)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +69,7 @@ def loss_of(model, batch) -> float:
 
 def test_tokenised_rows_are_padded_and_labelled():
     rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9, 10, 11, 12]}]
-    batch = make_batches(rows, batch_size=2, shuffle=False).batch(0)
+    batch = make(rows, batch_size=2, shuffle=False).batch(0)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, -100], [-100, 9, 10, 11, 12]]
@@ -68,37 +77,37 @@ def test_tokenised_rows_are_padded_and_labelled():
 
 def test_labels_that_are_given_are_kept():
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = make_batches(rows, batch_size=2, shuffle=False).batch(0)
+    batch = make(rows, batch_size=2, shuffle=False).batch(0)
     assert batch["labels"].tolist() == [[-100, -100, 7], [8, -100, -100]]
     seq2seq = [{"input_ids": [5, 6, 7], "labels": [4, 3]}, {"input_ids": [8], "labels": [8]}]
-    batch = make_batches(seq2seq, batch_size=2, shuffle=False).batch(0)
+    batch = make(seq2seq, batch_size=2, shuffle=False).batch(0)
     assert batch["labels"].tolist() == [[4, 3], [8, -100]] and batch["input_ids"].shape == (2, 3)
 
 
 def test_numbers_of_one_shape_are_stacked():
     rows = [{"pixel_values": torch.full((3, 2, 2), float(i)), "label": i} for i in range(3)]
-    batch = make_batches(rows, batch_size=3, shuffle=False).batch(0)
+    batch = make(rows, batch_size=3, shuffle=False).batch(0)
     assert batch["pixel_values"].shape == (3, 3, 2, 2) and batch["labels"].tolist() == [0, 1, 2]
-    regression = make_batches([{"input_ids": [1], "label": 0.5}], batch_size=1, shuffle=False).batch(0)
+    regression = make([{"input_ids": [1], "label": 0.5}], batch_size=1, shuffle=False).batch(0)
     assert regression["labels"].dtype == torch.float32
 
 
 def test_text_is_tokenised_for_language_modelling(tokenizer):
     rows = [{"text": "the film"}, {"text": "it was very good"}]
-    batch = make_batches(rows, batch_size=2, shuffle=False, tokenizer=tokenizer).batch(0)
+    batch = make(rows, batch_size=2, shuffle=False, tokenizer=tokenizer).batch(0)
     assert batch["input_ids"].tolist() == [[BOS, *ids("the film"), PAD, PAD], [BOS, *ids("it was very good")]]
     assert batch["labels"].tolist() == [[-100, *ids("the film"), -100, -100], [-100, *ids("it was very good")]]
-    cut = make_batches(rows, batch_size=2, shuffle=False, tokenizer=tokenizer, max_length=3).batch(0)
+    cut = make(rows, batch_size=2, shuffle=False, tokenizer=tokenizer, max_length=3).batch(0)
     assert cut["input_ids"].tolist() == [[BOS, *ids("the film")], [BOS, *ids("it was")]]
 
 
 def test_text_with_a_number_is_classification(tokenizer):
     rows = [{"text": "good film", "label": 1}, {"text": "bad", "label": "0"}]
-    batch = make_batches(rows, batch_size=2, shuffle=False, tokenizer=tokenizer).batch(0)
+    batch = make(rows, batch_size=2, shuffle=False, tokenizer=tokenizer, kind=CLASSIFIER).batch(0)
     assert batch["labels"].tolist() == [1, 0] and batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     pairs = [{"a": "good", "b": "fine", "y": 2}]
     options = dict(text_column=("a", "b"), label_column="y", task="classification")
-    batch = make_batches(pairs, batch_size=1, shuffle=False, tokenizer=tokenizer, **options).batch(0)
+    batch = make(pairs, batch_size=1, shuffle=False, tokenizer=tokenizer, kind=CLASSIFIER, **options).batch(0)
     assert batch["input_ids"].tolist() == [[BOS, ID["good"], EOS, ID["fine"]]] and batch["labels"].tolist() == [2]
 
 
@@ -107,7 +116,7 @@ PROMPT = dict(template="{text} It was", verbalizers=[" bad", " good"])
 
 def test_a_prompt_has_its_loss_on_the_label_word_only(tokenizer):
     rows = [{"text": "the film", "label": 1}, {"text": "so very boring", "label": "0"}]
-    batch = make_batches(rows, batch_size=2, shuffle=False, tokenizer=tokenizer, **PROMPT).batch(0)
+    batch = make(rows, batch_size=2, shuffle=False, tokenizer=tokenizer, **PROMPT).batch(0)
     first, second = [BOS, *ids("the film It was good")], [BOS, *ids("so very boring It was bad")]
     assert batch["input_ids"].tolist() == [[*first, PAD], second]
     assert batch["labels"].tolist() == [[-100] * 5 + [ID["good"], -100], [-100] * 6 + [ID["bad"]]]
@@ -115,22 +124,22 @@ def test_a_prompt_has_its_loss_on_the_label_word_only(tokenizer):
 
 def test_a_prompt_that_is_cut_keeps_its_question(tokenizer):
     rows = [{"text": "the film was very very boring", "label": 0}]
-    batch = make_batches(rows, batch_size=1, shuffle=False, tokenizer=tokenizer, max_length=6, **PROMPT).batch(0)
+    batch = make(rows, batch_size=1, shuffle=False, tokenizer=tokenizer, max_length=6, **PROMPT).batch(0)
     assert batch["input_ids"].tolist() == [[BOS, *ids("very boring It was bad")]]
 
 
 def test_verbalizers_may_be_named_by_label(tokenizer):
     rows = [{"text": "the film", "label": "pos"}]
     options = dict(tokenizer=tokenizer, template="{text} It was", verbalizers={"neg": " bad", "pos": " good"})
-    batch = make_batches(rows, batch_size=1, shuffle=False, **options).batch(0)
+    batch = make(rows, batch_size=1, shuffle=False, **options).batch(0)
     assert batch["labels"][0, -1] == ID["good"]
 
 
 @pytest.mark.parametrize(("multiple", "limit", "length"), [(1, None, 5), (4, None, 8), (8, 6, 6)])
 def test_padding_to_a_multiple_stays_within_the_model(multiple, limit, length):
     rows = [{"input_ids": [1] * 5}, {"input_ids": [1] * 2}]
-    options = dict(pad_to_multiple_of=multiple, max_positions=limit)
-    assert make_batches(rows, batch_size=2, shuffle=False, **options).batch(0)["input_ids"].shape == (2, length)
+    options = dict(pad_to_multiple_of=multiple, kind=replace(CAUSAL, positions=limit))
+    assert make(rows, batch_size=2, shuffle=False, **options).batch(0)["input_ids"].shape == (2, length)
 
 
 # ---- the batch of a step --------------------------------------------------------------------------------------------
@@ -145,12 +154,12 @@ def rows_of(batch) -> list[int]:
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
-    batches = make_batches(numbered(10), batch_size=3, seed=5)
+    batches = make(numbered(10), batch_size=3, seed=5)
     forward = [rows_of(batches.batch(step)) for step in range(9)]
     torch.manual_seed(99)  # the global generator has no say, nor has the order of asking
-    other = make_batches(numbered(10), batch_size=3, seed=5)
+    other = make(numbered(10), batch_size=3, seed=5)
     assert [rows_of(other.batch(step)) for step in reversed(range(9))] == forward[::-1]
-    assert [rows_of(make_batches(numbered(10), batch_size=3, seed=6).batch(s)) for s in range(9)] != forward
+    assert [rows_of(make(numbered(10), batch_size=3, seed=6).batch(s)) for s in range(9)] != forward
     for epoch in range(3):
         seen = [i for rows in forward[3 * epoch : 3 * epoch + 3] for i in rows]
         assert len(set(seen)) == 9 and set(seen) < set(range(10))
@@ -158,9 +167,9 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 
 def test_an_epoch_for_evaluation_is_everything_once_in_order():
-    batches = make_batches(numbered(7), batch_size=3, shuffle=False)
+    batches = make(numbered(7), batch_size=3, shuffle=False)
     assert [rows_of(batch) for batch in batches.epoch()] == [[0, 1, 2], [3, 4, 5], [6]]
-    small = make_batches(numbered(2), batch_size=3, shuffle=False)
+    small = make(numbered(2), batch_size=3, shuffle=False)
     assert [rows_of(batch) for batch in small.epoch()] == [[0, 1]]
     with pytest.raises(DataError, match="2 rows, fewer than batch_size=3"):
         small.batch(0)
@@ -177,7 +186,7 @@ class Squares(Dataset):
 
 
 def test_a_dataset_is_read_by_index():
-    batches = make_batches(Squares(), batch_size=2, shuffle=False)
+    batches = make(Squares(), batch_size=2, shuffle=False)
     assert batches.batch(1)["input_ids"].tolist() == [[2, 4], [3, 9]]
 
 
@@ -186,12 +195,12 @@ def test_a_shuffling_loader_resumes_where_it_was():
         return DataLoader(Squares(), batch_size=2, shuffle=True)
 
     torch.manual_seed(1)
-    whole = make_batches(loader(), batch_size=2, seed=3)
+    whole = make(loader(), batch_size=2, seed=3)
     before = torch.get_rng_state()
     sequence = [rows_of(whole.batch(step)) for step in range(12)]
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)  # another process, another global state
-    resumed = make_batches(loader(), batch_size=2, seed=3)
+    resumed = make(loader(), batch_size=2, seed=3)
     assert [rows_of(resumed.batch(step)) for step in range(7, 12)] == sequence[7:]
     assert rows_of(resumed.batch(3)) == sequence[3]  # and back
     assert sorted(i for rows in sequence[:5] for i in rows) == list(range(9)) and sequence[:5] != sequence[5:10]
@@ -199,13 +208,13 @@ def test_a_shuffling_loader_resumes_where_it_was():
 
 def test_an_iterable_starts_over_at_its_end():
     given = [{"input_ids": torch.tensor([[i]])} for i in range(3)]
-    batches = make_batches(given, batch_size=1)
+    batches = make(given, batch_size=1)
     assert [rows_of(batches.batch(step)) for step in range(7)] == [[0], [1], [2], [0], [1], [2], [0]]
     assert len(list(batches.epoch())) == 3
 
 
 def test_an_iterator_ends_with_an_error():
-    batches = make_batches(({"input_ids": torch.tensor([[i]])} for i in range(3)), batch_size=1)
+    batches = make(({"input_ids": torch.tensor([[i]])} for i in range(3)), batch_size=1)
     assert [rows_of(batches.batch(step)) for step in range(3)] == [[0], [1], [2]]
     with pytest.raises(DataError, match=r"gave no batches in epoch 1 \(after 3 in all\)"):
         batches.batch(3)
@@ -214,8 +223,8 @@ def test_an_iterator_ends_with_an_error():
 
 
 def test_batches_pass_through():
-    batches = make_batches(numbered(4), batch_size=2)
-    assert make_batches(batches, batch_size=7) is batches and isinstance(batches, Batches)
+    batches = make(numbered(4), batch_size=2)
+    assert make(batches, batch_size=7) is batches and isinstance(batches, Batches)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -228,7 +237,7 @@ def test_jsonl_and_csv(tmp_path, tokenizer):
     assert list(open_rows(tmp_path / "a.jsonl")) == rows
     assert list(open_rows(tmp_path / "a.csv")) == [{k: str(v) for k, v in row.items()} for row in rows]
     one, two = (
-        make_batches(tmp_path / name, batch_size=2, tokenizer=tokenizer, seed=1, **PROMPT).batch(0)
+        make(tmp_path / name, batch_size=2, tokenizer=tokenizer, seed=1, **PROMPT).batch(0)
         for name in ("a.jsonl", "a.csv")
     )
     assert fingerprint(one) == fingerprint(two)
@@ -254,7 +263,7 @@ def test_unreadable_files_are_named_with_the_line(tmp_path, name, content, messa
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        make_batches(tmp_path / name, batch_size=1)
+        make(tmp_path / name, batch_size=1)
 
 
 AWKWARD = {
@@ -293,9 +302,7 @@ def test_batches_of_a_file_are_those_of_its_rows(tmp_path, tokenizer, suffix):
         path.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in given))
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in given))
-    of_file, of_list = (
-        make_batches(data, batch_size=4, tokenizer=tokenizer, seed=5, **PROMPT) for data in (path, given)
-    )
+    of_file, of_list = (make(data, batch_size=4, tokenizer=tokenizer, seed=5, **PROMPT) for data in (path, given))
     assert of_file.identity() == of_list.identity()
     for step in range(12):
         assert fingerprint(of_file.batch(step)) == fingerprint(of_list.batch(step))
@@ -323,53 +330,53 @@ def test_a_file_is_not_in_memory_and_may_not_change(tmp_path):
 
 
 def batches_of(*rows, batch_size=1, **options):
-    return make_batches(list(rows), batch_size=batch_size, **options)
+    return make(list(rows), batch_size=batch_size, **options)
 
 
 def test_data_that_cannot_be_used_is_named(tokenizer, llama):
     text = {"text": "good film", "label": 1}
-    for make, message in [
+    for attempt, message in [
         (lambda: batches_of(), "list is empty"),
-        (lambda: batches_of(text, batch_size=2, tokenizer=tokenizer), "1 rows, fewer than batch_size=2"),
+        (lambda: batches_of({"input_ids": [3]}, batch_size=2), "1 rows, fewer than batch_size=2"),
         (lambda: batches_of(text, batch_size=0, tokenizer=tokenizer), "batch_size=0"),
         (lambda: batches_of(text), r"row 0 holds text \(columns text, label\): pass tokenizer="),
         (lambda: batches_of({"txt": "a"}, tokenizer=tokenizer), "row 0 lacks 'text', its columns are 'txt'"),
         (lambda: batches_of({"text": "a"}, tokenizer=tokenizer, **PROMPT), "lacks 'label', its columns are 'text'"),
         (lambda: batches_of({"text": "a", "label": 2}, tokenizer=tokenizer, **PROMPT), "label=2, but .* for '0', '1'"),
-        (lambda: batches_of({"text": "a", "label": "x"}, tokenizer=tokenizer), "label='x' is not a number"),
-        (lambda: batches_of(text, tokenizer=tokenizer, model=llama), "causal LM without classes"),
+        (lambda: batches_of({**text, "label": "x"}, tokenizer=tokenizer, kind=CLASSIFIER), "label='x' is not a number"),
+        (lambda: batches_of(text, tokenizer=tokenizer), "causal LM without classes"),
         (lambda: batches_of(text, tokenizer=tokenizer, template="{text}"), "go together"),
         (lambda: batches_of(text, tokenizer=tokenizer, template="{text}", verbalizers=["a"]), "at least two"),
         (lambda: batches_of(text, template="{text}", verbalizers=["a", "b"]), "need a tokenizer"),
         (lambda: batches_of(text, tokenizer=tokenizer, task="lm", **PROMPT), "a template means task='prompt'"),
         (lambda: batches_of({"input_ids": []}), "row 0 has no tokens"),
         (lambda: batches_of([1, 2]), "row 0: expected a dict, found list"),
-        (lambda: make_batches({"input_ids": 1}, batch_size=1), "data is a dict"),
-        (lambda: make_batches(3, batch_size=1), "data is a int"),
-        (lambda: make_batches(iter([[1]]), batch_size=1).batch(0), "batch of step 0 is a list"),
-        (lambda: make_batches(iter([{"a": [1]}]), batch_size=1).batch(0), r"holds no tensors \(a: list\)"),
-        (lambda: make_batches(DataLoader(Squares(), 10, drop_last=True), batch_size=1).batch(0), "gave no batches"),
+        (lambda: make({"input_ids": 1}, batch_size=1), "data is a dict"),
+        (lambda: make(3, batch_size=1), "data is a int"),
+        (lambda: make(iter([[1]]), batch_size=1).batch(0), "batch of step 0 is a list"),
+        (lambda: make(iter([{"a": [1]}]), batch_size=1).batch(0), r"holds no tensors \(a: list\)"),
+        (lambda: make(DataLoader(Squares(), 10, drop_last=True), batch_size=1).batch(0), "gave no batches"),
         (lambda: batches_of({"a": 1.0, "b": 1}, {"a": 1.0}, batch_size=2).batch(0), "different columns"),
         (lambda: batches_of({"x": [1.0]}, {"x": [1.0, 2.0]}, batch_size=2).batch(0), "'x' does not make a batch"),
     ]:  # fmt: skip
         with pytest.raises(DataError, match=message):
-            make()
+            attempt()
 
 
 def test_rows_too_long_for_the_model_are_found_at_once(tokenizer, llama):
     rows = [{"text": "good"}] * 50 + [{"text": "very " * 64}]
     with pytest.raises(DataError, match="row 50 has 65 tokens, but the model takes at most 64. Pass max_length=64"):
-        make_batches(rows, batch_size=1, tokenizer=tokenizer, model=llama)
-    batches = make_batches(rows, batch_size=1, tokenizer=tokenizer, model=llama, max_length=64, shuffle=False)
+        make(rows, batch_size=1, tokenizer=tokenizer, kind=kind_of(llama))
+    batches = make(rows, batch_size=1, tokenizer=tokenizer, kind=kind_of(llama), max_length=64, shuffle=False)
     assert batches.batch(50)["input_ids"].shape == (1, 64)
     with pytest.raises(DataError, match="max_length=65, but the model takes at most 64"):
-        make_batches(rows, batch_size=1, tokenizer=tokenizer, model=llama, max_length=65)
+        make(rows, batch_size=1, tokenizer=tokenizer, kind=kind_of(llama), max_length=65)
 
 
 @pytest.mark.parametrize(("name", "limit"), [("llama", 64), ("gpt2", 64), ("bert", 64), ("roberta", 62), ("t5", None)])
 def test_the_limit_of_a_model(name, limit):
     model = ZOO[name].build()
-    assert max_positions(model.config) == limit
+    assert kind_of(model).positions == limit
     if limit is not None:
         fits, exceeds = torch.full((1, limit), 5), torch.full((1, limit + 1), 5)
         model(input_ids=fits)
@@ -401,7 +408,7 @@ def test_the_fingerprint_is_the_documented_crc_and_sees_everything():
 
 
 def test_tokens_and_weights_of_a_batch():
-    padded = make_batches([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}], batch_size=2, shuffle=False).batch(0)
+    padded = make([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}], batch_size=2, shuffle=False).batch(0)
     assert batch_tokens(padded) == 4 and loss_weight(padded) == 2
     assert batch_tokens({"input_ids": torch.ones(2, 5)}) == 10
     images = {"pixel_values": torch.ones(3, 3, 4, 4), "labels": torch.tensor([0, 1, -100])}
@@ -413,7 +420,7 @@ def test_tokens_and_weights_of_a_batch():
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
 def test_weighted_micro_batches_are_the_batch(llama, parts):
     rows = [{"input_ids": list(range(3, 5 + n))} for n in range(5)]
-    batch = {**make_batches(rows, batch_size=5, shuffle=False).batch(0), "use_cache": False}
+    batch = {**make(rows, batch_size=5, shuffle=False).batch(0), "use_cache": False}
     pieces = split_micro_batches(batch, parts)
     assert [len(p["input_ids"]) for p in pieces] == [len(t) for t in torch.arange(5).tensor_split(parts)]
     assert all(p["use_cache"] is False for p in pieces)
@@ -455,7 +462,7 @@ REVIEWS = [{"text": "the film", "label": y} for y in (1, 1, 0)]
 
 
 def test_accuracy_over_single_words(tokenizer):
-    batches = make_batches(REVIEWS, batch_size=3, shuffle=False, tokenizer=tokenizer, **PROMPT)
+    batches = make(REVIEWS, batch_size=3, shuffle=False, tokenizer=tokenizer, **PROMPT)
     model = Scripted("good")
     values = batches.measure(model, batches.batch(0), loss_of)
     assert values["accuracy"] == (pytest.approx(2 / 3), 3.0) and model.calls == 1
@@ -482,7 +489,7 @@ def test_accuracy_over_words_of_several_tokens(tokenizer):
         assert set(best) != {0}  # the sum of log-probabilities would favour the short one
         rows = [{"text": text, "label": label} for text, label in zip(texts, best, strict=True)]
         options = dict(tokenizer=tokenizer, template="{text} It was", verbalizers=words)
-        batches = make_batches(rows, batch_size=len(rows), shuffle=False, **options)
+        batches = make(rows, batch_size=len(rows), shuffle=False, **options)
         batch = batches.batch(0)
         values = batches.measure(model, batch, loss_of)
         assert values["accuracy"] == (1.0, 6.0)
@@ -494,20 +501,20 @@ def test_accuracy_over_words_of_several_tokens(tokenizer):
 def test_accuracy_of_a_classifier_and_none_for_plain_text(tokenizer, llama):
     rows = [{"text": "good film", "label": 1}, {"text": "bad", "label": 0}, {"text": "boring", "label": 1}]
     classifier = Tiny("BertForSequenceClassification", "BertConfig", ZOO["bert"].options).build()
-    batches = make_batches(rows, batch_size=3, shuffle=False, tokenizer=tokenizer, model=classifier)
+    batches = make(rows, batch_size=3, shuffle=False, tokenizer=tokenizer, kind=kind_of(classifier))
     batch = batches.batch(0)
     with torch.no_grad():
         values = batches.measure(classifier, batch, loss_of)
         output = classifier(**batch)
     assert values["accuracy"] == (pytest.approx(float((output.logits.argmax(-1) == batch["labels"]).float().mean())), 3)
     assert values["loss"] == (float(output.loss), 3)
-    plain = make_batches([{"text": "good film"}], batch_size=1, shuffle=False, tokenizer=tokenizer)
+    plain = make([{"text": "good film"}], batch_size=1, shuffle=False, tokenizer=tokenizer)
     with torch.no_grad():
         assert set(plain.measure(llama, plain.batch(0), loss_of)) == {"loss"}
 
 
 def test_an_objective_may_use_the_model_as_it_likes(tokenizer, llama):
-    batches = make_batches(REVIEWS, batch_size=3, shuffle=False, tokenizer=tokenizer, **PROMPT)
+    batches = make(REVIEWS, batch_size=3, shuffle=False, tokenizer=tokenizer, **PROMPT)
 
     def objective(model, batch):
         assert model.config.vocab_size == 96 and next(model.parameters()).dtype == torch.float32
@@ -526,5 +533,5 @@ class Endless(IterableDataset):
 
 
 def test_an_endless_stream_is_read_forward():
-    batches = make_batches(DataLoader(Endless(), batch_size=2), batch_size=2)
+    batches = make(DataLoader(Endless(), batch_size=2), batch_size=2)
     assert rows_of(batches.batch(5)) == [10, 11] and rows_of(batches.batch(6)) == [12, 13]

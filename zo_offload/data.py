@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader
 
 from .encode import IGNORED, Batch, Encoder, Row
 from .errors import DataError
+from .model_kind import ModelKind
 from .row_file import LONGEST_KEPT, RowFile, open_rows
 
 __all__ = [
     "Batch", "Batches", "Encoder", "RowBatches", "StreamBatches", "batch_tokens", "fingerprint", "loss_weight",
-    "make_batches", "max_positions", "most_ids", "open_rows", "split_micro_batches",
+    "make_batches", "most_ids", "open_rows", "split_micro_batches",
 ]  # fmt: skip
 
 DIGESTED = 4096  # rows that a data set is told by
@@ -194,23 +195,20 @@ def make_batches(
     data: Any,
     *,
     batch_size: int,
+    kind: ModelKind,
     seed: int = 0,
     shuffle: bool = True,
-    model: Any = None,
     **encoding: Any,
 ) -> Batches:
     """Batches from a path (.jsonl, .csv), a dataset or list of dicts, a DataLoader or other iterable of dicts.
 
-    encoding: fields of `Encoder` (tokenizer, template, verbalizers, max_length, ...), for rows. model: its config says
-    how many tokens it takes and, by its class name, whether rows with a label but no template make sense. Batches from
-    a DataLoader or iterable keep their own size. `Batches` given as such are returned. Raises DataError.
+    kind: of the model that is to have them. encoding: fields of `Encoder` (tokenizer, template, verbalizers,
+    max_length, ...), for rows. Batches from a DataLoader or iterable keep their own size. `Batches` given as such are
+    returned. Raises DataError.
     """
     if isinstance(data, Batches):
         return data
-    config = getattr(model, "config", None)
-    if config is not None:
-        encoding.setdefault("max_positions", max_positions(config))
-    encoder = Encoder(**encoding, causal=type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")))
+    encoder = Encoder(kind, **encoding)
     if isinstance(data, (str, Path)):
         name = Path(data).name
         return RowBatches(
@@ -223,17 +221,6 @@ def make_batches(
     if has_rows and (len(data) == 0 or not _is_batch(data[0])):
         return RowBatches(data, encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=name)
     return StreamBatches(data, encoder, seed=seed, name=name)
-
-
-def max_positions(config: Any) -> int | None:
-    """Tokens that a transformers model can take, by its config; None where there is no fixed limit."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(limit := getattr(text, name, None), int) and limit > 0:
-            # RoBERTa and its kin number positions from pad_token_id + 1 in a table of that many rows more
-            offset = text.pad_token_id + 1 if "roberta" in text.model_type or text.model_type == "camembert" else 0
-            return limit - offset
-    return None
 
 
 def fingerprint(batch: Mapping[str, Any]) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import DataError
+from .model_kind import ModelKind
 
 Batch = dict[str, Any]
 Row = Mapping[str, Any]
@@ -39,6 +40,7 @@ _PAD_WITH = {
 class Encoder:
     """Encodes rows and measures outputs for one task. Tokenised rows pass; text needs a tokenizer."""
 
+    kind: ModelKind
     tokenizer: Any = None
     task: Task = "auto"
     template: str | None = None
@@ -46,9 +48,7 @@ class Encoder:
     text_column: str | tuple[str, str] = "text"
     label_column: str = "label"
     max_length: int | None = None  # longer texts are cut to this; None: they are an error if the model cannot take them
-    max_positions: int | None = None  # what the model can take
     pad_to_multiple_of: int = 1
-    causal: bool = False  # the model predicts next tokens: a class label without a template is a mistake
     _words: dict[str, str] = field(default_factory=dict)  # label, as text -> verbalizer
     _answers: dict[str, list[int]] = field(default_factory=dict)  # label -> the verbalizer's tokens after the template
 
@@ -70,8 +70,8 @@ class Encoder:
             if self.tokenizer is None:
                 raise DataError("template and verbalizers need a tokenizer: pass tokenizer=")
             self._answers = {label: self._continuation(word) for label, word in self._words.items()}
-        if self.max_length is not None and self.max_positions is not None and self.max_length > self.max_positions:
-            raise DataError(f"max_length={self.max_length}, but the model takes at most {self.max_positions} tokens.")
+        if self.max_length is not None and self.kind.positions is not None and self.max_length > self.kind.positions:
+            raise DataError(f"max_length={self.max_length}, but the model takes at most {self.kind.positions} tokens.")
 
     @property
     def columns(self) -> list[str]:
@@ -130,7 +130,7 @@ class Encoder:
         truncation = {"truncation": True, "max_length": self.max_length} if self.max_length else {}
         encoded = dict(self.tokenizer(*(str(row[name]) for name in names), **truncation))
         classes = self.task == "classification" or (self.task == "auto" and row.get(self.label_column) is not None)
-        if classes and self.causal:
+        if classes and self.kind.name == "causal":
             raise DataError(
                 f"{where} has a {self.label_column!r}, and the model is a causal LM without classes. Pass template= "
                 "and verbalizers=, or task='lm' to ignore the label."
@@ -188,10 +188,10 @@ class Encoder:
             return
         if len(ids) == 0:
             raise DataError(f"{where} has no tokens. Remove empty rows.")
-        if self.max_positions is not None and len(ids) > self.max_positions:
+        if self.kind.positions is not None and len(ids) > self.kind.positions:
             raise DataError(
-                f"{where} has {len(ids)} tokens, but the model takes at most {self.max_positions}. Pass "
-                f"max_length={self.max_positions} to cut such rows, or split them."
+                f"{where} has {len(ids)} tokens, but the model takes at most {self.kind.positions}. Pass "
+                f"max_length={self.kind.positions} to cut such rows, or split them."
             )
 
     def collate(self, rows: Sequence[dict[str, Any]], where: str) -> Batch:
@@ -217,8 +217,8 @@ class Encoder:
     def _pad(self, tensors: list[Tensor], value: int) -> Tensor:
         longest = max(len(t) for t in tensors)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        if self.max_positions is not None:
-            length = max(longest, min(length, self.max_positions))
+        if self.kind.positions is not None:
+            length = max(longest, min(length, self.kind.positions))
         return torch.stack([torch.nn.functional.pad(t, (0, length - len(t)), value=value) for t in tensors])
 
     # ---- what a batch's outputs say ---------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from transformers import AutoTokenizer
 from . import runs
 from .checkpoint import Checkpoint, save_pretrained
 from .config import DTYPES, EngineConfig, parse_bytes
-from .data import Batches, fingerprint, make_batches, max_positions
+from .data import Batches, fingerprint, make_batches
 from .device_updates import UpdateTable
 from .devices import make_device
 from .devices.link import Link
@@ -45,6 +45,7 @@ from .late import LateLog, Launched
 from .layout import Layout
 from .memory import MemoryPlan, process_bytes
 from .methods import MeZO, lr_schedule
+from .model_kind import ModelKind, kind_of
 from .on_device import Homes, move_buffers, tensor_bytes
 from .passes import Batch, Objective, Passes, model_loss
 from .plan import Plan
@@ -130,6 +131,7 @@ class Engine:
             compute = DTYPES[self.config.compute] if self.config.compute is not None else own
             self.model = self.checkpoint.build_model(compute, model_class, seed=self.config.seed)
             self.base = self.checkpoint
+        self.kind: ModelKind = kind_of(self.model)
         self._make_session = _session  # a replayed engine: its blocks are made as they are fetched
         prepared = self._prepared = prepare(
             self.model, self.base.dtype_of, self.config, self.method, self.device, example=example,
@@ -464,9 +466,10 @@ class Engine:
 
     def _batches(self, data: Any, batch_size: int, options: dict[str, Any], shuffle: bool = True) -> Batches:
         """Data as batches. Text without a tokenizer given uses the checkpoint's own."""
-        limit = max_positions(getattr(self.model, "config", None))
-        options = {"tokenizer": self._tokenizer(), "max_positions": limit, **options}
-        return make_batches(data, batch_size=batch_size, seed=self.config.seed, shuffle=shuffle, **options)
+        options = {"tokenizer": self._tokenizer(), **options}
+        return make_batches(
+            data, batch_size=batch_size, kind=self.kind, seed=self.config.seed, shuffle=shuffle, **options
+        )
 
     def _tokenizer(self) -> Any:
         path = None if self.checkpoint is None else self.checkpoint.path

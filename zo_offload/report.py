@@ -15,13 +15,13 @@ from torch import nn
 from .auto import Rates, compare, rates
 from .checkpoint import Checkpoint
 from .config import DTYPES, EngineConfig, parse_bytes, show_bytes
-from .data import max_positions
 from .devices import make_device
 from .errors import BudgetError, ConfigError
 from .formats import FORMATS
 from .layout import Layout
 from .memory import MemoryPlan, step_bytes
 from .methods import MeZO
+from .model_kind import ModelKind, kind_of
 from .passes import model_loss
 from .plan import Plan
 from .prepare import PlannedDevice, Prepared, prepare
@@ -76,11 +76,12 @@ def plan_report(
     device = _device(config)
     dtype = _compute_dtype(config.compute, device.kind, checkpoint, config.storage)
     module = checkpoint.build_model(dtype, model_class)
-    limit = max_positions(module.config)
+    kind = kind_of(module)
+    limit = kind.positions
     if tokens is not None and limit is not None and tokens > limit:
         raise ConfigError(f"tokens={tokens}: {model} takes at most {limit}")
     tokens = tokens if tokens is not None else min(512, limit or 512)
-    batch = example_batch(module, batch_size, tokens)
+    batch = example_batch(module, kind, batch_size, tokens)
     prepared = prepare(module, checkpoint.dtype_of, config, method, device, example=batch, call=_forward)
     objective = model_loss if "labels" in batch else _forward
     memory = prepared.plan_memory(batch, objective=objective, micro_batches=micro_batches)
@@ -137,13 +138,13 @@ def open_config(model: str) -> Checkpoint:
     return Checkpoint.open(model, weights=any(path.glob("*.safetensors")))
 
 
-def example_batch(module: Any, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
+def example_batch(module: Any, kind: ModelKind, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
     """Token ids and labels of that size; the model's own dummy inputs where it takes no token ids."""
     if getattr(module, "main_input_name", "input_ids") != "input_ids":
         return dict(module.dummy_inputs)
     ids = torch.ones(batch_size, tokens, dtype=torch.int64)
     batch = {"input_ids": ids}
-    if type(module).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+    if kind.name in ("causal", "masked", "seq2seq"):
         batch["labels"] = ids
     return batch
 

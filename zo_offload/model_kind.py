@@ -1,0 +1,176 @@
+"""What a model predicts, so that its inputs and labels are those of its kind: one answer for all who ask.
+
+A model's class is looked up in transformers' own lists of classes by task, and in its config's `auto_map` where it
+brings its own code; `is_encoder_decoder` and `is_decoder` decide where a class is in several. A module that is in none
+is of the kind "other": nothing is assumed of it, and no labels are made for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+from .positions import position_limits, virtual_tokens
+
+Kind = Literal[
+    "causal",  # each token is predicted from those before it
+    "masked",  # what stands where the mask is
+    "seq2seq",  # an encoder reads, a decoder answers
+    "classification",  # a class, a number or several labels of a row
+    "tokens",  # a class of each token
+    "questions",  # where an answer begins and ends
+    "choice",  # one of several inputs
+    "bare",  # hidden states, no loss
+    "other",
+]
+
+# the first that names a class decides
+_LISTS: list[tuple[Kind, tuple[str, ...]]] = [
+    ("classification", ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION",
+                        "VIDEO_CLASSIFICATION")),
+    ("tokens", ("TOKEN_CLASSIFICATION",)),
+    ("questions", ("QUESTION_ANSWERING",)),
+    ("choice", ("MULTIPLE_CHOICE",)),
+    ("seq2seq", ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")),
+    ("masked", ("MASKED_LM",)),
+    ("causal", ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")),
+]  # fmt: skip
+_BY_AUTO_CLASS: dict[str, Kind] = {
+    "AutoModelForCausalLM": "causal", "AutoModelForMaskedLM": "masked", "AutoModelForSeq2SeqLM": "seq2seq",
+    "AutoModelForSequenceClassification": "classification", "AutoModelForTokenClassification": "tokens",
+    "AutoModelForQuestionAnswering": "questions", "AutoModelForMultipleChoice": "choice", "AutoModel": "bare",
+}  # fmt: skip
+_BY_ITS_CONFIG = ("seq2seq", "masked", "causal")  # kinds of a head on the vocabulary: which one, the config knows
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """What a model predicts, and the sizes that its inputs and labels must fit."""
+
+    name: Kind
+    model: str
+    """Its class, for messages."""
+    shift: int = 0
+    """1 where the logits at a position predict the label after it."""
+    classes: int | None = None
+    problem: str | None = None
+    """transformers' name of what a classification head is for; None: its labels decide."""
+    class_ids: tuple[tuple[str, int], ...] = ()
+    """Names that the config gives to classes."""
+    positions: int | None = None
+    """Most tokens of a row."""
+    label_positions: int | None = None
+    """Most tokens of a decoder's labels."""
+    vocabulary: int | None = None
+    pad_token: int | None = None
+    """The config's: what a model that pools the last token, or counts positions, takes for padding."""
+    takes: frozenset[str] | None = None
+    """Names of `forward`'s arguments; None where it takes any."""
+    virtual: int = 0
+    """Tokens that a peft model puts before each row."""
+    sees_ahead: bool = False
+    """A causal head on an encoder: each token is seen by those before it, and so is an answer."""
+
+
+def kind_of(model: nn.Module) -> ModelKind:
+    """The kind of a module, peft's and torch.compile's wrappers looked through."""
+    inner = unwrapped(model)
+    config = getattr(inner, "config", None)
+    name, sees_ahead = _named(inner, config)
+    virtual = virtual_tokens(model)
+    positions, label_positions = position_limits(inner)
+    if name != "seq2seq":  # a decoder that reads the same tokens, as in BART's classifiers
+        limits = [limit for limit in (positions, label_positions) if limit is not None]
+        positions, label_positions = min(limits, default=None), None
+    heads = name in ("classification", "tokens")
+    labels = getattr(config, "label2id", None) if heads else None
+    return ModelKind(
+        name=name, model=type(inner).__name__, shift=int(name == "causal"),
+        classes=getattr(config, "num_labels", None) if heads else None,
+        problem=_problem(config) if name == "classification" else None,
+        class_ids=tuple((str(label), int(i)) for label, i in (labels or {}).items()),
+        positions=None if positions is None else positions - virtual,
+        label_positions=None if label_positions is None else label_positions - virtual,
+        vocabulary=_vocabulary(inner), pad_token=_pad_token(config), takes=_takes(inner), virtual=virtual,
+        sees_ahead=sees_ahead,
+    )  # fmt: skip
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that peft or torch.compile wraps."""
+    inner: Any = getattr(model, "_orig_mod", model)
+    if hasattr(inner, "active_peft_config") and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return inner  # type: ignore[no-any-return]
+
+
+@lru_cache
+def _classes_by_kind() -> dict[str, Kind]:
+    found: dict[str, Kind] = {}
+    for kind, lists in _LISTS:
+        for name in lists:
+            for value in getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES", {}).values():
+                for cls in (value,) if isinstance(value, str) else value:
+                    found.setdefault(cls, kind)
+    for value in modeling_auto.MODEL_MAPPING_NAMES.values():
+        for cls in (value,) if isinstance(value, str) else value:
+            found.setdefault(cls, "bare")
+    return found
+
+
+def _named(model: nn.Module, config: Any) -> tuple[Kind, bool]:
+    """The kind, and whether it is a causal head that sees ahead."""
+    known = _classes_by_kind()
+    own = getattr(config, "auto_map", None) or {}
+    mine = {_class_of(value): _BY_AUTO_CLASS[auto] for auto, value in own.items() if auto in _BY_AUTO_CLASS}
+    names = [cls.__name__ for cls in type(model).__mro__]
+    kind: Kind = next(({**mine, **known}[name] for name in names if name in mine or name in known), "other")
+    if kind in _BY_ITS_CONFIG and getattr(config, "is_encoder_decoder", False):
+        return "seq2seq", False
+    if kind == "seq2seq":  # a model of sound or pictures that only decodes
+        kind = "causal"
+    return kind, kind == "causal" and _is_encoder(config)
+
+
+def _class_of(value: Any) -> str:
+    return str(value[0] if isinstance(value, (list, tuple)) else value).rpartition(".")[2]
+
+
+def _is_encoder(config: Any) -> bool:
+    """Attention goes both ways: BERT's kin without `is_decoder`, and XLNet."""
+    both = getattr(config, "model_type", None) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return (both and not getattr(config, "is_decoder", False)) or getattr(config, "attn_type", None) == "bi"
+
+
+def _problem(config: Any) -> str | None:
+    if getattr(config, "problem_type", None) is not None:
+        return str(config.problem_type)
+    return "regression" if getattr(config, "num_labels", None) == 1 else None
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    get: Callable[[], Any] | None = getattr(model, "get_input_embeddings", None)
+    try:
+        rows = getattr(get(), "num_embeddings", None) if get is not None else None
+    except (AttributeError, NotImplementedError):  # transformers' way to say that there are none
+        return None
+    return rows if isinstance(rows, int) and getattr(model, "main_input_name", "input_ids") == "input_ids" else None
+
+
+def _pad_token(config: Any) -> int | None:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(text, "pad_token_id", None)
+    return found if isinstance(found, int) and found >= 0 else None
+
+
+def _takes(model: nn.Module) -> frozenset[str] | None:
+    arguments = inspect.signature(model.forward).parameters.values()
+    if any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
+        return None
+    return frozenset(argument.name for argument in arguments)

@@ -1,0 +1,68 @@
+"""How many tokens a model can take, read off its own modules: the rows of its position tables, less where they begin.
+
+A learned table ends where its rows end. BART, OPT and their kin begin at `offset`, RoBERTa and its kin after the row of
+the padding token; both are attributes of the table. A model without a table is limited by what its config says, except
+where positions are relative (T5, DeBERTa-v3, ALiBi), which do not run out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+_TABLE = re.compile(r"(embed_)?(wpe|pos(ition)?(s|al)?)(_(emb|embed|embeds|embedding|embeddings|encoding))?(_layer)?")
+_RELATIVE = re.compile(r"relative|(^|[._])rel_|alibi")
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def position_limits(model: nn.Module) -> tuple[int | None, int | None]:
+    """(tokens of the encoder or of a model without one, tokens of the decoder); None where nothing limits them."""
+    tables = list(_tables(model))
+    decoders = [limit for name, limit in tables if "decoder" in name.split(".")]
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        limit = min((limit for _, limit in tables), default=None)
+        return (limit if limit is not None else _said(model, config)), None
+    encoders = [limit for name, limit in tables if "decoder" not in name.split(".")]
+    said = None if tables else _said(model, config)
+    return min(encoders, default=said), min(decoders, default=said)
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """Tokens that a peft model puts before each row (prompt, prefix and p-tuning)."""
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is None or not getattr(adapter, "is_prompt_learning", False):
+        return 0
+    return int(adapter.num_virtual_tokens)
+
+
+def _tables(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """(path, usable rows) of each table of token positions; those beside a convolution are of patches or of sound."""
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        parent, _, name = path.rpartition(".")
+        weight = module._parameters.get("weight")
+        if weight is None or weight.dim() != 2 or isinstance(module, nn.Linear) or not _TABLE.fullmatch(name):
+            continue
+        if any(isinstance(child, _CONV) for child in modules[parent].children()):
+            continue
+        offset, padding = getattr(module, "offset", None), getattr(module, "padding_idx", None)
+        start = offset if isinstance(offset, int) else padding + 1 if isinstance(padding, int) else 0
+        yield path, len(weight) - start
+
+
+def _said(model: nn.Module, config: Any) -> int | None:
+    """What the config says, unless positions are relative."""
+    if config is None:
+        return None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = (name for name, _ in model.named_modules())
+    if getattr(text, "alibi", False) or any(_RELATIVE.search(name) for name in names):
+        return None
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(limit := getattr(text, name, None), int) and limit > 0:
+            return limit
+    return None
