@@ -19,12 +19,12 @@ from zo_offload.data import (
     Batches,
     batch_tokens,
     fingerprint,
-    loss_weight,
     make_batches,
     open_rows,
-    split_micro_batches,
 )
 from zo_offload.errors import DataError
+from zo_offload.measures import OptionsLoss
+from zo_offload.micro_batches import label_counts, split_micro_batches
 from zo_offload.model_kind import kind_of
 
 WORDS = "[PAD] [BOS] [EOS] good bad fine film was it very the a It review so boring not".split()
@@ -33,6 +33,11 @@ ID = {word: i for i, word in enumerate(WORDS)}
 
 
 CAUSAL, CLASSIFIER = (kind_of(ZOO[name].build()) for name in ("llama", "bert"))
+
+
+def count(batch):
+    """What the mean loss of a causal language model's batch is over."""
+    return next(iter(label_counts(batch, 1).values()))
 
 
 def make(data, *, kind=CAUSAL, **options):
@@ -409,12 +414,12 @@ def test_the_fingerprint_is_the_documented_crc_and_sees_everything():
 
 def test_tokens_and_weights_of_a_batch():
     padded = make([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}], batch_size=2, shuffle=False).batch(0)
-    assert batch_tokens(padded) == 4 and loss_weight(padded) == 2
+    assert batch_tokens(padded) == 4 and count(padded) == 2
     assert batch_tokens({"input_ids": torch.ones(2, 5)}) == 10
     images = {"pixel_values": torch.ones(3, 3, 4, 4), "labels": torch.tensor([0, 1, -100])}
-    assert batch_tokens(images) == 3 and loss_weight(images) == 2
-    assert loss_weight({"x": torch.ones(3, 2), "labels": torch.rand(3)}) == 3
-    assert loss_weight({"x": torch.ones(3, 2)}) == 3
+    assert batch_tokens(images) == 3 and count(images) == 2
+    assert count({"x": torch.ones(3, 2), "labels": torch.rand(3)}) == 3
+    assert count({"x": torch.ones(3, 2)}) == 3
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
@@ -427,7 +432,7 @@ def test_weighted_micro_batches_are_the_batch(llama, parts):
     assert torch.equal(torch.cat([p["input_ids"] for p in pieces]), batch["input_ids"])
     with torch.no_grad():
         whole = loss_of(llama, batch)
-        total = sum(loss_weight(p) * loss_of(llama, p) for p in pieces) / sum(map(loss_weight, pieces))
+        total = sum(count(p) * loss_of(llama, p) for p in pieces) / sum(map(count, pieces))
     assert abs(total - whole) < 1e-5
 
 
@@ -464,13 +469,13 @@ REVIEWS = [{"text": "the film", "label": y} for y in (1, 1, 0)]
 def test_accuracy_over_single_words(tokenizer):
     batches = make(REVIEWS, batch_size=3, shuffle=False, tokenizer=tokenizer, **PROMPT)
     model = Scripted("good")
-    values = batches.measure(model, batches.batch(0), loss_of)
+    values = batches.measure(model, batches.batch(0), loss_of, count(batches.batch(0)))
     assert values["accuracy"] == (pytest.approx(2 / 3), 3.0) and model.calls == 1
     normal = torch.zeros(len(WORDS)).index_fill(0, torch.tensor([ID["good"]]), 2.0).log_softmax(0)
     expected = -(2 * normal[ID["good"]] + normal[ID["bad"]]) / 3
     assert values["loss"] == (pytest.approx(float(expected)), 3.0)
     among = -(2 * 2.0 - 3 * torch.tensor([0.0, 2.0]).logsumexp(0)) / 3
-    assert float(batches.encoder.candidate_loss(model, batches.batch(0))) == pytest.approx(float(among))
+    assert float(OptionsLoss(batches.encoder)(model, batches.batch(0))) == pytest.approx(float(among))
 
 
 def test_accuracy_over_words_of_several_tokens(tokenizer):
@@ -491,11 +496,11 @@ def test_accuracy_over_words_of_several_tokens(tokenizer):
         options = dict(tokenizer=tokenizer, template="{text} It was", verbalizers=words)
         batches = make(rows, batch_size=len(rows), shuffle=False, **options)
         batch = batches.batch(0)
-        values = batches.measure(model, batch, loss_of)
+        values = batches.measure(model, batch, loss_of, count(batch))
         assert values["accuracy"] == (1.0, 6.0)
-        assert values["loss"] == (pytest.approx(loss_of(model, batch), abs=1e-5), loss_weight(batch))
-    with pytest.raises(DataError, match="not single tokens"):
-        batches.encoder.candidate_loss(model, batch)
+        assert values["loss"] == (pytest.approx(loss_of(model, batch), abs=1e-5), count(batch))
+    with pytest.raises(DataError, match="one token each"):
+        OptionsLoss(batches.encoder)
 
 
 def test_accuracy_of_a_classifier_and_none_for_plain_text(tokenizer, llama):
@@ -504,13 +509,13 @@ def test_accuracy_of_a_classifier_and_none_for_plain_text(tokenizer, llama):
     batches = make(rows, batch_size=3, shuffle=False, tokenizer=tokenizer, kind=kind_of(classifier))
     batch = batches.batch(0)
     with torch.no_grad():
-        values = batches.measure(classifier, batch, loss_of)
+        values = batches.measure(classifier, batch, loss_of, count(batch))
         output = classifier(**batch)
     assert values["accuracy"] == (pytest.approx(float((output.logits.argmax(-1) == batch["labels"]).float().mean())), 3)
     assert values["loss"] == (float(output.loss), 3)
     plain = make([{"text": "good film"}], batch_size=1, shuffle=False, tokenizer=tokenizer)
     with torch.no_grad():
-        assert set(plain.measure(llama, plain.batch(0), loss_of)) == {"loss"}
+        assert set(plain.measure(llama, plain.batch(0), loss_of, 1.0)) == {"loss"}
 
 
 def test_an_objective_may_use_the_model_as_it_likes(tokenizer, llama):
@@ -521,7 +526,7 @@ def test_an_objective_may_use_the_model_as_it_likes(tokenizer, llama):
         return 0.25 + 0 * float(model(**batch).loss)
 
     with torch.no_grad():
-        assert batches.measure(llama, batches.batch(0), objective)["loss"] == (0.25, 3.0)
+        assert batches.measure(llama, batches.batch(0), objective, 3.0)["loss"] == (0.25, 3.0)
 
 
 class Endless(IterableDataset):

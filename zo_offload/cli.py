@@ -207,7 +207,7 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _data_options(args: argparse.Namespace) -> dict[str, Any]:
-    options = _given(args, "task", "template", "verbalizers", "text_column", "label_column", "max_length")
+    options = _given(args, "task", "template", "verbalizers", "text_column", "label_column", "max_length", "loss")
     if "template" in options:
         options["template"] = options["template"].replace("\\n", "\n")
     return options
@@ -339,6 +339,7 @@ def _data(command: argparse.ArgumentParser) -> None:
     command.add_argument("--task", choices=["auto", "lm", "classification", "prompt"])
     command.add_argument("--template", help="prompt such as 'Review: {text}\\nSentiment:'")
     command.add_argument("--verbalizers", nargs="+", help="one word a label, such as ' negative' ' positive'")
+    command.add_argument("--loss", choices=["model", "options"], help="its own (model), or among the verbalizers alone")
     command.add_argument("--text-column")
     command.add_argument("--label-column")
     command.add_argument("--max-length", type=_count)

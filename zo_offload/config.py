@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -100,6 +101,9 @@ class EngineConfig:
     """Service order: "module" makes noise once for all lanes, "block" holds one lane's scratch and activations at a
     time, "lane" runs one lane after another (models whose modules keep tensors between calls). "auto": module if it
     fits the budget, else block."""
+    whole: Collection[str] | None = None
+    """Names of entries in a ready-made batch that go whole to every micro-batch, such as ("class_weights",); all else
+    that is as long as the batch is then cut along its rows. None: what cannot be told is refused by name."""
     trainable: Any = None
     """Which parameters train: a glob on module paths, a list of them, a predicate (name, parameter), "requires_grad",
     or None for all."""
@@ -150,6 +154,8 @@ class EngineConfig:
             raise ConfigError(f"snapshot_steps={self.snapshot_steps}: expected at least 1")
         if self.io_threads < 1:
             raise ConfigError(f"io_threads={self.io_threads}: expected at least 1")
+        if isinstance(self.whole, str):
+            raise ConfigError(f"whole={self.whole!r}: expected names, such as ({self.whole!r},)")
         if not 0 <= self.seed < 1 << 64:
             raise ConfigError(f"seed={self.seed}: expected 0 .. 2**64 - 1")
         if self.offload == "disk" and self.run_dir is None:

@@ -20,14 +20,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .encode import IGNORED, Batch, Encoder, Row
+from .encode import Batch, Encoder, Row
 from .errors import DataError
+from .measures import OptionsLoss, measure
+from .micro_batches import RowBatch, batch_rows
 from .model_kind import ModelKind
 from .row_file import LONGEST_KEPT, RowFile, open_rows
 
 __all__ = [
-    "Batch", "Batches", "Encoder", "RowBatches", "StreamBatches", "batch_tokens", "fingerprint", "loss_weight",
-    "make_batches", "most_ids", "open_rows", "split_micro_batches",
+    "Batch", "Batches", "Encoder", "RowBatches", "StreamBatches", "batch_tokens", "fingerprint", "make_batches",
+    "most_ids", "open_rows",
 ]  # fmt: skip
 
 DIGESTED = 4096  # rows that a data set is told by
@@ -38,6 +40,8 @@ class Batches:
 
     def __init__(self, encoder: Encoder):
         self.encoder = encoder
+        self.objective = OptionsLoss(encoder) if encoder.loss == "options" else None
+        """In place of the engine's."""
 
     def batch(self, step: int) -> Batch:
         """The batch of a training step, 0-based."""
@@ -51,9 +55,11 @@ class Batches:
         """What these batches are made of, for a run to tell other data by; None if that cannot be known beforehand."""
         return None
 
-    def measure(self, model: Any, batch: Batch, loss: Callable[[Any, Batch], float]) -> dict[str, tuple[float, float]]:
-        """name -> (value, weight) of one batch, from one forward; see `Encoder.measure`."""
-        return self.encoder.measure(model, batch, loss, loss_weight(batch))
+    def measure(
+        self, model: Any, batch: Batch, loss: Callable[[Any, Batch], float], weight: float
+    ) -> dict[str, tuple[float, float]]:
+        """name -> (value, weight) of one batch, from one forward; see `measures.measure`."""
+        return measure(self.encoder, model, batch, loss, weight)
 
 
 class RowBatches(Batches):
@@ -110,7 +116,7 @@ class RowBatches(Batches):
     def _collated(self, indices: Iterable[int]) -> Batch:
         indices = list(indices)
         rows = [self.encoder(self.rows[i], f"{self.name} row {i}") for i in indices]
-        return self.encoder.collate(rows, f"{self.name} rows {indices[0]}, ...")
+        return RowBatch(self.encoder.collate(rows, f"{self.name} rows {indices[0]}, ..."))
 
     def _try_rows(self) -> None:
         """Raises now what the first and the longest rows would raise at some step."""
@@ -241,44 +247,13 @@ def batch_tokens(batch: Mapping[str, Any]) -> int:
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     if isinstance(mask, Tensor):
         return int((mask != 0).sum())
-    return ids.numel() if isinstance(ids, Tensor) else _rows(batch)
+    return ids.numel() if isinstance(ids, Tensor) else batch_rows(batch)
 
 
 def most_ids(batch: Mapping[str, Any]) -> int:
     """Most rows of an embedding that a batch can ask for: padding is looked up too."""
     tensors = [value for value in batch.values() if isinstance(value, Tensor)]
-    return max((t.numel() for t in tensors if not t.is_floating_point()), default=0) or _rows(batch)
-
-
-def loss_weight(batch: Mapping[str, Any]) -> float:
-    """What a batch's mean loss weighs among others: the number of labels that count, or of rows without labels."""
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.dtype.is_floating_point:
-        return float(_rows(batch))
-    return float((labels != IGNORED).sum())
-
-
-def split_micro_batches(batch: Mapping[str, Any], parts: int) -> list[Batch]:
-    """The batch cut along its rows into `parts`, sizes differing by one at most; what has no rows goes to every part.
-
-    Padding stays as it is, so that each row is computed as in the whole batch. Raises DataError with fewer rows.
-    """
-    if parts == 1:
-        return [dict(batch)]
-    rows = _rows(batch)
-    if rows < parts:
-        raise DataError(
-            f"a batch of {rows} rows cannot be cut into {parts} micro-batches. Use fewer, or larger batches."
-        )
-    cut = {k: v.tensor_split(parts) for k, v in batch.items() if isinstance(v, Tensor) and v.dim() and len(v) == rows}
-    return [{key: cut[key][i] if key in cut else value for key, value in batch.items()} for i in range(parts)]
-
-
-def _rows(batch: Mapping[str, Any]) -> int:
-    for key in ("input_ids", "labels", *batch):
-        if isinstance(value := batch.get(key), Tensor) and value.dim() > 0:
-            return len(value)
-    raise DataError(f"a batch without tensors: {', '.join(batch) or 'empty'}.")
+    return max((t.numel() for t in tensors if not t.is_floating_point()), default=0) or batch_rows(batch)
 
 
 def _is_batch(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Rows into model inputs: tokenisation, padding, and what a batch's outputs say about the task.
+"""Rows into model inputs: tokenisation and padding; what a batch's outputs say about the task is in `measures.py`.
 
 A *row* is a dict with text columns, or one that is tokenised already. An `Encoder` turns it into a dict of lists (or
 tensors of one shape), `collate` pads those into a batch. Three tasks for text:
@@ -11,7 +11,7 @@ tensors of one shape), `collate` pads those into a batch. Three tasks for text:
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ _PAD_WITH = {
 
 @dataclass
 class Encoder:
-    """Encodes rows and measures outputs for one task. Tokenised rows pass; text needs a tokenizer."""
+    """Encodes rows for one task. Tokenised rows pass; text needs a tokenizer."""
 
     kind: ModelKind
     tokenizer: Any = None
@@ -49,10 +49,13 @@ class Encoder:
     label_column: str = "label"
     max_length: int | None = None  # longer texts are cut to this; None: they are an error if the model cannot take them
     pad_to_multiple_of: int = 1
+    loss: Literal["model", "options"] = "model"  # options: cross-entropy among the verbalizers alone
     _words: dict[str, str] = field(default_factory=dict)  # label, as text -> verbalizer
     _answers: dict[str, list[int]] = field(default_factory=dict)  # label -> the verbalizer's tokens after the template
 
     def __post_init__(self) -> None:
+        if self.loss not in ("model", "options"):
+            raise DataError(f"loss={self.loss!r}: choose 'model' (its own), or 'options' (among the verbalizers)")
         if (self.template is None) != (self.verbalizers is None):
             raise DataError(
                 "template and verbalizers go together: template='{text} It was', verbalizers=[' bad', ' good']"
@@ -81,6 +84,16 @@ class Encoder:
             return [*dict.fromkeys(fields), self.label_column]
         text = [self.text_column] if isinstance(self.text_column, str) else list(self.text_column)
         return text + [self.label_column] * (self.task == "classification")
+
+    @property
+    def options(self) -> list[list[int]]:
+        """The verbalizers' tokens, in the order of the labels."""
+        return list(self._answers.values())
+
+    @property
+    def words(self) -> list[str]:
+        """The verbalizers themselves, in the same order."""
+        return list(self._words.values())
 
     def __call__(self, row: Row, where: str) -> dict[str, Any]:
         """One row's model inputs. where: how errors name the row."""
@@ -220,97 +233,6 @@ class Encoder:
         if self.kind.positions is not None:
             length = max(longest, min(length, self.kind.positions))
         return torch.stack([torch.nn.functional.pad(t, (0, length - len(t)), value=value) for t in tensors])
-
-    # ---- what a batch's outputs say ---------------------------------------------------------------------------------
-
-    def measure(
-        self, model: Any, batch: Batch, loss: Callable[[Any, Batch], float], weight: float
-    ) -> dict[str, tuple[float, float]]:
-        """{"loss": (mean, weight), "accuracy": (share, rows)} of one batch, from a single forward.
-
-        Accuracy where the data defines it: over the verbalizers for prompts, over classes for class labels. If some
-        verbalizer has several tokens, all continuations run as rows of one batch, scored by the mean log-probability
-        of their tokens, and the loss is that of the right ones.
-        """
-        if self.task == "prompt" and self._single_tokens is None:
-            return self._measure_continuations(model, batch)
-        recorded = _Recorder(model)
-        values = {"loss": (float(loss(recorded, batch)), weight)}
-        logits, labels = getattr(recorded.output, "logits", None), batch.get("labels")
-        if logits is None or not isinstance(labels, Tensor) or labels.dtype.is_floating_point:
-            return values
-        if self.task == "prompt":
-            rows, positions = _label_positions(labels)
-            words = torch.tensor(self._single_tokens)
-            chosen = words[logits[rows, positions - 1][:, words].argmax(-1)]
-            values["accuracy"] = (float((chosen == labels[rows, positions]).double().mean()), float(len(rows)))
-        elif labels.dim() == 1 and logits.dim() == 2 and logits.shape[1] > 1:
-            values["accuracy"] = (float((logits.argmax(-1) == labels).double().mean()), float(len(labels)))
-        return values
-
-    def candidate_loss(self, model: Any, batch: Batch) -> Tensor:
-        """Cross-entropy among the verbalizers alone (an `objective`); each must be a single token.
-
-        The model's own loss is over the whole vocabulary, so it also rewards making the verbalizers likely at all.
-        """
-        if self._single_tokens is None:
-            raise DataError(
-                f"verbalizers {list(self._words.values())} are not single tokens each: use the model's loss."
-            )
-        labels = batch["labels"]
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        rows, positions = _label_positions(labels)
-        words = torch.tensor(self._single_tokens)
-        logits = model(**inputs).logits[rows, positions - 1][:, words].float()
-        return torch.nn.functional.cross_entropy(logits, (labels[rows, positions][:, None] == words).int().argmax(-1))
-
-    @property
-    def _single_tokens(self) -> list[int] | None:
-        """The verbalizers' tokens if each is a single one, else None."""
-        answers = list(self._answers.values())
-        return [ids[0] for ids in answers] if all(len(ids) == 1 for ids in answers) else None
-
-    def _measure_continuations(self, model: Any, batch: Batch) -> dict[str, tuple[float, float]]:
-        options = list(self._answers.values())
-        rows, right = [], []
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            marked = (labels != IGNORED).nonzero()[:, 0]
-            start = ids[: int(marked[0])].tolist()
-            right.append(options.index(labels[marked].tolist()))
-            for option in options:
-                marks = [IGNORED] * len(start) + option
-                rows.append({"input_ids": start + option, "attention_mask": [1] * len(marks), "labels": marks})
-        wide = self.collate(rows, "continuations")
-        labels = wide.pop("labels")[:, 1:]
-        logits = model(**wide).logits[:, :-1].float()
-        scored = labels != IGNORED
-        picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * scored
-        totals, counts = picked.sum(1).view(-1, len(options)), scored.sum(1).view(-1, len(options))
-        truth = torch.tensor(right)[:, None]
-        tokens = float(counts.gather(1, truth).sum())
-        loss = -float(totals.gather(1, truth).sum()) / tokens
-        accuracy = float(((totals / counts).argmax(1) == truth[:, 0]).double().mean())
-        return {"loss": (loss, tokens), "accuracy": (accuracy, float(len(truth)))}
-
-
-class _Recorder:
-    """Stands for a model in an objective and keeps the last output, so that one forward serves loss and accuracy."""
-
-    def __init__(self, model: Any):
-        self._model = model
-        self.output: Any = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.output = self._model(*args, **kwargs)
-        return self.output
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-
-def _label_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and, in each, the position of the first token with a loss."""
-    return torch.arange(len(labels)), (labels != IGNORED).int().argmax(1)
 
 
 def _next_token_labels(ids: Sequence[int]) -> list[int]:

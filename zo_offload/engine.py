@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,17 +37,19 @@ from .devices import make_device
 from .devices.link import Link
 from .errors import ConfigError, JournalError
 from .fused import STILL
-from .generation import generate_texts
+from .generation import check_generates, generate_texts
 from .ingest import Base, ModuleBase
 from .journal import Journal, StepRecord
 from .lanes import Lane, hollow
 from .late import LateLog, Launched
 from .layout import Layout
+from .losses import Batch, Objective, model_loss, weighing
 from .memory import MemoryPlan, process_bytes
 from .methods import MeZO, lr_schedule
+from .micro_batches import split_micro_batches
 from .model_kind import ModelKind, kind_of
-from .on_device import Homes, move_buffers, tensor_bytes
-from .passes import Batch, Objective, Passes, model_loss
+from .on_device import Homes, as_inputs, input_dtype, move_buffers, tensor_bytes
+from .passes import Passes
 from .plan import Plan
 from .prepare import prepare
 from .session import Maker, Session
@@ -219,7 +221,9 @@ class Engine:
             evaluation = self._batches(eval_data, rows, data_options, shuffle=False)
         factor = lr_schedule(self.method.schedule, self.method.warmup_steps, steps)
         data = None if new_data else batches.identity()
-        parts = self._start(batches.batch(0), micro_batches, data and {**data, "micro_batches": micro_batches})
+        if data is not None:
+            data |= {"micro_batches": micro_batches} | ({"loss": "options"} if batches.objective is not None else {})
+        parts = self._begin(batches.batch(0), micro_batches, data, self._objective_of(batches))
         if self._check_data and not new_data:
             assert self.journal is not None
             check_same_data(batches, self.journal.steps)
@@ -244,7 +248,8 @@ class Engine:
         waiting: deque[tuple[Launched, Any]] = deque()
         for step in steps:
             batch: Batch = batches.batch(step)
-            waiting.append((self.launch(batch, lr(step), micro_batches=micro_batches), batch))
+            launched = self.launch(batch, lr(step), micro_batches=micro_batches, objective=batches.objective)
+            waiting.append((launched, batch))
             late = self._start().stepper.late
             ahead = 1 if late and step + 1 < steps.stop and not pause_after(step + 1) else 0
             while len(waiting) > ahead:
@@ -255,23 +260,32 @@ class Engine:
         """One step on one batch: lanes, update, journal. The update reaches each block at its next visit."""
         return self.finish(self.launch(batch, lr, micro_batches=micro_batches))
 
-    def launch(self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1) -> Launched:
-        """A step as far as it goes without looking at its losses: on a GPU, enqueued. `finish` each, in order."""
+    def launch(
+        self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1, objective: Objective | None = None
+    ) -> Launched:
+        """A step as far as it goes without looking at its losses: on a GPU, enqueued. `finish` each, in order.
+
+        objective: in place of the engine's. Raises DataError where no label of the batch counts, unless such steps are
+        skipped (on_nonfinite="skip").
+        """
         if self._make_session is not None:
             raise ConfigError("a replayed engine does not train: export this step, or resume its run")
-        parts = self._start(batch, micro_batches)
-        self._keep_budget(parts, batch, micro_batches)
+        parts = self._begin(batch, micro_batches, None, objective)
+        self._keep_budget(parts, batch, micro_batches, objective)
         stepper = parts.stepper
         lr = self.method.lr if lr is None else lr
         perturbations = stepper.current.perturbations(self.config.seed, self.log.version)
-        losses = parts.passes.losses(batch, perturbations, micro_batches, late=stepper.late)
+        losses = parts.passes.losses(
+            batch, perturbations, micro_batches, late=stepper.late, objective=objective,
+            empty=self.method.on_nonfinite == "skip",
+        )  # fmt: skip
         self._planned_bytes = max(self._planned_bytes, tensor_bytes([batch]) // micro_batches)
         launched = stepper.launch(losses, lr, fingerprint(batch))
         if self._session is not None and self._session.snapshots is not None:
             self._session.snapshots.tick(self.log.version, parts.streamer)
         return launched
 
-    def _keep_budget(self, parts: _Parts, batch: Batch, micro_batches: int) -> None:
+    def _keep_budget(self, parts: _Parts, batch: Batch, micro_batches: int, objective: Objective | None) -> None:
         """A batch larger than any before is within the memory budget, or BudgetError says so before its step."""
         nbytes = tensor_bytes([batch]) // micro_batches
         if self.memory.budget is None or nbytes <= self._planned_bytes:
@@ -279,7 +293,8 @@ class Engine:
         if self.memory.unknown:
             parts.passes.watch_next()
         else:
-            self._prepared.check_batch(self.memory, batch, objective=self.objective, micro_batches=micro_batches)
+            asked = self.objective if objective is None else objective
+            self._prepared.check_batch(self.memory, batch, objective=asked, micro_batches=micro_batches)
 
     def finish(self, launched: Launched) -> StepRecord:
         """Read a launched step's losses and put it on record. Raises what `on_nonfinite` says."""
@@ -289,7 +304,7 @@ class Engine:
         """Mean loss, and accuracy where the data defines it, at the current weights. See `data.make_batches`."""
         rows = self.method.batch_size if batch_size is None else batch_size
         batches = self._batches(data, rows, data_options, shuffle=False)
-        self._start(next(iter(batches.epoch())))
+        self._start(next(iter(batches.epoch())), objective=self._objective_of(batches))
         return self.measure(batches)
 
     def measure(self, batches: Batches, between: Callable[[], None] = lambda: None) -> dict[str, float]:
@@ -301,16 +316,21 @@ class Engine:
         passes = self._start(batch).passes
         return passes.forward([Lane(STILL, batch)], call or (lambda model, inputs: model(**inputs)))[0]
 
-    def generate(self, prompts: str | Sequence[str] | Batch, **options: Any) -> Any:
-        """`model.generate` at the current weights: texts after prompts, or token ids after a batch of them.
+    def generate(self, prompts: Any, **options: Any) -> Any:
+        """`model.generate` at the current weights: texts for prompts, or token ids for a batch of them.
 
-        One pass a token, for all rows together. options: of transformers' `generate` (max_new_tokens, do_sample, ...).
+        prompts: a text, a conversation (a list of messages, dicts with role and content), a list of either, or a dict
+        of tensors named as the model's arguments (input_ids, attention_mask, input_features, ...). One pass a token,
+        for all rows together. options: of transformers' `generate` (max_new_tokens, do_sample, ...). A text comes back
+        as what follows it; of one prompt with num_return_sequences, or of a list, a list. Raises ConfigError.
         """
-        if isinstance(prompts, Mapping):
-            model: Any = self.model
-            return self.run(prompts, lambda _, inputs: model.generate(**inputs, **options))
-        texts = generate_texts(self, self._tokenizer(), [prompts] if isinstance(prompts, str) else prompts, **options)
-        return texts[0] if isinstance(prompts, str) else texts
+        check_generates(self.model)
+        model: Any = self.model
+        prompts = {"input_ids": prompts} if isinstance(prompts, Tensor) else prompts
+        if isinstance(prompts, Mapping) and "role" not in prompts:
+            inputs = as_inputs(prompts, input_dtype(model))
+            return self.run(inputs, lambda _, placed: model.generate(**placed, **options))
+        return generate_texts(self, self._tokenizer(), prompts, **options)
 
     # ---- results -----------------------------------------------------------------------------------------------------
 
@@ -397,20 +417,30 @@ class Engine:
 
     # ---- getting under way -------------------------------------------------------------------------------------------
 
-    def _plan_memory(self, batch: Batch | None, micro_batches: int = 1) -> MemoryPlan:
+    def _plan_memory(
+        self, batch: Batch | None, micro_batches: int = 1, objective: Objective | None = None
+    ) -> MemoryPlan:
         """Window and service order for lanes on a part of `batch`; without one, activations count as nothing."""
         return self._prepared.plan_memory(
-            batch, objective=self.objective, micro_batches=micro_batches, process=self.process_bytes
-        )
+            batch, objective=self.objective if objective is None else objective, micro_batches=micro_batches,
+            process=self.process_bytes,
+        )  # fmt: skip
 
-    def _start(self, batch: Batch | None = None, micro_batches: int = 1, data: dict[str, Any] | None = None) -> _Parts:
+    def _start(
+        self,
+        batch: Batch | None = None,
+        micro_batches: int = 1,
+        data: dict[str, Any] | None = None,
+        *,
+        objective: Objective | None = None,
+    ) -> _Parts:
         """What takes steps; at the first use, fill or reopen the tier, hollow the model, and wire it all."""
         if self._closed:
             raise ConfigError("this engine is closed; make another, or Engine.resume(run_dir)")
         if self._parts is not None:
             return self._parts
         if batch is not None:
-            self.memory = self._plan_memory(batch, micro_batches)
+            self.memory = self._plan_memory(batch, micro_batches, objective)
             self._planned_bytes = tensor_bytes([batch]) // micro_batches
         else:
             self.memory = self._prepared.plan_blindly(process=self.process_bytes)
@@ -434,6 +464,15 @@ class Engine:
         self._parts = self._make_parts(session)
         return self._parts
 
+    def _begin(
+        self, batch: Batch, micro_batches: int, data: dict[str, Any] | None, objective: Objective | None
+    ) -> _Parts:
+        """`_start` for steps: a batch that cannot be cut, or in which nothing counts, is named before that."""
+        if self._parts is None and self.method.on_nonfinite != "skip":
+            weigh = weighing(self.model, self.objective if objective is None else objective)
+            weigh.shares(split_micro_batches(batch, micro_batches, self.config.whole))
+        return self._start(batch, micro_batches, data, objective=objective)
+
     def _make_parts(self, session: Session) -> _Parts:
         formats = [place.fmt.torch_dtype for place in self.layout.places.values()]
         stepper = Stepper(
@@ -451,8 +490,8 @@ class Engine:
         )  # fmt: skip
         passes = Passes(
             self.model, self.plan, streamer, self.device, objective=self.objective, order=self.memory.order,
-            fixed=self.config.order != "auto", compute=self.config.compute, on_plan=self._adopt,
-            on_measured=self.memory.check_reserve,
+            fixed=self.config.order != "auto", compute=self.config.compute, whole=self.config.whole,
+            on_plan=self._adopt, on_measured=self.memory.check_reserve,
         )  # fmt: skip
         return _Parts(streamer, passes, stepper)
 
@@ -470,6 +509,14 @@ class Engine:
         return make_batches(
             data, batch_size=batch_size, kind=self.kind, seed=self.config.seed, shuffle=shuffle, **options
         )
+
+    def _objective_of(self, batches: Batches) -> Objective:
+        """The objective that the data asks for, else the engine's; both would be one too many."""
+        if batches.objective is None:
+            return self.objective
+        if self.objective is not model_loss:
+            raise ConfigError("loss='options' and objective= are two losses: leave one of them out")
+        return batches.objective
 
     def _tokenizer(self) -> Any:
         path = None if self.checkpoint is None else self.checkpoint.path

@@ -46,6 +46,12 @@ _BY_AUTO_CLASS: dict[str, Kind] = {
     "AutoModelForSequenceClassification": "classification", "AutoModelForTokenClassification": "tokens",
     "AutoModelForQuestionAnswering": "questions", "AutoModelForMultipleChoice": "choice", "AutoModel": "bare",
 }  # fmt: skip
+_UNSHIFTED = frozenset((  # causal heads whose loss compares a label with the logits at its own place
+    "BartForCausalLM", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM", "BlenderbotSmallForCausalLM",
+    "CpmAntForCausalLM", "FlaubertWithLMHeadModel", "MBartForCausalLM", "MarianForCausalLM", "MusicgenForCausalLM",
+    "MusicgenMelodyForCausalLM", "MvpForCausalLM", "PLBartForCausalLM", "PegasusForCausalLM", "ProphetNetForCausalLM",
+    "TrOCRForCausalLM", "WhisperForCausalLM", "XLMWithLMHeadModel", "XLNetLMHeadModel",
+))  # fmt: skip
 _BY_ITS_CONFIG = ("seq2seq", "masked", "causal")  # kinds of a head on the vocabulary: which one, the config knows
 
 
@@ -91,7 +97,7 @@ def kind_of(model: nn.Module) -> ModelKind:
     heads = name in ("classification", "tokens")
     labels = getattr(config, "label2id", None) if heads else None
     return ModelKind(
-        name=name, model=type(inner).__name__, shift=int(name == "causal"),
+        name=name, model=type(inner).__name__, shift=int(name == "causal" and type(inner).__name__ not in _UNSHIFTED),
         classes=getattr(config, "num_labels", None) if heads else None,
         problem=_problem(config) if name == "classification" else None,
         class_ids=tuple((str(label), int(i)) for label, i in (labels or {}).items()),

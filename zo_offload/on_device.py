@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import PreTrainedModel
 
 from .devices import CpuDevice
 
@@ -88,6 +89,56 @@ class PlacedBatches:
         if not tensor.is_floating_point() and tensor.device.type == "cpu":
             self._host[moved.data_ptr(), moved.numel()] = tensor.contiguous()
         return moved
+
+
+def input_dtype(model: nn.Module) -> torch.dtype | None:
+    """What features must be in for the model to take them: the dtype of its parameters.
+
+    Where those are of several, the one of most elements in transformers' models, which keep a few layers in float32;
+    None for other modules, whose authors know.
+    """
+    elements: dict[torch.dtype, int] = {}
+    for p in model.parameters():
+        if p.dtype.is_floating_point and p.dtype.itemsize > 1:
+            elements[p.dtype] = elements.get(p.dtype, 0) + p.numel()
+    if len(elements) > 1 and not any(isinstance(module, PreTrainedModel) for module in model.modules()):
+        return None
+    return max(elements, key=lambda dtype: elements[dtype], default=None)
+
+
+def as_inputs(inputs: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """Features (floating, two dimensions or more) in `dtype`; nothing in float64 but for a model that is.
+
+    Labels, and numbers one a row such as times, keep their 32 bits.
+    """
+    return {name: _as_input(name, value, dtype) for name, value in inputs.items()}
+
+
+def _as_input(name: str, value: Any, dtype: torch.dtype | None) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point() or dtype is None or value.dtype is dtype:
+        return value
+    if value.dim() > 1 and "label" not in name:
+        return value.to(dtype)
+    return value.float() if value.dtype is torch.float64 else value
+
+
+@contextmanager
+def inputs_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """While open, what the model is called with is as `as_inputs` makes it."""
+    if dtype is None:
+        yield
+        return
+
+    def cast(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tuple(_as_input("", value, dtype) for value in args), as_inputs(kwargs, dtype)
+
+    handle = model.register_forward_pre_hook(cast, prepend=True, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

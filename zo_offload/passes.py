@@ -7,91 +7,41 @@ another order of lanes, and nothing of the first attempt is left in the weights 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .activations import ServiceOrder
-from .chunked_loss import losses_in_chunks
-from .data import Batches, loss_weight, split_micro_batches
+from .data import Batches
 from .devices import CpuDevice
-from .errors import BudgetError, ConfigError, DataError, PlanError
+from .errors import BudgetError, DataError, PlanError
 from .fused import STILL, Perturbation
 from .lanes import Hub, Lane, LanesShareState, PlanFault
 from .late import divide
-from .meta_model import config_parts
-from .on_device import PlacedBatches, matmul_precision, tensor_bytes
+from .losses import Batch, Objective, language_models, own_loss, scalar, weighing, without_cache
+from .micro_batches import Weighing, agree, nothing_counts, split_micro_batches
+from .on_device import PlacedBatches, input_dtype, inputs_in, matmul_precision, tensor_bytes
 from .plan import Plan, relift
 from .streamer import Streamer
-
-Batch = Mapping[str, Any]
-Objective = Callable[[nn.Module, Batch], Any]
 
 _MAX_CORRECTIONS = 8  # of the plan, by watched runs; each adds a use, so a few are enough
 
 
-def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The default objective: `model(**batch).loss`."""
-    loss: Tensor | None = getattr(model(**batch), "loss", None)
-    if loss is None:
-        raise DataError(
-            f"{type(model).__name__} returned no loss for a batch with {sorted(batch)}: give labels, "
-            "or pass objective=(model, batch) -> loss"
-        )
-    return loss
-
-
-def own_loss(
-    model: nn.Module, objective: Objective, parts: Sequence[nn.Module] | None = None
-) -> contextlib.AbstractContextManager[None]:
-    """While open, the loss that the model itself computes is computed in chunks; not under an objective given."""
-    return losses_in_chunks(model, parts) if objective is model_loss else contextlib.nullcontext()
-
-
-def language_models(model: nn.Module) -> list[PreTrainedModel]:
-    """The model and what is inside of it, as far as that is transformers'."""
-    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-
-
-@contextlib.contextmanager
-def without_cache(
-    model: nn.Module, objective: Objective, parts: Sequence[PreTrainedModel] | None = None
-) -> Iterator[None]:
-    """While open, nothing is kept for tokens that a loss does not generate: `use_cache` is off in the configs.
-
-    Keys and values of every layer would stay for the whole pass, those of each lane. Not under an objective given.
-    parts: see `language_models`.
-    """
-    parts = language_models(model) if parts is None else parts
-    configs = [part.config for part in parts] if objective is model_loss else []
-    with_it = {id(part): part for config in configs for part in config_parts(config)}
-    on = [part for part in with_it.values() if getattr(part, "use_cache", False)]
-    try:
-        for part in on:
-            part.use_cache = False
-        yield
-    finally:
-        for part in on:
-            part.use_cache = True
-
-
-@contextlib.contextmanager
-def for_a_loss(model: nn.Module, objective: Objective) -> Iterator[None]:
-    """All that a pass for losses opens around the model, for those who measure one."""
-    with without_cache(model, objective), own_loss(model, objective):
-        yield
+def _divide(x: Any, by: float) -> Any:
+    return divide(x, by) if isinstance(x, Tensor) else x / by
 
 
 class Passes:
     """Passes of one model over one streamer.
 
     order: in which lanes are served; fixed: and no other, even if the model needs lanes one after another. compute:
-    "tf32" for float32 products on the matrix units. on_plan: told each corrected plan. on_measured: told the
-    bytes of activations that a watched pass held, batches included; may raise, and the pass then has no results.
+    "tf32" for float32 products on the matrix units. whole: see `split_micro_batches`. on_plan: told each corrected
+    plan. on_measured: told the bytes of activations that a watched pass held, batches included; may raise, and the pass
+    then has no results.
     """
 
     def __init__(
@@ -105,12 +55,15 @@ class Passes:
         order: ServiceOrder,
         fixed: bool,
         compute: str | None,
+        whole: Collection[str] | None = None,
         on_plan: Callable[[Plan], None],
         on_measured: Callable[[int], None],
     ) -> None:
         self.model, self.plan, self.streamer, self.device, self.objective = model, plan, streamer, device, objective
         self._fixed, self._compute, self._on_plan, self._on_measured = fixed, compute, on_plan, on_measured
-        self._parts = language_models(model)
+        self._parts, self._whole = language_models(model), whole
+        self._own_weighing = weighing(model, objective)
+        self._input_dtype = input_dtype(model)
         self._hub = self._attach(order)
         streamer.is_watched = lambda: self._hub.watching
 
@@ -121,57 +74,85 @@ class Passes:
     # ---- losses ------------------------------------------------------------------------------------------------------
 
     def losses(
-        self, batch: Batch, perturbations: Sequence[Perturbation], micro_batches: int, *, late: bool
+        self,
+        batch: Batch,
+        perturbations: Sequence[Perturbation],
+        micro_batches: int,
+        *,
+        late: bool,
+        objective: Objective | None = None,
+        empty: bool = False,
     ) -> list[float] | list[Tensor]:
-        """The loss of each perturbation over the whole batch: micro-batches weighted by their labels.
+        """The loss of each perturbation over the whole batch: micro-batches weighted by what counts in them.
 
-        late: float64 scalars on the device, which nobody waited for.
+        late: float64 scalars on the device, which nobody waited for. objective: in place of the engine's. empty: a
+        batch in which nothing counts is asked for its loss all the same; otherwise that raises DataError. A part in
+        which nothing counts is left out.
         """
-        parts = split_micro_batches(batch, micro_batches)
-        weights = [loss_weight(part) for part in parts]
+        objective = self.objective if objective is None else objective
+        weigh = self._weighing(objective)
+        parts = split_micro_batches(batch, micro_batches, self._whole)
+        weights = [1.0] * len(parts) if empty and not any(map(weigh, parts)) else weigh.shares(parts)
+        parts = [part for part, weight in zip(parts, weights, strict=True) if weight]
+        weights = [weight for weight in weights if weight]
         lanes = [Lane(perturbation, part) for perturbation in perturbations for part in parts]
-        with without_cache(self.model, self.objective, self._parts):
-            losses = self.forward(lanes, self._late_loss if late else self._loss)
+        with without_cache(self.model, objective, self._parts):
+            losses = self.forward(lanes, partial(self._late_loss if late else self._loss, objective))
         if len(parts) == 1:
             return losses
-        total = sum(weights)
-        sums = [sum(w * losses[i * len(parts) + j] for j, w in enumerate(weights)) for i in range(len(perturbations))]
-        return [divide(x, total) if isinstance(x, Tensor) else x / total for x in sums]
+        of_each = (losses[i : i + len(parts)] for i in range(0, len(losses), len(parts)))
+        return [weigh.together(these, weights, _divide) for these in of_each]
 
     def measure(self, batches: Batches, between: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Weighted means of what `batches` measure, over one epoch. between: called before each batch."""
+        """Weighted means of what `batches` measure, over one epoch. between: called before each batch.
+
+        Batches in which nothing counts are left out. Raises DataError where that is all of them.
+        """
+        objective = self.objective if batches.objective is None else batches.objective
+        weigh, counts = self._weighing(objective), []
         sums: dict[str, float] = {}
         weights: dict[str, float] = {}
-
-        def measure(model: nn.Module, batch: Batch) -> dict[str, tuple[float, float]]:
-            return batches.measure(model, dict(batch), self._loss)
-
         for batch in batches.epoch():
             between()
-            with without_cache(self.model, self.objective, self._parts):
-                values = self.forward([Lane(STILL, batch)], measure)[0]
+            counts.append(weigh.counts(batch))
+            if not (of_batch := weigh(batch)):
+                last = batch
+                continue
+            call = partial(self._values_of, batches, partial(self._loss, objective), of_batch)
+            with without_cache(self.model, objective, self._parts):
+                values = self.forward([Lane(STILL, batch)], call)[0]
             for name, (value, weight) in values.items():
-                sums[name] = sums.get(name, 0.0) + value * weight
+                is_sum = weigh.summed and name == "loss"
+                sums[name] = sums.get(name, 0.0) + value * (1.0 if is_sum else weight)
                 weights[name] = weights.get(name, 0.0) + weight
+        if not weights:
+            raise DataError(f"nothing to evaluate: {nothing_counts([last])}")
+        if not agree(counts):
+            warnings.warn(
+                f"the evaluation weighs batches by {next(iter(counts[0]))!r}; the loss of {weigh.model} may be a mean "
+                f"over {', '.join(map(repr, list(counts[0])[1:]))}, and then it depends a little on batch_size",
+                stacklevel=2,
+            )
         return {name: sums[name] / weights[name] for name in sums if weights[name]}
 
-    def _loss(self, model: nn.Module, batch: Batch) -> float:
-        loss = self._scalar(self.objective(model, batch))
+    def _values_of(
+        self, batches: Batches, loss: Callable[[nn.Module, Batch], float], weight: float, model: nn.Module, batch: Batch
+    ) -> dict[str, tuple[float, float]]:
+        return batches.measure(model, dict(batch), loss, weight)
+
+    def _weighing(self, objective: Objective) -> Weighing:
+        return self._own_weighing if objective is self.objective else weighing(self.model, objective)
+
+    def _loss(self, objective: Objective, model: nn.Module, batch: Batch) -> float:
+        loss = scalar(objective(model, batch))
         return float(loss.item()) if isinstance(loss, Tensor) else loss
 
-    def _late_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _late_loss(self, objective: Objective, model: nn.Module, batch: Batch) -> Tensor:
         """The loss as float64 on the device: nobody waits for it."""
-        loss = self._scalar(self.objective(model, batch))
+        loss = scalar(objective(model, batch))
         if isinstance(loss, Tensor):
             return loss.to(torch.float64)
         return torch.full((), loss, dtype=torch.float64, device=self.device.torch_device)
-
-    def _scalar(self, loss: Any) -> Tensor | float:
-        if not isinstance(loss, Tensor):
-            return float(loss)
-        if loss.numel() != 1:
-            raise ConfigError(f"the objective returned a tensor of shape {tuple(loss.shape)}; expected a scalar")
-        return loss.detach().reshape(())
 
     # ---- one pass ----------------------------------------------------------------------------------------------------
 
@@ -191,6 +172,7 @@ class Passes:
                 with (
                     torch.no_grad(),
                     matmul_precision(self._compute),
+                    inputs_in(self.model, self._input_dtype),
                     own_loss(self.model, self.objective, self._parts),
                 ):
                     results = hub.run(lanes, call)

@@ -66,3 +66,9 @@ def _said(model: nn.Module, config: Any) -> int | None:
         if isinstance(limit := getattr(text, name, None), int) and limit > 0:
             return limit
     return None
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """Tokens for which a decoder has learned positions, virtual ones of peft taken off; None where none are learned."""
+    limit = min((limit for _, limit in _tables(model)), default=None)
+    return None if limit is None else limit - virtual_tokens(model)

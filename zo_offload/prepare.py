@@ -20,13 +20,14 @@ from torch import nn
 from .activations import NOT_MEASURED, Activations, measure_activations
 from .auto import choose_storage
 from .config import EngineConfig, parse_bytes, show_bytes
-from .data import most_ids, split_micro_batches
+from .data import most_ids
 from .errors import BudgetError
 from .layout import Layout, make_layout
+from .losses import Objective, for_a_loss
 from .memory import MemoryPlan, available_bytes, plan_memory
 from .methods import MeZO
+from .micro_batches import split_micro_batches
 from .on_device import tensor_bytes
-from .passes import Objective, for_a_loss
 from .plan import Plan, make_plan
 from .storage import choose_fold_every, decide_formats
 from .trace import ForwardCall, meta_copy
@@ -83,7 +84,7 @@ class Prepared:
         """
         activations, rows = NOT_MEASURED, 0
         if batch is not None:
-            activations = self._activations(split_micro_batches(batch, micro_batches)[0], objective)
+            activations = self._activations(split_micro_batches(batch, micro_batches, self.config.whole)[0], objective)
             rows = most_ids(batch)
         memory = self._within_budget(micro_batches, rows, activations, process)
         for note in memory.notes:
@@ -96,7 +97,7 @@ class Prepared:
 
     def check_batch(self, memory: MemoryPlan, batch: Batch, *, objective: Objective, micro_batches: int) -> None:
         """Raise BudgetError if a batch takes more than the budget leaves beside the window that `memory` laid out."""
-        part = split_micro_batches(batch, micro_batches)[0]
+        part = split_micro_batches(batch, micro_batches, self.config.whole)[0]
         activations = self._activations(part, objective)
         if memory.budget is None or activations.unknown:
             return

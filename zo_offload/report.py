@@ -19,10 +19,10 @@ from .devices import make_device
 from .errors import BudgetError, ConfigError
 from .formats import FORMATS
 from .layout import Layout
+from .losses import model_loss
 from .memory import MemoryPlan, step_bytes
 from .methods import MeZO
 from .model_kind import ModelKind, kind_of
-from .passes import model_loss
 from .plan import Plan
 from .prepare import PlannedDevice, Prepared, prepare
 from .shapes import OPT_SHAPES, opt_config

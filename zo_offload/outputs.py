@@ -1,0 +1,57 @@
+"""What a model returned: where the loss and the logits are, whatever form it has.
+
+transformers' models return an object with `.loss` and `.logits`, or with `return_dict=False` a tuple; modules of one's
+own a dict, a tuple, or the loss alone, as `Trainer` takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+
+def loss_of(output: Any) -> Any:
+    """The loss in what a model returned; None if there is none that can be told."""
+    loss = _named(output, "loss")
+    if loss is None and isinstance(output, (tuple, list)) and output:
+        loss = output[0]
+    elif loss is None:
+        loss = output
+    return loss if _is_number(loss) else None
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The logits in what a model returned, if it names them or has them behind a loss."""
+    logits = _named(output, "logits")
+    if logits is None and isinstance(output, (tuple, list)) and len(output) > 1 and _is_number(output[0]):
+        logits = output[1]
+    return logits if isinstance(logits, Tensor) else None
+
+
+def describe(value: Any) -> str:
+    """What a value is, for messages: its type, and shapes and names as far as it has them."""
+    if isinstance(value, Tensor):
+        kind = "a complex tensor" if value.is_complex() else "a tensor"
+        return f"{kind} of shape {list(value.shape)}{' on meta' if value.is_meta else ''}"
+    name = type(value).__name__
+    if isinstance(value, Mapping):
+        held = [f"{k} ({describe(v)})" if k == "loss" else str(k) for k, v in value.items()]
+        return f"{name} with {', '.join(held) or 'nothing'}"
+    if isinstance(value, (tuple, list)):
+        return f"{name} of {', '.join(describe(item) for item in value[:3]) or 'nothing'}"
+    if value is None:
+        return "None"
+    return f"{name} {value!r}" if isinstance(value, (str, complex)) else name
+
+
+def _named(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.is_complex()
+    return isinstance(value, Real) and not isinstance(value, bool)
