@@ -522,16 +522,17 @@ def test_plain_modules_train_too(tmp_path):
         assert engine.fit(data, steps=200).losses == losses
 
 
-def test_a_model_that_keeps_tensors_between_calls_runs_one_lane_after_another(tmp_path):
+def test_a_model_that_reads_what_its_lanes_write_runs_one_lane_after_another(tmp_path):
     """Order "auto" falls back to lane order by itself; a given order is kept and refused with the way out."""
 
     class Keeps(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.second, self.kept = nn.Linear(4, 4), nn.Linear(4, 1), None
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 1)
+            self.register_buffer("kept", torch.zeros(4, 4))
 
         def forward(self, x):
-            self.kept = self.first(x)
+            self.kept.copy_(self.first(x))
             return self.second(torch.tanh(x)) * self.kept.mean()
 
     def losses(**settings):

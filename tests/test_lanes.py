@@ -26,7 +26,6 @@ from zo_offload.plan import Plan, make_plan, relift
 from zo_offload.trace import Trace
 
 ARCH = {arch.name: arch for arch in archs.ALL}
-SHARES_STATE = {"recurrent_gemma"}  # keeps its recurrent state on the module between calls
 
 
 def two_lanes(arch: Arch) -> list[Lane]:
@@ -59,7 +58,8 @@ def test_lanes_equal_whole_model_perturbation(arch: Arch) -> None:
     source = DictSource(model)
     wanted = references(arch, model, source, six_lanes(arch))
     plan = make_plan(model, arch.batch(0))
-    for order in ("module", "block") if arch.name not in SHARES_STATE else ("lane",):
+    orders: tuple[Any, ...] = ("module", "block")
+    for order in orders:
         with Hub(model, plan, source, order=order) as hub:
             check(arch, model, hub, two_lanes(arch), wanted)  # watched
             check(arch, model, hub, six_lanes(arch), wanted)  # not watched
@@ -384,20 +384,39 @@ def test_every_lane_draws_the_same_random_numbers(order: Any) -> None:
 
 
 def test_drawing_random_numbers_unwatched_is_noticed() -> None:
-    model, source, x = stack(dropout=0.5)
-    model.train()
-    model.dropout.eval()
+    model, source, x = stack()
+    draws = False
+
+    def call(model: nn.Module, batch: Any) -> Any:
+        return nn.functional.dropout(model(**batch), 0.5, training=draws)
+
     lanes = [Lane(p, {"x": x}) for p in (PLUS, MINUS)]
     with Hub(model, make_plan(model, {"x": x}), source) as hub:
-        hub.run(lanes)
-        model.dropout.train()
+        hub.run(lanes, call)
+        draws = True
         torch.manual_seed(9)
         with pytest.raises(PlanFault, match="random numbers"):
-            hub.run(lanes)
-        got = run_settled(hub, lanes)
+            hub.run(lanes, call)
+        got = run_settled(hub, lanes, call)
     for lane, y in zip(lanes, got, strict=True):
         torch.manual_seed(9)
-        assert_same(y, whole_model(model, source, lane))
+        assert_same(y, whole_model(model, source, lane, call))
+
+
+def test_lanes_of_a_seed_leave_the_generators_alone() -> None:
+    model, source, x = stack(dropout=0.5)
+    model.train()
+    lanes = [Lane(p, {"x": x}) for p in (PLUS, MINUS)]
+    with Hub(model, make_plan(model, {"x": x}), source) as hub:
+        seen = []
+        for ambient, seed in ((1, 5), (2, 5), (3, 5), (4, 6)):  # watched, then not
+            torch.manual_seed(ambient)
+            before = torch.get_rng_state()
+            seen.append(hub.run(lanes, seed=seed))
+            assert torch.equal(torch.get_rng_state(), before)
+    for got in seen[1:3]:
+        assert_same(got, seen[0])
+    assert not torch.equal(seen[3][0], seen[0][0])
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
@@ -585,13 +604,15 @@ class Remembers(nn.Module):
         h = self.a(x)
         if self.what == "activation":
             self.kept = h.mean(0)
+        elif self.what == "memory":
+            self.kept.copy_(h.mean(0))
         elif not self.kept.any():
             self.kept = torch.arange(16.0)
         return self.b(h) + self.kept
 
 
-def test_state_kept_between_calls_is_noticed_and_lane_order_is_right() -> None:
-    model = Remembers("activation")
+def test_memory_that_lanes_write_and_read_is_noticed_and_lane_order_is_right() -> None:
+    model = Remembers("memory")
     source, x = DictSource(model), torch.randn(3, 16)
     lanes = [Lane(PLUS, {"x": x}), Lane(MINUS, {"x": x})]
     plan = make_plan(model, {"x": x})
@@ -600,8 +621,21 @@ def test_state_kept_between_calls_is_noticed_and_lane_order_is_right() -> None:
             hub.run(lanes)
     with Hub(model, plan, source, order="lane") as hub:
         got = hub.run(lanes)
+    assert not model.kept.any(), "it is as before"
     for lane, y in zip(lanes, got, strict=True):
         assert_same(y, whole_model(model, source, lane))
+
+
+@pytest.mark.parametrize("order", ["module", "block", "lane"])
+def test_a_tensor_kept_between_calls_is_each_lanes_own(order: Any) -> None:
+    model = Remembers("activation")
+    source, x = DictSource(model), torch.randn(3, 16)
+    lanes = [Lane(PLUS, {"x": x}), Lane(MINUS, {"x": x})]
+    kept, want = model.kept, [whole_model(copy.deepcopy(model), source, lane) for lane in lanes]
+    with Hub(model, make_plan(model, {"x": x}), source, order=order) as hub:
+        for _ in range(2):
+            assert_same(hub.run(lanes), want)
+            assert model.kept is kept, "it is as before"
 
 
 def test_a_table_that_the_first_lane_makes_for_all_is_fine() -> None:

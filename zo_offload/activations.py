@@ -213,6 +213,8 @@ def measure_activations(
         log.debug("activations could not be measured", exc_info=True)
         said = str(error).strip().splitlines()[:1]
         return Activations(inputs=nbytes, unknown=": ".join([type(error).__name__, *said])[:200])
+    finally:
+        watch.put_generators_back()
     watch.wait()
     return Activations(tuple(watch.segments), nbytes)
 

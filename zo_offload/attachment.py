@@ -74,7 +74,6 @@ class Attachment:
         self._params = params
         self._own_data = {name: p.data for name, p in params.items()}
         self._resting = {name: placeholder(p) for name, p in params.items()}
-        self._default_generators = frozenset({"torch", *(str(p.device) for p in params.values() if p.is_cuda)})
         for name, p in params.items():
             set_data(p, self._resting[name])
         self._hook()
@@ -133,7 +132,9 @@ class Attachment:
         shapes = tuple(found[name] for name in names)
         blocks = self.plan.streamed_blocks(held)
         params, resting = tuple(self._params[n] for n in names), tuple(self._resting[n] for n in names)
-        return Portion(pieces, blocks[0] if blocks else owner.block, len(blocks) > 1, names, params, shapes, resting)
+        frozen = not any(self.plan.params[name].trainable for name in names)
+        block = blocks[0] if blocks else owner.block
+        return Portion(pieces, block, len(blocks) > 1, names, params, shapes, resting, frozen)
 
     def _compute_in_portions(self) -> None:
         """Give every module whose weights are cut, and that can, a forward that computes portion by portion."""

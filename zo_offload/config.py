@@ -18,6 +18,7 @@ Offload = Literal["auto", "none", "host", "disk"]
 Order = Literal["auto", "module", "block", "lane"]
 Rounding = Literal["nearest", "stochastic"]
 HostMemory = Literal["auto", "pinned", "staged"]
+Mode = Literal["eval", "train", "as_is"]
 
 DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -69,6 +70,10 @@ class EngineConfig:
     """Dtype of the perturbed weights and so of the forward. Default: fp32 on the CPU for a checkpoint (16-bit matmuls
     are slow on most CPUs), the checkpoint's own on a GPU, the module's own dtypes for a model given in memory. "tf32"
     (GPU): float32 weights and activations, products on the matrix units."""
+    mode: Mode = "eval"
+    """Of the model's modules while the engine runs them: "eval" (no dropout, batch norm by its running statistics),
+    "train", or "as_is", each in the mode it is given in. Afterwards each has its own mode again. In every mode a
+    forward leaves the modules as it found them: buffers such as running statistics keep the base's values."""
     rounding: Rounding = "nearest"
     """Of an update into 16-bit storage. "stochastic" keeps small updates on average; noise-keyed, so reproducible."""
     fold_every: int | None = None
@@ -121,6 +126,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name, choices in (
             ("offload", Offload), ("order", Order), ("rounding", Rounding), ("host_memory", HostMemory),
+            ("mode", Mode),
         ):  # fmt: skip
             if getattr(self, name) not in get_args(choices):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(get_args(choices))}")

@@ -48,6 +48,7 @@ from .memory import MemoryPlan, process_bytes
 from .methods import MeZO, lr_schedule
 from .micro_batches import split_micro_batches
 from .model_kind import ModelKind, kind_of
+from .modes import modes_of
 from .on_device import Homes, as_inputs, input_dtype, move_buffers, tensor_bytes
 from .passes import Passes
 from .plan import Plan
@@ -276,7 +277,7 @@ class Engine:
         lr = self.method.lr if lr is None else lr
         perturbations = stepper.current.perturbations(self.config.seed, self.log.version)
         losses = parts.passes.losses(
-            batch, perturbations, micro_batches, late=stepper.late, objective=objective,
+            batch, perturbations, micro_batches, step=self.log.version, late=stepper.late, objective=objective,
             empty=self.method.on_nonfinite == "skip",
         )  # fmt: skip
         self._planned_bytes = max(self._planned_bytes, tensor_bytes([batch]) // micro_batches)
@@ -314,7 +315,7 @@ class Engine:
     def run(self, batch: Batch, call: Callable[[nn.Module, Batch], Any] | None = None) -> Any:
         """One forward at the current weights: `call(model, batch)`, default `model(**batch)`. For logits, say."""
         passes = self._start(batch).passes
-        return passes.forward([Lane(STILL, batch)], call or (lambda model, inputs: model(**inputs)))[0]
+        return passes.forward([Lane(STILL, batch)], call or (lambda model, inputs: model(**inputs)), exact=True)[0]
 
     def generate(self, prompts: Any, **options: Any) -> Any:
         """`model.generate` at the current weights: texts for prompts, or token ids for a batch of them.
@@ -448,6 +449,7 @@ class Engine:
         session = self._session = make(self) if make is not None else Maker(
             self.plan, self.layout, self.base, self.config, self.method, self.offload, self.fold_every,
             self.device, model_name=self._model_name, model_class=self._model_class, data=data,
+            modes=modes_of(self.model, self.config.mode),
         ).start()  # fmt: skip
         self.log, self.journal = session.log, session.journal
         self._check_data = session.reopened
@@ -490,8 +492,8 @@ class Engine:
         )  # fmt: skip
         passes = Passes(
             self.model, self.plan, streamer, self.device, objective=self.objective, order=self.memory.order,
-            fixed=self.config.order != "auto", compute=self.config.compute, whole=self.config.whole,
-            on_plan=self._adopt, on_measured=self.memory.check_reserve,
+            fixed=self.config.order != "auto", compute=self.config.compute, mode=self.config.mode,
+            seed=self.config.seed, whole=self.config.whole, on_plan=self._adopt, on_measured=self.memory.check_reserve,
         )  # fmt: skip
         return _Parts(streamer, passes, stepper)
 

@@ -22,7 +22,7 @@ from .weights import Base
 
 MAY_CHANGE = (
     "Steps, evaluation, devices, window, threads and offload tier may change; the base weights, storage, folding, "
-    "compute, rounding, block_numel, trainable parameters, seed, noise, method and data may not"
+    "compute, mode, rounding, block_numel, trainable parameters, seed, noise, method and data may not"
 )
 SAMPLE = 16
 
@@ -35,9 +35,11 @@ def identity(
     fold_every: int,
     base_digest: str,
     data: dict[str, Any] | None,
+    modes: str,
 ) -> dict[str, Any]:
     """What must be equal for a journal to mean the same weights; checked on resume, key by key.
 
+    modes: which modules train while the engine runs them (`modes.modes_of`).
     data: what the engine knows of its data set when the run begins (`Batches.identity`), None if nothing.
     """
     trained = "\n".join(sorted(name for name, spec in plan.params.items() if spec.trainable))
@@ -53,6 +55,7 @@ def identity(
         "storage": _digest(formats),
         "fold_every": "any" if is_lossless(plan, layout) else fold_every,
         "rounding": config.rounding,
+        "mode": modes,
         "seed": config.seed,
         "noise": {"distribution": method.distribution, "rounds": method.rounds, "layout": NoiseSpec.layout_version},
         "method": {k: v for k, v in asdict(method).items() if k not in ("steps", "batch_size", "on_nonfinite")},
@@ -115,12 +118,21 @@ def _cuts(plan: Plan, name: str) -> str:
     return f" cut {[piece.start for piece in pieces]}" if len(pieces) > 1 else ""
 
 
+def _modes_without(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """`modes` of a run of a version that had none: a checkpoint's modules evaluated, others were as they were given."""
+    if found.get("model") is not None:
+        return "eval"
+    modes = str(wanted.get("mode"))
+    return modes if modes.startswith("as_is") else "as_is"
+
+
 def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def check_identity(wanted: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise JournalError naming every part of a run's identity that differs from the journal's."""
+    found = {"mode": _modes_without(found, wanted), **found}
     differ = [
         f"{key}: the journal has {found.get(key)!r}, this engine {wanted[key]!r}"
         for key in sorted(wanted)

@@ -6,9 +6,10 @@ lets each lane through) and goes on. Lanes need not meet owners in the same orde
 
 While an owner runs in a lane its parameters hold that lane's scratch; at all other times a Parameter keeps its
 identity, shape, dtype and device, and its values are NaN. An owner whose children switch lanes has its weights
-changed with the lane. Lanes with the same perturbation (micro-batches) share scratch. An `nn.Embedding` gets only the
-rows that the waiting lanes ask for, and remapped ids. An `nn.Linear` whose weight is cut, and stacked experts that are,
-get portion after portion: to the hub each is an owner's call of its own, so lanes are in lockstep over (call, portion).
+changed with the lane. Lanes with the same perturbation (micro-batches) share scratch, and all lanes that are served
+together share that of an owner of which nothing trains. An `nn.Embedding` gets only the rows that the waiting lanes ask
+for, and remapped ids. An `nn.Linear` whose weight is cut, and stacked experts that are, get portion after portion: to
+the hub each is an owner's call of its own, so lanes are in lockstep over (call, portion).
 
 Orders of service (results are the same bit for bit):
     module  all lanes waiting at the earliest owner are served together; noise is made once
@@ -24,19 +25,23 @@ runs cost Python per op; others only two hooks per owner call.
 from __future__ import annotations
 
 import contextvars
+import copy
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import greenlet
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .attachment import Attachment
 from .errors import PlanError
-from .fused import Perturbation
-from .modes import current_modes, restore_modes, rng_kinds_that_differ, rng_state, set_rng_state
+from .fused import STILL, Perturbation
+from .generators import Generators, drawn_from
+from .modes import current_modes, restore_modes
+from .module_state import ModuleState
 from .plan import Plan, relift
 from .serving import (
     Emission,
@@ -45,14 +50,16 @@ from .serving import (
     LaneRun,
     Portion,
     Source,
+    code_of,
     gather,
     hollow,
     install,
     kind_of,
+    tensors_of,
     uninstall,
 )  # fmt: skip
 from .watch import ForwardCall, Trace
-from .watched import LanesShareState, PlanFault, WatchedRun
+from .watched import BatchIsWritten, LanesShareState, PlanFault, WatchedRun
 
 __all__ = ["Hub", "Lane", "LanesShareState", "Order", "PlanFault", "Source", "hollow", "run_settled"]
 
@@ -83,7 +90,10 @@ class Hub(Attachment):
         """The host's copy of a tensor of the batches, where they are on a GPU; None for one it does not have."""
         self._installed: LaneRun | None = None
         self._unentered: list[Frame] = []  # served, but their lanes have not gone on yet
-        self._rng_kinds: frozenset[str] = frozenset()
+        self._generators, self._rng_kinds = Generators(), frozenset[str]()
+        self._state = ModuleState(model, self._generators)
+        self._modules = list(model.modules())
+        self._own_batches = False  # the forward changes its batch, so each lane is given one of its own
         self._set_plan(plan)
 
     def _set_plan(self, plan: Plan) -> None:
@@ -104,11 +114,20 @@ class Hub(Attachment):
 
     # ---- a run ---------------------------------------------------------------------------------------------------
 
-    def run(self, lanes: Sequence[Lane], call: ForwardCall | None = None, *, watch: bool | None = None) -> list[Any]:
+    def run(
+        self,
+        lanes: Sequence[Lane],
+        call: ForwardCall | None = None,
+        *,
+        seed: int | None = None,
+        watch: bool | None = None,
+    ) -> list[Any]:
         """Results of `call(model, lane.batch)` (default `model(**batch)`), in lane order, under no_grad.
 
-        Every lane starts with the same random numbers, as forwards run after the same seed would; the generators end
-        as after one of them. watch: None watches the first run of each kind of batch.
+        Every lane starts with the same random numbers: those of `seed`, and the generators end as they were; without
+        one, those of the generators as they are, which end as after one forward. Every lane starts with the modules as
+        they are, and they end as they were (`module_state.py`). watch: None watches the first run of each kind of
+        batch, and under each combination of the modules' modes.
 
         Raises what a lane raised, with a note that names lane and module; PlanFault (see there), with the generators
         as they were; PlanError for what no plan can follow. The hub can be used again after any of them.
@@ -120,42 +139,63 @@ class Hub(Attachment):
         if not lanes:
             return []
         call = call or _call_model
-        code = getattr(call, "__code__", type(call))
-        kinds = {(kind_of(lane.batch), code, self.model.training) for lane in lanes}
-        watching = not kinds <= self._seen if watch is None else watch
+        code = code_of(call)
+        modes = tuple([module.training for module in self._modules])
+        kinds = {(kind_of(lane.batch), code, modes) for lane in lanes}
+        new = not kinds <= self._seen if watch is None else watch
+        known = self._state.note(watching=new)
+        watching = new or not known if watch is None else watch
         with torch.no_grad():
-            results = self._run([LaneRun(i, lane) for i, lane in enumerate(lanes)], call, watching)
+            results = self._run([LaneRun(i, self._own(lane)) for i, lane in enumerate(lanes)], call, watching, seed)
         self._seen |= kinds
         return results
 
-    def _run(self, lanes: list[LaneRun], call: ForwardCall, watching: bool) -> list[Any]:
+    def _own(self, lane: Lane) -> Lane:
+        """The lane with a batch that is its own as far as it needs: it may take entries out, or change tensors."""
+        batch = copy.copy(lane.batch) if isinstance(lane.batch, dict) else lane.batch
+        if self._own_batches:
+            batch = tree_map_only(Tensor, Tensor.clone, dict(batch) if isinstance(batch, Mapping) else batch)
+        return Lane(lane.perturbation, batch)
+
+    def _run(self, lanes: list[LaneRun], call: ForwardCall, watching: bool, seed: int | None) -> list[Any]:
+        if watching:
+            self._state.watch(t for lane in lanes for t in tensors_of(lane.lane.batch))
+        self.watching = watching
+        start = self._generators.state()
+        self._carried = frozenset(start) if watching else self._rng_kinds
         cache = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         self._home, self._thread, self._modes, self._aborting = (
             greenlet.getcurrent(), threading.get_ident(), current_modes(), False,
         )  # fmt: skip
-        start = rng_state(None if watching else self._rng_kinds | self._default_generators)
-        self._carried = frozenset(start) if watching else self._rng_kinds
-        self.watching = watching
-        self._watch = WatchedRun(self.model, self.plan, self._params, lanes) if watching else None
         try:
+            self._watch = WatchedRun(self.model, self.plan, self._params, lanes, self._state) if watching else None
+            if seed is not None:
+                self._generators.seed(self._carried, seed)
+            first = self._generators.state(self._carried)
             for lane in lanes:
-                self._launch(lane, call, {k: v for k, v in start.items() if k in self._carried})
+                self._launch(lane, call, first)
             self._loop(lanes)
             for lane in lanes:
                 if lane.error is not None:
                     where = f"in module {lane.failed_in!r}" if lane.failed_in else f"at or after module {lane.last!r}"
                     lane.error.add_note(f"zo_offload: {lane}, {where}")
+            alone = seed is None and len(lanes) == 1  # then nobody else has used what it used
             if self._watch is not None:
-                self._judge(lanes, self._watch, start)
-            self._settle_rng(lanes, start)
+                self._judge(lanes, self._watch, start, alone)
+            self._settle_rng(lanes, start, first, alone)
             for lane in lanes:
                 if lane.error is not None:
                     raise lane.error
+            self._settle_state(lanes)
             return [lane.result for lane in lanes]
         finally:
-            self._clean_up(lanes)
-            torch.set_autocast_cache_enabled(cache)
+            try:
+                self._clean_up(lanes)
+            finally:
+                if seed is not None:
+                    self._generators.set({kind: state for kind, state in start.items() if kind in self._carried})
+                torch.set_autocast_cache_enabled(cache)
 
     def _launch(self, lane: LaneRun, call: ForwardCall, rng: dict[str, Any]) -> None:
         model, watch = self.model, self._watch
@@ -188,6 +228,8 @@ class Hub(Attachment):
         while True:
             while not waiting and len(one_by_one) > 1:
                 one_by_one.pop(0)
+                self._state.put_back()
+                self._installed = None
                 if not self._resume(one_by_one[0], waiting):
                     return
             if not waiting:
@@ -224,6 +266,8 @@ class Hub(Attachment):
         if self._installed is not lane:
             if self._installed is not None:
                 uninstall(self._installed.frames)
+                self._installed.cells = self._state.take()
+            self._state.give(lane.cells)
             for outer in lane.frames:
                 install(outer)
             self._installed = lane
@@ -231,7 +275,7 @@ class Hub(Attachment):
             lane.frames.append(frame)
             install(frame)
         if self._carried:
-            set_rng_state(lane.rng)
+            self._generators.set(lane.rng)
         if self._watch is not None:
             self._watch.mode.recorder = lane.recorder
         self._current = lane
@@ -240,7 +284,7 @@ class Hub(Attachment):
         if self._watch is not None:
             self._watch.mode.recorder = None
         if self._carried:
-            lane.rng = rng_state(self._carried)
+            lane.rng = self._generators.state(self._carried)
         if lane.glet.dead:  # type: ignore[union-attr]
             return lane.error is None
         self._locate(lane)
@@ -267,7 +311,8 @@ class Hub(Attachment):
         """Scratch of what the lanes of a group wait for, one frame a lane."""
         served, portion = self._served[group[0].want], self._portion_of(group[0])
         places: dict[Perturbation, int] = {}
-        index = [places.setdefault(lane.lane.perturbation, len(places)) for lane in group]
+        wanted = [STILL if portion.frozen else lane.lane.perturbation for lane in group]
+        index = [places.setdefault(perturbation, len(places)) for perturbation in wanted]
         rows = gather(served, group, self.host_of) if served.rows else None
         scratch = self.source.emit(served.owner, list(places), rows, portion.pieces)
         emission = Emission(scratch, len(group), self.source.release)
@@ -299,35 +344,49 @@ class Hub(Attachment):
             for frame in lane.frames:
                 frame.emission.leave()
             lane.frames = []
+        self._state.put_back()
 
-    def _judge(self, lanes: list[LaneRun], watch: WatchedRun, start: dict[str, Any]) -> None:
+    def _judge(self, lanes: list[LaneRun], watch: WatchedRun, start: dict[str, Any], alone: bool) -> None:
         """Keep what a watched run saw; raise if its results are wrong, with the generators as they were."""
         self.trace = watch.trace(lanes)
         self.notes = self.trace.notes
         self.activation_bytes = watch.mode.peak_bytes
+        met = [(g, state) for g, state in watch.mode.generators.values() if self._generators.meet(g, state)]
         try:
-            watch.judge(lanes, self.trace, lockstep=self.order != "lane")
-        except PlanError:
-            set_rng_state(start)
+            watch.judge(lanes, self.trace, lockstep=self.order != "lane", own_batches=self._own_batches)
+            if met and not alone:
+                raise self._again("the forward draws from a generator that was not known")
+        except PlanError as error:
+            self._own_batches |= isinstance(error, BatchIsWritten)
+            self._generators.set(start)
+            for generator, state in met:
+                generator.set_state(state)
             raise
 
-    def _settle_rng(self, lanes: list[LaneRun], start: dict[str, Any]) -> None:
+    def _settle_state(self, lanes: list[LaneRun]) -> None:
+        """The modules as before the run. PlanFault if lanes shared what they had not been known to change."""
+        new = self._state.put_back()
+        if new and not self.watching and len(lanes) > 1 and self.order != "lane":
+            raise self._again("the forward changed its modules, which it had not done when it was watched")
+
+    def _again(self, message: str) -> PlanFault:
+        return PlanFault(f"{message}: run it again", self.trace or Trace({}, (), False))
+
+    def _settle_rng(self, lanes: list[LaneRun], start: dict[str, Any], first: dict[str, Any], alone: bool) -> None:
         """Learn which generators the lanes drew from; leave them as one forward would."""
         if self.watching:
             for lane in lanes:
-                self._rng_kinds |= rng_kinds_that_differ(start, lane.rng)
+                self._rng_kinds |= drawn_from(first, lane.rng)
         else:
             loose = frozenset(start) - self._carried
-            drawn = rng_kinds_that_differ({k: start[k] for k in loose}, rng_state(loose)) if loose else loose
-            if drawn and not any(lane.error for lane in lanes):  # the lanes drew from one stream: wrong for all but one
-                self._rng_kinds |= drawn
-                set_rng_state(start)
-                raise PlanFault(
-                    "the forward drew random numbers, which it had not done when it was watched: run it again",
-                    self.trace or Trace({}, (), False),
-                )
+            drawn = drawn_from({k: start[k] for k in loose}, self._generators.state(loose))
+            self._rng_kinds |= drawn
+            if drawn and not alone:  # the lanes drew from one stream: wrong for all but one
+                self._generators.set(start)
+                if not any(lane.error for lane in lanes):
+                    raise self._again("the forward drew random numbers, which it had not done when it was watched")
         if self._carried:
-            set_rng_state(lanes[0].rng)
+            self._generators.set(lanes[0].rng)
 
 
 def _call_model(model: nn.Module, batch: Any) -> Any:

@@ -94,16 +94,25 @@ def scratch_bytes(plan: Plan, order: ServiceOrder, perturbations: int, rows: int
     rows: most rows of an embedding that one batch looks up.
     """
     sizes = {owner.name: _owner_bytes(plan, owner, rows) for owner in plan.owners}
+    all_lanes = {
+        owner.name: sizes[owner.name] * (perturbations if _trains(plan, owner) else 1) for owner in plan.owners
+    }
     worst = 0
     for owner in plan.owners:
-        copies = perturbations if order == "module" or _spans(plan, owner) else 1
-        around = sum(sizes[other] for other in sizes if other != owner.name and _contains(other, owner.name))
-        worst = max(worst, sizes[owner.name] * copies + around * perturbations)
+        together = order == "module" or _spans(plan, owner)
+        around = sum(
+            sizes[other] * perturbations for other in sizes if other != owner.name and _contains(other, owner.name)
+        )
+        worst = max(worst, (all_lanes if together else sizes)[owner.name] + around)
     return worst
 
 
 def _contains(outer: str, inner: str) -> bool:
     return outer == "" or inner.startswith(outer + ".")
+
+
+def _trains(plan: Plan, owner: Owner) -> bool:
+    return any(plan.params[name].trainable for name in owner.params)
 
 
 def _spans(plan: Plan, owner: Owner) -> bool:

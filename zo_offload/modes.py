@@ -1,4 +1,4 @@
-"""What a forward sets and expects to find again: torch's thread-local modes and the random number generators.
+"""Modes: what torch keeps per thread, which belongs to a lane, and whether modules train or evaluate.
 
 Lanes share one thread, so whatever torch keeps per thread would leak from one lane into another: a lane that entered
 `inference_mode`, `autocast` or a `TorchFunctionMode` keeps it for itself. Python's context variables need nothing
@@ -7,12 +7,13 @@ here: each greenlet has its own context.
 
 from __future__ import annotations
 
-import random
-import sys
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 ModeState = tuple[Any, ...]
 
@@ -121,45 +122,32 @@ def _move_stack(
         push(mode)
 
 
-# ---- random numbers --------------------------------------------------------------------------------------------------
+# ---- training or evaluating ------------------------------------------------------------------------------------------
 
 
-def rng_state(kinds: frozenset[str] | None = None) -> dict[str, Any]:
-    """States of the generators a model may draw from: torch's on CPU and each CUDA device in use, Python's, numpy's."""
-    states: dict[str, Any] = {}
-    if kinds is None or "torch" in kinds:
-        states["torch"] = torch.get_rng_state()
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        for device in range(torch.cuda.device_count()):
-            if kinds is None or f"cuda:{device}" in kinds:
-                states[f"cuda:{device}"] = torch.cuda.get_rng_state(device)
-    if kinds is None or "python" in kinds:
-        states["python"] = random.getstate()
-    if "numpy" in sys.modules and (kinds is None or "numpy" in kinds):
-        states["numpy"] = sys.modules["numpy"].random.get_state()
-    return states
+@contextmanager
+def module_modes(modules: Sequence[nn.Module], mode: str) -> Iterator[None]:
+    """While open, all modules evaluate ("eval") or train ("train"), or each does as it did ("as_is"); afterwards each
+    is as it was.
+
+    The flags are set one by one: what a model does besides in a `train` of its own (adapters that merge their weights)
+    is not done, since weights are away.
+    """
+    training = mode == "train"
+    others = [] if mode == "as_is" else [module for module in modules if module.training is not training]
+    for module in others:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module in others:
+            module.training = not training
 
 
-def set_rng_state(states: dict[str, Any]) -> None:
-    for kind, state in states.items():
-        if kind == "torch":
-            torch.set_rng_state(state)
-        elif kind == "python":
-            random.setstate(state)
-        elif kind == "numpy":
-            sys.modules["numpy"].random.set_state(state)
-        else:
-            torch.cuda.set_rng_state(state, kind)
-
-
-def rng_kinds_that_differ(a: dict[str, Any], b: dict[str, Any]) -> frozenset[str]:
-    """Generators that were drawn from between two states."""
-    return frozenset(kind for kind in a if kind in b and not _same_state(a[kind], b[kind]))
-
-
-def _same_state(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, tuple):
-        return len(a) == len(b) and all(_same_state(x, y) for x, y in zip(a, b, strict=True))
-    return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
+def modes_of(model: nn.Module, mode: str) -> str:
+    """What `mode` means for this model, as part of a run's identity."""
+    if mode != "as_is":
+        return mode
+    training = [name for name, module in model.named_modules() if module.training]
+    digest = hashlib.blake2b("\n".join(training).encode(), digest_size=8).hexdigest()
+    return f"as_is, {len(training)} modules in training mode" + (f" ({digest})" if training else "")

@@ -20,10 +20,12 @@ from .data import Batches
 from .devices import CpuDevice
 from .errors import BudgetError, DataError, PlanError
 from .fused import STILL, Perturbation
+from .generators import lane_seed
 from .lanes import Hub, Lane, LanesShareState, PlanFault
 from .late import divide
 from .losses import Batch, Objective, language_models, own_loss, scalar, weighing, without_cache
 from .micro_batches import Weighing, agree, nothing_counts, split_micro_batches
+from .modes import module_modes
 from .on_device import PlacedBatches, input_dtype, inputs_in, matmul_precision, tensor_bytes
 from .plan import Plan, relift
 from .streamer import Streamer
@@ -39,9 +41,10 @@ class Passes:
     """Passes of one model over one streamer.
 
     order: in which lanes are served; fixed: and no other, even if the model needs lanes one after another. compute:
-    "tf32" for float32 products on the matrix units. whole: see `split_micro_batches`. on_plan: told each corrected
-    plan. on_measured: told the bytes of activations that a watched pass held, batches included; may raise, and the pass
-    then has no results.
+    "tf32" for float32 products on the matrix units. mode: of the modules while they run (`modes.module_modes`). seed:
+    of the run, for the random numbers of forwards (`generators.py`). whole: see `split_micro_batches`. on_plan: told
+    each corrected plan. on_measured: told the bytes of activations that a watched pass held, batches included; may
+    raise, and the pass then has no results.
     """
 
     def __init__(
@@ -55,12 +58,15 @@ class Passes:
         order: ServiceOrder,
         fixed: bool,
         compute: str | None,
+        mode: str,
+        seed: int,
         whole: Collection[str] | None = None,
         on_plan: Callable[[Plan], None],
         on_measured: Callable[[int], None],
     ) -> None:
         self.model, self.plan, self.streamer, self.device, self.objective = model, plan, streamer, device, objective
         self._fixed, self._compute, self._on_plan, self._on_measured = fixed, compute, on_plan, on_measured
+        self._mode, self._seed, self._modules = mode, seed, list(model.modules())
         self._parts, self._whole = language_models(model), whole
         self._own_weighing = weighing(model, objective)
         self._input_dtype = input_dtype(model)
@@ -79,15 +85,16 @@ class Passes:
         perturbations: Sequence[Perturbation],
         micro_batches: int,
         *,
+        step: int,
         late: bool,
         objective: Objective | None = None,
         empty: bool = False,
     ) -> list[float] | list[Tensor]:
         """The loss of each perturbation over the whole batch: micro-batches weighted by what counts in them.
 
-        late: float64 scalars on the device, which nobody waited for. objective: in place of the engine's. empty: a
-        batch in which nothing counts is asked for its loss all the same; otherwise that raises DataError. A part in
-        which nothing counts is left out.
+        step: whose random numbers all lanes get. late: float64 scalars on the device, which nobody waited for.
+        objective: in place of the engine's. empty: a batch in which nothing counts is asked for its loss all the same;
+        otherwise that raises DataError. A part in which nothing counts is left out.
         """
         objective = self.objective if objective is None else objective
         weigh = self._weighing(objective)
@@ -97,7 +104,8 @@ class Passes:
         weights = [weight for weight in weights if weight]
         lanes = [Lane(perturbation, part) for perturbation in perturbations for part in parts]
         with without_cache(self.model, objective, self._parts):
-            losses = self.forward(lanes, partial(self._late_loss if late else self._loss, objective))
+            call = partial(self._late_loss if late else self._loss, objective)
+            losses = self.forward(lanes, call, exact=False, seed=lane_seed(self._seed, "step", step))
         if len(parts) == 1:
             return losses
         of_each = (losses[i : i + len(parts)] for i in range(0, len(losses), len(parts)))
@@ -112,7 +120,7 @@ class Passes:
         weigh, counts = self._weighing(objective), []
         sums: dict[str, float] = {}
         weights: dict[str, float] = {}
-        for batch in batches.epoch():
+        for i, batch in enumerate(batches.epoch()):
             between()
             counts.append(weigh.counts(batch))
             if not (of_batch := weigh(batch)):
@@ -120,7 +128,8 @@ class Passes:
                 continue
             call = partial(self._values_of, batches, partial(self._loss, objective), of_batch)
             with without_cache(self.model, objective, self._parts):
-                values = self.forward([Lane(STILL, batch)], call)[0]
+                seed = lane_seed(self._seed, "evaluation", i)
+                values = self.forward([Lane(STILL, batch)], call, exact=True, seed=seed)[0]
             for name, (value, weight) in values.items():
                 is_sum = weigh.summed and name == "loss"
                 sums[name] = sums.get(name, 0.0) + value * (1.0 if is_sum else weight)
@@ -156,16 +165,26 @@ class Passes:
 
     # ---- one pass ----------------------------------------------------------------------------------------------------
 
-    def forward(self, lanes: Sequence[Lane], call: Callable[[nn.Module, Batch], Any]) -> list[Any]:
+    def forward(
+        self,
+        lanes: Sequence[Lane],
+        call: Callable[[nn.Module, Batch], Any],
+        *,
+        exact: bool,
+        seed: int | None = None,
+    ) -> list[Any]:
         """What `call(model, batch)` gives in each lane. A failure leaves the weights unharmed, and all of this usable.
 
+        exact: an evaluation, of lanes that are not perturbed: of split formats it sees the masters. The lanes of a step
+        never do, perturbed or not, since their losses are compared with one another. seed: of the lanes' random
+        numbers; None: those of the caller's generators, which go on as after one forward.
         Raises PlanError if the plan cannot be corrected, LanesShareState if it is fixed that lanes take turns.
         """
         placed = PlacedBatches(self.device)
         lanes = [Lane(lane.perturbation, placed.place(lane.batch)) for lane in lanes]
         for _ in range(_MAX_CORRECTIONS):
             hub, streamer = self._hub, self.streamer
-            streamer.begin_pass(exact=all(lane.perturbation.scale == 0.0 for lane in lanes))
+            streamer.begin_pass(exact)
             hub.host_of = placed.host_of
             seen = hub.trace
             try:
@@ -174,8 +193,9 @@ class Passes:
                     matmul_precision(self._compute),
                     inputs_in(self.model, self._input_dtype),
                     own_loss(self.model, self.objective, self._parts),
+                    module_modes(self._modules, self._mode),
                 ):
-                    results = hub.run(lanes, call)
+                    results = hub.run(lanes, call, seed=seed)
                 streamer.end_pass()
             except PlanFault as fault:  # a weight was used where the plan did not have it: lift its owner, run again
                 streamer.abort_pass()

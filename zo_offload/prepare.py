@@ -27,6 +27,7 @@ from .losses import Objective, for_a_loss
 from .memory import MemoryPlan, available_bytes, plan_memory
 from .methods import MeZO
 from .micro_batches import split_micro_batches
+from .module_state import undisturbed
 from .on_device import tensor_bytes
 from .plan import Plan, make_plan
 from .storage import choose_fold_every, decide_formats
@@ -129,10 +130,11 @@ class Prepared:
         call: ForwardCall = objective
         if isinstance(self.shadow, str):
             return Activations(inputs=tensor_bytes([part]), unknown=self.shadow)
-        return measure_activations(
-            self.shadow, self.plan, part, call, device=self.device.kind,
-            losses=lambda model: for_a_loss(model, objective),
-        )  # fmt: skip
+        with undisturbed(self.shadow, self.config.mode, self.config.seed):
+            return measure_activations(
+                self.shadow, self.plan, part, call, device=self.device.kind,
+                losses=lambda model: for_a_loss(model, objective),
+            )  # fmt: skip
 
     def _fit_into(
         self, budget: int | None, micro_batches: int, rows: int, activations: Activations, process: int
@@ -164,7 +166,8 @@ def prepare(
     ConfigError for settings that do not go together, BudgetError if a memory tier cannot hold the model.
     """
     traced = {} if call is None else {"call": call}
-    full = make_plan(model, example, trainable=config.trainable, block_numel=config.block_numel, **traced)
+    with undisturbed(model, config.mode, config.seed):
+        full = make_plan(model, example, trainable=config.trainable, block_numel=config.block_numel, **traced)
     note = ""
     if config.storage == "auto":
         storage, note = choose_storage(full, dtype_of, config)

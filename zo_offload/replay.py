@@ -26,6 +26,7 @@ from .identity import check_identity, check_sample, identity
 from .ingest import Base, Filler
 from .journal import Contents, read_journal
 from .layout import Layout
+from .modes import modes_of
 from .plan import Plan
 from .session import Session
 from .slots import Window
@@ -82,13 +83,14 @@ def replayed(base: str | Path | nn.Module, journal: str | Path, *, to: int | Non
     def session(engine: Engine) -> Session:
         wanted = identity(
             engine.plan, engine.layout, engine.config, engine.method, engine.fold_every, str(header.get("base")),
-            header.get("data"),
+            header.get("data"), modes_of(engine.model, engine.config.mode),
         )  # fmt: skip
         check_identity(wanted, header)
         check_sample(engine.base, header)
         return Session(ReplayTier(engine, log, lambda: check_identity({"base": engine.base.digest()}, header)), log)
 
-    settings = {**header["settings"], "offload": "auto", "device_memory": None, "num_slots": None, "prefetch": None}
+    settings = runs.with_mode(header["settings"], header.get("model"))
+    settings |= {"offload": "auto", "device_memory": None, "num_slots": None, "prefetch": None}
     passed: dict[str, Any] = {k: options.pop(k) for k in ("objective", "tokenizer", "example") if k in options}
     if not isinstance(base, nn.Module) and header.get("model_class") is not None:
         passed["model_class"] = header["model_class"]

@@ -85,7 +85,13 @@ def load_config(run_dir: Path) -> dict[str, Any]:
     ):
         raise JournalError(f"{path} is not a run's configuration ({str(record)[:100]})")
     check_settings(record["settings"], str(path))
+    record["settings"] = with_mode(record["settings"], record["model"])
     return record
+
+
+def with_mode(settings: dict[str, Any], model: str | None) -> dict[str, Any]:
+    """Settings with the `mode` that a run had before there was that setting: a module in memory was run as it was."""
+    return {"mode": "as_is" if model is None else "eval", **settings}
 
 
 def check_settings(settings: dict[str, Any], where: str) -> None:

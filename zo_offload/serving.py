@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import greenlet
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .blocks import Piece
 from .fused import Perturbation
@@ -101,6 +103,8 @@ class Portion:
     shapes: tuple[tuple[int, ...], ...]
     resting: tuple[Tensor, ...]
     """What the parameters hold while the owner does not run."""
+    frozen: bool
+    """Nothing of it trains: its weights are the same in every lane."""
 
 
 class Served:
@@ -144,8 +148,23 @@ class LaneRun:
     """One lane of the run under way."""
 
     __slots__ = (
-        "cursor", "error", "failed_in", "frames", "glet", "ids", "index", "lane", "last", "modes", "portion",
-        "position", "recorder", "result", "rng", "want",
+        "cells",
+        "cursor",
+        "error",
+        "failed_in",
+        "frames",
+        "glet",
+        "ids",
+        "index",
+        "lane",
+        "last",
+        "modes",
+        "portion",
+        "position",
+        "recorder",
+        "result",
+        "rng",
+        "want",
     )  # fmt: skip
 
     def __init__(self, index: int, lane: Lane) -> None:
@@ -159,6 +178,7 @@ class LaneRun:
         self.position = 0  # call of the plan it waits for
         self.modes = LaneModes()
         self.rng: dict[str, Any] = {}
+        self.cells: dict[Any, Any] = {}  # of the modules' state, as it left them when it gave way to another
         self.recorder = Recorder()
         self.result: Any = None
         self.error: BaseException | None = None
@@ -223,6 +243,19 @@ def _unique(served: Served, ids: list[Tensor]) -> tuple[Tensor, Tensor]:
         odd = int(rows[-1]) if int(rows[-1]) >= num_rows else int(rows[0])
         raise IndexError(f"id {odd} is out of range for {served.owner.name!r}, an embedding of {num_rows} rows")
     return rows, places
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """All tensors of a batch, whatever kind of mapping it is."""
+    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def code_of(call: Any) -> Any:
+    """What of a call may steer the way through the model: its code, and that of the functions that it is bound to."""
+    if isinstance(call, partial):
+        return tuple(code_of(part) for part in (call.func, *call.args) if callable(part))
+    return getattr(call, "__code__", type(call))
 
 
 def kind_of(batch: Any) -> Any:

@@ -75,6 +75,7 @@ class Maker:
     model_name: str | None = None
     model_class: str | None = None
     data: dict[str, Any] | None = None
+    modes: str = "eval"
     progress: Callable[[int], None] = lambda nbytes: None
 
     def start(self) -> Session:
@@ -118,7 +119,9 @@ class Maker:
         return shapes_of(self.layout.block_bytes, self.layout.spans, self.layout.stream_bytes)
 
     def _identity(self, base_digest: str) -> dict[str, Any]:
-        return identity(self.plan, self.layout, self.config, self.method, self.fold_every, base_digest, self.data)
+        return identity(
+            self.plan, self.layout, self.config, self.method, self.fold_every, base_digest, self.data, self.modes
+        )  # fmt: skip
 
     def _begin(self, run_dir: Path, lock: RunLock) -> Session:
         runs.save_config(run_dir, self.model_name, self.model_class, self.config, self.method)

@@ -144,8 +144,11 @@ def trace_on_meta(model: nn.Module, batch: Any, call: ForwardCall) -> Trace:
             watch.track(p, name, always=True)
         watch.recorder = recorder
         hook_module_calls(shadow, lambda: recorder)
-        with torch.no_grad(), watch:
-            call(shadow, _batch_copy(batch))
+        try:
+            with torch.no_grad(), watch:
+                call(shadow, _batch_copy(batch))
+        finally:
+            watch.put_generators_back()
     except Exception as error:  # whatever a model's code may raise without real values
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
         log.debug("trace on meta stopped", exc_info=True)

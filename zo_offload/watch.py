@@ -17,8 +17,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,6 +41,9 @@ _SHAPE_ONLY = frozenset(
     "empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros new_ones new_full "
     "new_empty_strided sym_size sym_stride sym_numel sym_storage_offset _has_compatible_shallow_copy_type".split()
 )
+
+_BATCH_NORMS = frozenset(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"))
+"""(input, weight, bias, running mean, running variance, training, ...)"""
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,8 @@ class UseWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.recorder: Recorder | None = None
         self.origins: dict[int, Origin] = {}
+        self.generators: dict[int, tuple[torch.Generator, Tensor]] = {}
+        """Generators that ops were given, each with its state before the first of them, by what identifies it."""
         self._names = {id(p): name for name, p in params.items()}
 
     def track(self, tensor: Tensor, name: str, *, always: bool = False) -> Origin | None:
@@ -182,6 +188,11 @@ class UseWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         origin = Origin(name, watched_storage(tensor, partial(self._untrack, key)), always)
         self.origins[key] = origin
         return origin
+
+    def put_generators_back(self) -> None:
+        """Generators that ops were given as they were before."""
+        for generator, state in self.generators.values():
+            generator.set_state(state)
 
     def _untrack(self, key: int, _: Any) -> None:
         self.origins.pop(key, None)
@@ -195,7 +206,10 @@ class UseWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self.execute(func, args, kwargs)
         inputs = [(t, storage_key(t)) for t in (*tensors_in(args), *tensors_in(tuple(kwargs.values())))]
         hits = [(t, self.origins[key]) for t, key in inputs if key in self.origins]
-        written = _written(func, args, kwargs) if func._schema.is_mutable else []
+        written = _written(func, args, kwargs)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Generator) and value._cdata not in self.generators:  # type: ignore[attr-defined]
+                self.generators[value._cdata] = value, value.get_state()  # type: ignore[attr-defined]
         self.before(recorder, func, inputs, written)
         out = self.execute(func, args, kwargs)
         outputs = list(tensors_in(out))
@@ -232,13 +246,27 @@ class UseWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Tensors among the arguments that the op's schema says it changes."""
+    """Tensors among the arguments that the op changes."""
+    if func.overloadpacket.__name__ in _BATCH_NORMS:  # their schema does not say so
+        training = args[5] if len(args) > 5 else kwargs.get("training")
+        statistics = (args[3:5] + (None, None))[:2] if len(args) > 3 else ()
+        return [t for t in statistics if isinstance(t, Tensor)] if training else []
+    if not func._schema.is_mutable:
+        return []
     found: list[Tensor] = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[i] if i < len(args) and not argument.kwarg_only else kwargs.get(argument.name)
             found += tensors_in(value)
     return found
+
+
+class KeptMemory(Protocol):
+    """Memory that is put back after a run (`module_state.ModuleState`)."""
+
+    def holds(self, key: int) -> bool: ...
+
+    def before_write(self, key: int) -> None: ...
 
 
 @dataclass(eq=False)
@@ -255,8 +283,11 @@ class _Made:
 class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
     """Watches a real run of lanes: finds uses of weights that are away, and lanes that share state."""
 
-    def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, params: Mapping[str, nn.Parameter], state: KeptMemory | None = None) -> None:
         super().__init__(params)
+        self._state = state
+        self._writers: dict[int, set[Recorder]] = {}  # of memory that was there before the run
+        self.writes_batch = False
         self.faults: list[str] = []
         self.crossings: list[str] = []
         self.notes: dict[str, None] = {}
@@ -291,11 +322,24 @@ class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
                     f"value in a buffer."
                 )
             if key is not None and key not in self._made:
-                self.notes[f"{recorder.where()} changes a tensor made before the forward; all lanes share it"] = None
-        for _, key in inputs:
+                self._before_shared_write(recorder, key)
+        updates = func.overloadpacket.__name__ in _BATCH_NORMS or torch.Tag.inplace in func.tags
+        for t, key in inputs:
             made = self._made.get(key) if key is not None else None
             if made is not None and made.by is not recorder and made.tainted:
                 self.crossings.append(recorder.where())
+            writers = self._writers.get(key) if key is not None else None
+            if writers and writers != {recorder} and not (updates and any(t is w for w in written)):
+                self.crossings.append(recorder.where())  # an update alone (`count.add_(1)`) tells the lane nothing
+
+    def _before_shared_write(self, recorder: Recorder, key: int) -> None:
+        """An op is about to write into memory that was there before the run."""
+        self._writers.setdefault(key, set()).add(recorder)
+        self.writes_batch |= key in self._batch
+        if self._state is not None and self._state.holds(key):
+            self._state.before_write(key)
+        else:
+            self.notes[f"{recorder.where()} changes a tensor made before the forward; all lanes share it"] = None
 
     def after(self, recorder: Recorder, inputs: Inputs, outputs: list[Tensor]) -> None:
         """Whose tensors these are. Only what comes from weights or inputs matters: a lane may well be the one that

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .errors import PlanError
+from .module_state import ModuleState
 from .plan import Plan
-from .serving import Emission, Frame, LaneRun, Portion
+from .serving import Emission, Frame, LaneRun, Portion, tensors_of
 from .watch import Origin, RunWatch, Trace, hook_module_calls, trace_of
 
 
@@ -27,20 +27,31 @@ class PlanFault(PlanError):
         self.trace = trace
 
 
+class BatchIsWritten(PlanFault):
+    """The forward changes its batch: each lane must be given one of its own."""
+
+
 class LanesShareState(PlanError):
-    """A module keeps a tensor between calls, so lanes in lockstep would see each other's. order="lane" is right."""
+    """Modules write into a tensor and read it, so lanes in lockstep would see each other's. order="lane" is right."""
 
 
 class WatchedRun:
     """One watched run of lanes."""
 
-    def __init__(self, model: nn.Module, plan: Plan, params: Mapping[str, nn.Parameter], lanes: Sequence[LaneRun]):
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        params: Mapping[str, nn.Parameter],
+        lanes: Sequence[LaneRun],
+        state: ModuleState,
+    ) -> None:
         self.model, self.plan, self.params = model, plan, params
-        self.mode = RunWatch(params)
+        self.mode = RunWatch(params, state)
         for name, p in params.items():
             self.mode.track(p, name)  # the placeholder
         for lane in lanes:
-            self.mode.taint(t for t in tree_leaves(lane.lane.batch) if isinstance(t, Tensor))
+            self.mode.taint(tensors_of(lane.lane.batch))
         self._handles = hook_module_calls(model, lambda: self.mode.recorder)
 
     def close(self) -> None:
@@ -110,7 +121,7 @@ class WatchedRun:
         whole = all(lane.error is None for lane in lanes)
         return trace_of([lane.recorder for lane in lanes], complete=whole, notes=tuple(self.mode.notes))
 
-    def judge(self, lanes: Sequence[LaneRun], trace: Trace, *, lockstep: bool) -> None:
+    def judge(self, lanes: Sequence[LaneRun], trace: Trace, *, lockstep: bool, own_batches: bool) -> None:
         """Raise what makes this run's results wrong, the most telling first."""
         errors = [lane.error for lane in lanes if lane.error is not None]
         for error in errors:
@@ -127,9 +138,11 @@ class WatchedRun:
         if faults:
             message = f"{len(faults)} uses of weights that the plan does not have there, such as: {faults[0]}"
             raise PlanFault(message, trace) from (errors[0] if errors else None)
+        if self.mode.writes_batch and len(lanes) > 1 and not own_batches:
+            raise BatchIsWritten("the forward changes its batch in place, which lanes share: run it again", trace)
         if self.mode.crossings and lockstep:
             where = ", ".join(list(dict.fromkeys(self.mode.crossings))[:3])
             raise LanesShareState(
-                f"lanes see each other's tensors in {where}: a module keeps a tensor between calls. Use order='lane' "
-                f"(one lane after another), or pass the tensor through the forward."
+                f"lanes see each other's tensors in {where}: one that they share is changed. Use order='lane' (one "
+                f"lane after another), or pass the tensor through the forward."
             )

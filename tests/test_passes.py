@@ -1,0 +1,72 @@
+"""Passes: which weights a lane sees, and how often they are made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import ZOO
+
+from zo_offload import FZOO, Engine, MeZO
+from zo_offload.fused import STILL
+
+
+def batch() -> dict[str, Any]:
+    ids = torch.arange(3, 21).reshape(2, 9)
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("storage", ["int8+8", "bf16+16"])
+def test_a_lane_of_a_step_that_is_not_perturbed_sees_the_same_weights_alone_as_beside_others(storage: str) -> None:
+    """It is no evaluation, which sees the masters: its loss is compared with those of perturbed lanes."""
+    method = FZOO(lr=1e-2, directions=3, batch_size=2)
+    with Engine(ZOO["llama"].build(), method=method, storage=storage, offload="host") as engine:
+        engine.step(batch())
+        passes = engine._start().passes
+        perturbations = method.perturbations(0, 1)
+        assert perturbations[0] == STILL
+        beside = passes.losses(batch(), perturbations, 1, step=1, late=False)[0]
+        assert passes.losses(batch(), [STILL], 1, step=1, late=False) == [beside]
+        exact = engine.evaluate([batch()])["loss"]
+        assert exact == float(engine.run(batch()).loss) and exact != beside
+
+
+def counted(engine: Engine) -> Counter[tuple[str, int]]:
+    """(owner, lanes it was made for) -> how often, from now on."""
+    emits: Counter[tuple[str, int]] = Counter()
+    streamer = engine._start().streamer
+    emit = streamer.emit
+
+    def count(owner: Any, perturbations: Any, *args: Any) -> Any:
+        emits[owner.name, len(perturbations)] += 1
+        return emit(owner, perturbations, *args)
+
+    streamer.emit = count  # type: ignore[method-assign]
+    return emits
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("storage", ["fp32", "int8"])
+def test_what_does_not_train_is_made_once_for_all_lanes(storage: str, micro_batches: int) -> None:
+    method = FZOO(lr=1e-3, directions=8, batch_size=2)
+    with Engine(ZOO["llama"].build(), method=method, trainable="model.layers.1", storage=storage) as engine:
+        engine.step(batch(), micro_batches=micro_batches)  # watched
+        emits = counted(engine)
+        engine.step(batch(), micro_batches=micro_batches)
+    assert emits, "nothing was counted"
+    for (owner, lanes), times in emits.items():
+        assert (lanes, times) == ((9 if owner.startswith("model.layers.1.") else 1), 1), owner
+
+
+def test_what_does_not_train_is_the_same_in_every_order_and_with_rows_and_cut_weights(tmp_path: Any) -> None:
+    settings = dict(method=MeZO(lr=1e-2, batch_size=2), trainable="model.layers.1.self_attn", block_numel=700)
+    losses = []
+    for more in (
+        dict(order="module"), dict(order="block"), dict(order="lane"),
+        dict(offload="disk", run_dir=tmp_path / "run", num_slots=2),
+    ):  # fmt: skip
+        with Engine(ZOO["llama"].build(), **settings, **more) as engine:  # type: ignore[arg-type]
+            losses.append([engine.step(batch(), micro_batches=2).loss for _ in range(3)])
+    assert all(row == losses[0] for row in losses) and len(set(losses[0])) == 3
