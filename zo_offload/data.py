@@ -1,16 +1,20 @@
 """Training data as batches that are functions of the step.
 
-`make_batches` takes what users have: a DataLoader or other iterable of dicts of tensors, a dataset or list of dicts
-(text or tokenised), or a path to .jsonl or .csv, whose rows are read when they are needed (`row_file.py`). For data
-with random access the batch of step t is a pure function of (seed, t): epoch e is a permutation keyed by (seed, e), so
-a resumed run sees what an uninterrupted one would. Other iterables are read in order and started over at their end;
-resuming reads up to the step again. `fingerprint` of the batch is what the journal keeps to tell when that went wrong.
+`make_batches` takes what users have: rows (a dataset, a DataFrame, a list of dicts, a file, see `data_files.py`), a
+stream of rows, or batches that are ready; `sources.py` tells them apart. For data with random access the batch of step
+t is a pure function of (seed, t): epoch e is a permutation keyed by (seed, e), so a resumed run sees what an
+uninterrupted one would, and every row is looked at before the first step. Streams are read in order and started over at
+their end; resuming reads up to the step again; their rows are checked as they come. `fingerprint` of the batch is what
+the journal keeps to tell when that went wrong.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import heapq
+import itertools
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,14 +22,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from .encode import Batch, Encoder, Row
+from .data_files import open_file
+from .encode import ENCODING, Batch, Encoder, Row
 from .errors import DataError
 from .measures import OptionsLoss, measure
 from .micro_batches import RowBatch, batch_rows
-from .model_kind import ModelKind
+from .model_kind import UNKNOWN, ModelKind
 from .row_file import LONGEST_KEPT, RowFile, open_rows
+from .sources import Chunks, as_tensor_batch, named_values, open_source, rows_of_texts
 
 __all__ = [
     "Batch", "Batches", "Encoder", "RowBatches", "StreamBatches", "batch_tokens", "fingerprint", "make_batches",
@@ -40,7 +45,7 @@ class Batches:
 
     def __init__(self, encoder: Encoder):
         self.encoder = encoder
-        self.objective = OptionsLoss(encoder) if encoder.loss == "options" else None
+        self.objective: Callable[[Any, Any], Any] | None = OptionsLoss(encoder) if encoder.loss == "options" else None
         """In place of the engine's."""
 
     def batch(self, step: int) -> Batch:
@@ -50,6 +55,10 @@ class Batches:
     def epoch(self) -> Iterator[Batch]:
         """Everything once, in the data's order, the last batch short if it must be; for evaluation."""
         raise NotImplementedError
+
+    def first(self) -> Batch:
+        """A batch such as `epoch` gives, to see its sizes; nothing is used up by it."""
+        return next(iter(self.epoch()))
 
     def identity(self) -> dict[str, Any] | None:
         """What these batches are made of, for a run to tell other data by; None if that cannot be known beforehand."""
@@ -66,7 +75,14 @@ class RowBatches(Batches):
     """Rows with random access. batch(step) is a function of (rows, batch_size, seed, shuffle, step) alone."""
 
     def __init__(
-        self, rows: Sequence[Row] | Any, encoder: Encoder, *, batch_size: int, seed: int, shuffle: bool, name: str
+        self,
+        rows: Sequence[Row] | Any,
+        encoder: Encoder,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        name: str,
     ):
         super().__init__(encoder)
         if batch_size < 1:
@@ -74,10 +90,13 @@ class RowBatches(Batches):
         if len(rows) == 0:
             raise DataError(f"{name} is empty.")
         if shuffle and len(rows) < batch_size:
-            raise DataError(f"{name} has {len(rows)} rows, fewer than batch_size={batch_size}. Lower batch_size.")
+            warnings.warn(f"{name} has {len(rows)} rows, fewer than batch_size={batch_size}: each step takes them all",
+                          stacklevel=2)  # fmt: skip
+            batch_size = len(rows)
         self.rows, self.batch_size, self.seed, self.shuffle, self.name = rows, batch_size, seed, shuffle, name
         self._order = (-1, torch.empty(0, dtype=torch.int64))  # an epoch and its permutation
-        self._try_rows()
+        for i in self._check_rows():
+            encoder(rows[i], f"{name} row {i}", "")
 
     def __len__(self) -> int:
         """Whole batches in an epoch."""
@@ -89,8 +108,8 @@ class RowBatches(Batches):
         epoch, place = divmod(step, len(self))
         begin = place * self.batch_size
         if not self.shuffle:
-            return self._collated(range(begin, begin + self.batch_size))
-        return self._collated(self._shuffled(epoch)[begin : begin + self.batch_size].tolist())
+            return self._collated(range(begin, begin + self.batch_size), step)
+        return self._collated(self._shuffled(epoch)[begin : begin + self.batch_size].tolist(), step)
 
     def epoch(self) -> Iterator[Batch]:
         for begin in range(0, len(self.rows), self.batch_size):
@@ -113,26 +132,28 @@ class RowBatches(Batches):
             self._order = (epoch, torch.randperm(len(self.rows), generator=generator))
         return self._order[1]
 
-    def _collated(self, indices: Iterable[int]) -> Batch:
+    def _collated(self, indices: Iterable[int], step: int | None = None) -> Batch:
+        """The rows as a batch; step: what random masks are drawn for, None for evaluation, where they stay the same."""
         indices = list(indices)
-        rows = [self.encoder(self.rows[i], f"{self.name} row {i}") for i in indices]
+        rows = [self.encoder(self.rows[i], f"{self.name} row {i}", f"{self.seed} {step} {i}") for i in indices]
         return RowBatch(self.encoder.collate(rows, f"{self.name} rows {indices[0]}, ..."))
 
-    def _try_rows(self) -> None:
-        """Raises now what the first and the longest rows would raise at some step."""
-        self.encoder(self.rows[0], f"{self.name} row 0")
-        longest: list[int] = []
-        if isinstance(self.rows, RowFile):
-            longest = self.rows.longest
-        elif isinstance(self.rows, (list, tuple)) and all(isinstance(row, Mapping) for row in self.rows):
-            by_size = sorted(range(len(self.rows)), key=lambda i: -self.encoder.size_of(self.rows[i]))
-            longest = by_size[:LONGEST_KEPT]
-        for i in longest:
-            self.encoder(self.rows[i], f"{self.name} row {i}")
+    def _check_rows(self) -> list[int]:
+        """Raise now what a row would raise at some step; the places of the longest rows, where they are cheap to read.
+
+        Of a dataset that computes its rows (a torch Dataset), the first is looked at; the others when they are drawn.
+        """
+        name, rows = self.name, self.rows
+        if isinstance(rows, RowFile):  # looked at when it was opened
+            return rows.longest
+        if not isinstance(rows, Sequence) and not hasattr(rows, "column_names"):
+            return [0]
+        sizes = ((self.encoder.check(row, f"{name} row {i}"), -i) for i, row in enumerate(rows))
+        return [-place for _, place in heapq.nlargest(LONGEST_KEPT, sizes)]
 
 
 class StreamBatches(Batches):
-    """A DataLoader or another iterable of ready batches.
+    """A DataLoader or another iterable of ready batches, or of rows in order: `Chunks`.
 
     Steps must be asked for in rising order, or from the start again. While an epoch of a DataLoader begins, torch's
     default generator is seeded from (seed, epoch), so its shuffling is the same in a resumed run; a generator given to
@@ -142,32 +163,43 @@ class StreamBatches(Batches):
     def __init__(self, batches: Iterable[Any], encoder: Encoder, *, seed: int, name: str):
         super().__init__(encoder)
         self.batches, self.seed, self.name = batches, seed, name
+        self._once = batches.once if isinstance(batches, Chunks) else iter(batches) is batches
         self._epoch, self._next_step = -1, 0
         self._iterator: Iterator[Any] | None = None
 
     def batch(self, step: int) -> Batch:
         if self._iterator is None or step < self._next_step:
-            if self._iterator is not None and iter(self.batches) is self.batches:
+            if self._iterator is not None and self._once:
                 raise DataError(f"{self.name} cannot be read again from step {step}; pass a list or a DataLoader.")
             self._epoch, self._next_step = -1, 0
             self._iterator, first = self._begin()
         else:
             first = None
         while True:
-            batch = first if first is not None else next(self._iterator, None)
+            batch, begins = (first, True) if first is not None else (next(self._iterator, None), False)
             first = None
-            if batch is None:
+            if batch is None or (self._is_short(batch) and not begins):
                 self._iterator, first = self._begin()
                 continue
             self._next_step += 1
             if self._next_step > step:
-                return self._checked(batch, f"{self.name} batch of step {step}")
+                return self._checked(batch, f"{self.name} batch of step {step}", f"{self.seed} {step}")
+
+    def first(self) -> Batch:
+        if not self._once:
+            return super().first()
+        iterator = iter(self.batches)
+        batch = next(iterator, None)
+        self.batches = itertools.chain([] if batch is None else [batch], iterator)
+        if batch is None:
+            raise DataError(f"{self.name} gave no batches: it was used up. Pass a list or a DataLoader.")
+        return self._checked(batch, f"{self.name} batch 0", f"{self.seed} None 0")
 
     def epoch(self) -> Iterator[Batch]:
         empty = True
         for index, batch in enumerate(self.batches):
             empty = False
-            yield self._checked(batch, f"{self.name} batch {index}")
+            yield self._checked(batch, f"{self.name} batch {index}", f"{self.seed} None {index}")
         if empty:
             raise DataError(
                 f"{self.name} gave no batches. If it is an iterator it was used up; pass a list or a DataLoader."
@@ -186,54 +218,56 @@ class StreamBatches(Batches):
             )
         return iterator, first
 
-    def _checked(self, batch: Any, where: str) -> Batch:
-        if not isinstance(batch, Mapping):
-            raise DataError(
-                f"{where} is a {type(batch).__name__}; expected a dict of tensors named as the model's arguments."
-            )
-        if not any(isinstance(value, Tensor) for value in batch.values()):
-            kinds = ", ".join(f"{key}: {type(value).__name__}" for key, value in batch.items())
-            raise DataError(f"{where} holds no tensors ({kinds}). Collate rows into tensors, or pass the dataset.")
-        return dict(batch)
+    def _is_short(self, batch: Any) -> bool:
+        """A stream's last rows, fewer than a batch: left out of training unless there are no others."""
+        return isinstance(self.batches, Chunks) and len(batch) < self.batches.size
+
+    def _checked(self, batch: Any, where: str, draw: str) -> Batch:
+        """A ready batch as it is; rows, or a loader's columns of texts, encoded."""
+        rows = batch if isinstance(self.batches, Chunks) else rows_of_texts(batch)
+        if rows is None:
+            return as_tensor_batch(batch, where, own_objective=self.encoder.own_objective)
+        encoded = [self.encoder(row, f"{where} row {i}", f"{draw} {i}") for i, row in enumerate(rows)]
+        return RowBatch(self.encoder.collate(encoded, where))
 
 
 def make_batches(
     data: Any,
     *,
     batch_size: int,
-    kind: ModelKind,
+    kind: ModelKind = UNKNOWN,
+    own_objective: bool = False,
+    version: int = ENCODING,
     seed: int = 0,
     shuffle: bool = True,
+    batched: bool | None = None,
     **encoding: Any,
 ) -> Batches:
-    """Batches from a path (.jsonl, .csv), a dataset or list of dicts, a DataLoader or other iterable of dicts.
+    """Batches from a path, a dataset, DataFrame or list of dicts, a stream of them, or an iterable of ready batches.
 
-    kind: of the model that is to have them. encoding: fields of `Encoder` (tokenizer, template, verbalizers,
-    max_length, ...), for rows. Batches from a DataLoader or iterable keep their own size. `Batches` given as such are
-    returned. Raises DataError.
+    kind: of the model that is to have them; where it is not said, only labels that are given or asked for by `task` are
+    taken. batched: whether the elements are ready batches, where `sources.py` would not see it. encoding: fields of
+    `Encoder` (tokenizer, template, verbalizers, max_length, ...), for rows. Ready batches keep their own size.
+    `Batches` given as such are returned. Raises DataError.
     """
     if isinstance(data, Batches):
         return data
-    encoder = Encoder(kind, **encoding)
+    encoder = Encoder(kind, own_objective, version, **encoding)
     if isinstance(data, (str, Path)):
-        name = Path(data).name
-        return RowBatches(
-            open_rows(data, encoder.size_of), encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=name
-        )
-    name = type(data).__name__
-    if isinstance(data, Mapping) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
-        raise DataError(f"data is a {name}; expected a path, a dataset or list of dicts, or an iterable of batches.")
-    has_rows = not isinstance(data, DataLoader) and hasattr(data, "__len__") and hasattr(data, "__getitem__")
-    if has_rows and (len(data) == 0 or not _is_batch(data[0])):
-        return RowBatches(data, encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=name)
-    return StreamBatches(data, encoder, seed=seed, name=name)
+        name, numbers = Path(data).name, itertools.count()
+        rows = open_file(data, lambda row: encoder.check(row, f"{name} row {next(numbers)}"))
+        return RowBatches(rows, encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=name)
+    source = open_source(data, kind, own_objective=own_objective, batched=batched, version=version)
+    if source.form == "rows":
+        return RowBatches(source.data, encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=source.name)
+    ready = source.data if source.form == "batches" else Chunks(source.data, batch_size)
+    return StreamBatches(ready, encoder, seed=seed, name=source.name)
 
 
-def fingerprint(batch: Mapping[str, Any]) -> int:
+def fingerprint(batch: Any) -> int:
     """crc32 over a batch's names, dtypes, shapes and contents."""
     crc = 0
-    for key in sorted(batch):
-        value = batch[key]
+    for key, value in sorted(named_values(batch), key=lambda pair: pair[0]):
         if isinstance(value, Tensor):
             crc = zlib.crc32(f"{key} {value.dtype} {list(value.shape)}".encode(), crc)
             crc = zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
@@ -242,26 +276,20 @@ def fingerprint(batch: Mapping[str, Any]) -> int:
     return crc
 
 
-def batch_tokens(batch: Mapping[str, Any]) -> int:
+def batch_tokens(batch: Any) -> int:
     """Tokens a batch makes the model read: attended ones, else input ids; rows where there are none."""
-    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    named = dict(named_values(batch))
+    mask, ids = named.get("attention_mask"), named.get("input_ids")
     if isinstance(mask, Tensor):
         return int((mask != 0).sum())
-    return ids.numel() if isinstance(ids, Tensor) else batch_rows(batch)
+    return ids.numel() if isinstance(ids, Tensor) else batch_rows(named)
 
 
-def most_ids(batch: Mapping[str, Any]) -> int:
+def most_ids(batch: Any) -> int:
     """Most rows of an embedding that a batch can ask for: padding is looked up too."""
-    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
-    return max((t.numel() for t in tensors if not t.is_floating_point()), default=0) or batch_rows(batch)
-
-
-def _is_batch(value: Any) -> bool:
-    """A dict of tensors with a row dimension, as opposed to one row."""
-    if not isinstance(value, Mapping):
-        return False
-    ids = value.get("input_ids", value.get("labels"))
-    return isinstance(ids, Tensor) and ids.dim() >= (2 if "input_ids" in value else 1)
+    named = dict(named_values(batch))
+    tensors = [value for value in named.values() if isinstance(value, Tensor)]
+    return max((t.numel() for t in tensors if not t.is_floating_point()), default=0) or batch_rows(named)
 
 
 def _mix(seed: int, epoch: int) -> int:

@@ -31,19 +31,21 @@ from transformers import AutoTokenizer
 from . import runs
 from .checkpoint import Checkpoint, save_pretrained
 from .config import DTYPES, EngineConfig, parse_bytes
-from .data import Batches, fingerprint, make_batches
+from .data import Batches, StreamBatches, fingerprint, make_batches
 from .device_updates import UpdateTable
 from .devices import make_device
 from .devices.link import Link
+from .encode import ENCODING
 from .errors import ConfigError, JournalError
 from .fused import STILL
 from .generation import check_generates, generate_texts
 from .ingest import Base, ModuleBase
-from .journal import Journal, StepRecord
+from .journal import Journal, StepRecord, read_journal
 from .lanes import Lane, hollow
 from .late import LateLog, Launched
 from .layout import Layout
 from .losses import Batch, Objective, model_loss, weighing
+from .measures import OptionsLoss
 from .memory import MemoryPlan, process_bytes
 from .methods import MeZO, lr_schedule
 from .micro_batches import split_micro_batches
@@ -55,6 +57,7 @@ from .plan import Plan
 from .prepare import prepare
 from .session import Maker, Session
 from .slots import Traffic
+from .sources import as_given
 from .stepper import Stepper
 from .streamer import Streamer
 from .training import FitResult, Training, check_same_data
@@ -305,7 +308,7 @@ class Engine:
         """Mean loss, and accuracy where the data defines it, at the current weights. See `data.make_batches`."""
         rows = self.method.batch_size if batch_size is None else batch_size
         batches = self._batches(data, rows, data_options, shuffle=False)
-        self._start(next(iter(batches.epoch())), objective=self._objective_of(batches))
+        self._start(batches.first(), objective=self._objective_of(batches))
         return self.measure(batches)
 
     def measure(self, batches: Batches, between: Callable[[], None] = lambda: None) -> dict[str, float]:
@@ -508,15 +511,28 @@ class Engine:
     def _batches(self, data: Any, batch_size: int, options: dict[str, Any], shuffle: bool = True) -> Batches:
         """Data as batches. Text without a tokenizer given uses the checkpoint's own."""
         options = {"tokenizer": self._tokenizer(), **options}
-        return make_batches(
-            data, batch_size=batch_size, kind=self.kind, seed=self.config.seed, shuffle=shuffle, **options
-        )
+        own_objective = self.objective is not model_loss
+        batches = make_batches(
+            data, batch_size=batch_size, kind=self.kind, own_objective=own_objective, version=self._encoding(),
+            seed=self.config.seed, shuffle=shuffle, **options,
+        )  # fmt: skip
+        if own_objective and isinstance(batches, StreamBatches):  # it may give tuples
+            batches.objective = as_given(self.objective)
+        return batches
+
+    def _encoding(self) -> int:
+        """Number of the encoding of rows that a run was begun with; the present one where none was begun."""
+        path = self._path(runs.JOURNAL)
+        if path is None or not path.exists():
+            return ENCODING
+        header = self.journal.header if self.journal is not None else read_journal(path.read_bytes(), str(path)).header
+        return int(header.get("encoding", 1))
 
     def _objective_of(self, batches: Batches) -> Objective:
         """The objective that the data asks for, else the engine's; both would be one too many."""
         if batches.objective is None:
             return self.objective
-        if self.objective is not model_loss:
+        if self.objective is not model_loss and isinstance(batches.objective, OptionsLoss):
             raise ConfigError("loss='options' and objective= are two losses: leave one of them out")
         return batches.objective
 

@@ -12,6 +12,7 @@ import transformers
 
 from . import __version__, runs
 from .config import EngineConfig
+from .encode import ENCODING
 from .errors import JournalError
 from .layout import Layout
 from .methods import MeZO
@@ -83,6 +84,7 @@ def header_of(
         "settings": settings,
         "model": model,
         "model_class": model_class,
+        "encoding": ENCODING,
         "versions": {
             "zo_offload": __version__, "torch": torch.__version__, "transformers": transformers.__version__
         },

@@ -7,7 +7,9 @@ is of the kind "other": nothing is assumed of it, and no labels are made for it.
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +30,10 @@ Kind = Literal[
     "choice",  # one of several inputs
     "bare",  # hidden states, no loss
     "other",
+    "unknown",  # there is no model to ask
 ]
+
+IGNORED = -100  # label of a position without a loss, as everywhere in transformers
 
 # the first that names a class decides
 _LISTS: list[tuple[Kind, tuple[str, ...]]] = [
@@ -63,7 +68,7 @@ class ModelKind:
     model: str
     """Its class, for messages."""
     shift: int = 0
-    """1 where the logits at a position predict the label after it."""
+    """1 where the logits at a position predict the label after it, 0 where they predict the label there."""
     classes: int | None = None
     problem: str | None = None
     """transformers' name of what a classification head is for; None: its labels decide."""
@@ -76,12 +81,26 @@ class ModelKind:
     vocabulary: int | None = None
     pad_token: int | None = None
     """The config's: what a model that pools the last token, or counts positions, takes for padding."""
-    takes: frozenset[str] | None = None
-    """Names of `forward`'s arguments; None where it takes any."""
+    takes: frozenset[str] = frozenset()
+    """Names of `forward`'s arguments."""
+    takes_any: bool = False
+    """`forward` takes others too."""
+    flags: frozenset[str] = frozenset()
+    """Arguments that are truth values."""
     virtual: int = 0
     """Tokens that a peft model puts before each row."""
     sees_ahead: bool = False
     """A causal head on an encoder: each token is seen by those before it, and so is an answer."""
+
+    def placed(self, labels: list[int]) -> list[int]:
+        """Labels that stand at their own tokens, where the model's loss looks for them.
+
+        Most causal models shift labels themselves; BART's, Marian's and a few others' decoders leave it to the caller.
+        """
+        return [*labels[1:], IGNORED] if self.name == "causal" and self.shift == 0 else labels
+
+
+UNKNOWN = ModelKind("unknown", "the model, which was not given,", takes_any=True)
 
 
 def kind_of(model: nn.Module) -> ModelKind:
@@ -96,15 +115,17 @@ def kind_of(model: nn.Module) -> ModelKind:
         positions, label_positions = min(limits, default=None), None
     heads = name in ("classification", "tokens")
     labels = getattr(config, "label2id", None) if heads else None
+    arguments = inspect.signature(inner.forward).parameters.values()
     return ModelKind(
-        name=name, model=type(inner).__name__, shift=int(name == "causal" and type(inner).__name__ not in _UNSHIFTED),
+        name=name, model=type(inner).__name__, shift=int(name == "causal" and _shifts(type(inner))),
         classes=getattr(config, "num_labels", None) if heads else None,
         problem=_problem(config) if name == "classification" else None,
         class_ids=tuple((str(label), int(i)) for label, i in (labels or {}).items()),
         positions=None if positions is None else positions - virtual,
         label_positions=None if label_positions is None else label_positions - virtual,
-        vocabulary=_vocabulary(inner), pad_token=_pad_token(config), takes=_takes(inner), virtual=virtual,
-        sees_ahead=sees_ahead,
+        vocabulary=_vocabulary(inner), pad_token=_pad_token(config), virtual=virtual, sees_ahead=sees_ahead,
+        takes=frozenset(a.name for a in arguments), takes_any=any(a.kind is a.VAR_KEYWORD for a in arguments),
+        flags=frozenset(a.name for a in arguments if "bool" in str(a.annotation)),
     )  # fmt: skip
 
 
@@ -175,8 +196,22 @@ def _pad_token(config: Any) -> int | None:
     return found if isinstance(found, int) and found >= 0 else None
 
 
-def _takes(model: nn.Module) -> frozenset[str] | None:
-    arguments = inspect.signature(model.forward).parameters.values()
-    if any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
-        return None
-    return frozenset(argument.name for argument in arguments)
+def _shifts(cls: type[nn.Module]) -> bool:
+    """Whether a causal model's loss compares each position with the label after it, read off its forward's code.
+
+    Those that compute a cross-entropy themselves and take the labels as they come do not.
+    """
+    if cls.__name__ in _UNSHIFTED:
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))
+    except (OSError, TypeError, SyntaxError):  # no source: as nearly all do
+        return True
+    nodes = list(ast.walk(tree))
+    names = [
+        n.attr if isinstance(n, ast.Attribute) else n.id for n in nodes if isinstance(n, (ast.Attribute, ast.Name))
+    ]
+    by_itself = any("crossentropy" in name.lower().replace("_", "") for name in names)
+    sliced = (n.value for n in nodes if isinstance(n, ast.Subscript))
+    shifted = any("label" in value.id for value in sliced if isinstance(value, ast.Name))
+    return not by_itself or shifted or any("shift" in name.lower() for name in names)

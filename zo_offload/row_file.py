@@ -13,6 +13,7 @@ import heapq
 import io
 import json
 import os
+import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -112,7 +113,9 @@ class JsonlFile(RowFile):
 
 
 class CsvFile(RowFile):
-    """A header, then a record a row; a record may be of several lines where quotes say so."""
+    """A header, then a record a row; a record may be of several lines where quotes say so. Fields are of any length."""
+
+    delimiter = ","
 
     def _scan(self) -> Iterator[tuple[int, FileRow]]:
         with open(os.dup(self._fd), newline="", encoding="utf-8-sig") as file:
@@ -124,11 +127,15 @@ class CsvFile(RowFile):
                     at += len(line.encode())
                     yield line
 
-            reader = csv.DictReader(lines(), strict=True)
+            reader = csv.DictReader(lines(), strict=True, delimiter=self.delimiter)
             try:
                 self._header = list(reader.fieldnames or ())
                 begin = at
-                for row in reader:  # takes a line at a time until a record is whole
+                while True:
+                    with _fields_of_any_length():
+                        row = next(reader, None)  # takes a line at a time until a record is whole
+                    if row is None:
+                        break
                     if None in row or None in row.values():
                         raise DataError(
                             f"{self.path} line {reader.line_num}: {len(row)} fields do not match the header "
@@ -140,7 +147,25 @@ class CsvFile(RowFile):
                 raise DataError(f"{self.path} after line {reader.line_num}: {error}.") from error
 
     def _parse(self, data: bytes) -> FileRow:
-        return next(csv.DictReader(io.StringIO(data.decode(), newline=""), self._header, strict=True))
+        text = io.StringIO(data.decode(), newline="")
+        with _fields_of_any_length():
+            return next(csv.DictReader(text, self._header, strict=True, delimiter=self.delimiter))
+
+
+class TsvFile(CsvFile):
+    """The same with tabs."""
+
+    delimiter = "\t"
+
+
+@contextlib.contextmanager
+def _fields_of_any_length() -> Iterator[None]:
+    """csv's limit on a field, which is the whole process's, away for the time of a record."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def open_rows(path: str | Path, size_of: Callable[[FileRow], int] = lambda row: 0) -> RowFile:
@@ -148,10 +173,11 @@ def open_rows(path: str | Path, size_of: Callable[[FileRow], int] = lambda row: 
     path = Path(path).expanduser()
     if not path.is_file():
         raise DataError(f"{path} does not exist or is not a file.")
-    kinds: dict[str, type[RowFile]] = {".jsonl": JsonlFile, ".ndjson": JsonlFile, ".csv": CsvFile}
-    if path.suffix not in kinds:
+    kinds: dict[str, type[RowFile]] = {".jsonl": JsonlFile, ".ndjson": JsonlFile, ".csv": CsvFile, ".tsv": TsvFile}
+    kind = kinds.get(path.suffix.lower())
+    if kind is None:
         raise DataError(f"{path}: {path.suffix or 'no suffix'} is not read; give .jsonl or .csv, or a list of dicts.")
-    rows = kinds[path.suffix](path, size_of)
+    rows = kind(path, size_of)
     if not rows:
         raise DataError(f"{path} holds no rows.")
     return rows
