@@ -7,7 +7,7 @@
 #define ZO_API_H
 #include "formats.h"
 
-#define ZO_ABI_VERSION 4
+#define ZO_ABI_VERSION 5
 
 enum { ZO_OK = 0, ZO_ERROR_FORMAT = 1, ZO_ERROR_NOISE = 2, ZO_ERROR_ISA = 3, ZO_ERROR_MEMORY = 4 };
 enum { ZO_SCALAR = 0, ZO_AVX2 = 1, ZO_AVX512 = 2, ZO_NUM_ISAS = 3 };
@@ -30,12 +30,14 @@ enum {
   ZO_WRITE_BACK = 1,
   ZO_STOCHASTIC = 2,
   ZO_TARGET_SCALES = 4,  // updates and lanes move the float32 scales of the groups; values are only read
-  ZO_MASTER = 8          // lanes see the master of a split format; for decoding it, without updates
+  ZO_MASTER = 8,         // lanes see the master of a split format; for decoding it, without updates
+  ZO_CENTRED = 16        // int4: `minima` are the groups' centres, and a code counts from 7.5: a changed scale moves a
+                         // group about its centre
 };
 struct zo_pass {
   void* stored;              // values plane, from the parameter's element `offset` on; as below
   void* scales;              // formats with groups: a byte or a float32 a group
-  void* minima;              // int4: a bfloat16 a group
+  void* minima;              // int4: a bfloat16 a group, its minimum or (ZO_CENTRED) its centre
   void* residual;            // split formats, when an update folds or with ZO_MASTER
   const zo_i64* rows;        // null, or num_rows row indices: row r is elements [r * numel, (r + 1) * numel); those that
                              // are not among the planes' elements are passed over, their outputs left as they are

@@ -21,6 +21,7 @@ struct Planes {
 // The scales of a tile's groups, between the updates of one pass.
 struct Grid {
   int group;
+  float middle;  // int4: what its codes count from
   float scale[MAX_GROUPS], minimum[MAX_GROUPS];
   zo_u8 exponent[MAX_GROUPS];  // instead of `scale`, for fp8
 };
@@ -189,9 +190,9 @@ void decode_group(int format, const Planes& p, const Grid& grid, int k, float* w
     case ZO_INT8:
     case ZO_INT8_8: return decode_bytes<V, Int8<V>>(p.values + at, grid.scale[k], w + at, n);
     case ZO_INT4: {
-      const typename V::F scale = V::f(grid.scale[k]), minimum = V::f(grid.minimum[k]);
+      const typename V::F scale = V::f(grid.scale[k]), minimum = V::f(grid.minimum[k]), less = V::f(-grid.middle);
       for (int i = at; i < at + n; i += V::WIDTH)
-        V::store(w + i, V::fma(V::to_float(V::load4(p.values, i)), scale, minimum));
+        V::store(w + i, V::fma(V::add(V::to_float(V::load4(p.values, i)), less), scale, minimum));
       return;
     }
     default: {
@@ -343,22 +344,24 @@ void encode_four_bits(int format, const Planes& p, Grid& grid, float* w, int n, 
   for (int k = 0; k < n / grid.group; ++k) {
     const int at = k * grid.group, stop = end < at + grid.group ? end : at + grid.group;
     const zo_u32 largest = largest_bits<V>(w + at, grid.group);
+    float least = 0.0f;  // int4: the value of code 0
     if (format == ZO_INT4) {
       float low = 0.0f, high = 0.0f;
       if (at < stop && largest < 0x7f800000u) {
         low = high = w[at];
         for (int i = at; i < stop; ++i) low = ZoScalar::least(low, w[i]), high = ZoScalar::most(high, w[i]);
       }
-      const zo_int4_grid found = zo_int4_make_grid(largest, low, high);
+      zo_int4_grid found = zo_int4_make_grid(largest, low, high);
       grid.scale[k] = found.scale;
-      grid.minimum[k] = found.minimum;
+      grid.minimum[k] = grid.middle != 0.0f ? zo_int4_centre(found) : found.minimum;
+      least = grid.middle != 0.0f ? ZoScalar::fma(-7.5f, found.scale, grid.minimum[k]) : found.minimum;
     } else {
       grid.scale[k] = zo_nf4_scale(largest);
     }
     const float inverse = zo_inverse(grid.scale[k]);
     for (int i = at; i < at + grid.group; i += V::WIDTH) {
       const typename V::F x = V::load(w + i);
-      V::store_bits(codes + i, format == ZO_INT4 ? zo_int4_round<V>(x, grid.minimum[k], inverse)
+      V::store_bits(codes + i, format == ZO_INT4 ? zo_int4_round<V>(x, least, inverse)
                                                  : zo_nf4_round<V>(x, inverse));
     }
     for (int i = stop; i < at + grid.group; ++i) codes[i] = 0;  // after the parameter's end

@@ -300,6 +300,7 @@ void segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
              stochastic = pass.flags & ZO_STOCHASTIC && !exact;
   const bool master = zo_residual_bytes(format) && (work->last_fold >= 0 || pass.flags & ZO_MASTER);
   grid.group = (int)pass.group;
+  grid.middle = zo_int4_middle(pass.flags & ZO_CENTRED);
   while (n) {
     const Cut cut = cut_tile(pass, g, n);
     const int span = cut.span;
@@ -349,6 +350,7 @@ void scales_segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
   const zo_u64 base = pass.offset, group = pass.group;
   const int format = (int)pass.format;
   grid.group = (int)group;
+  grid.middle = zo_int4_middle(pass.flags & ZO_CENTRED);
   while (n) {
     const zo_u64 k0 = g / group / GROUPS * GROUPS, from = g / group;  // group indices in the parameter
     zo_u64 stop = (k0 + GROUPS) * group;
@@ -398,6 +400,7 @@ void encode_segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64* not_finite)
   const zo_pass& pass = *work->pass;
   const int format = (int)pass.format, from = (int)work->values_format, size = zo_format_bytes(from);
   grid.group = (int)pass.group;
+  grid.middle = zo_int4_middle(pass.flags & ZO_CENTRED);
   while (n) {
     const Cut cut = cut_tile(pass, g, n);
     const zo_u8* values = (const zo_u8*)work->values + (g - pass.offset) * size;

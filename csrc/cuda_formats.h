@@ -219,7 +219,7 @@ ZO_DEV float value_of(float number, const Group& group) {
   return S::mul(number, factor_of<FORMAT>(group));
 }
 
-// Numbers of codes of 8 or 4 bits, before their group's scale.
+// Numbers of codes of 8 or 4 bits, before their group's scale; of int4, counted from 7.5 where groups have a centre.
 template <bool WHOLE, int FORMAT>
 ZO_DEV void load_numbers(const zo_pass& pass, const Eight& e, float (&n)[8]) {
   if constexpr (is_four(FORMAT)) {
@@ -234,6 +234,11 @@ ZO_DEV void load_numbers(const zo_pass& pass, const Eight& e, float (&n)[8]) {
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j) n[j] = number_of<FORMAT>(word >> (4 * j) & 15u);
+    if constexpr (FORMAT == ZO_INT4) {
+      const float middle = zo_int4_middle(pass.flags & ZO_CENTRED);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) n[j] = S::add(n[j], -middle);
+    }
   } else {
     zo_u32 word[2];
     read_bytes<WHOLE, 1>((const zo_u8*)pass.stored + e.at, e.lo, e.hi, word);

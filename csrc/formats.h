@@ -374,6 +374,16 @@ ZO_HD zo_int4_grid zo_int4_make_grid(zo_u32 largest_bits, float lowest, float hi
   return grid;
 }
 
+// What a code counts from. Centred, a value is fma(code - 7.5, scale, centre).
+ZO_HD float zo_int4_middle(bool centred) { return centred ? 7.5f : 0.0f; }
+
+// centre: of a group, as it is kept. Codes are made as if `minimum` were 7.5 scales below it.
+ZO_HD float zo_int4_centre(const zo_int4_grid& grid) {
+  if (grid.scale != grid.scale) return 0.0f;
+  const float middle = ZoScalar::add(ZoScalar::fma(7.5f, grid.scale, grid.minimum), 0.0f);
+  return zo_bf16_value<ZoScalar>(zo_bf16_round<ZoScalar>(middle));
+}
+
 template <class B>
 ZO_HD typename B::U zo_int4_round(typename B::F x, float minimum, float inverse) {
   return zo_integer<B>(B::clamp(zo_scaled<B>(B::add(x, B::f(-minimum)), inverse), 0.0f, 15.0f));

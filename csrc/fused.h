@@ -9,7 +9,8 @@
 //   for each lane:    out = round(fma(scale, z, w))  round(w) if scale == 0
 //
 // With scales as the target, w is a group's scale and z's index the group's; after each update it is at least 1e-7,
-// folding rounds nothing, and an output is the element's code times its group's moved scale (plus the minimum).
+// folding rounds nothing, and an output is the element's code times its group's moved scale (plus the minimum; with
+// ZO_CENTRED, the code less 7.5 times the moved scale, plus the centre).
 //
 // Skipping where a factor is 1 or 0 is part of the definition: it keeps the sign of a zero weight.
 #ifndef ZO_FUSED_H

@@ -216,7 +216,7 @@ WRONG = {
     "little memory to plan": (["plan", "{}/base", "--device-memory", "10KB"], "device_memory=10.0 kB is too small"),
     "size": (["export", "{}/run", "--out", "{}/never", "--max-shard", "big"], "max_shard_bytes='big'"),
     "directions of mezo": ([*BASE, *DATA, "--directions", "4"], "--directions 4 are those of --method fzoo"),
-    "preset": ([*BASE, *DATA, "--preset", "opus"], "preset 'opus' is not known; there are opt"),
+    "preset": ([*BASE, *DATA, "--preset", "opus"], "preset 'opus' is not known to mezo: there are opt"),
     "out in use": ([*BASE, *DATA, *DISK, "--out", "{}/tuned"], "{}/tuned is not empty"),
     "out under a file": (["export", "{}/run", "--out", "{}/dev.jsonl/x"], "{}/dev.jsonl is a file"),
     "resume with lr": (["fit", "{}/run", "--resume", *DATA, "--lr", "1", "--seed", "2"], "leave out --lr, --seed"),
@@ -259,6 +259,29 @@ def test_doctor(capsys):
     assert f"native       {native.describe()}\n" in text and "one step     ok" in text
 
 
+def test_presets_belong_to_their_method_and_to_what_they_train(files, tmp_path, capsys):
+    args = ("fit", files / "base", "--data", files / "train.jsonl", "--batch-size", 4, "--quiet", "--steps", 2)
+    more = ("--run-dir", tmp_path / "run", "--preset", "opt", "--method", "fzoo", "--directions", 2)
+    assert call(*args, *more) == 0
+    method = json.loads((tmp_path / "run/config.json").read_text())["method"]
+    assert (method["name"], method["lr"], method["eps"], method["directions"]) == ("fzoo", 5e-5, 1e-4, 2)
+    capsys.readouterr()
+    assert call(*args, "--preset", "opt-lora", "--run-dir", tmp_path / "lora") == 2
+    assert "rates for LoRA adapters, but" in capsys.readouterr().err and not (tmp_path / "lora").exists()
+
+
+def test_group_shifts_are_a_method_of_their_own(files, tmp_path):
+    args = ("--data", files / "train.jsonl", "--batch-size", 4, "--quiet")
+    runs = {}
+    for name in ("qzo", "qzo-shift"):
+        rates = ("--method", name, "--storage", "int4", "--lr", 1e-5, "--eps", 1e-3, "--clip", 50)
+        assert call("fit", files / "base", *args, *rates, "--run-dir", tmp_path / name, "--steps", 2) == 0
+        assert call("fit", tmp_path / name, "--resume", *args, "--steps", 3) == 0
+        assert json.loads((tmp_path / name / "config.json").read_text())["method"]["name"] == name
+        runs[name] = losses(tmp_path / name)
+    assert len(runs["qzo"]) == 3 and runs["qzo"] != runs["qzo-shift"]
+
+
 def test_scales_of_a_quantized_checkpoint_are_trained(files, tmp_path, capsys):
     run = tmp_path / "run"
     args = ("fit", files / "base", "--data", files / "train.jsonl", "--batch-size", 4, "--quiet", "--steps", 3)
@@ -271,6 +294,7 @@ def test_scales_of_a_quantized_checkpoint_are_trained(files, tmp_path, capsys):
     assert len(losses(run)) == 5
     capsys.readouterr()
     assert call(*args, "--clip", 50) == 2 and "--method qzo" in capsys.readouterr().err
-    assert call(*args, "--preset", "opt", "--method", "qzo") == 2 and "leave out --method" in capsys.readouterr().err
+    assert call(*args, "--preset", "opt", "--method", "qzo") == 2
+    assert "not known to qzo: there are llama" in capsys.readouterr().err
     assert call("fit", run, "--resume", "--data", files / "train.jsonl", "--method", "qzo") == 2
     assert "leave out --method" in capsys.readouterr().err

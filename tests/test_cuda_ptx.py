@@ -16,7 +16,7 @@ from ptx_to_c import Simulated, UnknownInstruction, translate
 
 from zo_offload import native, native_cuda
 from zo_offload.device_updates import UpdateTable
-from zo_offload.formats import FORMATS, format_of, get_format
+from zo_offload.formats import CENTRED, FORMATS, format_of, get_format
 from zo_offload.formats.codec import encode_values, planes
 from zo_offload.fused import Perturbation, Update, fused_pass, fused_rows
 from zo_offload.noise import NoiseSpec, noise
@@ -35,7 +35,8 @@ FEW = [
 ]
 FEW += [("int8+8", "gaussian"), ("bf16+8", "rademacher")]
 PAIRS = [(n, k) for n in FORMATS for k in KINDS] if ALL else FEW
-SCALES = [(n, k) for n, fmt in FORMATS.items() if fmt.trains_scales for k in KINDS] if ALL else [("int4", "gaussian")]
+WITH_SCALES = [name for name, fmt in (FORMATS | CENTRED).items() if fmt.trains_scales]
+SCALES = [(n, k) for n in WITH_SCALES for k in KINDS] if ALL else [("int4", "gaussian"), ("int4c", "gaussian")]
 
 
 def kernel_of(name: str, kind: str, what: str = "pass") -> str:

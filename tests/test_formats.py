@@ -9,7 +9,7 @@ import torch
 from native_variants import each_isa, each_variant, using
 
 from zo_offload.errors import CheckpointError, ConfigError
-from zo_offload.formats import FORMATS, Format, decode_values, encode_values, format_of, get_format
+from zo_offload.formats import CENTRED, FORMATS, Format, decode_values, encode_values, format_of, get_format
 from zo_offload.fused import Perturbation, Update, fused_pass
 from zo_offload.noise import NoiseSpec
 
@@ -227,9 +227,10 @@ def test_bf16_splits_keep_their_master(fmt):
 # rms error of normal weights, relative; of the master where the format is split
 RMS_ERROR = {
     "fp32": 0, "bf16": 0.0017, "fp16": 0.00021, "fp8_e4m3": 0.0266, "fp8_e5m2": 0.0529, "int8": 0.0066, "int4": 0.101,
-    "int4_g64": 0.0904, "nf4": 0.093, "bf16+16": 0, "bf16+8": 6.6e-6, "int8+8": 2.6e-5, "fp8+8": 1.05e-4,
+    "int4_g64": 0.0904, "int4c": 0.101, "int4c_g64": 0.0904, "nf4": 0.093,
+    "bf16+16": 0, "bf16+8": 6.6e-6, "int8+8": 2.6e-5, "fp8+8": 1.05e-4,
 }  # fmt: skip
-each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+each_format = pytest.mark.parametrize("fmt", [*FORMATS.values(), *CENTRED.values()], ids=lambda f: f.name)
 
 
 @each_format
@@ -248,6 +249,23 @@ def test_values_are_encoded_within_the_stated_error(fmt, numel):
         assert fmt.nbytes(numel) < numel * fmt.value_bits / 8 * (1.2 if fmt.group else 1) + 1
     else:
         assert ((master - values).abs() <= values.abs().max() * 0.16).all()
+
+
+@pytest.mark.parametrize("fmt", [f for f in (*FORMATS.values(), *CENTRED.values()) if f.code_rms], ids=lambda f: f.name)
+def test_code_rms_is_how_much_normal_weights_change_with_their_scales(fmt):
+    """And where the codes are centred, or signed, the change has next to no mean: a group is scaled, not shifted."""
+    n = 1 << 20
+    stored = fmt.encode(torch.randn(n, generator=torch.Generator().manual_seed(5)) * 0.02)
+    start, size = fmt.scales_span(n)
+    moved = stored.clone()
+    moved[start : start + size] = (stored[start : start + size].view(torch.float32) + 2.0**-10).view(torch.uint8)
+    change = (fmt.decode(moved, n) - fmt.decode(stored, n)).double() * 2.0**10
+    shift = change.view(-1, fmt.group).mean(1).pow(2).mean().sqrt()
+    if fmt.minimum_bytes and not fmt.centred:
+        assert shift > 2 * fmt.code_rms
+        return
+    assert change.pow(2).mean().sqrt() == pytest.approx(fmt.code_rms, rel=0.01)
+    assert shift < 0.35 * fmt.code_rms
 
 
 @pytest.mark.parametrize("fmt", [f for f in FORMATS.values() if f.trains], ids=lambda f: f.name)
@@ -316,6 +334,8 @@ def test_formats_are_found_by_name_and_dtype():
         assert format_of(fmt.torch_dtype) is fmt
         assert fmt.nbytes(7) == 7 * fmt.torch_dtype.itemsize
     assert len({(fmt.code, fmt.group) for fmt in FORMATS.values()}) == len(FORMATS)
+    assert get_format("int4c_g64") is CENTRED["int4c_g64"] and FORMATS["nf4"].about_centre is FORMATS["nf4"]
+    assert FORMATS["int4_g64"].about_centre.name == "int4c_g64"
     with pytest.raises(ConfigError, match="int4 with groups of 96"):
         type(FORMATS["int4"])(96)
     with pytest.raises(ConfigError, match="'fp9'.*bf16"):

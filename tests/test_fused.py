@@ -18,16 +18,17 @@ from native_variants import ISAS, each_isa, each_variant, using
 
 from zo_offload import native
 from zo_offload.errors import ConfigError
-from zo_offload.formats import FORMATS
+from zo_offload.formats import CENTRED, FORMATS
 from zo_offload.formats.grouped import cut
 from zo_offload.fused import Perturbation, Update, fused_pass, fused_rows
 from zo_offload.noise import NoiseSpec, noise
 
 BF16, FP16, FP32 = FORMATS["bf16"], FORMATS["fp16"], FORMATS["fp32"]
-SMALL = [fmt for fmt in FORMATS.values() if fmt not in (BF16, FP16, FP32)]
+ALL = [*FORMATS.values(), *CENTRED.values()]
+SMALL = [fmt for fmt in ALL if fmt not in (BF16, FP16, FP32)]
 TRAINED = [fmt for fmt in FORMATS.values() if fmt.trains]
-WITH_SCALES = [fmt for fmt in FORMATS.values() if fmt.trains_scales]
-TARGETS = [(fmt, "values") for fmt in FORMATS.values()] + [(fmt, "scales") for fmt in WITH_SCALES]
+WITH_SCALES = [fmt for fmt in ALL if fmt.trains_scales]
+TARGETS = [(fmt, "values") for fmt in ALL] + [(fmt, "scales") for fmt in WITH_SCALES]
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SPEC = NoiseSpec()
 

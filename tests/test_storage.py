@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+import zlib
+from dataclasses import replace
 
 import pytest
 import torch
 from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama, tiny_opt, train
 from torch import nn
 
-from zo_offload import QZO, BudgetError, ConfigError, Engine, MeZO, PlanError, ZOError
+from zo_offload import QZO, BudgetError, ConfigError, Engine, MeZO, PlanError, QZOShift, ZOError
 from zo_offload.auto import compare, rates
 from zo_offload.formats import FORMATS, decode_values, encode_values, get_format
 from zo_offload.fused import Perturbation, fused_pass
+from zo_offload.journal import pack_header, pack_step, read_journal
+from zo_offload.methods import method_from
+from zo_offload.replay import replayed
 from zo_offload.updates import with_folds
 
 TRAINED = [name for name, fmt in FORMATS.items() if fmt.trains]
 FROZEN = [name for name, fmt in FORMATS.items() if not fmt.trains]
 QZO_METHOD = QZO(lr=1e-6, batch_size=4)
+
+
+def f32(x):
+    return torch.tensor(x, dtype=torch.float32).item()
 
 
 class LoRA(nn.Module):
@@ -58,7 +69,8 @@ def test_every_format_that_trains_trains(storage):
 def test_the_base_is_encoded_as_the_codec_says(storage):
     model, fmt = tiny_llama(), get_format(storage)
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with Engine(model, storage=storage, method=QZO_METHOD if storage == "int4" else METHOD) as engine:
+    shift = QZOShift(batch_size=4)  # int4 as it is: QZO keeps centres
+    with Engine(model, storage=storage, method=shift if storage == "int4" else METHOD) as engine:
         for name, value in engine.weights():
             if value.dim() > 1:
                 parts = encode_values(base[name], fmt)
@@ -80,12 +92,14 @@ def test_what_keep_names_stays_as_it_was():
 # ---- scales ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", [QZO_METHOD, QZOShift(lr=1e-6, batch_size=4)], ids=lambda method: method.name)
 @pytest.mark.parametrize("storage", ["int4", "nf4", "int8"])
-def test_scales_train_and_codes_do_not(storage, tmp_path):
-    """QZO: the journal's updates, applied to the base's scales one by one, give the weights; codes are the base's."""
+def test_scales_train_and_codes_do_not(storage, method, tmp_path):
+    """The journal's updates, applied to the base's scales one by one, give the weights; codes are the base's."""
     fmt, steps = get_format(storage), []
+    fmt, gain = (fmt.about_centre, f32(1 / fmt.code_rms)) if method.name == "qzo" else (fmt, 1.0)
     base = {name: p.detach().clone() for name, p in tiny_llama().named_parameters()}
-    with Engine(tiny_llama(), method=QZO_METHOD, storage=storage, offload="host", fold_every=4) as engine:
+    with Engine(tiny_llama(), method=method, storage=storage, offload="host", fold_every=4) as engine:
         result = engine.fit(batches(), steps=10, callback=lambda record: steps.append(record.updates))
         weights, plan = stored_weights(engine), engine.plan
     assert len(set(result.losses)) == 10
@@ -101,7 +115,8 @@ def test_scales_train_and_codes_do_not(storage, tmp_path):
         for updates in steps:  # one call a step; that the engine's last two are still pending makes no difference
             fused_pass(
                 stored, fmt, param_id=plan.params[name].param_id, numel=value.numel(),
-                updates=with_folds(updates, 0, 1), noise=QZO_METHOD.noise, target="scales",
+                updates=with_folds([replace(u, coeff=f32(f32(u.coeff) * gain)) for u in updates], 0, 1),
+                noise=method.noise, target="scales",
                 perturbations=[Perturbation(0, 0.0)], outs=[out],
             )  # fmt: skip
         changed = (stored != before).nonzero().reshape(-1)
@@ -123,6 +138,76 @@ def test_scales_are_the_same_in_every_tier_and_after_a_resume(tmp_path):
         assert isinstance(engine.method, QZO)
         rest = engine.fit(batches(), steps=12).losses
         assert_same(never, (resident[0] + rest, stored_weights(engine)))
+
+
+def test_eps_and_lr_of_qzo_are_in_units_of_weights_in_every_format():
+    """Perturbed weights differ from each other by eps on average, with no mean; a step moves them by lr * grad."""
+    found = {}
+    for storage in ("int4", "int4_g64", "nf4", "int8"):
+        seen = Recording(torch.randn(512, 256, generator=torch.Generator().manual_seed(0)) * 0.02)
+        with Engine(seen, method=QZO(lr=1e-3, eps=1e-3), storage=storage, objective=lambda m, b: m(b["x"])) as engine:
+            before = dict(engine.weights())["w"].float()
+            record = engine.step({"x": torch.ones(1)})
+            after = dict(engine.weights())["w"].float()
+        direction = (seen.seen[0] - seen.seen[1]).double() / 2
+        assert direction.square().mean().sqrt() == pytest.approx(1e-3, rel=0.15), storage
+        assert direction.view(-1, get_format(storage).group).mean(1).square().mean().sqrt() < 4e-4, storage
+        moved = (after - before).double().square().mean().sqrt()
+        found[storage] = float(moved) / (1e-3 * abs(record.grad))
+    assert all(0.7 < ratio < 1.3 for ratio in found.values()), found
+
+
+class Recording(nn.Module):
+    """A weight, and what each lane sees of it."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.w, self.seen = nn.Parameter(w), []
+
+    def forward(self, x):
+        self.seen.append(self.w.detach().clone())
+        return (self.w.double() * torch.linspace(-1, 1, self.w.numel()).view(self.w.shape)).sum() * x.sum()
+
+
+@pytest.mark.parametrize("storage", ["int4", "nf4"])
+def test_a_qzo_run_of_before_goes_on_as_the_group_shifts_that_it_was(storage, tmp_path):
+    """Its record has no units: continued and replayed it is bit-equal to QZOShift, never the QZO of today."""
+    shift, run_dir = QZOShift(lr=1e-6, batch_size=4), tmp_path / "run"
+    never = train(tiny_opt(), 6, method=shift, storage=storage)
+    train(tiny_opt(), 4, method=shift, storage=storage, run_dir=run_dir, offload="disk")
+    as_before(run_dir)
+    with Engine.resume(run_dir, tiny_opt()) as engine:
+        assert engine.method == shift
+        rest = engine.fit(batches(), steps=6).losses
+        assert_same(never, (never[0][:4] + rest, stored_weights(engine)))
+    with replayed(tiny_opt(), run_dir) as engine:
+        assert_same((None, never[1]), (None, stored_weights(engine)))
+    assert train(tiny_opt(), 6, method=QZO(lr=1e-6, batch_size=4), storage=storage)[0] != never[0]
+
+
+def as_before(run_dir):
+    """Write a run's records as they were when QZOShift was named qzo, and headers had no gains."""
+    config = json.loads((run_dir / "config.json").read_text())
+    config["method"]["name"] = "qzo"
+    del config["method"]["tunes"]
+    (run_dir / "config.json").write_text(json.dumps(config))
+    contents = read_journal((run_dir / "journal.zoj").read_bytes())
+    header = dict(contents.header)
+    header["method"] = {**header["method"], "name": "qzo"}
+    del header["gains"]
+    data, chain = pack_header(header), None
+    chain = zlib.crc32(data[:-4])
+    for record in contents.steps:
+        packed, chain = pack_step(record, chain)
+        data += packed
+    (run_dir / "journal.zoj").write_bytes(data)
+    shutil.rmtree(run_dir / "blocks")  # their checksums name the journal as it was
+
+
+def test_a_method_in_units_that_are_not_known_is_refused():
+    assert method_from({"name": "qzo", "units": "weights", "lr": 1e-4}) == QZO(lr=1e-4)
+    with pytest.raises(ConfigError, match="units of 'furlongs'"):
+        method_from({"name": "qzo", "units": "furlongs"})
 
 
 def test_only_scales_are_flushed():

@@ -23,6 +23,7 @@ _HOMES = {
     "MeZO": "methods",
     "FZOO": "methods",
     "QZO": "methods",
+    "QZOShift": "methods",
     "PRESETS": "methods",
     "Checkpoint": "checkpoint",
     "ZOError": "errors",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from .methods import PRESETS as PRESETS
     from .methods import QZO as QZO
     from .methods import MeZO as MeZO
+    from .methods import QZOShift as QZOShift
     from .signals import Stopped as Stopped
     from .training import FitResult as FitResult
 

@@ -79,7 +79,7 @@ def choose_storage(plan: Plan, dtype_of: Callable[[str], torch.dtype], config: E
 
 def _layout(plan: Plan, dtype_of: Callable[[str], torch.dtype], name: str, keep: Any, target: Any = "values") -> Layout:
     stored = decide_formats(plan, name, dtype_of, keep, target)
-    return make_layout(stored.plan, stored.format_of, target)
+    return make_layout(stored.plan, stored.format_of, stored.target)
 
 
 def compare(
@@ -122,7 +122,7 @@ def _trained(plan: Plan, dtype_of: Callable[[str], torch.dtype], name: str, keep
             stored = decide_formats(plan, name, dtype_of, keep, target)
         except ConfigError:
             continue  # this way is closed to the format; not an error of the user, who named none
-        return stored, make_layout(stored.plan, stored.format_of, target)
+        return stored, make_layout(stored.plan, stored.format_of, stored.target)
     return None
 
 

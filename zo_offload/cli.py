@@ -131,16 +131,15 @@ def _journal(args: argparse.Namespace) -> int:
 
 def _method(args: argparse.Namespace) -> Any:
     """The method that the options name."""
-    from .methods import MeZO, method_from
+    from .methods import METHODS
 
     recipe = _given(args, *_METHOD)
-    if args.preset and args.method:
-        raise ConfigError(f"--preset {args.preset} is a recipe of mezo: leave out --method")
-    if args.clip is not None and args.method != "qzo":
+    if args.clip is not None and args.method not in ("qzo", "qzo-shift"):
         raise ConfigError(f"--clip {args.clip:g} bounds the projected gradient of --method qzo")
     if args.directions is not None and args.method != "fzoo":
         raise ConfigError(f"--directions {args.directions} are those of --method fzoo")
-    return MeZO.preset(args.preset, **recipe) if args.preset else method_from({"name": args.method or "mezo", **recipe})
+    kind = METHODS[args.method or "mezo"]
+    return kind.preset(args.preset, **recipe) if args.preset else kind(**recipe)
 
 
 def _open(args: argparse.Namespace) -> Any:
@@ -148,13 +147,13 @@ def _open(args: argparse.Namespace) -> Any:
     from . import runs
     from .engine import Engine
     from .formats import FORMATS
-    from .methods import QZO
+    from .methods import QZOShift
 
     if (Path(args.model) / runs.JOURNAL).exists():
         _refuse(args, *_IDENTITY, "run_dir")
         return Engine.resume(args.model, **_given(args, *_MOVABLE, "model_class"))
     frozen = args.storage in FORMATS and not FORMATS[args.storage].trains
-    method = QZO() if frozen else None  # nothing is trained here, so values that are never rewritten will do
+    method = QZOShift() if frozen else None  # nothing is trained here: the values as the format has them will do
     given = _given(args, *_IDENTITY, *_MOVABLE, "run_dir")
     return Engine(args.model, method=method, model_class=args.model_class, **given)
 
@@ -305,12 +304,17 @@ def _parser() -> argparse.ArgumentParser:
 def _method_options(command: argparse.ArgumentParser) -> None:
     """What a step does, and how it is run: the same for a run and for its plan."""
     command.add_argument(
-        "--method", choices=["mezo", "fzoo", "qzo"],
-        help="fzoo takes steps along several directions; qzo trains the scales of a quantized storage",
+        "--method", choices=["mezo", "fzoo", "qzo", "qzo-shift"],
+        help="fzoo takes steps along several directions; qzo trains the scales of a quantized storage about zero, "
+        "qzo-shift from the minima of int4",
     )  # fmt: skip
     command.add_argument("--directions", type=_count, help="perturbations of a step (fzoo; 8)")
     command.add_argument("--clip", type=float, help="of the projected gradient (qzo)")
-    command.add_argument("--preset", help="a published recipe: opt, opt-squad, opt-lora, opt-prefix, roberta")
+    command.add_argument(
+        "--preset",
+        help="a published recipe of the method: opt, opt-squad, opt-lora, opt-prefix, roberta (mezo); opt, opt-script "
+        "(fzoo); llama (qzo)",
+    )
     for name, kind in (("lr", float), ("eps", float), ("weight-decay", float), ("warmup-steps", int), ("rounds", int)):
         command.add_argument(f"--{name}", type=kind)
     command.add_argument("--schedule", help="transformers' name of a learning rate schedule")

@@ -4,17 +4,18 @@ A step's seed, decay and fold are known when the step is launched; its coefficie
 device. `UpdateTable` keeps one `zo_update` record (csrc/api.h) a step and update in device memory. The host enqueues
 the record's known part before the forwards and the coefficient after them; the next pass finds both there.
 
-There are two copies of every record, with and without weight decay (biases and norms have none), so that a pass is
-given a plain array whoever runs it.
+There are copies of every record, with and without weight decay (biases and norms have none) and with its coefficient
+times each of a run's gains, so that a pass is given a plain array whoever runs it.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,11 @@ RECORD_BYTES = 24
 _UNPACK = struct.Struct("<QffII")
 _COEFF, _DECAY = 2, 3  # places among the record's six 32-bit words
 _FIRST_CAPACITY = 1024
+
+
+def scaled(x: float, gain: float) -> float:
+    """The product of two float32, as float32."""
+    return float(np.float32(x) * np.float32(gain))
 
 
 @dataclass(frozen=True)
@@ -64,18 +70,27 @@ class DeviceUpdates:
 class UpdateTable:
     """Update records of a run in device memory, in step order. Every write is enqueued on the current stream."""
 
-    def __init__(self, device: torch.device, upload: Callable[[Tensor], Tensor] | None = None) -> None:
-        """upload: brings a host tensor to the device without waiting for it; default `tensor.to(device)`."""
+    def __init__(
+        self,
+        device: torch.device,
+        upload: Callable[[Tensor], Tensor] | None = None,
+        gains: Iterable[float] = (),
+    ) -> None:
+        """upload: brings a host tensor to the device without waiting for it; default `tensor.to(device)`. gains: of
+        `since`, besides 1."""
         self.device = device
+        self._copies = [(gain, decay) for gain in sorted({1.0, *gains}) for decay in (True, False)]
+        factors = torch.tensor([[gain] for gain, _ in self._copies], dtype=torch.float32)
+        self._factors = None if len(self._copies) == 2 else factors.to(device)
         self._upload = upload if upload is not None else lambda tensor: tensor.to(device)
         self._folds: list[bool] = []
-        self._records = self._empty(_FIRST_CAPACITY)  # [with decay, without], [capacity], [RECORD_BYTES]
+        self._records = self._empty(_FIRST_CAPACITY)  # [copies], [capacity], [RECORD_BYTES]
 
     def __len__(self) -> int:
         return len(self._folds)
 
     def _empty(self, capacity: int) -> Tensor:
-        return torch.zeros((2, capacity, RECORD_BYTES), dtype=torch.uint8, device=self.device)
+        return torch.zeros((len(self._copies), capacity, RECORD_BYTES), dtype=torch.uint8, device=self.device)
 
     def append(self, updates: Sequence[Update]) -> int:
         """Add records, coefficients included; the index of the first."""
@@ -88,9 +103,13 @@ class UpdateTable:
             grown[:, :first] = self._records[:, :first]
             self._records = grown
         if count:
-            plain = b"".join(_UNPACK.pack(u.seed, u.coeff, 1.0, bool(u.fold), 0) for u in updates)
-            both = torch.frombuffer(bytearray(b"".join(u.packed for u in updates) + plain), dtype=torch.uint8)
-            self._records[:, first : first + count] = self._upload(both).view(2, count, RECORD_BYTES)
+            packed = b"".join(
+                _UNPACK.pack(u.seed, scaled(u.coeff, gain), u.decay if decay else 1.0, bool(u.fold), 0)
+                for gain, decay in self._copies
+                for u in updates
+            )
+            records = self._upload(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+            self._records[:, first : first + count] = records.view(-1, count, RECORD_BYTES)
         self._folds += [u.fold for u in updates]
         return first
 
@@ -100,12 +119,13 @@ class UpdateTable:
         Where `applies` (bool, one element) is false the records change nothing: coefficient 0, decay 1.
         """
         words = self._records[:, first : first + coefficients.numel()].view(torch.float32)
-        words[..., _COEFF] = torch.where(applies, coefficients.reshape(-1), 0.0)
+        coefficients = torch.where(applies, coefficients.reshape(-1), 0.0)
+        words[..., _COEFF] = coefficients if self._factors is None else coefficients * self._factors
         words[..., _DECAY] = torch.where(applies, words[..., _DECAY], 1.0)
 
-    def since(self, first: int, decay: bool) -> DeviceUpdates:
-        """All records from `first` on."""
-        return DeviceUpdates(self._records[0 if decay else 1], first, tuple(self._folds[first:]))
+    def since(self, first: int, decay: bool, gain: float = 1.0) -> DeviceUpdates:
+        """All records from `first` on, with their coefficients times one of the table's gains."""
+        return DeviceUpdates(self._records[self._copies.index((gain, decay))], first, tuple(self._folds[first:]))
 
     def cut(self, count: int) -> None:
         """Forget all records but the first `count`."""

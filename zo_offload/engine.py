@@ -37,7 +37,8 @@ from .devices import make_device
 from .devices.link import Link
 from .encode import ENCODING
 from .errors import ConfigError, JournalError
-from .fused import STILL
+from .fused import STILL, Gains
+from .gains import decide_gains
 from .generation import check_generates, generate_texts
 from .ingest import Base, ModuleBase
 from .journal import Journal, StepRecord, read_journal
@@ -147,6 +148,10 @@ class Engine:
         self.plan: Plan = prepared.plan
         self.layout: Layout = prepared.layout
         self.offload, self.fold_every = prepared.offload, prepared.fold_every
+        self.gains: Gains | None = None
+        """Of the parameters whose perturbation or update is not the method's own, once decided: see `gains.py`."""
+        if not _resume and _session is None:
+            self.gains = decide_gains(self.plan, self.layout, self.method, self.base)
         self.memory: MemoryPlan = self._plan_memory(example)
         self._planned_bytes = 0  # of the largest part of a batch that the memory plan has seen
         self.log = UpdateLog()
@@ -452,9 +457,9 @@ class Engine:
         session = self._session = make(self) if make is not None else Maker(
             self.plan, self.layout, self.base, self.config, self.method, self.offload, self.fold_every,
             self.device, model_name=self._model_name, model_class=self._model_class, data=data,
-            modes=modes_of(self.model, self.config.mode),
+            modes=modes_of(self.model, self.config.mode), gains=self.gains,
         ).start()  # fmt: skip
-        self.log, self.journal = session.log, session.journal
+        self.log, self.journal, self.gains = session.log, session.journal, session.gains
         self._check_data = session.reopened
         if session.reopened and self.journal is not None:
             self.evals = [values for values in runs.evaluations(self._path(runs.METRICS)) if self._has_reached(values)]
@@ -465,7 +470,8 @@ class Engine:
             self.base.let_go()
         self.device.trim()  # of what the base's tensors took while they were read
         if self.device.late:
-            self.log = LateLog(self.log, UpdateTable(self.device.torch_device, self.device.upload))
+            factors = {gain.update for gain in session.gains.values()}
+            self.log = LateLog(self.log, UpdateTable(self.device.torch_device, self.device.upload, factors))
         self._parts = self._make_parts(session)
         return self._parts
 
@@ -482,7 +488,8 @@ class Engine:
         formats = [place.fmt.torch_dtype for place in self.layout.places.values()]
         stepper = Stepper(
             self.method, self.config.seed, self.fold_every, self.log, self.journal, self.device,
-            min((torch.finfo(dtype).max for dtype in formats), default=math.inf),
+            min((torch.finfo(dtype).max for dtype in formats), default=math.inf)
+            / max((1.0, *(gain.update for gain in session.gains.values()))),
             halvings=sum(record.halved for record in self.journal.steps) if self.journal is not None else 0,
         )  # fmt: skip
         # the link first: page-locking, which begins behind our back, would take part in the measurement
@@ -491,7 +498,7 @@ class Engine:
         streamer = Streamer(
             self.plan, self.layout, session.tier, self.device, self.log, window=self.memory.window,
             fold_every=self.fold_every, noise=self.method.noise, rounding=self.config.rounding,
-            threads=self.config.threads,
+            gains=session.gains, threads=self.config.threads,
         )  # fmt: skip
         passes = Passes(
             self.model, self.plan, streamer, self.device, objective=self.objective, order=self.memory.order,

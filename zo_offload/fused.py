@@ -18,7 +18,7 @@ group's values and its scale, whether the scale changes.
 
 target="scales" trains the float32 scales of the groups instead (QZO): in the lines above w is a group's scale, z's
 element index the group's, an update ends with w = max(w, 1e-7), folding rounds nothing, and an output is made from the
-element's code with its group's scale moved by the lane. Values are only read.
+element's code with its group's scale moved by the lane. Values, minima and centres are only read.
 
 The native library does this a cache-sized tile at a time; without it `reference.py` does, with the same bits.
 """
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -43,6 +43,8 @@ from zo_offload.noise import NoiseSpec
 
 Rounding = Literal["nearest", "stochastic"]
 Target = Literal["values", "scales"]
+Trains = Literal["values", "scales", "shifts"]
+"""What a method trains. scales: each group's, about its centre; shifts: each group's, from its minimum."""
 _ROUNDINGS, _TARGETS = get_args(Rounding), get_args(Target)
 
 
@@ -88,6 +90,21 @@ class Perturbation:
 
 STILL = Perturbation(0, 0.0)
 """The weights as they are: evaluation, and what is not trained."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much of a method's perturbation and update one parameter gets (`gains.py`); both exactly float32."""
+
+    lane: float = 1.0
+    """Times the scale of a perturbation."""
+    update: float = 1.0
+    """Times the coefficient of an update."""
+
+
+ONE = Gain()
+Gains = Mapping[str, Gain]
+"""By canonical name; a parameter that is not in it has `ONE`."""
 
 
 def fused_pass(

@@ -14,8 +14,10 @@ from . import __version__, runs
 from .config import EngineConfig
 from .encode import ENCODING
 from .errors import JournalError
+from .fused import Gains
+from .gains import record_of
 from .layout import Layout
-from .methods import MeZO
+from .methods import MeZO, known_record
 from .noise import NoiseSpec
 from .plan import Plan
 from .storage import is_lossless
@@ -59,7 +61,9 @@ def identity(
         "mode": modes,
         "seed": config.seed,
         "noise": {"distribution": method.distribution, "rounds": method.rounds, "layout": NoiseSpec.layout_version},
-        "method": {k: v for k, v in asdict(method).items() if k not in ("steps", "batch_size", "on_nonfinite")},
+        "method": {
+            k: v for k, v in asdict(method).items() if k not in ("steps", "batch_size", "on_nonfinite", "tunes")
+        },
         "data": data,
     }
 
@@ -72,6 +76,7 @@ def header_of(
     config: EngineConfig,
     model: str | None,
     model_class: str | None,
+    gains: Gains,
 ) -> dict[str, Any]:
     """The journal's header: the identity, and what `replay` needs to make the same engine from the base alone."""
     settings = runs.settings_of(config)
@@ -81,6 +86,7 @@ def header_of(
         **wanted,
         "sample": {name: base.digest_of(name) for name in _sampled(plan)},
         "layout": layout.digest(),
+        "gains": record_of(gains),
         "settings": settings,
         "model": model,
         "model_class": model_class,
@@ -135,6 +141,8 @@ def _digest(text: str) -> str:
 def check_identity(wanted: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise JournalError naming every part of a run's identity that differs from the journal's."""
     found = {"mode": _modes_without(found, wanted), **found}
+    if isinstance(found.get("method"), dict):
+        found = {**found, "method": known_record(found["method"])}
     differ = [
         f"{key}: the journal has {found.get(key)!r}, this engine {wanted[key]!r}"
         for key in sorted(wanted)

@@ -91,9 +91,9 @@ class LateLog(UpdateLog):
             self.folded = self.base + max(folds, default=0)
             self._since.cache_clear()
 
-    def _collect(self, version: int, decay: bool) -> DeviceUpdates:  # type: ignore[override]
+    def _collect(self, version: int, decay: bool, gain: float) -> DeviceUpdates:  # type: ignore[override]
         at = version - self.base
-        return self.table.since(self._first[at] if at < len(self._first) else len(self.table), decay)
+        return self.table.since(self._first[at] if at < len(self._first) else len(self.table), decay, gain)
 
 
 def launch(

@@ -24,7 +24,7 @@ from typing import Any
 from zo_offload.errors import ConfigError, ZOError
 
 LIBRARY = Path(__file__).with_name("_zo_cpu.so")
-ABI_VERSION, LAYOUT_VERSION = 4, 1
+ABI_VERSION, LAYOUT_VERSION = 5, 1
 ISAS = ("scalar", "avx2", "avx512")
 
 _DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1}
@@ -67,12 +67,13 @@ def pack_pass(
     group: int = 0,
     target_scales: bool = False,
     master: bool = False,
+    centred: bool = False,
 ) -> bytes:
     """struct zo_pass. updates: their address, or 0 if they follow the struct. total: default `numel`."""
     return _PASS.pack(
         stored, scales, minima, residual, rows, updates, 0, numel, offset, num_rows, numel if total is None else total,
         num_updates, num_lanes, format, group, param_id, _DISTRIBUTIONS[distribution], rounds,
-        write_back | stochastic << 1 | target_scales << 2 | master << 3,
+        write_back | stochastic << 1 | target_scales << 2 | master << 3 | centred << 4,
     )  # fmt: skip
 
 

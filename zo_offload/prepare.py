@@ -25,7 +25,7 @@ from .errors import BudgetError
 from .layout import Layout, make_layout
 from .losses import Objective, for_a_loss
 from .memory import MemoryPlan, available_bytes, plan_memory
-from .methods import MeZO
+from .methods import MeZO, check_tunes
 from .micro_batches import split_micro_batches
 from .module_state import undisturbed
 from .on_device import tensor_bytes
@@ -168,12 +168,13 @@ def prepare(
     traced = {} if call is None else {"call": call}
     with undisturbed(model, config.mode, config.seed):
         full = make_plan(model, example, trainable=config.trainable, block_numel=config.block_numel, **traced)
+    check_tunes(method, full)
     note = ""
     if config.storage == "auto":
         storage, note = choose_storage(full, dtype_of, config)
         config = replace(config, storage=storage)
     stored = decide_formats(full, config.storage, dtype_of, config.keep, method.target)
-    layout = make_layout(stored.plan, stored.format_of, method.target)
+    layout = make_layout(stored.plan, stored.format_of, stored.target)
     offload = choose_offload(config, layout, device) if offload is None else offload
     fold_every = choose_fold_every(config.fold_every, stored.plan, layout, offload, method.distribution, method.noises)
     return Prepared(_shadow(model), full, stored.plan, layout, config, method, device, offload, fold_every, note)

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from . import runs
 from .engine import Engine
 from .errors import ConfigError, JournalError
+from .fused import Gains
+from .gains import gains_of
 from .identity import check_identity, check_sample, identity
 from .ingest import Base, Filler
 from .journal import Contents, read_journal
@@ -87,7 +89,12 @@ def replayed(base: str | Path | nn.Module, journal: str | Path, *, to: int | Non
         )  # fmt: skip
         check_identity(wanted, header)
         check_sample(engine.base, header)
-        return Session(ReplayTier(engine, log, lambda: check_identity({"base": engine.base.digest()}, header)), log)
+        gains = gains_of(header, engine.plan, str(journal))
+
+        def check() -> None:
+            check_identity({"base": engine.base.digest()}, header)
+
+        return Session(ReplayTier(engine, log, gains, check), log, gains=gains)
 
     settings = runs.with_mode(header["settings"], header.get("model"))
     settings |= {"offload": "auto", "device_memory": None, "num_slots": None, "prefetch": None}
@@ -136,13 +143,13 @@ class ReplayTier:
 
     in_memory = False
 
-    def __init__(self, engine: Engine, log: UpdateLog, check: Callable[[], None]) -> None:
+    def __init__(self, engine: Engine, log: UpdateLog, gains: Gains, check: Callable[[], None]) -> None:
         self._layout, self._log, self._check = engine.layout, log, check
         self._source = _BaseTier(engine.plan, engine.layout, engine.base)
         self._streamer = Streamer(
             engine.plan, engine.layout, self._source, engine.device, log,
             window=Window(1, 0, frozenset(), 0), fold_every=engine.fold_every, noise=engine.method.noise,
-            rounding=engine.config.rounding, threads=engine.config.threads,
+            rounding=engine.config.rounding, gains=gains, threads=engine.config.threads,
         )  # fmt: skip
         self._made: set[int] = set()
         self._lock = threading.Lock()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from . import diskio, runs
 from .config import EngineConfig
 from .devices import CpuDevice
 from .errors import CheckpointError, JournalError
+from .fused import Gains
+from .gains import decide_gains, gains_of
 from .identity import check_identity, check_sample, header_of, identity
 from .ingest import Base, Filler, ModuleBase, ingest
 from .journal import Journal
@@ -41,6 +43,7 @@ class Session:
     lock: RunLock | None = None
     snapshots: Snapshots | None = None
     reopened: bool = False
+    gains: Gains = field(default_factory=dict)
 
     def settle(self) -> None:
         """Wait for the background snapshot, before somebody else writes the blocks."""
@@ -76,6 +79,8 @@ class Maker:
     model_class: str | None = None
     data: dict[str, Any] | None = None
     modes: str = "eval"
+    gains: Gains | None = None
+    """Of a run that begins; None: to be decided then. A run that is reopened has those of its journal."""
     progress: Callable[[int], None] = lambda nbytes: None
 
     def start(self) -> Session:
@@ -86,7 +91,7 @@ class Maker:
         """
         run_dir = self._run_dir
         if run_dir is None:
-            session = Session(self._memory_tier(), UpdateLog())
+            session = Session(self._memory_tier(), UpdateLog(), gains=self._first_gains())
             self._ingest(session.tier)
             return session
         runs_before = (run_dir / runs.JOURNAL).exists()
@@ -107,6 +112,9 @@ class Maker:
     def _run_dir(self) -> Path | None:
         return Path(self.config.run_dir) if self.config.run_dir is not None else None
 
+    def _first_gains(self) -> Gains:
+        return decide_gains(self.plan, self.layout, self.method, self.base) if self.gains is None else self.gains
+
     def _memory_tier(self) -> Tier:
         if self.offload == "none":
             return ResidentTier(self.layout.block_bytes, self.device.alloc)
@@ -124,16 +132,19 @@ class Maker:
         )  # fmt: skip
 
     def _begin(self, run_dir: Path, lock: RunLock) -> Session:
+        gains = self._first_gains()
         runs.save_config(run_dir, self.model_name, self.model_class, self.config, self.method)
         files = DiskTier.create(run_dir / runs.BLOCKS, self._shapes()) if self.offload == "disk" else None
         tier = files if files is not None else self._memory_tier()
         self._ingest(tier)
         wanted = self._identity(self.base.digest())
-        header = header_of(wanted, self.base, self.plan, self.layout, self.config, self.model_name, self.model_class)
+        header = header_of(
+            wanted, self.base, self.plan, self.layout, self.config, self.model_name, self.model_class, gains
+        )
         journal = Journal.create(run_dir / runs.JOURNAL, header)
         if files is not None:
             self._bind(files, journal)
-        return Session(tier, UpdateLog(), journal, lock, self._snapshots(run_dir, tier, files, journal))
+        return Session(tier, UpdateLog(), journal, lock, self._snapshots(run_dir, tier, files, journal), gains=gains)
 
     def _reopen(self, run_dir: Path, lock: RunLock) -> Session:
         journal = Journal.open(run_dir / runs.JOURNAL)
@@ -168,7 +179,10 @@ class Maker:
             # The base is read only where it is needed; then it is checked too, before a block of it is written.
             check_identity(self._identity(self.base.digest()), known)
             self._ingest(tier, again)
-        return Session(tier, updates, journal, lock, self._snapshots(run_dir, tier, files, journal), reopened=True)
+        return Session(
+            tier, updates, journal, lock, self._snapshots(run_dir, tier, files, journal), reopened=True,
+            gains=gains_of(journal.header, self.plan, str(journal.path)),
+        )  # fmt: skip
 
     def _open_files(self, run_dir: Path, journal: Journal) -> DiskTier:
         """The run's block files. Raises JournalError if they are of another layout, or know more than the journal."""

@@ -21,7 +21,7 @@ import torch
 from .blocks import ParamSpec
 from .errors import ConfigError
 from .formats import Format, format_of, get_format
-from .fused import Target
+from .fused import Target, Trains
 from .layout import Layout
 from .module_tree import select_names
 from .plan import Plan, keep_resident
@@ -45,6 +45,8 @@ class Stored:
 
     plan: Plan
     formats: Mapping[str, Format]
+    target: Target = "values"
+    """What a fused pass is told to train."""
 
     def format_of(self, spec: ParamSpec) -> Format:
         return self.formats[spec.name]
@@ -55,27 +57,30 @@ def decide_formats(
     storage: str | None,
     dtype_of: Callable[[str], torch.dtype],
     keep: Any = None,
-    target: Target = "values",
+    target: Trains = "values",
 ) -> Stored:
     """Formats by the module's rule. storage None: each parameter in the base's own dtype.
 
-    target: "scales" trains the group scales of quantized parameters, and nothing else. Raises ConfigError if the format
-    cannot train what was asked.
+    target: "scales" trains the group scales of quantized parameters, and nothing else, about the groups' centres;
+    "shifts" trains them as the format keeps groups. Raises ConfigError if the format cannot train what was asked.
     """
     wanted = None if storage is None else get_format(storage)
     kept = select_names(plan.tree, keep, "keep") if keep is not None else set()
-    plan = _scales_only(plan, wanted, kept) if target == "scales" else plan
-    if target != "scales" and wanted is not None and not wanted.trains:
+    plan = _scales_only(plan, wanted, kept) if target != "values" else plan
+    if target == "values" and wanted is not None and not wanted.trains:
         _check_trainable(plan, wanted)
-    small = _small_part(plan) if target != "scales" else frozenset()
+    small = _small_part(plan) if target == "values" else frozenset()
     formats = {
         name: _format(spec, wanted, dtype_of(name), name in kept, name in small, target)
         for name, spec in plan.params.items()
     }
-    return Stored(keep_resident(plan, small) if small else plan, formats)
+    plan = keep_resident(plan, small) if small else plan
+    return Stored(plan, formats, "values" if target == "values" else "scales")
 
 
-def _format(spec: ParamSpec, wanted: Format | None, base: torch.dtype, kept: bool, small: bool, target: str) -> Format:
+def _format(
+    spec: ParamSpec, wanted: Format | None, base: torch.dtype, kept: bool, small: bool, target: Trains
+) -> Format:
     fp32 = get_format("fp32")
     if small:
         return fp32
@@ -85,9 +90,9 @@ def _format(spec: ParamSpec, wanted: Format | None, base: torch.dtype, kept: boo
         return fp32 if spec.trainable else format_of(base)
     if is_plain(wanted):
         return wanted
-    if len(spec.shape) < 2 or (spec.trainable and not wanted.trains and target != "scales"):
+    if len(spec.shape) < 2 or (spec.trainable and not wanted.trains and target == "values"):
         return fp32
-    return wanted
+    return wanted.about_centre if spec.trainable and target == "scales" else wanted
 
 
 def is_plain(fmt: Format) -> bool:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from .blocks import ALIGN, ParamSpec, Piece
-from .device_updates import DeviceUpdates
+from .device_updates import DeviceUpdates, scaled
 from .devices import CpuDevice
 from .formats.grouped import cut
-from .fused import STILL, Perturbation, Rounding, Update, fused_pass, fused_rows
+from .fused import ONE, STILL, Gains, Perturbation, Rounding, Update, fused_pass, fused_rows
 from .layout import Layout
 from .masters import exact_values
 from .noise import NoiseSpec
@@ -68,12 +68,14 @@ class Streamer(BlockWindow):
         noise: NoiseSpec,
         rounding: Rounding = "nearest",
         decays: Callable[[ParamSpec], bool] = lambda spec: len(spec.shape) > 1,
+        gains: Gains | None = None,
         threads: int | None = None,
     ) -> None:
         self.noise, self.rounding, self.threads = noise, rounding, threads
         self.is_watched: Callable[[], bool] = lambda: False
         """Whether the run under way is watched: it must tell one module's scratch from the next one's."""
         self._decay = {name: decays(spec) for name, spec in plan.params.items()}
+        self._gains: Gains = gains or {}
         self._pool = ScratchPool(device.alloc)
         self._read_slot: Slot | None = None  # the block that `read` left in the window
         self._read_along: dict[Piece, Tensor] = {}  # small pieces of blocks that `read` passed, not asked for yet
@@ -252,8 +254,7 @@ class Streamer(BlockWindow):
         if self._exact and place.residual_nbytes:
             self._emit_exact(piece, slot, writes, outs, rows)
             return
-        if not spec.trainable:
-            perturbations = [STILL] * len(outs)
+        perturbations = self._own(piece.name, perturbations)
         if rows is None:
             self._fused(piece, slot, writes, perturbations, outs)
             return
@@ -275,6 +276,13 @@ class Streamer(BlockWindow):
             target=self.layout.target if spec.trainable else "values",
             threads=self.threads,
         )
+
+    def _own(self, name: str, perturbations: Sequence[Perturbation]) -> Sequence[Perturbation]:
+        """A parameter's own perturbations: none if it does not train, else the lanes' times its gain."""
+        if not self.plan.params[name].trainable:
+            return [STILL] * len(perturbations)
+        gain = self._gains.get(name, ONE).lane
+        return perturbations if gain == 1.0 else [Perturbation(p.seed, scaled(p.scale, gain)) for p in perturbations]
 
     def _emit_exact(self, piece: Piece, slot: Slot, writes: bool, outs: Sequence[Tensor], rows: Tensor | None) -> None:
         """A split parameter's masters, less what is pending, for lanes that are not perturbed."""
@@ -345,4 +353,5 @@ class Streamer(BlockWindow):
     def _lacking(self, piece: Piece, slot: Slot) -> Sequence[Update] | DeviceUpdates:
         if not self.plan.params[piece.name].trainable:
             return ()
-        return self.log.since(slot.version[piece], self._decay[piece.name])
+        gain = self._gains.get(piece.name, ONE).update
+        return self.log.since(slot.version[piece], self._decay[piece.name], gain)

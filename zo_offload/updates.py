@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+from .device_updates import scaled
 from .errors import JournalError
 from .fused import Update
 
@@ -55,12 +56,17 @@ class UpdateLog:
             self.folded = self.version
         self._since.cache_clear()
 
-    def since(self, version: int, decay: bool) -> tuple[Update, ...]:
-        """Updates a parameter at `version` still lacks; decay=False leaves weight decay out (biases, norms)."""
+    def since(self, version: int, decay: bool, gain: float = 1.0) -> tuple[Update, ...]:
+        """Updates a parameter at `version` still lacks; decay=False leaves weight decay out (biases, norms).
+
+        gain: times each coefficient, rounded to float32.
+        """
         if version < self.base:
             raise JournalError(f"updates before step {self.base} are not in memory; a block is at version {version}")
-        return self._since(version, decay)
+        return self._since(version, decay, gain)
 
-    def _collect(self, version: int, decay: bool) -> tuple[Update, ...]:
+    def _collect(self, version: int, decay: bool, gain: float) -> tuple[Update, ...]:
         flat = [update for step in self._steps[version - self.base :] for update in step]
+        if gain != 1.0:
+            flat = [replace(update, coeff=scaled(update.coeff, gain)) for update in flat]
         return tuple(flat) if decay else tuple(replace(update, decay=1.0) for update in flat)

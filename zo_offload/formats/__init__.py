@@ -9,6 +9,7 @@
     int8       1.031                   8-bit integer, a float32 scale a group of 128
     int4       0.547                   asymmetric: a float32 scale and a bf16 minimum a group of 128
     int4_g64   0.594                   the same with groups of 64
+    int4c      0.547                   int4 with a bf16 centre instead; what `QZO` makes of int4 (and of int4_g64)
     nf4        0.5625                  normal quantiles, a float32 scale a group of 64
     bf16+16    2                2      exact float32 master
     bf16+8     2                1      24-bit float master
@@ -35,6 +36,7 @@ from zo_offload.formats.split_bf16 import BF16Plus8, BF16Plus16
 
 __all__ = [
     "BF16",
+    "CENTRED",
     "FORMATS",
     "FP16",
     "FP32",
@@ -49,13 +51,15 @@ _PLAIN: tuple[Format, ...] = (FP32(), BF16(), FP16())
 _SCALED: tuple[Format, ...] = (FP8E4M3(), FP8E5M2(), Int8(), Int4(128), Int4(64), NF4())
 _SPLIT: tuple[Format, ...] = (BF16Plus16(), BF16Plus8(), Int8Plus8(), FP8Plus8())
 FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (*_PLAIN, *_SCALED, *_SPLIT)}
+CENTRED: dict[str, Format] = {fmt.about_centre.name: fmt.about_centre for fmt in _SCALED if fmt.minimum_bytes}
+"""Not to be chosen: a method chooses them."""
 _BY_DTYPE: dict[torch.dtype, Format] = {fmt.torch_dtype: fmt for fmt in _PLAIN}
 
 
 def get_format(name: str) -> Format:
     """The format of that name; ConfigError names those there are."""
     try:
-        return FORMATS[name]
+        return FORMATS[name] if name in FORMATS else CENTRED[name]
     except KeyError:
         raise ConfigError(f"storage format {name!r} is not known; choose one of {sorted(FORMATS)}") from None
 

@@ -47,6 +47,16 @@ class Format:
     """False: values are encoded once and never rewritten; what trains is elsewhere, or the scales."""
     trains_scales: ClassVar[bool] = False
     """True: float32 scales that `fused_pass(target="scales")` can train."""
+    code_rms: ClassVar[float] = 0.0
+    """Of formats that train scales: how much the weights of a group change, on average, where its scale changes by 1:
+    the root mean square of the codes that normally distributed weights get."""
+    centred: bool = False
+    """What is kept beside a group's scale is its centre, not its minimum."""
+
+    @property
+    def about_centre(self) -> Format:
+        """The same codes such that a changed scale moves each group about its centre; itself, where it does."""
+        return self
 
     def values_nbytes(self, numel: int) -> int:
         return -(-numel * self.value_bits // 8)

@@ -23,6 +23,7 @@ def planes(stored: Tensor, residual: Tensor | None, fmt: Format, numel: int, sta
         fields["scales"] = at + fmt.scales_span(numel)[0] + group * fmt.scale_bytes
     if fmt.minimum_bytes:
         fields["minima"] = at + fmt.minima_span(numel)[0] + group * fmt.minimum_bytes
+        fields["centred"] = fmt.centred
     if residual is not None:
         fields["residual"] = residual.data_ptr() + start * fmt.residual_bytes
     return fields

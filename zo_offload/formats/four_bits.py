@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,30 +54,41 @@ class Int4(_FourBits):
 
     Error up to half a scale: a 30th of the group's largest less its smallest value (10 % rms of normal weights; group
     64: 9 %). A NaN or infinity makes its group NaN, by the scale.
+
+    centred: (code - 7.5) times the scale, plus a bfloat16 centre. The same codes and error; but a group whose scale
+    grows then grows about its centre, near zero, where it would else move away from its minimum as a whole.
     """
 
     code: ClassVar[int] = 6
     minimum_bytes: ClassVar[int] = 2
 
-    def __init__(self, group: int = 128) -> None:
+    def __init__(self, group: int = 128, centred: bool = False) -> None:
         if group not in (64, 128):
             raise ConfigError(f"int4 with groups of {group}: the kernels know groups of 64 and 128")
         self.group = group
-        self.name = "int4" if group == 128 else f"int4_g{group}"  # type: ignore[misc]
+        self.centred = centred
+        self.code_rms = 3.03 if group == 128 else 3.35  # type: ignore[misc]
+        self.name = ("int4c" if centred else "int4") + ("" if group == 128 else f"_g{group}")  # type: ignore[misc]
+
+    @property
+    def about_centre(self) -> Int4:
+        return Int4(self.group, centred=True)
 
     def decode(self, stored: Tensor, numel: int | None = None) -> Tensor:
         n = self.size_of(stored, numel)
         return self.value(self.codes(stored, n), float_scales(self, stored, n), stored, n)
 
     def value(self, codes: Tensor, scales: Tensor, stored: Tensor, numel: int) -> Tensor:
-        """fma(code, scale, minimum): the float64 product and sum are exact up to its one rounding, then float32's."""
+        """fma(code, scale, minimum), or fma(code - 7.5, scale, centre): one rounding to float32."""
         from zo_offload.reference import fma
 
         minima = BF16().decode(minima_plane(self, stored, numel))
         wide, low = each(scales, self.group, numel), each(minima, self.group, numel)
-        return torch.from_numpy(fma(codes.float().numpy(), wide.numpy(), low.numpy()))
+        return torch.from_numpy(fma((codes.float() - 7.5 * self.centred).numpy(), wide.numpy(), low.numpy()))
 
     def encode(self, values: Tensor, sr_bits: Tensor | None = None, like: Tensor | None = None) -> Tensor:
+        from zo_offload.reference import fma
+
         n = values.numel()
         lost = largest_bits(values, self.group) >= INFINITE
         rows = padded(values, self.group)
@@ -87,6 +99,10 @@ class Int4(_FourBits):
         low = BF16().decode(minima)
         scales = ((high - low) * _INVERSE_15).clamp(min=LEAST_SCALE)
         scales = torch.where(lost, float("nan"), scales)
+        if self.centred:
+            middle = torch.from_numpy(fma(np.float32(7.5), scales.numpy(), low.numpy())) + 0.0
+            minima = BF16().encode(torch.where(lost, 0.0, middle))
+            low = torch.from_numpy(fma(np.float32(-7.5), scales.numpy(), BF16().decode(minima).numpy()))
         above = (values - each(low, self.group, n)) * each(1.0 / scales, self.group, n)
         codes = torch.where(above.isnan(), 0.0, above).clamp(0, 15).round().to(torch.int64)
         return pack(self, n, self.pack_codes(codes), scales.view(torch.uint8), minima)
@@ -101,6 +117,7 @@ class NF4(_FourBits):
 
     name: ClassVar[str] = "nf4"
     code: ClassVar[int] = 7
+    code_rms: ClassVar[float] = 0.393
     group: int = 64
 
     def decode(self, stored: Tensor, numel: int | None = None) -> Tensor:

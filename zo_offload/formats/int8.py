@@ -62,6 +62,7 @@ class Int8(_Integers):
     name: ClassVar[str] = "int8"
     code: ClassVar[int] = 5
     trains_scales: ClassVar[bool] = True
+    code_rms: ClassVar[float] = 45.7
 
     def encode(self, values: Tensor, sr_bits: Tensor | None = None, like: Tensor | None = None) -> Tensor:
         scales = self.grid(values, like)

@@ -33,7 +33,8 @@ class FZOO(MeZO):
     """Normalised zeroth-order SGD with `directions` one-sided perturbations a step."""
 
     lr: float = 5e-5
-    """Of the paper's code. About what a step changes each weight by, times sqrt(N)."""
+    """Of the paper's code, as is eps. About what a step changes each weight by, times sqrt(N), whatever eps."""
+    eps: float = 1e-4
     distribution: Literal["gaussian", "rademacher"] = "rademacher"
     directions: int = 8
     """N."""

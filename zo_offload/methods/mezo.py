@@ -10,24 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from torch import Tensor
 
 from ..errors import ConfigError, DivergenceError
-from ..fused import Perturbation, Update
+from ..fused import Perturbation, Trains, Update
 from ..late import divide
 from ..noise import NoiseSpec, step_seed
-
-# lr, eps: the papers' full-parameter settings (MeZO, appendix on hyper-parameters); batch and steps are theirs too.
-PRESETS: dict[str, dict[str, Any]] = {
-    "opt": dict(lr=1e-6, eps=1e-3, schedule="constant", batch_size=16, steps=20_000),
-    "opt-squad": dict(lr=5e-7, eps=1e-3, schedule="constant", batch_size=16, steps=20_000),
-    "opt-lora": dict(lr=1e-4, eps=1e-2, schedule="constant", batch_size=16, steps=20_000),
-    "opt-prefix": dict(lr=1e-2, eps=1e-1, schedule="constant", batch_size=16, steps=20_000),
-    "roberta": dict(lr=1e-6, eps=1e-3, schedule="constant", batch_size=64, steps=100_000),
-}
 
 
 @dataclass(frozen=True)
@@ -62,16 +53,24 @@ class MeZO:
     """Default batch size of `fit`."""
     steps: int = 1000
     """Default number of steps of `fit`."""
+    tunes: Literal["all", "lora", "prefix"] | None = None
+    """What a preset's rates are for; checked against what trains."""
     name: str = field(default="mezo", init=False)
 
-    target: ClassVar[Literal["values", "scales"]] = "values"
+    target: ClassVar[Trains] = "values"
     """What of the stored weights is perturbed and updated."""
+    unit_scales: ClassVar[bool] = False
+    """Whether scales are moved in units of the weights they scale: see `gains.py`."""
 
     def __post_init__(self) -> None:
         for what in ("lr", "eps"):
             value = getattr(self, what)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{what}={value}: expected a positive number")
+        if not 2.0**-126 <= self.eps <= 2.0**64:
+            raise ConfigError(
+                f"eps={self.eps}: no float32 between 1.2e-38 and 1.8e19; published recipes have 1e-4 to 0.1"
+            )
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ConfigError(f"weight_decay={self.weight_decay}: expected zero or a positive number")
         if self.lr * self.weight_decay >= 1:
@@ -88,11 +87,11 @@ class MeZO:
         lr_schedule(self.schedule, self.warmup_steps, max(self.steps, self.warmup_steps))
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> MeZO:
-        """A published recipe by name (`PRESETS`), with any field changed."""
-        if name not in PRESETS:
-            raise ConfigError(f"preset {name!r} is not known; there are {', '.join(sorted(PRESETS))}")
-        return cls(**{**PRESETS[name], **changes})
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """A published recipe of this method by name (`presets.py`), with any field changed."""
+        from .presets import preset
+
+        return preset(cls, name, changes)
 
     @property
     def noise(self) -> NoiseSpec:

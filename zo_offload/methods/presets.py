@@ -1,0 +1,73 @@
+"""Published recipes, by the method that they are of: rates come with their eps, and with what they train."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import ConfigError
+from .qzo import SCALE_UNITS
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+    from .mezo import MeZO
+
+M = TypeVar("M", bound="MeZO")
+
+_MEZO = dict(schedule="constant", batch_size=16, steps=20_000)
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # Malladi et al. 2023, appendix on hyper-parameters; batch and steps are theirs too
+    "mezo": {
+        "opt": dict(lr=1e-6, eps=1e-3, tunes="all", **_MEZO),
+        "opt-squad": dict(lr=5e-7, eps=1e-3, tunes="all", **_MEZO),
+        "opt-lora": dict(lr=1e-4, eps=1e-2, tunes="lora", **_MEZO),
+        "opt-prefix": dict(lr=1e-2, eps=1e-1, tunes="prefix", **_MEZO),
+        "roberta": dict(lr=1e-6, eps=1e-3, tunes="all", schedule="constant", batch_size=64, steps=100_000),
+    },
+    # of the paper's code (github.com/DKmiyan/FZOO): the command of its README, and the defaults of its fzoo.sh
+    "fzoo": {
+        "opt": dict(lr=5e-5, eps=1e-4, directions=8, tunes="all", schedule="constant", batch_size=16),
+        "opt-script": dict(lr=1e-5, eps=1e-3, directions=8, tunes="all", schedule="constant", batch_size=16),
+    },
+    # Shang et al. 2025: lr 1e-5, eps 1e-3 and clip 100 in units of scales
+    "qzo": {
+        "llama": dict(lr=1e-5 * SCALE_UNITS**2, eps=1e-3 * SCALE_UNITS, clip=100 / SCALE_UNITS, tunes="all", **_MEZO),
+    },
+}
+
+WHOLE, SMALL = 4, 16
+"""More than a 4th of a model is no adapter, less than a 16th is not all of it."""
+
+
+def preset(kind: type[M], name: str, changes: dict[str, Any]) -> M:
+    """A recipe of the method `kind`, with any field changed. Raises ConfigError if it has none of that name."""
+    method = str(kind.__dataclass_fields__["name"].default)
+    known = PRESETS.get(method, {})
+    if name not in known:
+        others = [other for other in PRESETS if name in PRESETS[other] and other != method]
+        there = f"there are {', '.join(sorted(known))}" if known else "it has none"
+        hint = f"; it is one of {', '.join(others)}, whose rates are no use here" if others else ""
+        raise ConfigError(f"preset {name!r} is not known to {method}: {there}{hint}")
+    return kind(**{**known[name], **changes})
+
+
+def check_tunes(method: MeZO, plan: Plan) -> None:
+    """Raise ConfigError if a preset's rates are those of adapters and a whole model trains; warn of the opposite."""
+    if method.tunes is None:
+        return
+    share = f"{plan.trainable_numel:,} of {plan.numel:,} parameters train ({plan.trainable_numel / plan.numel:.0%})"
+    if method.tunes != "all" and plan.trainable_numel * WHOLE > plan.numel:
+        raise ConfigError(
+            f"the preset's lr={method.lr:g} and eps={method.eps:g} are rates for {_OF[method.tunes]}, but {share}. "
+            "Give a PEFT model and trainable='requires_grad', or take a preset for whole models"
+        )
+    if method.tunes == "all" and plan.trainable_numel * SMALL < plan.numel:
+        warnings.warn(
+            f"the preset's lr={method.lr:g} and eps={method.eps:g} are rates for whole models, and {share}: a part of "
+            "a model may need a hundred times as much (MeZO.preset('opt-lora') is for adapters)",
+            stacklevel=3,
+        )
+
+
+_OF = {"lora": "LoRA adapters", "prefix": "prefix tuning"}
