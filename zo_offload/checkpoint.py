@@ -11,6 +11,9 @@ Parameters the files lack (a fresh classification head) are made by the model's 
 rounded to the checkpoint's dtype, with a generator seeded per module by (seed, module path): the same values whatever
 else is missing and whatever dtype the model is built in.
 
+The files must hold the model, all of it and nothing that it would pass over (`completeness.py`): else CheckpointError
+before a weight is read. What is made anew or not used all the same is in `notes`, and logged.
+
 The digest of a checkpoint (`weights.py`) is independent of sharding, of the order of reading and of the names in the
 files. Every read notes the crc of what it gave, so after an ingestion `digest()` reads nothing again.
 """
@@ -18,7 +21,8 @@ files. Every read notes the crc of what it gave, so after an ingestion `digest()
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,18 +32,22 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from . import completeness
+from .architecture import find_class, read_config, sibling_classes
 from .checkpoint_files import carried_files, find_weights, resolve_path
 from .conversion import Group, loading_groups
 from .errors import CheckpointError
 from .export import save_pretrained
-from .meta_model import construct, keep_in_fp32, make_real
+from .meta_model import MAX_REGISTRATIONS, construct, keep_in_fp32, make_real
 from .recipe import Reader, Recipe
 from .safetensors_io import SafetensorsFile
 from .weights import Crcs, entry_digest, runs, tensor_digest, together
 
 __all__ = ["Checkpoint", "save_pretrained", "tensor_digest"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,17 +61,24 @@ class _Layout:
     fresh: dict[str, Tensor] = field(default_factory=dict)  # initialised, not in the files
     parameters: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
+    differences: completeness.Differences = field(default_factory=completeness.Differences)
 
 
 class Checkpoint:
     """See the module. Reading may be done from several threads; building is for one."""
 
-    def __init__(self, config: Any, path: Path | None, files: list[SafetensorsFile], carried: list[Path]):
+    def __init__(
+        self,
+        config: Any,
+        path: Path | None,
+        files: list[SafetensorsFile],
+        carried: list[Path],
+        trust_remote_code: bool = False,
+    ):
         """Use `open`."""
         self.config = config  # as read; never modified
         self.path = path
+        self.trust_remote_code = trust_remote_code
         self.carried = carried  # tokenizer, generation config, chat template, ...: to go along with an export
         self._file_of = {name: file for file in files for name in file.entries}
         self._layout: _Layout | None = None
@@ -71,23 +86,26 @@ class Checkpoint:
         self._reader = Reader(self._read_into)
 
     @classmethod
-    def open(cls, path: str | Path | Any, *, weights: bool = True) -> Checkpoint:
+    def open(
+        cls,
+        path: str | Path | Any,
+        *,
+        weights: bool = True,
+        trust_remote_code: bool = False,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> Checkpoint:
         """Opens a directory, a hub id ("org/name") or a transformers config object; reads headers only.
 
         weights=False, or a config object: no weights are looked for; such a checkpoint can be built and planned with,
         not loaded from. A hub id goes through `huggingface_hub.snapshot_download` with its default settings (cache,
-        HF_HUB_OFFLINE); a directory is never looked up anywhere else. Code that comes with a checkpoint is not run.
-        Raises CheckpointError.
+        HF_HUB_OFFLINE); a directory is never looked up anywhere else. trust_remote_code: code that comes with the
+        checkpoint may run; it is the checkpoint's classes that are built then. overrides: settings of config.json to
+        replace (num_labels, attn_implementation, ...). Raises CheckpointError.
         """
         if isinstance(path, transformers.PretrainedConfig):
             return cls(copy.deepcopy(path), None, [], [])
-        directory = resolve_path(path, weights=weights)
-        try:
-            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{directory / 'config.json'}: transformers {transformers.__version__} cannot use it: {error}"
-            ) from error
+        directory = resolve_path(path, weights=weights, code=trust_remote_code)
+        config = read_config(directory, trust_remote_code=trust_remote_code, overrides=overrides)
         quantization = getattr(config, "quantization_config", None)
         if quantization is not None and weights:
             how = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -96,7 +114,7 @@ class Checkpoint:
                 "with a quantization config that dequantizes, save_pretrained it, and use that directory."
             )
         files = [SafetensorsFile(file) for file in find_weights(directory)] if weights else []
-        return cls(config, directory, files, carried_files(directory))
+        return cls(config, directory, files, carried_files(directory, code=trust_remote_code), trust_remote_code)
 
     @property
     def has_weights(self) -> bool:
@@ -107,7 +125,9 @@ class Checkpoint:
         """What `from_pretrained(dtype="auto")` would use: the config's dtype, else that of the first float tensor."""
         configured = getattr(self.config, "dtype", None)
         if configured is not None:
-            found: torch.dtype = getattr(torch, configured) if isinstance(configured, str) else configured
+            found = getattr(torch, configured, None) if isinstance(configured, str) else configured
+            if not isinstance(found, torch.dtype):
+                raise CheckpointError(f"{self.path}: config.json has dtype {configured!r}, which torch has not.")
             return found
         entries = (file.entries[name] for name, file in self._file_of.items())
         return next((e.dtype for e in entries if e.dtype.is_floating_point), torch.float32)
@@ -123,16 +143,17 @@ class Checkpoint:
 
         dtype: of the parameters ("auto": `self.dtype`); some models keep a few in fp32, as in `from_pretrained`.
         model_class: a class, the name of one, or of an auto class ("AutoModelForCausalLM"); default: the first of
-        config.architectures. seed: for parameters the files lack; `missing` names them. What `load`, `missing` and
+        config.architectures. seed: for the parameters of a new head; `missing` names them. What `load`, `missing` and
         the rest say is about the model built last. Raises CheckpointError: unknown class, shapes that do not match,
-        nothing in the files that fits the class.
+        tensors that the files lack or that have no place in the model.
         """
-        cls = self._model_class(model_class)
+        cls = find_class(self.config, model_class, self.path, trust_remote_code=self.trust_remote_code)
         parameter_dtype = self.dtype if dtype == "auto" else dtype
         if not isinstance(parameter_dtype, torch.dtype):
             raise CheckpointError(f"dtype={dtype!r}: expected 'auto' or a torch.dtype such as torch.bfloat16")
-        model = construct(cls, self.config, parameter_dtype)
+        model = self._construct(cls, parameter_dtype)
         groups, unexpected, used = loading_groups(model, self._file_metas())
+        completeness.check_quantized(unexpected, self.path)
         sources = {name: group for group in groups for name in group.outputs}
         self._check_shapes(model, sources)
         if self.has_weights:
@@ -140,6 +161,7 @@ class Checkpoint:
             model._weight_conversions = used  # type: ignore[assignment]
             keep_in_fp32(model, parameter_dtype, sources)
         layout = self._layout = self._lay_out(model, sources, unexpected)
+        self._check_whole(model, layout)
         self._crcs, self._reader = Crcs(), Reader(self._read_into)
         absent = [name for name in layout.metas if name not in layout.recipes] if self.has_weights else []
         loaded = {name: self.load(name) for name in layout.buffers if name in layout.recipes}
@@ -162,13 +184,18 @@ class Checkpoint:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Names the files lack, initialised afresh (less those that transformers knows to be harmless)."""
-        return self._built().missing
+        """Names of a new head's tensors: the files lack them, and they are initialised afresh."""
+        return self._built().differences.new
 
     @property
     def unexpected(self) -> tuple[str, ...]:
         """Names in the files that the model has no use for (less those that transformers knows to be harmless)."""
-        return self._built().unexpected
+        return self._built().differences.unused
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user is to be told: a new head, tensors that are not used."""
+        return completeness.notes(self._built().differences)
 
     def shape_of(self, name: str) -> torch.Size:
         return self._meta(name).shape
@@ -251,32 +278,35 @@ class Checkpoint:
     def _read_into(self, source: str, start: int, out: Tensor) -> None:
         self._file_of[source].read_into(source, start, out)
 
-    def _model_class(self, given: type[PreTrainedModel] | str | None) -> type[PreTrainedModel]:
-        if isinstance(given, type):
-            if not issubclass(given, PreTrainedModel):
-                raise CheckpointError(f"model_class={given.__name__} is not a transformers model class.")
-            return given
-        architectures = getattr(self.config, "architectures", None) or []
-        name = given or (architectures[0] if architectures else None)
-        if name is None:
-            raise CheckpointError(
-                f"config.json names no architectures (model_type {self.config.model_type!r}): pass model_class, for "
-                "example 'AutoModelForCausalLM'."
-            )
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return found
-        mapping = getattr(found, "_model_mapping", None)
-        if mapping is None:
-            raise CheckpointError(
-                f"transformers {transformers.__version__} has no model class {name!r}; code inside checkpoints is "
-                "not run. Pass model_class, for example 'AutoModelForCausalLM'."
-            )
-        if type(self.config) not in mapping:
-            raise CheckpointError(f"{name} has no model of type {self.config.model_type!r}; pass another model_class.")
-        choice = mapping[type(self.config)]
-        choices: list[type[PreTrainedModel]] = list(choice) if isinstance(choice, (list, tuple)) else [choice]
-        return next((c for c in choices if c.__name__ in architectures), choices[0])
+    def _construct(self, cls: type[PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
+        """On meta. No more of it than the files can hold, whatever numbers config.json has."""
+        most = 64 * len(self._file_of) + 8192 if self.has_weights else MAX_REGISTRATIONS
+        return construct(cls, self.config, dtype, most=most)
+
+    def _check_whole(self, model: PreTrainedModel, layout: _Layout) -> None:
+        found = layout.differences
+        if self.has_weights:
+            shapes = {**self._file_metas(), **model.state_dict(), **layout.metas}
+            completeness.check(found, model, self.path, shapes, len(self._file_of))
+        for note in completeness.notes(found):
+            _log.log(logging.WARNING if found.new else logging.INFO, "%s: %s", self.path, note)
+
+    def _siblings(self, model: PreTrainedModel) -> tuple[PreTrainedModel | None, list[PreTrainedModel]]:
+        """Models of other classes of this config, on meta, to compare names with."""
+
+        def build(cls: type[PreTrainedModel]) -> PreTrainedModel | None:
+            try:
+                return model if cls is type(model) else self._construct(cls, torch.float32)
+            except CheckpointError:
+                return None  # a class that cannot be built from this config knows nothing of its names
+
+        try:
+            own = find_class(self.config, None, self.path, trust_remote_code=self.trust_remote_code)
+            declared = build(own)
+        except CheckpointError:
+            declared = None
+        others = [build(cls) for cls in sibling_classes(self.config)]
+        return declared, [other for other in others if other is not None]
 
     def _check_shapes(self, model: PreTrainedModel, sources: dict[str, Group]) -> None:
         entries = model.state_dict()
@@ -323,8 +353,10 @@ class Checkpoint:
         layout.parameters = tuple(name for name in parameters.values() if name in layout.metas)
         layout.buffers = tuple(name for name in buffers.values() if name in layout.metas)
         model._adjust_missing_and_unexpected_keys(report)  # type: ignore[arg-type]
-        layout.missing = tuple(sorted(report.missing_keys)) if self.has_weights else ()
-        layout.unexpected = tuple(sorted(report.unexpected_keys))
+        if self.has_weights:
+            layout.differences = completeness.differences(
+                model, report.missing_keys, report.unexpected_keys, lambda: self._siblings(model)
+            )
         return layout
 
     def _untie_what_differs(self, model: PreTrainedModel, sources: dict[str, Group], absent: set[str]) -> None:

@@ -18,13 +18,14 @@ CONFIG = "config.json"
 
 _CARRIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _CARRIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm"}
-_NOT_CARRIED = {CONFIG, "adapter_config.json", "trainer_state.json", "all_results.json", "eval_results.json"}
+_NOT_CARRIED = {CONFIG, "adapter_config.json", "trainer_state.json", "all_results.json", "eval_results.json",
+                "quantize_config.json", "quant_config.json", "hf_quant_config.json"}  # fmt: skip
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)(\.index\.json)?$")
 _PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt)$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def resolve_path(path: str | os.PathLike[str], *, weights: bool) -> Path:
+def resolve_path(path: str | os.PathLike[str], *, weights: bool, code: bool = False) -> Path:
     """The directory meant by a path or a hub id; it holds a config.json. Raises CheckpointError."""
     given = os.fspath(path)
     directory = Path(given).expanduser()
@@ -33,7 +34,7 @@ def resolve_path(path: str | os.PathLike[str], *, weights: bool) -> Path:
     if not directory.exists():
         if not _HUB_ID.fullmatch(given):
             raise CheckpointError(f"{given} does not exist. Give a directory with config.json and *.safetensors.")
-        directory = _from_hub(given, weights=weights)
+        directory = _from_hub(given, weights=weights, code=code)
     if (directory / CONFIG).is_file():
         return directory
     if (directory / "adapter_config.json").is_file():
@@ -78,12 +79,16 @@ def _shards(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def carried_files(directory: Path) -> list[Path]:
+def carried_files(directory: Path, *, code: bool = False) -> list[Path]:
     """Small files that belong to the model, not to its weights: tokenizer, templates, generation config, licence.
 
-    Paths as found; those in a directory of chat templates included. Code is not carried.
+    Paths as found; those in a directory of chat templates included. code: its Python files too.
     """
-    found = [p for p in sorted(directory.iterdir()) if p.is_file() and _is_carried(p.name)]
+    found = [
+        p
+        for p in sorted(directory.iterdir())
+        if p.is_file() and (_is_carried(p.name) or (code and p.suffix == ".py" and not p.name.startswith(".")))
+    ]
     templates = directory / "additional_chat_templates"
     return found + (sorted(templates.glob("*.jinja")) if templates.is_dir() else [])
 
@@ -94,13 +99,13 @@ def _is_carried(name: str) -> bool:
     return Path(name).suffix in _CARRIED_SUFFIXES or name.upper().startswith(_CARRIED_NAMES)
 
 
-def _from_hub(repo: str, *, weights: bool) -> Path:
+def _from_hub(repo: str, *, weights: bool, code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*"]
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns + ["*.safetensors"] * weights))
+        return Path(snapshot_download(repo, allow_patterns=patterns + ["*.safetensors"] * weights + ["*.py"] * code))
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"{repo!r} is neither a directory nor in the local Hugging Face cache, and the hub cannot be reached. "

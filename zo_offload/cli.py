@@ -35,10 +35,13 @@ def _fit(args: argparse.Namespace) -> int:
     _check_out(args.out)
     if args.resume:
         _refuse(args, "preset", "method", *_METHOD, *_IDENTITY, "run_dir")
-        engine = Engine.resume(args.model, **_given(args, *_MOVABLE, "model_class"))
+        engine = Engine.resume(args.model, **_given(args, *_MOVABLE, "model_class"), **_tokenizer(args))
     else:
-        settings = _given(args, *_IDENTITY, *_MOVABLE, "run_dir")
-        engine = Engine(args.model, method=_method(args), model_class=args.model_class, **settings)
+        settings = _given(args, *_SETTINGS, *_MOVABLE, "run_dir")
+        engine = Engine(
+            args.model, method=_method(args), model_class=args.model_class, **settings, **_overrides(args),
+            **_tokenizer(args),
+        )  # fmt: skip
         if engine.storage_note:
             print(f"storage auto takes {engine.config.storage}: {engine.storage_note}")
     with engine:
@@ -66,7 +69,7 @@ def _plan(args: argparse.Namespace) -> int:
     for line in plan_report(
         args.model, method=_method(args), tokens=args.tokens, batch_size=args.batch_size,
         micro_batches=args.micro_batches, model_class=args.model_class, link_gb_per_s=args.link,
-        **_given(args, *_IDENTITY, *_MOVABLE),
+        **_given(args, *_SETTINGS, *_MOVABLE), **_overrides(args),
     ):  # fmt: skip
         print(line)
     return 0
@@ -102,7 +105,7 @@ def _replay(args: argparse.Namespace) -> int:
     if not args.overwrite:
         _check_out(args.out)
     files = replay(args.base, args.journal, args.out, to=args.to, max_shard_bytes=args.max_shard,
-                   overwrite=args.overwrite)  # fmt: skip
+                   overwrite=args.overwrite, trust_remote_code=args.trust_remote_code)  # fmt: skip
     print(f"wrote {len(files)} files to {args.out}")
     return 0
 
@@ -151,11 +154,13 @@ def _open(args: argparse.Namespace) -> Any:
 
     if (Path(args.model) / runs.JOURNAL).exists():
         _refuse(args, *_IDENTITY, "run_dir")
-        return Engine.resume(args.model, **_given(args, *_MOVABLE, "model_class"))
+        return Engine.resume(args.model, **_given(args, *_MOVABLE, "model_class"), **_tokenizer(args))
     frozen = args.storage in FORMATS and not FORMATS[args.storage].trains
     method = QZOShift() if frozen else None  # nothing is trained here: the values as the format has them will do
-    given = _given(args, *_IDENTITY, *_MOVABLE, "run_dir")
-    return Engine(args.model, method=method, model_class=args.model_class, **given)
+    given = _given(args, *_SETTINGS, *_MOVABLE, "run_dir")
+    return Engine(
+        args.model, method=method, model_class=args.model_class, **given, **_overrides(args), **_tokenizer(args)
+    )
 
 
 def _check_out(out: str | None) -> None:
@@ -190,7 +195,9 @@ _IDENTITY = (  # what numbers depend on
     "block_numel",
     "trainable",
     "seed",
+    "num_labels",
 )
+_SETTINGS = tuple(name for name in _IDENTITY if name != "num_labels")  # fields of EngineConfig
 _MOVABLE = (
     "offload",
     "device",
@@ -198,11 +205,27 @@ _MOVABLE = (
     "num_slots",
     "order",
     "snapshot_minutes",
+    "trust_remote_code",
 )  # what may change when it is resumed
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """What of the checkpoint's config.json is to be another."""
+    given = _given(args, "num_labels")
+    return {"config_overrides": given} if given else {}
+
+
+def _tokenizer(args: argparse.Namespace) -> dict[str, Any]:
+    """The tokenizer of another directory, where one was named."""
+    if getattr(args, "tokenizer", None) is None:
+        return {}
+    from .tokenizers import load_tokenizer
+
+    return {"tokenizer": load_tokenizer(args.tokenizer, trust_remote_code=bool(args.trust_remote_code))}
 
 
 def _data_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -290,6 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--out", required=True)
     replay.add_argument("--max-shard", default="5GB")
     replay.add_argument("--overwrite", action="store_true", help="write into a directory that is not empty")
+    replay.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base")
     replay.set_defaults(run=_replay)
 
     journal = commands.add_parser("journal", help="show, check or cut a journal, or print it as CSV")
@@ -337,6 +361,13 @@ def _storage(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device-memory", help="budget such as 6GB")
     command.add_argument("--block-numel", type=_count, help="most elements of a block, the unit that streams")
     command.add_argument("--model-class", help="such as AutoModelForSequenceClassification")
+    command.add_argument("--num-labels", type=_count, help="classes of a new head, instead of config.json's")
+    command.add_argument(
+        "--tokenizer", help="directory or cached hub id, where the checkpoint has none or another is meant"
+    )
+    command.add_argument(
+        "--trust-remote-code", action="store_true", default=None, help="run code that comes with the checkpoint"
+    )
 
 
 def _data(command: argparse.ArgumentParser) -> None:

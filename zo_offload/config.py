@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -50,6 +51,19 @@ def show_bytes(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} GB"
+
+
+def _check_overrides(overrides: Any) -> None:
+    try:
+        sound = overrides is None or (
+            isinstance(overrides, Mapping) and json.loads(json.dumps({**overrides})) == overrides
+        )
+    except (TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ConfigError(
+            f"config_overrides={overrides!r}: expected a dict of plain values, such as {{'num_labels': 5}}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +136,10 @@ class EngineConfig:
     snapshot_steps: int | None = None
     """The same interval in steps; takes the place of snapshot_minutes."""
     trust_remote_code: bool = False
+    """Whether code that comes with a checkpoint may run: the classes of config, model and tokenizer are its own then. A
+    run keeps this; a journal does not, so `replay` is to be told again."""
+    config_overrides: Mapping[str, Any] | None = None
+    """Settings of a checkpoint's config.json to replace, such as {"num_labels": 5, "attn_implementation": "eager"}."""
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -164,6 +182,9 @@ class EngineConfig:
             raise ConfigError(f"whole={self.whole!r}: expected names, such as ({self.whole!r},)")
         if not 0 <= self.seed < 1 << 64:
             raise ConfigError(f"seed={self.seed}: expected 0 .. 2**64 - 1")
+        if not isinstance(self.trust_remote_code, bool):
+            raise ConfigError(f"trust_remote_code={self.trust_remote_code!r}: expected True or False")
+        _check_overrides(self.config_overrides)
         if self.offload == "disk" and self.run_dir is None:
             raise ConfigError("offload='disk' needs run_dir=...: the blocks are written there")
 

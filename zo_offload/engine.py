@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from . import runs
 from .checkpoint import Checkpoint, save_pretrained
@@ -61,6 +60,7 @@ from .slots import Traffic
 from .sources import as_given
 from .stepper import Stepper
 from .streamer import Streamer
+from .tokenizers import check_saves, has_tokenizer, load_tokenizer
 from .training import FitResult, Training, check_same_data
 from .updates import UpdateLog
 
@@ -119,7 +119,10 @@ class Engine:
         self.config = config if config is not None else EngineConfig(**settings)
         self.method = method if method is not None else MeZO()
         self.objective = objective if objective is not None else model_loss
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer  # as given; `_tokenizer` falls back on the checkpoint's
+        self._own_tokenizer: Any = None
+        if tokenizer is not None:
+            check_saves(tokenizer)
         self.run_dir = Path(self.config.run_dir) if self.config.run_dir is not None else None
         if self.run_dir is not None and not _resume:
             runs.check_fresh(self.run_dir)
@@ -130,10 +133,14 @@ class Engine:
         self.checkpoint: Checkpoint | None = None
         self.base: Base
         if isinstance(model, nn.Module):
+            if self.config.config_overrides:
+                raise ConfigError("config_overrides are of a checkpoint's config.json: change the module's own config")
             self.model: nn.Module = model
             self.base = base if base is not None else ModuleBase(model)
         else:
-            self.checkpoint = Checkpoint.open(model)
+            self.checkpoint = Checkpoint.open(
+                model, trust_remote_code=self.config.trust_remote_code, overrides=self.config.config_overrides
+            )
             own = self.checkpoint.dtype if self.device.kind == "cuda" else torch.float32
             compute = DTYPES[self.config.compute] if self.config.compute is not None else own
             self.model = self.checkpoint.build_model(compute, model_class, seed=self.config.seed)
@@ -143,6 +150,7 @@ class Engine:
         prepared = self._prepared = prepare(
             self.model, self.base.dtype_of, self.config, self.method, self.device, example=example,
             offload=None if _session is None else "disk",
+            notes=() if self.checkpoint is None else self.checkpoint.notes,
         )  # fmt: skip
         self.config, self.storage_note = prepared.config, prepared.storage_note
         self.plan: Plan = prepared.plan
@@ -355,7 +363,7 @@ class Engine:
         return save_pretrained(
             Path(directory), model=self.model, names=list(self.plan.params), weights=parts.streamer,
             checkpoint=self.checkpoint, max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")),
-            overwrite=overwrite, tokenizer=self.tokenizer if self.checkpoint is None else None,
+            overwrite=overwrite, tokenizer=self.tokenizer,
         )  # fmt: skip
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -544,11 +552,13 @@ class Engine:
         return batches.objective
 
     def _tokenizer(self) -> Any:
+        """The one that was given, else the checkpoint's own, if it has one."""
         path = None if self.checkpoint is None else self.checkpoint.path
-        if self.tokenizer is None and self.checkpoint is not None and path is not None:
-            has_one = any(file.name.startswith("tokenizer") for file in self.checkpoint.carried)
-            self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True) if has_one else None
-        return self.tokenizer
+        if self.tokenizer is not None or path is None or not has_tokenizer(path):
+            return self.tokenizer
+        if self._own_tokenizer is None:
+            self._own_tokenizer = load_tokenizer(path, trust_remote_code=self.config.trust_remote_code)
+        return self._own_tokenizer
 
     def _has_reached(self, values: dict[str, float]) -> bool:
         """Whether an evaluation is of this run's past; the journal may have been cut since."""

@@ -29,16 +29,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from . import tokenizers
 from .checkpoint_files import CONFIG, INDEX, SINGLE
 from .conversion import Group, names_to_save, saving_groups
 from .errors import CheckpointError
 from .recipe import Reader, Recipe
 from .safetensors_io import Shard, ShardWriter, Tensorlike, header_bound, read_header
+from .tokenizers import is_of_tokenizer
 from .weights import Placed, Weights, runs
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
+GENERATION = "generation_config.json"
 METADATA = {"format": "pt", "producer": "zo_offload"}
 
 
@@ -58,9 +61,9 @@ def save_pretrained(
     names, weights: canonical names of the parameters (and of any buffers) that `weights` has; each element is read
     once, in the dtype it is to have in the file. They must cover every parameter. Buffers not among them, and
     everything if both are None, are taken from the model. checkpoint: where the model came from; its config and small
-    files (tokenizer, generation config, chat template, licence) go along. Without it the model's own configs and
-    `tokenizer` (anything with a `save_pretrained`) do. A model that is not a PreTrainedModel becomes plain
-    safetensors of its state dict.
+    files (tokenizer, generation config, chat template, licence) go along. Without it the model's own configs do.
+    tokenizer (anything with a `save_pretrained`): goes along in the place of the checkpoint's. A model that is not a
+    PreTrainedModel becomes plain safetensors of its state dict.
 
     A shard holds at most max_shard_bytes of tensors, or one tensor. The config's dtype is that of most elements.
     Raises CheckpointError: target not empty (unless overwrite), disk full, a parameter that nothing covers.
@@ -72,9 +75,7 @@ def save_pretrained(
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         config_dtype = _write_weights(work, model, entries, int(max_shard_bytes))
-        _write_small_files(work, model, checkpoint, config_dtype)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(work)
+        _write_small_files(work, model, checkpoint, config_dtype, tokenizer)
         work.chmod(0o777 & ~_umask())
         written = sorted(work.rglob("*"), key=_moving_order)
         return _publish(work, [f for f in written if f.is_file()], target)
@@ -244,12 +245,18 @@ def _name_shards(work: Path, shards: list[Shard]) -> None:
     _write_json(work / INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def _write_small_files(work: Path, model: nn.Module, checkpoint: Checkpoint | None, dtype: torch.dtype | None) -> None:
+def _write_small_files(
+    work: Path, model: nn.Module, checkpoint: Checkpoint | None, dtype: torch.dtype | None, tokenizer: Any
+) -> None:
     if checkpoint is not None and checkpoint.path is not None:
         for source in checkpoint.carried:
-            copy_to = work / source.relative_to(checkpoint.path)
-            copy_to.parent.mkdir(exist_ok=True)
-            shutil.copyfile(source, copy_to)
+            name = source.relative_to(checkpoint.path)
+            if tokenizer is not None and is_of_tokenizer(name.as_posix()):
+                continue  # the one that was trained with takes its place
+            (work / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, work / name)
+    if tokenizer is not None:
+        tokenizers.save(tokenizer, work)
     if not isinstance(model, PreTrainedModel):
         return
     config = copy.deepcopy(model.config if checkpoint is None else checkpoint.config)
@@ -260,8 +267,9 @@ def _write_small_files(work: Path, model: nn.Module, checkpoint: Checkpoint | No
             if (part := getattr(config, name, None)) is not None:
                 part.dtype = dtype
     config.save_pretrained(work)
-    if model.can_generate() and not (work / "generation_config.json").exists():
-        model.generation_config.save_pretrained(work)
+    if model.can_generate() and not (work / GENERATION).exists():
+        # as it is: its own save_pretrained refuses what transformers finds inconsistent, and the weights would be lost
+        model.generation_config.to_json_file(work / GENERATION, use_diff=True, keys_to_pop=["compile_config"])
 
 
 def _check_target(target: Path, checkpoint: Checkpoint | None, overwrite: bool) -> None:

@@ -14,25 +14,70 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import PreTrainedModel
 from transformers import initialization as hf_init
 from transformers.monkey_patching import patch_output_recorders
 
+from .errors import CheckpointError
 
-def construct(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """cls(config) with everything on meta, nothing tied and nothing initialised yet. The config is copied."""
+MAX_REGISTRATIONS = 1_000_000
+"""Modules and parameters of a model that is built from its config alone."""
+MAX_MADE_BYTES = 16 << 30
+"""Of buffers and new parameters together, which a config alone can make as large as it likes."""
+
+
+def construct(
+    cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, *, most: int = MAX_REGISTRATIONS
+) -> PreTrainedModel:
+    """cls(config) with everything on meta, nothing tied and nothing initialised yet. The config is copied.
+
+    most: modules and parameters that may be registered on the way. CheckpointError: more, or the class refuses the
+    config.
+    """
     config = copy.deepcopy(config)
     for part in config_parts(config):
         part.dtype = dtype
-    with contextlib.ExitStack() as stack:
-        for context in cls.get_init_context(dtype, False, False, None):
-            stack.enter_context(context)
-        model = cls(config)
+    try:
+        with contextlib.ExitStack() as stack:
+            for context in cls.get_init_context(dtype, False, False, None):
+                stack.enter_context(context)
+            stack.enter_context(_at_most(most, cls.__name__))
+            model = cls(config)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a class makes of numbers that no one has checked
+        raise CheckpointError(
+            f"{cls.__name__} cannot be built from config.json: {type(error).__name__}: {error}"
+        ) from error
     patch_output_recorders(model)
     for part in config_parts(model.config):
         if hasattr(part, "use_cache"):
             part.use_cache = False
     return model
+
+
+@contextlib.contextmanager
+def _at_most(most: int, name: str) -> Iterator[None]:
+    """Ends the building of a model with CheckpointError once it has registered more modules and parameters."""
+    count = 0
+
+    def registered(module: nn.Module, key: str, value: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise CheckpointError(
+                f"config.json describes a {name} of more than {most} modules and parameters, which is more than the "
+                "checkpoint can hold. Correct its number of layers."
+            )
+
+    with contextlib.ExitStack() as stack:
+        for register in (register_module_module_registration_hook, register_module_parameter_registration_hook):
+            stack.callback(register(registered).remove)
+        yield
 
 
 def keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype, names: Iterable[str]) -> None:
@@ -65,6 +110,14 @@ def make_real(model: PreTrainedModel, loaded: dict[str, Tensor], fresh: Iterable
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' init functions skip these
+    fresh = list(fresh)
+    made = sum(4 * model.get_parameter(name).numel() for name in fresh)
+    made += sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in loaded)
+    if made > MAX_MADE_BYTES:
+        raise CheckpointError(
+            f"config.json describes a {type(model).__name__} with {made / 1e9:.1f} GB of buffers and new parameters, "
+            f"which no file holds; at most {MAX_MADE_BYTES / 1e9:.1f} GB are made. Correct its sizes."
+        )
     changes: dict[int, Tensor] = {}
     for name, buffer in model.named_buffers():
         if name in loaded:

@@ -222,6 +222,7 @@ def make_plan(
     trainable: TrainableFilter = None,
     call: ForwardCall | None = None,
     block_numel: int = BLOCK_NUMEL,
+    notes: tuple[str, ...] = (),
 ) -> Plan:
     """Plan a model, from its module tree and one traced forward without weights.
 
@@ -236,6 +237,7 @@ def make_plan(
             everything in each layer's attention, "bias" every bias, "*" all.
         call: how a lane calls the model; default `model(**batch)`.
         block_numel: most elements a block may hold; larger layers and parameters are cut (`blocks.py`).
+        notes: what a user is to be told of the model, first among the plan's notes.
 
     Raises PlanError: no parameters, none trainable, a pattern that selects nothing, parameters of unknown shape, one
     used outside of any module.
@@ -260,6 +262,7 @@ def make_plan(
         trace = Trace({}, (), False, ("no batch to trace with",))
     else:
         trace = trace_on_meta(model, batch, call or (lambda m, b: m(**b)))
+    trace = replace(trace, notes=(*notes, *trace.notes))
     frozen = sum(p.numel for p in params.values() if p.dtype.is_floating_point and not p.trainable)
     if trainable is None and frozen:
         trace = replace(trace, notes=(*trace.notes, f"{frozen:,} parameters without requires_grad stay frozen"))

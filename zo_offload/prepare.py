@@ -158,16 +158,20 @@ def prepare(
     example: Batch | None = None,
     call: ForwardCall | None = None,
     offload: str | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Prepared:
     """Decide how a model is cut, stored and streamed. Reads no weights.
 
     dtype_of: of a parameter of the base, by name. example: a batch to trace the forward with, and call how; otherwise
-    the model's dummy inputs are used. offload: a tier that is known already, whatever the settings say. Raises
+    the model's dummy inputs are used. offload: a tier that is known already, whatever the settings say. notes: of the
+    model, to be the plan's first. Raises
     ConfigError for settings that do not go together, BudgetError if a memory tier cannot hold the model.
     """
     traced = {} if call is None else {"call": call}
     with undisturbed(model, config.mode, config.seed):
-        full = make_plan(model, example, trainable=config.trainable, block_numel=config.block_numel, **traced)
+        full = make_plan(
+            model, example, trainable=config.trainable, block_numel=config.block_numel, notes=notes, **traced
+        )
     check_tunes(method, full)
     note = ""
     if config.storage == "auto":

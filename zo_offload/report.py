@@ -72,7 +72,7 @@ def plan_report(
     """
     method = method if method is not None else MeZO()
     config = EngineConfig(**{"run_dir": "-", **settings})
-    checkpoint = open_config(model)
+    checkpoint = open_config(model, trust_remote_code=config.trust_remote_code, overrides=config.config_overrides)
     device = _device(config)
     dtype = _compute_dtype(config.compute, device.kind, checkpoint, config.storage)
     module = checkpoint.build_model(dtype, model_class)
@@ -82,7 +82,9 @@ def plan_report(
         raise ConfigError(f"tokens={tokens}: {model} takes at most {limit}")
     tokens = tokens if tokens is not None else min(512, limit or 512)
     batch = example_batch(module, kind, batch_size, tokens)
-    prepared = prepare(module, checkpoint.dtype_of, config, method, device, example=batch, call=_forward)
+    prepared = prepare(
+        module, checkpoint.dtype_of, config, method, device, example=batch, call=_forward, notes=checkpoint.notes
+    )
     objective = model_loss if "labels" in batch else _forward
     memory = prepared.plan_memory(batch, objective=objective, micro_batches=micro_batches)
     plan, layout = prepared.plan, prepared.layout
@@ -128,14 +130,19 @@ def _formats(layout: Layout) -> str:
     return ", ".join(name for name, _ in nbytes.most_common())
 
 
-def open_config(model: str) -> Checkpoint:
-    """A checkpoint to plan with: a directory, a config.json (weights beside it are not looked for) or a known size."""
+def open_config(
+    model: str, *, trust_remote_code: bool = False, overrides: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """A checkpoint to plan with: a directory, a config.json (weights beside it are not looked for) or a known size. Of
+    weight files the headers are read, so what `fit` would refuse is refused here."""
     if model.lower() in OPT_SHAPES and not os.path.exists(model):
         return Checkpoint.open(opt_config(model))
     path = Path(model)
-    if path.name == "config.json":
-        return Checkpoint.open(path.parent, weights=False)
-    return Checkpoint.open(model, weights=any(path.glob("*.safetensors")))
+    weights = path.name != "config.json" and any(path.glob("*.safetensors"))
+    return Checkpoint.open(
+        path.parent if path.name == "config.json" else model, weights=weights, trust_remote_code=trust_remote_code,
+        overrides=overrides,
+    )  # fmt: skip
 
 
 def example_batch(module: Any, kind: ModelKind, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:

@@ -46,10 +46,11 @@ def check_fresh(run_dir: Path) -> None:
 
 
 def settings_of(config: EngineConfig) -> dict[str, Any]:
-    """The engine's settings as plain JSON; a predicate for `trainable` is named as one."""
+    """The engine's settings as plain JSON; a predicate for `trainable` is named as one. Without trust_remote_code: a
+    journal is passed on, and trust is not."""
     trainable = config.trainable if isinstance(config.trainable, (str, list, tuple, type(None))) else PREDICATE
     settings = {**asdict(dataclasses.replace(config, trainable=None)), "run_dir": None, "trainable": trainable}
-    settings.pop("trust_remote_code", None)  # never taken from a file
+    settings.pop("trust_remote_code", None)
     return settings
 
 
@@ -59,9 +60,10 @@ def method_of(method: MeZO) -> dict[str, Any]:
 
 def save_config(run_dir: Path, model: str | None, model_class: str | None, config: EngineConfig, method: MeZO) -> None:
     """Write config.json beside and rename: it is there whole or not at all."""
-    record = {
-        "model": model, "model_class": model_class, "settings": settings_of(config), "method": method_of(method)
-    }  # fmt: skip
+    settings = settings_of(config)
+    if config.trust_remote_code:
+        settings["trust_remote_code"] = True
+    record = {"model": model, "model_class": model_class, "settings": settings, "method": method_of(method)}
     text = json.dumps(record, indent=1, sort_keys=True) + "\n"
     try:
         diskio.replace_file(run_dir / CONFIG, text.encode())
@@ -84,7 +86,7 @@ def load_config(run_dir: Path) -> dict[str, Any]:
         or not all(isinstance(record.get(part), dict) for part in ("settings", "method"))
     ):
         raise JournalError(f"{path} is not a run's configuration ({str(record)[:100]})")
-    check_settings(record["settings"], str(path))
+    check_settings({k: v for k, v in record["settings"].items() if k != "trust_remote_code"}, str(path))
     record["settings"] = with_mode(record["settings"], record["model"])
     return record
 

@@ -17,7 +17,9 @@ import contextlib
 import json
 import math
 import os
+import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ from . import diskio
 from .errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+MAX_HEADER_PARTS = 5_000_000
+"""Of brackets, braces, colons and commas, ten or so a tensor: what a header takes in memory goes with them."""
 READ_CHUNK_BYTES = 1 << 30  # Linux moves at most 0x7ffff000 bytes a call
 
 _TORCH_NAMES = {
@@ -124,9 +128,10 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
                 "was cut short. Download or copy it again."
             )
         raw = file.read(length)
+    _check_parts(path, raw)
     try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of too many digits, too deep
+        header = json.loads(raw, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of too many digits, too deep, twice
         raise CheckpointError(
             f"{path}: the safetensors header is not JSON ({error}). Download or copy it again."
         ) from error
@@ -140,10 +145,33 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
     return metadata, entries
 
 
+def _check_parts(path: Path, raw: bytes) -> None:
+    """Before it is parsed: a header of nothing but brackets would take thirty times its size in memory."""
+    if sum(map(raw.count, (b"[", b"{", b":", b","))) <= MAX_HEADER_PARTS:
+        return
+    parts = 0  # now without those in strings
+    for found in re.finditer(rb'"(?:[^"\\]++|\\.)*+"|[\[{:,]', raw, re.DOTALL):
+        parts += found.end() - found.start() == 1
+        if parts > MAX_HEADER_PARTS:
+            raise CheckpointError(
+                f"{path}: a safetensors header of {len(raw)} bytes with more than {MAX_HEADER_PARTS} parts, as 500,000 "
+                "tensors have. It is damaged, or not a model's."
+            )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r} is in it twice")
+    return found
+
+
 def _entry(path: Path, name: str, value: Any, data_begin: int, size: int) -> Entry:
     try:
         code, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         well_typed = type(code) is str and all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, begin, end))
+        well_typed = well_typed and len(shape) <= 64 and math.prod(n for n in shape if n) < 1 << 60  # torch's strides
     except (TypeError, KeyError, ValueError):
         well_typed = False
     if not well_typed:
