@@ -35,11 +35,27 @@ def resolve_path(path: str | os.PathLike[str], *, weights: bool, code: bool = Fa
         if not _HUB_ID.fullmatch(given):
             raise CheckpointError(f"{given} does not exist. Give a directory with config.json and *.safetensors.")
         directory = _from_hub(given, weights=weights, code=code)
+    if is_run(directory):
+        raise CheckpointError(
+            f"{given} is a run, not a checkpoint. Go on with it: Engine.resume({given!r}) (fit --resume); or export it."
+        )
     if (directory / CONFIG).is_file():
         return directory
     if (directory / "adapter_config.json").is_file():
         raise CheckpointError(f"{given} holds a PEFT adapter, not a model. Merge it into its base model and save that.")
     raise CheckpointError(f"{given} is not a checkpoint: no config.json. Found: {_listing(directory)}.")
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a directory is a run's (`runs.py`): it has a journal, or the configuration of a run that has none yet."""
+    if (directory / "journal.zoj").exists():
+        return True
+    try:
+        file = directory / CONFIG
+        values = json.loads(file.read_bytes()) if file.is_file() and file.stat().st_size < 1 << 20 else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and {"model", "settings", "method"} <= set(values) and "model_type" not in values
 
 
 def find_weights(directory: Path) -> list[Path]:

@@ -16,6 +16,7 @@ The engine wires the parts and holds no algorithm.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections import deque
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from . import runs
+from .adapters import beside_adapter
 from .checkpoint import Checkpoint, save_pretrained
 from .config import DTYPES, EngineConfig, parse_bytes
 from .data import Batches, StreamBatches, fingerprint, make_batches
@@ -63,6 +65,8 @@ from .streamer import Streamer
 from .tokenizers import check_saves, has_tokenizer, load_tokenizer
 from .training import FitResult, Training, check_same_data
 from .updates import UpdateLog
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,8 @@ class Engine:
         self.plan: Plan = prepared.plan
         self.layout: Layout = prepared.layout
         self.offload, self.fold_every = prepared.offload, prepared.fold_every
+        if wrong := beside_adapter(self.model, self._trained()):
+            _log.warning("%s; save_pretrained will refuse", wrong)
         self.gains: Gains | None = None
         """Of the parameters whose perturbation or update is not the method's own, once decided: see `gains.py`."""
         if not _resume and _session is None:
@@ -356,14 +362,17 @@ class Engine:
     ) -> list[Path]:
         """Write the current weights as a checkpoint that plain transformers loads, a block in memory at a time.
 
-        Configs and tokenizer go along. overwrite: into a directory that is not empty; see `export.save_pretrained`.
+        Configs and tokenizer go along. overwrite: into a directory that is not empty; see `export.save_pretrained`. Of
+        a PeftModel the adapter is written, for `PeftModel.from_pretrained`; ConfigError if more than it was trained.
         """
+        if wrong := beside_adapter(self.model, self._trained()):
+            raise ConfigError(wrong)
         parts = self._start()
         self._flush(parts)
         return save_pretrained(
             Path(directory), model=self.model, names=list(self.plan.params), weights=parts.streamer,
             checkpoint=self.checkpoint, max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")),
-            overwrite=overwrite, tokenizer=self.tokenizer,
+            overwrite=overwrite, tokenizer=self.tokenizer, run=lambda call: self.run({}, lambda *_: call()),
         )  # fmt: skip
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -559,6 +568,9 @@ class Engine:
         if self._own_tokenizer is None:
             self._own_tokenizer = load_tokenizer(path, trust_remote_code=self.config.trust_remote_code)
         return self._own_tokenizer
+
+    def _trained(self) -> set[str]:
+        return {name for name, spec in self.plan.params.items() if spec.trainable}
 
     def _has_reached(self, values: dict[str, float]) -> bool:
         """Whether an evaluation is of this run's past; the journal may have been cut since."""

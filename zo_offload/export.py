@@ -5,20 +5,18 @@ Names, splits and ties are those that transformers' own `save_pretrained` writes
 read in the order of the blocks that hold them, and each is written to its place in its file. Only where transformers
 transposes a whole tensor or computes with it are those it converts together in memory at once.
 
-Everything is written into a fresh directory beside the target and then renamed: the target is complete or absent. With
-overwrite=True the files are moved into an existing directory one by one, weights first and the index last; what was
-there under other names stays, save for weight files that an earlier export of ours left and that would shadow or
-outlive the new ones.
+How an export takes its place, whole and at once, is in `publish.py`. Of a PEFT model its adapter is written, as peft
+writes it (`adapters.py`).
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -30,11 +28,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import tokenizers
-from .checkpoint_files import CONFIG, INDEX, SINGLE
+from .adapters import Run, is_peft, save_adapter
+from .checkpoint_files import INDEX, SINGLE, is_run
 from .conversion import Group, names_to_save, saving_groups
 from .errors import CheckpointError
+from .publish import PRODUCER, earlier_files, publish, workplace
 from .recipe import Reader, Recipe
-from .safetensors_io import Shard, ShardWriter, Tensorlike, header_bound, read_header
+from .safetensors_io import Shard, ShardWriter, Tensorlike, header_bound
 from .tokenizers import is_of_tokenizer
 from .weights import Placed, Weights, runs
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 GENERATION = "generation_config.json"
-METADATA = {"format": "pt", "producer": "zo_offload"}
+METADATA = {"format": "pt", "producer": PRODUCER}
 
 
 def save_pretrained(
@@ -55,6 +55,7 @@ def save_pretrained(
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
     tokenizer: Any = None,
+    run: Run | None = None,
 ) -> list[Path]:
     """Writes `model` to `directory`; returns the files, weights first.
 
@@ -63,30 +64,58 @@ def save_pretrained(
     everything if both are None, are taken from the model. checkpoint: where the model came from; its config and small
     files (tokenizer, generation config, chat template, licence) go along. Without it the model's own configs do.
     tokenizer (anything with a `save_pretrained`): goes along in the place of the checkpoint's. A model that is not a
-    PreTrainedModel becomes plain safetensors of its state dict.
+    PreTrainedModel becomes plain safetensors of its state dict; of a PeftModel its adapters are written, as peft does.
+    run: see `adapters.save_adapter`.
 
     A shard holds at most max_shard_bytes of tensors, or one tensor. The config's dtype is that of most elements.
     Raises CheckpointError: target not empty (unless overwrite), disk full, a parameter that nothing covers.
     """
-    target = Path(directory).expanduser()
+    given = Path(directory).expanduser()
+    target = given.resolve()
     _check_target(target, checkpoint, overwrite)
-    entries = _Entries(model, None if names is None else set(names), weights)
+    known = None if names is None else set(names)
+    entries = None if is_peft(model) else _Entries(model, known, weights)
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
-        config_dtype = _write_weights(work, model, entries, int(max_shard_bytes))
-        _write_small_files(work, model, checkpoint, config_dtype, tokenizer)
-        work.chmod(0o777 & ~_umask())
-        written = sorted(work.rglob("*"), key=_moving_order)
-        return _publish(work, [f for f in written if f.is_file()], target)
+        with workplace(target) as work:
+            if entries is None:
+                if tokenizer is not None:
+                    tokenizers.save(tokenizer, work)
+                save_adapter(work, model, weights, METADATA, run)
+            else:
+                _write(work, model, entries, checkpoint, tokenizer, int(max_shard_bytes), target)
+            return [given / file.relative_to(target) for file in publish(work, target)]
     except OSError as error:
         raise CheckpointError(
             f"could not write {target}: {error.strerror or error} "
             f"({shutil.disk_usage(target.parent).free / 1e9:.2f} GB free there). "
-            "What was written is removed and the source is as it was; free space or choose another place."
+            "What was written is removed, and what was there is as it was; free space or choose another place."
         ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)  # made above, by us alone
+
+
+def _write(
+    work: Path, model: nn.Module, entries: _Entries, checkpoint: Checkpoint | None, tokenizer: Any,
+    max_shard_bytes: int, target: Path,
+) -> None:  # fmt: skip
+    """All files of an export, in `work`: the small ones first, whose names the weights' metadata then holds."""
+    groups, outputs = _outputs(model, entries)
+    _write_small_files(work, model, checkpoint, _main_dtype(outputs), tokenizer)
+    small = sorted(file.relative_to(work).as_posix() for file in work.rglob("*") if file.is_file())
+    metadata = {**METADATA, "files": json.dumps(small)}
+    shards = _into_shards(outputs, max_shard_bytes, metadata)
+    files = _shard_names(len(shards), target)
+    if target.exists():
+        earlier_files(target, files)  # raises for weights of others, before ours are written
+    with _Files(work, shards, files, metadata) as writing:
+        reader = Reader(entries.read_into)
+        for name, recipe in _in_order(groups, entries):
+            for start, values in runs(partial(recipe.fill, reader), recipe.dtype, 0, recipe.numel):
+                writing.write(name, start, values)
+            writing.end(name)
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard.tensors}
+        total = {"total_size": sum(shard.nbytes for shard in shards)}
+        _write_json(work / INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
 
 
 class _Entries:
@@ -136,8 +165,8 @@ class _Entries:
             out.copy_(self._tensors[name].detach().reshape(-1)[start : start + len(out)])
 
 
-def _write_weights(work: Path, model: nn.Module, entries: _Entries, max_shard_bytes: int) -> torch.dtype | None:
-    """Streams all groups into shards under their final names, with an index if there are several."""
+def _outputs(model: nn.Module, entries: _Entries) -> tuple[list[Group], dict[str, Tensorlike]]:
+    """What goes into the files, under its final names."""
     metas = entries.metas()
     if isinstance(model, PreTrainedModel):
         groups = saving_groups(model, metas)
@@ -146,14 +175,11 @@ def _write_weights(work: Path, model: nn.Module, entries: _Entries, max_shard_by
     outputs = {name: Tensorlike(t.dtype, tuple(t.shape)) for group in groups for name, t in group.outputs.items()}
     if not outputs:
         raise CheckpointError(f"{type(model).__name__} has no parameters or buffers to save.")
-    shards = _into_shards(outputs, max_shard_bytes)
-    with _Files(work, shards) as files:
-        reader = Reader(entries.read_into)
-        for name, recipe in _in_order(groups, entries):
-            for start, values in runs(partial(recipe.fill, reader), recipe.dtype, 0, recipe.numel):
-                files.write(name, start, values)
-            files.end(name)
-    _name_shards(work, shards)
+    return groups, outputs
+
+
+def _main_dtype(outputs: Mapping[str, Tensorlike]) -> torch.dtype | None:
+    """That of most floating elements."""
     elements: Counter[torch.dtype] = Counter()
     for tensor in outputs.values():
         if tensor.dtype.is_floating_point:
@@ -172,12 +198,12 @@ def _in_order(groups: list[Group], entries: _Entries) -> list[tuple[str, Recipe]
     return [(name, recipe) for *_, name, recipe in sorted(found, key=lambda entry: entry[:3])]
 
 
-def _into_shards(outputs: Mapping[str, Tensorlike], max_bytes: int) -> list[Shard]:
+def _into_shards(outputs: Mapping[str, Tensorlike], max_bytes: int, metadata: dict[str, str]) -> list[Shard]:
     shards: list[Shard] = []
     waiting = {name: tensor.shape for name, tensor in outputs.items()}
     for name, tensor in outputs.items():
         if not shards or not shards[-1].fits(tensor, max_bytes):
-            shards.append(Shard(header_bound(_first_bytes(waiting, max_bytes), METADATA)))
+            shards.append(Shard(header_bound(_first_bytes(waiting, max_bytes), metadata)))
         shards[-1].add(name, tensor)
         del waiting[name]
     return shards
@@ -186,8 +212,8 @@ def _into_shards(outputs: Mapping[str, Tensorlike], max_bytes: int) -> list[Shar
 class _Files:
     """The shards' files while they are written; each is open from its first element to its last."""
 
-    def __init__(self, work: Path, shards: list[Shard]) -> None:
-        self._work, self._shards = work, shards
+    def __init__(self, work: Path, shards: list[Shard], names: list[str], metadata: dict[str, str]) -> None:
+        self._paths, self._shards, self._metadata = [work / name for name in names], shards, metadata
         self._shard_of = {name: index for index, shard in enumerate(shards) for name in shard.tensors}
         self._lacking = [len(shard.tensors) for shard in shards]
         self._open: dict[int, ShardWriter] = {}
@@ -205,7 +231,7 @@ class _Files:
 
     def _file(self, index: int) -> ShardWriter:
         if index not in self._open:
-            self._open[index] = ShardWriter(_path(self._work, index), self._shards[index], METADATA)
+            self._open[index] = ShardWriter(self._paths[index], self._shards[index], self._metadata)
         return self._open[index]
 
     def __enter__(self) -> _Files:
@@ -214,10 +240,6 @@ class _Files:
     def __exit__(self, *exc: object) -> None:
         for file in self._open.values():
             file.abandon()
-
-
-def _path(work: Path, index: int) -> Path:
-    return work / f"shard-{index}"
 
 
 def _first_bytes(shapes: dict[str, tuple[int, ...]], max_bytes: int) -> dict[str, tuple[int, ...]]:
@@ -232,17 +254,18 @@ def _first_bytes(shapes: dict[str, tuple[int, ...]], max_bytes: int) -> dict[str
     return taken
 
 
-def _name_shards(work: Path, shards: list[Shard]) -> None:
-    if len(shards) == 1:
-        _path(work, 0).rename(work / SINGLE)
-        return
-    weight_map = {}
-    for index, shard in enumerate(shards):
-        final = SINGLE.replace(".safetensors", f"-{index + 1:05d}-of-{len(shards):05d}.safetensors")
-        _path(work, index).rename(work / final)
-        weight_map.update(dict.fromkeys(shard.tensors, final))
-    total = {"total_size": sum(shard.nbytes for shard in shards)}
-    _write_json(work / INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+def _shard_names(count: int, target: Path) -> list[str]:
+    """File names of the weights. Shards get such as no file in `target` has: who is reading the export that is there
+    must not go on into this one."""
+    if count == 1:
+        return [SINGLE]
+    taken = {file.name for file in target.glob("model-*.safetensors")} if target.exists() else set()
+    for version in itertools.count(1):
+        stem = SINGLE.removesuffix(".safetensors") + (f"-v{version}" if version > 1 else "")
+        names = [f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
+        if not taken.intersection(names):
+            return names
+    raise AssertionError
 
 
 def _write_small_files(
@@ -275,6 +298,8 @@ def _write_small_files(
 def _check_target(target: Path, checkpoint: Checkpoint | None, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a directory to write to.")
+    if is_run(target) or (target.name == "blocks" and is_run(target.parent)):
+        raise CheckpointError(f"{target} is a run's directory, which an export would destroy. Give another directory.")
     if not target.exists() or not any(target.iterdir()):
         return
     if not overwrite:
@@ -284,55 +309,5 @@ def _check_target(target: Path, checkpoint: Checkpoint | None, overwrite: bool) 
         raise CheckpointError(f"{target} is the checkpoint this model is read from. Give another directory.")
 
 
-def _publish(work: Path, files: list[Path], target: Path) -> list[Path]:
-    """Moves finished files into place."""
-    relative = [file.relative_to(work) for file in files]
-    if not target.exists() or not any(target.iterdir()):
-        os.replace(work, target)  # replaces an empty directory, fails on any other
-    else:
-        stale = _stale_weights(target, {str(name) for name in relative})
-        for name in relative:
-            (target / name).parent.mkdir(exist_ok=True)
-            os.replace(work / name, target / name)
-        for file in stale:
-            file.unlink()
-    _sync_directory(target.parent)
-    return [target / name for name in relative]
-
-
-def _stale_weights(target: Path, new: set[str]) -> list[Path]:
-    """Weight files of an earlier export of ours that the new one does not replace. Others' are an error."""
-    old = [p for p in sorted(target.glob("model*.safetensors")) if p.name not in new]
-    for file in old:
-        if read_header(file)[0].get("producer") != METADATA["producer"]:
-            raise CheckpointError(
-                f"{target}: {file.name} was not written by an export of ours and would mix with the new weights. Move "
-                "it away, or give another directory."
-            )
-    if old and INDEX not in new and (target / INDEX).exists():
-        old.append(target / INDEX)
-    return old
-
-
-def _moving_order(file: Path) -> tuple[int, str]:
-    """Weights, small files, config, index: a reader that finds an index finds all that it names."""
-    rank = 0 if file.suffix == ".safetensors" else {CONFIG: 2, INDEX: 3}.get(file.name, 1)
-    return rank, str(file)
-
-
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _umask() -> int:
-    current = os.umask(0o022)  # the only portable way to read it
-    os.umask(current)
-    return current
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
