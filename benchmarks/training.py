@@ -16,9 +16,12 @@ its name tells:
     bf16 stochastic folded every step
     fp8 cast        e4m3, folded every step, round to nearest: ZO2's low-bit transfers, but with our group scales
     bf16+16 int8+8 fp8+8   split masters, folded every 4 steps
-    int4 QZO        frozen codes, trained group scales (lr, eps: --qzo)
+    bf16 lanes      int8+8, the model and so the lanes in bfloat16; "seen" is how the weights that lanes differ by
+                    correlate with what is updated, by kind of parameter ("seen_at_eps": without gains, see `gains.py`)
+    int4 QZO, nf4 QZO, int8 QZO    frozen codes, group scales trained in units of weights (lr, eps: --qzo)
+    int4 shifts     the same codes, scales trained from the minima (lr, eps: --shifts)
     int4 LoRA       frozen codes, rank-8 adapters on queries and values (lr, eps: --lora)
-    FZOO            int8+8, eight directions a step: nine forwards, where the others take two (lr: --fzoo)
+    FZOO            int8+8, eight directions a step: nine forwards, where the others take two (lr: --fzoo; eps 1e-4)
 """
 
 from __future__ import annotations
@@ -30,11 +33,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import about, emit
-from zo_offload import FZOO, QZO, Engine, MeZO
+from zo_offload import FZOO, QZO, Engine, MeZO, QZOShift
+from zo_offload.formats import get_format
+from zo_offload.fused import Perturbation, fused_pass
+from zo_offload.noise import noise
 
 Batch = dict[str, Tensor]
 ANCHORS = ("a personal message to a friend", "advertisement: win a free prize, claim now")
@@ -46,7 +53,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "int8+8": dict(storage="int8+8", fold_every=4),
     "fp8+8": dict(storage="fp8+8", fold_every=4),
     "fp8 cast": dict(storage="fp8_e4m3", fold_every=1),
+    "bf16 lanes": dict(storage="int8+8", fold_every=4),
     "int4 QZO": dict(storage="int4"),
+    "nf4 QZO": dict(storage="nf4"),
+    "int8 QZO": dict(storage="int8"),
+    "int4 shifts": dict(storage="int4"),
     "int4 LoRA": dict(storage="int4", trainable="requires_grad"),
     "FZOO": dict(storage="int8+8"),
 }
@@ -148,6 +159,26 @@ def measure(engine: Engine, dev: list[Batch]) -> tuple[float, float]:
     return loss / rows, right / rows
 
 
+def seen(engine: Engine, model: nn.Module, gains: bool = True) -> dict[str, float]:
+    """By kind of parameter, the correlation of z with what lanes at +eps and -eps differ by; the first of each kind."""
+    found: dict[str, float] = {}
+    given = (engine.gains or {}) if gains else {}
+    for name, parameter in model.named_parameters():
+        kind = "norm" if "LayerNorm.weight" in name else "bias" if parameter.ndim == 1 else "matrix"
+        if kind in found or not engine.plan.params[name].trainable:
+            continue
+        w, spec = parameter.detach().float().reshape(-1), engine.plan.params[name]
+        scale = float(np.float32(engine.method.eps) * np.float32(given[name].lane if name in given else 1.0))
+        outs = [torch.empty(len(w), dtype=spec.dtype) for _ in range(2)]
+        fused_pass(
+            w.view(torch.uint8).clone(), get_format("fp32"), param_id=spec.param_id, numel=len(w),
+            noise=engine.method.noise, perturbations=[Perturbation(1, scale), Perturbation(1, -scale)], outs=outs,
+        )  # fmt: skip
+        pair = torch.stack([outs[0].double() - outs[1].double(), noise(engine.method.noise, 1, spec.param_id, len(w))])
+        found[kind] = round(float(torch.corrcoef(pair)[0, 1]), 4)
+    return found
+
+
 def run(task: Task, way: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     model, settings = task.model(), dict(WAYS[way])
     method = MeZO(lr=options.lr, eps=1e-3, batch_size=16)
@@ -156,11 +187,16 @@ def run(task: Task, way: str, seed: int, options: argparse.Namespace) -> dict[st
     if way.endswith("LoRA"):
         model = with_adapters(model, seed)
         method = MeZO(lr=options.lora[0], eps=options.lora[1], batch_size=16)
+    if way == "int4 shifts":
+        method = QZOShift(lr=options.shifts[0], eps=options.shifts[1], batch_size=16)
     if way == "FZOO":
-        method = FZOO(lr=options.fzoo, eps=1e-3, batch_size=16)
+        method = FZOO(lr=options.fzoo, batch_size=16)
+    if way == "bf16 lanes":
+        model = model.bfloat16()
     settings.setdefault("trainable", "encoder.layer")
     train, dev = task.train(seed, options.steps), task.dev()
     with Engine(model, method=method, offload="host", seed=seed, example=train[0], **settings) as engine:
+        lanes = {"seen": seen(engine, model), "seen_at_eps": seen(engine, model, gains=False)}
         before = measure(engine, dev)
         result = engine.fit(train, steps=options.steps)
         after = measure(engine, dev)
@@ -173,6 +209,7 @@ def run(task: Task, way: str, seed: int, options: argparse.Namespace) -> dict[st
             "fetch_bytes_a_step": round(result.fetch_bytes / result.steps),
             "flush_bytes_a_step": round(result.flush_bytes / result.steps),
             "host_bytes": engine.layout.total_bytes, "seconds": round(result.seconds, 1),
+            **(lanes if way == "bf16 lanes" else {}),
         }  # fmt: skip
 
 
@@ -212,6 +249,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--qzo", type=float, nargs=2, default=[1e-5, 1e-3], metavar=("LR", "EPS"))
+    parser.add_argument("--shifts", type=float, nargs=2, default=[1e-5, 1e-3], metavar=("LR", "EPS"))
     parser.add_argument("--fzoo", type=float, default=1e-2, metavar="LR")
     parser.add_argument("--lora", type=float, nargs=2, default=[1e-2, 1e-2], metavar=("LR", "EPS"))
     parser.add_argument("--out", type=Path, help="add the lines to this file too")

@@ -56,6 +56,8 @@ def _fit(args: argparse.Namespace) -> int:
         f"{result.steps} steps, {result.tokens_per_s:.0f} tokens/s, resident weights "
         f"{result.resident_bytes / 1e6:.1f} MB of {result.model_bytes / 1e6:.1f} MB"
     )
+    for warning in result.warnings:
+        print(f"warning: {warning}")
     for values in result.evals:
         print(json.dumps(values))
     if args.out:

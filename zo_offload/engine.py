@@ -46,6 +46,7 @@ from .journal import Journal, StepRecord, read_journal
 from .lanes import Lane, hollow
 from .late import LateLog, Launched
 from .layout import Layout
+from .learning_watch import LearningWatch
 from .losses import Batch, Objective, model_loss, weighing
 from .measures import OptionsLoss
 from .memory import MemoryPlan, process_bytes
@@ -76,6 +77,7 @@ class _Parts:
     streamer: Streamer
     passes: Passes
     stepper: Stepper
+    watch: LearningWatch
 
 
 def _absolute(model: str | Path) -> str:
@@ -321,7 +323,21 @@ class Engine:
 
     def finish(self, launched: Launched) -> StepRecord:
         """Read a launched step's losses and put it on record. Raises what `on_nonfinite` says."""
-        return self._start().stepper.settle(launched)
+        parts = self._start()
+        record = parts.stepper.settle(launched)
+        parts.watch.see(record)
+        return record
+
+    @property
+    def learning(self) -> LearningWatch:
+        """What watches whether the steps that were taken since this engine began teach the model anything."""
+        return self._start().watch
+
+    def _warn(self, kind: str, text: str) -> None:
+        _log.warning("%s", text)
+        note = getattr(self.journal, "note", None)
+        if note is not None and kind == "vanishing":  # the others follow from the records
+            note({"warning": text})
 
     def evaluate(self, data: Any, *, batch_size: int | None = None, **data_options: Any) -> dict[str, float]:
         """Mean loss, and accuracy where the data defines it, at the current weights. See `data.make_batches`."""
@@ -522,7 +538,7 @@ class Engine:
             fixed=self.config.order != "auto", compute=self.config.compute, mode=self.config.mode,
             seed=self.config.seed, whole=self.config.whole, on_plan=self._adopt, on_measured=self.memory.check_reserve,
         )  # fmt: skip
-        return _Parts(streamer, passes, stepper)
+        return _Parts(streamer, passes, stepper, LearningWatch(streamer.changes, self._warn))
 
     def _adopt(self, plan: Plan) -> None:
         self.plan = plan

@@ -14,6 +14,7 @@ import torch
 from . import diskio, runs
 from .errors import ConfigError, JournalError
 from .journal import RECORD_BYTES, Contents, read_journal
+from .learning_watch import is_skipped, warnings_of
 from .lock import RunLock
 from .tiers.disk import DiskTier, load_shapes
 
@@ -36,14 +37,21 @@ def show(path: Path, last: int = 10) -> Iterator[str]:
     size = file.stat().st_size
     contents = read_journal(file.read_bytes(), str(file))
     header, steps = contents.header, contents.steps
-    skipped = sum(record.skipped for record in steps)
+    skipped = sum(is_skipped(record) for record in steps)
     yield f"{file}: {len(steps)} steps ({skipped} skipped), {size} bytes"
+    yield from _warnings(contents)
     for key in ("model", "base", "plan", "storage", "fold_every", "rounding", "seed", "noise", "method", "data",
                 "versions", "created"):  # fmt: skip
         yield f"  {key:<11} {json.dumps(header.get(key))}"
     for record in steps[len(steps) - last if last < len(steps) else 0 :]:
         state = " skipped" * record.skipped + ", eps halved" * record.halved
         yield f"  step {record.step:>7}  loss {record.loss:.6f}  grad {record.grad: .4e}  lr {record.lr:.3e}{state}"
+
+
+def _warnings(contents: Contents) -> Iterator[str]:
+    """Where the steps taught the model nothing, as far as the records tell, and what was noted on the way."""
+    for text in warnings_of(contents.steps):
+        yield f"  warning: {text}"
 
 
 def check(path: Path) -> Iterator[tuple[bool, str]]:
@@ -58,6 +66,7 @@ def check(path: Path) -> Iterator[tuple[bool, str]]:
     tail = len(data) - contents.good
     cut = f", and {tail} bytes of an unfinished step that a resume drops" if tail else ""
     yield True, f"{file}: {len(contents.steps)} steps are sound{cut}"
+    yield from ((True, line) for line in _warnings(contents))
     blocks = path / runs.BLOCKS
     if path.is_dir() and blocks.is_dir():
         yield from _check_blocks(blocks, contents)

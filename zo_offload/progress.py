@@ -18,9 +18,11 @@ class Progress:
 
             self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True)
 
-    def step(self, loss: float, tokens_per_s: float, wait_share: float, fetched: float, flushed: float) -> None:
+    def step(
+        self, loss: float, tokens_per_s: float, wait_share: float, fetched: float, flushed: float, warning: str = ""
+    ) -> None:
         """One step done. loss is shown smoothed; wait_share is compute's time spent waiting for blocks; fetched and
-        flushed are bytes a step, on average so far."""
+        flushed are bytes a step, on average so far; a warning comes first."""
         if self._bar is None:
             return
         if loss == loss:
@@ -28,7 +30,8 @@ class Progress:
         binds = "fetch" if wait_share > 0.5 else "compute"
         shown = "skipped" if self._smooth is None else f"{self._smooth:.4f}"
         moved = f", {show_bytes(fetched)} in, {show_bytes(flushed)} out a step" if fetched or flushed else ""
-        self._bar.set_postfix_str(f"loss {shown}, {tokens_per_s:.0f} tok/s, {binds} binds{moved}", refresh=False)
+        first = f"WARNING {warning}; " if warning else ""
+        self._bar.set_postfix_str(f"{first}loss {shown}, {tokens_per_s:.0f} tok/s, {binds} binds{moved}", refresh=False)
         self._bar.update(1)
 
     def __enter__(self) -> Progress:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,9 @@ class Metrics:
     def write(self, **values: Any) -> None:
         if self._file is None or self.error is not None:
             return
+        for key, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[key] = None  # JSON has no NaN
         try:
             self._file.write(json.dumps(values) + "\n")
         except OSError as error:

@@ -23,6 +23,7 @@ from torch import Tensor
 from .blocks import ALIGN, ParamSpec, Piece
 from .device_updates import DeviceUpdates, scaled
 from .devices import CpuDevice
+from .fold_sample import FoldSample
 from .formats.grouped import cut
 from .fused import ONE, STILL, Gains, Perturbation, Rounding, Update, fused_pass, fused_rows
 from .layout import Layout
@@ -76,6 +77,9 @@ class Streamer(BlockWindow):
         """Whether the run under way is watched: it must tell one module's scratch from the next one's."""
         self._decay = {name: decays(spec) for name, spec in plan.params.items()}
         self._gains: Gains = gains or {}
+        self.changes = FoldSample(scales=layout.target == "scales", stochastic=rounding == "stochastic")
+        """How many of the stored values folds change."""
+        self._first_fold = log.folded
         self._pool = ScratchPool(device.alloc)
         self._read_slot: Slot | None = None  # the block that `read` left in the window
         self._read_along: dict[Piece, Tensor] = {}  # small pieces of blocks that `read` passed, not asked for yet
@@ -312,8 +316,12 @@ class Streamer(BlockWindow):
     ) -> None:
         place, spec = self.layout.places[piece], self.plan.params[piece.name]
         folds = self._folds(piece, slot)
+        stored = slot.streamed_part(piece, place.offset, place.nbytes)
+        residual = self._residual(piece, slot) if folds else None
+        fold = (self.log.folded - self._first_fold) // self.fold_every
+        look = self.changes.before(slot.memory, place, piece.numel, fold) if writes and folds else None
         fused_pass(
-            slot.streamed_part(piece, place.offset, place.nbytes),
+            stored,
             place.fmt,
             param_id=spec.param_id,
             numel=piece.numel,
@@ -324,10 +332,12 @@ class Streamer(BlockWindow):
             noise=self.noise,
             perturbations=perturbations,
             outs=outs,
-            residual=self._residual(piece, slot) if folds else None,
+            residual=residual,
             target=self.layout.target if spec.trainable else "values",
             threads=self.threads,
         )
+        if look is not None:
+            self.changes.after(look)
         if writes and folds:
             slot.dirty = True
             slot.version[piece] = self.log.folded

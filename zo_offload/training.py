@@ -43,6 +43,9 @@ class FitResult:
     """Bytes of weights that came into the window, in all of this call's steps and evaluations."""
     flush_bytes: int = 0
     """Bytes of weights that were written back: about 1 / fold_every of what is trained, a step."""
+    warnings: list[str] = field(default_factory=list)
+    """Where the steps taught the model nothing: most of them skipped, lanes that do not differ, a constant loss,
+    updates that vanish in the storage format (`learning_watch.py`)."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,9 @@ class Training:
                     )  # fmt: skip
                     done = step + 1 - first
                     bar.step(
-                        record.loss, tokens / seconds, wait, traffic.fetch_bytes / done, traffic.flush_bytes / done
-                    )
+                        record.loss, tokens / seconds, wait, traffic.fetch_bytes / done, traffic.flush_bytes / done,
+                        engine.learning.short,
+                    )  # fmt: skip
                     if self.callback is not None:
                         self.callback(record)
                     self._check_stop(stop)
@@ -94,6 +98,7 @@ class Training:
                 if self.evaluation is not None:
                     self._evaluate(metrics, stop)
                 self._check_stop(stop)
+                engine.learning.finish()
             finally:
                 engine.settle(at_once=stop.at_once)
         seconds = time.perf_counter() - begin
@@ -101,6 +106,7 @@ class Training:
             steps=len(losses), losses=losses, evals=list(engine.evals), tokens_per_s=tokens / seconds, seconds=seconds,
             wait_share=engine.wait_share(traffic, seconds), resident_bytes=streamer.resident_bytes,
             model_bytes=engine.layout.total_bytes, fetch_bytes=traffic.fetch_bytes, flush_bytes=traffic.flush_bytes,
+            warnings=engine.learning.warnings,
         )  # fmt: skip
 
     def _is_due(self, step: int) -> bool:
