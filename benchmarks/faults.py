@@ -43,6 +43,7 @@ from zo_offload.errors import ZOError
 from zo_offload.formats import FORMATS
 from zo_offload.journal import read_journal
 from zo_offload.safetensors_io import SafetensorsFile
+from zo_offload.tiers.block_file import HEADER_BYTES
 from zo_offload.tiers.disk import DiskTier, load_shapes
 
 STEPS, VOCAB = 30, 64
@@ -303,7 +304,7 @@ def flips(folder: Path, wanted: int, rng: random.Random, every: int = 64) -> Ite
     for _ in range(wanted - wanted // 2):
         block = rng.randrange(len(files.shapes))
         good = files.good[block]
-        headers = [rng.randrange(84), 4096 + rng.randrange(84)]
+        headers = [rng.randrange(HEADER_BYTES), 4096 + rng.randrange(HEADER_BYTES)]
         at = rng.choice(headers) if rng.random() < 0.1 else rng.randrange(len(good))
         broken = bytearray(good)
         broken[at] ^= 1 << rng.randrange(8)
@@ -347,7 +348,7 @@ class BlockFiles:
             for hidden in (None, 0, 1):  # as it is, and with one generation's header out of the way
                 image = bytearray(self.good[shape.index])
                 if hidden is not None:
-                    image[4096 * hidden : 4096 * hidden + 84] = bytes(84)
+                    image[4096 * hidden : 4096 * hidden + HEADER_BYTES] = bytes(HEADER_BYTES)
                 with contextlib.suppress(ZOError):
                     version, content = self._read(shape.index, bytes(image))
                     found[version] = content

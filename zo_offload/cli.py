@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -31,12 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fit(args: argparse.Namespace) -> int:
     from .engine import Engine
+    from .runs import to_json
 
     _check_out(args.out)
     if args.resume:
         _refuse(args, "preset", "method", *_METHOD, *_IDENTITY, "run_dir")
-        engine = Engine.resume(args.model, **_given(args, *_MOVABLE, "model_class"), **_tokenizer(args))
+        engine = Engine.resume(args.model, args.base, **_given(args, *_MOVABLE, "model_class"), **_tokenizer(args))
     else:
+        if args.base is not None:
+            raise ConfigError(f"--base {args.base} says where the base of a run is now: give it with --resume")
+        if args.data is None:
+            raise ConfigError("--data is missing: a .jsonl or .csv file to train on")
         settings = _given(args, *_SETTINGS, *_MOVABLE, "run_dir")
         engine = Engine(
             args.model, method=_method(args), model_class=args.model_class, **settings, **_overrides(args),
@@ -59,7 +63,7 @@ def _fit(args: argparse.Namespace) -> int:
     for warning in result.warnings:
         print(f"warning: {warning}")
     for values in result.evals:
-        print(json.dumps(values))
+        print(to_json(values))
     if args.out:
         print(f"exported to {args.out}")
     return 0
@@ -78,9 +82,11 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    from .runs import to_json
+
     with _open(args) as engine:
         values = engine.evaluate(args.data, batch_size=args.batch_size, **_data_options(args))
-    print(json.dumps(values))
+    print(to_json(values))
     return 0
 
 
@@ -156,7 +162,9 @@ def _open(args: argparse.Namespace) -> Any:
 
     if (Path(args.model) / runs.JOURNAL).exists():
         _refuse(args, *_IDENTITY, "run_dir")
-        return Engine.resume(args.model, **_given(args, *_MOVABLE, "model_class"), **_tokenizer(args))
+        return Engine.resume(args.model, args.base, **_given(args, *_MOVABLE, "model_class"), **_tokenizer(args))
+    if args.base is not None:
+        raise ConfigError(f"--base {args.base} says where the base of a run is now, and {args.model} is not a run")
     frozen = args.storage in FORMATS and not FORMATS[args.storage].trains
     method = QZOShift() if frozen else None  # nothing is trained here: the values as the format has them will do
     given = _given(args, *_SETTINGS, *_MOVABLE, "run_dir")
@@ -251,16 +259,19 @@ def _parser() -> argparse.ArgumentParser:
 
     fit = commands.add_parser("fit", help="fine-tune a checkpoint")
     fit.add_argument("model", help="checkpoint directory or cached hub id; with --resume, the run directory")
-    fit.add_argument("--data", required=True, help="training data: .jsonl or .csv")
+    fit.add_argument("--data", help="training data: .jsonl or .csv; with --resume, what the run was begun with")
+    _base(fit)
     fit.add_argument("--eval-data", help="evaluation data: .jsonl or .csv")
     fit.add_argument("--eval-every", type=_count, help="steps between evaluations (always at the end)")
     fit.add_argument("--steps", type=_count, help="steps in all")
     fit.add_argument("--batch-size", type=_count)
-    fit.add_argument("--micro-batches", type=_count, default=1, help="parts a batch is cut into")
+    fit.add_argument("--micro-batches", type=_count, help="parts a batch is cut into (1)")
     fit.add_argument("--run-dir", help="journal, metrics and blocks")
     fit.add_argument("--new-data", action="store_true", help="go on with other data than the run was begun with")
     fit.add_argument("--snapshot-minutes", type=float, help="every block to the disk once in so long (10)")
-    fit.add_argument("--resume", action="store_true", help="continue the run in MODEL")
+    fit.add_argument(
+        "--resume", action="store_true", help="continue the run in MODEL; what is not given (data, steps) is as it was"
+    )
     fit.add_argument("--out", help="export the tuned checkpoint here")
     _method_options(fit)
     fit.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -284,6 +295,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="loss and accuracy of a checkpoint or a run")
     evaluate.add_argument("model", help="checkpoint or run directory")
+    _base(evaluate)
     evaluate.add_argument("--data", required=True)
     evaluate.add_argument("--batch-size", type=_count, default=16)
     evaluate.add_argument("--run-dir", help="fresh directory for the blocks of a checkpoint, with --offload disk")
@@ -293,6 +305,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="text from a checkpoint or a run; one pass of the weights a token")
     generate.add_argument("model", help="checkpoint or run directory")
+    _base(generate)
     generate.add_argument("--prompt", required=True, nargs="+")
     generate.add_argument("--max-new-tokens", type=_count, default=32)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token each time")
@@ -302,6 +315,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="a run's weights as a checkpoint for plain transformers")
     export.add_argument("model", help="run directory (or a checkpoint, with --storage to convert it)")
+    _base(export)
     export.add_argument("--out", required=True)
     export.add_argument("--max-shard", default="5GB")
     export.add_argument("--run-dir", help="fresh directory for the blocks of a checkpoint, with --offload disk")
@@ -352,6 +366,10 @@ def _method_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--order", choices=["auto", "module", "block", "lane"])
     command.add_argument("--seed", type=int)
     command.add_argument("--trainable", help="glob on parameter names, such as 'layers.*.self_attn'")
+
+
+def _base(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--base", help="of a run: where its base checkpoint is now, if it was moved")
 
 
 def _storage(command: argparse.ArgumentParser) -> None:

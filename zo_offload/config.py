@@ -142,6 +142,7 @@ class EngineConfig:
     """Settings of a checkpoint's config.json to replace, such as {"num_labels": 5, "attn_implementation": "eager"}."""
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         for name, choices in (
             ("offload", Offload), ("order", Order), ("rounding", Rounding), ("host_memory", HostMemory),
             ("mode", Mode),
@@ -182,11 +183,45 @@ class EngineConfig:
             raise ConfigError(f"whole={self.whole!r}: expected names, such as ({self.whole!r},)")
         if not 0 <= self.seed < 1 << 64:
             raise ConfigError(f"seed={self.seed}: expected 0 .. 2**64 - 1")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads={self.threads}: expected at least 1")
         if not isinstance(self.trust_remote_code, bool):
             raise ConfigError(f"trust_remote_code={self.trust_remote_code!r}: expected True or False")
         _check_overrides(self.config_overrides)
         if self.offload == "disk" and self.run_dir is None:
             raise ConfigError("offload='disk' needs run_dir=...: the blocks are written there")
+
+    def _check_kinds(self) -> None:
+        """A setting may come from a file that somebody edited: what is not of its kind is told here, by name."""
+        numbers = (
+            "block_numel",
+            "num_slots",
+            "prefetch",
+            "io_threads",
+            "threads",
+            "fold_every",
+            "seed",
+            "snapshot_steps",
+        )
+        for names, kind, what in (
+            (numbers, int, "a whole number"),
+            (("snapshot_minutes",), (int, float), "a number"),
+            (("storage", "compute", "device"), str, "a name"),
+            (("run_dir",), (str, Path), "a path"),
+            (("overlap",), bool, "True or False"),
+            (("device_memory",), (int, float, str), "a number of bytes such as '6GB'"),
+        ):  # fmt: skip
+            for name in names:
+                value = getattr(self, name)
+                wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+                if value is not None and wrong:
+                    raise ConfigError(f"{name}={value!r}: expected {what}")
+        trainable, several = self.trainable, isinstance(self.trainable, (list, tuple))
+        globs = isinstance(trainable, str) or (several and all(isinstance(glob, str) for glob in trainable))
+        if trainable is not None and not globs and not callable(trainable):
+            raise ConfigError(
+                f"trainable={trainable!r}: expected a glob, a list of globs, or a function (name, parameter)"
+            )
 
     @property
     def ahead(self) -> int:

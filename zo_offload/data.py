@@ -16,7 +16,7 @@ import heapq
 import itertools
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .data_files import open_file
+from .data_identity import encoder_identity, legacy_rows_identity, rows_identity, stream_identity
 from .encode import ENCODING, Batch, Encoder, Row
 from .errors import DataError
 from .measures import OptionsLoss, measure
@@ -36,8 +37,6 @@ __all__ = [
     "Batch", "Batches", "Encoder", "RowBatches", "StreamBatches", "batch_tokens", "fingerprint", "make_batches",
     "most_ids", "open_rows",
 ]  # fmt: skip
-
-DIGESTED = 4096  # rows that a data set is told by
 
 
 class Batches:
@@ -62,6 +61,10 @@ class Batches:
 
     def identity(self) -> dict[str, Any] | None:
         """What these batches are made of, for a run to tell other data by; None if that cannot be known beforehand."""
+        return None
+
+    def legacy_identity(self) -> dict[str, Any] | None:
+        """The same as runs of the earlier format have it; None where those know nothing."""
         return None
 
     def measure(
@@ -95,6 +98,7 @@ class RowBatches(Batches):
             batch_size = len(rows)
         self.rows, self.batch_size, self.seed, self.shuffle, self.name = rows, batch_size, seed, shuffle, name
         self._order = (-1, torch.empty(0, dtype=torch.int64))  # an epoch and its permutation
+        self._identity: dict[str, Any] | None = None
         for i in self._check_rows():
             encoder(rows[i], f"{name} row {i}", "")
 
@@ -116,15 +120,17 @@ class RowBatches(Batches):
             yield self._collated(range(begin, min(begin + self.batch_size, len(self.rows))))
 
     def identity(self) -> dict[str, Any] | None:
-        """Number and digest of the rows (of at most DIGESTED of them, evenly spaced), and how they are cut."""
-        digest, count = hashlib.blake2b(digest_size=8), min(DIGESTED, len(self.rows))
-        for i in (k * len(self.rows) // count for k in range(count)):
-            row = self.rows[i]
-            digest.update(f"{i} {fingerprint(row) if isinstance(row, Mapping) else repr(row)}\n".encode())
-        return {
-            "rows": len(self.rows), "digest": digest.hexdigest(), "batch_size": self.batch_size,
-            "shuffle": self.shuffle,
-        }  # fmt: skip
+        """Number and digest of all rows, how they are cut, and how they are encoded; see data_identity.py."""
+        if self._identity is None:
+            self._identity = {
+                **rows_identity(self.rows), "batch_size": self.batch_size, "shuffle": self.shuffle,
+                "encoder": encoder_identity(self.encoder, self.rows),
+            }  # fmt: skip
+        return self._identity
+
+    def legacy_identity(self) -> dict[str, Any] | None:
+        known = legacy_rows_identity(self.rows, fingerprint)
+        return {**known, "batch_size": self.batch_size, "shuffle": self.shuffle}
 
     def _shuffled(self, epoch: int) -> Tensor:
         if self._order[0] != epoch:
@@ -204,6 +210,10 @@ class StreamBatches(Batches):
             raise DataError(
                 f"{self.name} gave no batches. If it is an iterator it was used up; pass a list or a DataLoader."
             )
+
+    def identity(self) -> dict[str, Any] | None:
+        """All batches of a list; of a loader what it says of itself."""
+        return stream_identity(self.batches)
 
     def _begin(self) -> tuple[Iterator[Any], Any]:
         """A new epoch's iterator and its first batch."""

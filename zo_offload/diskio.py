@@ -10,6 +10,7 @@ import errno
 import os
 import resource
 import shutil
+import stat
 from pathlib import Path
 
 from .config import show_bytes
@@ -59,6 +60,18 @@ def read_at(fd: int, out: memoryview, offset: int) -> int:
             break
         done += n
     return done
+
+
+def read_file(path: Path) -> bytes:
+    """All of a regular file. OSError on anything else: opening a pipe, say, would wait for its other end."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "is a directory", str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "is a pipe, socket or device, not a file", str(path))
+        return file.read()
 
 
 def sync(fd: int) -> None:

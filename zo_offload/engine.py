@@ -21,15 +21,17 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import runs
+from . import diskio, runs
 from .adapters import beside_adapter
+from .binding import Binding, bound_from, check_horizon
+from .calls import FitCall
 from .checkpoint import Checkpoint, save_pretrained
 from .config import DTYPES, EngineConfig, parse_bytes
 from .data import Batches, StreamBatches, fingerprint, make_batches
@@ -37,10 +39,11 @@ from .device_updates import UpdateTable
 from .devices import make_device
 from .devices.link import Link
 from .encode import ENCODING
-from .errors import ConfigError, JournalError
+from .errors import CheckpointError, ConfigError, JournalError
 from .fused import STILL, Gains
 from .gains import decide_gains
 from .generation import check_generates, generate_texts
+from .identity import check_objective, objective_name
 from .ingest import Base, ModuleBase
 from .journal import Journal, StepRecord, read_journal
 from .lanes import Lane, hollow
@@ -123,6 +126,8 @@ class Engine:
     ) -> None:
         _refuse_ranks()
         self.config = config if config is not None else EngineConfig(**settings)
+        if self.config.run_dir is not None:  # absolute once and for all: the process may change its directory
+            self.config = replace(self.config, run_dir=Path(self.config.run_dir).absolute())
         self.method = method if method is not None else MeZO()
         self.objective = objective if objective is not None else model_loss
         self.tokenizer = tokenizer  # as given; `_tokenizer` falls back on the checkpoint's
@@ -174,6 +179,9 @@ class Engine:
         self.journal: Journal | None = None
         self.evals: list[dict[str, float]] = []
         self._check_data = self._at_once = False
+        self._resumes = _resume
+        self._last_fit: dict[str, Any] | None = None  # how `fit` was called before the run was resumed
+        self._horizon: int | None = None
         self._session: Session | None = None
         self._parts: _Parts | None = None
         self.link: Link | None = None
@@ -181,28 +189,44 @@ class Engine:
         self._closed = False
 
     @classmethod
-    def resume(cls, run_dir: str | Path, model: nn.Module | None = None, **changes: Any) -> Engine:
+    def resume(
+        cls,
+        run_dir: str | Path,
+        model: str | Path | nn.Module | None = None,
+        *,
+        method: MeZO | None = None,
+        **changes: Any,
+    ) -> Engine:
         """The engine of an earlier run, continued where its journal ends; bit-equal to one that never stopped.
 
-        model: the same module again, with its first weights, if the run was made from one in memory. changes: settings
-        that do not alter the numbers (offload, window, threads), and `objective`, `tokenizer`. A run that ended before
-        its first weights were in place has no journal; it is begun anew.
+        model: where the base is now, if it was moved; the same module again, with its first weights, if the run was
+        made from one in memory. method: of a class of the caller's own, as it was. changes: settings that do not alter
+        the numbers (offload, window, threads), and `objective`, `tokenizer`. A run that ended before its first weights
+        were in place has no journal; it is begun anew.
         Raises JournalError if run_dir is not a run, or names what differs from it.
         """
-        run_dir = Path(run_dir)
+        run_dir = Path(run_dir).absolute()
         record = runs.load_config(run_dir)
         if not (run_dir / runs.JOURNAL).exists() and (run_dir / runs.METRICS).exists():
             raise JournalError(f"{run_dir}: {runs.JOURNAL} is missing, and it is the run. Restore it")
-        if record["model"] is None and model is None:
+        base = record["model"] if model is None else model
+        if base is None:
             raise ConfigError(f"{run_dir} was made from a module in memory: pass it again, resume(run_dir, model)")
+        if isinstance(base, str) and model is None and Path(base).is_absolute() and not Path(base).exists():
+            raise CheckpointError(
+                f"{run_dir} stands on {base}, which is not there. If it was moved, say where it is now: "
+                "Engine.resume(run_dir, model=...) (--base)"
+            )
         if record["settings"]["trainable"] == "<predicate>" and "trainable" not in changes:
             raise ConfigError(f"{run_dir} was made with trainable=<a function>: pass the same one to resume")
         passed = {k: changes.pop(k) for k in ("objective", "tokenizer", "model_class", "example") if k in changes}
         if record.get("model_class") is not None:
             passed.setdefault("model_class", record["model_class"])
         settings = {**record["settings"], **changes, "run_dir": run_dir}
-        method = runs.make_method(record["method"])
-        return cls(model if model is not None else record["model"], method=method, _resume=True, **passed, **settings)
+        method = runs.make_method(record["method"]) if method is None else method
+        engine = cls(base, method=method, _resume=True, **passed, **settings)
+        engine._last_fit = record.get("fit")
+        return engine
 
     @property
     def eps_halvings(self) -> int:
@@ -213,13 +237,13 @@ class Engine:
 
     def fit(
         self,
-        train_data: Any,
+        train_data: Any = None,
         *,
         steps: int | None = None,
         batch_size: int | None = None,
         eval_data: Any = None,
         eval_every: int | None = None,
-        micro_batches: int = 1,
+        micro_batches: int | None = None,
         progress: bool = False,
         callback: Callable[[StepRecord], None] | None = None,
         new_data: bool = False,
@@ -230,32 +254,37 @@ class Engine:
         train_data: a DataLoader or other iterable of dicts of tensors, a dataset or list of dicts, or a path to JSONL
         or CSV; see `data.make_batches` for data_options. micro_batches: parts a batch is cut into, each a lane of its
         own (gradient accumulation: same weights, same step). eval_every: also at the end. callback: after each step.
-        new_data: a resumed run may go on with other data than it was begun with; otherwise that is an error.
+        A resumed run repeats what is not given as it was: files, sizes, options, steps (eval_data=False: none).
+        new_data: a run may go on with other data than it was begun with; otherwise that is an error.
         SIGINT and SIGTERM end it after the step with `Stopped` (a KeyboardInterrupt), a second one at once.
         Raises DataError, DivergenceError, StorageError; whatever happens, the journal holds every finished step.
         """
-        steps = self.method.steps if steps is None else steps
-        if steps < 1 or micro_batches < 1 or (eval_every is not None and eval_every < 1):
-            raise ConfigError(
-                f"steps={steps}, micro_batches={micro_batches}, eval_every={eval_every}: expected at least 1"
-            )
-        rows = self.method.batch_size if batch_size is None else batch_size
-        batches = self._batches(train_data, rows, data_options)
+        call = FitCall(train_data, eval_data, steps, batch_size, micro_batches, eval_every, data_options)
+        call = call.after(self._last_fit)
+        call.check()
+        steps = self.method.steps if call.steps is None else call.steps
+        rows, parts_of_batch = call.batch_size or self.method.batch_size, call.micro_batches or 1
+        batches = self._batches(call.data, rows, dict(call.options))
         evaluation = None
-        if eval_data is not None:
-            evaluation = self._batches(eval_data, rows, data_options, shuffle=False)
-        factor = lr_schedule(self.method.schedule, self.method.warmup_steps, steps)
-        data = None if new_data else batches.identity()
-        if data is not None:
-            data |= {"micro_batches": micro_batches} | ({"loss": "options"} if batches.objective is not None else {})
-        parts = self._begin(batches.batch(0), micro_batches, data, self._objective_of(batches))
+        if call.eval_data is not None:
+            evaluation = self._batches(call.eval_data, rows, dict(call.options), shuffle=False)
+        binding = Binding.of(batches, parts_of_batch, self.method, steps, new_data=new_data)
+        if self.journal is not None:
+            binding.check(self.journal)
+        parts = self._begin(batches.batch(0), parts_of_batch, self._objective_of(batches), admit=binding.check)
+        check_horizon(self._horizon, steps)
+        self._horizon = binding.horizon if self._horizon is None else self._horizon
+        if self.journal is not None and self.run_dir is not None:
+            self._horizon = binding.bind(self.journal)
+            runs.save_fit(self.run_dir, replace(call, steps=steps, batch_size=rows).record())
+        factor = lr_schedule(self.method.schedule, self.method.warmup_steps, self._horizon or steps)
         if self._check_data and not new_data:
             assert self.journal is not None
-            check_same_data(batches, self.journal.steps)
+            check_same_data(batches, self.journal.steps[bound_from(self.journal) :])
         self._check_data = False
         return Training(
             self, parts.streamer, batches, evaluation, steps, lambda step: self.method.lr * factor(step),
-            micro_batches, eval_every, progress, callback,
+            parts_of_batch, call.eval_every, progress, callback,
         ).run()  # fmt: skip
 
     def take_steps(
@@ -295,7 +324,8 @@ class Engine:
         """
         if self._make_session is not None:
             raise ConfigError("a replayed engine does not train: export this step, or resume its run")
-        parts = self._begin(batch, micro_batches, None, objective)
+        parts = self._begin(batch, micro_batches, objective)
+        self._check_objective(self.journal)
         self._keep_budget(parts, batch, micro_batches, objective)
         stepper = parts.stepper
         lr = self.method.lr if lr is None else lr
@@ -344,6 +374,10 @@ class Engine:
         rows = self.method.batch_size if batch_size is None else batch_size
         batches = self._batches(data, rows, data_options, shuffle=False)
         self._start(batches.first(), objective=self._objective_of(batches))
+        try:
+            self._check_objective(self.journal)
+        except JournalError as error:
+            _log.warning("this evaluation is of another loss than the run's: %s", error)
         return self.measure(batches)
 
     def measure(self, batches: Batches, between: Callable[[], None] = lambda: None) -> dict[str, float]:
@@ -468,15 +502,29 @@ class Engine:
             process=self.process_bytes,
         )  # fmt: skip
 
+    def _check_objective(self, journal: Journal | None) -> None:
+        """Raise JournalError if the run's steps so far were computed with another objective."""
+        if journal is not None:
+            check_objective(objective_name(self.objective, model_loss), journal.header, str(self.run_dir))
+
     def _start(
         self,
         batch: Batch | None = None,
         micro_batches: int = 1,
-        data: dict[str, Any] | None = None,
         *,
         objective: Objective | None = None,
+        admit: Callable[[Journal], None] | None = None,
     ) -> _Parts:
-        """What takes steps; at the first use, fill or reopen the tier, hollow the model, and wire it all."""
+        """What takes steps; at the first use, fill or reopen the tier, hollow the model, and wire it all.
+
+        admit: raises if a run that is reopened cannot go on as is asked; called before weights are read.
+        """
+
+        def admit_all(journal: Journal) -> None:
+            if admit is not None:
+                self._check_objective(journal)
+                admit(journal)
+
         if self._closed:
             raise ConfigError("this engine is closed; make another, or Engine.resume(run_dir)")
         if self._parts is not None:
@@ -489,10 +537,13 @@ class Engine:
         make = self._make_session
         session = self._session = make(self) if make is not None else Maker(
             self.plan, self.layout, self.base, self.config, self.method, self.offload, self.fold_every,
-            self.device, model_name=self._model_name, model_class=self._model_class, data=data,
+            self.device, model_name=self._model_name, model_class=self._model_class,
+            directory=None if self.checkpoint is None else self.checkpoint.path, model=self.model,
+            objective=objective_name(self.objective, model_loss), fresh=not self._resumes,
             modes=modes_of(self.model, self.config.mode), gains=self.gains,
-        ).start()  # fmt: skip
+        ).start(admit_all)  # fmt: skip
         self.log, self.journal, self.gains = session.log, session.journal, session.gains
+        self._resumes = True  # from here on what run_dir holds is this engine's
         self._check_data = session.reopened
         if session.reopened and self.journal is not None:
             self.evals = [values for values in runs.evaluations(self._path(runs.METRICS)) if self._has_reached(values)]
@@ -509,13 +560,18 @@ class Engine:
         return self._parts
 
     def _begin(
-        self, batch: Batch, micro_batches: int, data: dict[str, Any] | None, objective: Objective | None
+        self,
+        batch: Batch,
+        micro_batches: int,
+        objective: Objective | None,
+        *,
+        admit: Callable[[Journal], None] | None = None,
     ) -> _Parts:
         """`_start` for steps: a batch that cannot be cut, or in which nothing counts, is named before that."""
         if self._parts is None and self.method.on_nonfinite != "skip":
             weigh = weighing(self.model, self.objective if objective is None else objective)
             weigh.shares(split_micro_batches(batch, micro_batches, self.config.whole))
-        return self._start(batch, micro_batches, data, objective=objective)
+        return self._start(batch, micro_batches, objective=objective, admit=admit)
 
     def _make_parts(self, session: Session) -> _Parts:
         formats = [place.fmt.torch_dtype for place in self.layout.places.values()]
@@ -563,9 +619,11 @@ class Engine:
     def _encoding(self) -> int:
         """Number of the encoding of rows that a run was begun with; the present one where none was begun."""
         path = self._path(runs.JOURNAL)
-        if path is None or not path.exists():
+        if path is None or not self._resumes or not path.exists():
             return ENCODING
-        header = self.journal.header if self.journal is not None else read_journal(path.read_bytes(), str(path)).header
+        header = (
+            self.journal.header if self.journal is not None else read_journal(diskio.read_file(path), str(path)).header
+        )
         return int(header.get("encoding", 1))
 
     def _objective_of(self, batches: Batches) -> Objective:

@@ -13,9 +13,9 @@ import torch
 
 from . import diskio, runs
 from .errors import ConfigError, JournalError
-from .journal import RECORD_BYTES, Contents, read_journal
+from .journal_format import Contents, histories, read_journal
 from .learning_watch import is_skipped, warnings_of
-from .lock import RunLock
+from .lock import RunLock, hold
 from .tiers.disk import DiskTier, load_shapes
 
 COLUMNS = (
@@ -35,7 +35,7 @@ def show(path: Path, last: int = 10) -> Iterator[str]:
     """Lines for people: what the run is, and its last steps."""
     file = journal_file(path)
     size = file.stat().st_size
-    contents = read_journal(file.read_bytes(), str(file))
+    contents = read_journal(diskio.read_file(file), str(file))
     header, steps = contents.header, contents.steps
     skipped = sum(is_skipped(record) for record in steps)
     yield f"{file}: {len(steps)} steps ({skipped} skipped), {size} bytes"
@@ -43,6 +43,8 @@ def show(path: Path, last: int = 10) -> Iterator[str]:
     for key in ("model", "base", "plan", "storage", "fold_every", "rounding", "seed", "noise", "method", "data",
                 "versions", "created"):  # fmt: skip
         yield f"  {key:<11} {json.dumps(header.get(key))}"
+    for note in contents.notes:
+        yield f"  note after {note.step} steps: {json.dumps(note.values, sort_keys=True)}"
     for record in steps[len(steps) - last if last < len(steps) else 0 :]:
         state = " skipped" * record.skipped + ", eps halved" * record.halved
         yield f"  step {record.step:>7}  loss {record.loss:.6f}  grad {record.grad: .4e}  lr {record.lr:.3e}{state}"
@@ -57,7 +59,7 @@ def _warnings(contents: Contents) -> Iterator[str]:
 def check(path: Path) -> Iterator[tuple[bool, str]]:
     """(sound, line) of everything that can be checked without the model: each record, and each block of a run."""
     file = journal_file(path)
-    data = file.read_bytes()
+    data = diskio.read_file(file)
     try:
         contents = read_journal(data, str(file))
     except JournalError as error:
@@ -77,17 +79,17 @@ def _check_blocks(directory: Path, contents: Contents) -> Iterator[tuple[bool, s
     files = DiskTier.open(directory, shapes, write=False)
     try:
         buffer = torch.empty(max(shape.nbytes for shape in shapes), dtype=torch.uint8)
+        history = list(histories(contents.header, contents.steps))
         for shape in shapes:
-            found = {g: (version, chain) for g, version, chain in files.versions(shape.index)}
             sound = files.verify(shape.index, buffer)
-            states = []
-            for generation, (version, chain) in sorted(found.items()):
-                known = version <= len(contents.steps) and (version == 0 or contents.chain[version] == chain)
+            states, usable = [], []
+            for generation, header in sorted(files.headers(shape.index)):
+                known = header.version < len(history) and header.is_of(contents.chain.__getitem__, history.__getitem__)
                 state = "sound" if sound[generation] else "DAMAGED"
-                states.append(f"step {version} {state if known else 'is NOT OF THIS JOURNAL'}")
-                found[generation] = (version if known and sound[generation] else -1, chain)
-            usable = any(version >= 0 for version, _ in found.values())
-            yield usable or not found, f"block {shape.index:>5}: {'; '.join(states) or 'never written'}"
+                states.append(f"step {header.version} {state if known else 'is NOT OF THIS JOURNAL'}")
+                usable.append(known and sound[generation])
+            fine = any(usable) or not states
+            yield fine, f"block {shape.index:>5}: {'; '.join(states) or 'never written'}"
     finally:
         files.close()
 
@@ -99,18 +101,20 @@ def cut(path: Path, to: int) -> Path:
     """
     file = journal_file(path)
     lock = RunLock.take(file.parent)
+    held = os.open(file, os.O_RDWR | os.O_CLOEXEC)
     try:
-        data = file.read_bytes()
+        hold(held, file)
+        data = diskio.read_file(file)
         contents = read_journal(data, str(file), damaged_end=True)
         if not 0 <= to <= len(contents.steps):
             raise ConfigError(f"cut to {to} steps: {file} holds {len(contents.steps)} that can be read")
-        kept = contents.begin + RECORD_BYTES * sum(max(1, len(record.updates)) for record in contents.steps[:to])
         backup = next(p for n in range(1 << 20) if not (p := file.with_name(f"{file.name}.before-cut-{n}")).exists())
         os.link(file, backup)
         _forget_blocks(file.parent / runs.BLOCKS, to)  # first: what is cut off must not come back as a newer block
-        diskio.replace_file(file, data[:kept])
+        diskio.replace_file(file, data[: contents.ends[to]])
         return backup
     finally:
+        os.close(held)
         lock.release()
 
 
@@ -120,8 +124,8 @@ def _forget_blocks(directory: Path, to: int) -> None:
     files = DiskTier.open(directory, load_shapes(directory))
     try:
         for shape in files.shapes:
-            for generation, version, _ in files.versions(shape.index):
-                if version > to:
+            for generation, header in files.headers(shape.index):
+                if header.version > to:
                     files.forget(shape.index, generation)
     finally:
         files.close()
@@ -132,7 +136,7 @@ def write_csv(path: Path, out: IO[str]) -> None:
     file = journal_file(path)
     writer = csv.writer(out)
     writer.writerow(COLUMNS)
-    for r in read_journal(file.read_bytes(), str(file)).steps:
+    for r in read_journal(diskio.read_file(file), str(file)).steps:
         about = (r.step, r.loss, r.grad, r.lr, int(r.skipped), int(r.halved), f"{r.batch_crc:08x}")
         for update in r.updates:
             writer.writerow((*about, update.seed, update.coeff, update.decay, int(update.fold)))

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import runs
+from . import diskio, runs
 from .engine import Engine
 from .errors import ConfigError, JournalError
 from .fused import Gains
 from .gains import gains_of
-from .identity import check_identity, check_sample, identity
+from .identity import about_base, check_identity, check_sample, identity
 from .ingest import Base, Filler
 from .journal import Contents, read_journal
 from .layout import Layout
@@ -41,9 +41,11 @@ def load_journal(path: str | Path) -> Contents:
     path = Path(path)
     file = path / runs.JOURNAL if path.is_dir() else path
     try:
-        return read_journal(file.read_bytes(), str(file))
+        return read_journal(diskio.read_file(file), str(file))
     except FileNotFoundError:
         raise JournalError(f"{file} does not exist") from None
+    except OSError as error:
+        raise JournalError(f"{file} cannot be read: {error}") from error
 
 
 def replay(
@@ -68,7 +70,8 @@ def replay(
 def replayed(base: str | Path | nn.Module, journal: str | Path, *, to: int | None = None, **options: Any) -> Engine:
     """An engine at the weights after `to` steps of a journal. It evaluates, generates and exports; it does not train.
 
-    options: `objective`, `tokenizer` and settings that do not alter the numbers (device, threads, order, ...).
+    options: `objective`, `tokenizer`, `method` (of a class of the caller's own) and settings that do not alter the
+    numbers (device, threads, order, ...).
     """
     contents = load_journal(journal)
     header, steps = contents.header, contents.steps
@@ -83,9 +86,10 @@ def replayed(base: str | Path | nn.Module, journal: str | Path, *, to: int | Non
         log.append(record.updates)
 
     def session(engine: Engine) -> Session:
+        about = about_base(engine.model, None if engine.checkpoint is None else engine.checkpoint.path, engine.config)
         wanted = identity(
             engine.plan, engine.layout, engine.config, engine.method, engine.fold_every, str(header.get("base")),
-            header.get("data"), modes_of(engine.model, engine.config.mode),
+            about, modes_of(engine.model, engine.config.mode),
         )  # fmt: skip
         check_identity(wanted, header)
         check_sample(engine.base, header)
@@ -101,7 +105,7 @@ def replayed(base: str | Path | nn.Module, journal: str | Path, *, to: int | Non
     passed: dict[str, Any] = {k: options.pop(k) for k in ("objective", "tokenizer", "example") if k in options}
     if not isinstance(base, nn.Module) and header.get("model_class") is not None:
         passed["model_class"] = header["model_class"]
-    method = runs.make_method(header["method"])
+    method = options.pop("method", None) or runs.make_method(header["method"])
     return Engine(base, method=method, _session=session, **passed, **{**settings, **options, "run_dir": None})
 
 

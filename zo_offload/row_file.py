@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from .data_identity import RowsDigest
 from .errors import DataError
 
 LONGEST_KEPT = 8
@@ -38,13 +39,17 @@ class RowFile(Sequence[FileRow]):
         self._stamp = self._stamp_now()
         self._begins = array("q")
         largest: list[tuple[int, int]] = []  # a heap of (size, -place)
+        digest = RowsDigest()
         for place, (begin, row) in enumerate(self._scan()):
             self._begins.append(begin)
+            digest.add(row)
             heapq.heappush(largest, (size_of(row), -place))
             if len(largest) > LONGEST_KEPT:
                 heapq.heappop(largest)
         self.longest = [-place for _, place in sorted(largest, reverse=True)]
         self._begins.append(self._stamp[0])
+        self.digest = digest.hex()
+        """Of all rows: see data_identity.py."""
 
     def _scan(self) -> Iterator[tuple[int, FileRow]]:
         """(first byte, row) of each row in order. DataError with the line of what is not one."""

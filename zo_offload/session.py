@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import diskio, runs
 from .config import EngineConfig
 from .devices import CpuDevice
-from .errors import CheckpointError, JournalError
+from .errors import CheckpointError, ConfigError, JournalError, StorageError
 from .fused import Gains
 from .gains import decide_gains, gains_of
-from .identity import check_identity, check_sample, header_of, identity
+from .identity import about_base, check_identity, check_sample, header_of, identity, warn_of_versions
 from .ingest import Base, Filler, ModuleBase, ingest
 from .journal import Journal
+from .journal_format import history_start
 from .layout import Layout
-from .lock import RunLock
+from .lock import NAME as LOCK
+from .lock import RunLock, hold
 from .methods import MeZO
 from .plan import Plan
 from .snapshot import Snapshots
@@ -77,36 +81,52 @@ class Maker:
     device: CpuDevice
     model_name: str | None = None
     model_class: str | None = None
-    data: dict[str, Any] | None = None
     modes: str = "eval"
     gains: Gains | None = None
     """Of a run that begins; None: to be decided then. A run that is reopened has those of its journal."""
+    directory: Path | None = None
+    """Of the checkpoint; None for a module in memory."""
+    model: nn.Module | None = None
+    objective: str | None = None
+    fresh: bool = True
+    """Whether a new run was asked for; else what run_dir holds is to go on."""
     progress: Callable[[int], None] = lambda nbytes: None
 
-    def start(self) -> Session:
+    def start(self, admit: Callable[[Journal], None] = lambda journal: None) -> Session:
         """Fill a tier from the base and begin a run, or reopen an earlier run's tier, log and journal.
 
         A run is fresh if run_dir holds no journal. Reopened, its blocks on disk (of a run in memory: its snapshots) are
         taken as they are; the others are read from the base. Each is brought up to date by replay at its next visit.
+        admit: raises if a journal that is reopened cannot go on with what is asked for; called before weights are read.
         """
         run_dir = self._run_dir
         if run_dir is None:
             session = Session(self._memory_tier(), UpdateLog(), gains=self._first_gains())
             self._ingest(session.tier)
             return session
-        runs_before = (run_dir / runs.JOURNAL).exists()
-        if not runs_before:
+        try:
+            return self._start_in(run_dir, admit)
+        except StorageError:
+            raise
+        except OSError as error:
+            raise diskio.storage_error(error, "starting a run in", run_dir, then="No step was taken.") from error
+
+    def _start_in(self, run_dir: Path, admit: Callable[[Journal], None]) -> Session:
+        reopens = (run_dir / runs.JOURNAL).exists() and not (
+            runs.is_without_steps(run_dir) and (self.fresh or not runs.takes_notes(run_dir))
+        )
+        if self.fresh or not reopens:
             runs.check_fresh(run_dir)
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise diskio.storage_error(error, "making", run_dir, then="Nothing was trained yet.") from error
-        lock = RunLock.take(run_dir)
-        try:
-            return self._reopen(run_dir, lock) if runs_before else self._begin(run_dir, lock)
-        except BaseException:
-            lock.release()
-            raise
+        with ExitStack() as undo:  # of what was opened, if the rest fails: a journal that is left open stays held
+            lock = RunLock.take(run_dir)
+            undo.callback(lock.release)
+            session = self._reopen(run_dir, lock, undo, admit) if reopens else self._begin(run_dir, lock, undo)
+            undo.pop_all()
+            return session
 
     @property
     def _run_dir(self) -> Path | None:
@@ -127,27 +147,54 @@ class Maker:
         return shapes_of(self.layout.block_bytes, self.layout.spans, self.layout.stream_bytes)
 
     def _identity(self, base_digest: str) -> dict[str, Any]:
+        about = about_base(self.model, self.directory, self.config)
         return identity(
-            self.plan, self.layout, self.config, self.method, self.fold_every, base_digest, self.data, self.modes
-        )  # fmt: skip
+            self.plan, self.layout, self.config, self.method, self.fold_every, base_digest, about, self.modes
+        )
 
-    def _begin(self, run_dir: Path, lock: RunLock) -> Session:
+    def _clear(self, run_dir: Path) -> None:
+        """Remove the journal and metrics of a run without steps, which is begun anew. Its blocks are taken over."""
+        path = run_dir / runs.JOURNAL
+        if not path.exists():
+            return
+        held = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            hold(held, path)
+            if not runs.is_without_steps(run_dir):
+                raise ConfigError(f"{run_dir} was begun by another engine. Give another run_dir")
+            (run_dir / runs.METRICS).unlink(missing_ok=True)
+            path.unlink()
+            diskio.sync_directory(run_dir)
+        finally:
+            os.close(held)
+
+    def _begin(self, run_dir: Path, lock: RunLock, undo: ExitStack) -> Session:
+        self._clear(run_dir)
         gains = self._first_gains()
         runs.save_config(run_dir, self.model_name, self.model_class, self.config, self.method)
         files = DiskTier.create(run_dir / runs.BLOCKS, self._shapes()) if self.offload == "disk" else None
+        if files is not None:
+            undo.callback(files.close)
         tier = files if files is not None else self._memory_tier()
         self._ingest(tier)
         wanted = self._identity(self.base.digest())
         header = header_of(
-            wanted, self.base, self.plan, self.layout, self.config, self.model_name, self.model_class, gains
-        )
+            wanted, self.base, self.plan, self.layout, self.config, self.model_name, self.model_class, gains,
+            self.objective,
+        )  # fmt: skip
+        if not lock.is_there(run_dir):
+            raise ConfigError(f"{run_dir}: its file {LOCK!r} was removed while the run began. Begin it again")
+        if files is not None:
+            files.bind(history_start(header))  # before there is a journal: a run's blocks say what they are of
         journal = Journal.create(run_dir / runs.JOURNAL, header)
+        undo.callback(journal.close)
         if files is not None:
             self._bind(files, journal)
         return Session(tier, UpdateLog(), journal, lock, self._snapshots(run_dir, tier, files, journal), gains=gains)
 
-    def _reopen(self, run_dir: Path, lock: RunLock) -> Session:
-        journal = Journal.open(run_dir / runs.JOURNAL)
+    def _reopen(self, run_dir: Path, lock: RunLock, undo: ExitStack, admit: Callable[[Journal], None]) -> Session:
+        journal = Journal.open(run_dir / runs.JOURNAL, alone=True)
+        undo.callback(journal.close)
         if journal.dropped_bytes:
             _log.warning("%s: dropped the unfinished last %d bytes", journal.path, journal.dropped_bytes)
         updates = UpdateLog()
@@ -155,14 +202,15 @@ class Maker:
             updates.append(record.updates)
         blocks, files = run_dir / runs.BLOCKS, None
         if blocks.is_dir() and not DiskTier.is_unfinished(blocks, self._shapes()):
-            files = self._open_files(run_dir, journal)
+            files = self._open_files(run_dir, journal, undo)
         # All but the base is compared first: no weight is read for a run that cannot go on.
-        data = journal.header.get("data")
-        known = {**journal.header, "data": data if self.data is not None and data is not None else self.data}
+        known = journal.header
         unread = not isinstance(self.base, ModuleBase)  # weights in memory are cheap to compare whole
         check_identity(self._identity(str(known.get("base")) if unread else self.base.digest()), known)
+        admit(journal)
         if unread:
             check_sample(self.base, journal.header)
+        warn_of_versions(journal.header, str(run_dir))
         elsewhere = self.offload != "disk"
         tier: Tier
         if files is not None and not elsewhere:
@@ -172,6 +220,7 @@ class Maker:
             again = list(range(len(self.layout.block_bytes))) if files is None else self._copy_in(files, tier)
         else:
             tier = files = DiskTier.create(run_dir / runs.BLOCKS, self._shapes())
+            undo.callback(files.close)
             again = list(range(len(self.layout.block_bytes)))
         if files is not None:
             self._bind(files, journal)
@@ -184,7 +233,7 @@ class Maker:
             gains=gains_of(journal.header, self.plan, str(journal.path)),
         )  # fmt: skip
 
-    def _open_files(self, run_dir: Path, journal: Journal) -> DiskTier:
+    def _open_files(self, run_dir: Path, journal: Journal, undo: ExitStack) -> DiskTier:
         """The run's block files. Raises JournalError if they are of another layout, or know more than the journal."""
         if journal.header.get("layout") != self.layout.digest():
             raise JournalError(
@@ -192,19 +241,25 @@ class Maker:
                 f"{self.layout.digest()}. Remove that folder to rebuild the blocks from the base and the journal"
             )
         files = DiskTier.open(run_dir / runs.BLOCKS, self._shapes())
+        undo.callback(files.close)
         for block in range(len(self.layout.block_bytes)):
-            for _, version, chain in files.versions(block):
+            for generation, header in files.headers(block):
+                if header.history == 0:  # a power cut fell between the block and the word of what it is
+                    files.forget(block, generation)
+                    continue
+                version = header.version
                 if version > len(journal.steps):
                     raise JournalError(
                         f"{run_dir}: block {block} has {version} steps folded in, the journal holds "
                         f"{len(journal.steps)}: the journal was cut or replaced. Restore it, or give up those steps: "
                         f"zo-offload journal cut {run_dir} --to {len(journal.steps)}"
                     )
-                if version and chain != journal.chain(version):
+                if not header.is_of(journal.chain, journal.history):
+                    base = " (or is of another base)" if version == 0 else ""
                     raise JournalError(
-                        f"{run_dir}: block {block} at step {version} comes from another history (checksum {chain:08x}, "
-                        f"the journal's is {journal.chain(version):08x}). Restore the journal or the blocks, or remove "
-                        f"the folder {runs.BLOCKS} to rebuild all blocks from the base"
+                        f"{run_dir}: block {block} at step {version} comes from another history{base}: it has "
+                        f"{header.history or header.chain:08x}, journal {journal.history(version):08x}. Restore the "
+                        f"journal or the blocks, or remove the folder {runs.BLOCKS} to rebuild all blocks from the base"
                     )
         return files
 
@@ -230,7 +285,7 @@ class Maker:
 
     def _bind(self, files: DiskTier, journal: Journal) -> None:
         """Tie block files to their journal: write-ahead, history, and the base to rebuild from."""
-        files.before_write, files.chain_of = journal.make_durable, journal.chain
+        files.before_write, files.history_of = journal.make_durable, journal.history
         checked = threading.Lock()
         good: list[bool] = []
 

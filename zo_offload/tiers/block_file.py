@@ -9,17 +9,22 @@ File, little-endian
     Bytes that training never writes are stored once. A block that is not trained has no second area.
 
 Header (the rest of its 4096 bytes is zero)
-    0      4s      b"ZOB2"
+    0      4s      b"ZOB3"
     4      u32     block index
     8      u32     state: 0 = empty or being written, 1 = whole
-    12     u32     chain: the journal's checksum after `version` steps (which history it is of); 0 for the base
+    12     u32     0
     16     u64     version: steps folded in
     24     u64     nbytes of the block
     32     u64     bytes of its streamed part, a prefix (see layout.py); nbytes if it is not split
     40     u64     bytes of its spans
     48     4 u64   checksums (checksum.py, offsets from the begin of the block): trained bytes of the streamed part,
                    frozen bytes of it, trained bytes of the rest, frozen bytes of it
-    80     u32     crc32 of bytes 0..80
+    80     u64     history: what those bytes are of (Journal.history(version), which begins with the base's digest);
+                   0 where that is not known yet, while a run begins: such bytes are not to be trusted later on
+    88     u32     crc32 of bytes 0..88
+
+    A header of the earlier format is read too: b"ZOB2", at 12 the journal's checksum after `version` steps ("chain",
+    0 for the base), at 80 the crc32 of bytes 0..80. It is never written any more.
 
 Order of writes. One generation at most is *durable*: known to be on the medium. Flushes go to the other one, in place,
 as often as they like: state 0, the spans, then the header with state 1 and the checksums. `seal` syncs the file, and
@@ -34,6 +39,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
@@ -47,8 +53,10 @@ Spans = tuple[tuple[int, int], ...]
 PAGE = 4096
 DATA = 2 * PAGE
 WRITING, WHOLE = 0, 1
-_HEAD = struct.Struct("<4sIIIQQQQ4Q")
-MAGIC = b"ZOB2"
+_HEAD = struct.Struct("<4sIIIQQQQ4QQ")
+_OLD_HEAD = struct.Struct("<4sIIIQQQQ4Q")
+MAGIC, OLD_MAGIC = b"ZOB3", b"ZOB2"
+HEADER_BYTES = _HEAD.size + 4
 
 
 @dataclass(frozen=True)
@@ -113,19 +121,27 @@ def _cut(streamed: int, offset: int, length: int, at: int, kind: int) -> list[Ex
 
 @dataclass(frozen=True)
 class Header:
-    """A generation's header; see the module."""
+    """A generation's header; see the module. chain: of a file of the earlier format, whose history is None."""
 
     state: int
-    chain: int
     version: int
     sums: tuple[int, int, int, int]
+    history: int | None = 0
+    chain: int = 0
 
     def pack(self, shape: Shape) -> bytes:
         body = _HEAD.pack(
-            MAGIC, shape.index, self.state, self.chain, self.version, shape.nbytes, shape.streamed, shape.trained,
-            *self.sums,
+            MAGIC, shape.index, self.state, 0, self.version, shape.nbytes, shape.streamed, shape.trained, *self.sums,
+            self.history or 0,
         )  # fmt: skip
         return body + struct.pack("<I", zlib.crc32(body))
+
+    def is_of(self, chain: Callable[[int], int], history: Callable[[int], int]) -> bool:
+        """Whether these bytes are of the journal whose checksum and history after so many steps the functions give.
+        In the earlier format nothing says so of the base's bytes."""
+        if self.history is None:
+            return self.version == 0 or self.chain == chain(self.version)
+        return self.history == history(self.version)
 
 
 @dataclass(frozen=True)
@@ -139,15 +155,17 @@ class Foreign:
 
 def parse(data: bytes, shape: Shape) -> Header | Foreign | None:
     """A generation's header; None if it never was whole or is damaged (to a reader the same: use the other one)."""
-    size = _HEAD.size
+    layout = _OLD_HEAD if data[:4] == OLD_MAGIC else _HEAD
+    size = layout.size
     if len(data) < size + 4 or struct.unpack_from("<I", data, size)[0] != zlib.crc32(data[:size]):
         return None
-    magic, index, state, chain, version, nbytes, streamed, trained, *sums = _HEAD.unpack_from(data)
-    if magic != MAGIC:
+    magic, index, state, chain, version, nbytes, streamed, trained, *rest = layout.unpack_from(data)
+    if magic not in (MAGIC, OLD_MAGIC):
         return None
     if (index, nbytes, streamed, trained) != (shape.index, shape.nbytes, shape.streamed, shape.trained):
         return Foreign(index, nbytes, trained)
-    return Header(state, chain, version, cast(tuple[int, int, int, int], tuple(sums)))
+    sums = cast(tuple[int, int, int, int], tuple(rest[:4]))
+    return Header(state, version, sums, rest[4] if magic == MAGIC else None, chain)
 
 
 def read(fd: int, shape: Shape, generation: int, header: Header, out: Tensor, start: int) -> bool:
@@ -173,7 +191,7 @@ def read(fd: int, shape: Shape, generation: int, header: Header, out: Tensor, st
 
 
 def write(
-    fd: int, shape: Shape, generation: int, old: Header | None, data: Tensor, version: int, chain: int, whole: bool
+    fd: int, shape: Shape, generation: int, old: Header | None, data: Tensor, version: int, history: int, whole: bool
 ) -> Header:
     """Write a generation's spans (whole: the frozen bytes too) and then its header, which is returned.
 
@@ -185,9 +203,14 @@ def write(
     for extent in (*trained, *(frozen if whole else ())):
         bytes_of = data[extent.offset : extent.offset + extent.nbytes]
         sums[extent.sum] += summed_io.write_summed(fd, bytes_of, extent.at, extent.offset)
-    done = Header(WHOLE, chain, version, cast(tuple[int, int, int, int], tuple(s & 0xFFFFFFFFFFFFFFFF for s in sums)))
-    diskio.write_at(fd, done.pack(shape), generation * PAGE)
-    return done
+    total = cast(tuple[int, int, int, int], tuple(s & 0xFFFFFFFFFFFFFFFF for s in sums))
+    return write_header(fd, shape, generation, Header(WHOLE, version, total, history))
+
+
+def write_header(fd: int, shape: Shape, generation: int, header: Header) -> Header:
+    """Write a generation's header alone; returns it."""
+    diskio.write_at(fd, header.pack(shape), generation * PAGE)
+    return header
 
 
 def mark(fd: int, shape: Shape, generation: int) -> None:
@@ -195,4 +218,4 @@ def mark(fd: int, shape: Shape, generation: int) -> None:
     diskio.write_at(fd, EMPTY.pack(shape), generation * PAGE)
 
 
-EMPTY = Header(WRITING, 0, 0, (0, 0, 0, 0))
+EMPTY = Header(WRITING, 0, (0, 0, 0, 0))

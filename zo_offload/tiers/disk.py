@@ -18,7 +18,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -69,7 +69,7 @@ def load_shapes(directory: Path) -> tuple[Shape, ...]:
     try:
         found = [
             Shape(i, nbytes, streamed, tuple((offset, length) for offset, length in spans))
-            for i, (nbytes, streamed, spans) in enumerate(json.loads(path.read_text()))
+            for i, (nbytes, streamed, spans) in enumerate(json.loads(diskio.read_file(path)))
         ]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is missing or damaged ({error}); resuming the run needs it not") from None
@@ -99,8 +99,8 @@ class DiskTier:
         self._blocks = blocks
         self.before_write: Callable[[int], None] = lambda version: None
         """Waits until the journal's first `version` steps are durable; see the module."""
-        self.chain_of: Callable[[int], int] = lambda version: 0
-        """The journal's checksum after `version` > 0 steps: binds a block to its history. The base has none."""
+        self.history_of: Callable[[int], int] = lambda version: 0
+        """`Journal.history`: binds a block to the steps that it is made of, and to the base. 0: not known yet."""
         self.rebuild: Callable[[int, Tensor], None] | None = None
         """Fills a tensor with a block's bytes at version 0, from the base."""
 
@@ -144,7 +144,7 @@ class DiskTier:
         for shape in shapes:
             path = _path(directory, shape.index)
             try:
-                fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
+                fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
             except FileNotFoundError:
                 raise CheckpointError(
                     f"{path}: block {shape.index} of {len(shapes)} is missing; restore it, or remove the whole folder "
@@ -175,11 +175,24 @@ class DiskTier:
     def shapes(self) -> tuple[Shape, ...]:
         return tuple(block.shape for block in self._blocks)
 
-    def versions(self, block: int) -> tuple[tuple[int, int, int], ...]:
-        """(generation, version, chain) of the whole generations of a block, newest first."""
-        headers = self._blocks[block].headers
-        found = [(g, h.version, h.chain) for g, h in enumerate(headers) if h is not None]
-        return tuple(sorted(found, key=lambda entry: -entry[1]))
+    def headers(self, block: int) -> tuple[tuple[int, Header], ...]:
+        """(generation, header) of the whole generations of a block, newest first."""
+        found = [(g, h) for g, h in enumerate(self._blocks[block].headers) if h is not None]
+        return tuple(sorted(found, key=lambda entry: -entry[1].version))
+
+    def bind(self, history: int) -> None:
+        """Say of what blocks that were filled from the base before its digest was known are. StorageError."""
+        for entry in self._blocks:
+            for generation, header in enumerate(entry.headers):
+                if header is not None and header.version == 0 and header.history == 0:
+                    bound = replace(header, history=history)
+                    try:
+                        block_file.write_header(entry.fd, entry.shape, generation, bound)
+                    except OSError as error:
+                        raise diskio.storage_error(
+                            error, "writing", entry.path, then="Nothing was trained yet."
+                        ) from error
+                    entry.headers[generation] = bound
 
     def forget(self, block: int, generation: int) -> None:
         """Mark a generation as not whole: it belongs to steps that the journal no longer has."""
@@ -257,7 +270,7 @@ class DiskTier:
         assert whole or old is not None, f"{entry.path}: the first write of a block is a whole one"
         entry.headers[target] = None
         entry.headers[target] = block_file.write(
-            entry.fd, entry.shape, target, old, data, version, self.chain_of(version) if version else 0, whole
+            entry.fd, entry.shape, target, old, data, version, self.history_of(version), whole
         )
 
     def seal(self, block: int, *, drop: bool = False) -> None:

@@ -1,0 +1,86 @@
+"""Runs and journals of earlier versions open, resume and replay to the same bits.
+
+data/runs_format2.tar.xz, made by version 0.1 (journal "ZOJ2", block files "ZOB2", header format 2): `base/`, a tiny
+Llama whose weights are multiples of 2**-14; `rows.jsonl`; run directories as a kill after their last step left them,
+with blocks and snapshots that lag behind; and expected.json, digests of their weights at the last step and at step 3.
+    mezo-fp32    disk, a fold a step, weight decay, linear schedule over 14 steps, two layers trained of a tied model
+    mezo-bf16    disk, a fold in 4 steps, stochastic rounding       mezo-int8+8   disk, Rademacher noise, scales
+    fzoo-host    four directions, snapshots of a run in memory      data-null     evaluated before its first `fit`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from zo_offload import Engine, cli, journal_tools
+from zo_offload.errors import JournalError
+from zo_offload.replay import replayed
+
+RUNS = ("mezo-fp32", "mezo-bf16", "mezo-int8+8", "fzoo-host", "data-null")
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    with tarfile.open(Path(__file__).parent / "data" / "runs_format2.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+@pytest.fixture
+def expected(old: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((old / "expected.json").read_text())
+    return found
+
+
+def digest(weights: Iterator[tuple[str, torch.Tensor]]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in weights:
+        found.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_old_run_goes_on_from_the_same_bits(old: Path, expected: dict[str, Any], name: str) -> None:
+    with Engine.resume(old / name, model=str(old / "base")) as engine:
+        assert digest(engine.weights()) == expected[name]["weights"]
+        assert engine.log.version == expected[name]["steps"]
+        engine.fit(old / "rows.jsonl", steps=expected[name]["steps"] + 3, batch_size=4)
+        after = digest(engine.weights())
+    assert after != expected[name]["weights"]
+    with replayed(old / "base", old / name) as engine:
+        assert digest(engine.weights()) == after
+    with Engine.resume(old / name, model=str(old / "base")) as engine:  # its blocks are of both versions by now
+        assert digest(engine.weights()) == after
+    assert all(sound for sound, _ in journal_tools.check(old / name))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_old_journal_replays_to_the_same_bits(old: Path, expected: dict[str, Any], name: str) -> None:
+    with replayed(old / "base", old / name / "journal.zoj") as engine:
+        assert digest(engine.weights()) == expected[name]["weights"]
+    with replayed(old / "base", old / name / "journal.zoj", to=3) as engine:
+        assert digest(engine.weights()) == expected[name]["weights_at_3"]
+
+
+def test_an_old_run_is_told_by_what_it_recorded(old: Path) -> None:
+    rows = (old / "rows.jsonl").read_text().splitlines()
+    (old / "rows.jsonl").write_text("\n".join([*rows[1:], rows[0]]) + "\n")
+    with (
+        Engine.resume(old / "mezo-bf16", model=str(old / "base")) as engine,
+        pytest.raises(JournalError, match="data"),
+    ):
+        engine.fit(old / "rows.jsonl", steps=12, batch_size=4)
+
+
+def test_an_old_journal_is_cut_and_goes_on(old: Path, expected: dict[str, Any]) -> None:
+    assert cli.main(["journal", "cut", str(old / "mezo-bf16"), "--to", "3"]) == 0
+    with Engine.resume(old / "mezo-bf16", model=str(old / "base")) as engine:
+        assert digest(engine.weights()) == expected["mezo-bf16"]["weights_at_3"]
