@@ -11,7 +11,7 @@ from fake_cuda import DelayedCpuDevice, FakeBackend, FakeCudaDevice
 from test_cuda_device import use  # noqa: F401 - a fixture
 from test_engine import assert_same, batches, stored_weights, tiny_llama, tiny_opt
 
-from zo_offload import FZOO, ConfigError, DivergenceError, Engine
+from zo_offload import FZOO, QZO, ConfigError, DivergenceError, Engine, MeZO
 from zo_offload.methods import method_from
 from zo_offload.noise import noise, step_seed
 from zo_offload.plan import make_plan
@@ -90,6 +90,18 @@ def test_coefficients_made_on_the_device_are_the_hosts(use, device):  # noqa: F8
     want = run(offload="host")
     use(DEVICES[device]())
     assert_same(want, run(offload="host"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method, settings", [
+    (METHOD, dict(storage="int8+8", fold_every=2)), (MeZO(lr=1e-3, weight_decay=0.1), dict(fold_every=2)),
+    (QZO(lr=1e-3), dict(storage="nf4")), (QZO(lr=1e-3, weight_decay=0.1), dict(storage="int4", fold_every=2)),
+], ids=lambda part: getattr(part, "name", None))  # fmt: skip
+def test_gains_of_parameters_are_the_hosts_on_the_device(use, device, method, settings):  # noqa: F811
+    """Lanes of 16 bits and scales in units of weights: coefficients times what is a parameter's own."""
+    want = run(tiny_llama(2, torch.bfloat16), method=method, offload="host", **settings)
+    use(DEVICES[device]())
+    assert_same(want, run(tiny_llama(2, torch.bfloat16), method=method, offload="host", **settings))
 
 
 def test_a_run_resumes_replays_and_keeps_its_method(tmp_path):

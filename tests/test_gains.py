@@ -22,9 +22,9 @@ METHOD = MeZO(lr=1e-3, eps=1e-3, batch_size=4)
 
 
 class Seen(nn.Module):
-    """One parameter of each kind, and what every lane sees of them; the loss is the sum of their products with c."""
+    """One parameter of each kind; the loss is the sum of their products with c. lanes: what each lane sees of them."""
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, lanes):
         super().__init__()
         g = torch.Generator().manual_seed(0)
         self.values = nn.ParameterList()
@@ -32,10 +32,10 @@ class Seen(nn.Module):
             spread = 0.05 * size if size >= 1 else size
             middle = size if size >= 1 else 0.0
             self.values.append(nn.Parameter((middle + spread * torch.randn(8192, generator=g)).to(dtype)))
-        self.lanes = []
+        self.record = lambda seen: lanes.append(seen)  # outside: what a lane leaves in the module is put back
 
     def forward(self, c):
-        self.lanes.append([p.detach().float().clone() for p in self.values])
+        self.record([p.detach().float().clone() for p in self.values])
         return sum((p.double() * c).sum() for p in self.values)
 
 
@@ -45,12 +45,13 @@ def correlation(a, b):
 
 def seen_and_updated(dtype, method, storage="fp32"):
     """By kind, of one step: (correlation of what the lanes saw with what was updated, gain, update / (lr grad z))."""
-    model, c = Seen(dtype), torch.linspace(-1, 1, 8192, dtype=torch.float64)
+    lanes = []
+    model, c = Seen(dtype, lanes), torch.linspace(-1, 1, 8192, dtype=torch.float64)
     with Engine(model, method=method, storage=storage, objective=lambda m, batch: m(batch["c"])) as engine:
         before = stored_weights(engine)
-        model.lanes.clear()
+        lanes.clear()
         record = engine.step({"c": c})
-        lanes, after, gains = list(model.lanes), stored_weights(engine), engine.gains
+        after, gains = stored_weights(engine), engine.gains
         ids = {name: spec.param_id for name, spec in engine.plan.params.items()}
     found = {}
     for i, kind in enumerate(KINDS):
