@@ -169,6 +169,17 @@ def test_a_module_of_ones_own_is_not_guessed_at_but_may_say(shift):
         assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("weight", [float("nan"), -1.0, float("inf")])
+def test_a_weight_that_is_none_is_named(weight):
+    objective = lambda model, batch: model(**batch)["loss"]  # noqa: E731
+    objective.weight = lambda batch: weight
+    with (
+        Engine(Tagger(False), method=STEP, offload="none", example=tagged(), objective=objective) as engine,
+        pytest.raises(ConfigError, match="weight of a batch is"),
+    ):
+        engine.step(tagged(), micro_batches=2)
+
+
 def test_an_objective_is_a_mean_over_rows_whatever_labels_there_are():
     seen = []
 
@@ -326,6 +337,7 @@ def test_what_is_of_rows_is_cut_and_what_is_shared_is_not():
         ({"images": [torch.ones(1)] * 3}, "'images' holds 3 tensors"),
         ({"cache": object()}, "'cache' is a object"),
         ({"num_items_in_batch": torch.tensor(7)}, "num_items_in_batch is in the batch"),
+        ({"return_loss": True}, "compares its 4 rows with one another"),
     ],
 )
 def test_what_may_or_may_not_be_of_rows_is_refused_by_name(more, match):

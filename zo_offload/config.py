@@ -181,6 +181,8 @@ class EngineConfig:
             raise ConfigError(f"io_threads={self.io_threads}: expected at least 1")
         if isinstance(self.whole, str):
             raise ConfigError(f"whole={self.whole!r}: expected names, such as ({self.whole!r},)")
+        if self.whole is not None:
+            object.__setattr__(self, "whole", tuple(self.whole))  # as it is written into a run's configuration
         if not 0 <= self.seed < 1 << 64:
             raise ConfigError(f"seed={self.seed}: expected 0 .. 2**64 - 1")
         if self.threads is not None and self.threads < 1:

@@ -86,10 +86,10 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, closed: bool) -> list[int]:
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]
-    if not closed:
-        closing = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)} - {None}
-        own = _closings(list(tokenizer(prompt, add_special_tokens=False)["input_ids"]), closing)
-        ids = ids[: max(1, len(ids) - max(0, _closings(ids, closing) - own))]
+    closing = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)} - {None}
+    if not closed and (ends := _closings(ids, closing)):
+        plain = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])  # what the text itself ends in stays
+        ids = ids[: max(1, len(ids) - max(0, ends - _closings(plain, closing)))]
     return ids
 
 

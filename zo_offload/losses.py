@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Real
@@ -75,12 +76,13 @@ def weighing(model: nn.Module, objective: Objective) -> Weighing:
     """What the losses of batches weigh among each other.
 
     The model's own: by labels that count, as its kind has them; the first label of a row is not predicted where logits
-    predict what follows, unless virtual tokens are before it. Rows where there are no labels, and for regression. An
-    objective's: what its attribute `weight`, a function of the batch, says, or rows.
+    predict what follows, unless virtual tokens are before it. Rows where there are no labels, and for regression. A CTC
+    loss that is a sum over rows is added up, and an evaluation gives its mean. What a model adds to the mean (a
+    router's loss, say) is taken by the same weights, which is not exact. An objective's: what its attribute `weight`, a
+    function of the batch, says, or rows.
     """
-    own = getattr(objective, "weight", None)
-    if own is not None:
-        return Weighing(lambda batch: {"weight": float(own(batch))})
+    if getattr(objective, "weight", None) is not None:
+        return Weighing(partial(_said, objective))
     if objective is not model_loss:
         return Weighing(rows_weigh)
     kind, config = kind_of(model), getattr(unwrapped(model), "config", None)
@@ -90,6 +92,13 @@ def weighing(model: nn.Module, objective: Objective) -> Weighing:
         return Weighing(rows_weigh, model=kind.model)
     shift = kind.shift if puts_before(model) == 0 else 0
     return Weighing(partial(_counts, kind, shift), model=kind.model)
+
+
+def _said(objective: Any, batch: Batch) -> dict[str, float]:
+    weight = float(objective.weight(batch))
+    if not 0 <= weight < math.inf:
+        raise ConfigError(f"the objective's weight of a batch is {weight}: expected a finite number, 0 or more")
+    return {"weight": weight}
 
 
 def _counts(kind: ModelKind, shift: int, batch: Batch) -> dict[str, float]:

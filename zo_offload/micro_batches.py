@@ -163,6 +163,11 @@ def split_micro_batches(batch: Mapping[str, Any], parts: int, whole: Collection[
             "num_items_in_batch is in the batch, so the loss of a part is not its mean. Leave it out: micro_batches "
             "weighs each part by the labels that count"
         )
+    if batch.get("return_loss") is not None and rows > 1:
+        raise DataError(
+            f"return_loss is in the batch: such a loss compares its {rows} rows with one another, so parts do not add "
+            "up to it. Use micro_batches=1"
+        )
     if isinstance(batch, RowBatch):
         whole = whole or ()
     return [
