@@ -68,10 +68,10 @@ class Batches:
         return None
 
     def measure(
-        self, model: Any, batch: Batch, loss: Callable[[Any, Batch], float], weight: float
+        self, model: Any, batch: Batch, loss: Callable[[Any, Batch], float], weight: float, options: Any = None
     ) -> dict[str, tuple[float, float]]:
         """name -> (value, weight) of one batch, from one forward; see `measures.measure`."""
-        return measure(self.encoder, model, batch, loss, weight)
+        return measure(self.encoder, model, batch, loss, weight, options)
 
 
 class RowBatches(Batches):
@@ -142,7 +142,9 @@ class RowBatches(Batches):
         """The rows as a batch; step: what random masks are drawn for, None for evaluation, where they stay the same."""
         indices = list(indices)
         rows = [self.encoder(self.rows[i], f"{self.name} row {i}", f"{self.seed} {step} {i}") for i in indices]
-        return RowBatch(self.encoder.collate(rows, f"{self.name} rows {indices[0]}, ..."))
+        options = [self.encoder.options_of(self.rows[i], f"{self.name} row {i}") for i in indices]
+        own = [its for its in options if its is not None]
+        return RowBatch(self.encoder.collate(rows, f"{self.name} rows {indices[0]}, ..."), own or None)
 
     def _check_rows(self) -> list[int]:
         """Raise now what a row would raise at some step; the places of the longest rows, where they are cheap to read.

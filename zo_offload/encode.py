@@ -119,6 +119,11 @@ class Encoder:
             return self._first.answers
         return [] if self._prompt is None or self._prompt.by_row else self._prompt.options({}, "verbalizers")
 
+    def options_of(self, row: Row, where: str) -> list[list[int]] | None:
+        """The verbalizers' tokens of a row that has its own; None where all rows have the same."""
+        by_row = self._first is None and self._prompt is not None and self._prompt.by_row
+        return self._prompt.options(row, where) if by_row and self._prompt is not None else None
+
     @property
     def words(self) -> list[str]:
         """The verbalizers themselves, in the same order."""

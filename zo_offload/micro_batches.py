@@ -27,7 +27,14 @@ _ONE_A_ROW = ("labels", "label", "target", "targets", "y")  # by name, also as n
 
 
 class RowBatch(dict[str, Any]):
-    """A batch made of rows by us: the first dimension of every tensor is the row."""
+    """A batch made of rows by us: the first dimension of every tensor is the row.
+
+    options: tokens of each row's verbalizers, where rows have their own.
+    """
+
+    def __init__(self, batch: Mapping[str, Any], options: Sequence[Sequence[list[int]]] | None = None) -> None:
+        super().__init__(batch)
+        self.options = options
 
 
 # ---- weights -----------------------------------------------------------------------------------------------------

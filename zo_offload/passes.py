@@ -24,6 +24,7 @@ from .generators import lane_seed
 from .lanes import Hub, Lane, LanesShareState, PlanFault
 from .late import divide
 from .losses import Batch, Objective, language_models, own_loss, scalar, weighing, without_cache
+from .measures import OptionsLoss
 from .micro_batches import Weighing, agree, nothing_counts, split_micro_batches
 from .modes import module_modes
 from .on_device import PlacedBatches, input_dtype, inputs_in, matmul_precision, tensor_bytes
@@ -102,6 +103,8 @@ class Passes:
         weights = [1.0] * len(parts) if empty and not any(map(weigh, parts)) else weigh.shares(parts)
         parts = [part for part, weight in zip(parts, weights, strict=True) if weight]
         weights = [weight for weight in weights if weight]
+        if isinstance(objective, OptionsLoss):
+            parts = [objective.prepared(part) for part in parts]
         lanes = [Lane(perturbation, part) for perturbation in perturbations for part in parts]
         with without_cache(self.model, objective, self._parts):
             call = partial(self._late_loss if late else self._loss, objective)
@@ -126,7 +129,8 @@ class Passes:
             if not (of_batch := weigh(batch)):
                 last = batch
                 continue
-            call = partial(self._values_of, batches, partial(self._loss, objective), of_batch)
+            options = getattr(batch, "options", None)
+            call = partial(self._values_of, batches, partial(self._loss, objective), of_batch, options)
             with without_cache(self.model, objective, self._parts):
                 seed = lane_seed(self._seed, "evaluation", i)
                 values = self.forward([Lane(STILL, batch)], call, exact=True, seed=seed)[0]
@@ -145,9 +149,10 @@ class Passes:
         return {name: sums[name] / weights[name] for name in sums if weights[name]}
 
     def _values_of(
-        self, batches: Batches, loss: Callable[[nn.Module, Batch], float], weight: float, model: nn.Module, batch: Batch
-    ) -> dict[str, tuple[float, float]]:
-        return batches.measure(model, dict(batch), loss, weight)
+        self, batches: Batches, loss: Callable[[nn.Module, Batch], float], weight: float, options: Any,
+        model: nn.Module, batch: Batch,
+    ) -> dict[str, tuple[float, float]]:  # fmt: skip
+        return batches.measure(model, dict(batch), loss, weight, options)
 
     def _weighing(self, objective: Objective) -> Weighing:
         return self._own_weighing if objective is self.objective else weighing(self.model, objective)
