@@ -52,6 +52,8 @@ class Attachment:
         self._tiled: list[tuple[nn.Module, Callable[..., Tensor]]] = []  # and the forward each was given
         self._home = self._current = self._watch = None
         self._thread, self._aborting = 0, False
+        self._mark = object()  # on every hook of ours
+        self._hooked = False  # all hooks are on; False while they are being changed
 
     # ---- attaching -----------------------------------------------------------------------------------------------
 
@@ -71,9 +73,9 @@ class Attachment:
                 )
             if p.is_meta:
                 raise PlanError(f"{name!r} is on the meta device: call hollow(model, device) before attaching a hub")
-        self._params = params
         self._own_data = {name: p.data for name, p in params.items()}
         self._resting = {name: placeholder(p) for name, p in params.items()}
+        self._params = params
         for name, p in params.items():
             set_data(p, self._resting[name])
         self._hook()
@@ -94,6 +96,14 @@ class Attachment:
     def __exit__(self, *exc: object) -> None:
         self.detach()
 
+    def mend(self) -> None:
+        """After anything was broken off: every parameter of an attached model rests, and all hooks are on, once."""
+        for name, p in self._params.items():
+            set_data(p, self._resting[name])
+        if self._params and not self._hooked:
+            self._unhook()
+            self._hook()
+
     def _hook(self) -> None:
         owners = self.plan.owners
         count: dict[str, int] = {}
@@ -109,14 +119,22 @@ class Attachment:
         for served in self._served:
             # ours first and last: hooks of others (old-style weight norm) see the weights
             if served.rows:
-                hook = self._rows_hook(served)
+                hook = self._mine(self._rows_hook(served))
                 handle = served.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
             else:
-                handle = served.module.register_forward_pre_hook(self._enter_hook(served), prepend=True)
+                hook = self._mine(self._enter_hook(served))
+                handle = served.module.register_forward_pre_hook(hook, prepend=True)
             self._handles.append(handle)
-            self._handles.append(served.module.register_forward_hook(self._leave_hook(served), always_call=True))
+            hook = self._mine(self._leave_hook(served))
+            self._handles.append(served.module.register_forward_hook(hook, always_call=True))
 
         self._compute_in_portions()
+        self._hooked = True
+
+    def _mine(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook that `_unhook` finds on its module, whatever broke off its registering."""
+        vars(hook)["zo_offload"] = self._mark
+        return hook
 
     def _portions(self, owner: Owner, module: nn.Module) -> list[Portion]:
         """What the owner is served in: all at once, or portion by portion."""
@@ -152,12 +170,17 @@ class Attachment:
             else:
                 continue
             if len(rows) > 1:
-                vars(module)["forward"] = forward
                 self._tiled.append((module, forward))
+                vars(module)["forward"] = forward
 
     def _unhook(self) -> None:
+        self._hooked = False
         for handle in self._handles:
             handle.remove()
+        for module in self.model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [k for k, hook in hooks.items() if getattr(hook, "zo_offload", None) is self._mark]:
+                    del hooks[key]
         for module, forward in self._tiled:
             if vars(module).get("forward") is forward:  # else somebody has put another in its place since
                 del vars(module)["forward"]

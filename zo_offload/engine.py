@@ -19,11 +19,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +35,14 @@ from .adapters import beside_adapter
 from .binding import Binding, bound_from, check_horizon
 from .calls import FitCall
 from .checkpoint import Checkpoint, save_pretrained
+from .closing import Closing
 from .config import DTYPES, EngineConfig, parse_bytes
 from .data import Batches, StreamBatches, fingerprint, make_batches
 from .device_updates import UpdateTable
 from .devices import make_device
 from .devices.link import Link
 from .encode import ENCODING
-from .errors import CheckpointError, ConfigError, JournalError
+from .errors import CheckpointError, ConfigError, JournalError, TornError
 from .fused import STILL, Gains
 from .gains import decide_gains
 from .generation import check_generates, generate_texts
@@ -69,18 +72,9 @@ from .streamer import Streamer
 from .tokenizers import check_saves, has_tokenizer, load_tokenizer
 from .training import FitResult, Training, check_same_data
 from .updates import UpdateLog
+from .whole import Door, Parts, Whole, entry
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What takes steps, made at the first use."""
-
-    streamer: Streamer
-    passes: Passes
-    stepper: Stepper
-    watch: LearningWatch
 
 
 def _absolute(model: str | Path) -> str:
@@ -182,11 +176,17 @@ class Engine:
         self._resumes = _resume
         self._last_fit: dict[str, Any] | None = None  # how `fit` was called before the run was resumed
         self._horizon: int | None = None
+        self._door = Door()
+        self._closing = Closing()
+        self._homes: Homes | None = None
         self._session: Session | None = None
-        self._parts: _Parts | None = None
+        self._parts: Parts | None = None
+        self._whole: Whole | None = None
+        self._weights: dict[str, Tensor] | None = None  # read for `restore`, not put back yet
         self.link: Link | None = None
         """Of a GPU to the host, measured when the run was started; None where nothing streams over one."""
         self._closed = False
+        weakref.finalize(self, _release_dropped, self._closing, self._door, str(self.run_dir or "no run_dir"))
 
     @classmethod
     def resume(
@@ -235,6 +235,7 @@ class Engine:
 
     # ---- training --------------------------------------------------------------------------------------------------
 
+    @entry
     def fit(
         self,
         train_data: Any = None,
@@ -310,10 +311,12 @@ class Engine:
                 launched, its_batch = waiting.popleft()
                 yield self.finish(launched), its_batch
 
+    @entry
     def step(self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1) -> StepRecord:
         """One step on one batch: lanes, update, journal. The update reaches each block at its next visit."""
         return self.finish(self.launch(batch, lr, micro_batches=micro_batches))
 
+    @entry
     def launch(
         self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1, objective: Objective | None = None
     ) -> Launched:
@@ -329,18 +332,20 @@ class Engine:
         self._keep_budget(parts, batch, micro_batches, objective)
         stepper = parts.stepper
         lr = self.method.lr if lr is None else lr
-        perturbations = stepper.current.perturbations(self.config.seed, self.log.version)
-        losses = parts.passes.losses(
-            batch, perturbations, micro_batches, step=self.log.version, late=stepper.late, objective=objective,
-            empty=self.method.on_nonfinite == "skip",
-        )  # fmt: skip
-        self._planned_bytes = max(self._planned_bytes, tensor_bytes([batch]) // micro_batches)
-        launched = stepper.launch(losses, lr, fingerprint(batch))
-        if self._session is not None and self._session.snapshots is not None:
-            self._session.snapshots.tick(self.log.version, parts.streamer)
+        with self._work():
+            stepper.begin()
+            perturbations = stepper.current.perturbations(self.config.seed, self.log.version)
+            losses = parts.passes.losses(
+                batch, perturbations, micro_batches, step=self.log.version, late=stepper.late, objective=objective,
+                empty=self.method.on_nonfinite == "skip",
+            )  # fmt: skip
+            self._planned_bytes = max(self._planned_bytes, tensor_bytes([batch]) // micro_batches)
+            launched = stepper.launch(losses, lr, fingerprint(batch))
+            if parts.session.snapshots is not None:
+                parts.session.snapshots.tick(self.log.version, parts.streamer)
         return launched
 
-    def _keep_budget(self, parts: _Parts, batch: Batch, micro_batches: int, objective: Objective | None) -> None:
+    def _keep_budget(self, parts: Parts, batch: Batch, micro_batches: int, objective: Objective | None) -> None:
         """A batch larger than any before is within the memory budget, or BudgetError says so before its step."""
         nbytes = tensor_bytes([batch]) // micro_batches
         if self.memory.budget is None or nbytes <= self._planned_bytes:
@@ -351,24 +356,21 @@ class Engine:
             asked = self.objective if objective is None else objective
             self._prepared.check_batch(self.memory, batch, objective=asked, micro_batches=micro_batches)
 
+    @entry
     def finish(self, launched: Launched) -> StepRecord:
         """Read a launched step's losses and put it on record. Raises what `on_nonfinite` says."""
         parts = self._start()
-        record = parts.stepper.settle(launched)
-        parts.watch.see(record)
-        return record
+        with self._work():
+            record = parts.stepper.settle(launched)
+            parts.watch.see(record)
+            return record
 
     @property
     def learning(self) -> LearningWatch:
         """What watches whether the steps that were taken since this engine began teach the model anything."""
         return self._start().watch
 
-    def _warn(self, kind: str, text: str) -> None:
-        _log.warning("%s", text)
-        note = getattr(self.journal, "note", None)
-        if note is not None and kind == "vanishing":  # the others follow from the records
-            note({"warning": text})
-
+    @entry
     def evaluate(self, data: Any, *, batch_size: int | None = None, **data_options: Any) -> dict[str, float]:
         """Mean loss, and accuracy where the data defines it, at the current weights. See `data.make_batches`."""
         rows = self.method.batch_size if batch_size is None else batch_size
@@ -380,15 +382,21 @@ class Engine:
             _log.warning("this evaluation is of another loss than the run's: %s", error)
         return self.measure(batches)
 
+    @entry
     def measure(self, batches: Batches, between: Callable[[], None] = lambda: None) -> dict[str, float]:
         """`evaluate` on batches that are made already, once under way. between: called before each batch."""
-        return self._start().passes.measure(batches, between)
+        passes = self._start().passes
+        with self._work():
+            return passes.measure(batches, between)
 
+    @entry
     def run(self, batch: Batch, call: Callable[[nn.Module, Batch], Any] | None = None) -> Any:
         """One forward at the current weights: `call(model, batch)`, default `model(**batch)`. For logits, say."""
         passes = self._start(batch).passes
-        return passes.forward([Lane(STILL, batch)], call or (lambda model, inputs: model(**inputs)), exact=True)[0]
+        with self._work():
+            return passes.forward([Lane(STILL, batch)], call or (lambda model, inputs: model(**inputs)), exact=True)[0]
 
+    @entry
     def generate(self, prompts: Any, **options: Any) -> Any:
         """`model.generate` at the current weights: texts for prompts, or token ids for a batch of them.
 
@@ -407,6 +415,7 @@ class Engine:
 
     # ---- results -----------------------------------------------------------------------------------------------------
 
+    @entry
     def save_pretrained(
         self, directory: str | Path, *, max_shard_bytes: int | float | str = 5e9, overwrite: bool = False
     ) -> list[Path]:
@@ -418,57 +427,75 @@ class Engine:
         if wrong := beside_adapter(self.model, self._trained()):
             raise ConfigError(wrong)
         parts = self._start()
-        self._flush(parts)
-        return save_pretrained(
-            Path(directory), model=self.model, names=list(self.plan.params), weights=parts.streamer,
-            checkpoint=self.checkpoint, max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")),
-            overwrite=overwrite, tokenizer=self.tokenizer, run=lambda call: self.run({}, lambda *_: call()),
-        )  # fmt: skip
+        self._flush()
+        with self._work():
+            return save_pretrained(
+                Path(directory), model=self.model, names=list(self.plan.params), weights=parts.streamer,
+                checkpoint=self.checkpoint, max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")),
+                overwrite=overwrite, tokenizer=self.tokenizer,
+                run=lambda call: parts.passes.forward([Lane(STILL, {})], lambda *_: call(), exact=True)[0],
+            )  # fmt: skip
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(canonical name, current value in the storage dtype) of every parameter, one in memory at a time."""
-        parts = self._start()
-        self._flush(parts)
-        return ((name, parts.streamer.read(name)) for name in self.plan.params)
+        self._flush()
+        return ((name, self._read(name)) for name in self.plan.params)
 
+    @entry
+    def _read(self, name: str) -> Tensor:
+        streamer = self._start().streamer
+        with self._work():
+            return streamer.read(name)
+
+    @entry
     def restore(self) -> nn.Module:
         """Put the current weights into the module's parameters, whole, and return it; the engine is closed.
 
         The module is where it was when it was given (a checkpoint's, on the host). Its parameters are other objects
         than then if they were not on the engine's device.
         """
-        weights = dict(self.weights())
+        if self._weights is None:
+            self._weights = dict(self.weights())
         self.close()
-        self._homes.bring_back(self.model, weights)
+        assert self._homes is not None
+        self._homes.bring_back(self.model, self._weights)
+        self._weights = None
         return self.model
 
     def close(self) -> None:
-        """Flush, end the worker threads, close the journal. Safe to call twice; `with Engine(...)` calls it."""
-        if self._closed:
-            return
-        self._closed = True
-        parts = self._parts
-        if parts is not None:
-            parts.passes.close()
-        try:
-            if parts is not None and not self._at_once:
-                self._flush(parts)
-        finally:  # a flush that failed is reported; what the journal holds is not lost by it
-            if parts is not None:
-                parts.streamer.close()
-            try:
-                if self._session is not None:
-                    self._session.close()
-            finally:
-                self.device.trim()  # the window is gone: what an allocator keeps of it is others' to use
+        """Flush, end the worker threads, close the journal, leave the model; all of it, whatever fails on the way.
 
+        Raises what kept the steps from the disk, once everything is released. Safe to call twice; `with Engine(...)`
+        calls it. An engine that is dropped without it is closed without the flush: its journal has its steps.
+        """
+        if self._door.is_forked:  # all of it is the parent's
+            return
+        self._close()
+
+    @entry
+    def _close(self) -> None:
+        if self._parts is not None and self._parts.passes.is_inside():
+            raise ConfigError("the engine cannot be closed from within one of its own passes")
+        first, self._closed = not self._closed, True
+        try:
+            if first and not self._at_once and self._parts is not None:
+                self._flush()
+        except TornError as torn:  # nothing that can be flushed; what can be done is done when it is reopened
+            _log.warning("%s", torn)
+        finally:
+            self._closing.close()
+
+    @entry
     def settle(self, *, at_once: bool = False) -> None:
         """End of a call of `fit`: flush and sync, or (at once) leave it all to the journal, now and in `close`."""
-        self._at_once, parts = at_once, self._parts
-        if parts is not None and at_once:
-            parts.stepper.settle_before(self.log.version)
-        elif parts is not None:
-            self._flush(parts)
+        self._at_once = at_once
+        if self._parts is None or self._closed:
+            return
+        if at_once:
+            with self._work():
+                self._parts.stepper.settle_before(self.log.version)
+        else:
+            self._flush()
 
     def wait_share(self, traffic: Traffic, seconds: float) -> float:
         """Share of the time that compute waited for blocks; on a GPU, that the link needed for what was moved."""
@@ -476,20 +503,33 @@ class Engine:
             return traffic.wait_s / seconds
         return min(1.0, self.link.seconds(traffic.fetch_bytes, traffic.flush_bytes) / seconds)
 
-    def _flush(self, parts: _Parts) -> None:
+    @entry
+    def _flush(self) -> None:
         """Every block to the last step, in its tier; the journal to the disk."""
-        assert self._session is not None
-        parts.stepper.settle_before(self.log.version)
-        self._session.settle()
-        parts.streamer.flush_all()
-        if self.journal is not None:
-            self.journal.make_durable(self.log.version)
+        parts = self._parts if self._parts is not None else self._start()
+        with self._work():
+            parts.stepper.settle_before(self.log.version)
+            parts.session.settle()
+            parts.streamer.flush_all()
+            if self.journal is not None:
+                self.journal.make_durable(self.log.version)
+
+    def _work(self) -> Whole:
+        """Around all that is done with the parts; see `whole.py`."""
+        assert self._whole is not None
+        return self._whole
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ConfigError(
+            "an engine has threads, files and memory of its own and can be neither copied nor pickled: save_pretrained "
+            "keeps its weights, and Engine.resume(run_dir) opens its run again"
+        )
 
     # ---- getting under way -------------------------------------------------------------------------------------------
 
@@ -514,7 +554,7 @@ class Engine:
         *,
         objective: Objective | None = None,
         admit: Callable[[Journal], None] | None = None,
-    ) -> _Parts:
+    ) -> Parts:
         """What takes steps; at the first use, fill or reopen the tier, hollow the model, and wire it all.
 
         admit: raises if a run that is reopened cannot go on as is asked; called before weights are read.
@@ -534,29 +574,9 @@ class Engine:
             self._planned_bytes = tensor_bytes([batch]) // micro_batches
         else:
             self.memory = self._prepared.plan_blindly(process=self.process_bytes)
-        make = self._make_session
-        session = self._session = make(self) if make is not None else Maker(
-            self.plan, self.layout, self.base, self.config, self.method, self.offload, self.fold_every,
-            self.device, model_name=self._model_name, model_class=self._model_class,
-            directory=None if self.checkpoint is None else self.checkpoint.path, model=self.model,
-            objective=objective_name(self.objective, model_loss), fresh=not self._resumes,
-            modes=modes_of(self.model, self.config.mode), gains=self.gains,
-        ).start(admit_all)  # fmt: skip
-        self.log, self.journal, self.gains = session.log, session.journal, session.gains
-        self._resumes = True  # from here on what run_dir holds is this engine's
-        self._check_data = session.reopened
-        if session.reopened and self.journal is not None:
-            self.evals = [values for values in runs.evaluations(self._path(runs.METRICS)) if self._has_reached(values)]
-        self._homes = Homes(self.model)
-        hollow(self.model, self.device.torch_device)
-        move_buffers(self.model, self.device.torch_device)
-        if isinstance(self.base, ModuleBase) and make is None:
-            self.base.let_go()
-        self.device.trim()  # of what the base's tensors took while they were read
-        if self.device.late:
-            factors = {gain.update for gain in session.gains.values()}
-            self.log = LateLog(self.log, UpdateTable(self.device.torch_device, self.device.upload, factors))
-        self._parts = self._make_parts(session)
+        if self._session is None:
+            self._open_session(admit_all)
+        self._parts = self._make_parts()
         return self._parts
 
     def _begin(
@@ -566,14 +586,60 @@ class Engine:
         objective: Objective | None,
         *,
         admit: Callable[[Journal], None] | None = None,
-    ) -> _Parts:
+    ) -> Parts:
         """`_start` for steps: a batch that cannot be cut, or in which nothing counts, is named before that."""
         if self._parts is None and self.method.on_nonfinite != "skip":
             weigh = weighing(self.model, self.objective if objective is None else objective)
             weigh.shares(split_micro_batches(batch, micro_batches, self.config.whole))
         return self._start(batch, micro_batches, objective=objective, admit=admit)
 
-    def _make_parts(self, session: Session) -> _Parts:
+    def _open_session(self, admit: Callable[[Journal], None]) -> None:
+        """Fill or reopen the tier, hollow the model. If it is broken off nothing is left of it."""
+        self._undo_session()  # that, too, may have been broken off
+        make = self._make_session
+        try:
+            session = make(self) if make is not None else Maker(
+                self.plan, self.layout, self.base, self.config, self.method, self.offload, self.fold_every,
+                self.device, model_name=self._model_name, model_class=self._model_class,
+                directory=None if self.checkpoint is None else self.checkpoint.path, model=self.model,
+                objective=objective_name(self.objective, model_loss), fresh=not self._resumes,
+                modes=modes_of(self.model, self.config.mode), gains=self.gains,
+            ).start(admit)  # fmt: skip
+            self._closing.add(self.device.trim)  # the window is gone: what an allocator keeps of it is others' to use
+            self._closing.add(session.close)
+            self._door.pid = os.getpid()
+            self._homes = Homes(self.model)
+            hollow(self.model, self.device.torch_device)
+            move_buffers(self.model, self.device.torch_device)
+            self.log, self.journal, self.gains = session.log, session.journal, session.gains
+            self._check_data = session.reopened
+            if session.reopened and self.journal is not None:
+                found = runs.evaluations(self._path(runs.METRICS))
+                self.evals = [values for values in found if self._has_reached(values)]
+            self._session = session
+            self._resumes = True  # from here on what run_dir holds is this engine's
+        except BaseException:
+            if self._session is None:
+                self._undo_session()
+            raise
+
+    def _undo_session(self) -> None:
+        self._closing.close()
+        if isinstance(self.base, ModuleBase) and self._homes is not None and self.base.values:
+            self._homes.bring_back(self.model, self.base.values)
+        self._homes = None
+
+    def _make_parts(self) -> Parts:
+        """Wire it all. If it is broken off it can be done again: the session has the weights."""
+        assert self._session is not None
+        session, before = self._session, 2  # the session's own, see above
+        self._closing.close(down_to=before)
+        if isinstance(self.base, ModuleBase) and self._make_session is None:
+            self.base.let_go()
+        self.device.trim()  # of what the base's tensors took while they were read
+        if self.device.late and not isinstance(self.log, LateLog):
+            factors = {gain.update for gain in session.gains.values()}
+            self.log = LateLog(self.log, UpdateTable(self.device.torch_device, self.device.upload, factors))
         formats = [place.fmt.torch_dtype for place in self.layout.places.values()]
         stepper = Stepper(
             self.method, self.config.seed, self.fold_every, self.log, self.journal, self.device,
@@ -583,18 +649,30 @@ class Engine:
         )  # fmt: skip
         # the link first: page-locking, which begins behind our back, would take part in the measurement
         self.link = self.device.measure_link() if self.offload != "none" else None
-        session.tier = self.device.wrap(session.tier, self.offload, self.layout.block_bytes, self.config.host_memory)
-        streamer = Streamer(
-            self.plan, self.layout, session.tier, self.device, self.log, window=self.memory.window,
-            fold_every=self.fold_every, noise=self.method.noise, rounding=self.config.rounding,
-            gains=session.gains, threads=self.config.threads,
-        )  # fmt: skip
-        passes = Passes(
-            self.model, self.plan, streamer, self.device, objective=self.objective, order=self.memory.order,
-            fixed=self.config.order != "auto", compute=self.config.compute, mode=self.config.mode,
-            seed=self.config.seed, whole=self.config.whole, on_plan=self._adopt, on_measured=self.memory.check_reserve,
-        )  # fmt: skip
-        return _Parts(streamer, passes, stepper, LearningWatch(streamer.changes, self._warn))
+        if session.bare is None:
+            session.bare = session.tier
+        session.tier = self.device.wrap(session.bare, self.offload, self.layout.block_bytes, self.config.host_memory)
+        try:
+            streamer = Streamer(
+                self.plan, self.layout, session.tier, self.device, self.log, window=self.memory.window,
+                fold_every=self.fold_every, noise=self.method.noise, rounding=self.config.rounding,
+                gains=session.gains, threads=self.config.threads,
+            )  # fmt: skip
+            self._closing.add(streamer.close)
+            passes = Passes(
+                self.model, self.plan, streamer, self.device, objective=self.objective, order=self.memory.order,
+                fixed=self.config.order != "auto", compute=self.config.compute, mode=self.config.mode,
+                seed=self.config.seed, whole=self.config.whole, on_plan=_told_weakly(self),
+                on_measured=self.memory.check_reserve,
+            )  # fmt: skip
+            self._closing.add(passes.close)
+            watch = LearningWatch(streamer.changes, _warns(self.journal))
+            parts = Parts(session, streamer, passes, stepper, watch)
+            self._whole = Whole(parts, [block.name for block in self.plan.blocks], self.run_dir)
+            return parts
+        except BaseException:
+            self._closing.close(down_to=before)
+            raise
 
     def _adopt(self, plan: Plan) -> None:
         self.plan = plan
@@ -652,3 +730,38 @@ class Engine:
 
     def _path(self, name: str) -> Path | None:
         return None if self.run_dir is None else self.run_dir / name
+
+
+def _told_weakly(engine: Engine) -> Callable[[Plan], None]:
+    """Tells the engine a corrected plan, without keeping it: its parts must not hold one that nobody else does."""
+    adopt = weakref.WeakMethod(engine._adopt)
+
+    def tell(plan: Plan) -> None:
+        told = adopt()
+        if told is not None:
+            told(plan)
+
+    return tell
+
+
+def _warns(journal: Journal | None) -> Callable[[str, str], None]:
+    """Warns of a run that learns nothing, in the log and in the journal."""
+
+    def warn(kind: str, text: str) -> None:
+        _log.warning("%s", text)
+        note = getattr(journal, "note", None)
+        if note is not None and kind == "vanishing":  # the others follow from the records
+            note({"warning": text})
+
+    return warn
+
+
+def _release_dropped(closing: Closing, door: Door, where: str) -> None:
+    """An engine was dropped: release what it has, if `close` was not called."""
+    if not len(closing) or door.is_forked:
+        return
+    warnings.warn(f"an engine ({where}) was dropped without close(): use `with Engine(...)`", ResourceWarning, 2)
+    try:
+        closing.close()
+    except Exception as error:  # nobody is there to raise to
+        _log.warning("an engine (%s) that was dropped without close(): %s", where, error)

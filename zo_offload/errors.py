@@ -44,3 +44,7 @@ class StorageError(OSError, ZOError):
 
     def __str__(self) -> str:
         return str(self.strerror or super().__str__())
+
+
+class TornError(ZOError):
+    """Weights in memory were half written when something broke in. The engine must be reopened; the run is whole."""

@@ -107,6 +107,23 @@ Gains = Mapping[str, Gain]
 """By canonical name; a parameter that is not in it has `ONE`."""
 
 
+@dataclass
+class Mark:
+    """What is known of a pass that writes, whenever it is broken off: not begun, done, or neither."""
+
+    codes: list[int] = field(default_factory=list)
+    """[0]: the one call that writes was made and is done; []: it was not made."""
+    in_parts: bool = False
+    """It is more than one call: begun, and nothing else is known of it."""
+
+    @property
+    def is_done(self) -> bool | None:
+        """None: not known."""
+        if self.in_parts or self.codes not in ([], [0]):
+            return None
+        return self.codes == [0]
+
+
 def fused_pass(
     stored: Tensor,
     fmt: Format,
@@ -123,6 +140,7 @@ def fused_pass(
     residual: Tensor | None = None,
     target: Target = "values",
     threads: int | None = None,
+    mark: Mark | None = None,
 ) -> None:
     """Run the pass above over `numel` consecutive elements of one parameter.
 
@@ -136,6 +154,7 @@ def fused_pass(
         outs: one contiguous tensor a perturbation, `numel` elements of float32, bfloat16 or float16; may not overlap
             `stored` or each other. Consecutive perturbations of one seed share one z.
         threads: of the native library; default torch.get_num_threads(). Does not change the result.
+        mark: says afterwards, whatever was raised on the way, whether `stored` was changed.
     Raises ConfigError on sizes, dtypes or devices that do not fit together.
 
     With `stored` on a GPU the CUDA kernels run, on torch's current stream, and this returns at once; updates may then
@@ -152,7 +171,9 @@ def fused_pass(
             raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold the {numel} elements of this pass")
     residual = _residual(residual, fmt, numel, updates, target, stored.device)
     stochastic = rounding == "stochastic"
+    mark = mark if mark is not None else Mark()
     if stored.is_cuda:
+        mark.in_parts = True
         native_cuda.run(
             planes(stored, residual, fmt, numel), stored, param_id=param_id, numel=numel, offset=offset,
             updates=updates, write_back=write_back, stochastic=stochastic, noise=noise, perturbations=perturbations,
@@ -162,6 +183,7 @@ def fused_pass(
     assert not isinstance(updates, DeviceUpdates)
     library = native.library()
     if library is None or fmt.code not in library.formats:
+        mark.in_parts = True
         reference.fused_pass(
             stored, fmt, param_id=param_id, numel=numel, offset=offset, updates=updates, write_back=write_back,
             stochastic=stochastic, noise=noise, perturbations=perturbations, outs=outs, residual=residual,
@@ -169,7 +191,7 @@ def fused_pass(
         )  # fmt: skip
         return
     library.run_pass(
-        **planes(stored, residual, fmt, numel), rows=0, numel=numel, offset=offset, num_rows=0,
+        mark.codes, **planes(stored, residual, fmt, numel), rows=0, numel=numel, offset=offset, num_rows=0,
         num_updates=len(updates), num_lanes=len(outs), param_id=param_id, distribution=noise.distribution,
         rounds=noise.rounds, write_back=write_back, stochastic=stochastic, target_scales=target == "scales",
         tail=_tail(updates, perturbations, outs), threads=torch.get_num_threads() if threads is None else threads,

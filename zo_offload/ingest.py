@@ -52,6 +52,11 @@ class ModuleBase:
     def digest(self) -> str:
         return together({name: self.digest_of(name) for name in self._metas})
 
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The parameters' values by name; empty once they were let go."""
+        return self._data
+
     def let_go(self) -> None:
         self._data = {}
 

@@ -7,10 +7,13 @@ second of steps at most, and nothing that any block file contains.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
+import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +42,11 @@ COMMIT_S = 1.0
 
 
 class Journal:
-    """The open journal of a run. `append` hands a step to the system at once; `make_durable` waits for the disk."""
+    """The open journal of a run. `append` hands a step to the system at once; `make_durable` waits for the disk.
+
+    `append` may be broken off anywhere (by what a signal handler raises): `mend` makes the file and what is known of it
+    one again.
+    """
 
     def __init__(self, path: Path, contents: Contents, fd: int, commit_s: float = COMMIT_S) -> None:
         self.path, self.header, self.steps, self.commit_s = path, contents.header, contents.steps, commit_s
@@ -48,14 +55,16 @@ class Journal:
         self._history = [history_start(contents.header)]  # of as many steps as were asked for
         self._history_lock = threading.Lock()
         self._chain, self._size, self._fd = contents.chain, contents.good, fd
+        self._before = (self._size, self._chain[-1], len(self.notes))  # before what was last added: size, chain, notes
         self._synced = 0
+        self._writing = False  # something is being added: the file may hold more than is known of
         self._failed: StorageError | None = None
         self._write_lock, self._sync_lock = threading.Lock(), threading.Lock()
         self.settle: Callable[[int], None] = lambda version: None
         """Makes sure that steps 0..version-1 have been appended, where losses reach the host later than blocks may."""
-        self._due = threading.Condition()
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: a step was added; False: the end
+        self._woken = False
         self._committer: threading.Thread | None = None
-        self._closing = False
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any], commit_s: float = COMMIT_S) -> Journal:
@@ -120,15 +129,10 @@ class Journal:
         self._check()
         with self._write_lock:
             data, chain = pack_step(record, self._chain[-1], len(self.steps) - self._synced)
-            try:
-                diskio.append(self._fd, data)
-            except OSError as error:
-                self._fail(error)
-                diskio.cut(self._fd, self._size)  # no half a record; if this fails too, a reader drops the tail
-                self._check()
-            self._size += len(data)
+            self._put(data)
             self._chain.append(chain)
             self.steps.append(record)
+            self._writing = False
         self._commit_soon()
 
     def note(self, values: dict[str, Any]) -> None:
@@ -142,15 +146,67 @@ class Journal:
         note = Note(len(self.steps), values)
         with self._write_lock:
             data, chain = pack_note(note, self._chain[-1], len(self.steps) - self._synced)
-            try:
-                diskio.append(self._fd, data)
-            except OSError as error:
-                self._fail(error)
-                diskio.cut(self._fd, self._size)
-                self._check()
-            self._size += len(data)
+            self._put(data)
             self._chain[-1] = chain
             self.notes.append(note)
+            self._writing = False
+
+    def mend(self, version: int) -> None:
+        """After an `append` that was broken off: the journal holds `version` steps, at most one less than it did.
+
+        Raises StorageError.
+        """
+        with self._sync_lock, self._write_lock:
+            if len(self.steps) > version:
+                self._writing = True
+            del self.steps[version:]
+            self._synced = min(self._synced, len(self.steps))
+            self._cut_back()
+
+    def _put(self, data: bytes) -> None:
+        """Bytes at the end of the file. `_writing` is to be cleared once all that is known of the file says so too."""
+        self._cut_back()
+        self._check_size()
+        self._before = (self._size, self._chain[-1], len(self.notes))
+        self._writing = True
+        try:
+            diskio.append(self._fd, data)
+        except OSError as error:
+            if error.errno is None:
+                raise  # a signal handler's (TimeoutError), not the system's
+            self._fail(error)
+            diskio.cut(self._fd, self._size)  # no half a record; if this fails too, a reader drops the tail
+            self._check()
+        self._size += len(data)
+
+    def _cut_back(self) -> None:
+        """Take out of the file what was being added when that was broken off."""
+        if not self._writing or self._failed is not None:
+            return
+        self._size, chain, notes = self._before
+        self._chain[len(self.steps) :] = [chain]
+        del self.notes[notes:]
+        with self._history_lock:
+            del self._history[len(self.steps) + 1 :]
+        try:
+            diskio.cut(self._fd, self._size)
+        except OSError as error:
+            if error.errno is None:
+                raise
+            self._fail(error)
+            self._check()
+        self._writing = False
+
+    def _check_size(self) -> None:
+        """Raise StorageError, now and always, if somebody else has written to the file or cut it."""
+        found = os.fstat(self._fd).st_size
+        if found != self._size:
+            self._failed = StorageError(
+                errno.ESTALE,
+                f"{self.path} has {found} bytes where this run has written {self._size}: another process changed it. "
+                "End that process, then resume the run",
+            )
+            self._check()
 
     def chain(self, version: int) -> int:
         """The checksum of all before step `version`: what blocks of the earlier format name their history by."""
@@ -181,17 +237,21 @@ class Journal:
                 self._synced = count
 
     def close(self) -> None:
-        """Sync and close. Raises StorageError if the last steps could not be synced."""
-        with self._due:
-            self._closing = True
-            self._due.notify_all()
-        if self._committer is not None:
+        """Sync and close. Raises StorageError if the last steps could not be synced. Safe to call twice."""
+        self._wake.put(False)
+        if self._committer is not None and self._committer is not threading.current_thread():
             self._committer.join()
         try:
-            if self._failed is None:
+            if self._failed is None and self._fd >= 0:
                 self.make_durable(len(self.steps))
         finally:
-            let_go(self._fd)
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                let_go(fd)
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:  # a run whose beginning failed; its steps, if any, are with the system
+            os.close(self._fd)
 
     def _fail(self, error: OSError) -> None:
         last = f"The journal is good up to step {self._synced - 1}." if self._synced else "It holds no durable step."
@@ -206,21 +266,19 @@ class Journal:
         if self._committer is None:
             self._committer = threading.Thread(target=self._commit, name="zo_offload:journal", daemon=True)
             self._committer.start()
-        with self._due:
-            self._due.notify_all()
-
-    def _is_closing(self) -> bool:
-        return self._closing
+        if not self._woken:
+            self._wake.put(True)
+            self._woken = True
 
     def _commit(self) -> None:
         """The committer thread: a step is synced at most commit_s after it was added (by the monotonic clock)."""
-        while True:
-            with self._due:
-                self._due.wait_for(lambda: self._is_closing() or len(self.steps) > self._synced)
-                if not self._is_closing():
-                    self._due.wait_for(self._is_closing, timeout=self.commit_s)  # counts on the monotonic clock
-                if self._is_closing():
-                    return
+        while self._wake.get():
+            end = time.monotonic() + self.commit_s
+            with contextlib.suppress(queue.Empty):
+                while (left := end - time.monotonic()) > 0:
+                    if not self._wake.get(timeout=left):
+                        return
+            self._woken = False  # before the steps are counted: one that comes now wakes us again
             try:
                 self.make_durable(len(self.steps))
             except StorageError:

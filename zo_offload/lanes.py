@@ -89,6 +89,7 @@ class Hub(Attachment):
         self.host_of: Callable[[Tensor], Tensor | None] | None = None
         """The host's copy of a tensor of the batches, where they are on a GPU; None for one it does not have."""
         self._installed: LaneRun | None = None
+        self._lanes: list[LaneRun] = []  # of the run under way
         self._unentered: list[Frame] = []  # served, but their lanes have not gone on yet
         self._generators, self._rng_kinds = Generators(), frozenset[str]()
         self._state = ModuleState(model, self._generators)
@@ -111,6 +112,18 @@ class Hub(Attachment):
         self._set_plan(plan)
         if attached:
             self._hook()
+
+    def mend(self) -> None:
+        """End a run that something broke off, even in its clean-up, and leave the model as between runs."""
+        if self._home is not None:
+            self._clean_up(self._lanes)
+        self._lanes = []
+        super().mend()
+
+    def is_inside(self) -> bool:
+        """Whether the caller is code that a lane of this hub runs."""
+        now = greenlet.getcurrent()
+        return any(lane.glet is now for lane in self._lanes)
 
     # ---- a run ---------------------------------------------------------------------------------------------------
 
@@ -163,7 +176,7 @@ class Hub(Attachment):
         self.watching = watching
         start = self._generators.state()
         self._carried = frozenset(start) if watching else self._rng_kinds
-        cache = torch.is_autocast_cache_enabled()
+        self._lanes, cache = lanes, torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         self._home, self._thread, self._modes, self._aborting = (
             greenlet.getcurrent(), threading.get_ident(), current_modes(), False,
@@ -210,7 +223,7 @@ class Hub(Attachment):
             except greenlet.GreenletExit:
                 pass  # the hub gives this run up
             except BaseException as error:
-                lane.error = error
+                lane.error = _first_of(error)
 
         lane.rng = rng
         lane.glet = greenlet.greenlet(body, parent=self._home)
@@ -324,16 +337,16 @@ class Hub(Attachment):
     def _clean_up(self, lanes: list[LaneRun]) -> None:
         """End what still runs, take weights out, release scratch; whatever happened, the hub is as before the run."""
         self._aborting = True
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.mode.recorder = None
-            watch.close()
+        if self._watch is not None:
+            self._watch.mode.recorder = None
+            self._watch.close()
+            self._watch = None
         for lane in lanes:
             if lane.glet is not None and lane.glet and not lane.glet.dead:
                 self._current = lane
                 lane.glet.throw(greenlet.GreenletExit)
             lane.glet = None
-        self._current = self._home = self._installed = None
+        self._current = self._installed = None
         self.watching = False
         restore_modes(self._modes)
         for frame in self._unentered:
@@ -345,6 +358,7 @@ class Hub(Attachment):
                 frame.emission.leave()
             lane.frames = []
         self._state.put_back()
+        self._home, self._lanes = None, []  # last: until then `mend` does it all again
 
     def _judge(self, lanes: list[LaneRun], watch: WatchedRun, start: dict[str, Any], alone: bool) -> None:
         """Keep what a watched run saw; raise if its results are wrong, with the generators as they were."""
@@ -387,6 +401,13 @@ class Hub(Attachment):
                     raise self._again("the forward drew random numbers, which it had not done when it was watched")
         if self._carried:
             self._generators.set(lanes[0].rng)
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """What broke a lane off, where torch complains about the mode that was being entered or left just then."""
+    if isinstance(error, RuntimeError) and "mode stack" in str(error) and error.__context__ is not None:
+        return error.__context__
+    return error
 
 
 def _call_model(model: nn.Module, batch: Any) -> Any:

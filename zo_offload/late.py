@@ -69,13 +69,27 @@ class LateLog(UpdateLog):
             self.append(updates)
 
     def append(self, updates: Sequence[Update]) -> None:
-        self._first.append(self.table.append(updates))
+        self._add(updates, self.table.append(updates))
+
+    def _add(self, updates: Sequence[Update], first: int) -> None:
+        self._first.append(first)
         super().append(updates)
 
-    def launch(self, updates: Sequence[Update], coefficients: Tensor, applies: Tensor) -> None:
-        """Add a step whose coefficients are known to the device only; those in `updates` are not looked at."""
-        self.append(updates)
-        self.table.set_coefficients(self._first[-1], coefficients, applies)
+    def launch(
+        self,
+        updates: Sequence[Update],
+        coefficients: Tensor,
+        applies: Tensor,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Add a step whose coefficients are known to the device only; those in `updates` are not looked at.
+
+        before: called when all is in place but the step itself, which is the last move.
+        """
+        first = self.table.append(updates)
+        self.table.set_coefficients(first, coefficients, applies)
+        before()
+        self._add(updates, first)
 
     def settle(self, step: int, updates: Sequence[Update]) -> None:
         """The host's copy of a launched step."""
@@ -83,13 +97,13 @@ class LateLog(UpdateLog):
 
     def cut(self, version: int) -> None:
         """Forget the steps from `version` on. No block may have them."""
-        kept = version - self.base
-        if kept < len(self._steps):
-            self.table.cut(self._first[kept])
-            del self._steps[kept:], self._first[kept:]
-            folds = (i + 1 for i, step in enumerate(self._steps) if any(update.fold for update in step))
-            self.folded = self.base + max(folds, default=0)
-            self._since.cache_clear()
+        del self._steps[max(0, version - self.base) :]
+        self.mend()
+
+    def mend(self) -> None:
+        del self._first[len(self._steps) :]
+        self.table.cut(self._first[-1] + len(self._steps[-1]) if self._steps else 0)
+        super().mend()
 
     def _collect(self, version: int, decay: bool, gain: float) -> DeviceUpdates:  # type: ignore[override]
         at = version - self.base
@@ -103,18 +117,20 @@ def launch(
     coefficients: Tensor,
     limit: float,
     later: Callable[[Tensor], Later],
-) -> Later:
-    """Give a step's coefficients to the log and send losses and coefficients to the host.
+    before: Callable[[Later], None],
+) -> None:
+    """Send losses and coefficients to the host, and give a step's coefficients to the log.
 
     updates: as the host knows them, coefficients aside. losses, coefficients: float64, on the device, coefficients as
-    the method gave them. limit: largest value of the storage formats.
+    the method gave them. limit: largest value of the storage formats. before: told what is sent, before the log has
+    the step.
     """
     small = coefficients.abs() < COEFF_LIMIT
     rounded = torch.where(small, coefficients, 0.0).to(torch.float32)
     fits = rounded.double().abs() * MAX_NOISE < limit
     applies = torch.isfinite(losses).all() & small.all() & fits.all()
-    log.launch(updates, rounded, applies)
-    return later(torch.cat([losses, rounded.double(), applies.double().reshape(1)]))
+    sent = later(torch.cat([losses, rounded.double(), applies.double().reshape(1)]))
+    log.launch(updates, rounded, applies, lambda: before(sent))
 
 
 def check_same(step: int, updates: Sequence[Update], coefficients: Sequence[float], applies: bool) -> None:

@@ -48,7 +48,7 @@ class RunLock:
     """
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self._fd, self._pid = fd, os.getpid()
 
     @classmethod
     def take(cls, run_dir: Path) -> RunLock:
@@ -89,9 +89,11 @@ class RunLock:
 
     def release(self) -> None:
         """Give the directory up. Safe to call twice."""
-        if self._fd >= 0:
-            let_go(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0 and self._pid == os.getpid():
+            let_go(fd)
+        elif fd >= 0:
+            os.close(fd)  # in a process that was forked: the lock is the parent's
 
 
 def _holder(fd: int) -> str:

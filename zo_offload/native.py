@@ -125,14 +125,17 @@ class Library:
                 "-Ofast? Rebuild it: python setup.py build_ext --inplace"
             )
 
-    def run_pass(self, *, tail: bytes, threads: int, **fields: Any) -> None:
+    def run_pass(self, codes: list[int] | None = None, /, *, tail: bytes, threads: int, **fields: Any) -> None:
         """zo_cpu_pass. `tail`: packed updates, then packed lanes; `fields`: of `pack_pass`, with host addresses.
 
-        Nothing is checked here but what the library checks: `fused.py` has made sure of sizes.
+        codes: gets the library's code, 0 for a pass that was run, in the same move of the interpreter as the pass: an
+        exception that a signal handler raises comes before both or after both. Nothing is checked here but what the
+        library checks: `fused.py` has made sure of sizes.
         """
-        error = self._pass(pack_pass(**fields) + tail, self._isa_code, threads)
-        if error:
-            raise NativeError(f"{self.path.name}: the pass asks for {_ERRORS.get(error, f'error {error}')}")
+        codes = [] if codes is None else codes
+        codes.extend(map(self._pass, (pack_pass(**fields) + tail,), (self._isa_code,), (threads,)))
+        if codes[-1]:
+            raise NativeError(f"{self.path.name}: the pass asks for {_ERRORS.get(codes[-1], f'error {codes[-1]}')}")
 
     def encode(self, values: int, values_format: int, threads: int, **planes: Any) -> tuple[int, int]:
         """zo_cpu_encode from address `values`; how many values are not finite before, and after rounding."""

@@ -76,7 +76,16 @@ class Passes:
 
     def close(self) -> None:
         """The model is as it was, but for its weights."""
+        self._hub.mend()
         self._hub.detach()
+
+    def mend(self) -> None:
+        """After a pass was broken off anywhere: nothing of it is under way, and the model is as between passes."""
+        self._hub.mend()
+
+    def is_inside(self) -> bool:
+        """Whether the caller is code that a lane runs: a forward, or an objective."""
+        return self._hub.is_inside()
 
     # ---- losses ------------------------------------------------------------------------------------------------------
 
@@ -215,6 +224,7 @@ class Passes:
                 self._hub = self._attach("lane")
                 continue
             except BaseException:
+                hub.mend()
                 streamer.abort_pass()
                 raise
             if hub.trace is not seen:  # a watched run: each module's weights had memory of their own

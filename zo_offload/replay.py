@@ -94,9 +94,10 @@ def replayed(base: str | Path | nn.Module, journal: str | Path, *, to: int | Non
         check_identity(wanted, header)
         check_sample(engine.base, header)
         gains = gains_of(header, engine.plan, str(journal))
+        read = engine.base  # the engine itself is not kept: it holds this session
 
         def check() -> None:
-            check_identity({"base": engine.base.digest()}, header)
+            check_identity({"base": read.digest()}, header)
 
         return Session(ReplayTier(engine, log, gains, check), log, gains=gains)
 

@@ -94,6 +94,12 @@ class ScratchPool:
             buffer, scratch = self._out.pop(id(tensors))
             buffer.taken.remove(scratch.place)
 
+    def take_all_back(self) -> None:
+        """Everything that was handed out, by a run that was broken off."""
+        self._out = {}
+        for buffer in self._buffers:
+            buffer.taken = []
+
     def clear(self) -> None:
         self._buffers, self._out = [], {}
 

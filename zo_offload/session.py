@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import diskio, runs
+from .closing import Closing
 from .config import EngineConfig
 from .devices import CpuDevice
 from .errors import CheckpointError, ConfigError, JournalError, StorageError
@@ -48,6 +49,8 @@ class Session:
     snapshots: Snapshots | None = None
     reopened: bool = False
     gains: Gains = field(default_factory=dict)
+    bare: Tier | None = None
+    """The tier, before the device wrapped it."""
 
     def settle(self) -> None:
         """Wait for the background snapshot, before somebody else writes the blocks."""
@@ -55,16 +58,17 @@ class Session:
             self.snapshots.wait()
 
     def close(self) -> None:
-        """Stop the background work, close the files, give the directory up. Raises what kept steps from the disk."""
-        try:
-            if self.snapshots is not None:
-                self.snapshots.close()
-            self.tier.close()
-            if self.journal is not None:
-                self.journal.close()
-        finally:
-            if self.lock is not None:
-                self.lock.release()
+        """Stop the background work, close the files, give the directory up; all of it, whatever fails. Raises what kept
+        steps from the disk. Safe to call twice."""
+        closing = Closing()
+        if self.lock is not None:
+            closing.add(self.lock.release)
+        if self.journal is not None:
+            closing.add(self.journal.close)
+        closing.add(self.tier.close)
+        if self.snapshots is not None:
+            closing.add(self.snapshots.close)
+        closing.close()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""SIGINT and SIGTERM while a run is under way: the first asks to stop after the step, the second stops at once."""
+"""SIGINT and SIGTERM while a run is under way: the first asks to stop after the step, the second before the next block.
+
+Both only leave word; the run looks for it where it can be ended. A third one raises wherever it comes, for code of the
+user's that does not return.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
-_DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+_DEFAULTS: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 class Stopped(KeyboardInterrupt):
@@ -27,14 +32,31 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self.at_once = False
+        self.second: int | None = None
+        self.ended = False
+        """The handlers should be gone."""
+
+    @property
+    def at_once(self) -> bool:
+        return self.second is not None
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is None:
+        if self.ended:  # something broke in before the handler of before was put back
+            signal.signal(signum, _DEFAULTS[signal.Signals(signum)])
+            signal.raise_signal(signum)
+        elif self.signum is None:
             self.signum = signum
-            return
-        self.at_once = True
-        raise KeyboardInterrupt(f"second {signal.Signals(signum).name}: stopped at once, in mid-step")
+        elif self.second is None:
+            self.second = signum
+        else:
+            raise KeyboardInterrupt(
+                f"a third signal after the second {signal.Signals(self.second).name}: stopped wherever it was"
+            )
+
+    def look(self) -> None:
+        """Raise KeyboardInterrupt if there was a second signal."""
+        if self.second is not None and not self.ended:
+            raise KeyboardInterrupt(f"second {signal.Signals(self.second).name}: stopped at once, in mid-step")
 
 
 @contextlib.contextmanager
@@ -45,15 +67,14 @@ def stop_signals() -> Iterator[StopRequest]:
     installed keeps its signal.
     """
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    before = {number: signal.getsignal(number) for number in _DEFAULTS}
-    mine = [number for number, default in _DEFAULTS.items() if before[number] == default]
-    for number in mine:
-        signal.signal(number, request.handle)
+    mine: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():
+        mine = [number for number, default in _DEFAULTS.items() if signal.getsignal(number) == default]
     try:
+        for number in mine:
+            signal.signal(number, request.handle)
         yield request
     finally:
+        request.ended = True
         for number in mine:
-            signal.signal(number, before[number])
+            signal.signal(number, _DEFAULTS[number])

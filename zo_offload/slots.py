@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .blocks import Piece
 from .devices import Event
+from .fused import Mark
+from .tiers import UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Slot:
     version: dict[Piece, int] = field(default_factory=dict)
     stored: int = 0
     """The version that was fetched."""
+    writing: tuple[Piece, int, int, Mark] | None = None
+    """(piece, version before, version after, how far) of a pass that writes: between `begin_write` and `end_write`."""
     dirty: bool = False
     residual: bool = False
     """The residual part is there too, or the block has none."""
@@ -46,6 +50,30 @@ class Slot:
         if part is None:
             part = self.streamed[piece] = self.memory[offset : offset + nbytes]
         return part
+
+    def begin_write(self, piece: Piece, after: int) -> Mark:
+        """Before a pass that brings a piece to version `after`: until `end_write` its version is UNKNOWN."""
+        self.writing = (piece, self.version[piece], after, Mark())
+        self.version[piece] = UNKNOWN
+        return self.writing[3]
+
+    def end_write(self) -> None:
+        """The pass is done."""
+        assert self.writing is not None
+        piece, _, after, _ = self.writing
+        self.dirty = True
+        self.version[piece] = after
+        self.writing = None
+
+    def mend(self) -> bool:
+        """After a pass was broken off: find out what it did; whether the version of every piece is known."""
+        if self.writing is not None:
+            piece, before, after, mark = self.writing
+            if mark.is_done is not None:
+                self.dirty |= mark.is_done
+                self.version[piece] = after if mark.is_done else before
+                self.writing = None
+        return self.writing is None
 
 
 @dataclass

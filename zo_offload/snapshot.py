@@ -96,8 +96,15 @@ class Snapshots:
         if self._busy is not None:
             self._finish()
 
+    def mend(self) -> None:
+        """After anything was broken off: nothing is being written any more."""
+        if self._stream is not None:
+            self._stream.drain()
+        self._busy = None
+
     def close(self) -> None:
-        self.wait()
+        """Safe to call twice. Raises nothing: a snapshot that fails costs a longer replay."""
+        self.mend()
         if self._stream is not None:
             self._stream.close()
         if self._files is not None and self._files is not self._tier:

@@ -7,6 +7,9 @@ Where the losses are on the host, both happen in `step`. Where they are not (`la
 then settles step t - 1 (so a halved eps is first used by step t + 1). Whoever is about to write bytes that contain a
 step settles it first (`Journal.settle`), on whatever thread that is; its losses are on the host by then or soon, since
 the bytes came after them on the GPU.
+
+A step is taken from the moment that the log has it, which is the last move of `launch` (late) or `settle`. Whatever
+raises wherever before that, the step was not taken; `mend` takes back what else was done for it.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ import torch
 from torch import Tensor
 
 from . import late
-from .devices import CpuDevice
-from .errors import DivergenceError
+from .devices import CpuDevice, Later
+from .errors import ConfigError, DivergenceError
 from .fused import Update
 from .journal import Journal, StepRecord
 from .late import LateLog, Launched
@@ -49,8 +52,8 @@ class Stepper:
     ) -> None:
         self.method, self.run_seed, self.fold_every = method, run_seed, fold_every
         self.log, self.journal, self.device, self.limit = log, journal, device, limit
-        self.halvings = halvings
-        """Of eps so far, by on_nonfinite="halve_eps"."""
+        self._halvings_before = halvings
+        self._halved: set[int] = set()  # steps of this engine after which eps was halved
         self._open: deque[Launched] = deque()  # launched, not settled
         self._done: dict[int, StepRecord | DivergenceError] = {}  # settled, not asked for
         self._lock = threading.RLock()  # the journal may ask for what is being settled
@@ -63,9 +66,19 @@ class Stepper:
         return isinstance(self.log, LateLog) and hasattr(self.method, "coefficients")
 
     @property
+    def halvings(self) -> int:
+        """Of eps so far, by on_nonfinite="halve_eps"."""
+        return self._halvings_before + sum(step < self.log.version for step in self._halved)
+
+    @property
     def current(self) -> MeZO:
         """The method with the eps that the next step is taken with."""
         return self.method.with_options(eps=self.method.eps * 0.5**self.halvings) if self.halvings else self.method
+
+    def begin(self) -> None:
+        """Before the lanes of a step: what was launched and not finished comes first, where the host has its losses."""
+        if not self.late:
+            self.settle_before(self.log.version + 1)
 
     def launch(self, losses: Sequence[float] | Sequence[Tensor], lr: float, batch_crc: int) -> Launched:
         """Take a step's losses (float64 scalars on the device if `late`). The log has the step when this returns,
@@ -80,18 +93,29 @@ class Stepper:
             known = with_folds(
                 self.current.update(self.run_seed, step, [0.0] * len(losses), lr).updates, step, self.fold_every
             )
-            later = late.launch(
-                self.log, known, stacked, self.current.coefficients(stacked, lr), self.limit, self.device.later
-            )
-            launched = Launched(step, lr, batch_crc, self.current, later=later, num_losses=len(losses))
-        with self._lock:
-            self._open.append(launched)
+            launched = Launched(step, lr, batch_crc, self.current, num_losses=len(losses))
+
+            def under_way(sent: Later) -> None:
+                launched.later = sent
+                self._open.append(launched)
+
+            late.launch(
+                self.log, known, stacked, self.current.coefficients(stacked, lr), self.limit, self.device.later,
+                under_way,
+            )  # fmt: skip
+            return launched
+        self._open.append(launched)
         return launched
 
     def settle(self, launched: Launched) -> StepRecord:
         """The step's record, journaled. Raises DivergenceError if the method stops at a step like this."""
         self.settle_before(launched.step + 1)
-        result = self._done.pop(launched.step)
+        result = self._done.pop(launched.step, None)
+        if result is None:
+            raise ConfigError(
+                f"step {launched.step} is not under way: it was finished before, or broken off. {self.log.version} "
+                "steps are taken; launch the next one"
+            )
         if isinstance(result, DivergenceError):
             self._forget_after(launched.step)
             raise result
@@ -101,8 +125,10 @@ class Stepper:
         """Settle every launched step below `version`, in order. Any thread may call this."""
         with self._lock:
             while self._open and self._open[0].step < version:
-                launched = self._open.popleft()
-                self._done[launched.step] = self._settle(launched)
+                launched = self._open[0]  # stays until it is done: what is broken off is done again
+                if launched.step not in self._done:
+                    self._done[launched.step] = self._settle(launched)
+                self._open.popleft()
 
     def _settle(self, launched: Launched) -> StepRecord | DivergenceError:
         step, lr = launched.step, launched.lr
@@ -117,10 +143,12 @@ class Stepper:
         except DivergenceError as divergence:
             updates, error = (), divergence
             halve = self.method.on_nonfinite == "halve_eps"
-            stop = self.method.on_nonfinite == "stop" or (halve and self.halvings == MAX_HALVINGS)
+            others = self._halvings_before + len(self._halved - {step})
+            stop = self.method.on_nonfinite == "stop" or (halve and others == MAX_HALVINGS)
             halve = halve and not stop
             record = StepRecord(step, (), math.nan, math.nan, lr, True, launched.batch_crc, halve)
-            self.halvings += halve
+            if halve:
+                self._halved.add(step)
         if launched.later is None:
             if error is not None and stop:
                 return error
@@ -131,21 +159,46 @@ class Stepper:
         late.check_same(step, updates, told, applies)
         if error is not None:  # the device has this step already, as one that changes nothing: so says the journal
             record = replace(record, updates=late.nothing(self.log.steps[step - self.log.base]))
-        self.log.settle(step, record.updates)
         self._write(replace(record, skipped=False))
+        self.log.settle(step, record.updates)
         return error if error is not None and stop else record
 
     def _write(self, record: StepRecord) -> None:
-        if self.journal is not None:
-            self.journal.append(record)
+        if self.journal is None:
+            return
+        if self.late and record.step < len(self.journal.steps):
+            return  # the settling of a step that the log has is done again if it was broken off
+        self.journal.append(record)
+
+    def mend(self) -> None:
+        """After anything was broken off: journal, log and what is under way agree. Nothing else may be running.
+
+        The steps that were taken are settled. Raises StorageError, and DivergenceError of a step that nobody waits for
+        any more.
+        """
+        with self._lock:
+            self.log.mend()
+            version = self.log.version
+            self._halved = {step for step in self._halved if step < version}
+            if self.journal is not None:
+                self.journal.mend(min(version, len(self.journal.steps)))
+            while self._open and (self._open[-1].later is None or self._open[-1].step >= version):
+                self._open.pop()
+            self._done = {step: result for step, result in self._done.items() if step < version}
+            for launched in list(self._open):
+                self.settle_before(launched.step + 1)
+                result = self._done[launched.step]
+                if isinstance(result, DivergenceError):
+                    self._forget_after(launched.step)
+                    raise result
 
     def _forget_after(self, step: int) -> None:
         """A run that stops at a step takes back the one that was launched after it. No block has its update."""
         if isinstance(self.log, LateLog):
             with self._lock:
+                self.log.cut(step + 1)
                 self._open.clear()
                 self._done.clear()
-                self.log.cut(step + 1)
 
     def _check_update(self, step: int, updates: Sequence[Update]) -> None:
         """An update that would overflow a 16-bit float format is refused before it reaches any weight."""

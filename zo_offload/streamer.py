@@ -75,6 +75,8 @@ class Streamer(BlockWindow):
         self.noise, self.rounding, self.threads = noise, rounding, threads
         self.is_watched: Callable[[], bool] = lambda: False
         """Whether the run under way is watched: it must tell one module's scratch from the next one's."""
+        self.look: Callable[[], None] = lambda: None
+        """Called before each owner's weights are made: a place where a pass may be ended, by raising."""
         self._decay = {name: decays(spec) for name, spec in plan.params.items()}
         self._gains: Gains = gains or {}
         self.changes = FoldSample(scales=layout.target == "scales", stochastic=rounding == "stochastic")
@@ -101,7 +103,13 @@ class Streamer(BlockWindow):
         self._forget_read()
         super()._restart()
 
+    def mend(self) -> list[int]:
+        self._forget_read()
+        self._pool.take_all_back()
+        return super().mend()
+
     def close(self) -> None:
+        self._forget_read()
         super().close()
         self._pool.clear()
 
@@ -119,6 +127,7 @@ class Streamer(BlockWindow):
         pieces: Sequence[Piece] | None = None,
     ) -> list[list[Tensor]]:
         """Scratch weights of the owner's parameters, [perturbation][parameter]; see `lanes.Source`."""
+        self.look()
         key = (owner.name, pieces[0] if pieces else None, len(pieces or ()))
         recipe = self._recipes.get(key)
         if recipe is None:
@@ -317,17 +326,19 @@ class Streamer(BlockWindow):
         place, spec = self.layout.places[piece], self.plan.params[piece.name]
         folds = self._folds(piece, slot)
         stored = slot.streamed_part(piece, place.offset, place.nbytes)
+        updates = self._lacking(piece, slot)
         residual = self._residual(piece, slot) if folds else None
         fold = (self.log.folded - self._first_fold) // self.fold_every
         look = self.changes.before(slot.memory, place, piece.numel, fold) if writes and folds else None
+        mark = slot.begin_write(piece, self.log.folded) if writes and folds else None
         fused_pass(
             stored,
             place.fmt,
             param_id=spec.param_id,
             numel=piece.numel,
             offset=piece.start,
-            updates=self._lacking(piece, slot),
-            write_back=writes and folds,
+            updates=updates,
+            write_back=mark is not None,
             rounding=self.rounding,
             noise=self.noise,
             perturbations=perturbations,
@@ -335,12 +346,12 @@ class Streamer(BlockWindow):
             residual=residual,
             target=self.layout.target if spec.trainable else "values",
             threads=self.threads,
+            mark=mark,
         )
+        if mark is not None:
+            slot.end_write()
         if look is not None:
             self.changes.after(look)
-        if writes and folds:
-            slot.dirty = True
-            slot.version[piece] = self.log.folded
 
     def _folds(self, piece: Piece, slot: Slot) -> bool:
         """Whether an update that this piece lacks folds."""

@@ -1,7 +1,8 @@
 """The loop of `Engine.fit`: steps, evaluations and metrics in order, and an end that leaves a run that can go on.
 
 Whatever ends the loop (the last step, an error, a signal, an exception in user code) the blocks are flushed and the
-journal is synced, unless a second signal asked for an end at once: then the journal alone holds the last steps.
+journal is synced, unless a second signal asked for an end at once: then the journal alone holds the last steps. Signals
+are looked at between steps, and the second one between blocks too.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Training:
         path = None if engine.run_dir is None else engine.run_dir / runs.METRICS
         with Progress(self.progress, first, self.steps) as bar, runs.Metrics(path) as metrics, stop_signals() as stop:
             try:
+                streamer.look = stop.look
                 self._evaluate_what_was_missed(first, metrics, stop)
                 for record, batch in engine.take_steps(
                     self.batches, range(first, self.steps), self.lr, self.micro_batches, self._is_due
@@ -101,6 +103,7 @@ class Training:
                 engine.learning.finish()
             finally:
                 engine.settle(at_once=stop.at_once)
+                streamer.look = lambda: None
         seconds = time.perf_counter() - begin
         return FitResult(
             steps=len(losses), losses=losses, evals=list(engine.evals), tokens_per_s=tokens / seconds, seconds=seconds,
@@ -127,6 +130,7 @@ class Training:
         metrics.write(**{("step" if k == "step" else f"eval_{k}"): v for k, v in values.items()})
 
     def _check_stop(self, stop: StopRequest) -> None:
+        stop.look()
         if stop.signum is not None:
             run_dir = self.engine.run_dir
             where = "the run has no run_dir and cannot be resumed" if run_dir is None else f"resume it from {run_dir}"

@@ -50,10 +50,23 @@ class UpdateLog:
         return self.base + len(self._steps)
 
     def append(self, updates: Sequence[Update]) -> None:
-        """Add one step; an empty sequence is a step that changed nothing (skipped)."""
+        """Add one step; an empty sequence is a step that changed nothing (skipped).
+
+        The step is taken from the moment that it is in the list: `mend` brings the rest up to that.
+        """
         self._steps.append(tuple(updates))
-        if any(update.fold for update in updates):
+        self._follow()
+
+    def _follow(self) -> None:
+        """What follows from the list of steps, after a step was added."""
+        if any(update.fold for update in self._steps[-1]):
             self.folded = self.version
+        self._since.cache_clear()
+
+    def mend(self) -> None:
+        """After an `append` or `cut` that was broken off: everything is as the list of steps says."""
+        last = next((i for i in reversed(range(len(self._steps))) if any(u.fold for u in self._steps[i])), -1)
+        self.folded = self.base + last + 1
         self._since.cache_clear()
 
     def since(self, version: int, decay: bool, gain: float = 1.0) -> tuple[Update, ...]:

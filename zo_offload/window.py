@@ -12,6 +12,12 @@ fold lands. A fetch is enqueued ahead, often before the step that may fold has b
 step's number; where that was wrong (an evaluation that starts, a step that is skipped) the residual is fetched when it
 is needed, and the compute waits. Evaluation reads both parts: it sees the weights that `read` and an export give.
 
+Whatever breaks a pass off, wherever (an exception of a signal handler comes at any bytecode), `mend` makes the window
+usable again: nothing is folded or flushed then. What is in the slots is forgotten, since the tier has every block at
+some version; of a block that lives in the window, each piece is at the version before or after the pass that wrote it
+(`Slot.mend`), and the next visit brings it on from there. A block of which neither is known, and whose only copy that
+was, is lost: `mend` says so.
+
 Spans for profilers: `zo_offload.stream:fetch`, `:flush`, `:wait`.
 """
 
@@ -19,7 +25,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -29,7 +35,7 @@ from .plan import Plan
 from .schedule import Op, OpKey, last_visits, schedule
 from .slots import Slot, Traffic, Window
 from .spans import span
-from .tiers import Tier
+from .tiers import UNKNOWN, Tier
 from .updates import UpdateLog
 
 
@@ -95,16 +101,31 @@ class BlockWindow:
             self._advance()
 
     def abort_pass(self) -> None:
-        """A lane failed in mid-pass. Blocks keep their bytes and versions; the next pass starts over."""
-        slot = self._slot
-        if slot is not None:
-            self._settle(slot)
-        self._restart()
+        """A pass was given up, or broken off anywhere. The next one starts with a cold window; see `mend`."""
+        self.mend()
+
+    def mend(self) -> list[int]:
+        """See the module: nothing is folded, flushed or forgotten that the tier does not have. The blocks that are
+        lost. May be broken off itself, and called again."""
+        self._drain()
+        self._flushes.clear()  # what failed there is in its tier as it was before
+        lost = []
+        for block, slot in list(self._pinned.items()):
+            if not slot.mend():
+                if self.tier.view(block) is None:
+                    del self._pinned[block]  # read again from its tier
+                else:
+                    lost.append(block)
+        for slot in self._slots:
+            slot.writing, slot.dirty = None, False
+        self._forget_pass()
+        return lost + [b for b in self.layout.written if b not in self._pinned and self.tier.version(b) == UNKNOWN]
 
     # ---- blocks outside of passes ------------------------------------------------------------------------------------
 
-    def flush_all(self) -> None:
-        """Bring every block to the last fold in its tier. Called before save, return and close.
+    def flush_all(self, between: Callable[[], None] = lambda: None) -> None:
+        """Bring every block to the last fold in its tier. Called before save, return and close. between: called
+        before each block.
 
         Updates after it stay pending: they are in the journal, and `read` applies them.
         """
@@ -112,6 +133,7 @@ class BlockWindow:
         self._raise_failed_flush()
         target = self.log.folded
         for block in range(len(self.plan.blocks)):
+            between()
             if block in self.layout.written and self.tier.version(block) != target:
                 self.bring(block)
 
@@ -143,33 +165,43 @@ class BlockWindow:
         return pinned + sum(slot.memory.numel() for slot in self._slots)
 
     def close(self) -> None:
-        """End the worker threads and let the window go. Nothing is flushed; call flush_all first."""
-        self._restart()
-        self._fetch_stream.close()
+        """End the worker threads and let the window go; nothing is flushed. Safe to call twice."""
+        self._drain()
         self._flush_stream.close()
+        self._fetch_stream.close()
+        self._forget_pass()
         self._slots, self._pinned = [], {}
 
     # ---- walking the visits ------------------------------------------------------------------------------------------
 
     def _restart(self) -> None:
-        """Forget what was fetched ahead; flush what was written. The next pass starts with a cold window."""
-        for slot in self._live.values():
+        """Between passes: forget what was fetched ahead, flush what was written. The next pass starts cold."""
+        for slot in list(self._live.values()):
             if slot.dirty and slot.block >= 0:
                 self._settle(slot)
                 self._mark_used(slot)
                 self._enqueue_flush(slot, self.device.event())
+        self._drain()
+        for slot in self._live.values():
+            self._count(slot)
+        self._forget_pass()
+
+    def _drain(self) -> None:
+        """Wait until nothing is copied any more."""
         self._flush_stream.drain()
         # Fetches that wait for a flush which will now never be enqueued must not wait for ever. What they read is
         # not used.
-        for event in self._events.values():
+        for event in list(self._events.values()):
             if not event.is_done():
                 event.set()
         self._fetch_stream.drain()
-        for slot in self._live.values():
-            self._count(slot)
+
+    def _forget_pass(self) -> None:
         self._events, self._live = {}, {}
         self._base, self._position = 0, -1
         self._slot = self._stray = None
+        for slot in self._slots:
+            slot.ready, slot.block, slot.dirty = None, -1, False
         self._ops: Iterator[Op] = schedule(
             self._visits,
             num_slots=self.window.num_slots,
@@ -377,8 +409,9 @@ class BlockWindow:
         return slot
 
     def _write_back(self, slot: Slot) -> None:
-        version = self._uniform_version(slot)
-        spans = self.layout.spans[slot.block]
-        self.tier.flush(slot.block, slot.memory[: self.layout.block_bytes[slot.block]], spans, version)
-        self.traffic.flush_bytes += sum(nbytes for _, nbytes in spans)
-        slot.dirty = False
+        """Flush a slot and wait: on the stream, as every flush, where no signal handler can break it off."""
+        slot.dirty = True
+        self._mark_used(slot)
+        self._enqueue_flush(slot, self.device.event())
+        self._flush_stream.drain()
+        self._raise_failed_flush()

@@ -146,7 +146,7 @@ class CudaEvent(Event):
 
     def set(self, error: BaseException | None = None) -> None:
         """From the compute thread: all that it has enqueued so far. Once set, an event stays as it is."""
-        if super().is_done():
+        if self._is_set:
             return
         if error is None:
             self.record(None)
@@ -189,8 +189,9 @@ class CudaStream(Stream):
             event.record(self.cuda)
         except BaseException as error:  # handed to whoever waits for the event, as on the CPU
             event.set(error)
-        finally:
-            self._ended()
+
+    def _run_here(self, fn: Callable[[], None], after: Sequence[Event], event: Event) -> None:
+        self._run(fn, after, event)  # the stream is the caller's own
 
     def drain(self) -> None:
         super().drain()

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..config import show_bytes
 from ..errors import BudgetError
+from ..tiers import UNKNOWN
 from .driver import CudaError
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class HostSlabs:
     def flush(self, block: int, data: Tensor, spans: Spans, version: int) -> None:
         slab = self._tier.slabs[block]
         with self._copying(block) as pinned:
+            self._tier.set_version(block, UNKNOWN)
             for offset, nbytes in spans:
                 if pinned or not self._backend.is_device(data):
                     self._backend.copy(slab[offset : offset + nbytes], data[offset : offset + nbytes])

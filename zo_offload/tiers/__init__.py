@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .disk import DiskTier
-from .memory import HostTier, ResidentTier
+from .memory import UNKNOWN, HostTier, ResidentTier
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -26,7 +26,9 @@ class Tier(Protocol):
         """Write the ranges `spans` of data back; the block then has `version` steps folded in."""
         ...
 
-    def version(self, block: int) -> int: ...
+    def version(self, block: int) -> int:
+        """UNKNOWN if the block's only copy was being written when that failed."""
+        ...
 
     def view(self, block: int) -> Tensor | None:
         """The block's bytes in place where the tier is the device's own memory, else None."""
@@ -35,4 +37,4 @@ class Tier(Protocol):
     def close(self) -> None: ...
 
 
-__all__ = ["DiskTier", "HostTier", "ResidentTier", "Spans", "Tier"]
+__all__ = ["UNKNOWN", "DiskTier", "HostTier", "ResidentTier", "Spans", "Tier"]

@@ -308,9 +308,13 @@ class DiskTier:
         return None
 
     def close(self) -> None:
-        for entry in self._blocks:
-            os.close(entry.fd)
-        self._blocks = []
+        """Safe to call twice."""
+        while self._blocks:
+            os.close(self._blocks.pop().fd)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_blocks"):  # of a run whose beginning failed
+            DiskTier.close(self)
 
 
 def _path(directory: Path, block: int) -> Path:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+UNKNOWN = -1
+"""Version of bytes that are being written: neither the old ones nor the new ones."""
+
 
 class HostTier:
     """Blocks in host memory, one exact allocation each; fetch and flush are copies through the window."""
@@ -28,6 +31,7 @@ class HostTier:
         out.copy_(self._blocks[block][start : start + out.numel()])
 
     def flush(self, block: int, data: Tensor, spans: tuple[tuple[int, int], ...], version: int) -> None:
+        self._versions[block] = UNKNOWN
         for offset, nbytes in spans:
             self._blocks[block][offset : offset + nbytes].copy_(data[offset : offset + nbytes])
         self._versions[block] = version
