@@ -61,10 +61,11 @@ class Attachment:
         """Put hooks on the owners and the model's values aside. PlanError if the model is not the planned one."""
         if self._params:
             return
-        params = dict(self.model.named_parameters())
-        specs = self.plan.params
-        if params.keys() != specs.keys():
-            odd = sorted(params.keys() ^ specs.keys())
+        every = dict(self.model.named_parameters())
+        specs, kept = self.plan.params, set(self.plan.tree.kept.values())
+        params = {name: p for name, p in every.items() if name not in kept}
+        if params.keys() != specs.keys() or not kept <= every.keys():
+            odd = sorted((params.keys() ^ specs.keys()) | (kept - every.keys()))
             raise PlanError(f"the model's parameters are not the plan's: {odd[:5]} ({len(odd)} differ): plan it")
         for name, p in params.items():
             if p.shape != specs[name].shape or p.dtype != specs[name].dtype:
@@ -150,9 +151,11 @@ class Attachment:
         shapes = tuple(found[name] for name in names)
         blocks = self.plan.streamed_blocks(held)
         params, resting = tuple(self._params[n] for n in names), tuple(self._resting[n] for n in names)
-        frozen = not any(self.plan.params[name].trainable for name in names)
+        specs = [self.plan.params[name] for name in names]
+        strides = tuple(s.strides if tuple(s.shape) == tuple(found[s.name]) else None for s in specs)
+        frozen = not any(spec.trainable for spec in specs)
         block = blocks[0] if blocks else owner.block
-        return Portion(pieces, block, len(blocks) > 1, names, params, shapes, resting, frozen)
+        return Portion(pieces, block, len(blocks) > 1, names, params, shapes, resting, frozen, strides)
 
     def _compute_in_portions(self) -> None:
         """Give every module whose weights are cut, and that can, a forward that computes portion by portion."""
@@ -160,11 +163,11 @@ class Attachment:
         in_portions = {id(served.module): served for served in self._served if len(served.portions) > 1}
         for module in self.model.modules():
             served = in_portions.get(id(module))
-            if is_plain_linear(module):
+            if is_plain_linear(module) and id(module.weight) in names:
                 pieces, columns = self.plan.pieces_of(names[id(module.weight)]), int(module.weight.shape[1])  # type: ignore[index]
                 rows = [slice(p.start // columns, p.stop // columns) for p in pieces]
                 forward: Callable[..., Tensor] = self._tiled_forward(module, rows, served)
-            elif is_stack_of_experts(module):
+            elif is_stack_of_experts(module) and all(id(p) in names for p in module.parameters()):
                 rows = list(self.plan.runs([names[id(p)] for p in module.parameters()]))
                 forward = self._runs_forward(module, rows, served)
             else:

@@ -51,6 +51,9 @@ class ParamSpec:
     dtype: torch.dtype
     """What the model computes with."""
     trainable: bool
+    strides: tuple[int, ...] | None = None
+    """How the model's own tensor lies in memory, where that is not row by row (channels_last, transposed): lanes get it
+    so, since kernels choose by it. Stored it is row by row."""
 
     @property
     def numel(self) -> int:

@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from .away import shapes_only
 from .errors import CheckpointError
 from .recipe import Finder, Reader, Recipe, Source, Whole
 
@@ -180,7 +181,8 @@ def names_to_save(model: nn.Module) -> dict[str, Tensor]:
     it is right whatever the tensors' data is. A tie that the model class does not declare is kept under every name
     for a PreTrainedModel (loading would not tie it again), else under the first.
     """
-    entries = {k: t for k, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    with shapes_only():
+        entries = {k: t for k, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         entries.pop(name, None)
     shared: dict[int, list[str]] = {}

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from . import diskio, runs
 from .adapters import beside_adapter
+from .away import Away
 from .binding import Binding, bound_from, check_horizon
 from .calls import FitCall
 from .checkpoint import Checkpoint, save_pretrained
@@ -47,7 +48,7 @@ from .fused import STILL, Gains
 from .gains import decide_gains
 from .generation import check_generates, generate_texts
 from .identity import check_objective, objective_name
-from .ingest import Base, ModuleBase
+from .ingest import Base, ModuleBase, load_kept
 from .journal import Journal, StepRecord, read_journal
 from .lanes import Lane, hollow
 from .late import LateLog, Launched
@@ -60,7 +61,8 @@ from .methods import MeZO, lr_schedule
 from .micro_batches import split_micro_batches
 from .model_kind import ModelKind, kind_of
 from .modes import modes_of
-from .on_device import Homes, as_inputs, input_dtype, move_buffers, tensor_bytes
+from .on_device import Homes, as_inputs, input_dtype, move_what_stays, tensor_bytes
+from .parameters import Tied, tie, untie
 from .passes import Passes
 from .plan import Plan
 from .prepare import prepare
@@ -137,10 +139,13 @@ class Engine:
         self.device = make_device(self.config.device)
         self.checkpoint: Checkpoint | None = None
         self.base: Base
+        self._away: Away | None = None
+        self._ties: tuple[Tied, ...] = ()
         if isinstance(model, nn.Module):
             if self.config.config_overrides:
                 raise ConfigError("config_overrides are of a checkpoint's config.json: change the module's own config")
             self.model: nn.Module = model
+            self._ties = tie(model)
             self.base = base if base is not None else ModuleBase(model)
         else:
             self.checkpoint = Checkpoint.open(
@@ -439,7 +444,8 @@ class Engine:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(canonical name, current value in the storage dtype) of every parameter, one in memory at a time."""
         self._flush()
-        return ((name, self._read(name)) for name in self.plan.params)
+        named = self.model.named_parameters()
+        return ((name, self._read(name) if name in self.plan.params else p.detach().cpu()) for name, p in named)
 
     @entry
     def _read(self, name: str) -> Tensor:
@@ -455,12 +461,20 @@ class Engine:
         than then if they were not on the engine's device.
         """
         if self._weights is None:
-            self._weights = dict(self.weights())
+            self._weights = {name: value for name, value in self.weights() if name in self.plan.params}
         self.close()
         assert self._homes is not None
+        self._lift_guard()
         self._homes.bring_back(self.model, self._weights)
         self._weights = None
+        untie(self.model, self._ties)
+        self._ties = ()
         return self.model
+
+    def _lift_guard(self) -> None:
+        if self._away is not None:
+            self._away.lift()
+            self._away = None
 
     def close(self) -> None:
         """Flush, end the worker threads, close the journal, leave the model; all of it, whatever fails on the way.
@@ -609,8 +623,12 @@ class Engine:
             self._closing.add(session.close)
             self._door.pid = os.getpid()
             self._homes = Homes(self.model)
-            hollow(self.model, self.device.torch_device)
-            move_buffers(self.model, self.device.torch_device)
+            kept = set(self.plan.tree.kept.values())
+            load_kept(self.model, kept, self.base)
+            hollow(self.model, self.device.torch_device, self.plan.params)
+            move_what_stays(self.model, self.device.torch_device, kept)
+            self._away = Away(self.model, self.plan.params)
+            self._closing.add(self._away.close)
             self.log, self.journal, self.gains = session.log, session.journal, session.gains
             self._check_data = session.reopened
             if session.reopened and self.journal is not None:
@@ -625,14 +643,16 @@ class Engine:
 
     def _undo_session(self) -> None:
         self._closing.close()
+        self._lift_guard()
         if isinstance(self.base, ModuleBase) and self._homes is not None and self.base.values:
-            self._homes.bring_back(self.model, self.base.values)
+            values = {name: self.base.values[name] for name in self.plan.params}
+            self._homes.bring_back(self.model, values)
         self._homes = None
 
     def _make_parts(self) -> Parts:
         """Wire it all. If it is broken off it can be done again: the session has the weights."""
         assert self._session is not None
-        session, before = self._session, 2  # the session's own, see above
+        session, before = self._session, 3  # the session's own, see above
         self._closing.close(down_to=before)
         if isinstance(self.base, ModuleBase) and self._make_session is None:
             self.base.let_go()

@@ -33,8 +33,12 @@ _MASKED = frozenset({"grouped_mm"})
 
 def is_stack_of_experts(module: nn.Module) -> bool:
     """Whether a call of this module is the decorator's, and its parameters are what that reads and no more."""
-    forward, held = type(module).forward, vars(module)
-    if "forward" in held or getattr(forward, "__globals__", {}).get("__name__") != "transformers.integrations.moe":
+    forward, held = getattr(type(module), "forward", None), vars(module)
+    if (
+        forward is None
+        or "forward" in held
+        or getattr(forward, "__globals__", {}).get("__name__") != "transformers.integrations.moe"
+    ):
         return False
     num_experts = held.get("num_experts")
     if not all(isinstance(held.get(mark), bool) for mark in _MARKS) or type(num_experts) is not int:

@@ -29,9 +29,11 @@ from transformers import PreTrainedModel
 
 from . import tokenizers
 from .adapters import Run, is_peft, save_adapter
+from .away import is_away
 from .checkpoint_files import INDEX, SINGLE, is_run
 from .conversion import Group, names_to_save, saving_groups
 from .errors import CheckpointError
+from .parameters import streams
 from .publish import PRODUCER, earlier_files, publish, workplace
 from .recipe import Reader, Recipe
 from .safetensors_io import Shard, ShardWriter, Tensorlike, header_bound
@@ -129,13 +131,13 @@ class _Entries:
         if (names is None) != (weights is None):
             raise CheckpointError("save_pretrained needs both names and weights, or neither.")
         for name, tensor in self._tensors.items():
-            which = canonical[id(tensor)]
+            which = canonical.get(id(tensor), name)  # quantized layers add entries of their own
             if names is not None and weights is not None and which in names:
                 self._given[name] = which
                 if weights.shape_of(which) != tensor.shape:
                     found, expected = list(weights.shape_of(which)), list(tensor.shape)
                     raise CheckpointError(f"{which!r} was read with shape {found}; the model has {expected}.")
-            elif tensor.is_meta or (names is not None and isinstance(tensor, nn.Parameter)):
+            elif tensor.is_meta or (names is not None and isinstance(tensor, nn.Parameter) and _leaves(tensor)):
                 where = "on meta" if tensor.is_meta else "not among the names to read"
                 raise CheckpointError(f"parameter or buffer {which!r} cannot be saved: it is {where}.")
 
@@ -163,6 +165,11 @@ class _Entries:
             self._weights.read_into(self._given[name], start, out)
         else:
             out.copy_(self._tensors[name].detach().reshape(-1)[start : start + len(out)])
+
+
+def _leaves(p: nn.Parameter) -> bool:
+    """Whether a parameter is one that an engine takes out of the model."""
+    return streams(p) or is_away(p)
 
 
 def _outputs(model: nn.Module, entries: _Entries) -> tuple[list[Group], dict[str, Tensorlike]]:
@@ -199,6 +206,8 @@ def _in_order(groups: list[Group], entries: _Entries) -> list[tuple[str, Recipe]
 
 
 def _into_shards(outputs: Mapping[str, Tensorlike], max_bytes: int, metadata: dict[str, str]) -> list[Shard]:
+    # wide elements first: none is then at an odd place behind a mask's bytes, which would begin another shard
+    outputs = dict(sorted(outputs.items(), key=lambda entry: -entry[1].dtype.itemsize))
     shards: list[Shard] = []
     waiting = {name: tensor.shape for name, tensor in outputs.items()}
     for name, tensor in outputs.items():

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .away import check_present
 from .blocks import Piece
 from .errors import CheckpointError
 from .formats.codec import PlaneEncoder
@@ -25,9 +26,13 @@ __all__ = ["Base", "Filler", "ModuleBase", "ingest"]
 
 
 class ModuleBase:
-    """A module in memory as a base. Holds the parameters' own storages; `let_go` drops them once they are ingested."""
+    """A module in memory as a base. Holds the parameters' own storages; `let_go` drops them once they are ingested.
+
+    PlanError if they are not there: on meta, where accelerate puts what it has offloaded, or in another engine.
+    """
 
     def __init__(self, model: nn.Module) -> None:
+        check_present(model)
         self._data: dict[str, Tensor] = {name: p.data for name, p in model.named_parameters()}
         self._metas = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in self._data.items()}
         self._digests: dict[str, str] = {}
@@ -59,6 +64,21 @@ class ModuleBase:
 
     def let_go(self) -> None:
         self._data = {}
+
+
+def load_kept(model: nn.Module, names: Iterable[str], base: Base) -> None:
+    """Parameters that stay in the model (`parameters.py`) and are on meta yet, from the base."""
+    for name in names:
+        p = model.get_parameter(name)
+        if not p.is_meta:
+            continue
+        value = torch.empty(base.shape_of(name), dtype=base.dtype_of(name))
+        base.read_into(name, 0, value.view(-1))
+        real = nn.Parameter(value.to(p.dtype), requires_grad=False)
+        for other, held in list(model.named_parameters(remove_duplicate=False)):
+            if held is p:
+                path, _, last = other.rpartition(".")
+                setattr(model.get_submodule(path), last, real)
 
 
 def ingest(

@@ -55,6 +55,7 @@ from .serving import (
     hollow,
     install,
     kind_of,
+    laid_out_as,
     tensors_of,
     uninstall,
 )  # fmt: skip
@@ -329,6 +330,10 @@ class Hub(Attachment):
         rows = gather(served, group, self.host_of) if served.rows else None
         scratch = self.source.emit(served.owner, list(places), rows, portion.pieces)
         emission = Emission(scratch, len(group), self.source.release)
+        if rows is None and any(portion.strides):
+            scratch = laid_out_as(portion.strides, emission.scratch)
+            self.source.release(emission.scratch)
+            emission = Emission(scratch, len(group), None)
         frames = [Frame(served, portion, scratch[i], emission) for i in index]
         return frames if self._watch is None else self._watch.serve(group, frames, rows)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn, strided
+from torch.jit import ScriptModule
 
 from .errors import PlanError
 from .experts import is_stack_of_experts
+from .parameters import is_plain, split, streams
 
 TrainableFilter = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -25,9 +27,10 @@ class ModuleTree:
     classes: Mapping[str, str]
     """Module path -> class, in definition order."""
     names: Mapping[str, str]
-    """Every name of every parameter -> canonical name."""
+    """Every name of every parameter that streams -> canonical name."""
     containers: frozenset[str]
-    """Modules that never run themselves."""
+    """Modules that never run themselves, or whose calls cannot be seen (TorchScript): what they hold is the business
+    of the module above them."""
     gatherable: frozenset[str]
     """Exact nn.Embedding modules without max_norm."""
     portioned: frozenset[str]
@@ -36,6 +39,8 @@ class ModuleTree:
     """Modules of stacked experts -> canonical names of their parameters, which have a row an expert."""
     elements: tuple[str, ...]
     """Elements of the outermost repeated stacks."""
+    kept: Mapping[str, str] = field(default_factory=dict)
+    """As `names`, of the parameters that stay in the model (`parameters.py`)."""
 
     def element_of(self, module: str) -> str | None:
         """The stack element that a module is or lies in."""
@@ -65,24 +70,34 @@ def module_tree(model: nn.Module) -> ModuleTree:
     modules = dict(model.named_modules())
     canonical = {id(p): name for name, p in model.named_parameters()}
     names = {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    kept = split(model)[1].keys()
     return ModuleTree(
         classes={n: f"{type(m).__module__}.{type(m).__qualname__}" for n, m in modules.items()},
-        names=names,
-        containers=frozenset(n for n, m in modules.items() if isinstance(m, _CONTAINERS)),
+        names={name: one for name, one in names.items() if one not in kept},
+        containers=frozenset(n for n, m in modules.items() if isinstance(m, (*_CONTAINERS, ScriptModule))),
         gatherable=frozenset(n for n, m in modules.items() if gathers_rows(m)),
-        portioned=frozenset(n for n, m in modules.items() if computes_in_portions(m) and not has_hooks(m)),
+        portioned=frozenset(
+            n for n, m in modules.items() if computes_in_portions(m) and not has_hooks(m) and _all_stream(m)
+        ),
         stacks={
-            n: tuple(canonical[id(p)] for p in m.parameters()) for n, m in modules.items() if is_stack_of_experts(m)
+            n: tuple(canonical[id(p)] for p in m.parameters())
+            for n, m in modules.items()
+            if is_stack_of_experts(m) and _all_stream(m)
         },
         elements=tuple(_stack_elements(model, modules)),
+        kept={name: one for name, one in names.items() if one in kept},
     )
+
+
+def _all_stream(module: nn.Module) -> bool:
+    return all(map(streams, module.parameters()))
 
 
 def gathers_rows(module: nn.Module) -> bool:
     """Whether a call of this module reads only the rows of its weight that its input names."""
     return (
         type(module) is nn.Embedding and module.max_norm is None and "forward" not in vars(module)
-        and not has_hooks(module)
+        and not has_hooks(module) and is_plain(module.weight)
     )  # fmt: skip
 
 
@@ -131,29 +146,47 @@ def _stack_elements(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[
 
 
 def select_trainable(named: Mapping[str, nn.Parameter], tree: ModuleTree, trainable: TrainableFilter) -> set[str]:
-    """Canonical names that the filter selects; see `make_plan`."""
-    floating = {n: p for n, p in named.items() if p.dtype.is_floating_point}
+    """Canonical names that the filter selects; see `make_plan`. named: all parameters.
+
+    PlanError if it selects none, or one that cannot train. Integers cannot by their nature, so no filter asks for them.
+    """
+    kept = set(tree.kept.values())
+    numbers = {n: p for n, p in named.items() if p.dtype.is_floating_point or p.dtype.is_complex}
+    able = {n for n in numbers if n not in kept}
     if trainable is None or trainable == "requires_grad":
-        chosen = {n for n, p in floating.items() if p.requires_grad}
+        chosen = {n for n, p in numbers.items() if p.requires_grad}
         if not chosen and trainable is None:
-            chosen = set(floating)
+            chosen = set(able)
         what = "requires_grad"
     elif callable(trainable):
-        chosen, what = {n for n, p in floating.items() if trainable(n, p)}, "the predicate"
+        chosen, what = {n for n, p in numbers.items() if trainable(n, p)}, "the predicate"
     else:
         what = f"trainable={trainable!r}"
-        chosen = select_names(tree, trainable, "trainable", set(floating))
+        chosen = select_names(tree, trainable, "trainable", set(numbers))
     if not chosen:
-        raise PlanError(f"{what} selects none of {len(floating)} floating parameters: nothing to train")
+        raise PlanError(f"{what} selects none of {len(able)} floating parameters: nothing to train")
+    for name in (n for n in named if n in chosen and n in kept):
+        raise PlanError(
+            f"parameter {name!r} is to train ({what}), but it is {_kind(named[name])}, and only plain float32, "
+            "bfloat16 and float16 can. Convert it (module.float()) or freeze it (requires_grad_(False), or trainable=)"
+        )
     return chosen
+
+
+def _kind(p: nn.Parameter) -> str:
+    """What of a parameter keeps it from streaming."""
+    if not is_plain(p):
+        return str(p.dtype) if type(p.data) is Tensor and p.layout is strided else f"a {type(p.data).__name__}"
+    return "an expanded tensor, whose elements share memory"
 
 
 def select_names(tree: ModuleTree, globs: Any, what: str, among: set[str] | None = None) -> set[str]:
     """Canonical names of the parameters that one or several globs select; each must select at least one."""
+    every = {**tree.names, **tree.kept}
     names = set(tree.names.values()) if among is None else among
     chosen: set[str] = set()
     for glob in [globs] if isinstance(globs, str) else list(globs):
-        selected = {c for name, c in tree.names.items() if c in names and _glob_selects(glob, name)}
+        selected = {c for name, c in every.items() if c in names and _glob_selects(glob, name)}
         if not selected:
             some = sorted(names)[:: max(1, len(names) // 4)][:5]
             raise PlanError(

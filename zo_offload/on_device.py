@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,44 +12,65 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from .devices import CpuDevice
+from .parameters import is_plain, laid_out
 
 
-def move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Every buffer on `device`; those that modules share stay shared. Parameters are left to `hollow`."""
+def move_what_stays(model: nn.Module, device: torch.device, kept: Collection[str] = ()) -> None:
+    """Every buffer, and the parameters `kept`, on `device`; those that modules share stay shared. The other parameters
+    are left to `hollow`."""
     moved: dict[int, Tensor] = {}
     keep: list[Tensor] = []  # an id is only an id while its object lives
+    staying = {id(p) for name, p in model.named_parameters() if name in kept}
     for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
-            if buffer.device != device:
-                keep.append(buffer)
-                if id(buffer) not in moved:
-                    moved[id(buffer)] = buffer.to(device)
-                setattr(module, name, moved[id(buffer)])
+        for name, tensor in _held_by(module):
+            if tensor.device == device or (isinstance(tensor, nn.Parameter) and id(tensor) not in staying):
+                continue
+            keep.append(tensor)
+            if id(tensor) not in moved:
+                moved[id(tensor)] = _moved(tensor, device)
+            setattr(module, name, moved[id(tensor)])
+
+
+def _held_by(module: nn.Module) -> list[tuple[str, Tensor]]:
+    buffers: list[tuple[str, Tensor]] = list(module.named_buffers(recurse=False, remove_duplicate=False))
+    return [*buffers, *module.named_parameters(recurse=False, remove_duplicate=False)]
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    moved = tensor.to(device)
+    if isinstance(tensor, nn.Parameter) and not isinstance(moved, nn.Parameter):  # those of quantized layers stay such
+        return nn.Parameter(moved.detach(), requires_grad=tensor.requires_grad)
+    return moved
 
 
 class Homes:
-    """Where a model's parameters and buffers are now, to bring them back there; from meta, to the host."""
+    """Where a model's parameters and buffers are now and how they lie in memory, to bring them back there; from meta,
+    to the host."""
 
     def __init__(self, model: nn.Module) -> None:
         found = [*model.named_parameters(), *model.named_buffers()]
         self._of = {name: torch.device("cpu") if t.is_meta else t.device for name, t in found}
+        self._strides = {name: p.stride() for name, p in model.named_parameters() if is_plain(p)}
 
     def bring_back(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
         """Parameters get their `values`; those that have gone to another device become new ones, ties stay ties."""
         new: dict[int, Tensor] = {}
         for name, p in model.named_parameters():
-            value, home = values[name].to(p.dtype), self._of[name]
+            home = self._of[name]
+            if name not in values:
+                if p.device != home:
+                    new[id(p)] = _moved(p, home)
+                continue
+            value = laid_out(values[name].to(home, p.dtype), self._strides[name])
             if p.device == home:
-                p.data = value.to(home)
+                p.data = value
             else:
-                new[id(p)] = nn.Parameter(value.to(home), requires_grad=p.requires_grad)
+                new[id(p)] = nn.Parameter(value, requires_grad=p.requires_grad)
         for name, buffer in model.named_buffers():
             if buffer.device != self._of.get(name, buffer.device):
                 new[id(buffer)] = buffer.to(self._of[name])
         for module in model.modules():
-            held = [*module.named_parameters(recurse=False, remove_duplicate=False)]
-            held += module.named_buffers(recurse=False, remove_duplicate=False)  # type: ignore[arg-type]
-            for name, tensor in held:
+            for name, tensor in _held_by(module):
                 if id(tensor) in new:
                     setattr(module, name, new[id(tensor)])
 

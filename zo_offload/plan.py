@@ -20,17 +20,19 @@ import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import nn
 
 from .blocks import BLOCK_NUMEL, Block, ParamSpec, Piece, pack, whole
 from .errors import PlanError
 from .module_tree import ModuleTree, TrainableFilter, module_tree, select_trainable, upwards
 from .noise import assign_param_ids
+from .parameters import check_memory, ordered_like
 from .trace import trace_on_meta
 from .watch import ForwardCall, Path, Trace
 
@@ -71,7 +73,7 @@ class Plan:
     """What the streamer and the lanes need to know of a model."""
 
     params: Mapping[str, ParamSpec]
-    """In order of `model.named_parameters()`."""
+    """Those that stream, in order of `model.named_parameters()`."""
     owners: tuple[Owner, ...]
     calls: tuple[int, ...]
     """Owner per call, in execution order of one forward, repeats included. Owners not seen to run are missing."""
@@ -248,27 +250,43 @@ def make_plan(
     lazy = [n for n, p in named.items() if isinstance(p, (nn.UninitializedParameter, nn.UninitializedBuffer))]
     if lazy:
         raise PlanError(f"parameters without a shape yet: {lazy[:5]}. Run the model once on a batch before planning")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PlanError(f"{type(model).__name__}: the calls of a scripted model cannot be seen. Give the module itself")
     tree = module_tree(model)
     chosen = select_trainable(named, tree, trainable)
+    remarks = check_memory(model, chosen)
     ids = assign_param_ids(list(named))
-    aliases: dict[str, list[str]] = {name: [] for name in named}
+    streamed = {name: p for name, p in named.items() if name in tree.names}
+    aliases: dict[str, list[str]] = {name: [] for name in streamed}
     for name, canonical in tree.names.items():
         if name != canonical:
             aliases[canonical].append(name)
-    params = {n: ParamSpec(n, tuple(aliases[n]), ids[n], p.shape, p.dtype, n in chosen) for n, p in named.items()}
+    params = {
+        n: ParamSpec(n, tuple(aliases[n]), ids[n], p.shape, p.dtype, n in chosen, ordered_like(p))
+        for n, p in streamed.items()
+    }
     if batch is None:
         batch = getattr(model, "dummy_inputs", None)
     if batch is None:
         trace = Trace({}, (), False, ("no batch to trace with",))
     else:
         trace = trace_on_meta(model, batch, call or (lambda m, b: m(**b)))
-    trace = replace(trace, notes=(*notes, *trace.notes))
-    frozen = sum(p.numel for p in params.values() if p.dtype.is_floating_point and not p.trainable)
+    serving, seen = _serve(tree, trace)
+    notes = (*notes, *seen, *remarks)
+    frozen = sum(p.numel for p in params.values() if not p.trainable)
     if trainable is None and frozen:
-        trace = replace(trace, notes=(*trace.notes, f"{frozen:,} parameters without requires_grad stay frozen"))
-    serving, notes = _serve(tree, trace)
+        notes += (f"{frozen:,} parameters without requires_grad stay frozen",)
+    if tree.kept:
+        kept = [f"{name!r} ({named[name].dtype})" for name in dict.fromkeys(tree.kept.values())]
+        more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
+        notes += (f"kept in the module, frozen: {', '.join(kept[:3])}{more}",)
     blocks = pack(tree, params, serving, trace, block_numel)
     return _assemble(params, blocks, tree, trace, serving, notes)
+
+
+def _with_remarks(plan: Plan, notes: tuple[str, ...]) -> tuple[str, ...]:
+    """Notes of a later trace, and what an earlier plan said of the parameters themselves."""
+    return (*notes, *(note for note in plan.notes if note not in plan.trace.notes))
 
 
 def relift(plan: Plan, seen: Trace) -> Plan:
@@ -280,6 +298,7 @@ def relift(plan: Plan, seen: Trace) -> Plan:
     # a trace on meta that stopped knows uses, but not all: what the real run saw replaces it
     trace = seen if seen.complete and not plan.trace.complete else plan.trace.merged(seen)
     serving, notes = _serve(plan.tree, trace)
+    notes = _with_remarks(plan, notes)
     return _assemble(plan.params, plan.blocks, plan.tree, trace, serving, notes, plan.resident)
 
 
@@ -290,6 +309,7 @@ def keep_resident(plan: Plan, names: frozenset[str]) -> Plan:
     moved = dict.fromkeys(name for b in plan.blocks for name in b.params if name in names)
     resident = Block(len(blocks), "trained", tuple(whole(plan.params[name]) for name in moved))
     serving, notes = _serve(plan.tree, plan.trace)
+    notes = _with_remarks(plan, notes)
     return _assemble(
         plan.params, (*blocks, resident), plan.tree, plan.trace, serving, notes, frozenset({resident.index})
     )

@@ -10,7 +10,7 @@ stacked experts. Then its call is as many frames, one after another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from .blocks import Piece
 from .fused import Perturbation
 from .modes import LaneModes
 from .module_tree import gathers_rows
+from .parameters import laid_out
 from .plan import Owner
 from .watch import Origin, Recorder
 
@@ -68,17 +69,20 @@ def placeholder(like: Tensor, device: torch.device | str | None = None) -> Tenso
     return torch.full((), value, dtype=like.dtype, device=device or like.device).expand(like.shape)
 
 
-def hollow(model: nn.Module, device: torch.device | str = "cpu") -> None:
-    """Give every parameter a placeholder on `device` instead of its values; ties stay ties.
+def hollow(model: nn.Module, device: torch.device | str = "cpu", names: Collection[str] | None = None) -> None:
+    """Give parameters (all, or those of these canonical names) placeholders on `device` instead of their values.
 
-    Parameters that are on that device keep their identity; others (on meta) are replaced in every module that holds
-    them. Afterwards only lanes can run the model.
+    Ties stay ties. Parameters that are on that device keep their identity; others (on meta) are replaced in every
+    module that holds them. Afterwards only lanes can run the model.
     """
     device = torch.device(device)
     fresh: dict[int, nn.Parameter] = {}
     keep: list[nn.Parameter] = []  # an id is only an id while its object lives
+    chosen = {id(p) for name, p in model.named_parameters() if names is None or name in names}
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(p) not in chosen:
+                continue
             if p.device == device or (p.device.type == device.type and device.index is None):
                 set_data(p, placeholder(p))
                 continue
@@ -105,6 +109,8 @@ class Portion:
     """What the parameters hold while the owner does not run."""
     frozen: bool
     """Nothing of it trains: its weights are the same in every lane."""
+    strides: tuple[tuple[int, ...] | None, ...]
+    """How each is to lie in memory; None: as it comes, row by row."""
 
 
 class Served:
@@ -132,6 +138,14 @@ class Emission:
             scratch, self.scratch = self.scratch, []
             if self.release is not None:
                 self.release(scratch)
+
+
+def laid_out_as(strides: Sequence[tuple[int, ...] | None], scratch: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Copies of scratch weights that lie in memory as the model's own."""
+    return [
+        [w.clone() if wanted is None else laid_out(w, wanted) for w, wanted in zip(weights, strides, strict=True)]
+        for weights in scratch
+    ]
 
 
 class Frame:

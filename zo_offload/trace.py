@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .away import shapes_only
+from .parameters import is_plain
 from .watch import (
     ForwardCall,
     Recorder,
@@ -110,7 +112,12 @@ def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of the model with its parameters, and buffers of any size worth mentioning, on the meta device."""
     memo: dict[int, Any] = {}
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        if not is_plain(p) and not p.is_meta and p.numel() <= _REAL_COPY_MAX_ELEMENTS:
+            continue  # masks and index tables, as buffers: they may choose the way through the model
+        shape = (
+            torch.empty_like(p, device="meta") if is_plain(p) else torch.empty(p.shape, dtype=p.dtype, device="meta")
+        )
+        memo[id(p)] = nn.Parameter(shape, requires_grad=p.requires_grad)
     for b in model.buffers():
         small = b.numel() <= _REAL_COPY_MAX_ELEMENTS and not b.is_meta
         memo[id(b)] = b.detach().cpu().clone() if small else torch.empty_like(b, device="meta")
@@ -118,7 +125,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
         for value in vars(module).values():  # deepcopy refuses what autograd made (the weight of old-style weight norm)
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = torch.empty_like(value, device="meta", requires_grad=False)
-    return copy.deepcopy(model, memo)
+    with shapes_only():
+        return copy.deepcopy(model, memo)
 
 
 def _batch_copy(batch: Any) -> Any:
@@ -138,7 +146,7 @@ def trace_on_meta(model: nn.Module, batch: Any, call: ForwardCall) -> Trace:
     recorder = Recorder()
     try:
         shadow = meta_copy(model)
-        params = dict(shadow.named_parameters())
+        params = {name: p for name, p in shadow.named_parameters() if p.is_meta}
         watch = MetaWatch(params)
         for name, p in params.items():
             watch.track(p, name, always=True)

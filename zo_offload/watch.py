@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
@@ -111,6 +112,8 @@ def hook_module_calls(model: nn.Module, recorder: Callable[[], Recorder | None])
     """Hooks that tell the current recorder which modules run. Put on last, they see a module first and leave last."""
     handles = []
     for name, module in model.named_modules():
+        if isinstance(module, ScriptModule):
+            continue  # takes no hooks; its calls are part of the module's above it
 
         def before(module: nn.Module, args: Any, name: str = name) -> None:
             seen_by = recorder()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .errors import PlanError
@@ -47,6 +46,7 @@ class WatchedRun:
         state: ModuleState,
     ) -> None:
         self.model, self.plan, self.params = model, plan, params
+        self._held = dict(model.named_parameters())
         self.mode = RunWatch(params, state)
         for name, p in params.items():
             self.mode.track(p, name)  # the placeholder
@@ -69,7 +69,7 @@ class WatchedRun:
         self._check(first.portion, emission.scratch, rows)
         origins = self._track(names, emission.scratch)
         if origins is None:
-            copies = [[t.clone(memory_format=torch.contiguous_format) for t in row] for row in emission.scratch]
+            copies = [[t.clone() for t in row] for row in emission.scratch]
             place = [next(i for i, row in enumerate(emission.scratch) if row is f.weights) for f in frames]
             if emission.release is not None:
                 emission.release(emission.scratch)
@@ -128,7 +128,7 @@ class WatchedRun:
             if isinstance(error, PlanError):
                 raise error
         now: dict[str, Any] = dict(self.model.named_parameters())
-        swapped = [n for n in {**self.params, **now} if now.get(n) is not self.params.get(n)]
+        swapped = [n for n in {**self._held, **now} if now.get(n) is not self._held.get(n)]
         if swapped:
             raise PlanError(
                 f"parameters were replaced or added in the forward: {swapped[:5]}. Weights are served to the "
