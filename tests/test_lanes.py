@@ -563,8 +563,11 @@ def more_parameters(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (in_place, r"parameter 'layers.1.weight' is changed in place"),
-        (through_a_view, r"parameter 'layers.0.weight' is changed in place"),
+        (
+            in_place,
+            r"'layers.1.weight' is used in .*away",
+        ),  # a fault of the plan: another one can hold the weight there
+        (through_a_view, r"'layers.0.weight' is used in .*(away|returned)"),
         (new_parameter, r"parameters were replaced or added in the forward: \['layers.1.weight'\]"),
         (more_parameters, r"parameters were replaced or added in the forward: \['extra'\]"),
     ],

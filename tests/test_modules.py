@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -293,3 +294,187 @@ def test_a_model_that_accelerate_offloaded_is_refused(tmp_path: Path, offloaded:
     model = getattr(accelerate, offloaded)(Pair(lambda _: None), *places, execution_device="cpu")
     with pytest.raises(PlanError, match=r"meta device.*accelerate.*device_map.*directory"):
         engine_of(model)
+
+
+# ---- compiled, scripted, transformed ---------------------------------------------------------------------------------
+
+
+class Around(nn.Module):
+    """A layer, something done with an inner module, a layer."""
+
+    def __init__(self, inner: nn.Module, use: Callable[[nn.Module, Tensor], Tensor] = lambda m, x: m(x)) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(D, D), inner, nn.Linear(D, D)
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.use(self.inner, torch.tanh(self.first(x))))
+
+
+def inner() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D, D), nn.GELU())
+
+
+def _compiled_forward() -> nn.Module:
+    module = inner()
+    module.compile(backend="eager")
+    return module
+
+
+COMPILED: dict[str, Callable[[], nn.Module]] = {
+    "a module": lambda: Around(torch.compile(inner(), backend="eager")),
+    "in place": lambda: Around(_compiled_forward()),
+    "the whole": lambda: torch.compile(Around(inner()), backend="eager"),
+    "a function": lambda: Around(inner(), torch.compile(lambda m, x: m(x) + x, backend="eager")),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("made", COMPILED.values(), ids=list(COMPILED))
+def test_compiled_parts_run_eagerly(made: Callable[[], nn.Module]) -> None:
+    model = made()
+    own = getattr(model, "_orig_mod", model)
+    with torch.compiler.set_stance("force_eager"):
+        want = plain_step(own, batch())
+    torch._dynamo.utils.counters.clear()
+    engine = engine_of(model)
+    record = engine.step(batch())
+    engine.step(batch())
+    assert (record.loss, record.grad) == want
+    assert not torch._dynamo.utils.counters["frames"]
+    assert not any(name.startswith("_orig_mod") for name in engine.plan.params)
+    assert engine.restore() is model
+
+
+@pytest.mark.parametrize(
+    "inside", [lambda: torch.jit.script(inner()), lambda: torch.jit.trace(nn.Linear(D, D), torch.randn(2, D))],
+    ids=["script", "trace"],
+)  # fmt: skip
+def test_torchscript_parts_are_held_by_the_module_around_them(inside: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = Around(inside())
+    engine = assert_steps_as_plain(model, batch())
+    engine.step(batch())
+    restored = engine.restore()
+    assert torch.isfinite(restored(**batch())).all()
+    with pytest.raises(PlanError, match="scripted model"):
+        engine_of(torch.jit.script(inner()))
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "vmap": lambda m, x: torch.vmap(m)(x),
+    "nested vmap": lambda m, x: torch.vmap(torch.vmap(m))(x),
+    "jvp": lambda m, x: torch.func.jvp(m, (x,), (torch.ones_like(x),))[1],
+    "vjp": lambda m, x: torch.func.vjp(m, x)[1](torch.ones_like(x))[0],
+    "jacrev": lambda m, x: x @ torch.func.jacrev(m)(x[0, 0]),
+    "jacfwd": lambda m, x: x @ torch.func.jacfwd(m)(x[0, 0]),
+    "hessian": lambda m, x: x @ torch.func.hessian(lambda v: m(v).sum())(x[0, 0]),
+    "grad": lambda m, x: torch.func.grad(lambda v: m(v).square().sum())(x),
+    "beside a plain call": lambda m, x: m(x) + torch.vmap(m)(x),
+}
+
+
+@pytest.mark.parametrize("traced", [True, False], ids=["example", "no example"])
+@pytest.mark.parametrize("use", TRANSFORMS.values(), ids=list(TRANSFORMS))
+def test_function_transforms_over_modules(use: Callable[[nn.Module, Tensor], Tensor], traced: bool) -> None:
+    model = Around(inner(), use)
+    engine = assert_steps_as_plain(model, batch(), example=batch() if traced else None)
+    assert "" in engine.plan.lifted()["inner.0.weight"]
+
+
+# ---- weights that a forward changes ----------------------------------------------------------------------------------
+
+
+class Changing(nn.Module):
+    """A forward that changes a weight and then computes with it, in the module that has it or beside."""
+
+    def __init__(self, change: Callable[[Any], None]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(D, D), nn.Linear(D, D)
+        self.change, self.done = change, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        with torch.no_grad():
+            self.change(self)
+        return self.last(torch.tanh(x))
+
+
+def _once(m: Any) -> None:
+    if not m.done:
+        m.last.weight.div_(4).add_(0.5)
+        m.done = True
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "once": _once,
+    "clamp": lambda m: m.last.weight.clamp_(-0.1, 0.1),
+    "clamp of data": lambda m: m.last.weight.data.clamp_(-0.1, 0.1),
+    "renorm": lambda m: m.last.weight.copy_(m.last.weight.renorm(2, 0, 0.5)),
+    "norm": lambda m: m.last.weight.div_(m.last.weight.norm(dim=1, keepdim=True)),
+    "a row": lambda m: m.last.weight[3].zero_(),
+    "of the layer before": lambda m: m.first.bias.mul_(2),
+}
+
+
+@pytest.mark.parametrize("traced", [True, False], ids=["example", "no example"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_a_weight_changed_in_place_is_changed_in_every_forward(change: Callable[[Any], Any], traced: bool) -> None:
+    engine = assert_steps_as_plain(Changing(change), batch(), example=batch() if traced else None)
+    assert engine.step(batch(), lr=1e-9).loss == pytest.approx(engine.step(batch(), lr=1e-9).loss, rel=1e-4)
+    micro = engine_of(Changing(change)).step(batch(), micro_batches=2)
+    assert micro.loss == pytest.approx(plain_step(Changing(change), batch())[0], rel=1e-4)
+    before = Changing(change).state_dict()
+    restored = engine.restore()
+    assert restored.done is False
+    assert all(torch.allclose(p, before[name], atol=1e-2) for name, p in restored.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.last.weight.mul_(0.9).add_(m.first.weight, alpha=0.1),
+        lambda m: m.last.weight.copy_(m.first.weight),
+    ],
+    ids=["average", "copy"],
+)
+def test_a_weight_that_learns_in_the_forward_is_refused_by_name(change: Callable[[Any], Any]) -> None:
+    with pytest.raises(PlanError, match=r"'last.weight' is changed in place .* of other weights"):
+        engine_of(Changing(change)).step(batch())
+
+
+def test_an_embedding_with_a_largest_norm() -> None:
+    model = nn.Sequential(nn.Embedding(9, D, max_norm=1.0), nn.Linear(D, 3))
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    assert_steps_as_plain(Tokens(), {"x": torch.tensor([[1, 2, 3], [3, 4, 8]])}).step({"x": torch.tensor([[1, 5, 3]])})
+
+
+def test_rwkv_that_rescales_its_weights_in_eval_mode() -> None:
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=3, context_length=16)
+    config = transformers.RwkvConfig(**sizes, rescale_every=1)
+    torch.manual_seed(0)
+    model = transformers.RwkvForCausalLM(config).eval()
+    ids = {"input_ids": torch.arange(5, 15).reshape(2, 5)}
+    plain = copy.deepcopy(model)
+    engine = Engine(model, method=MeZO(lr=1e-30), offload="host", num_slots=3)
+    engine.step({**ids, "labels": ids["input_ids"]})
+    loss = engine.evaluate([{**ids, "labels": ids["input_ids"]}])["loss"]
+    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    found = engine.generate(ids, **options)
+    assert torch.equal(found, plain.generate(**ids, **options))
+    restored = engine.restore()
+    assert restored.rwkv.layers_are_rescaled is False
+    with torch.no_grad():
+        want = copy.deepcopy(restored)(**ids, labels=ids["input_ids"]).loss
+    assert loss == float(want)
+    assert torch.equal(restored.generate(**ids, **options), found)

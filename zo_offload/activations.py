@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from .blocks import Piece
 from .chunked_loss import losses_in_chunks
+from .compiled import eagerly
 from .experts import in_runs, set_rows
 from .plan import Owner, Plan
 from .tiles import tiled_linear
@@ -207,7 +208,7 @@ def measure_activations(
     inputs = {k: v.to("meta") if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
     nbytes = sum(leaf.nbytes for leaf in tree_leaves(dict(batch)) if isinstance(leaf, Tensor))
     try:
-        with torch.no_grad(), losses(shadow), watch, _FusedAttention(device):
+        with torch.no_grad(), losses(shadow), eagerly(shadow), watch, _FusedAttention(device):
             call(shadow, inputs)
     except Exception as error:  # whatever a model's code may raise without real values
         log.debug("activations could not be measured", exc_info=True)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .away import shapes_only
 from .errors import CheckpointError
 from .weights import Weights
 
@@ -69,10 +70,9 @@ def save_adapter(
     for name in names:
         values[name] = parameters[name].detach() if weights is None else _read(weights, name)
     canonical = _canonical(model)
-    state = {
-        name: values[canonical[name]] if canonical.get(name) in values else tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
-    }
+    with shapes_only():
+        entries = model.state_dict(keep_vars=True).items()
+    state = {name: values[canonical[name]] if canonical.get(name) in values else tensor for name, tensor in entries}
     prompts = any(config.is_prompt_learning for config in model.peft_config.values())
     save = partial(type(model).save_pretrained, model, str(work), state_dict=state)
     try:
@@ -94,7 +94,8 @@ def _read(weights: Weights, name: str) -> Tensor:
 
 
 def _metas(model: nn.Module) -> dict[str, Tensor]:
-    entries = model.state_dict(keep_vars=True).items()
+    with shapes_only():
+        entries = model.state_dict(keep_vars=True).items()
     return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in entries if isinstance(t, Tensor)}
 
 

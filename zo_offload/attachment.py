@@ -28,8 +28,9 @@ from .experts import in_runs, is_stack_of_experts, set_rows
 from .modes import ModeState
 from .module_tree import computes_in_portions, has_hooks, is_plain_linear
 from .plan import Owner, Plan
-from .serving import LaneRun, Portion, Served, install, placeholder, set_data
+from .serving import LaneRun, PlainState, Portion, Served, install, placeholder, set_data
 from .tiles import tiled_linear
+from .watch import WeightAway, is_in_transform
 from .watched import WatchedRun
 
 
@@ -48,6 +49,7 @@ class Attachment:
         self.model = model
         self._params: dict[str, nn.Parameter] = {}
         self._own_data: dict[str, Tensor] = {}
+        self._begun: dict[str, PlainState] = {}  # of owners whose weights the forward changes in place
         self._handles: list[RemovableHandle] = []
         self._tiled: list[tuple[nn.Module, Callable[..., Tensor]]] = []  # and the forward each was given
         self._home = self._current = self._watch = None
@@ -86,6 +88,8 @@ class Attachment:
         if self._home is not None:
             raise PlanError("a hub cannot be detached from within a lane")
         self._unhook()
+        for state in self._begun.values():
+            state.put_back()
         for name, data in self._own_data.items():
             set_data(self._params[name], data)
         self._params, self._own_data, self._resting = {}, {}, {}
@@ -116,6 +120,8 @@ class Attachment:
             module = self.model.get_submodule(owner.name)
             served = Served(index, owner, module, self._portions(owner, module))
             served.overlaps = any(count[n] > 1 for n in owner.params)
+            if not self.plan.trace.writes.isdisjoint(owner.params) and owner.name not in self._begun:
+                self._begun[owner.name] = PlainState(module)
             self._served.append(served)
         for served in self._served:
             # ours first and last: hooks of others (old-style weight norm) see the weights
@@ -193,15 +199,30 @@ class Attachment:
 
     def _enter_hook(self, served: Served) -> Callable[..., None]:
         index, name = served.index, served.owner.name
+        begun = self._begun.get(name)
 
         def enter(module: nn.Module, args: Any) -> None:
             lane = self._current
             if lane is None or threading.get_ident() != self._thread:
                 self._refuse(served)
+            if is_in_transform():
+                self._in_transform(lane, served)
+            if begun is not None:
+                begun.put_back()
             lane.want, lane.portion, lane.last = index, 0, name
             self._wait(lane)
 
         return enter
+
+    def _in_transform(self, lane: LaneRun, served: Served) -> NoReturn:
+        """An owner is called inside of vmap, grad, ...: no lane can wait there, so one around it must be the owner."""
+        what = f"{served.owner.name!r} is called inside of a function transform (torch.vmap, torch.func)"
+        if self._watch is None:
+            raise PlanError(f"{what}, which it was not when its forward was watched. Call it so from the first time on")
+        for name in served.owner.params:
+            lane.recorder.use(name, lane.recorder.stack)
+        self._watch.mode.faults.append(what)
+        raise WeightAway(what)
 
     def _rows_hook(self, served: Served) -> Callable[..., Any]:
         enter = self._enter_hook(served)

@@ -37,6 +37,7 @@ from .binding import Binding, bound_from, check_horizon
 from .calls import FitCall
 from .checkpoint import Checkpoint, save_pretrained
 from .closing import Closing
+from .compiled import without_wrapper
 from .config import DTYPES, EngineConfig, parse_bytes
 from .data import Batches, StreamBatches, fingerprint, make_batches
 from .device_updates import UpdateTable
@@ -139,14 +140,15 @@ class Engine:
         self.device = make_device(self.config.device)
         self.checkpoint: Checkpoint | None = None
         self.base: Base
+        self._given = model if isinstance(model, nn.Module) else None
         self._away: Away | None = None
         self._ties: tuple[Tied, ...] = ()
         if isinstance(model, nn.Module):
             if self.config.config_overrides:
                 raise ConfigError("config_overrides are of a checkpoint's config.json: change the module's own config")
-            self.model: nn.Module = model
-            self._ties = tie(model)
-            self.base = base if base is not None else ModuleBase(model)
+            self.model: nn.Module = without_wrapper(model)
+            self._ties = tie(self.model)
+            self.base = base if base is not None else ModuleBase(self.model)
         else:
             self.checkpoint = Checkpoint.open(
                 model, trust_remote_code=self.config.trust_remote_code, overrides=self.config.config_overrides
@@ -469,7 +471,7 @@ class Engine:
         self._weights = None
         untie(self.model, self._ties)
         self._ties = ()
-        return self.model
+        return self._given if self._given is not None else self.model
 
     def _lift_guard(self) -> None:
         if self._away is not None:

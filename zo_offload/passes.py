@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import ServiceOrder
+from .compiled import eagerly
 from .data import Batches
 from .devices import CpuDevice
 from .errors import BudgetError, DataError, PlanError
@@ -206,6 +207,7 @@ class Passes:
                     torch.no_grad(),
                     matmul_precision(self._compute),
                     inputs_in(self.model, self._input_dtype),
+                    eagerly(self.model),
                     own_loss(self.model, self.objective, self._parts),
                     module_modes(self._modules, self._mode),
                 ):

@@ -321,7 +321,7 @@ def keep_resident(plan: Plan, names: frozenset[str]) -> Plan:
 def _serve(tree: ModuleTree, trace: Trace) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
     """Canonical name -> modules that are served the parameter; and notes on lifts."""
     above = _running_above(tree, trace)
-    serving = {n: _cover(n, trace.uses.get(n, frozenset()), tree, trace.complete) for n in tree.holders}
+    serving = {n: _cover(n, trace.uses.get(n, frozenset()), tree, trace) for n in tree.holders}
     for name, owners in list(serving.items()):
         for owner in owners - set(tree.holders[name]):
             for sibling in _siblings(name, owner, tree):
@@ -333,8 +333,11 @@ def _serve(tree: ModuleTree, trace: Trace) -> tuple[dict[str, tuple[str, ...]], 
     return result, trace.notes
 
 
-def _cover(name: str, uses: frozenset[Path], tree: ModuleTree, complete: bool) -> set[str]:
-    """Modules whose calls together cover the uses: a holder if it was running, else the innermost running module."""
+def _cover(name: str, uses: frozenset[Path], tree: ModuleTree, trace: Trace) -> set[str]:
+    """Modules whose calls together cover the uses: a holder if it was running, else the innermost running module.
+
+    Of a weight that is changed in place it is one module around all uses, so that all of them see the change.
+    """
     holders = {tree.runner(h) for h in tree.holders[name]}
     if () in uses:
         raise PlanError(
@@ -342,7 +345,9 @@ def _cover(name: str, uses: frozenset[Path], tree: ModuleTree, complete: bool) -
             f"there only while modules run: put that computation into a module's forward."
         )
     cover = {next((m for m in reversed(path) if m in holders), path[-1]) for path in uses}
-    if not complete:  # what was not seen may be anything within the layer
+    if name in trace.writes:
+        cover = {[outer for outer, *others in zip(*uses, strict=False) if {outer}.issuperset(others)][-1]}
+    if not trace.complete:  # what was not seen may be anything within the layer
         cover |= {tree.element_of(h) or h for h in holders}
     return cover or set(holders)
 

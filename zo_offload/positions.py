@@ -44,7 +44,7 @@ def _tables(model: nn.Module) -> Iterator[tuple[str, int]]:
     modules = dict(model.named_modules())
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
-        weight = module._parameters.get("weight")
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
         if weight is None or weight.dim() != 2 or isinstance(module, nn.Linear) or not _TABLE.fullmatch(name):
             continue
         if any(isinstance(child, _CONV) for child in modules[parent].children()):

@@ -158,6 +158,28 @@ class Frame:
         self.origins: list[Origin] = []  # of the weights, in a watched run
 
 
+class PlainState:
+    """Numbers, flags and words in the attributes of a module and those in it.
+
+    A forward that changes a weight in place remembers that it did (RWKV: `layers_are_rescaled`). The change is gone
+    with the call, as the weight is, so what is remembered must be: every call begins with both as they were.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._of = [(m, self._plain(m)) for m in module.modules()]
+
+    @staticmethod
+    def _plain(module: nn.Module) -> dict[str, Any]:
+        kinds = (bool, int, float, str, type(None))
+        return {k: v for k, v in vars(module).items() if type(v) in kinds and k != "training"}
+
+    def put_back(self) -> None:
+        for module, values in self._of:
+            for name in self._plain(module).keys() - values.keys():
+                del vars(module)[name]
+            vars(module).update(values)
+
+
 class LaneRun:
     """One lane of the run under way."""
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .away import shapes_only
+from .compiled import eagerly
 from .parameters import is_plain
 from .watch import (
     ForwardCall,
@@ -153,7 +154,7 @@ def trace_on_meta(model: nn.Module, batch: Any, call: ForwardCall) -> Trace:
         watch.recorder = recorder
         hook_module_calls(shadow, lambda: recorder)
         try:
-            with torch.no_grad(), watch:
+            with torch.no_grad(), eagerly(shadow), watch:
                 call(shadow, _batch_copy(batch))
         finally:
             watch.put_generators_back()

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +37,8 @@ Inputs = list[tuple[Tensor, int | None]]
 
 ForwardCall = Callable[[nn.Module, Any], Any]
 """(model, batch) -> anything: how a lane calls the model."""
+
+_NORMS = frozenset({"embedding_renorm_"})  # rows that the input names, each by its own norm
 
 # ops that take a tensor for its shape, dtype or device only
 _SHAPE_ONLY = frozenset(
@@ -58,22 +61,26 @@ class Trace:
     complete: bool
     """The forward was seen to its end."""
     notes: tuple[str, ...] = ()
+    writes: frozenset[str] = frozenset()
+    """Parameters that the forward changes in place."""
 
     def merged(self, later: Trace) -> Trace:
         """Uses of both; order and completeness of the later one unless only the earlier saw a whole forward."""
         names = [*self.uses, *(n for n in later.uses if n not in self.uses)]
         uses = {n: self.uses.get(n, frozenset()) | later.uses.get(n, frozenset()) for n in names}
         base = later if later.complete or not self.complete else self
-        return Trace(uses, base.order, base.complete, tuple(dict.fromkeys(self.notes + later.notes)))
+        notes = tuple(dict.fromkeys(self.notes + later.notes))
+        return Trace(uses, base.order, base.complete, notes, self.writes | later.writes)
 
 
 class Running:
     """One call of one module. Identity matters: two calls of the same module are two objects."""
 
-    __slots__ = ("name",)
+    __slots__ = ("in_transform", "name")
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.in_transform = is_in_transform()
 
 
 class Recorder:
@@ -83,6 +90,7 @@ class Recorder:
         self.stack: list[Running] = []
         self.order: list[tuple[int, str]] = []
         self.uses: dict[str, set[Path]] = {}
+        self.writes: set[str] = set()
 
     def enter(self, name: str) -> None:
         self.order.append((len(self.stack), name))
@@ -94,10 +102,21 @@ class Recorder:
             pass
 
     def use(self, param: str, path: Sequence[Running]) -> None:
-        self.uses.setdefault(param, set()).add(tuple(call.name for call in path))
+        """What is called inside of a function transform cannot wait for weights: the module around it holds them."""
+        outside = takewhile(lambda call: not call.in_transform, path)
+        self.uses.setdefault(param, set()).add(tuple(call.name for call in outside))
 
     def where(self) -> str:
         return repr(self.stack[-1].name or "the model itself") if self.stack else "no module (in the calling code)"
+
+
+def is_in_transform() -> bool:
+    """Whether a function transform of torch.func (vmap, grad, jvp, jacrev, ...) is under way."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+class WeightAway(Exception):
+    """Ends a lane of a watched run that cannot go on; the run's verdict says why."""
 
 
 def common_calls(a: Sequence[Running], b: Sequence[Running]) -> tuple[Running, ...]:
@@ -219,7 +238,10 @@ class UseWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for t, origin in hits:
             key = storage_key(t)
             views = [o for o in outputs if o is not t and storage_key(o) == key]
-            if views and not any(t is w for w in written):
+            if any(t is w for w in written):
+                recorder.writes.add(origin.name)
+                self.read(recorder, t, origin)
+            elif views:
                 origin.births[recorder] = self._held_by(recorder, t, origin)
             elif not any(o is t for o in outputs) and func.overloadpacket.__name__ not in _SHAPE_ONLY:
                 self.read(recorder, t, origin)
@@ -279,8 +301,12 @@ class _Made:
     ref: weakref.ref[Any]
     """Takes the entry out when the memory goes."""
     by: Recorder
-    tainted: bool
+    of: str | None
+    """None: of neither. The name of a parameter: of that alone. MANY: of several, or of inputs."""
     nbytes: int
+
+
+MANY = "*"
 
 
 class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
@@ -318,18 +344,13 @@ class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
         for t in written:
             key = storage_key(t)
             if key in self.origins:
-                name = self.origins[key].name
-                raise PlanError(
-                    f"parameter {name!r} is changed in place ({func}) in the forward of {recorder.where()}. Weights "
-                    f"are away between calls, so such a change is lost: make it outside of the forward, or keep the "
-                    f"value in a buffer."
-                )
-            if key is not None and key not in self._made:
+                self._check_write(recorder, func, inputs, t, self.origins[key])
+            elif key is not None and key not in self._made:
                 self._before_shared_write(recorder, key)
         updates = func.overloadpacket.__name__ in _BATCH_NORMS or torch.Tag.inplace in func.tags
         for t, key in inputs:
             made = self._made.get(key) if key is not None else None
-            if made is not None and made.by is not recorder and made.tainted:
+            if made is not None and made.by is not recorder and made.of is not None:
                 self.crossings.append(recorder.where())
             writers = self._writers.get(key) if key is not None else None
             if writers and writers != {recorder} and not (updates and any(t is w for w in written)):
@@ -348,19 +369,48 @@ class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
         """Whose tensors these are. Only what comes from weights or inputs matters: a lane may well be the one that
         fills a table of positions for all."""
         known = {key for _, key in inputs if key is not None}
-        tainted = any(k in self.origins or k in self._batch for k in known)
-        tainted = tainted or any(k in self._made and self._made[k].tainted for k in known)
+        of = self._made_of(known)
         for t in outputs:
             key = storage_key(t)
             if key is None or key in self.origins:
                 continue
             if key in self._made:
-                self._made[key].tainted |= tainted
+                made = self._made[key]
+                made.of = of if made.of in (None, of) else made.of if of is None else MANY
             elif key not in known:
                 gone, nbytes = partial(self._forget, key), t.untyped_storage().nbytes()
-                self._made[key] = _Made(watched_storage(t, gone), recorder, tainted, nbytes)
+                self._made[key] = _Made(watched_storage(t, gone), recorder, of, nbytes)
                 self._live_bytes += nbytes
                 self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+
+    def _made_of(self, keys: Iterable[int]) -> str | None:
+        """What went into memory, as `_Made.of`."""
+        found: set[str] = set()
+        for key in keys:
+            if key in self.origins:
+                found.add(self.origins[key].name)
+            elif key in self._batch:
+                found.add(MANY)
+            elif key in self._made and self._made[key].of is not None:
+                found.add(self._made[key].of)  # type: ignore[arg-type]
+        return None if not found else found.pop() if len(found) == 1 else MANY
+
+    def _check_write(self, recorder: Recorder, func: Any, inputs: Inputs, weight: Tensor, origin: Origin) -> None:
+        """A lane's own copy of a weight may be changed by what comes of the weight itself (a scale, a clamp, a norm):
+        each call of the module that holds it begins with the weight as stored. PlanError where it would learn."""
+        away = recorder not in origin.held
+        others = {key for t, key in inputs if t is not weight and key is not None and key not in self.origins}
+        others |= {k for _, k in inputs if k in self.origins and self.origins[k].name != origin.name}
+        if func.overloadpacket.__name__ not in _NORMS and self._made_of(others) not in (None, origin.name):
+            raise PlanError(
+                f"parameter {origin.name!r} is changed in place ({func}) in the forward of {recorder.where()}, by "
+                "what comes of inputs or of other weights. Weights are away between calls, so the change would be "
+                "lost: make it outside of the forward, or keep the value in a buffer."
+            )
+        if away:
+            recorder.writes.add(origin.name)
+            self.read(recorder, weight, origin)
+            raise WeightAway(f"{origin.name!r} is changed in place while it is away")
 
     def _forget(self, key: int, _: Any) -> None:
         made = self._made.pop(key, None)
@@ -369,7 +419,8 @@ class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
 
 
 def trace_from(recorder: Recorder, *, complete: bool, notes: tuple[str, ...] = ()) -> Trace:
-    return Trace({n: frozenset(p) for n, p in recorder.uses.items()}, tuple(recorder.order), complete, notes)
+    uses = {n: frozenset(p) for n, p in recorder.uses.items()}
+    return Trace(uses, tuple(recorder.order), complete, notes, frozenset(recorder.writes))
 
 
 def trace_of(recorders: Sequence[Recorder], *, complete: bool, notes: Sequence[str] = ()) -> Trace:
@@ -377,5 +428,5 @@ def trace_of(recorders: Sequence[Recorder], *, complete: bool, notes: Sequence[s
     trace = trace_from(recorders[0], complete=complete, notes=tuple(notes))
     for recorder in recorders[1:]:
         other = trace_from(recorder, complete=complete)
-        trace = trace.merged(Trace(other.uses, trace.order, complete))
+        trace = trace.merged(replace(other, order=trace.order))
     return trace

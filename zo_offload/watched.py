@@ -140,6 +140,11 @@ class WatchedRun:
             raise PlanFault(message, trace) from (errors[0] if errors else None)
         if self.mode.writes_batch and len(lanes) > 1 and not own_batches:
             raise BatchIsWritten("the forward changes its batch in place, which lanes share: run it again", trace)
+        if trace.writes and lockstep:
+            raise LanesShareState(
+                f"the forward changes weights in place ({', '.join(sorted(trace.writes)[:3])}). Use order='lane' (one "
+                f"lane after another)"
+            )
         if self.mode.crossings and lockstep:
             where = ", ".join(list(dict.fromkeys(self.mode.crossings))[:3])
             raise LanesShareState(
