@@ -76,7 +76,8 @@ def save_adapter(
     prompts = any(config.is_prompt_learning for config in model.peft_config.values())
     save = partial(type(model).save_pretrained, model, str(work), state_dict=state)
     try:
-        save() if run is None or not prompts else run(save)
+        with shapes_only():
+            save() if run is None or not prompts else run(save)
     except OSError:
         raise
     except Exception as error:  # peft's own methods are many, and some cannot be saved
@@ -109,7 +110,8 @@ def _chosen(model: Any, state: dict[str, Tensor], adapter: str) -> dict[str, Ten
     from peft import get_peft_model_state_dict
 
     try:
-        chosen: dict[str, Tensor] = get_peft_model_state_dict(model, state_dict=dict(state), adapter_name=adapter)
+        with shapes_only():  # it asks for the whole model's too, for the names in it
+            chosen: dict[str, Tensor] = get_peft_model_state_dict(model, state_dict=dict(state), adapter_name=adapter)
     except Exception as error:
         raise CheckpointError(f"peft cannot save adapter {adapter!r}: {type(error).__name__}: {error}") from error
     return chosen
