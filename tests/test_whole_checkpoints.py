@@ -386,7 +386,8 @@ def test_overrides_that_cannot_be(llama, overrides, error, said):
         ("num_hidden_layers", 10**7), ("num_labels", 10**12), ("num_labels", 1e30), ("vocab_size", 2**62),
         ("hidden_size", 2**40), ("hidden_size", -4), ("num_attention_heads", 0), ("num_attention_heads", "a"),
         ("dtype", "__class__"), ("dtype", "load"), ("dtype", 7), ("torch_dtype", "hub"), ("architectures", [5]),
-        ("architectures", "LlamaForCausalLM"), ("architectures", {}), ("rope_parameters", 3), ("auto_map", 7),
+        ("architectures", "LlamaForCausalLM"), ("architectures", {}),
+        ("architectures", True), ("auto_map", [1]), ("rope_parameters", 3), ("auto_map", 7),
         ("auto_map", {"AutoModelForCausalLM": 7}), ("model_type", 5), ("model_type", None), ("id2label", 5),
         ("max_position_embeddings", 10**15), ("tie_word_embeddings", "x"), ("quantization_config", 5),
         ("hidden_act", "__import__"), ("layer_types", [1]),
@@ -401,6 +402,23 @@ def test_a_hostile_configuration_is_an_error_of_ours_or_taken(llama, key, value,
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 600_000  # kB
 
 
+@pytest.mark.parametrize("text", ["5", "null", '"a"', "[]", "{", '{"eos_token_id": "x"}'])
+def test_a_hostile_generation_config_is_an_error_of_ours_or_taken(llama, text):
+    (llama / "generation_config.json").write_text(text)
+    with contextlib.suppress(CheckpointError):
+        Engine(llama, offload="none")
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    for seed in (0, 1):
+        ZOO["llama"].build(seed=seed).save_pretrained(tmp_path / f"seed{seed}", max_shard_size="20KB")
+    second = sorted((tmp_path / "seed1").glob("*.safetensors"))[1]
+    target = sorted((tmp_path / "seed0").glob("*.safetensors"))[0]
+    target.write_bytes(second.read_bytes())
+    with pytest.raises(CheckpointError, match="is in model-00001-of-.* and in model-00002-of-.*two checkpoints"):
+        Engine(tmp_path / "seed0")
+
+
 def test_kernels_named_in_a_configuration_are_refused(llama):
     change_config(llama, attn_implementation="evil-org/kernel")
     with pytest.raises(CheckpointError, match="kernels from a hub .*not run"):
@@ -410,6 +428,9 @@ def test_kernels_named_in_a_configuration_are_refused(llama):
 def test_layers_that_the_files_cannot_hold_are_refused_at_once(llama, capsys):
     change_config(llama, num_hidden_layers=10**7)
     with pytest.raises(CheckpointError, match="Correct its number of layers"):
+        Engine(llama)
+    change_config(llama, num_hidden_layers=10**11)
+    with pytest.raises(CheckpointError, match="num_hidden_layers=100000000000; at most"):
         Engine(llama)
 
 

@@ -9,12 +9,13 @@ checkpoint runs only with trust_remote_code=True, and then it is the checkpoint'
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .checkpoint_files import CONFIG
@@ -22,7 +23,9 @@ from .errors import CheckpointError
 from .meta_model import config_parts
 
 MAX_CONFIG_BYTES = 32 << 20
-MAX_LABELS = 10_000_000
+MAX_COUNT = 10_000_000
+"""Of layers, classes and the like."""
+_COUNTS = re.compile(r"num_labels|layer|block|depth|stages|experts", re.IGNORECASE)
 _IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 
@@ -34,7 +37,7 @@ def read_config(directory: Path, *, trust_remote_code: bool = False, overrides: 
     path = directory / CONFIG
     given = dict(overrides or {})
     raw = _read_json(path)
-    _check_labels(path, {**raw, **given})
+    _check_values(path, {**raw, **given})
     if raw.get("auto_map") and not trust_remote_code and raw.get("model_type") not in transformers.CONFIG_MAPPING:
         raise _needs_trust(path, f"model_type {raw.get('model_type')!r} is defined by code of its own")
     try:
@@ -52,6 +55,16 @@ def read_config(directory: Path, *, trust_remote_code: bool = False, overrides: 
     return config
 
 
+def read_generation_config(directory: Path) -> GenerationConfig:
+    """transformers' generation config of a directory that has one. Raises CheckpointError."""
+    try:
+        return GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # whatever transformers makes of a stranger's file
+        raise CheckpointError(
+            f"{directory / 'generation_config.json'} cannot be used: {type(error).__name__}: {error}"
+        ) from error
+
+
 def find_class(
     config: Any, given: type[PreTrainedModel] | str | None, directory: Path | None, *, trust_remote_code: bool = False
 ) -> type[PreTrainedModel]:
@@ -63,7 +76,7 @@ def find_class(
         if not issubclass(given, PreTrainedModel):
             raise CheckpointError(f"model_class={given.__name__} is not a transformers model class.")
         return given
-    architectures = [name for name in getattr(config, "architectures", None) or [] if isinstance(name, str)]
+    architectures = list(getattr(config, "architectures", None) or ())
     name = given or (architectures[0] if architectures else None)
     if name is None:
         raise CheckpointError(
@@ -149,12 +162,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_labels(path: Path, values: Mapping[str, Any]) -> None:
-    """transformers lists as many names as there are labels."""
+def _check_values(path: Path, values: Mapping[str, Any]) -> None:
+    """What would be taken as it stands: names of classes, and numbers that lists are made as long as."""
+    architectures, auto_map = values.get("architectures"), values.get("auto_map")
+    if not isinstance(architectures, (list, type(None))) or not all(isinstance(n, str) for n in architectures or ()):
+        raise CheckpointError(f"{path}: architectures is {architectures!r:.100}; expected a list of class names.")
+    if not isinstance(auto_map, (dict, type(None))):
+        raise CheckpointError(f"{path}: auto_map is {auto_map!r:.100}; expected classes by the name of an auto class.")
     for part in (values, *(value for value in values.values() if isinstance(value, dict))):
-        number = part.get("num_labels", 0)
-        if isinstance(number, (int, float)) and number > MAX_LABELS:
-            raise CheckpointError(f"{path}: num_labels={number}; at most {MAX_LABELS} classes are taken.")
+        for key, number in part.items():
+            if _COUNTS.search(key) and isinstance(number, (int, float)) and number > MAX_COUNT:
+                raise CheckpointError(f"{path}: {key}={number}; at most {MAX_COUNT} are taken.")
 
 
 def _check_implementations(path: Path, config: Any) -> None:

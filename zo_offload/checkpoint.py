@@ -32,17 +32,17 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from . import completeness
-from .architecture import find_class, read_config, sibling_classes
+from .architecture import find_class, read_config, read_generation_config, sibling_classes
 from .checkpoint_files import carried_files, find_weights, resolve_path
 from .conversion import Group, loading_groups
 from .errors import CheckpointError
 from .export import save_pretrained
 from .meta_model import MAX_REGISTRATIONS, construct, keep_in_fp32, make_real
 from .recipe import Reader, Recipe
-from .safetensors_io import SafetensorsFile
+from .safetensors_io import SafetensorsFile, files_by_tensor
 from .weights import Crcs, entry_digest, runs, tensor_digest, together
 
 __all__ = ["Checkpoint", "save_pretrained", "tensor_digest"]
@@ -80,7 +80,7 @@ class Checkpoint:
         self.path = path
         self.trust_remote_code = trust_remote_code
         self.carried = carried  # tokenizer, generation config, chat template, ...: to go along with an export
-        self._file_of = {name: file for file in files for name in file.entries}
+        self._file_of = files_by_tensor(files)
         self._layout: _Layout | None = None
         self._crcs = Crcs()
         self._reader = Reader(self._read_into)
@@ -381,4 +381,4 @@ class Checkpoint:
 
     def _set_generation_config(self, model: PreTrainedModel) -> None:
         if self.path is not None and model.can_generate() and (self.path / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(self.path, local_files_only=True)
+            model.generation_config = read_generation_config(self.path)

@@ -20,7 +20,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,20 @@ class SafetensorsFile:
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # at interpreter exit `os` may be gone
             self.close()
+
+
+def files_by_tensor(files: Iterable[SafetensorsFile]) -> dict[str, SafetensorsFile]:
+    """Which file each tensor is in. CheckpointError if one is in two: which of them is meant nobody can say."""
+    found: dict[str, SafetensorsFile] = {}
+    for file in files:
+        for name in file.entries:
+            other = found.setdefault(name, file)
+            if other is not file:
+                raise CheckpointError(
+                    f"{file.path.parent}: {name!r} is in {other.path.name} and in {file.path.name}; shards of two "
+                    "checkpoints lie together, or an index is of another one. Download or copy it again."
+                )
+    return found
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
