@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama, tiny_opt, train
 
-from zo_offload import ConfigError, DataError, DivergenceError, Engine, JournalError, MeZO, Stopped, StorageError
+from zo_offload import ConfigError, DivergenceError, Engine, JournalError, MeZO, Stopped, StorageError
 from zo_offload.blocks import BLOCK_NUMEL
 from zo_offload.journal import Journal
 from zo_offload.signals import stop_signals
@@ -413,10 +413,9 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
         assert_same(([], want[1]), ([], stored_weights(engine)))
 
 
-def test_a_data_set_smaller_than_a_batch_is_refused_before_anything_is_made(tmp_path):
+def test_a_data_set_smaller_than_a_batch_is_taken_whole_by_each_step(tmp_path):
     with (
         Engine(tiny_opt(), method=METHOD, offload="disk", run_dir=tmp_path / "run") as engine,
-        pytest.raises(DataError, match="has 3 rows, fewer than batch_size=4"),
+        pytest.warns(UserWarning, match="has 3 rows, fewer than batch_size=4: each step takes them all"),
     ):
-        engine.fit(ROWS[:3], steps=2, batch_size=4)
-    assert not (tmp_path / "run").exists()
+        assert engine.fit(ROWS[:3], steps=2, batch_size=4).steps == 2

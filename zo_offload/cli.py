@@ -239,9 +239,12 @@ def _tokenizer(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _data_options(args: argparse.Namespace) -> dict[str, Any]:
-    options = _given(args, "task", "template", "verbalizers", "text_column", "label_column", "max_length", "loss")
+    options = _given(args, "task", "template", "verbalizers", "text_column", "label_column", "target_column",
+                     "max_length", "loss")  # fmt: skip
     if "template" in options:
         options["template"] = options["template"].replace("\\n", "\n")
+    if len(options.get("text_column", ())) == 1:
+        options["text_column"] = options["text_column"][0]
     return options
 
 
@@ -392,11 +395,18 @@ def _storage(command: argparse.ArgumentParser) -> None:
 
 def _data(command: argparse.ArgumentParser) -> None:
     command.add_argument("--task", choices=["auto", "lm", "classification", "prompt"])
-    command.add_argument("--template", help="prompt such as 'Review: {text}\\nSentiment:'")
-    command.add_argument("--verbalizers", nargs="+", help="one word a label, such as ' negative' ' positive'")
+    command.add_argument(
+        "--template", help="prompt such as 'Review: {text}\\nSentiment:'; with {mask} for a masked model"
+    )
+    command.add_argument(
+        "--verbalizers",
+        nargs="+",
+        help="one word a label, such as ' negative' ' positive', or columns: {choice1} {choice2}",
+    )
     command.add_argument("--loss", choices=["model", "options"], help="its own (model), or among the verbalizers alone")
-    command.add_argument("--text-column")
-    command.add_argument("--label-column")
+    command.add_argument("--text-column", nargs="+", help="of the text (text); two make a pair")
+    command.add_argument("--label-column", help="of the label (label)")
+    command.add_argument("--target-column", help="of a text that answers the prompt")
     command.add_argument("--max-length", type=_count)
 
 

@@ -29,8 +29,15 @@ class Collator:
     multiple: int = 1
     limit: int | None = None
     flags: frozenset[str] = frozenset()
+    alone: bool = False
+    """The model takes single rows only: it cannot tell padding."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]], where: str) -> Batch:
+        if self.alone and len(rows) > 1:
+            raise DataError(
+                f"{where}: the model classifies by a row's last token, and without config.pad_token_id it cannot tell "
+                "padding from it. Set model.config.pad_token_id, or use batch_size=1."
+            )
         keys = list(rows[0])
         for row in rows:
             if set(row) != set(keys):

@@ -11,12 +11,14 @@ the journal keeps to tell when that went wrong.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import heapq
 import itertools
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +207,9 @@ class StreamBatches(Batches):
 
     def epoch(self) -> Iterator[Batch]:
         empty = True
-        for index, batch in enumerate(self.batches):
+        with _seeded(_mix(self.seed, -1)):
+            iterator = iter(self.batches)
+        for index, batch in enumerate(iterator):
             empty = False
             yield self._checked(batch, f"{self.name} batch {index}", f"{self.seed} None {index}")
         if empty:
@@ -264,12 +268,18 @@ def make_batches(
     """
     if isinstance(data, Batches):
         return data
+    known = {f.name for f in fields(Encoder) if not f.name.startswith("_")} - {"kind", "own_objective", "version"}
+    for name in encoding.keys() - known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"Did you mean {near[0]}=?" if near else f"There are {', '.join(sorted(known))}."
+        raise DataError(f"{name}= is no option of fit, evaluate or their data. {hint}")
     encoder = Encoder(kind, own_objective, version, **encoding)
     if isinstance(data, (str, Path)):
         name, numbers = Path(data).name, itertools.count()
         rows = open_file(data, lambda row: encoder.check(row, f"{name} row {next(numbers)}"))
         return RowBatches(rows, encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=name)
-    source = open_source(data, kind, own_objective=own_objective, batched=batched, version=version)
+    with _seeded(seed):
+        source = open_source(data, kind, own_objective=own_objective, batched=batched, version=version)
     if source.form == "rows":
         return RowBatches(source.data, encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=source.name)
     ready = source.data if source.form == "batches" else Chunks(source.data, batch_size)

@@ -24,7 +24,7 @@ from .labels import class_label
 from .masking import RandomMasks
 from .model_kind import IGNORED, ModelKind
 from .prompts import Completion, Prompt, Template, check_kind
-from .texts import as_text, check_not_empty, encoded_text, is_sequence, text_ids
+from .texts import as_text, check_not_empty, encoded_text, text_ids
 from .tokenised import WANTS, TokenisedRows, check_sizes, next_tokens
 
 __all__ = ["ENCODING", "IGNORED", "Batch", "Encoder", "Row", "Task"]
@@ -73,7 +73,13 @@ class Encoder:
         self._tokenised = TokenisedRows(
             self.kind, self.own_objective, self.task, self.label_column, self.max_length, masks
         )
-        self.collate = Collator(self._pad_token(), self.pad_to_multiple_of, self.kind.positions, self.kind.flags)
+        self.collate = Collator(
+            self._pad_token(),
+            self.pad_to_multiple_of,
+            self.kind.positions,
+            self.kind.flags,
+            alone=self.kind.needs_padding and not self.own_objective,
+        )
 
     def _set_task(self) -> None:
         if self.verbalizers is not None and self.target_column is not None:
@@ -89,13 +95,14 @@ class Encoder:
         if self.verbalizers is not None:
             assert self.template is not None
             self.task = "prompt"
-            prompt = Prompt(self.kind, self.tokenizer, self.template, self.verbalizers, self.label_column,
-                            checked=not self.own_objective)  # fmt: skip
-            self._prompt = prompt
-            if prompt.by_row and self.loss == "options":
-                raise DataError("loss='options' is among the same words for all rows; these are filled in by row")
+            given = self.verbalizers
+            pairs = given.items() if isinstance(given, Mapping) else enumerate(given)
+            words = {str(label): str(word) for label, word in pairs}
             if self.version == 1:
-                self._first = FirstEncoding(self, {label: word.text for label, word in prompt.words.items()})
+                self._first = FirstEncoding(self, words)
+            else:
+                self._prompt = Prompt(self.kind, self.tokenizer, self.template, words, self.label_column,
+                                      checked=not self.own_objective)  # fmt: skip
         elif self.task == "prompt":
             raise DataError("task='prompt' needs a template and verbalizers")
         elif self.version == 1:
@@ -127,6 +134,8 @@ class Encoder:
     @property
     def words(self) -> list[str]:
         """The verbalizers themselves, in the same order."""
+        if self._first is not None:
+            return self._first.words
         return [] if self._prompt is None else [word.text for word in self._prompt.words.values()]
 
     # ---- rows --------------------------------------------------------------------------------------------------------
@@ -155,7 +164,7 @@ class Encoder:
         check_not_empty(texts, where, names)
         if self._prompt is not None:
             self._prompt.options(row, where), self._prompt.answer_of(row, where)
-        elif self._has_class(row):
+        elif self._completion(row) is None and self._has_class(row):
             self._class(row, where)
         size = sum(len(text.encode()) for text in texts)
         around = 64 + len(self.template or "") + sum(map(len, self.words))  # of template, words and special tokens
@@ -169,7 +178,7 @@ class Encoder:
             return False
         strings = any(isinstance(value, str) for name, value in row.items() if name != self.label_column)
         chat = isinstance(row.get("messages"), (list, tuple))
-        named = any(name in row and not is_sequence(row[name]) for name in self._texts)  # None, NaN or a number
+        named = any(name in row and not hasattr(row[name], "dtype") for name in self._texts)  # None, NaN, a number
         return strings or chat or named
 
     def _columns(self, row: Row, where: str) -> list[str]:

@@ -23,6 +23,9 @@ class FirstEncoding:
     def __init__(self, encoder: Any, words: Mapping[str, str]):
         self.options = encoder
         self.kind: ModelKind = encoder.kind
+        self.words = list(words.values())
+        if words:
+            self._check_kind("put the answer into the input", "causal", "classification")
         self._answers = {label: self._continuation(word) for label, word in words.items()}
         alike = len({tuple(ids) for ids in self._answers.values()}) < len(self._answers)
         if alike or any("{" in word for word in words.values()):

@@ -87,6 +87,8 @@ class ModelKind:
     """`forward` takes others too."""
     flags: frozenset[str] = frozenset()
     """Arguments that are truth values."""
+    needs_padding: bool = False
+    """It classifies by a row's last token, and its config does not say what padding is."""
     virtual: int = 0
     """Tokens that a peft model puts before each row."""
     sees_ahead: bool = False
@@ -124,6 +126,7 @@ def kind_of(model: nn.Module) -> ModelKind:
         positions=None if positions is None else positions - virtual,
         label_positions=None if label_positions is None else label_positions - virtual,
         vocabulary=_vocabulary(inner), pad_token=_pad_token(config), virtual=virtual, sees_ahead=sees_ahead,
+        needs_padding=name == "classification" and _pad_token(config) is None and _pools_last(config),
         takes=frozenset(a.name for a in arguments), takes_any=any(a.kind is a.VAR_KEYWORD for a in arguments),
         flags=frozenset(a.name for a in arguments if "bool" in str(a.annotation)),
     )  # fmt: skip
@@ -173,6 +176,13 @@ def _is_encoder(config: Any) -> bool:
     """Attention goes both ways: BERT's kin without `is_decoder`, and XLNet."""
     both = getattr(config, "model_type", None) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return (both and not getattr(config, "is_decoder", False)) or getattr(config, "attn_type", None) == "bi"
+
+
+def _pools_last(config: Any) -> bool:
+    """Of a classifier: it stands on a model that only looks back, whose last token has seen the whole row."""
+    kind = getattr(config, "model_type", None)
+    lists = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return kind in lists[0] and kind not in lists[1]
 
 
 def _problem(config: Any) -> str | None:

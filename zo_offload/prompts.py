@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from .errors import DataError
@@ -31,7 +31,9 @@ class Template:
         self.literals = [literal for literal, *_ in parts]
         self.ends_open = not parts or parts[-1][1] is None
         for _, name, spec, _ in parts:
-            if name is not None and (spec or not name or not all(c.isalnum() or c in "_- " for c in name)):
+            if name is not None and (
+                spec or not name or name.isdigit() or not all(c.isalnum() or c in "_- " for c in name)
+            ):
                 raise DataError(f"{what}={text!r}: {{{name}}} is no name of a column. {hint}")
 
     def fill(self, values: Mapping[str, Any]) -> str:
@@ -54,7 +56,7 @@ class Prompt:
         kind: ModelKind,
         tokenizer: Any,
         template: str,
-        verbalizers: Sequence[str] | Mapping[Any, str],
+        words: Mapping[str, str],
         label_column: str,
         *,
         checked: bool,
@@ -65,8 +67,7 @@ class Prompt:
             check_kind(kind, "a template with verbalizers")
         self.kind, self.tokenizer, self.label_column = kind, tokenizer, label_column
         self.template = Template(template, "template")
-        pairs = verbalizers.items() if isinstance(verbalizers, Mapping) else enumerate(verbalizers)
-        self.words = {str(label): Template(str(word), "verbalizers") for label, word in pairs}
+        self.words = {label: Template(word, "verbalizers") for label, word in words.items()}
         texts = [word.text for word in self.words.values()]
         if len(texts) < 2 or len(set(texts)) < len(texts):
             raise DataError(f"verbalizers={texts}: give at least two different ones")

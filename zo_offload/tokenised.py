@@ -80,7 +80,8 @@ class TokenisedRows:
             label = name in ("labels", "label_ids", "label", self.label_column)
             if value is None or (isinstance(value, str) and not (label and kind.name == "classification")):
                 continue
-            takes = name in kind.takes or label or (kind.takes_any and _is_numeric(value))
+            open_to = name.startswith("decoder_") or kind.name in ("other", "unknown")
+            takes = name in kind.takes or label or (kind.takes_any and open_to and _is_numeric(value))
             if takes or self.own_objective:
                 kept[name] = value
             elif name not in self._left_out:
