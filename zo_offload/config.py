@@ -83,7 +83,8 @@ class EngineConfig:
     compute: str | None = None
     """Dtype of the perturbed weights and so of the forward. Default: fp32 on the CPU for a checkpoint (16-bit matmuls
     are slow on most CPUs), the checkpoint's own on a GPU, the module's own dtypes for a model given in memory. "tf32"
-    (GPU): float32 weights and activations, products on the matrix units."""
+    (GPU): float32 weights and activations, products on the matrix units. In 16 bits a parameter whose weights are too
+    large for eps to move (norms, mostly) is perturbed with more than eps: `gains.py`."""
     mode: Mode = "eval"
     """Of the model's modules while the engine runs them: "eval" (no dropout, batch norm by its running statistics),
     "train", or "as_is", each in the mode it is given in. Afterwards each has its own mode again. In every mode a

@@ -767,13 +767,12 @@ def _told_weakly(engine: Engine) -> Callable[[Plan], None]:
 
 
 def _warns(journal: Journal | None) -> Callable[[str, str], None]:
-    """Warns of a run that learns nothing, in the log and in the journal."""
+    """Warns of a run that learns nothing, and notes in the journal what does not follow from its records."""
 
     def warn(kind: str, text: str) -> None:
-        _log.warning("%s", text)
-        note = getattr(journal, "note", None)
-        if note is not None and kind == "vanishing":  # the others follow from the records
-            note({"warning": text})
+        if journal is not None and kind == "vanishing":
+            journal.note({"warning": text})
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     return warn
 

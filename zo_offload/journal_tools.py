@@ -43,7 +43,7 @@ def show(path: Path, last: int = 10) -> Iterator[str]:
     for key in ("model", "base", "plan", "storage", "fold_every", "rounding", "seed", "noise", "method", "data",
                 "versions", "created"):  # fmt: skip
         yield f"  {key:<11} {json.dumps(header.get(key))}"
-    for note in contents.notes:
+    for note in (note for note in contents.notes if "warning" not in note.values):
         yield f"  note after {note.step} steps: {json.dumps(note.values, sort_keys=True)}"
     for record in steps[len(steps) - last if last < len(steps) else 0 :]:
         state = " skipped" * record.skipped + ", eps halved" * record.halved
@@ -52,7 +52,8 @@ def show(path: Path, last: int = 10) -> Iterator[str]:
 
 def _warnings(contents: Contents) -> Iterator[str]:
     """Where the steps taught the model nothing, as far as the records tell, and what was noted on the way."""
-    for text in warnings_of(contents.steps):
+    noted = [str(note.values["warning"]) for note in contents.notes if "warning" in note.values]
+    for text in (*warnings_of(contents.steps), *noted):
         yield f"  warning: {text}"
 
 

@@ -101,6 +101,7 @@ class Training:
                     self._evaluate(metrics, stop)
                 self._check_stop(stop)
                 engine.learning.finish()
+                found = engine.learning.warnings
             finally:
                 engine.settle(at_once=stop.at_once)
                 streamer.look = lambda: None
@@ -109,7 +110,7 @@ class Training:
             steps=len(losses), losses=losses, evals=list(engine.evals), tokens_per_s=tokens / seconds, seconds=seconds,
             wait_share=engine.wait_share(traffic, seconds), resident_bytes=streamer.resident_bytes,
             model_bytes=engine.layout.total_bytes, fetch_bytes=traffic.fetch_bytes, flush_bytes=traffic.flush_bytes,
-            warnings=engine.learning.warnings,
+            warnings=found,
         )  # fmt: skip
 
     def _is_due(self, step: int) -> bool:

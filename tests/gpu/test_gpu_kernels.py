@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from zo_offload import native, native_cuda
-from zo_offload.formats import FORMATS
+from zo_offload.formats import CENTRED, FORMATS
 from zo_offload.formats.codec import encode_values
 from zo_offload.fused import Perturbation, Update, fused_pass, fused_rows
 from zo_offload.noise import NoiseSpec, noise
@@ -74,10 +74,12 @@ def test_fused_pass(gpu, name, kind, rounding, count, numel):
         assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} bytes differ"
 
 
-@pytest.mark.parametrize("name", [n for n, fmt in FORMATS.items() if fmt.trains_scales])
+@pytest.mark.parametrize("name", [n for n, fmt in (FORMATS | CENTRED).items() if fmt.trains_scales])
 def test_scales_that_train(gpu, name):
     updates = [Update(i, 2.0**-12) for i in range(2)]
-    pair = [run(d, FORMATS[name], 4096 + 77, updates, "gaussian", "nearest", "scales") for d in ("cpu", gpu)]
+    pair = [
+        run(d, (FORMATS | CENTRED)[name], 4096 + 77, updates, "gaussian", "nearest", "scales") for d in ("cpu", gpu)
+    ]
     for a, b in zip(*pair, strict=True):
         assert torch.equal(a, b)
 

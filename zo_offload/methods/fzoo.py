@@ -5,7 +5,8 @@ u_i in {-1, +1}^d, i = 1..N; l_i = loss(w + eps u_i), l_0 = loss(w); s = the sta
     w <- w - lr / (N s) * sum_i (l_i - l_0) u_i
 
 s is about eps times the length of the gradient, so `lr` is a length in the weights' own units, whatever eps and however
-steep the loss; the paper's eta is lr * eps (its code uses this lr too). All N + 1 lanes pass with a block while it is
+steep the loss; the paper's eta is lr * eps (its code uses this lr too, with a deviation by N: from the same lr its step
+is sqrt(N / (N - 1)) times as long). All N + 1 lanes pass with a block while it is
 there: a step moves the bytes of one of MeZO's and computes (N + 1) / 2 times as much, so where the link or the disk
 binds, the lanes beyond the second are free. Source: arXiv 2506.09034 (ICLR 2026).
 """
