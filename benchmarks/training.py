@@ -21,7 +21,7 @@ its name tells:
     int4 QZO, nf4 QZO, int8 QZO    frozen codes, group scales trained in units of weights (lr, eps: --qzo)
     int4 shifts     the same codes, scales trained from the minima (lr, eps: --shifts)
     int4 LoRA       frozen codes, rank-8 adapters on queries and values (lr, eps: --lora)
-    FZOO            int8+8, eight directions a step: nine forwards, where the others take two (lr: --fzoo; eps 1e-4)
+    FZOO            int8+8, eight directions a step: nine forwards, where the others take two (lr, eps: --fzoo)
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def run(task: Task, way: str, seed: int, options: argparse.Namespace) -> dict[st
     if way == "int4 shifts":
         method = QZOShift(lr=options.shifts[0], eps=options.shifts[1], batch_size=16)
     if way == "FZOO":
-        method = FZOO(lr=options.fzoo, batch_size=16)
+        method = FZOO(lr=options.fzoo[0], eps=options.fzoo[1], batch_size=16)
     if way == "bf16 lanes":
         model = model.bfloat16()
     settings.setdefault("trainable", "encoder.layer")
@@ -248,9 +248,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--qzo", type=float, nargs=2, default=[1e-5, 1e-3], metavar=("LR", "EPS"))
+    parser.add_argument("--qzo", type=float, nargs=2, default=[3e-4, 2.7e-3], metavar=("LR", "EPS"))
     parser.add_argument("--shifts", type=float, nargs=2, default=[1e-5, 1e-3], metavar=("LR", "EPS"))
-    parser.add_argument("--fzoo", type=float, default=1e-2, metavar="LR")
+    parser.add_argument("--fzoo", type=float, nargs=2, default=[1e-2, 1e-4], metavar=("LR", "EPS"))
     parser.add_argument("--lora", type=float, nargs=2, default=[1e-2, 1e-2], metavar=("LR", "EPS"))
     parser.add_argument("--out", type=Path, help="add the lines to this file too")
     parser.add_argument("--plot", type=Path, help="draw the lines of --out here, and run nothing")

@@ -167,6 +167,15 @@ def test_an_eps_that_vanishes_in_the_lanes_is_refused_before_training(dtype, eps
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_module_without_values_is_named(dtype):
+    with (
+        pytest.raises(ConfigError, match="is on meta and has no values"),
+        Engine(tiny_llama(2, dtype).to("meta"), method=METHOD) as engine,
+    ):
+        engine.step(batches()[0])
+
+
 # ---- presets ---------------------------------------------------------------------------------------------------------
 
 
