@@ -182,9 +182,25 @@ def test_a_base_bert_with_its_pooler_and_both_heads_is_taken_as_config_json_says
     assert any("cls.seq_relationship" in name for name in Engine(tmp_path).checkpoint.unexpected)
 
 
-def test_buffers_of_older_versions_are_passed_over(llama):
-    change_tensors(llama, add("model.layers.0.self_attn.rotary_emb.inv_freq", 4))
-    assert Engine(llama).plan.notes == ()
+@pytest.mark.parametrize(
+    ("name", "stray", "shape", "taken"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq", (4,), True),
+        ("gpt2", "transformer.h.0.attn.masked_bias", (), True),
+        ("gpt2", "transformer.h.0.attn.bias", (1, 1, 64, 64), True),
+        ("gpt-neox", "gpt_neox.layers.0.attention.bias", (1, 1, 64, 64), True),
+        ("gpt-neox", "gpt_neox.layers.0.attention.dense.masked", (64,), False),
+        ("bert", "bert.encoder.layer.0.attention.bias", (32,), False),
+    ],
+)
+def test_constants_of_older_versions_are_passed_over_and_biases_are_not(tmp_path, name, stray, shape, taken):
+    ZOO[name].build().save_pretrained(tmp_path)
+    change_tensors(tmp_path, add(stray, *shape))
+    if taken:
+        assert Engine(tmp_path).plan.notes == ()
+    else:
+        with pytest.raises(CheckpointError, match="no place in it"):
+            Engine(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -355,7 +355,11 @@ class Checkpoint:
         model._adjust_missing_and_unexpected_keys(report)  # type: ignore[arg-type]
         if self.has_weights:
             layout.differences = completeness.differences(
-                model, report.missing_keys, report.unexpected_keys, lambda: self._siblings(model)
+                model,
+                report.missing_keys,
+                report.unexpected_keys,
+                lambda: self._siblings(model),
+                self._file_metas(),
             )
         return layout
 

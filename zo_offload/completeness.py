@@ -12,7 +12,8 @@ model. So the rules know no model by name:
         unused  a sibling has it (a pooler, a language model's head), or it is of a whole module beside the body
         alien   any other: of a layer that config.json does not count, of a fork with other names, an adapter's, a bias
 
-What transformers itself knows to be harmless (`_keys_to_ignore_on_load_*`) is neither. Lost and alien ones are errors.
+What transformers itself knows to be harmless (`_keys_to_ignore_on_load_*`) is neither, nor are constants that older
+versions kept in files (causal masks, position ids). Lost and alien ones are errors.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ Siblings = Callable[[], tuple[PreTrainedModel | None, list[PreTrainedModel]]]
 """On meta: the model of the class that config.json names, if there is one, and those of other classes of its config."""
 
 _SHOWN = 4
+_CONSTANTS = re.compile(r"(^|\.)(masked_bias|position_ids|inv_freq)$")
+"""Buffers of older versions, which the model computes now."""
+_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")  # of such too, if it is [1, 1, n, n] and so no bias of a layer's
 _COUNTERS = re.compile(r"num_batches_tracked$")  # of BatchNorm: counts, and weighs nothing
 
 QUANTIZED: tuple[tuple[str, str], ...] = (
@@ -59,11 +63,18 @@ class Differences:
 
 
 def differences(
-    model: PreTrainedModel, missing: Iterable[str], unexpected: Iterable[str], siblings: Siblings
+    model: PreTrainedModel,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    siblings: Siblings,
+    in_files: Mapping[str, Tensor],
 ) -> Differences:
-    """Sorts the names that the files lack and those that the model has no place for; `siblings` is asked if need be."""
+    """Sorts the names that the files lack and those that the model has no place for; `siblings` is asked if need be.
+
+    in_files: tensors on meta, of the files.
+    """
     missing = sorted(name for name in missing if not _COUNTERS.search(name))
-    unexpected = sorted(unexpected)
+    unexpected = sorted(name for name in unexpected if not _is_constant(name, in_files.get(name)))
     if not missing and not unexpected:
         return Differences()
     declared, others = siblings()
@@ -118,6 +129,12 @@ def notes(found: Differences) -> tuple[str, ...]:
     if found.unused:
         told.append(f"of the checkpoint's tensors {len(found.unused)} are not used: {_listed(found.unused)}")
     return tuple(told)
+
+
+def _is_constant(name: str, tensor: Tensor | None) -> bool:
+    if _MASK.search(name) and tensor is not None:
+        return tensor.dim() == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]
+    return _CONSTANTS.search(name) is not None
 
 
 def _names(model: PreTrainedModel) -> set[str]:
