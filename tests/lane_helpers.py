@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from zo_offload.blocks import Piece
-from zo_offload.fused import Perturbation
+from zo_offload.fused import STILL, Perturbation
 from zo_offload.lanes import Hub, Lane, run_settled
 from zo_offload.plan import Owner, Plan, relift
 
@@ -35,6 +35,7 @@ class DictSource:
 
     def __init__(self, model: nn.Module, memory: str = "fresh") -> None:
         self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         self.out = 0
         self.emits: list[tuple[str, list[Perturbation], Tensor | None]] = []
         self._arena = torch.zeros(20 * sum(w.numel() for w in self.weights.values())) if memory == "arena" else None
@@ -43,6 +44,7 @@ class DictSource:
         self._cache: dict[Any, Tensor] = {}
 
     def perturbed(self, name: str, perturbation: Perturbation) -> Tensor:
+        perturbation = STILL if name in self.frozen else perturbation
         key = (name, perturbation)
         if key not in self._cache:
             with torch.inference_mode(False), torch.no_grad():
