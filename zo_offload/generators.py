@@ -156,11 +156,15 @@ def drawn_from(a: dict[str, Any], b: dict[str, Any]) -> frozenset[str]:
 def _same_state(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
-    if isinstance(a, tuple):
-        return len(a) == len(b) and all(_same_state(x, y) for x, y in zip(a, b, strict=True))
+    try:
+        return bool(a == b)
+    except ValueError:  # there is an array in it
+        pass
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same_state(a[key], b[key]) for key in a)
-    return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(_same_state(x, y) for x, y in zip(a, b, strict=True))
+    return bool((a == b).all())
 
 
 @contextmanager

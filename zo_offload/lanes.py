@@ -362,7 +362,7 @@ class Hub(Attachment):
             for frame in lane.frames:
                 frame.emission.leave()
             lane.frames = []
-        self._state.put_back()
+        self._state.end()
         self._home, self._lanes = None, []  # last: until then `mend` does it all again
 
     def _judge(self, lanes: list[LaneRun], watch: WatchedRun, start: dict[str, Any], alone: bool) -> None:
@@ -384,7 +384,7 @@ class Hub(Attachment):
 
     def _settle_state(self, lanes: list[LaneRun]) -> None:
         """The modules as before the run. PlanFault if lanes shared what they had not been known to change."""
-        new = self._state.put_back()
+        new = self._state.end()
         if new and not self.watching and len(lanes) > 1 and self.order != "lane":
             raise self._again("the forward changed its modules, which it had not done when it was watched")
 

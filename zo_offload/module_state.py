@@ -48,7 +48,7 @@ class ModuleState:
         self._storages: dict[int, Tensor] = {}  # what is in reach, by storage key
         self._passing: dict[int, Tensor] = {}  # the batches of this pass, in the same way
         self._versions: list[int] = []
-        self._watching = False
+        self._watching = self._noted = False  # noted: there is something to put back
 
     def note(self, watching: bool) -> bool:
         """Before a pass: note how things are. False if there are things that were not there: then it should be watched.
@@ -59,7 +59,7 @@ class ModuleState:
         assert self._reach is not None
         self._copies = {key: (flat, flat.clone()) for key, flat in self._memory.items()}
         self._versions = [_version(t) for t in self._reach.tensors]
-        self._watching, self._passing = False, {}
+        self._watching, self._noted, self._passing = False, True, {}
         return known
 
     def watch(self, batches: Iterable[Tensor] = ()) -> None:
@@ -125,6 +125,14 @@ class ModuleState:
 
     # ---- the end of a lane or of a pass ------------------------------------------------------------------------------
 
+    def end(self) -> list[Cell]:
+        """The pass has ended: `put_back`, which a second call leaves out."""
+        if not self._noted:
+            return []
+        new = self.put_back()
+        self._noted = False  # last: until then it is all done again
+        return new
+
     def put_back(self) -> list[Cell]:
         """Everything as before the pass. What was changed and had not been known to be.
 
@@ -170,7 +178,7 @@ def undisturbed(model: nn.Module, mode: str, seed: int) -> Iterator[None]:
         with module_modes(list(model.modules()), mode), own_random_numbers(lane_seed(seed, "trace", 0)):
             yield
     finally:
-        state.put_back()
+        state.end()
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

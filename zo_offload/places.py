@@ -46,7 +46,8 @@ LEAVES: tuple[type, ...] = (
 """Types whose values cannot change, or not as part of a model."""
 
 _BARE = frozenset(vars(nn.Module())) - {"training"}  # what torch keeps in every module
-_OF_TORCH = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_OF_TORCH = ("_parameters", "_buffers", "_modules")
+_CLASSES_LEFT_OUT = ("torch", "transformers", "typing", "abc")  # nothing is kept in the classes of these
 _HEAP_TYPE = 1 << 9  # of type.__flags__: a class made by Python code
 
 
@@ -229,7 +230,7 @@ class Reach:
         for module in modules:
             self._module(module)
         for cls in dict.fromkeys(cls for module in modules for cls in type(module).__mro__):
-            if cls.__flags__ & _HEAP_TYPE and cls.__module__.partition(".")[0] not in ("torch", "typing", "abc"):
+            if cls.__flags__ & _HEAP_TYPE and cls.__module__.partition(".")[0] not in _CLASSES_LEFT_OUT:
                 self.places.append(ClassNames(cls))
                 self._values([value for name, value in vars(cls).items() if not _is_special(name)])
 
@@ -240,8 +241,6 @@ class Reach:
             own = held.get(name)
             if type(own) in (dict, collections.OrderedDict):
                 self.places.append(Names(own))
-            elif isinstance(own, set):
-                self.places.append(Items(own))
         self._values(held.get("_buffers", {}).values())
         self._values([value for name, value in held.items() if name not in _BARE])
 
