@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from . import diskio, runs
+from . import runs
 from .adapters import beside_adapter
 from .away import Away
 from .binding import Binding, bound_from, check_horizon
@@ -50,7 +50,8 @@ from .gains import decide_gains
 from .generation import check_generates, generate_texts
 from .identity import check_objective, objective_name
 from .ingest import Base, ModuleBase, load_kept
-from .journal import Journal, StepRecord, read_journal
+from .journal import Journal, StepRecord
+from .journal_format import load_journal
 from .lanes import Lane, hollow
 from .late import LateLog, Launched
 from .layout import Layout
@@ -721,9 +722,7 @@ class Engine:
         path = self._path(runs.JOURNAL)
         if path is None or not self._resumes or not path.exists():
             return ENCODING
-        header = (
-            self.journal.header if self.journal is not None else read_journal(diskio.read_file(path), str(path)).header
-        )
+        header = self.journal.header if self.journal is not None else load_journal(path).header
         return int(header.get("encoding", 1))
 
     def _objective_of(self, batches: Batches) -> Objective:

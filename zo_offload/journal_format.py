@@ -51,8 +51,10 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from . import diskio
 from .errors import JournalError
 from .fused import Update
 
@@ -193,6 +195,16 @@ def read_journal(data: bytes, name: str = "journal", *, damaged_end: bool = Fals
             chain.append(crc)
             ends.append(offset)
     return Contents(header, steps, begin, good, chain, notes, ends, takes_notes)
+
+
+def load_journal(path: Path) -> Contents:
+    """What a journal's file says; nothing is changed. Raises JournalError."""
+    try:
+        return read_journal(diskio.read_file(path), str(path))
+    except FileNotFoundError:
+        raise JournalError(f"{path} does not exist") from None
+    except OSError as error:
+        raise JournalError(f"{path} cannot be read: {error}") from error
 
 
 def _parse_note(text: bytes, name: str, offset: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 
 from . import diskio, runs
 from .errors import ConfigError, JournalError
-from .journal_format import Contents, histories, read_journal
+from .journal_format import Contents, histories, load_journal, read_journal
 from .learning_watch import is_skipped, warnings_of
 from .lock import RunLock, hold
 from .tiers.disk import DiskTier, load_shapes
@@ -35,7 +35,7 @@ def show(path: Path, last: int = 10) -> Iterator[str]:
     """Lines for people: what the run is, and its last steps."""
     file = journal_file(path)
     size = file.stat().st_size
-    contents = read_journal(diskio.read_file(file), str(file))
+    contents = load_journal(file)
     header, steps = contents.header, contents.steps
     skipped = sum(is_skipped(record) for record in steps)
     yield f"{file}: {len(steps)} steps ({skipped} skipped), {size} bytes"
@@ -137,7 +137,7 @@ def write_csv(path: Path, out: IO[str]) -> None:
     file = journal_file(path)
     writer = csv.writer(out)
     writer.writerow(COLUMNS)
-    for r in read_journal(diskio.read_file(file), str(file)).steps:
+    for r in load_journal(file).steps:
         about = (r.step, r.loss, r.grad, r.lr, int(r.skipped), int(r.halved), f"{r.batch_crc:08x}")
         for update in r.updates:
             writer.writerow((*about, update.seed, update.coeff, update.decay, int(update.fold)))

@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import diskio, runs
+from . import runs
 from .engine import Engine
 from .errors import ConfigError, JournalError
 from .fused import Gains
 from .gains import gains_of
 from .identity import about_base, check_identity, check_sample, identity
 from .ingest import Base, Filler
-from .journal import Contents, read_journal
+from .journal_format import Contents
+from .journal_format import load_journal as read_file
 from .layout import Layout
 from .modes import modes_of
 from .plan import Plan
@@ -40,12 +41,7 @@ def load_journal(path: str | Path) -> Contents:
     """A journal's contents, from its file or its run directory; nothing is changed. Raises JournalError."""
     path = Path(path)
     file = path / runs.JOURNAL if path.is_dir() else path
-    try:
-        return read_journal(diskio.read_file(file), str(file))
-    except FileNotFoundError:
-        raise JournalError(f"{file} does not exist") from None
-    except OSError as error:
-        raise JournalError(f"{file} cannot be read: {error}") from error
+    return read_file(file)
 
 
 def replay(
