@@ -81,7 +81,7 @@ def encoder_identity(encoder: Any, rows: Any) -> dict[str, Any]:
     options = {
         field.name: value
         for field in dataclasses.fields(encoder)
-        if field.init and _is_option(value := getattr(encoder, field.name))
+        if field.init and not field.name.startswith("_") and _is_option(value := getattr(encoder, field.name))
     }
     if isinstance(options.get("verbalizers"), Mapping):
         options["verbalizers"] = {str(label): word for label, word in options["verbalizers"].items()}

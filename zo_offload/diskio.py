@@ -62,8 +62,9 @@ def read_at(fd: int, out: memoryview, offset: int) -> int:
     return done
 
 
-def read_file(path: Path) -> bytes:
-    """All of a regular file. OSError on anything else: opening a pipe, say, would wait for its other end."""
+def read_file(path: Path, limit: int = -1) -> bytes:
+    """All of a regular file, or its first `limit` bytes. OSError on anything else: opening a pipe, say, would wait for
+    its other end."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "rb") as file:
         mode = os.fstat(fd).st_mode
@@ -71,7 +72,7 @@ def read_file(path: Path) -> bytes:
             raise IsADirectoryError(errno.EISDIR, "is a directory", str(path))
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "is a pipe, socket or device, not a file", str(path))
-        return file.read()
+        return file.read(limit)
 
 
 def sync(fd: int) -> None:

@@ -51,7 +51,7 @@ from .generation import check_generates, generate_texts
 from .identity import check_objective, objective_name
 from .ingest import Base, ModuleBase, load_kept
 from .journal import Journal, StepRecord
-from .journal_format import load_journal
+from .journal_format import load_header
 from .lanes import Lane, hollow
 from .late import LateLog, Launched
 from .layout import Layout
@@ -722,7 +722,7 @@ class Engine:
         path = self._path(runs.JOURNAL)
         if path is None or not self._resumes or not path.exists():
             return ENCODING
-        header = self.journal.header if self.journal is not None else load_journal(path).header
+        header = self.journal.header if self.journal is not None else load_header(path)
         return int(header.get("encoding", 1))
 
     def _objective_of(self, batches: Batches) -> Objective:

@@ -38,8 +38,10 @@ SAMPLE = 16
 FORMAT = 3
 SINCE_3 = ("format", "config", "compute", "model_type")
 """Keys that runs of format 2 do not have; they stay without."""
-_SHAPES_NO_NUMBER = frozenset({"transformers_version", "_name_or_path", "_commit_hash"})
-"""Of a config: where and by what it was written."""
+_SHAPES_NO_NUMBER = frozenset({"transformers_version", "use_cache"})
+"""Of a config, beside names that begin with "_": where and by what it was written, what only generation asks for."""
+_OF_FILES = frozenset({"architectures", "dtype", "torch_dtype"})
+"""Of a config: how to build and load a model, which one that is in memory has behind it."""
 
 
 def identity(
@@ -97,16 +99,22 @@ def about_base(model: nn.Module | None, directory: Path | None, config: EngineCo
         return {"model_type": type(model).__name__, "config": _of_numbers({**found, **overrides})}
     carried = getattr(model, "config", None)
     to_dict = getattr(carried, "to_dict", None)
-    return {"model_type": None, "config": None if to_dict is None else _of_numbers(to_dict())}
+    found = None if to_dict is None else {k: v for k, v in to_dict().items() if k not in _OF_FILES}
+    return {"model_type": None, "config": _of_numbers(found)}
 
 
 def _of_numbers(config: Any) -> Any:
     """A config as JSON, without what says where it comes from."""
     if isinstance(config, Mapping):
-        return {str(key): _of_numbers(value) for key, value in config.items() if key not in _SHAPES_NO_NUMBER}
+        pairs = ((str(key), value) for key, value in config.items())
+        return {k: _of_numbers(v) for k, v in pairs if k not in _SHAPES_NO_NUMBER and not k.startswith("_")}
     if isinstance(config, (list, tuple)):
         return [_of_numbers(value) for value in config]
-    return config if isinstance(config, (str, int, float, bool, type(None))) else str(config)
+    if isinstance(config, (set, frozenset)):
+        return sorted(map(str, config))
+    if isinstance(config, (str, int, float, bool, type(None))):
+        return config
+    return type(config).__name__ if " at 0x" in str(config) else str(config)
 
 
 def objective_name(objective: Callable[..., Any], default: Callable[..., Any]) -> str | None:

@@ -207,6 +207,16 @@ def load_journal(path: Path) -> Contents:
         raise JournalError(f"{path} cannot be read: {error}") from error
 
 
+def load_header(path: Path) -> dict[str, Any]:
+    """The header of a journal's file; its steps are not read. Raises JournalError."""
+    try:
+        start = diskio.read_file(path, 8)
+        length = struct.unpack_from("<I", start, 4)[0] if len(start) == 8 else 0
+        return _read_header(diskio.read_file(path, 12 + min(length, _MAX_HEADER_BYTES)), str(path))[0]
+    except OSError as error:
+        raise JournalError(f"{path} cannot be read: {error}") from error
+
+
 def _parse_note(text: bytes, name: str, offset: int) -> dict[str, Any]:
     try:
         values = json.loads(text)

@@ -40,9 +40,10 @@ def show(path: Path, last: int = 10) -> Iterator[str]:
     skipped = sum(is_skipped(record) for record in steps)
     yield f"{file}: {len(steps)} steps ({skipped} skipped), {size} bytes"
     yield from _warnings(contents)
-    for key in ("model", "base", "plan", "storage", "fold_every", "rounding", "seed", "noise", "method", "data",
-                "versions", "created"):  # fmt: skip
-        yield f"  {key:<11} {json.dumps(header.get(key))}"
+    for key in ("model", "base", "plan", "storage", "fold_every", "rounding", "seed", "noise", "method",
+                "objective", "data", "versions", "created"):  # fmt: skip
+        if key != "data" or key in header:  # else it is a note, below
+            yield f"  {key:<11} {json.dumps(header.get(key))}"
     for note in (note for note in contents.notes if "warning" not in note.values):
         yield f"  note after {note.step} steps: {json.dumps(note.values, sort_keys=True)}"
     for record in steps[len(steps) - last if last < len(steps) else 0 :]:

@@ -76,10 +76,15 @@ def check_fresh(run_dir: Path) -> None:
         raise diskio.storage_error(error, "looking at", run_dir, then="Nothing was changed.") from error
 
 
+_NO_STEPS_BYTES = 1 << 20  # a larger journal has steps: not worth reading to know
+
+
 def is_without_steps(run_dir: Path) -> bool:
     """Whether run_dir holds the journal of a run that took no step yet. A journal that cannot be read took some."""
     path = run_dir / JOURNAL
     try:
+        if path.stat().st_size > _NO_STEPS_BYTES:
+            return False
         return _is_config(run_dir / CONFIG) and not read_journal(diskio.read_file(path), str(path)).steps
     except (JournalError, OSError):
         return False
