@@ -204,6 +204,19 @@ def test_features_of_another_precision_go_into_models_of_float32(make):
         engine.fit(rows, steps=1, batch_size=4)
 
 
+def test_sounds_of_different_lengths_are_named():
+    rows = [
+        {"input_features": torch.randn(8, 24), "labels": [5]},
+        {"input_features": torch.randn(8, 20), "labels": [5]},
+    ]
+    rows = [{**row, "input_features": row["input_features"][0]} for row in rows]
+    with (
+        Engine(ZOO["whisper"].build(), method=METHOD, offload="none") as engine,
+        pytest.raises(DataError, match="'input_features' does not make a batch.*lengths are 20 to 24.*collate_fn"),
+    ):
+        engine.evaluate(rows, batch_size=2)
+
+
 def test_labels_and_numbers_of_rows_keep_their_precision():
     seen = {}
 

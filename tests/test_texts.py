@@ -84,6 +84,14 @@ def test_several_texts_of_one_prompt_all_come_back(name):
         assert engine.generate(TEXTS[0], return_dict_in_generate=True, output_scores=True, **options) == one
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_memory_for_generating_is_planned_without_a_loss(name, caplog):
+    with engine_of(strong(name), word_tokenizer()) as engine:
+        engine.generate(TEXTS, **NEW)
+        assert not engine.memory.unknown
+    assert "could not be measured" not in caplog.text
+
+
 def prompts_seen(engine, *prompts, **options):
     """The token ids that `generate` of transformers is given."""
     seen, real = [], engine.model.generate

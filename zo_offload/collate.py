@@ -54,7 +54,13 @@ class Collator:
         try:
             return self._stack([_tensor(value, _PAD_WITH.get(key, self.pad_token)) for value in values], key)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise DataError(f"{where}: column {key!r} does not make a batch: {error}") from error
+            lengths = sorted({len(value) for value in values if hasattr(value, "__len__")})
+            hint = (
+                f". Their lengths are {lengths[0]} to {lengths[-1]}: cut or pad them to one, by the model's feature "
+                "extractor in a DataLoader's collate_fn, say"
+            )
+            hint = hint if len(lengths) > 1 else ""
+            raise DataError(f"{where}: column {key!r} does not make a batch: {error}{hint}") from error
 
     def _stack(self, tensors: list[Tensor], key: str) -> Tensor:
         if key == "labels" and any(t.dtype.is_floating_point for t in tensors):

@@ -56,7 +56,7 @@ from .lanes import Lane, hollow
 from .late import LateLog, Launched
 from .layout import Layout
 from .learning_watch import LearningWatch
-from .losses import Batch, Objective, model_loss, weighing
+from .losses import Batch, Objective, model_loss, plain_forward, weighing
 from .measures import OptionsLoss
 from .memory import MemoryPlan, process_bytes
 from .methods import MeZO, lr_schedule
@@ -400,7 +400,7 @@ class Engine:
     @entry
     def run(self, batch: Batch, call: Callable[[nn.Module, Batch], Any] | None = None) -> Any:
         """One forward at the current weights: `call(model, batch)`, default `model(**batch)`. For logits, say."""
-        passes = self._start(batch).passes
+        passes = self._start(batch, objective=plain_forward).passes  # no loss is asked for
         with self._work():
             return passes.forward([Lane(STILL, batch)], call or (lambda model, inputs: model(**inputs)), exact=True)[0]
 

@@ -11,6 +11,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,7 +20,7 @@ from .chunked_loss import losses_in_chunks
 from .errors import ConfigError, DataError
 from .measures import OptionsLoss
 from .meta_model import config_parts
-from .micro_batches import Weighing, label_counts, rows_weigh
+from .micro_batches import Weighing, batch_rows, label_counts, rows_weigh
 from .model_kind import ModelKind, kind_of, unwrapped
 from .on_device import input_dtype, inputs_in
 from .outputs import describe, loss_of
@@ -56,6 +57,15 @@ def model_loss(model: nn.Module, batch: Batch) -> Any:
         f"{name} gave no loss for a batch with {sorted(batch)}, but {describe(output)}.{_headless(model)} Give the "
         "labels that its forward takes, or pass objective=(model, batch) -> loss"
     )
+
+
+def plain_forward(model: nn.Module, batch: Batch) -> Any:
+    """A forward without a loss, to plan memory for one: an encoder-decoder that is given no answer begins one."""
+    config = getattr(unwrapped(model), "config", None)
+    given = {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & set(batch)
+    if getattr(config, "is_encoder_decoder", False) and not given:
+        batch = {**batch, "decoder_input_ids": torch.zeros(batch_rows(batch), 1, dtype=torch.int64)}
+    return model(**batch)
 
 
 def scalar(loss: Any) -> Tensor | float:
