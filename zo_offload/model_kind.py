@@ -127,7 +127,8 @@ def kind_of(model: nn.Module) -> ModelKind:
         label_positions=None if label_positions is None else label_positions - virtual,
         vocabulary=_vocabulary(inner), pad_token=_pad_token(config), virtual=virtual, sees_ahead=sees_ahead,
         needs_padding=name == "classification" and _pad_token(config) is None and _pools_last(config),
-        takes=frozenset(a.name for a in arguments), takes_any=any(a.kind is a.VAR_KEYWORD for a in arguments),
+        takes=frozenset(a.name for a in arguments if a.kind is not a.VAR_KEYWORD),
+        takes_any=any(a.kind is a.VAR_KEYWORD for a in arguments),
         flags=frozenset(a.name for a in arguments if "bool" in str(a.annotation)),
     )  # fmt: skip
 

@@ -54,6 +54,11 @@ class TokenisedRows:
 
     def __call__(self, row: Mapping[str, Any], where: str, draw: str) -> Encoded:
         encoded = self._kept(row)
+        if not encoded:
+            raise DataError(
+                f"{where}: {self.kind.model} takes none of its columns {', '.join(map(repr, row))}. Name them as its "
+                "arguments, pass text_column= for text, or an objective= that takes them."
+            )
         if "input_ids" not in encoded:
             return self._labelled(encoded, None, where, draw)
         given = encoded["input_ids"]
