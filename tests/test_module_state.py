@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import random
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -316,10 +317,13 @@ def held(value: Any) -> Any:
 
 
 def state(model: nn.Module) -> Any:
-    """All that is in the modules but weights and hooks, with the identity of the buffers."""
+    """All that is in the modules but weights, hooks and what guards a model in use, with the buffers' identity."""
     skip = {name for name in vars(nn.Module()) if "hook" in name} | {"_parameters"}
     return [
-        ({k: held(v) for k, v in vars(m).items() if k not in skip}, {k: id(b) for k, b in m._buffers.items()})
+        (
+            {k: held(v) for k, v in vars(m).items() if k not in skip and not isinstance(v, FunctionType)},
+            {k: id(b) for k, b in m._buffers.items()},
+        )
         for m in model.modules()
     ] + [OfTheClass.count, dict(OfTheClass.table), GLOBAL.get_state().tolist()]
 
@@ -457,3 +461,45 @@ def test_an_error_in_one_of_two_lanes_leaves_nothing(watched: bool, error: type[
         model = engine.restore()
     assert state(model) == before
     gc.collect()
+
+
+class Sometimes(Stack):
+    """Changes a number, or a buffer in place, only once it has been told to."""
+
+    n, told = 0, ""
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def between(self, x: Tensor, i: int) -> Tensor:
+        if self.told == "number":
+            self.n += 1
+        elif self.told == "buffer":
+            self.count += 1
+        return x * (1 + self.n)
+
+
+def test_a_change_that_was_not_seen_when_forwards_were_watched_is_found_and_the_pass_run_again() -> None:
+    model = Sometimes()
+    with Engine(model, method=MeZO(lr=1e-30, eps=EPS), objective=mean_square, offload="host") as engine:
+        for _ in range(2):  # watched, and watched again under the plan that the first showed
+            engine.step(batch())
+        model.told = "number"
+        record = engine.step(batch())
+        assert model.n == 0
+        model = engine.restore()  # type: ignore[assignment]
+    assert record.loss == sum(plain(model, 2, [batch()])) / 2
+
+
+def test_memory_that_was_not_seen_to_change_is_an_error_that_names_it_and_the_next_pass_is_right() -> None:
+    model = Sometimes()
+    with Engine(model, method=MeZO(lr=1e-30, eps=EPS), objective=mean_square, offload="host") as engine:
+        for _ in range(2):  # watched, and watched again under the plan that the first showed
+            engine.step(batch())
+        model.told = "buffer"
+        with pytest.raises(PlanError, match="buffer 'count' was changed in place by a forward"):
+            engine.step(batch())
+        count = float(model.count)
+        assert engine.step(batch()).step == 2 and float(model.count) == count

@@ -95,6 +95,7 @@ class Hub(Attachment):
         self._generators, self._rng_kinds = Generators(), frozenset[str]()
         self._state = ModuleState(model, self._generators)
         self._modules = list(model.modules())
+        self._callers: dict[str, Any] = {}  # states of the caller's generators, while lanes have seeded ones
         self._own_batches = False  # the forward changes its batch, so each lane is given one of its own
         self._set_plan(plan)
 
@@ -185,6 +186,7 @@ class Hub(Attachment):
         try:
             self._watch = WatchedRun(self.model, self.plan, self._params, lanes, self._state) if watching else None
             if seed is not None:
+                self._callers = {kind: state for kind, state in start.items() if kind in self._carried}
                 self._generators.seed(self._carried, seed)
             first = self._generators.state(self._carried)
             for lane in lanes:
@@ -207,8 +209,6 @@ class Hub(Attachment):
             try:
                 self._clean_up(lanes)
             finally:
-                if seed is not None:
-                    self._generators.set({kind: state for kind, state in start.items() if kind in self._carried})
                 torch.set_autocast_cache_enabled(cache)
 
     def _launch(self, lane: LaneRun, call: ForwardCall, rng: dict[str, Any]) -> None:
@@ -363,6 +363,8 @@ class Hub(Attachment):
                 frame.emission.leave()
             lane.frames = []
         self._state.end()
+        self._generators.set(self._callers)
+        self._callers = {}
         self._home, self._lanes = None, []  # last: until then `mend` does it all again
 
     def _judge(self, lanes: list[LaneRun], watch: WatchedRun, start: dict[str, Any], alone: bool) -> None:
