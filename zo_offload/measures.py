@@ -22,6 +22,7 @@ Options = Sequence[list[int]]
 """Tokens of each verbalizer, in the order of the labels."""
 
 _RIGHT = "right_option"  # in a batch with a row for each option: the index of the right one, one for each row before
+_WORDS = "words_of_options"  # in a batch of verbalizers of one token each: [rows, options]
 
 
 def measure(
@@ -48,7 +49,7 @@ def measure(
     if logits is None or not isinstance(labels, Tensor) or labels.dtype.is_floating_point:
         return values
     if options is not None:
-        chosen, right = _option_logits(encoder, options, logits, labels)
+        chosen, right = _option_logits(encoder, _words(options, labels.device), logits, labels)
         values["accuracy"] = (float((chosen.argmax(-1) == right).double().mean()), float(len(right)))
     elif labels.dim() == 1 and logits.dim() == 2 and logits.shape[1] > 1 and bool((counted := labels != IGNORED).any()):
         right = logits.argmax(-1)[counted] == labels[counted]
@@ -70,16 +71,19 @@ class OptionsLoss:
 
     def prepared(self, batch: Batch) -> Batch:
         """A batch as the objective takes it, made on the host: with options of several tokens, a row for each."""
+        if _RIGHT in batch or _WORDS in batch:
+            return batch
         options = [self.encoder.options] * len(batch["labels"])
-        return batch if _are_single(options) or _RIGHT in batch else _expanded(self.encoder, batch, options)
+        if not _are_single(options):
+            return _expanded(self.encoder, batch, options)
+        return {**batch, _WORDS: _words(options, batch["labels"].device)}
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         wide = self.prepared(dict(batch))
         if _RIGHT in wide:
             totals, counts = _scores(self.encoder, model, wide, len(self.encoder.options))
             return nn.functional.cross_entropy(totals / counts, wide[_RIGHT])
-        options = [self.encoder.options] * len(wide["labels"])
-        chosen, right = _option_logits(self.encoder, options, _logits(self.encoder, model, wide), wide["labels"])
+        chosen, right = _option_logits(self.encoder, wide[_WORDS], _logits(self.encoder, model, wide), wide["labels"])
         return nn.functional.cross_entropy(chosen.float(), right)
 
 
@@ -89,7 +93,7 @@ def _are_single(options: Sequence[Options]) -> bool:
 
 def _logits(encoder: Encoder, model: nn.Module, batch: Batch) -> Tensor:
     """The model's logits. A decoder's inputs are made of its labels; nothing else needs them."""
-    left_out = {_RIGHT} if encoder.kind.name == "seq2seq" else {_RIGHT, "labels"}
+    left_out = {_RIGHT, _WORDS} if encoder.kind.name == "seq2seq" else {_RIGHT, _WORDS, "labels"}
     output = model(**{name: value for name, value in batch.items() if name not in left_out})
     logits = logits_of(output)
     if logits is None:
@@ -97,13 +101,15 @@ def _logits(encoder: Encoder, model: nn.Module, batch: Batch) -> Tensor:
     return logits
 
 
-def _option_logits(
-    encoder: Encoder, options: Sequence[Options], logits: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor]:
-    """[rows, options] logits of verbalizers of one token where each row is asked, and the index of the right one."""
+def _words(options: Sequence[Options], device: torch.device) -> Tensor:
+    """[rows, options] tokens of verbalizers of one token each."""
+    return torch.tensor([[ids[0] for ids in row] for row in options], device=device)
+
+
+def _option_logits(encoder: Encoder, words: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """[rows, options] logits of the words where each row is asked, and the index of the right one."""
     at = (labels != IGNORED).int().argmax(1)  # the first token with a loss
     rows = torch.arange(len(labels), device=labels.device)
-    words = torch.tensor([[ids[0] for ids in row] for row in options], device=labels.device)
     right = (labels[rows, at][:, None] == words).int().argmax(-1)
     return lined_up(logits, labels, 0)[rows, at - encoder.kind.shift].gather(1, words), right
 
