@@ -503,3 +503,56 @@ def test_memory_that_was_not_seen_to_change_is_an_error_that_names_it_and_the_ne
             engine.step(batch())
         count = float(model.count)
         assert engine.step(batch()).step == 2 and float(model.count) == count
+
+
+def test_hooks_that_a_model_puts_on_itself_are_put_back_with_their_flag():
+    """transformers gives hidden states by hooks that the first forward puts on, and a flag that says so."""
+    from tiny_models import ZOO
+
+    ids = torch.arange(3, 27).reshape(2, 12)
+    seen = []
+
+    def objective(model, batch):
+        out = model(**batch, output_hidden_states=True)
+        seen.append(len(out.hidden_states))
+        return out.loss + 0 * out.hidden_states[1].mean()
+
+    model = ZOO["llama"].build()
+    with Engine(model, method=MeZO(lr=1e-4), objective=objective) as engine:
+        for _ in range(3):
+            engine.step({"input_ids": ids, "labels": ids})
+    assert set(seen) == {3}
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("order", ["module", "block", "lane"])
+@pytest.mark.parametrize("kind", ["put on", "put on first, with options", "taken off"])
+def test_a_forward_that_changes_its_hooks_leaves_them(kind, order):
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+            self.handle = (
+                self.layers[1].register_forward_hook(lambda m, a, out: out * 2) if kind == "taken off" else None
+            )
+
+        def forward(self, x, labels):
+            if kind == "put on":
+                self.layers[0].register_forward_hook(lambda m, a, out: out + 1)
+            elif kind != "taken off":
+                self.layers[0].register_forward_pre_hook(
+                    lambda m, a, k: ((a[0] * 3,), k), prepend=True, with_kwargs=True
+                )
+            for layer in self.layers:
+                x = layer(x)
+            if kind == "taken off":
+                self.handle.remove()
+            return ((x - labels) ** 2).mean()
+
+    batch = {"x": torch.ones(2, 4), "labels": torch.zeros(2, 4)}
+    losses = []
+    with Engine(Hooked(), method=MeZO(lr=1e-12), order=order, objective=lambda m, b: m(**b)) as engine:
+        losses = [engine.step(batch).loss for _ in range(3)]
+        assert engine.run(batch, lambda m, b: float(m(**b))) == float(Hooked()(**batch).detach())
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)

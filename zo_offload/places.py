@@ -48,6 +48,11 @@ LEAVES: tuple[type, ...] = (
 _BARE = frozenset(vars(nn.Module())) - {"training"}  # what torch keeps in every module
 _OF_TORCH = ("_parameters", "_buffers", "_modules")
 _CLASSES_LEFT_OUT = ("torch", "transformers", "typing", "abc")  # nothing is kept in the classes of these
+_HOOKS = {
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+}
+"""Attributes of a module that hold the hooks around its forward, and those that hold their options."""
 _HEAP_TYPE = 1 << 9  # of type.__flags__: a class made by Python code
 
 
@@ -113,6 +118,45 @@ class Names(Place):
         if list(self.target) != list(self.then):  # the order of buffers and modules is that of their names
             self.target.clear()
             self.target.update(self.then)
+
+
+class Hooks(Place):
+    """The hooks around a module's forward, those of this package left out: one cell, all of them.
+
+    A model may put hooks on itself at its first forward and note in an attribute that it has (transformers does, to
+    give hidden states). Put back alone, the attribute would have it do so again at every forward.
+    """
+
+    def __init__(self, held: dict[str, Any]) -> None:
+        self._held = held  # the module's attributes, which are a place of their own
+        super().__init__(held["_forward_hooks"])
+
+    def now(self) -> Any:
+        """(attribute, id of the hook) -> hook, and option -> True."""
+        held, found = self._held, {}
+        for hooks, options in _HOOKS.items():
+            for key, hook in held[hooks].items():
+                if not _is_ours(hook):
+                    found[hooks, key] = hook
+                    found |= {(option, key): True for option in options if key in held[option]}
+        return found
+
+    def changed(self) -> list[Any]:
+        now, then = self.now(), self.then
+        same = len(now) == len(then) and all(now.get(key, GONE) is hook for key, hook in then.items())
+        return [] if same else [None]
+
+    def get(self, key: Any) -> Any:
+        return self.now()
+
+    def noted(self, key: Any) -> Any:
+        return self.then
+
+    def put(self, key: Any, value: Any) -> None:
+        for attribute, hook in self.now().keys() - value.keys():
+            del self._held[attribute][hook]
+        for (attribute, hook), what in value.items():
+            self._held[attribute][hook] = what
 
 
 class ClassNames(Place):
@@ -204,6 +248,10 @@ class Array(Place):
         self.target[...] = value
 
 
+def _is_ours(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
+
+
 def _is_special(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
 
@@ -236,7 +284,7 @@ class Reach:
 
     def _module(self, module: nn.Module) -> None:
         held = vars(module)
-        self.places.append(Names(held))
+        self.places += Names(held), Hooks(held)
         for name in _OF_TORCH:
             own = held.get(name)
             if type(own) in (dict, collections.OrderedDict):
