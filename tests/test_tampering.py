@@ -9,6 +9,7 @@ import pytest
 from benchmarks import tampering
 
 
+@pytest.mark.filterwarnings("ignore:.*the column is left out")
 def test_nothing_that_was_changed_is_gone_on_with_in_silence(tmp_path: Path) -> None:
     found = {
         result["kind"]: result
@@ -25,9 +26,3 @@ def test_nothing_that_was_changed_is_gone_on_with_in_silence(tmp_path: Path) -> 
         "data: written otherwise", "config: written elsewhere", "blocks: of earlier", "blocks: of a twin",
         "blocks: removed", "journal: of a twin",
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("trials", [10])
-def test_a_removed_lock_lets_no_second_engine_in(tmp_path: Path, trials: int) -> None:
-    (found,) = tampering.results(tmp_path, trials, 3, ["lock"], 400)
-    assert found["silent"] == 0 and found["outcomes"]["the first goes on, equal"] == 2
