@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import re
-import threading
 import warnings
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from transformers import OPTConfig, OPTForCausalLM
 import zo_offload.engine
 import zo_offload.streamer
 from zo_offload import BudgetError, DivergenceError, Engine, MeZO, runs
-from zo_offload.devices import CpuDevice
+from zo_offload.devices import CpuDevice, Event
 from zo_offload.devices.cuda import LIBRARY_BYTES, CudaDevice
 from zo_offload.devices.link import Link
 from zo_offload.devices.staging import HostSlabs, Ring
@@ -139,8 +138,7 @@ def test_copies_much_slower_than_compute(use, seed):
 def test_the_race_checker_sees_a_missing_wait(use, monkeypatch, broken):
     device = use(FakeCudaDevice())
     if "compute" in broken:
-        monkeypatch.setattr(device, "mark", lambda: _set(device.event(), record_first=True))
-        device.mark()
+        monkeypatch.setattr(device, "mark", lambda: _set(device.event()))
     else:
         before = zo_offload.streamer.Streamer._event
 
@@ -152,9 +150,10 @@ def test_the_race_checker_sees_a_missing_wait(use, monkeypatch, broken):
     assert device.backend.races
 
 
-def _set(event, record_first=False):
-    """An event that nothing is behind."""
-    threading.Event.set(event._done)
+def _set(event):
+    """An event that nothing is behind: set on the host, and never recorded in a stream."""
+    Event.set(event)
+    assert event.is_done()
     return event
 
 
@@ -193,12 +192,12 @@ def test_late_losses_on_the_cpu_change_nothing(use, tmp_path, offload, micro_bat
 
 
 def loss_that_fails_at(step):
-    """An objective whose loss is NaN on one step's batch."""
-    bad = batches()[step]["input_ids"]
+    """An objective whose loss is NaN on one step's batch; on none with step=None: mended, and by name the same."""
+    bad = None if step is None else batches()[step]["input_ids"]
 
     def objective(model, batch):
         loss = model(**batch).loss
-        return loss * math.nan if torch.equal(batch["input_ids"], bad) else loss
+        return loss * math.nan if bad is not None and torch.equal(batch["input_ids"], bad) else loss
 
     return objective
 
@@ -235,7 +234,7 @@ def test_a_run_that_stops_ends_where_it_says_and_goes_on_from_there(use, tmp_pat
     if fold_every == 1:
         for name in expected:
             assert torch.equal(expected[name], after[name]), name
-    with Engine.resume(tmp_path / "run", tiny_opt(torch.bfloat16)) as engine:
+    with Engine.resume(tmp_path / "run", tiny_opt(torch.bfloat16), objective=loss_that_fails_at(None)) as engine:
         assert len(engine.fit(batches(), steps=STEPS, batch_size=4).losses) == STEPS - 3
 
 
@@ -329,7 +328,10 @@ def test_rows_of_ids_that_the_host_does_not_know():
         lanes = [LaneRun(i, None) for i in range(2)]
         for lane, i in zip(lanes, ids, strict=True):
             lane.ids = i if known else i.to("meta")
-        portion = Portion(None, 0, False, ("e.weight",), (embedding.weight,), ((11, 5),), ())
+        portion = Portion(
+            pieces=None, block=0, spans=False, names=("e.weight",), params=(embedding.weight,), shapes=((11, 5),),
+            resting=(), frozen=False, strides=(None,),
+        )  # fmt: skip
         served = Served(0, type("O", (), {"name": "e", "rows": True})(), embedding, [portion])
         if known:
             rows = gather(served, lanes)
@@ -404,4 +406,36 @@ def test_a_slot_is_not_fetched_into_while_its_memory_is_still_computed_with(use)
 
     device.backend.empty = in_use
     train(device="cuda", offload="host", num_slots=2, steps=1)
+    assert device.backend.races == []
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_a_broken_off_pass_launched_is_waited_for(use, monkeypatch, when):
+    """Kernels that were launched before an exception run on: the next pass must not fetch into what they write."""
+    expected = resident()
+    device = use(FakeCudaDevice())
+    original, writes = zo_offload.streamer.fused_pass, 0
+
+    def broken_off(stored, fmt, **options):
+        nonlocal writes
+        writes += options.get("write_back", False)
+        stops = options.get("write_back", False) and writes in (5, 24)
+        if stops and when == "before":
+            raise KeyboardInterrupt
+        result = original(stored, fmt, **options)
+        if stops:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(zo_offload.streamer, "fused_pass", broken_off)
+    losses, stopped = [], 0
+    with Engine(tiny_opt(), method=METHOD, device="cuda", offload="host", num_slots=2) as engine:
+        while len(losses) < STEPS:
+            try:
+                losses.append(engine.step(batches()[len(losses)]).loss)
+            except KeyboardInterrupt:
+                stopped += 1
+        weights = dict(engine.weights())
+    assert stopped == 2
+    assert_same(expected, (losses, weights))
     assert device.backend.races == []

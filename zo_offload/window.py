@@ -60,8 +60,6 @@ class BlockWindow:
         streamed = [b for b in range(len(plan.blocks)) if b not in window.pinned]
         slot_bytes = max((layout.block_bytes[b] for b in streamed), default=0)
         self._slots = [Slot(device.alloc(slot_bytes)) for _ in range(window.num_slots if streamed else 0)]
-        for slot in self._slots:  # an allocator may give memory that is still being computed with
-            slot.used = device.mark()
         self._fetch_stream: Stream = device.stream("fetch", window.io_threads)
         self._flush_stream: Stream = device.stream("flush", min(1, window.io_threads))
         self._flushes: deque[Event] = deque()
@@ -200,8 +198,11 @@ class BlockWindow:
         self._events, self._live = {}, {}
         self._base, self._position = 0, -1
         self._slot = self._stray = None
+        # What was launched may still run on a GPU: of a pass that was broken off in mid-visit, which nobody marked, and
+        # of whoever had the memory before, since an allocator gives it away while it is computed with.
+        so_far = self.device.mark()
         for slot in self._slots:
-            slot.ready, slot.block, slot.dirty = None, -1, False
+            slot.ready, slot.used, slot.block, slot.dirty = None, so_far, -1, False
         self._ops: Iterator[Op] = schedule(
             self._visits,
             num_slots=self.window.num_slots,
