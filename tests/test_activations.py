@@ -123,7 +123,7 @@ def test_a_watch_keeps_nothing_of_memory_that_is_gone():
     assert [origin.name for origin in watch.origins.values()] == ["kept"]
 
 
-def test_a_forward_that_needs_values_says_nothing():
+def test_a_forward_that_needs_values_says_why_nothing_is_known():
     class Picky(torch.nn.Linear):
         def forward(self, x):
             if float(self.weight.sum().item()) == 1.0:
@@ -134,4 +134,5 @@ def test_a_forward_that_needs_values_says_nothing():
     call = lambda m, b: m(b["x"])  # noqa: E731
     batch = {"x": torch.zeros(2, 4)}
     found = measure_activations(model, make_plan(model, batch, call=call), batch, call)
-    assert found.segments == () and found.peak == 0 and found.together("module", 2) == 0
+    assert found.segments == () and found.peak == 0 and found.unknown == "RuntimeError: made up"
+    assert found.together("module", 2) == batch["x"].nbytes

@@ -14,6 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from zo_offload import Engine, MeZO, chunked_loss
 from zo_offload.chunked_loss import causal_lm_loss, losses_in_chunks, masked_lm_loss
+from zo_offload.losses import model_loss, weighing
 
 PAIRS = [(ForCausalLMLoss, causal_lm_loss), (ForMaskedLMLoss, masked_lm_loss)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -112,10 +113,14 @@ def test_an_engine_that_chunks_has_the_losses_of_one_that_does_not(name, monkeyp
         with Engine(build(arch), method=MeZO(lr=1e-3), example=batch, **settings) as engine:
             return [engine.step(batch, micro_batches=m).loss for m in (1, 2)]
 
+    def plain(model, inputs):
+        return model(**inputs).loss
+
+    plain.weight = weighing(build(arch), model_loss)
     chunked = losses()
     assert len(calls) >= 2 + 4
     calls.clear()
-    assert chunked == losses(objective=lambda model, inputs: model(**inputs).loss)
+    assert chunked == losses(objective=plain)
     assert not calls, "an objective that is given is left alone"
 
 
