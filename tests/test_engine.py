@@ -222,11 +222,17 @@ def test_export_gives_the_same_logits_in_plain_transformers(storage, tmp_path):
     with Engine(tmp_path / "base", method=METHOD, storage=storage, offload="disk", run_dir=tmp_path / "run") as engine:
         engine.fit(batches(), steps=4)
         with torch.no_grad():
-            want = engine.run(batch).logits
+            want, again = engine.run(batch).logits, engine.run(batch).logits
+        weights = stored_weights(engine)
         engine.save_pretrained(tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    for name, p in plain.named_parameters():
+        assert torch.equal(p.detach(), weights[name].float()), f"{name} was exported otherwise than it is read"
     with torch.no_grad():
-        assert torch.equal(plain(**batch).logits, want)
+        found, found_again = plain(**batch).logits, plain(**batch).logits
+    assert torch.equal(want, again), "two runs of the engine differ"
+    assert torch.equal(found, found_again), "two runs of the plain model differ"
+    assert torch.equal(found, want), f"off by {(found - want).abs().max()} at {(found != want).nonzero()[:5].tolist()}"
 
 
 def test_what_is_not_trainable_is_neither_perturbed_nor_written(tmp_path):
@@ -470,7 +476,7 @@ def test_wrong_paths_and_used_run_dirs_are_named(tmp_path):
     assert (tmp_path / "run" / "journal.zoj").read_bytes() == journal
     with pytest.raises(ConfigError, match="pass it again"):
         Engine.resume(tmp_path / "run")
-    with pytest.raises(JournalError, match="the base weights"):
+    with pytest.raises(JournalError, match="; base: the journal has "):
         other = tiny_opt()
         other.model.decoder.layers[0].fc1.weight.data.add_(1)
         with Engine.resume(tmp_path / "run", other, offload="host") as engine:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .away import check_present
 from .blocks import Piece
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError
 from .formats.codec import PlaneEncoder
 from .layout import Layout
 from .plan import Plan
@@ -45,10 +45,6 @@ class ModuleBase:
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         data = self._data[name].detach()
-        if data.is_meta:
-            raise ConfigError(
-                f"parameter {name!r} is on meta and has no values: give the module's first weights, base=..."
-            )
         if not data.is_contiguous():
             data = data.contiguous()
         out.copy_(data.view(-1)[start : start + len(out)])
