@@ -223,6 +223,24 @@ def test_a_batch_that_grows_keeps_the_budget(leaves, begin):
             engine.step(wide(512))
 
 
+def test_memory_is_planned_for_the_longest_row(checkpoint):
+    """It comes in the third step: the budget is refused before the first."""
+    rows = [{"input_ids": list(range(3, 3 + n)), "labels": list(range(3, 3 + n))} for n in (4, 5, 4, 5, 40, 4)]
+
+    def run(budget):
+        with Engine(checkpoint, method=MeZO(lr=1e-4), offload="host", device_memory=budget) as engine:
+            return engine.fit(rows, steps=3, batch_size=2).losses, engine.memory
+
+    losses, memory = run("2MB")
+    with pytest.raises(BudgetError, match="is too small: the least that works"):
+        run(memory.terms["scratch"] + memory.terms["activations"])
+    short = [row for row in rows if len(row["input_ids"]) < 40]
+    with Engine(checkpoint, method=MeZO(lr=1e-4), offload="host", device_memory="2MB") as engine:
+        engine.fit(short, steps=1, batch_size=2)
+        assert engine.memory.terms["activations"] < memory.terms["activations"] / 4
+    assert len(losses) == 3
+
+
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,10 @@ class Batches:
         """A batch such as `epoch` gives, to see its sizes; nothing is used up by it."""
         return next(iter(self.epoch()))
 
+    def largest(self) -> Batch | None:
+        """A training batch as large as any, to plan memory with; None if that is not known beforehand."""
+        return None
+
     def identity(self) -> dict[str, Any] | None:
         """What these batches are made of, for a run to tell other data by; None if that cannot be known beforehand."""
         return None
@@ -101,7 +105,8 @@ class RowBatches(Batches):
         self.rows, self.batch_size, self.seed, self.shuffle, self.name = rows, batch_size, seed, shuffle, name
         self._order = (-1, torch.empty(0, dtype=torch.int64))  # an epoch and its permutation
         self._identity: dict[str, Any] | None = None
-        for i in self._check_rows():
+        self._longest = self._check_rows()
+        for i in self._longest:
             encoder(rows[i], f"{name} row {i}", "")
 
     def __len__(self) -> int:
@@ -133,6 +138,14 @@ class RowBatches(Batches):
     def legacy_identity(self) -> dict[str, Any] | None:
         known = legacy_rows_identity(self.rows, fingerprint)
         return {**known, "batch_size": self.batch_size, "shuffle": self.shuffle}
+
+    def largest(self) -> Batch | None:
+        """The longest row among as many others as a batch has: what is padded to its length."""
+        if not isinstance(self.rows, RowFile) and self._longest == [0]:
+            return None
+        others = (i for i in range(self.batch_size + len(self._longest)) if i not in self._longest)
+        rows = itertools.islice(itertools.chain(self._longest, others), self.batch_size)
+        return self._collated([i for i in rows if i < len(self.rows)])
 
     def _shuffled(self, epoch: int) -> Tensor:
         if self._order[0] != epoch:

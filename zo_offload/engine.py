@@ -280,7 +280,10 @@ class Engine:
         binding = Binding.of(batches, parts_of_batch, self.method, steps, new_data=new_data)
         if self.journal is not None:
             binding.check(self.journal)
-        parts = self._begin(batches.batch(0), parts_of_batch, self._objective_of(batches), admit=binding.check)
+        parts = self._begin(
+            batches.batch(0), parts_of_batch, self._objective_of(batches), largest=batches.largest(),
+            admit=binding.check,
+        )  # fmt: skip
         check_horizon(self._horizon, steps)
         self._horizon = binding.horizon if self._horizon is None else self._horizon
         if self.journal is not None and self.run_dir is not None:
@@ -602,13 +605,18 @@ class Engine:
         micro_batches: int,
         objective: Objective | None,
         *,
+        largest: Batch | None = None,
         admit: Callable[[Journal], None] | None = None,
     ) -> Parts:
-        """`_start` for steps: a batch that cannot be cut, or in which nothing counts, is named before that."""
+        """`_start` for steps: a batch that cannot be cut, or in which nothing counts, is named before that.
+
+        largest: a batch as large as any that will come, if that is known: memory is planned for it.
+        """
         if self._parts is None and self.method.on_nonfinite != "skip":
             weigh = weighing(self.model, self.objective if objective is None else objective)
             weigh.shares(split_micro_batches(batch, micro_batches, self.config.whole))
-        return self._start(batch, micro_batches, objective=objective, admit=admit)
+        planned = batch if largest is None else largest
+        return self._start(planned, micro_batches, objective=objective, admit=admit)
 
     def _open_session(self, admit: Callable[[Journal], None]) -> None:
         """Fill or reopen the tier, hollow the model. If it is broken off nothing is left of it."""
