@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO ?= demo
+# tests compute on one thread each
+TEST_PROCESSES ?= 2
 # the family of the GPU that is here, else Hopper: each family takes nvcc a minute; NVRTC serves those left out
 ZO_CUDA_ARCHS ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | grep -xE '[0-9]+' | sort -u | head -1),90)
 
@@ -23,7 +25,7 @@ demo: install
 	$(BIN)/python examples/demo.py --out $(DEMO)
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES)
 
 check: install
 	$(BIN)/ruff check .
