@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from zo_offload import Engine, MeZO
@@ -556,3 +557,76 @@ def test_a_forward_that_changes_its_hooks_leaves_them(kind, order):
         losses = [engine.step(batch).loss for _ in range(3)]
         assert engine.run(batch, lambda m, b: float(m(**b))) == float(Hooked()(**batch).detach())
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+TEXT = {**SIZES, "vocab_size": 40, "num_key_value_heads": 2, "attn_implementation": "eager"}
+VISION = {**SIZES, "image_size": 8, "patch_size": 4}
+
+
+def _llava():
+    vision, text = transformers.CLIPVisionConfig(**VISION), transformers.LlamaConfig(**TEXT)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=3, image_seq_length=4, vision_feature_layer=-2
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def _hidden_and_attentions(model, batch):
+    out = model(**batch, output_hidden_states=True, output_attentions=True)
+    assert len(out.hidden_states) == 3 and len(out.attentions) == 2
+    return out.loss + sum(t.float().square().mean() for t in (*out.hidden_states, *out.attentions))
+
+
+def _every_layer(model, batch):
+    out = model(**batch, output_hidden_states=True)
+    assert len(out.hidden_states) == 3
+    return sum(t.float().square().mean() for t in out.hidden_states)
+
+
+CAPTURED = {
+    "hidden states of one layer of a tower": (_llava, None),
+    "all hidden states and attentions": (
+        lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)),
+        _hidden_and_attentions,
+    ),
+    "hidden states of a vision tower": (
+        lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION)),
+        _every_layer,
+    ),
+    "router logits": (
+        lambda: transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(**TEXT, num_local_experts=4, output_router_logits=True)
+        ),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("captured", CAPTURED)
+def test_outputs_that_transformers_captures_are_each_lanes_own_at_every_step(captured, tmp_path):
+    build, objective = CAPTURED[captured]
+    torch.manual_seed(1)
+    pixels = torch.randn(2, 3, 8, 8)
+    ids = torch.tensor([[1, 3, 3, 3, 3, 5, 6], [1, 3, 3, 3, 3, 8, 9]])
+    batch = {"input_ids": ids, "labels": ids}
+    if captured.startswith("hidden states"):
+        batch = {**batch, "pixel_values": pixels} if objective is None else {"pixel_values": pixels}
+
+    def losses(order, offload):
+        torch.manual_seed(0)
+        model = build().eval()
+        run_dir = tmp_path / order if offload == "disk" else None
+        with Engine(
+            model, method=MeZO(lr=1e-3), objective=objective, order=order, offload=offload, run_dir=run_dir
+        ) as e:
+            first = e.evaluate([batch])["loss"]
+            return [first, *(e.step(batch).loss for _ in range(3)), e.evaluate([batch])["loss"]]
+
+    torch.manual_seed(0)
+    model = build().eval()
+    with torch.no_grad():
+        plain = float(objective(model, batch) if objective else model(**batch).loss)
+    found = [losses("module", "none"), losses("block", "disk"), losses("lane", "none")]
+    assert found[0] == found[1] == found[2]
+    assert found[0][0] == pytest.approx(plain, rel=1e-6)
