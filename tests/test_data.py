@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
+from zo_offload import Engine, MeZO
 from zo_offload.data import (
     Batches,
     batch_tokens,
@@ -210,6 +211,38 @@ def test_a_shuffling_loader_resumes_where_it_was():
     assert [rows_of(resumed.batch(step)) for step in range(7, 12)] == sequence[7:]
     assert rows_of(resumed.batch(3)) == sequence[3]  # and back
     assert sorted(i for rows in sequence[:5] for i in rows) == list(range(9)) and sequence[:5] != sequence[5:10]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_loader_with_a_generator_of_its_own_begins_where_its_run_had_it(version):
+    """Runs of the earlier format opened the loader once before its first epoch."""
+
+    def loader():
+        return DataLoader(Squares(), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+    plain = loader()
+    if version == 1:
+        iter(plain)
+    expected = [rows_of(batch) for _ in range(2) for batch in plain]
+    batches = make(loader(), batch_size=2, version=version)
+    assert [rows_of(batches.batch(step)) for step in range(10)] == expected
+
+
+@pytest.mark.parametrize("eval_data", ["the same loader", "another loader"])
+def test_persistent_workers_give_the_batches_that_none_give_also_where_evaluations_read_them_too(eval_data):
+    rows = [{"input_ids": torch.tensor([i, i + 1, i + 2]), "labels": torch.tensor([i, 3, i])} for i in range(3, 11)]
+
+    def loader(workers):
+        return DataLoader(rows, 4, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+
+    def losses(train, evaluation):
+        with Engine(ZOO["llama"].build(), method=MeZO(lr=1e-3)) as engine:
+            result = engine.fit(train, steps=5, eval_data=evaluation, eval_every=3)
+            return result.losses, result.evals
+
+    given = loader(1)
+    assert losses(given, given if eval_data == "the same loader" else loader(1)) == losses(loader(0), loader(0))
+    assert losses(given, False) == (losses(loader(0), False))  # and again
 
 
 def test_an_iterable_starts_over_at_its_end():

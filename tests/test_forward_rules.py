@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_models import ZOO
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from zo_offload import FZOO, ConfigError, Engine, JournalError, MeZO
 from zo_offload.replay import replayed
@@ -189,17 +190,45 @@ def test_a_run_of_before_there_was_a_mode_goes_on_as_it_was(tmp_path: Path) -> N
 # ---- the caller's generators -----------------------------------------------------------------------------------------
 
 
+def collated(rows: list[Any]) -> dict[str, Tensor]:
+    return {"x": torch.stack([x for x, _ in rows]), "labels": torch.stack([y for _, y in rows])}
+
+
+class Jittered(Dataset[Any]):
+    """Rows that are drawn when they are asked for."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.rand(6) + float(np.random.rand()), torch.tensor(random.random())
+
+
+class JitteredRows(Jittered):
+    def __getitem__(self, index: int) -> Any:
+        x, y = super().__getitem__(index)
+        return {"x": x, "labels": y}
+
+
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_no_call_for_training_or_evaluating_touches_the_callers_generators(mode: str) -> None:
+@pytest.mark.parametrize("loaded", ["rows", "loader", "loader with workers"])
+def test_no_call_for_training_or_evaluating_touches_the_callers_generators(mode: str, loaded: str) -> None:
+    def data() -> Any:
+        if loaded == "rows":
+            return rows()
+        fixed = [(x, y) for row in rows() for x, y in zip(row["x"], row["labels"], strict=True)]
+        workers = 2 if loaded == "loader with workers" else 0
+        return DataLoader(fixed, 8, shuffle=True, collate_fn=collated, num_workers=workers)  # type: ignore[arg-type]
+
     disturb(4)
     model = Net(random_numbers=True)
     disturb(5)
     before = ambient()
     with Engine(model, method=METHOD, example=rows()[0], mode=mode) as engine:
         assert ambient() == before, "making an engine"
-        engine.fit(rows(), steps=3, batch_size=4, eval_data=rows(2), micro_batches=2)
+        engine.fit(data(), steps=5, batch_size=4, eval_data=data(), eval_every=2, micro_batches=2)
         assert ambient() == before, "training"
-        engine.evaluate(rows(2))
+        engine.evaluate(data())
         assert ambient() == before, "evaluating"
         engine.restore()
         assert ambient() == before, "closing"
@@ -222,6 +251,23 @@ def test_a_forward_of_the_callers_own_draws_from_the_callers_generators() -> Non
             assert [float(engine.run(rows()[0]).loss) for _ in range(2)] == want
             assert ambient() == after
     assert want[0] != want[1]
+
+
+@pytest.mark.parametrize("loaded", ["rows", "loader", "loader with workers"])
+def test_data_that_is_drawn_is_evaluated_as_the_same_at_every_evaluation(loaded: str) -> None:
+    def data() -> Any:
+        if loaded == "rows":
+            return JitteredRows()
+        return DataLoader(Jittered(), 4, shuffle=True, collate_fn=collated, num_workers=2 * (loaded != "loader"))
+
+    with Engine(Net(), method=METHOD, example=rows()[0]) as engine:
+        found = []
+        for seed in (1, 2, 3):
+            disturb(seed)
+            before = ambient()
+            found.append(engine.evaluate(data(), batch_size=4))
+            assert ambient() == before
+        assert found[0] == found[1] == found[2]
 
 
 def test_evaluations_draw_the_same_numbers_for_the_same_batch() -> None:

@@ -24,16 +24,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from .data_files import open_file
 from .data_identity import encoder_identity, legacy_rows_identity, rows_identity, stream_identity
 from .encode import ENCODING, Batch, Encoder, Row
 from .errors import DataError
+from .generators import own_random_numbers, read_apart
 from .measures import OptionsLoss, measure
 from .micro_batches import RowBatch, batch_rows
 from .model_kind import UNKNOWN, ModelKind
 from .row_file import LONGEST_KEPT, RowFile, open_rows
-from .sources import Chunks, as_tensor_batch, named_values, open_source, rows_of_texts
+from .sources import Chunks, as_tensor_batch, named_values, open_source, rows_of_texts, with_own_workers
 
 __all__ = [
     "Batch", "Batches", "Encoder", "RowBatches", "StreamBatches", "batch_tokens", "fingerprint", "make_batches",
@@ -123,16 +125,18 @@ class RowBatches(Batches):
         return self._collated(self._shuffled(epoch)[begin : begin + self.batch_size].tolist(), step)
 
     def epoch(self) -> Iterator[Batch]:
-        for begin in range(0, len(self.rows), self.batch_size):
-            yield self._collated(range(begin, min(begin + self.batch_size, len(self.rows))))
+        begins = range(0, len(self.rows), self.batch_size)
+        batches = (self._collated(range(begin, min(begin + self.batch_size, len(self.rows)))) for begin in begins)
+        return read_apart(lambda: batches, _mix(self.seed, -1))
 
     def identity(self) -> dict[str, Any] | None:
         """Number and digest of all rows, how they are cut, and how they are encoded; see data_identity.py."""
         if self._identity is None:
-            self._identity = {
-                **rows_identity(self.rows), "batch_size": self.batch_size, "shuffle": self.shuffle,
-                "encoder": encoder_identity(self.encoder, self.rows),
-            }  # fmt: skip
+            with own_random_numbers(_mix(self.seed, -1)):
+                self._identity = {
+                    **rows_identity(self.rows), "batch_size": self.batch_size, "shuffle": self.shuffle,
+                    "encoder": encoder_identity(self.encoder, self.rows),
+                }  # fmt: skip
         return self._identity
 
     def legacy_identity(self) -> dict[str, Any] | None:
@@ -179,14 +183,21 @@ class StreamBatches(Batches):
     """A DataLoader or another iterable of ready batches, or of rows in order: `Chunks`.
 
     Steps must be asked for in rising order, or from the start again. While an epoch of a DataLoader begins, torch's
-    default generator is seeded from (seed, epoch), so its shuffling is the same in a resumed run; a generator given to
-    the DataLoader, or randomness inside the dataset, is the caller's to repeat.
+    default generator is seeded from (seed, epoch), so its shuffling is the same in a resumed run, whatever workers it
+    has; in training, a generator given to the DataLoader, or randomness inside the dataset, is the caller's to repeat.
     """
 
     def __init__(self, batches: Iterable[Any], encoder: Encoder, *, seed: int, name: str):
         super().__init__(encoder)
-        self.batches, self.seed, self.name = batches, seed, name
-        self._once = batches.once if isinstance(batches, Chunks) else iter(batches) is batches
+        self._persistent = False
+        if isinstance(batches, DataLoader) and batches.persistent_workers:
+            self._persistent, batches = True, with_own_workers(batches)
+        if self._persistent or (encoder.version == 1 and isinstance(batches, DataLoader)):
+            with own_random_numbers(_mix(seed, -1)):
+                iter(batches)  # starts its workers; in runs of the earlier format, draws from its own generator
+        self.batches: Any = batches
+        self.seed, self.name = seed, name
+        self._once = isinstance(batches.rows if isinstance(batches, Chunks) else batches, Iterator)
         self._epoch, self._next_step = -1, 0
         self._iterator: Iterator[Any] | None = None
 
@@ -220,9 +231,7 @@ class StreamBatches(Batches):
 
     def epoch(self) -> Iterator[Batch]:
         empty = True
-        with _seeded(_mix(self.seed, -1)):
-            iterator = iter(self.batches)
-        for index, batch in enumerate(iterator):
+        for index, batch in enumerate(read_apart(self._open, _mix(self.seed, -1))):
             empty = False
             yield self._checked(batch, f"{self.name} batch {index}", f"{self.seed} None {index}")
         if empty:
@@ -238,7 +247,7 @@ class StreamBatches(Batches):
         """A new epoch's iterator and its first batch."""
         self._epoch += 1
         with _seeded(_mix(self.seed, self._epoch)):
-            iterator = iter(self.batches)
+            iterator = self._open()
             first = next(iterator, None)
         if first is None:
             raise DataError(
@@ -246,6 +255,12 @@ class StreamBatches(Batches):
                 "dataset, drop_last with fewer rows than a batch, or an iterator that can be read only once."
             )
         return iterator, first
+
+    def _open(self) -> Iterator[Any]:
+        """The batches from the first on."""
+        if self._persistent and self.encoder.version > 1 and self.batches.generator is None:
+            torch.empty((), dtype=torch.int64).random_()  # as a loader draws for its workers where it starts them
+        return iter(self.batches)
 
     def _is_short(self, batch: Any) -> bool:
         """A stream's last rows, fewer than a batch: left out of training unless there are no others."""
@@ -291,10 +306,11 @@ def make_batches(
         name, numbers = Path(data).name, itertools.count()
         rows = open_file(data, lambda row: encoder.check(row, f"{name} row {next(numbers)}"))
         return RowBatches(rows, encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=name)
-    with _seeded(seed):
+    # what an iterator gives now is used later: it draws what it would draw then
+    with contextlib.nullcontext() if isinstance(data, Iterator) else own_random_numbers(_mix(seed, -1)):
         source = open_source(data, kind, own_objective=own_objective, batched=batched, version=version)
-    if source.form == "rows":
-        return RowBatches(source.data, encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=source.name)
+        if source.form == "rows":
+            return RowBatches(source.data, encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=source.name)
     ready = source.data if source.form == "batches" else Chunks(source.data, batch_size)
     return StreamBatches(ready, encoder, seed=seed, name=source.name)
 

@@ -3,7 +3,8 @@
 The rule, for every call of the engine:
 
     a step                   each of its lanes begins with generators seeded by (run seed, step)
-    an evaluation            each of its batches by (run seed, number of the batch)
+    an evaluation            each of its batches by (run seed, number of the batch); what reading its data draws is a
+                             stream of its own, by the run seed
     tracing and measuring    by the run seed
     run, generate            with the caller's generators as they are, which go on as after a plain forward: so
                              `torch.manual_seed` before `generate(do_sample=True)` gives what it gives in transformers
@@ -18,11 +19,15 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Item = TypeVar("Item")
+
+_HOST = frozenset({"torch", "python", "numpy"})  # kinds of the generators that reading data draws from
 
 
 def lane_seed(run_seed: int, what: str, index: int) -> int:
@@ -177,3 +182,30 @@ def own_random_numbers(seed: int) -> Iterator[None]:
         yield
     finally:
         generators.set(before)
+
+
+def read_apart(begin: Callable[[], Iterator[Item]], seed: int) -> Iterator[Item]:
+    """The items of `begin()`, read with generators that are seeded before the first and go on from one to the next.
+
+    Between them the process's generators are as they were.
+    """
+    generators = Generators()
+    kinds = frozenset(generators.state(_HOST))
+    iterator: Iterator[Item] | None = None
+    inside: dict[str, Any] = {}
+    while True:
+        outside = generators.state(kinds)
+        try:
+            if iterator is None:
+                generators.seed(kinds, seed)
+                iterator = begin()
+            else:
+                generators.set(inside)
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            inside = generators.state(kinds)
+        finally:
+            generators.set(outside)
+        yield item

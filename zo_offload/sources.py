@@ -9,6 +9,7 @@ called "labels".
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -102,6 +103,17 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
 
 
+def with_own_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The same loader with persistent workers of its own.
+
+    They are in the midst of one epoch at a time: whoever else reads the given loader (an evaluation between two steps)
+    would end the epoch that is being read.
+    """
+    own = copy.copy(loader)
+    own._iterator = None
+    return own
+
+
 class Chunks:
     """Rows of a stream, `size` at a time in order; the last chunk is short if it must be."""
 
@@ -112,11 +124,6 @@ class Chunks:
         rows = iter(self.rows)
         while chunk := list(itertools.islice(rows, self.size)):
             yield chunk
-
-    @property
-    def once(self) -> bool:
-        """Whether it can be read one time only."""
-        return iter(self.rows) is self.rows
 
 
 class _Again:
