@@ -478,3 +478,22 @@ def test_rwkv_that_rescales_its_weights_in_eval_mode() -> None:
         want = copy.deepcopy(restored)(**ids, labels=ids["input_ids"]).loss
     assert loss == float(want)
     assert torch.equal(restored.generate(**ids, **options), found)
+
+
+class Router(nn.Module):
+    """Has its layer in the dtype that it computes in, as routers of experts do."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.head, self.dtype = nn.Linear(D, D), dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.head = self.head.to(self.dtype)
+        return self.head(x.to(self.dtype))
+
+
+def test_a_forward_may_ask_for_the_dtype_that_its_weights_have() -> None:
+    with Engine(Router(torch.float32), objective=lambda m, batch: m(**batch).square().mean()) as engine:
+        assert engine.step({"x": torch.ones(2, D)}).loss > 0
+        with pytest.raises(PlanError, match="cannot be moved or converted"):
+            engine.model.to(torch.float64)

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 from torch.jit import ScriptModule
 
 from .errors import PlanError
@@ -41,7 +41,7 @@ class Away:
             saved, loaded = self._stop("saved", unless_shapes=True), self._stop("loaded into")
             self._handles.append(module.register_state_dict_pre_hook(saved))  # type: ignore[no-untyped-call]
             self._handles.append(module.register_load_state_dict_pre_hook(loaded))  # type: ignore[no-untyped-call]
-            vars(module).update(_apply=self._stop("moved or converted"), __reduce_ex__=self._reduce(module))
+            vars(module).update(_apply=self._convert(module), __reduce_ex__=self._reduce(module))
 
     def close(self) -> None:
         """The engine is closed, and the weights have not come back. Again: nothing more."""
@@ -77,6 +77,15 @@ class Away:
             return type(module).__reduce_ex__(module, protocol)
 
         return reduce
+
+    def _convert(self, module: nn.Module) -> Callable[..., nn.Module]:
+        def convert(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+            """As routers do in their forward, `self.head.to(x.dtype)`: allowed where it changes nothing."""
+            if any(fn(t) is not t for t in [*module.parameters(), *module.buffers()]):
+                self.refuse("moved or converted")
+            return module
+
+        return convert
 
     def _stop(self, what: str, *, unless_shapes: bool = False) -> Callable[..., None]:
         def stop(*args: Any, **kwargs: Any) -> None:
