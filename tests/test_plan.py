@@ -349,11 +349,12 @@ def test_a_filter_that_selects_nothing_is_an_error(trainable: Any, message: str 
             plan_of("llama", trainable=trainable)
 
 
-def test_integer_parameters_are_stored_but_never_trained() -> None:
+def test_integer_parameters_stay_in_the_module() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].codes = nn.Parameter(torch.arange(4), requires_grad=False)
     plan = make_plan(model, {"x": torch.ones(1, 4)}, call=lambda m, b: m(b["x"]), trainable="*")
-    assert trained(plan) == {"0.weight", "0.bias"} and "0.codes" in plan.blocks[0].params
+    assert trained(plan) == {"0.weight", "0.bias"}
+    assert "0.codes" not in plan.params and "0.codes" in plan.tree.kept
 
 
 def test_a_model_that_cannot_be_planned_says_why() -> None:
