@@ -250,5 +250,8 @@ def test_every_record_is_64_bytes_and_the_file_says_what_it_is(made):
     data = (made / "run" / "journal.zoj").read_bytes()
     length = struct.unpack_from("<I", data, 4)[0]
     header = json.loads(data[8 : 8 + length])
-    assert len(data) == 12 + length + STEPS * RECORD_BYTES
+    records = [data[at : at + RECORD_BYTES] for at in range(12 + length, len(data), RECORD_BYTES)]
+    steps = [record for record in records if not struct.unpack_from("<I", record, 48)[0] & 16]  # the others are notes
+    assert len(steps) == STEPS and len(records[-1]) == RECORD_BYTES
+    assert [struct.unpack_from("<Q", record)[0] for record in steps] == list(range(STEPS))
     assert {"base", "plan", "layout", "method", "noise", "storage", "fold_every", "data", "versions"} <= header.keys()
