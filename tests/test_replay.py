@@ -254,4 +254,4 @@ def test_every_record_is_64_bytes_and_the_file_says_what_it_is(made):
     steps = [record for record in records if not struct.unpack_from("<I", record, 48)[0] & 16]  # the others are notes
     assert len(steps) == STEPS and len(records[-1]) == RECORD_BYTES
     assert [struct.unpack_from("<Q", record)[0] for record in steps] == list(range(STEPS))
-    assert {"base", "plan", "layout", "method", "noise", "storage", "fold_every", "data", "versions"} <= header.keys()
+    assert {"base", "plan", "layout", "method", "noise", "storage", "fold_every", "versions"} <= header.keys()
