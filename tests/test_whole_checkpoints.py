@@ -443,6 +443,9 @@ def test_kernels_named_in_a_configuration_are_refused(llama):
 
 def test_layers_that_the_files_cannot_hold_are_refused_at_once(llama, capsys):
     change_config(llama, num_hidden_layers=10**7)
+    with pytest.raises(CheckpointError, match="num_hidden_layers=10000000; at most 1000000 are taken"):
+        Engine(llama)
+    change_config(llama, num_hidden_layers=10**5)
     with pytest.raises(CheckpointError, match="Correct its number of layers"):
         Engine(llama)
     change_config(llama, num_hidden_layers=10**11)
