@@ -28,8 +28,14 @@ import torch
 from cuda_simulated import CpuKernels
 from fake_cuda import FakeBackend, FakeCudaDevice
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+# torch notes at its first `with torch.device(...)` which functions make tensors. If that is while the stand-in's are in
+# their places, the real ones are not known to it for the rest of the process, and models meant for meta become real.
+_device_constructors()
+
 
 DEVICE = torch.device("cuda", 0)
 ELSEWHERE = 1 << 62  # added to addresses of device memory: a host's read or write there fails at once
