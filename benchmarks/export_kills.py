@@ -38,6 +38,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks.common import about, emit
+from benchmarks.faults import in_child
 from zo_offload import publish
 from zo_offload.checkpoint import save_pretrained
 
@@ -113,26 +114,6 @@ def kill_at(number: int) -> None:
     publish._exchange = counted(publish._exchange)  # type: ignore[assignment]
 
 
-def in_child(job: Callable[[], None], kill_after: float | None = None) -> bool:
-    """Run job in a forked child, killed after so many seconds; whether it was killed."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            job()
-            status = 0
-        except BaseException as error:
-            print(f"child: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os._exit(status)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status) != 0:
-        raise RuntimeError("an export failed, see above")
-    return os.WIFSIGNALED(status)
-
-
 class Case:
     """One way to overwrite: how many files before and after, and what else is in the directory."""
 
@@ -192,7 +173,7 @@ def moves(folder: Path, every: int = 1) -> dict[str, Any]:
         at = index % every
         while True:
             case.set_up()
-            if not in_child(lambda c=case, n=at: c.overwrite(n)):  # type: ignore[misc]
+            if not in_child(lambda c=case, n=at: c.overwrite(n))[0]:  # type: ignore[misc]
                 break
             kills += 1
             state = case.look()
@@ -216,7 +197,7 @@ def at_random(folder: Path, count: int, rng: random.Random) -> dict[str, Any]:
     for _ in range(count):
         case = rng.choice(all_cases)
         case.set_up()
-        killed = in_child(case.overwrite, rng.uniform(0, 1.2 * seconds))
+        killed, _ = in_child(case.overwrite, rng.uniform(0, 1.2 * seconds))
         state = case.look()
         seen[f"{state}{'' if killed else ', not killed'}"] += 1
         wrong += [f"{case.beside}: mixture"] if state == "mixture" else []

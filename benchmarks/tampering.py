@@ -160,6 +160,13 @@ def config(scene: Scene, rng: random.Random) -> Changes:
     }  # fmt: skip
 
 
+OTHERS = {
+    "on another base": "on another base", "of another seed": "of another seed",
+    "of another storage": "of another storage", "of earlier": "earlier", "of a twin": "twin",
+}  # fmt: skip
+"""Runs whose files are put in this one's place: what is said of them, and their folder."""
+
+
 def blocks(scene: Scene, rng: random.Random) -> Changes:
     names = sorted(path.name for path in (scene.folder / "half" / "blocks").glob("*.zob"))
     some = rng.sample(names, rng.randrange(1, len(names) + 1))
@@ -182,11 +189,7 @@ def blocks(scene: Scene, rng: random.Random) -> Changes:
         os.truncate(path, rng.randrange(path.stat().st_size))
 
     return {
-        "on another base": taken("on another base"),
-        "of another seed": taken("of another seed"),
-        "of another storage": taken("of another storage"),
-        "of earlier": taken("earlier"),
-        "of a twin": taken("twin"),
+        **{name: taken(source) for name, source in OTHERS.items()},
         "swapped": swapped,
         "cut": cut,
         "removed": lambda run: shutil.rmtree(run / "blocks"),
@@ -198,11 +201,7 @@ def journal(scene: Scene, rng: random.Random) -> Changes:
         return lambda run: shutil.copy(scene.folder / source / runs.JOURNAL, run / runs.JOURNAL) and None
 
     return {
-        "on another base": taken("on another base"),
-        "of another seed": taken("of another seed"),
-        "of another storage": taken("of another storage"),
-        "of earlier": taken("earlier"),
-        "of a twin": taken("twin"),
+        **{name: taken(source) for name, source in OTHERS.items()},
         "missing": lambda run: (run / runs.JOURNAL).unlink(),
         "not a journal": lambda run: (run / runs.JOURNAL).write_bytes(rng.randbytes(300)) and None,
     }

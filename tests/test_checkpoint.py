@@ -26,13 +26,7 @@ from zo_offload.safetensors_io import DTYPES, SafetensorsFile
 SHARD = 20_000
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 def shapes(directory: Path) -> dict[str, tuple[list[int], str]]:

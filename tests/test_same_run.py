@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tiny_models import save_tiny_llama
 
 from zo_offload import ConfigError, Engine, JournalError, MeZO, ZOError, runs
 from zo_offload.cli import main
@@ -28,14 +29,7 @@ METHOD = MeZO(lr=1e-3, batch_size=4)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=True,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("bases") / "base"
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_tiny_llama(tmp_path_factory.mktemp("bases") / "base", layers=2)
 
 
 @pytest.fixture

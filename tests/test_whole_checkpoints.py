@@ -29,13 +29,7 @@ BATCH = {"input_ids": torch.arange(3, 21).reshape(2, 9), "labels": torch.arange(
 ROWS = [{"text": "good film"}, {"text": "bad film"}] * 2
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,3 +128,14 @@ ZOO: dict[str, Tiny] = {
         ),
     ),
 }  # fmt: skip
+
+
+def save_tiny_llama(folder: Path, layers: int) -> Path:
+    """A checkpoint of a tied Llama with 64 tokens, to begin runs on; the same at every call."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

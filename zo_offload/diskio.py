@@ -87,7 +87,12 @@ def cut(fd: int, nbytes: int) -> None:
 
 def sync_directory(path: Path) -> None:
     """Return once the directory's entries (new files, renames) are on the medium."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    sync_path(path, os.O_DIRECTORY)
+
+
+def sync_path(path: Path, flags: int = 0) -> None:
+    """Return once what lies at `path` is on the medium."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         os.fsync(fd)
     finally:

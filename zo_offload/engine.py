@@ -96,6 +96,10 @@ def _refuse_ranks() -> None:
         )
 
 
+def _part_bytes(batch: Batch, micro_batches: int) -> int:
+    return tensor_bytes([batch]) // micro_batches
+
+
 class Engine:
     """Zeroth-order fine-tuning of a checkpoint on disk or a module in memory. See the module's docstring.
 
@@ -350,7 +354,7 @@ class Engine:
                 batch, perturbations, micro_batches, step=self.log.version, late=stepper.late, objective=objective,
                 empty=self.method.on_nonfinite == "skip",
             )  # fmt: skip
-            self._planned_bytes = max(self._planned_bytes, tensor_bytes([batch]) // micro_batches)
+            self._planned_bytes = max(self._planned_bytes, _part_bytes(batch, micro_batches))
             launched = stepper.launch(losses, lr, fingerprint(batch))
             if parts.session.snapshots is not None:
                 parts.session.snapshots.tick(self.log.version, parts.streamer)
@@ -358,14 +362,17 @@ class Engine:
 
     def _keep_budget(self, parts: Parts, batch: Batch, micro_batches: int, objective: Objective | None) -> None:
         """A batch larger than any before is within the memory budget, or BudgetError says so before its step."""
-        nbytes = tensor_bytes([batch]) // micro_batches
-        if self.memory.budget is None or nbytes <= self._planned_bytes:
+        if self.memory.budget is None or _part_bytes(batch, micro_batches) <= self._planned_bytes:
             return
         if self.memory.unknown:
             parts.passes.watch_next()
         else:
-            asked = self.objective if objective is None else objective
+            asked = self._asked(objective)
             self._prepared.check_batch(self.memory, batch, objective=asked, micro_batches=micro_batches)
+
+    def _asked(self, objective: Objective | None) -> Objective:
+        """The objective of one call, the engine's where it has none of its own."""
+        return self.objective if objective is None else objective
 
     @entry
     def finish(self, launched: Launched) -> StepRecord:
@@ -558,9 +565,8 @@ class Engine:
     ) -> MemoryPlan:
         """Window and service order for lanes on a part of `batch`; without one, activations count as nothing."""
         return self._prepared.plan_memory(
-            batch, objective=self.objective if objective is None else objective, micro_batches=micro_batches,
-            process=self.process_bytes,
-        )  # fmt: skip
+            batch, objective=self._asked(objective), micro_batches=micro_batches, process=self.process_bytes
+        )
 
     def _check_objective(self, journal: Journal | None) -> None:
         """Raise JournalError if the run's steps so far were computed with another objective."""
@@ -591,7 +597,7 @@ class Engine:
             return self._parts
         if batch is not None:
             self.memory = self._plan_memory(batch, micro_batches, objective)
-            self._planned_bytes = tensor_bytes([batch]) // micro_batches
+            self._planned_bytes = _part_bytes(batch, micro_batches)
         else:
             self.memory = self._prepared.plan_blindly(process=self.process_bytes)
         if self._session is None:
@@ -613,7 +619,7 @@ class Engine:
         largest: a batch as large as any that will come, if that is known: memory is planned for it.
         """
         if self._parts is None and self.method.on_nonfinite != "skip":
-            weigh = weighing(self.model, self.objective if objective is None else objective)
+            weigh = weighing(self.model, self._asked(objective))
             weigh.shares(split_micro_batches(batch, micro_batches, self.config.whole))
         planned = batch if largest is None else largest
         return self._start(planned, micro_batches, objective=objective, admit=admit)

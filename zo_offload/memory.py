@@ -166,10 +166,9 @@ def plan_memory(
     orders: list[ServiceOrder] = ["module", "block"] if order == "auto" else [order]  # type: ignore[list-item]
     fewest = 1 if io_threads == 0 else 2
     slot_choices = [num_slots] if num_slots is not None else [3, 2, 1][: 4 - fewest]
-    lanes = perturbations * micro_batches
     smallest: MemoryPlan | None = None
     for which in orders:
-        held = activations.together(which, lanes) + activations.inputs * (micro_batches - 1)
+        held = held_together(activations, which, perturbations, micro_batches)
         fixed = {"scratch": scratch_bytes(plan, which, perturbations, rows), "activations": held, "process": process}
         for slots in slot_choices:
             ask = _Ask(plan, layout, offload, which, slots, ahead, io_threads, fixed, budget, activations.unknown)
@@ -184,6 +183,11 @@ def plan_memory(
                 smallest = least
     assert smallest is not None and budget is not None
     raise _too_small(plan, layout, smallest, budget, offload)
+
+
+def held_together(activations: Activations, order: ServiceOrder, perturbations: int, micro_batches: int) -> int:
+    """Bytes that all lanes of a step hold at once, every part of the batch included."""
+    return activations.together(order, perturbations * micro_batches) + activations.inputs * (micro_batches - 1)
 
 
 def step_bytes(plan: Plan, layout: Layout, pinned: frozenset[int], fold_every: int) -> tuple[float, float]:

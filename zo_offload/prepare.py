@@ -24,7 +24,7 @@ from .data import most_ids
 from .errors import BudgetError
 from .layout import Layout, make_layout
 from .losses import Objective, for_a_loss
-from .memory import MemoryPlan, available_bytes, plan_memory
+from .memory import MemoryPlan, available_bytes, held_together, plan_memory
 from .methods import MeZO, check_tunes
 from .micro_batches import split_micro_batches
 from .module_state import undisturbed
@@ -75,6 +75,11 @@ class Prepared:
     storage_note: str
     """Why storage="auto" took its format; empty if a format was named."""
 
+    @property
+    def perturbations(self) -> int:
+        """How many a step has: lanes, before a batch is cut into parts."""
+        return len(self.method.perturbations(self.config.seed, 0))
+
     def plan_memory(
         self, batch: Batch | None, *, objective: Objective, micro_batches: int = 1, process: int = 0
     ) -> MemoryPlan:
@@ -102,8 +107,7 @@ class Prepared:
         activations = self._activations(part, objective)
         if memory.budget is None or activations.unknown:
             return
-        lanes = micro_batches * len(self.method.perturbations(self.config.seed, 0))
-        held = activations.together(memory.order, lanes) + activations.inputs * (micro_batches - 1)
+        held = held_together(activations, memory.order, self.perturbations, micro_batches)
         need = memory.device_bytes - memory.terms["activations"] + held
         if need > memory.budget:
             raise BudgetError(
@@ -142,7 +146,7 @@ class Prepared:
         config = self.config
         return plan_memory(
             self.plan, self.layout, offload=self.offload, budget=budget, num_slots=config.num_slots,
-            perturbations=len(self.method.perturbations(config.seed, 0)), micro_batches=micro_batches,
+            perturbations=self.perturbations, micro_batches=micro_batches,
             order=config.order, ahead=config.prefetch, io_threads=config.io_threads if config.overlap else 0,
             rows=rows, activations=activations, process=process,
         )  # fmt: skip

@@ -62,7 +62,7 @@ def publish(work: Path, target: Path) -> list[Path]:
     """Put the finished export in `work` into the target's place; returns its files there, weights first."""
     names = sorted((f.relative_to(work) for f in work.rglob("*") if f.is_file()), key=_order)
     for name in names:
-        _sync_file(work / name)
+        diskio.sync_path(work / name)
     for folder in {work, *(work / name.parent for name in names)}:
         diskio.sync_directory(folder)
     parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -190,14 +190,6 @@ def _move_in(work: Path, names: list[Path], target: Path, old: set[Path]) -> Non
         if name.name in HEADS:
             os.replace(work / name, target / name)
     diskio.sync_directory(target)
-
-
-def _sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _order(name: Path) -> tuple[int, str]:

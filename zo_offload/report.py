@@ -209,9 +209,8 @@ def _lifts(plan: Plan) -> Iterator[str]:
 
 
 def _memory(prepared: Prepared, memory: MemoryPlan, batch: str, micro_batches: int) -> Iterator[str]:
-    perturbations = len(prepared.method.perturbations(prepared.config.seed, 0))
     parts = f" of {micro_batches} parts" if micro_batches > 1 else ""
-    yield f"memory, {batch}{parts}, {perturbations * micro_batches} lanes in {memory.order} order:"
+    yield f"memory, {batch}{parts}, {prepared.perturbations * micro_batches} lanes in {memory.order} order:"
     for name, nbytes in memory.rows():
         detail = ""
         if name == "window":
@@ -239,7 +238,7 @@ def _traffic(plan: Plan, layout: Layout, memory: MemoryPlan, fold_every: int) ->
 
 def _compared(prepared: Prepared, dtype_of: Callable[[str], torch.dtype], rate: Rates) -> Iterator[str]:
     method, config = prepared.method, prepared.config
-    lanes = len(method.perturbations(config.seed, 0))
+    lanes = prepared.perturbations
     yield f"all parameters streamed {rate.note}, {lanes} lanes:"
     yield f"  {'format':<12}{'fold every':>11}{'fetch':>12}{'flush':>12}{'held':>12}{'a step, at least':>18}"
     choices = compare(
