@@ -1,6 +1,7 @@
-"""One compute thread: the models here are tiny, and threads that wait for each other would be most of the time.
+"""Each test starts alike: torch's seed, and one compute thread, whatever ran before it in the same process.
 
-Tests that are about threads ask for them by number.
+The models here are tiny, and threads that wait for each other would be most of the time. Tests that are about threads
+ask for them by number.
 """
 
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Whatever the test before has asked for."""
+def _alike() -> Iterator[None]:
+    torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from .blocks import Piece
 from .chunked_loss import losses_in_chunks
@@ -30,6 +29,7 @@ from .experts import in_runs, set_rows
 from .plan import Owner, Plan
 from .tiles import tiled_linear
 from .trace import ForwardCall, MetaWatch, meta_copy
+from .trees import tensors_of
 from .watch import Recorder, storage_key
 
 ServiceOrder = Literal["module", "block", "lane"]
@@ -206,7 +206,7 @@ def measure_activations(
         hook = partial(_wait_before, watch, plan, owner, portions[0])
         module.register_forward_pre_hook(hook, prepend=True)
     inputs = {k: v.to("meta") if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
-    nbytes = sum(leaf.nbytes for leaf in tree_leaves(dict(batch)) if isinstance(leaf, Tensor))
+    nbytes = sum(tensor.nbytes for tensor in tensors_of(batch))
     try:
         with torch.no_grad(), losses(shadow), eagerly(shadow), watch, _FusedAttention(device):
             call(shadow, inputs)

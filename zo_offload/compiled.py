@@ -16,13 +16,24 @@ from torch import nn
 _MARK = "_torchdynamo_orig_callable"  # on every function that torch.compile returns
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module, its forward, a method or a function that it holds is torch.compile's."""
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a module of the model, its forward, a method or a function that it holds is torch.compile's."""
+    modules = list(model.modules())
+    if any(_holds_compiled(module) for module in modules):
+        return True
+    classes = {cls for kind in {type(module) for module in modules} for cls in kind.__mro__}
+    return any(
+        hasattr(value, _MARK)
+        for cls in classes
+        if not cls.__module__.startswith("torch.")
+        for value in list(vars(cls).values())
+    )
+
+
+def _holds_compiled(module: nn.Module) -> bool:
     if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
         return True
-    own = [value for name, value in vars(module).items() if not name.startswith("_")]
-    mine = (cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch."))
-    return any(hasattr(value, _MARK) for value in (*own, *(v for cls in mine for v in vars(cls).values())))
+    return any(hasattr(value, _MARK) for name, value in vars(module).items() if not name.startswith("_"))
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
@@ -33,6 +44,6 @@ def without_wrapper(model: nn.Module) -> nn.Module:
 
 def eagerly(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """While open, no part of this model is compiled or runs compiled."""
-    if not any(is_compiled(module) for module in model.modules()):
+    if not is_compiled(model):
         return contextlib.nullcontext()
     return cast(contextlib.AbstractContextManager[Any], torch.compiler.set_stance("force_eager"))

@@ -63,7 +63,7 @@ from .methods import MeZO, lr_schedule
 from .micro_batches import split_micro_batches
 from .model_kind import ModelKind, kind_of
 from .modes import modes_of
-from .on_device import Homes, as_inputs, input_dtype, move_what_stays, tensor_bytes
+from .on_device import Homes, as_inputs, input_dtype, move_what_stays
 from .parameters import Tied, tie, untie
 from .passes import Passes
 from .plan import Plan
@@ -75,6 +75,7 @@ from .stepper import Stepper
 from .streamer import Streamer
 from .tokenizers import check_saves, has_tokenizer, load_tokenizer
 from .training import FitResult, Training, check_same_data
+from .trees import tensor_bytes
 from .updates import UpdateLog
 from .whole import Door, Parts, Whole, entry
 

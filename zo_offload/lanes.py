@@ -56,9 +56,9 @@ from .serving import (
     install,
     kind_of,
     laid_out_as,
-    tensors_of,
     uninstall,
 )  # fmt: skip
+from .trees import tensors_of
 from .watch import ForwardCall, Trace
 from .watched import BatchIsWritten, LanesShareState, PlanFault, WatchedRun
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from .micro_batches import Weighing, batch_rows, label_counts, rows_weigh
 from .model_kind import ModelKind, kind_of, unwrapped
 from .on_device import input_dtype, inputs_in
 from .outputs import describe, loss_of
+from .positions import virtual_tokens
 
 Batch = Mapping[str, Any]
 Objective = Callable[[nn.Module, Batch], Any]
@@ -121,11 +122,11 @@ def _counts(kind: ModelKind, shift: int, batch: Batch) -> dict[str, float]:
 def puts_before(model: nn.Module) -> int:
     """Positions that the logits have before those of the input: peft's virtual tokens, unless they are a prefix of
     keys and values."""
-    config = getattr(model, "active_peft_config", None)
-    if config is None or not getattr(config, "is_prompt_learning", False):
+    tokens = virtual_tokens(model)
+    if not tokens:
         return 0
-    by_keys = str(getattr(config.peft_type, "value", config.peft_type)) == "PREFIX_TUNING"
-    return 0 if by_keys else int(config.num_virtual_tokens)
+    kind = cast(Any, model.active_peft_config).peft_type
+    return 0 if str(getattr(kind, "value", kind)) == "PREFIX_TUNING" else tokens
 
 
 def _not_taken(model: nn.Module, batch: Batch) -> list[str]:

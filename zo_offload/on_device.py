@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from .devices import CpuDevice
@@ -73,12 +73,6 @@ class Homes:
             for name, tensor in _held_by(module):
                 if id(tensor) in new:
                     setattr(module, name, new[id(tensor)])
-
-
-def tensor_bytes(batches: Iterable[Any]) -> int:
-    """Bytes of all tensors in `batches`, each counted once."""
-    found = {id(leaf): leaf.nbytes for batch in batches for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
-    return sum(found.values())
 
 
 class PlacedBatches:

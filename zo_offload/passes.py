@@ -28,9 +28,10 @@ from .losses import Batch, Objective, language_models, own_loss, scalar, weighin
 from .measures import OptionsLoss
 from .micro_batches import Weighing, agree, nothing_counts, split_micro_batches
 from .modes import module_modes
-from .on_device import PlacedBatches, input_dtype, inputs_in, matmul_precision, tensor_bytes
+from .on_device import PlacedBatches, input_dtype, inputs_in, matmul_precision
 from .plan import Plan, relift
 from .streamer import Streamer
+from .trees import tensor_bytes
 
 _MAX_CORRECTIONS = 8  # of the plan, by watched runs; each adds a use, so a few are enough
 
@@ -214,12 +215,12 @@ class Passes:
                     results = hub.run(lanes, call, seed=seed)
                 streamer.end_pass()
             except PlanFault as fault:  # a weight was used where the plan did not have it: lift its owner, run again
-                streamer.abort_pass()
+                streamer.mend()
                 last: PlanError = fault
                 self._adopt(relift(self.plan, fault.trace))
                 continue
             except LanesShareState:  # a module keeps tensors between calls: one lane after another, as its code expects
-                streamer.abort_pass()
+                streamer.mend()
                 if self._fixed:
                     raise
                 hub.detach()
@@ -227,7 +228,7 @@ class Passes:
                 continue
             except BaseException:
                 hub.mend()
-                streamer.abort_pass()
+                streamer.mend()
                 raise
             if hub.trace is not seen:  # a watched run: each module's weights had memory of their own
                 self.device.trim()

@@ -28,10 +28,10 @@ from .memory import MemoryPlan, available_bytes, held_together, plan_memory
 from .methods import MeZO, check_tunes
 from .micro_batches import split_micro_batches
 from .module_state import undisturbed
-from .on_device import tensor_bytes
 from .plan import Plan, make_plan
 from .storage import choose_fold_every, decide_formats
 from .trace import ForwardCall, meta_copy
+from .trees import tensor_bytes
 
 Batch = Mapping[str, Any]
 

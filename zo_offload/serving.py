@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import greenlet
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .blocks import Piece
 from .fused import Perturbation
@@ -279,12 +278,6 @@ def _unique(served: Served, ids: list[Tensor]) -> tuple[Tensor, Tensor]:
         odd = int(rows[-1]) if int(rows[-1]) >= num_rows else int(rows[0])
         raise IndexError(f"id {odd} is out of range for {served.owner.name!r}, an embedding of {num_rows} rows")
     return rows, places
-
-
-def tensors_of(batch: Any) -> list[Tensor]:
-    """All tensors of a batch, whatever kind of mapping it is."""
-    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def code_of(call: Any) -> Any:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from .errors import DataError
 from .model_kind import ModelKind
+from .trees import tensors_of
 
 _BATCH_DIMS = {
     "input_ids": 2, "pixel_values": 4, "input_features": 3, "input_values": 2, "inputs_embeds": 3,
@@ -73,19 +74,10 @@ def named_values(batch: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix or "0", batch
     for key, value in pairs:
         name = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, (Mapping, list, tuple)) and any(True for _ in tensors_of(value)):
+        if isinstance(value, (Mapping, list, tuple)) and tensors_of(value):
             yield from named_values(value, name)
         else:
             yield name, value
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a batch of dicts, lists and tuples, however deep."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_of(inner)
 
 
 def rows_of_texts(batch: Any) -> list[dict[str, Any]] | None:
@@ -156,7 +148,7 @@ def _first_of(data: Any, name: str) -> Any:
 def _is_batch(first: Any, data: Any, kind: ModelKind, own_objective: bool, version: int) -> bool:
     if version == 1:
         return _was_batch(first)
-    found = list(tensors_of(first))
+    found = tensors_of(first)
     if isinstance(first, (tuple, list)):
         return own_objective and bool(found) and _share_rows(found)
     if not isinstance(first, Mapping):
@@ -195,14 +187,14 @@ def _is_rows(value: Any) -> bool:
 def as_tensor_batch(batch: Any, where: str, *, own_objective: bool) -> dict[str, Any]:
     """A ready batch as a dict; of a tuple, or of a tensor alone, under places as names: see `as_given`."""
     if isinstance(batch, Mapping):
-        if not any(True for _ in tensors_of(batch)):
+        if not tensors_of(batch):
             kinds = ", ".join(f"{key}: {type(value).__name__}" for key, value in batch.items())
             raise DataError(
                 f"{where} holds no tensors ({kinds}). Collate rows into tensors, or pass the rows themselves: a "
                 "dataset or list of dicts."
             )
         return dict(batch)
-    if own_objective and isinstance(batch, (list, tuple)) and any(True for _ in tensors_of(batch)):
+    if own_objective and isinstance(batch, (list, tuple)) and tensors_of(batch):
         return {str(i): value for i, value in enumerate(batch)}
     if own_objective and isinstance(batch, Tensor):
         return {"": batch}

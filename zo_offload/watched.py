@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .errors import PlanError
 from .module_state import ModuleState
 from .plan import Plan
-from .serving import Emission, Frame, LaneRun, Portion, tensors_of
+from .serving import Emission, Frame, LaneRun, Portion
+from .trees import tensors_of
 from .watch import Origin, RunWatch, Trace, hook_module_calls, trace_of
 
 

@@ -98,10 +98,6 @@ class BlockWindow:
         while self._position < len(self._visits):
             self._advance()
 
-    def abort_pass(self) -> None:
-        """A pass was given up, or broken off anywhere. The next one starts with a cold window; see `mend`."""
-        self.mend()
-
     def mend(self) -> list[int]:
         """See the module: nothing is folded, flushed or forgotten that the tier does not have. The blocks that are
         lost. May be broken off itself, and called again."""
