@@ -310,14 +310,14 @@ def launch_seconds(engine: Engine, batch: dict[str, Tensor], clock: Clock) -> fl
 
 
 def wait_pinned(engine: Engine) -> None:
-    tier = engine.streamer.tier
+    tier = engine.streamer.window.tier
     if hasattr(tier, "wait_pinned"):
         tier.wait_pinned()
 
 
 def host_over_model(engine: Engine) -> float:
     """Bytes of host memory that hold weights, over the model's: slabs, and what stages them."""
-    tier: Any = engine.streamer.tier
+    tier: Any = engine.streamer.window.tier
     staged = sum(getattr(tier, ring).nbytes for ring in ("_fetch_ring", "_flush_ring") if hasattr(tier, ring))
     return round((engine.layout.total_bytes + staged) / engine.layout.total_bytes, 4)
 

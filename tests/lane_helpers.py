@@ -57,6 +57,8 @@ class DictSource:
         perturbations: Sequence[Perturbation],
         rows: Tensor | None = None,
         pieces: Sequence[Piece] | None = None,
+        *,
+        fresh: bool = False,
     ) -> list[list[Tensor]]:
         self.emits.append((owner.name, list(perturbations), rows))
         self.out += 1

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
 import zo_offload.engine
+import zo_offload.reading
 import zo_offload.streamer
 from zo_offload import BudgetError, DivergenceError, Engine, MeZO, runs
 from zo_offload.devices import CpuDevice, Event
@@ -28,6 +29,7 @@ from zo_offload.devices.staging import HostSlabs, Ring
 from zo_offload.journal import read_journal
 from zo_offload.serving import LaneRun, Portion, Served, gather, unseen
 from zo_offload.tiers import HostTier
+from zo_offload.window import BlockWindow
 
 VOCAB, STEPS = 97, 5
 METHOD = MeZO(lr=1e-3, eps=1e-3, weight_decay=0.1, batch_size=4)
@@ -62,15 +64,15 @@ def use(monkeypatch):
 
 def watch_compute(monkeypatch, backend):
     """Tell the race checker what fused passes read and write."""
-    for name in ("fused_pass", "fused_rows"):
-        original = getattr(zo_offload.streamer, name)
+    for module, name in (("streamer", "fused_pass"), ("streamer", "fused_rows"), ("reading", "fused_pass")):
+        original = getattr(getattr(zo_offload, module), name)
 
         def watched(stored, fmt, *, original=original, name=name, **options):
             write = options.get("write_back", False)
             backend.access(stored, write, COMPUTE, name)
             return original(stored, fmt, **options)
 
-        monkeypatch.setattr(zo_offload.streamer, name, watched)
+        monkeypatch.setattr(getattr(zo_offload, module), name, watched)
 
 
 def train(model=None, steps=STEPS, micro_batches=1, method=METHOD, data=None, **settings):
@@ -140,12 +142,12 @@ def test_the_race_checker_sees_a_missing_wait(use, monkeypatch, broken):
     if "compute" in broken:
         monkeypatch.setattr(device, "mark", lambda: _set(device.event()))
     else:
-        before = zo_offload.streamer.Streamer._event
+        before = BlockWindow._event
 
         def event(self, key):
             return _set(self.device.event()) if key[0] == "flush" else before(self, key)
 
-        monkeypatch.setattr(zo_offload.streamer.Streamer, "_event", event)
+        monkeypatch.setattr(BlockWindow, "_event", event)
     train(device="cuda", offload="host", num_slots=2)
     assert device.backend.races
 

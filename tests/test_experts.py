@@ -343,7 +343,7 @@ class Sized(DictSource):
         super().__init__(model)
         self.asked: list[tuple[str, int, bool]] = []
 
-    def emit(self, owner: Any, perturbations: Any, rows: Any = None, pieces: Any = None) -> Any:
+    def emit(self, owner: Any, perturbations: Any, rows: Any = None, pieces: Any = None, **how: Any) -> Any:
         scratch = super().emit(owner, perturbations, rows, pieces)
         if owner.name.endswith("experts"):
             self.asked.append((owner.name, sum(t.numel() for t in scratch[0]), pieces is None))

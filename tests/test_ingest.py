@@ -196,13 +196,13 @@ def test_any_run_of_a_parameter_is_that_of_the_whole(saved, storage):
         for _ in range(4):
             engine.step(BATCH)
         whole = dict(engine.weights())
-        streamer, draw = engine._start().streamer, random.Random(0)
+        reader, draw = engine._start().streamer.reader, random.Random(0)
         for _ in range(60):
             name = draw.choice(list(whole))
             flat = whole[name].view(-1)
             start = draw.randrange(len(flat))
-            out = torch.empty(draw.randint(0, min(3000, len(flat) - start)), dtype=streamer.dtype_of(name))
-            streamer.read_into(name, start, out)
+            out = torch.empty(draw.randint(0, min(3000, len(flat) - start)), dtype=reader.dtype_of(name))
+            reader.read_into(name, start, out)
             assert torch.equal(out, flat[start : start + len(out)]), (name, start, len(out))
 
 
@@ -213,9 +213,9 @@ def test_an_export_fetches_each_block_once(tmp_path, name, block_numel):
     ZOO[name].build(torch.bfloat16).save_pretrained(tmp_path / "base")
     with Engine(tmp_path / "base", offload="disk", block_numel=block_numel, run_dir=tmp_path / "run") as engine:
         engine.run(BATCH)
-        streamer, loads = engine._start().streamer, []
-        load = streamer._load
-        streamer._load = lambda block, **options: loads.append(block) or load(block, **options)
+        window, loads = engine._start().streamer.window, []
+        load = window.load
+        window.load = lambda block, **options: loads.append(block) or load(block, **options)
         engine.save_pretrained(tmp_path / "out", max_shard_bytes=20_000)
     assert loads == list(range(len(engine.plan.blocks)))
     cls = getattr(transformers, ZOO[name].model)

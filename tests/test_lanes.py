@@ -193,7 +193,7 @@ def test_scratch_is_let_go_as_soon_as_the_last_lane_leaves(order: Any) -> None:
         seen.append((where, sum(ref() is not None for ref in alive)))
 
     class Frugal(DictSource):
-        def emit(self, owner: Any, perturbations: Any, rows: Any = None, piece: Any = None) -> Any:
+        def emit(self, owner: Any, perturbations: Any, rows: Any = None, piece: Any = None, **how: Any) -> Any:
             count("emit")
             scratch = super().emit(owner, perturbations, rows, piece)
             alive.extend(weakref.ref(t) for ts in scratch for t in ts)

@@ -39,9 +39,9 @@ def counted(engine: Engine) -> Counter[tuple[str, int]]:
     streamer = engine._start().streamer
     emit = streamer.emit
 
-    def count(owner: Any, perturbations: Any, *args: Any) -> Any:
+    def count(owner: Any, perturbations: Any, *args: Any, **how: Any) -> Any:
         emits[owner.name, len(perturbations)] += 1
-        return emit(owner, perturbations, *args)
+        return emit(owner, perturbations, *args, **how)
 
     streamer.emit = count  # type: ignore[method-assign]
     return emits

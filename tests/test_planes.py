@@ -13,9 +13,9 @@ from zo_offload.formats import get_format
 from zo_offload.fused import fused_pass
 from zo_offload.layout import PARAM_ALIGN
 from zo_offload.memory import step_bytes
-from zo_offload.streamer import Streamer
 from zo_offload.tiers import HostTier
 from zo_offload.updates import with_folds
+from zo_offload.window import BlockWindow
 
 STEPS = 10
 WAYS = [
@@ -104,7 +104,7 @@ def test_residuals_are_fetched_only_for_folds_and_foretold(fold_every, monkeypat
 def test_a_wrong_foretelling_costs_a_wait_and_nothing_else(monkeypatch):
     """Folds that come as a surprise: nobody foretells them."""
     want = train(tiny_opt(), STEPS, storage="bf16+16", fold_every=4)
-    monkeypatch.setattr(Streamer, "_foretold", lambda self, op: 0)
+    monkeypatch.setattr(BlockWindow, "_foretold", lambda self, op: 0)
     assert_same(want, train(tiny_opt(), STEPS, storage="bf16+16", fold_every=4, offload="host"))
     seen, engine, _ = counted(monkeypatch, STEPS, storage="bf16+16", fold_every=4)
     late = [block for block, start, _ in seen if start]

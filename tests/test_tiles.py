@@ -253,7 +253,7 @@ class Told(DictSource):
         self.sizes: dict[int, int] = {}
         self.most = 0
 
-    def emit(self, owner: Any, perturbations: Any, rows: Any = None, pieces: Any = None) -> Any:
+    def emit(self, owner: Any, perturbations: Any, rows: Any = None, pieces: Any = None, **how: Any) -> Any:
         self.asked.append((owner.name, None if pieces is None else pieces[-1].index, [p.scale for p in perturbations]))
         scratch = super().emit(owner, perturbations, rows, pieces)
         self.sizes[id(scratch)] = sum(t.numel() for row in scratch for t in row)

@@ -371,7 +371,7 @@ def test_a_dropped_engine_gives_everything_back(offload, how, tmp_path, want):
     )  # fmt: skip
     go_on(e, 3)
     if how == "in mid-step":
-        e._parts.streamer.look = lambda: (_ for _ in ()).throw(KeyboardInterrupt())
+        e._parts.streamer.set_look(lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             e.step(batch(3))
     files, threads = left(tmp_path)

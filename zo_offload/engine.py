@@ -358,7 +358,7 @@ class Engine:
             self._planned_bytes = max(self._planned_bytes, _part_bytes(batch, micro_batches))
             launched = stepper.launch(losses, lr, fingerprint(batch))
             if parts.session.snapshots is not None:
-                parts.session.snapshots.tick(self.log.version, parts.streamer)
+                parts.session.snapshots.tick(self.log.version, parts.streamer.window)
         return launched
 
     def _keep_budget(self, parts: Parts, batch: Batch, micro_batches: int, objective: Objective | None) -> None:
@@ -449,7 +449,7 @@ class Engine:
         self._flush()
         with self._work():
             return save_pretrained(
-                Path(directory), model=self.model, names=list(self.plan.params), weights=parts.streamer,
+                Path(directory), model=self.model, names=list(self.plan.params), weights=parts.streamer.reader,
                 checkpoint=self.checkpoint, max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")),
                 overwrite=overwrite, tokenizer=self.tokenizer,
                 run=lambda call: parts.passes.forward([Lane(STILL, {})], lambda *_: call(), exact=True)[0],
@@ -463,9 +463,9 @@ class Engine:
 
     @entry
     def _read(self, name: str) -> Tensor:
-        streamer = self._start().streamer
+        reader = self._start().streamer.reader
         with self._work():
-            return streamer.read(name)
+            return reader.read(name)
 
     @entry
     def restore(self) -> nn.Module:

@@ -87,8 +87,7 @@ class Hub(Attachment):
         """The most that the lanes of the last watched run held at once, their batches not counted."""
         self.watching = False
         """The run under way is watched."""
-        self.host_of: Callable[[Tensor], Tensor | None] | None = None
-        """The host's copy of a tensor of the batches, where they are on a GPU; None for one it does not have."""
+        self._host_of: Callable[[Tensor], Tensor | None] | None = None  # of the run under way
         self._installed: LaneRun | None = None
         self._lanes: list[LaneRun] = []  # of the run under way
         self._unentered: list[Frame] = []  # served, but their lanes have not gone on yet
@@ -136,13 +135,15 @@ class Hub(Attachment):
         *,
         seed: int | None = None,
         watch: bool | None = None,
+        host_of: Callable[[Tensor], Tensor | None] | None = None,
     ) -> list[Any]:
         """Results of `call(model, lane.batch)` (default `model(**batch)`), in lane order, under no_grad.
 
         Every lane starts with the same random numbers: those of `seed`, and the generators end as they were; without
         one, those of the generators as they are, which end as after one forward. Every lane starts with the modules as
         they are, and they end as they were (`module_state.py`). watch: None watches the first run of each kind of
-        batch, and under each combination of the modules' modes.
+        batch, and under each combination of the modules' modes. host_of: the host's copy of a tensor of the batches,
+        where they are on a GPU; None for one it does not have.
 
         Raises what a lane raised, with a note that names lane and module; PlanFault (see there), with the generators
         as they were; PlanError for what no plan can follow. The hub can be used again after any of them.
@@ -160,6 +161,7 @@ class Hub(Attachment):
         new = not kinds <= self._seen if watch is None else watch
         known = self._state.note(watching=new)
         watching = new or not known if watch is None else watch
+        self._host_of = host_of
         with torch.no_grad():
             results = self._run([LaneRun(i, self._own(lane)) for i, lane in enumerate(lanes)], call, watching, seed)
         self._seen |= kinds
@@ -327,8 +329,8 @@ class Hub(Attachment):
         places: dict[Perturbation, int] = {}
         wanted = [STILL if portion.frozen else lane.lane.perturbation for lane in group]
         index = [places.setdefault(perturbation, len(places)) for perturbation in wanted]
-        rows = gather(served, group, self.host_of) if served.rows else None
-        scratch = self.source.emit(served.owner, list(places), rows, portion.pieces)
+        rows = gather(served, group, self._host_of) if served.rows else None
+        scratch = self.source.emit(served.owner, list(places), rows, portion.pieces, fresh=self._watch is not None)
         emission = Emission(scratch, len(group), self.source.release)
         if rows is None and any(portion.strides):
             scratch = laid_out_as(portion.strides, emission.scratch)

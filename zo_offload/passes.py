@@ -74,7 +74,6 @@ class Passes:
         self._own_weighing = weighing(model, objective)
         self._input_dtype = input_dtype(model)
         self._hub = self._attach(order)
-        streamer.is_watched = lambda: self._hub.watching
 
     def close(self) -> None:
         """The model is as it was, but for its weights."""
@@ -201,7 +200,6 @@ class Passes:
         for _ in range(_MAX_CORRECTIONS):
             hub, streamer = self._hub, self.streamer
             streamer.begin_pass(exact)
-            hub.host_of = placed.host_of
             seen = hub.trace
             try:
                 with (
@@ -212,7 +210,7 @@ class Passes:
                     own_loss(self.model, self.objective, self._parts),
                     module_modes(self._modules, self._mode),
                 ):
-                    results = hub.run(lanes, call, seed=seed)
+                    results = hub.run(lanes, call, seed=seed, host_of=placed.host_of)
                 streamer.end_pass()
             except PlanFault as fault:  # a weight was used where the plan did not have it: lift its owner, run again
                 streamer.mend()

@@ -1,6 +1,6 @@
 """One forward after another as a list of ops: which block is fetched, used and flushed, where, after what.
 
-Pure: no torch, no threads. `streamer.py` runs what this module lays down; tests prove it by enumeration.
+Pure: no torch, no threads. `window.py` runs what this module lays down; tests prove it by enumeration.
 
 The model's forward visits blocks in a fixed order, `visits`, pass after pass (training steps and evaluation batches
 alike), so the order is cyclic and the next blocks are always known, across the end of a pass too. Some blocks are

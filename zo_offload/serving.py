@@ -47,12 +47,15 @@ class Source(Protocol):
         perturbations: Sequence[Perturbation],
         rows: Tensor | None = None,
         pieces: Sequence[Piece] | None = None,
+        *,
+        fresh: bool = False,
     ) -> list[list[Tensor]]:
         """[perturbation][parameter of owner.params], in the parameters' shapes, dtypes and device.
 
         rows: int64 [U], only for owners with `rows`: the result is [U, D], row i that of id rows[i].
         pieces: one of the owner's portions (`Plan.portions`): only the parameters that it has pieces of, and of those
         only these rows of dim 0, `Plan.shapes`. Portions are asked for in order.
+        fresh: the run is watched, which must tell one module's scratch from the next one's: best in memory of its own.
         """
 
     def release(self, scratch: list[list[Tensor]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -9,7 +10,8 @@ from torch import Tensor
 from .blocks import Piece
 from .devices import Event
 from .fused import Mark
-from .tiers import UNKNOWN
+from .layout import Layout
+from .tiers import UNKNOWN, Tier
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,35 @@ class Slot:
         if part is None:
             part = self.streamed[piece] = self.memory[offset : offset + nbytes]
         return part
+
+    def fetch(self, block: int, pieces: Iterable[Piece], tier: Tier, layout: Layout, target: int | None) -> None:
+        """Read a block: the streamed part, and the residual part if a fold up to `target` is lacking (None: both).
+
+        Runs on the fetch stream, after the block's last flush: only then is its version in the tier the last word.
+        """
+        version = tier.version(block)
+        whole = target is None or (block in layout.written and version < target)
+        nbytes = (layout.block_bytes if whole else layout.stream_bytes)[block]
+        self.residual = nbytes == layout.block_bytes[block]
+        tier.fetch(block, self.memory[:nbytes])
+        # asked again: a tier that found damage has gone back to an older version
+        self.stored = tier.version(block)
+        self.version = dict.fromkeys(pieces, self.stored)
+        self.fetched += nbytes
+
+    def fetch_residual(self, pieces: Iterable[Piece], tier: Tier, layout: Layout) -> None:
+        """Read the residual part of a block that was fetched without it.
+
+        The tier's residual belongs to the slot's bytes: a slot without it cannot have been folded into, and while the
+        block is in this slot nobody else flushes it.
+        """
+        assert not self.dirty, "a block was folded into without its residual"
+        part = self.memory[layout.stream_bytes[self.block] : layout.block_bytes[self.block]]
+        tier.fetch(self.block, part, layout.stream_bytes[self.block])
+        self.fetched += part.numel()
+        if tier.version(self.block) != self.stored:  # damaged: both parts have to be of one version
+            self.fetch(self.block, pieces, tier, layout, None)
+        self.residual = True
 
     def begin_write(self, piece: Piece, after: int) -> Mark:
         """Before a pass that brings a piece to version `after`: until `end_write` its version is UNKNOWN."""

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class Blocks(Protocol):
-    """What snapshots ask of the streamer."""
+    """What snapshots ask of the window."""
 
     def is_in_memory(self, block: int) -> bool:
         """Whether a block lives in memory for the whole run: its tier is memory, or it is pinned."""

@@ -2,7 +2,7 @@
 
 When a module's turn comes, `emit` makes its scratch weights from the blocks' stored bytes in one fused pass a piece:
 apply the updates of the steps the piece still lacks, write back those up to the last fold, emit the perturbed weights.
-How blocks come and go is `window.py`'s.
+How blocks come and go is `window.py`'s, and reading the weights between passes `reading.py`'s.
 
 Contract: the bytes of a block at version v are a function of the base weights and the updates of steps 0..v-1 only.
 Window, prefetch, tier, order of service and evaluation in between cannot change them; nor can the cut into blocks and
@@ -20,24 +20,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .blocks import ALIGN, ParamSpec, Piece
+from .blocks import ParamSpec, Piece
 from .device_updates import DeviceUpdates, scaled
 from .devices import CpuDevice
 from .fold_sample import FoldSample
-from .formats.grouped import cut
 from .fused import ONE, STILL, Gains, Perturbation, Rounding, Update, fused_pass, fused_rows
 from .layout import Layout
 from .masters import exact_values
 from .noise import NoiseSpec
 from .plan import Owner, Plan
+from .reading import Reader
 from .scratch import ScratchPool
-from .slots import Slot, Window
+from .slots import Slot, Traffic, Window
 from .spans import span
 from .tiers import Tier
 from .updates import UpdateLog
 from .window import BlockWindow
-
-_SMALL = 1 << 16  # elements: a piece that is read along with its block
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,10 @@ class _Recipe:
     """(piece, index of its parameter, its first element's place in what is there of the parameter)."""
 
 
-class Streamer(BlockWindow):
+class Streamer:
     """The lanes' source of weights (`lanes.Source`) over a tier, a window of slots and the update log.
 
-    decays(spec): whether weight decay applies to a parameter.
+    window: how blocks move. decays(spec): whether weight decay applies to a parameter.
     """
 
     def __init__(
@@ -72,46 +70,83 @@ class Streamer(BlockWindow):
         gains: Gains | None = None,
         threads: int | None = None,
     ) -> None:
-        self.noise, self.rounding, self.threads = noise, rounding, threads
-        self.is_watched: Callable[[], bool] = lambda: False
-        """Whether the run under way is watched: it must tell one module's scratch from the next one's."""
-        self.look: Callable[[], None] = lambda: None
-        """Called before each owner's weights are made: a place where a pass may be ended, by raising."""
+        self.plan, self.layout, self.log = plan, layout, log
+        self.noise, self.rounding, self.threads, self.fold_every = noise, rounding, threads, fold_every
         self._decay = {name: decays(spec) for name, spec in plan.params.items()}
         self._gains: Gains = gains or {}
+        self._first_fold = log.folded
+        self._recipes: dict[tuple[str, Piece | None, int], _Recipe] = {}
+        self._pool = ScratchPool(device.alloc)
+        self._look: Callable[[], None] | None = None
         self.changes = FoldSample(scales=layout.target == "scales", stochastic=rounding == "stochastic")
         """How many of the stored values folds change."""
-        self._first_fold = log.folded
-        self._pool = ScratchPool(device.alloc)
-        self._read_slot: Slot | None = None  # the block that `read` left in the window
-        self._read_along: dict[Piece, Tensor] = {}  # small pieces of blocks that `read` passed, not asked for yet
-        super().__init__(plan, layout, tier, device, log, window=window, fold_every=fold_every)
+        self.window = BlockWindow(
+            plan, layout, tier, device, log, how=window, fold_every=fold_every, settle=self._settle
+        )
+        """The blocks on their way."""
+        self.reader = Reader(
+            plan, layout, self.window, settle=self._settle, lacking=self._lacking, noise=noise, threads=threads
+        )
+        """The current weights, between passes."""
 
     def set_plan(self, plan: Plan) -> None:
-        self._recipes: dict[tuple[str, Piece | None, int], _Recipe] = {}
-        super().set_plan(plan)
+        """Take a plan whose owners were lifted or whose order was learnt; the blocks must be the same."""
+        self._recipes = {}
+        self.plan = plan
+        self.reader.forget()
+        self.window.set_plan(plan)
+
+    # ---- passes, and what lies between them --------------------------------------------------------------------------
 
     def begin_pass(self, exact: bool = False) -> None:
-        self._forget_read()
-        super().begin_pass(exact)
+        """Start one forward of all lanes. exact: no lane is perturbed, and all are to see the masters (evaluation)."""
+        self.reader.forget()
+        self.window.begin_pass(exact)
+
+    def end_pass(self) -> None:
+        """All lanes have returned: bring the remaining blocks' visits to their end."""
+        self.window.end_pass()
+
+    def set_look(self, look: Callable[[], None] | None) -> None:
+        """look: called before each owner's weights are made, where it may end the pass by raising; None: nobody is."""
+        self._look = look
+
+    def flush_all(self, between: Callable[[], None] = lambda: None) -> None:
+        """Bring every block to the last fold in its tier; see `BlockWindow.flush_all`."""
+        self.reader.forget()
+        self.window.flush_all(between)
 
     def bring(self, block: int) -> None:
-        self._forget_read()
-        super().bring(block)
-
-    def _restart(self) -> None:
-        self._forget_read()
-        super()._restart()
+        """One block to the last fold, in its tier. Not in a pass, and with nothing fetched ahead."""
+        self.reader.forget()
+        self.window.bring(block)
 
     def mend(self) -> list[int]:
-        self._forget_read()
+        """After a pass was broken off: as between passes. The blocks that are lost; see `BlockWindow.mend`."""
+        self.reader.forget()
         self._pool.take_all_back()
-        return super().mend()
+        return self.window.mend()
 
     def close(self) -> None:
-        self._forget_read()
-        super().close()
+        """End the worker threads, let window and scratch go; nothing is flushed. Safe to call twice."""
+        self.reader.forget()
+        self.window.close()
         self._pool.clear()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was counted since the last `count_anew`."""
+        return self.window.traffic
+
+    def count_anew(self) -> Traffic:
+        """Count from zero: what is counted from now on, until the next call of this."""
+        self.window.traffic = Traffic()
+        return self.window.traffic
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of weights in the device's memory: the window and the pinned blocks."""
+        return self.window.resident_bytes
 
     @property
     def scratch_bytes(self) -> int:
@@ -125,9 +160,13 @@ class Streamer(BlockWindow):
         perturbations: Sequence[Perturbation],
         rows: Tensor | None = None,
         pieces: Sequence[Piece] | None = None,
+        *,
+        fresh: bool = False,
     ) -> list[list[Tensor]]:
         """Scratch weights of the owner's parameters, [perturbation][parameter]; see `lanes.Source`."""
-        self.look()
+        if self._look is not None:
+            self._look()
+        window = self.window
         key = (owner.name, pieces[0] if pieces else None, len(pieces or ()))
         recipe = self._recipes.get(key)
         if recipe is None:
@@ -136,17 +175,17 @@ class Streamer(BlockWindow):
             recipe.shapes if rows is None else [(len(rows), *shape[1:]) for shape in recipe.shapes],
             recipe.dtypes,
             len(perturbations),
-            fresh=self.is_watched(),
+            fresh=fresh,
         )
         for part, index, start_at in recipe.parts:
-            slot, writes = self._acquire(self.layout.places[part].block)
+            slot, writes = window.acquire(self.layout.places[part].block)
             outs = [tensors[index] for tensors in scratch.tensors]
             if rows is None and outs[0].numel() != part.numel:
                 outs = [out.view(-1)[start_at : start_at + part.numel] for out in outs]
             start = time.perf_counter()
             with span("zo_offload.stream:fused"):
                 self._emit_one(part, slot, writes, perturbations, outs, rows)
-            self.traffic.fused_s += time.perf_counter() - start
+            window.traffic.fused_s += time.perf_counter() - start
         return scratch.tensors
 
     def _recipe(self, owner: Owner, pieces: Sequence[Piece] | None) -> _Recipe:
@@ -165,91 +204,11 @@ class Streamer(BlockWindow):
         """The last lane has left the owner: its scratch may be used again."""
         self._pool.give(scratch)
 
-    # ---- reading -----------------------------------------------------------------------------------------------------
-
-    def shape_of(self, name: str) -> torch.Size:
-        return self.plan.params[name].shape
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        """What a parameter is read as: its storage dtype."""
-        return self.layout.formats[name].torch_dtype
-
-    def place_of(self, name: str, element: int) -> int:
-        """The block of an element: parameters that are read in this order are fetched once."""
-        pieces = self.plan.pieces_of(name)
-        return next((self.layout.places[p].block for p in pieces if element < p.stop), len(self.plan.blocks))
-
-    def read(self, name: str) -> Tensor:
-        """A copy of one parameter's current value; see `read_into`."""
-        spec = self.plan.params[name]
-        out = torch.empty(spec.shape, dtype=self.dtype_of(name))
-        self.read_into(name, 0, out.view(-1))
-        return out
-
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Elements [start, start + len(out)) of a parameter's current value into `out`, on the CPU. Not in a pass.
-
-        Folds and pending updates are all in it: decode(stored) less the pending updates in float32, rounded once. A
-        layer's parameters may be asked for in any order: what is small is read along with its block, so that a block is
-        fetched once for each large parameter in it at most, and once for all that follow one another.
-        """
-        if self._live:
-            self._restart()  # the slots hold blocks fetched ahead for the next pass
-        stop = start + len(out)
-        for piece in self.plan.pieces_of(name):
-            low, high = max(start, piece.start), min(stop, piece.stop)
-            if low < high:
-                self._read_piece(piece, low - piece.start, out[low - start : high - start])
-
-    def _read_piece(self, piece: Piece, start: int, out: Tensor) -> None:
-        value = self._read_along.get(piece)
-        if value is None:
-            block = self.layout.places[piece].block
-            slot = self._read_slot
-            if slot is None or slot.block != block:  # else the last read left the block in the window
-                slot = self._load(block, into_window=True)
-                self._settle(slot)
-                self._read_slot = slot
-                small = [p for p in self.plan.blocks[block].pieces if p.numel <= _SMALL and p != piece]
-                self._read_along.update((p, self._current(p, slot, 0, p.numel)) for p in small)
-            out.copy_(self._current(piece, slot, start, start + len(out)))
-            return
-        out.copy_(value[start : start + len(out)])
-        if start + len(out) == piece.numel:
-            del self._read_along[piece]
-
-    def _current(self, piece: Piece, slot: Slot, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a piece whose folds are done, on the CPU."""
-        spec, place = self.plan.params[piece.name], self.layout.places[piece]
-        low, high = start // ALIGN * ALIGN, min(piece.numel, -(-stop // ALIGN) * ALIGN)  # whole groups
-        stored = cut(place.fmt, slot.memory[place.offset : place.offset + place.nbytes], piece.numel, low, high)
-        pending = self._lacking(piece, slot)
-        if place.residual_nbytes:
-            wide, at = place.fmt.residual_bytes, place.residual_offset
-            value = torch.empty(high - low, dtype=place.fmt.torch_dtype)
-            exact_values(
-                stored.cpu(), slot.memory[at + wide * low : at + wide * high].cpu(), place.fmt, value,
-                param_id=spec.param_id, numel=high - low, offset=piece.start + low,
-                pending=pending.read() if isinstance(pending, DeviceUpdates) else pending, noise=self.noise,
-                threads=self.threads,
-            )  # fmt: skip
-        else:
-            value = torch.empty(high - low, dtype=place.fmt.torch_dtype, device=stored.device)
-            fused_pass(
-                stored, place.fmt, param_id=spec.param_id, numel=high - low, offset=piece.start + low, updates=pending,
-                write_back=False, noise=self.noise, perturbations=[STILL], outs=[value],
-                target=self.layout.target if spec.trainable else "values", threads=self.threads,
-            )  # fmt: skip
-        return value[start - low : stop - low].cpu()
-
-    def _forget_read(self) -> None:
-        self._read_slot, self._read_along = None, {}
-
     # ---- one block ---------------------------------------------------------------------------------------------------
 
     def _settle(self, slot: Slot) -> None:
         """Bring the pieces of a block that no module asked for to the last fold, as the others are."""
-        self._wait(slot)
+        self.window.wait(slot)
         for piece in self.plan.blocks[slot.block].pieces:
             if self._folds(piece, slot):
                 self._fused(piece, slot, True, (), ())
@@ -264,7 +223,7 @@ class Streamer(BlockWindow):
         rows: Tensor | None,
     ) -> None:
         spec, place = self.plan.params[piece.name], self.layout.places[piece]
-        if self._exact and place.residual_nbytes:
+        if self.window.exact and place.residual_nbytes:
             self._emit_exact(piece, slot, writes, outs, rows)
             return
         perturbations = self._own(piece.name, perturbations)
@@ -301,7 +260,7 @@ class Streamer(BlockWindow):
         """A split parameter's masters, less what is pending, for lanes that are not perturbed."""
         spec, place = self.plan.params[piece.name], self.layout.places[piece]
         if not slot.residual:
-            self._fetch_residual(slot)
+            self.window.fetch_residual(slot)
         if self._folds(piece, slot):
             if not writes:  # an early visit of a block that a later one of this pass will write: fold into a copy
                 slot = replace(slot, memory=slot.memory.clone(), version=dict(slot.version), streamed={})
@@ -365,7 +324,7 @@ class Streamer(BlockWindow):
         if not self._folds(piece, slot):
             return None
         if not slot.residual:
-            self._fetch_residual(slot)
+            self.window.fetch_residual(slot)
         place = self.layout.places[piece]
         if not place.residual_nbytes:
             return None

@@ -18,7 +18,6 @@ from .errors import JournalError
 from .journal import StepRecord
 from .progress import Progress
 from .signals import Stopped, StopRequest, stop_signals
-from .slots import Traffic
 from .streamer import Streamer
 
 if TYPE_CHECKING:
@@ -68,11 +67,11 @@ class Training:
         engine, streamer = self.engine, self.streamer
         losses: list[float] = []
         tokens, begin, first = 0, time.perf_counter(), engine.log.version
-        traffic = streamer.traffic = Traffic()
+        traffic = streamer.count_anew()
         path = None if engine.run_dir is None else engine.run_dir / runs.METRICS
         with Progress(self.progress, first, self.steps) as bar, runs.Metrics(path) as metrics, stop_signals() as stop:
             try:
-                streamer.look = stop.look
+                streamer.set_look(stop.look)
                 self._evaluate_what_was_missed(first, metrics, stop)
                 for record, batch in engine.take_steps(
                     self.batches, range(first, self.steps), self.lr, self.micro_batches, self._is_due
@@ -104,7 +103,7 @@ class Training:
                 found = engine.learning.warnings
             finally:
                 engine.settle(at_once=stop.at_once)
-                streamer.look = lambda: None
+                streamer.set_look(None)
         seconds = time.perf_counter() - begin
         return FitResult(
             steps=len(losses), losses=losses, evals=list(engine.evals), tokens_per_s=tokens / seconds, seconds=seconds,

@@ -2,7 +2,7 @@
 
 The main thread walks the plan's visits. Before each it has enqueued the fetches of the next `ahead` stays, so copies
 run under the compute, across the end of a pass too. What the block's modules did not ask for is brought to the last
-fold when the visit ends (`_settle`), so a block always leaves the window at one version.
+fold when the visit ends (`settle`), so a block always leaves the window at one version.
 
 Updates after the last fold are applied in registers at every visit and written nowhere: between folds no block is
 written, so none is flushed. That is what `fold_every=K` saves: K - 1 of K flushes, and as many roundings.
@@ -40,7 +40,11 @@ from .updates import UpdateLog
 
 
 class BlockWindow:
-    """Slots, streams and events over a tier. Who knows what is in a block (`Streamer`) says how one is settled."""
+    """Slots, streams and events over a tier.
+
+    how: how blocks move. settle(slot): brings the pieces of a block that no module asked for to the last fold, as the
+    others are; whoever knows what is in a block says how.
+    """
 
     def __init__(
         self,
@@ -50,30 +54,28 @@ class BlockWindow:
         device: CpuDevice,
         log: UpdateLog,
         *,
-        window: Window,
+        how: Window,
         fold_every: int,
+        settle: Callable[[Slot], None],
     ) -> None:
         self.plan, self.layout, self.tier, self.device, self.log = plan, layout, tier, device, log
-        self.window, self.fold_every = window, fold_every
+        self._how, self.fold_every, self._settle = how, fold_every, settle
         self.traffic = Traffic()
         self._pinned: dict[int, Slot] = {}
-        streamed = [b for b in range(len(plan.blocks)) if b not in window.pinned]
+        streamed = [b for b in range(len(plan.blocks)) if b not in how.pinned]
         slot_bytes = max((layout.block_bytes[b] for b in streamed), default=0)
-        self._slots = [Slot(device.alloc(slot_bytes)) for _ in range(window.num_slots if streamed else 0)]
-        self._fetch_stream: Stream = device.stream("fetch", window.io_threads)
-        self._flush_stream: Stream = device.stream("flush", min(1, window.io_threads))
+        self._slots = [Slot(device.alloc(slot_bytes)) for _ in range(how.num_slots if streamed else 0)]
+        self._fetch_stream: Stream = device.stream("fetch", how.io_threads)
+        self._flush_stream: Stream = device.stream("flush", min(1, how.io_threads))
         self._flushes: deque[Event] = deque()
         self._events: dict[OpKey, Event] = {}
         self._live: dict[int, Slot] = {}  # stay -> its slot, from fetch to the end of the stay
         self._base, self._position = 0, -1  # visits before this pass; the visit under way, -1 before the first
         self._slot: Slot | None = None
         self._stray: Slot | None = None
-        self._exact = False
+        self.exact = False
+        """The pass under way is one of lanes that see the masters."""
         self.set_plan(plan)
-
-    def _settle(self, slot: Slot) -> None:
-        """Bring the pieces of a block that no module asked for to the last fold, as the others are."""
-        raise NotImplementedError
 
     # ---- passes ----------------------------------------------------------------------------------------------------
 
@@ -83,7 +85,7 @@ class BlockWindow:
         self.plan = plan
         self._visits = tuple(plan.visits)
         self._last = last_visits(self._visits)
-        self._restart()
+        self.restart()
 
     def begin_pass(self, exact: bool = False) -> None:
         """Start one forward of all lanes. exact: no lane is perturbed, and all are to see the masters (evaluation)."""
@@ -91,7 +93,7 @@ class BlockWindow:
         if self._position != -1:
             self._base += len(self._visits)
         self._position = -1
-        self._exact = exact
+        self.exact = exact
 
     def end_pass(self) -> None:
         """All lanes have returned: bring the remaining blocks' visits to their end."""
@@ -123,7 +125,7 @@ class BlockWindow:
 
         Updates after it stay pending: they are in the journal, and `read` applies them.
         """
-        self._restart()
+        self.restart()
         self._raise_failed_flush()
         target = self.log.folded
         for block in range(len(self.plan.blocks)):
@@ -133,7 +135,7 @@ class BlockWindow:
 
     def bring(self, block: int) -> None:
         """One block to the last fold, in its tier. Not in a pass, and with nothing fetched ahead."""
-        slot = self._load(block, into_window=True)
+        slot = self.load(block, into_window=True)
         if block in self.layout.written and self.tier.version(block) != self.log.folded:
             self._settle(slot)
             self._write_back(slot)
@@ -141,7 +143,7 @@ class BlockWindow:
 
     def is_in_memory(self, block: int) -> bool:
         """Whether a block lives in memory for the whole run: its tier is memory, or it is pinned."""
-        return block in self.window.pinned or self.tier.in_memory
+        return block in self._how.pinned or self.tier.in_memory
 
     def copy_block(self, block: int, out: Tensor) -> int:
         """Copy such a block, between steps, for a snapshot; its version."""
@@ -155,7 +157,7 @@ class BlockWindow:
     @property
     def resident_bytes(self) -> int:
         """Bytes of weights in the device's memory: the window and the pinned blocks."""
-        pinned = sum(self.layout.block_bytes[block] for block in self.window.pinned)
+        pinned = sum(self.layout.block_bytes[block] for block in self._how.pinned)
         return pinned + sum(slot.memory.numel() for slot in self._slots)
 
     def close(self) -> None:
@@ -166,9 +168,14 @@ class BlockWindow:
         self._forget_pass()
         self._slots, self._pinned = [], {}
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether slots hold blocks that were fetched for the next pass, or for the one under way."""
+        return bool(self._live)
+
     # ---- walking the visits ------------------------------------------------------------------------------------------
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
         """Between passes: forget what was fetched ahead, flush what was written. The next pass starts cold."""
         for slot in list(self._live.values()):
             if slot.dirty and slot.block >= 0:
@@ -201,32 +208,32 @@ class BlockWindow:
             slot.ready, slot.used, slot.block, slot.dirty = None, so_far, -1, False
         self._ops: Iterator[Op] = schedule(
             self._visits,
-            num_slots=self.window.num_slots,
-            pinned=self.window.pinned,
-            ahead=self.window.ahead,
+            num_slots=self._how.num_slots,
+            pinned=self._how.pinned,
+            ahead=self._how.ahead,
             written=self.layout.written,
         )
 
-    def _acquire(self, block: int) -> tuple[Slot, bool]:
+    def acquire(self, block: int) -> tuple[Slot, bool]:
         """The slot that holds `block`, ready, and whether this visit writes it."""
         if block in self.plan.resident:
-            return self._load(block), True
+            return self.load(block), True
         position = self._position
         if 0 <= position < len(self._visits) and self._visits[position] == block:
             assert self._slot is not None
-            return self._slot, self._last[position] or block in self.window.pinned
+            return self._slot, self._last[position] or block in self._how.pinned
         try:
             target = self._visits.index(block, max(0, position + 1))
         except ValueError:
             if position + 1 < len(self._visits) or block not in self._visits:
                 return self._acquire_stray(block), False
             self.end_pass()  # the model was called again in the same run, as `generate` does: one more pass
-            self.begin_pass(self._exact)
-            return self._acquire(block)
+            self.begin_pass(self.exact)
+            return self.acquire(block)
         while self._position < target:
             self._advance()
         assert self._slot is not None
-        return self._slot, self._last[target] or block in self.window.pinned
+        return self._slot, self._last[target] or block in self._how.pinned
 
     def _acquire_stray(self, block: int) -> Slot:
         """A block that the plan does not expect here (the forward took another way than the traced one).
@@ -234,7 +241,7 @@ class BlockWindow:
         It is read on the side, and not written: lanes apply what it lacks in registers, so the losses are the same.
         """
         if self._stray is None or self._stray.block != block:
-            self._stray = self._load(block, wait_for_flush=True)
+            self._stray = self.load(block, wait_for_flush=True)
         return self._stray
 
     def _advance(self) -> None:
@@ -256,15 +263,16 @@ class BlockWindow:
                 self._enqueue_flush(slot, self._event(op.key))
             else:
                 assert op.visit == self._base + self._position, f"{op} at visit {self._base + self._position}"
-                self._slot = self._load(op.block) if op.stay < 0 else self._live[op.stay]
+                self._slot = self.load(op.block) if op.stay < 0 else self._live[op.stay]
                 break
         assert self._slot is not None
-        self._wait(self._slot)
+        self.wait(self._slot)
 
     def _mark_used(self, slot: Slot) -> None:
         slot.used = self.device.mark()
 
-    def _wait(self, slot: Slot) -> None:
+    def wait(self, slot: Slot) -> None:
+        """Until the slot's block is there."""
         if slot.ready is not None:
             start = time.perf_counter()
             with span("zo_offload.stream:wait"):
@@ -299,7 +307,7 @@ class BlockWindow:
 
         Known for the pass under way. For the next one it is foretold: one more step, which folds if its number says so.
         """
-        if self._exact:  # evaluation: the next pass is most often one more batch of it
+        if self.exact:  # evaluation: the next pass is most often one more batch of it
             return None
         visits = len(self._visits)
         last = op.visit  # of a stay that goes on into the next pass, the last visit counts
@@ -310,37 +318,15 @@ class BlockWindow:
         return self.log.version + 1
 
     def _fetch(self, block: int, slot: Slot, target: int | None) -> None:
-        """Read a block into its slot: the streamed part, and the residual part if a fold up to `target` is lacking.
+        slot.fetch(block, self.plan.blocks[block].pieces, self.tier, self.layout, target)
 
-        Runs on the fetch stream, after the block's last flush: only then is its version in the tier the last word.
-        """
-        version = self.tier.version(block)
-        whole = target is None or (block in self.layout.written and version < target)
-        nbytes = (self.layout.block_bytes if whole else self.layout.stream_bytes)[block]
-        slot.residual = nbytes == self.layout.block_bytes[block]
-        self.tier.fetch(block, slot.memory[:nbytes])
-        # asked again: a tier that found damage has gone back to an older version
-        slot.stored = self.tier.version(block)
-        slot.version = dict.fromkeys(self.plan.blocks[block].pieces, slot.stored)
-        slot.fetched += nbytes
-
-    def _fetch_residual(self, slot: Slot) -> None:
-        """Read the residual part into a slot that was fetched without it. The compute waits.
-
-        The tier's residual belongs to the slot's bytes: a slot without it cannot have been folded into, and while the
-        block is in this slot nobody else flushes it.
-        """
-        assert not slot.dirty, "a block was folded into without its residual"
+    def fetch_residual(self, slot: Slot) -> None:
+        """The residual part into a slot that was fetched without it. The compute waits."""
         start = time.perf_counter()
         with span("zo_offload.stream:fetch"):
-            part = slot.memory[self.layout.stream_bytes[slot.block] : self.layout.block_bytes[slot.block]]
-            self.tier.fetch(slot.block, part, self.layout.stream_bytes[slot.block])
-            self.traffic.fetch_bytes += part.numel()
-            if self.tier.version(slot.block) != slot.stored:  # damaged: both parts have to be of one version
-                self._fetch(slot.block, slot, None)
-                self._count(slot)
+            slot.fetch_residual(self.plan.blocks[slot.block].pieces, self.tier, self.layout)
+            self._count(slot)
         self.traffic.wait_s += time.perf_counter() - start
-        slot.residual = True
 
     def _enqueue_flush(self, slot: Slot, event: Event) -> None:
         """Write a slot back if it was written; the event is set either way, since the next fetch waits for it."""
@@ -368,8 +354,8 @@ class BlockWindow:
 
     def _event(self, key: OpKey) -> Event:
         """The event of an op, made by whoever asks first. Old finished ones are dropped now and then."""
-        if len(self._events) > 8 * (len(self._visits) + self.window.num_slots) + 64:
-            recent = max(stay for _, stay in self._events) - 2 * (len(self._visits) + self.window.num_slots)
+        if len(self._events) > 8 * (len(self._visits) + self._how.num_slots) + 64:
+            recent = max(stay for _, stay in self._events) - 2 * (len(self._visits) + self._how.num_slots)
             self._events = {k: e for k, e in self._events.items() if k[1] >= recent or not e.is_done()}
         if key not in self._events:
             self._events[key] = self.device.event()
@@ -382,7 +368,7 @@ class BlockWindow:
 
     # ---- one block -----------------------------------------------------------------------------------------------
 
-    def _load(self, block: int, *, wait_for_flush: bool = False, into_window: bool = False) -> Slot:
+    def load(self, block: int, *, wait_for_flush: bool = False, into_window: bool = False) -> Slot:
         """A block outside the schedule: a pinned one (loaded once), or a copy on the side.
 
         into_window: between passes the slots are empty, so the copy needs no memory of its own.
@@ -394,14 +380,14 @@ class BlockWindow:
         memory = self.tier.view(block)
         if memory is None:
             nbytes = self.layout.block_bytes[block]
-            spare = into_window and block not in self.window.pinned
+            spare = into_window and block not in self._how.pinned
             slot = Slot(self._slots[0].memory[:nbytes] if spare else self.device.alloc(nbytes), block)
             self._fetch(block, slot, None)
             self._count(slot)
         else:
             version = dict.fromkeys(self.plan.blocks[block].pieces, self.tier.version(block))
             slot = Slot(memory, block, version=version, residual=True)
-        if block in self.window.pinned:
+        if block in self._how.pinned:
             self._pinned[block] = slot
         return slot
 
