@@ -27,9 +27,9 @@ from benchmarks.common import about, emit, quantile
 from benchmarks.step import make_model
 from zo_offload import Engine, MeZO, diskio, summed_io
 from zo_offload.checksum import checksum
-from zo_offload.fused import Update
 from zo_offload.journal import Journal, StepRecord
 from zo_offload.noise import step_seed
+from zo_offload.records import Update
 
 
 @contextmanager

@@ -30,8 +30,9 @@ from zo_offload.device_updates import UpdateTable
 from zo_offload.devices.link import Link, measure_link
 from zo_offload.devices.nvml import DriverMemory
 from zo_offload.formats import FORMATS
-from zo_offload.fused import Perturbation, Update, fused_pass
+from zo_offload.fused import fused_pass
 from zo_offload.noise import NoiseSpec
+from zo_offload.records import Perturbation, Update
 from zo_offload.shapes import opt_config
 
 if TYPE_CHECKING:  # the engine is imported where it runs: link and kernels need no greenlet

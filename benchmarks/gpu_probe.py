@@ -31,14 +31,15 @@ from benchmarks.common import about, emit
 from zo_offload import native_cuda
 from zo_offload.devices.cpu import CpuDevice
 from zo_offload.devices.cuda import CudaDevice, CudaStream, cuda_device
-from zo_offload.devices.driver import driver
 from zo_offload.devices.link import measure_link
 from zo_offload.devices.nvml import DriverMemory
 from zo_offload.devices.staging import HostSlabs
+from zo_offload.driver import driver
 from zo_offload.formats import FORMATS
-from zo_offload.fused import Perturbation, Update, fused_pass
-from zo_offload.memory import available_bytes
+from zo_offload.fused import fused_pass
+from zo_offload.host_memory import available_bytes
 from zo_offload.noise import NoiseSpec
+from zo_offload.records import Perturbation, Update
 from zo_offload.tiers import HostTier
 
 Found = tuple[bool | None, str, dict[str, Any]]

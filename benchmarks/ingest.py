@@ -133,7 +133,7 @@ def run(folder: Path, storage: str, block_numel: int, only: list[str], nbytes: i
     """All phases in this process."""
     from zo_offload import Engine, MeZO
     from zo_offload.checkpoint import Checkpoint
-    from zo_offload.memory import process_bytes
+    from zo_offload.host_memory import process_bytes
     from zo_offload.replay import replay
 
     ids = torch.arange(8)[None]

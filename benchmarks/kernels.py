@@ -30,8 +30,9 @@ from torch import Tensor
 from benchmarks.common import about, quantile
 from zo_offload import native
 from zo_offload.formats import FORMATS, encode_values, get_format
-from zo_offload.fused import Perturbation, Update, fused_pass
+from zo_offload.fused import fused_pass
 from zo_offload.noise import NoiseSpec
+from zo_offload.records import Perturbation, Update
 
 
 @dataclass(frozen=True)

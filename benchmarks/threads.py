@@ -18,8 +18,9 @@ import torch
 from benchmarks.common import about, emit, quantile
 from zo_offload import native
 from zo_offload.formats import get_format
-from zo_offload.fused import Perturbation, Update, fused_pass
+from zo_offload.fused import fused_pass
 from zo_offload.noise import NoiseSpec
+from zo_offload.records import Perturbation, Update
 
 ROWS, COLUMNS, TOKENS, MATRICES = 768, 3072, 128, 12
 

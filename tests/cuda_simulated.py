@@ -11,7 +11,8 @@ import torch
 from ptx_to_c import Simulated
 
 from zo_offload import native, native_cuda, nvrtc
-from zo_offload.devices.driver import CudaError
+from zo_offload.driver import CudaError
+from zo_offload.records import LANE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -89,7 +90,7 @@ class CpuKernels:
         library = native.library()
         assert library is not None
         listed = [] if updates is None else updates.read()
-        tail = [u.packed for u in listed] + [native.PACK_LANE(*lane) for lane in lanes]
+        tail = [u.packed for u in listed] + [LANE.pack(*lane) for lane in lanes]
         library.run_pass(
             num_updates=len(listed), num_lanes=len(lanes), distribution=noise.distribution, rounds=noise.rounds,
             tail=b"".join(tail), threads=1, num_rows=0, **call,

@@ -1,7 +1,7 @@
 """CUDA without a GPU: streams that run late and in any order CUDA allows, events between them, and a race checker.
 
-`FakeBackend` stands in for `devices.cuda.TorchCuda`. Copy streams are worker threads that take a random while for each
-op; the compute stream is the calling thread, so torch computes at once. Data that is used too early is therefore
+`FakeBackend` stands in for `devices.backend.TorchCuda`. Copy streams are worker threads that take a random while for
+each op; the compute stream is the calling thread, so torch computes at once. Data that is used too early is therefore
 really wrong. What computing at once hides (a fetch that does not wait for the compute before it) is found by vector
 clocks: every access to tracked memory must be ordered with every earlier conflicting one by events or host waits.
 """
@@ -22,8 +22,8 @@ from torch import Tensor
 from zo_offload.devices import Later
 from zo_offload.devices.cpu import CpuDevice
 from zo_offload.devices.cuda import CudaDevice
-from zo_offload.devices.driver import CudaError
 from zo_offload.devices.link import Link
+from zo_offload.driver import CudaError
 
 Clock = dict[int, int]
 COMPUTE = 0

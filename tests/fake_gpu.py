@@ -339,6 +339,7 @@ class HostKernels(CpuKernels):
 
     def run_pass(self, *, updates: Any, lanes: Any, noise: Any, stream: int, **call: Any) -> None:
         from zo_offload import native
+        from zo_offload.records import LANE
 
         self.launches += 1
         library = native.library()
@@ -346,7 +347,7 @@ class HostKernels(CpuKernels):
         with self.gpu.quiet():
             listed = [] if updates is None else updates.read()
         tail = [u.packed for u in listed]
-        tail += [native.PACK_LANE(seed, out - ELSEWHERE, scale, code) for seed, out, scale, code in lanes]
+        tail += [LANE.pack(seed, out - ELSEWHERE, scale, code) for seed, out, scale, code in lanes]
         call |= {name: call[name] - ELSEWHERE for name in _ADDRESSES if call.get(name)}
         library.run_pass(
             num_updates=len(listed), num_lanes=len(lanes), distribution=noise.distribution, rounds=noise.rounds,

@@ -12,9 +12,9 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from zo_offload.blocks import Piece
-from zo_offload.fused import STILL, Perturbation
 from zo_offload.lanes import Hub, Lane, run_settled
 from zo_offload.plan import Owner, Plan, relift
+from zo_offload.records import STILL, Perturbation
 
 PLUS, MINUS = Perturbation(1, 2**-6), Perturbation(1, -(2**-6))
 OTHER = Perturbation(2, 2**-6)

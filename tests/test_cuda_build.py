@@ -14,7 +14,7 @@ from cuda_simulated import compilers
 from zo_offload import native_cuda, nvrtc
 from zo_offload.config import EngineConfig
 from zo_offload.devices import make_device
-from zo_offload.devices.driver import CudaError
+from zo_offload.driver import CudaError
 from zo_offload.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from zo_offload import driver as driver_module
 from zo_offload import native_cuda
-from zo_offload.devices import driver as driver_module
-from zo_offload.devices.cuda import USUAL_CONTEXT_BYTES, TorchCuda, context_bytes
-from zo_offload.devices.driver import CudaError, Driver
+from zo_offload.devices.backend import TorchCuda
+from zo_offload.devices.cuda import USUAL_CONTEXT_BYTES, context_bytes
 from zo_offload.devices.nvml import DriverMemory
-from zo_offload.fused import Perturbation
+from zo_offload.driver import CudaError, Driver
 from zo_offload.noise import NoiseSpec
+from zo_offload.records import Perturbation
 
 HERE = Path(__file__).resolve().parent
 

@@ -18,8 +18,9 @@ from zo_offload import native, native_cuda
 from zo_offload.device_updates import UpdateTable
 from zo_offload.formats import CENTRED, FORMATS, format_of, get_format
 from zo_offload.formats.codec import encode_values, planes
-from zo_offload.fused import Perturbation, Update, fused_pass, fused_rows
+from zo_offload.fused import fused_pass, fused_rows
 from zo_offload.noise import NoiseSpec, noise
+from zo_offload.records import Perturbation, Update
 
 REASONS = compilers()
 KINDS = ("gaussian", "rademacher")

@@ -10,7 +10,7 @@ from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from zo_offload import ConfigError, Engine, JournalError, MeZO
-from zo_offload.fused import Update
+from zo_offload.records import Update
 from zo_offload.updates import UpdateLog, with_folds
 
 STEPS = 18  # folds at 16 with K = 4 and 16: two steps are still pending at the end

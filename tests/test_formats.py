@@ -10,8 +10,9 @@ from native_variants import each_isa, each_variant, using
 
 from zo_offload.errors import CheckpointError, ConfigError
 from zo_offload.formats import CENTRED, FORMATS, Format, decode_values, encode_values, format_of, get_format
-from zo_offload.fused import Perturbation, Update, fused_pass
+from zo_offload.fused import fused_pass
 from zo_offload.noise import NoiseSpec
+from zo_offload.records import Perturbation, Update
 
 HALVES = [FORMATS["bf16"], FORMATS["fp16"]]
 each_half = pytest.mark.parametrize("fmt", HALVES, ids=lambda f: f.name)

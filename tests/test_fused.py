@@ -20,8 +20,9 @@ from zo_offload import native
 from zo_offload.errors import ConfigError
 from zo_offload.formats import CENTRED, FORMATS
 from zo_offload.formats.grouped import cut
-from zo_offload.fused import Perturbation, Update, fused_pass, fused_rows
+from zo_offload.fused import fused_pass, fused_rows
 from zo_offload.noise import NoiseSpec, noise
+from zo_offload.records import Perturbation, Update
 
 BF16, FP16, FP32 = FORMATS["bf16"], FORMATS["fp16"], FORMATS["fp32"]
 ALL = [*FORMATS.values(), *CENTRED.values()]

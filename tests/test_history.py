@@ -13,9 +13,9 @@ import transformers
 
 from zo_offload import Engine, MeZO, journal_tools
 from zo_offload.errors import ConfigError, JournalError
-from zo_offload.fused import Update
 from zo_offload.journal import Journal, StepRecord, read_journal
 from zo_offload.journal_format import Note
+from zo_offload.records import Update
 from zo_offload.tiers import DiskTier
 
 ROWS = [{"input_ids": [3 + (7 * r + 5 * c) % 60 for c in range(8)]} for r in range(16)]

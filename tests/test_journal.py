@@ -11,8 +11,8 @@ import zlib
 import pytest
 
 from zo_offload.errors import JournalError, StorageError
-from zo_offload.fused import Update
 from zo_offload.journal import RECORD_BYTES, Journal, StepRecord, pack_step, read_journal
+from zo_offload.records import Update
 
 HEADER = {"format": 1, "seed": 7}
 STEPS = [

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zo_offload.errors import PlanError
-from zo_offload.fused import Perturbation
 from zo_offload.lanes import Hub, Lane, LanesShareState, PlanFault, hollow, run_settled
 from zo_offload.plan import Plan, make_plan, relift
+from zo_offload.records import Perturbation
 from zo_offload.trace import Trace
 
 ARCH = {arch.name: arch for arch in archs.ALL}

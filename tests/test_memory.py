@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from zo_offload import BudgetError, Engine, MeZO, memory
+from zo_offload import BudgetError, Engine, MeZO, host_memory
 from zo_offload.activations import Activations, Segment
 from zo_offload.memory import pinned_blocks, plan_memory
 from zo_offload.report import plan_report
@@ -142,13 +142,13 @@ def test_a_model_many_times_the_window_stays_inside_the_prediction(layers, tmp_p
 
 
 def test_a_control_groups_limit_counts_and_files_that_it_caches_do_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
     monkeypatch.delenv("ZO_HOST_MEMORY", raising=False)
-    host = memory.available_bytes()
+    host = host_memory.available_bytes()
     assert host > 3 << 20
     for name, text in [("max", "9000000\n"), ("current", "6000000\n"),
                        ("stat", "anon 1\nactive_file 300\ninactive_file 1000000\nfile_mapped 5\n")]:  # fmt: skip
         (tmp_path / f"memory.{name}").write_text(text)
-    assert memory.available_bytes() == 9_000_000 - 6_000_000 + 1_000_300
+    assert host_memory.available_bytes() == 9_000_000 - 6_000_000 + 1_000_300
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available_bytes() > 1 << 24
+    assert host_memory.available_bytes() > 1 << 24

@@ -13,7 +13,7 @@ import pytest
 import torch
 from native_variants import each_variant, using
 
-from zo_offload import native, noise, reference
+from zo_offload import float32, native, noise, philox
 from zo_offload.errors import ConfigError
 from zo_offload.noise import NoiseSpec, assign_param_ids, param_id, step_seed
 
@@ -48,8 +48,8 @@ GOLDEN = {
 def test_philox_known_answers(rounds, counter, key):
     want = KNOWN[rounds, counter, key]
     seed, block = key[0] | key[1] << 32, counter[0] | counter[1] << 32
-    assert reference.philox_block(seed, block, counter[2], counter[3], rounds) == want
-    words = reference.words(seed, counter[2], counter[3], rounds, block, 1)
+    assert philox.philox_block(seed, block, counter[2], counter[3], rounds) == want
+    words = philox.words(seed, counter[2], counter[3], rounds, block, 1)
     assert tuple(int(w) for w in words[0]) == want
     library = native.library()
     if library is not None:
@@ -105,7 +105,7 @@ def test_fma_rounds_once():
     keep = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
     a, b, c = a[keep], b[keep], c[keep]
     assert len(a) > 3000
-    got = reference.fma(a, b, c)
+    got = float32.fma(a, b, c)
     for x, y, w, z in zip(a.tolist(), b.tolist(), c.tolist(), got.tolist(), strict=True):
         exact = Fraction(x) * Fraction(y) + Fraction(w)
         assert z == _round_float32(exact), (x, y, w)
@@ -127,7 +127,7 @@ def test_gaussian_is_box_muller():
     a = np.concatenate([chance.integers(0, 1 << 32, 200_000), np.arange(64), (1 << 32) - 1 - np.arange(64),
                         (1 << 31) + np.arange(-64, 64)]).astype(np.uint32)  # fmt: skip
     b = chance.permutation(a)
-    z0, z1 = reference.gaussian_pair(a, b)
+    z0, z1 = philox.gaussian_pair(a, b)
     u = np.abs((a | np.uint32(0x80000001)).view(np.int32).astype(np.float32).astype(np.float64)) / 2**31
     r = np.sqrt(-2 * np.log(u))
     angle = (((b >> np.uint32(9)).astype(np.float64) / 2**22) - 1) * np.pi / 2

@@ -17,8 +17,8 @@ from zo_offload import QZO, BudgetError, Engine, diskio
 from zo_offload.blocks import ALIGN, ParamSpec, cut, whole
 from zo_offload.errors import JournalError
 from zo_offload.formats import FORMATS
-from zo_offload.fused import Perturbation
 from zo_offload.plan import make_plan, relift
+from zo_offload.records import Perturbation
 from zo_offload.replay import replay
 from zo_offload.trace import Trace
 

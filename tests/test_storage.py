@@ -16,9 +16,10 @@ from torch import nn
 from zo_offload import QZO, BudgetError, ConfigError, Engine, MeZO, PlanError, QZOShift, ZOError
 from zo_offload.auto import compare, rates
 from zo_offload.formats import FORMATS, decode_values, encode_values, get_format
-from zo_offload.fused import Perturbation, fused_pass
+from zo_offload.fused import fused_pass
 from zo_offload.journal import pack_header, pack_step, read_journal
 from zo_offload.methods import method_from
+from zo_offload.records import Perturbation
 from zo_offload.replay import replayed
 from zo_offload.updates import with_folds
 

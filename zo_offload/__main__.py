@@ -15,7 +15,7 @@ def main() -> int:
     import torch
 
     from . import __version__, native, native_cuda
-    from .memory import available_bytes
+    from .host_memory import available_bytes
 
     print(f"zo_offload   {__version__}   python {platform.python_version()}   {platform.machine()}")
     for name in ("torch", "transformers", "safetensors", "accelerate", "greenlet"):

@@ -21,18 +21,21 @@ from typing import Any
 
 import torch
 
-from .config import EngineConfig, parse_bytes, show_bytes
+from .config import EngineConfig
 from .device_updates import DeviceUpdates, UpdateTable
 from .devices import CpuDevice, make_device
 from .devices.link import Link
 from .errors import BudgetError, ConfigError
 from .formats import FORMATS, Format
-from .fused import Perturbation, Target, Update, fused_pass
+from .fused import fused_pass
+from .host_memory import available_bytes
 from .layout import Layout, make_layout
-from .memory import available_bytes, step_bytes
+from .memory import step_bytes
 from .noise import NoiseSpec
 from .plan import Plan
+from .records import Perturbation, Target, Update
 from .storage import Stored, choose_fold_every, decide_formats
+from .units import parse_bytes, show_bytes
 
 STREAMED, RESIDENT = "int8+8", "fp32"
 _PROBE = 1 << 18  # elements

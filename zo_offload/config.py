@@ -14,10 +14,11 @@ import torch
 from .blocks import BLOCK_NUMEL
 from .errors import ConfigError
 from .formats import FORMATS
+from .records import Rounding
+from .units import parse_bytes
 
 Offload = Literal["auto", "none", "host", "disk"]
 Order = Literal["auto", "module", "block", "lane"]
-Rounding = Literal["nearest", "stochastic"]
 HostMemory = Literal["auto", "pinned", "staged"]
 Mode = Literal["eval", "train", "as_is"]
 
@@ -27,30 +28,6 @@ DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
     "tf32": torch.float32,
 }
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_bytes(value: int | float | str, what: str = "size") -> int:
-    """Bytes from 6e9, "6GB" (1e9) or "6GiB" (2**30)."""
-    if isinstance(value, (int, float)):
-        number, unit = float(value), ""
-    else:
-        match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)\s*", value)
-        if not match or match[2].upper() not in _UNITS:
-            raise ConfigError(f"{what}={value!r}: expected a number of bytes such as 6000000000, '6GB' or '5.5GiB'")
-        number, unit = float(match[1]), match[2].upper()
-    if number <= 0:
-        raise ConfigError(f"{what}={value!r}: expected more than zero bytes")
-    return int(number * _UNITS[unit])
-
-
-def show_bytes(nbytes: float) -> str:
-    """A size for people: "403.1 MB". Units of 1000, as disks and links are sold."""
-    for unit in ("B", "kB", "MB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"
 
 
 def _check_overrides(overrides: Any) -> None:

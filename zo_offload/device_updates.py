@@ -10,27 +10,18 @@ times each of a run's gains, so that a pass is given a plain array whoever runs 
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .fused import Update
+from .float32 import scaled
+from .records import UPDATE, Update
 
-RECORD_BYTES = 24
-_UNPACK = struct.Struct("<QffII")
+RECORD_BYTES = UPDATE.size
 _COEFF, _DECAY = 2, 3  # places among the record's six 32-bit words
 _FIRST_CAPACITY = 1024
-
-
-def scaled(x: float, gain: float) -> float:
-    """The product of two float32, as float32."""
-    return float(np.float32(x) * np.float32(gain))
 
 
 @dataclass(frozen=True)
@@ -59,11 +50,9 @@ class DeviceUpdates:
 
     def read(self) -> tuple[Update, ...]:
         """The updates as the host knows them. Waits for the device."""
-        from .fused import Update
-
         data = self.records[self.first : self.first + len(self)].cpu().numpy().tobytes()
         return tuple(
-            Update(seed, coeff, decay, bool(flags & 1)) for seed, coeff, decay, flags, _ in _UNPACK.iter_unpack(data)
+            Update(seed, coeff, decay, bool(flags & 1)) for seed, coeff, decay, flags, _ in UPDATE.iter_unpack(data)
         )
 
 
@@ -104,7 +93,7 @@ class UpdateTable:
             self._records = grown
         if count:
             packed = b"".join(
-                _UNPACK.pack(u.seed, scaled(u.coeff, gain), u.decay if decay else 1.0, bool(u.fold), 0)
+                UPDATE.pack(u.seed, scaled(u.coeff, gain), u.decay if decay else 1.0, bool(u.fold), 0)
                 for gain, decay in self._copies
                 for u in updates
             )

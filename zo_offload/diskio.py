@@ -13,8 +13,8 @@ import shutil
 import stat
 from pathlib import Path
 
-from .config import show_bytes
 from .errors import BudgetError, StorageError
+from .units import show_bytes
 
 SPARE_FILES = 64  # descriptors left to everything else in the process
 MAX_IO = 1 << 30  # Linux moves at most 0x7ffff000 bytes a call

@@ -38,16 +38,16 @@ from .calls import FitCall
 from .checkpoint import Checkpoint, save_pretrained
 from .closing import Closing
 from .compiled import without_wrapper
-from .config import DTYPES, EngineConfig, parse_bytes
+from .config import DTYPES, EngineConfig
 from .data import Batches, StreamBatches, fingerprint, make_batches
 from .device_updates import UpdateTable
 from .devices import make_device
 from .devices.link import Link
 from .encode import ENCODING
 from .errors import CheckpointError, ConfigError, JournalError, TornError
-from .fused import STILL, Gains
 from .gains import decide_gains
 from .generation import check_generates, generate_texts
+from .host_memory import process_bytes
 from .identity import check_objective, objective_name
 from .ingest import Base, ModuleBase, load_kept
 from .journal import Journal, StepRecord
@@ -58,7 +58,7 @@ from .layout import Layout
 from .learning_watch import LearningWatch
 from .losses import Batch, Objective, model_loss, plain_forward, weighing
 from .measures import OptionsLoss
-from .memory import MemoryPlan, process_bytes
+from .memory import MemoryPlan
 from .methods import MeZO, lr_schedule
 from .micro_batches import split_micro_batches
 from .model_kind import ModelKind, kind_of
@@ -68,6 +68,7 @@ from .parameters import Tied, tie, untie
 from .passes import Passes
 from .plan import Plan
 from .prepare import prepare
+from .records import STILL, Gains
 from .session import Maker, Session
 from .slots import Traffic
 from .sources import as_given
@@ -76,6 +77,7 @@ from .streamer import Streamer
 from .tokenizers import check_saves, has_tokenizer, load_tokenizer
 from .training import FitResult, Training, check_same_data
 from .trees import tensor_bytes
+from .units import parse_bytes
 from .updates import UpdateLog
 from .whole import Door, Parts, Whole, entry
 

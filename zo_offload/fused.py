@@ -25,11 +25,9 @@ The native library does this a cache-sized tile at a time; without it `reference
 
 from __future__ import annotations
 
-import ctypes
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -40,71 +38,9 @@ from zo_offload.errors import ConfigError
 from zo_offload.formats import Format, format_of
 from zo_offload.formats.codec import planes
 from zo_offload.noise import NoiseSpec
+from zo_offload.records import LANE, Perturbation, Rounding, Target, Update
 
-Rounding = Literal["nearest", "stochastic"]
-Target = Literal["values", "scales"]
-Trains = Literal["values", "scales", "shifts"]
-"""What a method trains. scales: each group's, about its centre; shifts: each group's, from its minimum."""
 _ROUNDINGS, _TARGETS = get_args(Rounding), get_args(Target)
-
-
-def _check(what: str, seed: int, **scalars: float) -> None:
-    if not 0 <= seed < 1 << 64:
-        raise ConfigError(f"{what} has seed={seed}: must be >= 0 and < 2**64")
-    for name, value in scalars.items():
-        if not math.isfinite(value) or ctypes.c_float(value).value != value:
-            raise ConfigError(
-                f"{what} has {name}={value!r}: must be finite and exactly a float32; round it where it is made"
-            )
-
-
-@dataclass(frozen=True)
-class Update:
-    """One step's change of a parameter: w <- fma(-coeff, z(seed), w * decay)."""
-
-    seed: int
-    coeff: float
-    """Learning rate times projected gradient; exactly a float32."""
-    decay: float = 1.0
-    """1 - learning rate * weight decay; exactly a float32."""
-    fold: bool = True
-    """Round to the storage format after this update; False keeps the sum in float32 for the next one."""
-    packed: bytes = field(init=False, repr=False, compare=False)
-    """struct zo_update of csrc/api.h."""
-
-    def __post_init__(self) -> None:
-        _check("an update", self.seed, coeff=self.coeff, decay=self.decay)
-        object.__setattr__(self, "packed", native.PACK_UPDATE(self.seed, self.coeff, self.decay, bool(self.fold), 0))
-
-
-@dataclass(frozen=True)
-class Perturbation:
-    """One lane's weights: w + scale * z(seed). scale == 0 means the weights themselves (evaluation)."""
-
-    seed: int
-    scale: float
-
-    def __post_init__(self) -> None:
-        _check("a perturbation", self.seed, scale=self.scale)
-
-
-STILL = Perturbation(0, 0.0)
-"""The weights as they are: evaluation, and what is not trained."""
-
-
-@dataclass(frozen=True)
-class Gain:
-    """How much of a method's perturbation and update one parameter gets (`gains.py`); both exactly float32."""
-
-    lane: float = 1.0
-    """Times the scale of a perturbation."""
-    update: float = 1.0
-    """Times the coefficient of an update."""
-
-
-ONE = Gain()
-Gains = Mapping[str, Gain]
-"""By canonical name; a parameter that is not in it has `ONE`."""
 
 
 @dataclass
@@ -361,7 +297,7 @@ def _check_call(
 def _tail(updates: Sequence[Update], perturbations: Sequence[Perturbation], outs: Sequence[Tensor]) -> bytes:
     """The zo_update and zo_lane arrays that follow struct zo_pass."""
     lanes = [
-        native.PACK_LANE(p.seed, out.data_ptr(), p.scale, format_of(out.dtype).code)
+        LANE.pack(p.seed, out.data_ptr(), p.scale, format_of(out.dtype).code)
         for p, out in zip(perturbations, outs, strict=True)
     ]
     return b"".join([u.packed for u in updates] + lanes)

@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 from .errors import ConfigError, JournalError
-from .fused import ONE, Gain, Gains
 from .layout import Layout
 from .methods import MeZO
 from .plan import Plan
+from .records import ONE, Gain, Gains
 from .weights import Base
 
 _log = logging.getLogger(__name__)

@@ -18,12 +18,12 @@ from . import __version__, diskio, runs
 from .config import EngineConfig
 from .encode import ENCODING
 from .errors import CheckpointError, JournalError
-from .fused import Gains
 from .gains import record_of
 from .layout import Layout
 from .methods import MeZO, known_record
 from .noise import NoiseSpec
 from .plan import Plan
+from .records import Gains
 from .storage import is_lossless
 from .weights import Base
 

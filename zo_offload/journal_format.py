@@ -56,7 +56,7 @@ from typing import Any
 
 from . import diskio
 from .errors import JournalError
-from .fused import Update
+from .records import Update
 
 MAGIC, OLD_MAGIC = b"ZOJ3", b"ZOJ2"
 RECORD_BYTES = 64

@@ -38,11 +38,11 @@ from torch.utils._pytree import tree_map_only
 
 from .attachment import Attachment
 from .errors import PlanError
-from .fused import STILL, Perturbation
 from .generators import Generators, drawn_from
 from .modes import current_modes, restore_modes
 from .module_state import ModuleState
 from .plan import Plan, relift
+from .records import STILL, Perturbation
 from .serving import (
     Emission,
     Frame,

@@ -22,16 +22,11 @@ from torch import Tensor
 from .device_updates import DeviceUpdates, UpdateTable
 from .devices import Later
 from .errors import ZOError
-from .fused import Update
+from .records import Update
 from .updates import UpdateLog
 
 COEFF_LIMIT = 3e38  # as the methods': what float32 holds, and a little less
 MAX_NOISE = 6.6  # |z| <= 6.556
-
-
-def divide(x: Tensor, by: float) -> Tensor:
-    """x / by, rounded once. torch divides a CUDA tensor by a Python number by multiplying with its reciprocal."""
-    return x / torch.full_like(x, by)
 
 
 @dataclass

@@ -16,8 +16,8 @@ from functools import cached_property
 
 from .blocks import ParamSpec, Piece
 from .formats import Format
-from .fused import Target
 from .plan import Plan
+from .records import Target
 
 PARAM_ALIGN = 64  # a cache line, and the widest vector load
 BLOCK_ALIGN = 4096  # a page

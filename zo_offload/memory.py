@@ -16,21 +16,18 @@ them; if it holds more than the reserve, it ends with a BudgetError before its s
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from .activations import NOT_MEASURED, Activations, ServiceOrder
-from .config import parse_bytes, show_bytes
 from .errors import BudgetError
 from .layout import Layout
 from .plan import Owner, Plan
 from .scratch import padded
 from .slots import Window
+from .units import show_bytes
 
 
 @dataclass(frozen=True)
@@ -269,44 +266,3 @@ def _too_small(plan: Plan, layout: Layout, least: MemoryPlan, budget: int, offlo
         f"{show_bytes(least.device_bytes)} ({terms}; largest block {largest.name!r} "
         f"{show_bytes(layout.block_bytes[largest.index])}). {hint}, or device_memory of at least that"
     )
-
-
-_RUNTIME_BYTES = 50_000_000  # thread stacks, library workspaces, page rounding: seen alike at every model size
-
-
-def process_bytes() -> int:
-    """Resident bytes of this process now, and what a run adds to that whatever the model (libraries load lazily)."""
-    import psutil
-    import torch
-
-    with torch.no_grad():
-        x = torch.ones(64, 64)
-        torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, x), torch.zeros(64, dtype=torch.int64))
-    return int(psutil.Process().memory_info().rss) + _RUNTIME_BYTES
-
-
-def available_bytes() -> int:
-    """Memory that can still be taken on this host. A control group's limit counts, files that it caches do not.
-
-    ZO_HOST_MEMORY ("120GB") is for machines that show less than they have, as virtual ones do that grow when memory is
-    used: the larger of the two holds.
-    """
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError):  # no such control group: the host's own figure holds
-        text = (_CGROUP / "memory.max").read_text().strip()
-        if text != "max":
-            used = int((_CGROUP / "memory.current").read_text()) - _cached_bytes()
-            free = min(free, max(0, int(text) - used))
-    told = os.environ.get("ZO_HOST_MEMORY")
-    return max(free, parse_bytes(told, "ZO_HOST_MEMORY")) if told else free
-
-
-_CGROUP = Path("/sys/fs/cgroup")
-
-
-def _cached_bytes() -> int:
-    """Pages of files that count as used in the control group, and go when the memory is wanted."""
-    fields = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-    return int(fields.get("active_file", 0)) + int(fields.get("inactive_file", 0))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_offload.errors import ConfigError, ZOError
+from zo_offload.records import LANE, UPDATE
 
 LIBRARY = Path(__file__).with_name("_zo_cpu.so")
 ABI_VERSION, LAYOUT_VERSION = 5, 1
@@ -34,11 +35,9 @@ _ERRORS = {
     3: "an instruction set this CPU or build does not have",
     4: "no memory",
 }
-# struct zo_pass, zo_update and zo_lane of csrc/api.h
+# struct zo_pass of csrc/api.h
 _PASS = struct.Struct("<11Q8I")
 PASS_BYTES = _PASS.size
-PACK_UPDATE = struct.Struct("<QffII").pack
-PACK_LANE = struct.Struct("<QQfI").pack
 
 # SHA-256 of what `fingerprint` makes; from reference.py, and a test keeps the two together
 FINGERPRINT = "de81ae7d055ef1348d10ea8268703cd5ca7162c9d4e4397600f2cc59bfd6f6d0"
@@ -199,9 +198,9 @@ def fingerprint(library: Any) -> str:
             data = b"".join(data[i + 2 : i + 4] for i in range(0, len(data), 4))
         stored = ctypes.create_string_buffer(data, len(data))
         outs = [ctypes.create_string_buffer((4, 2, 2)[lane] * count) for lane in range(3)]
-        updates = [PACK_UPDATE(seed + k, 2.0**-7, 1 - 2.0**-9, 1, 0) for k in range(2)]
+        updates = [UPDATE.pack(seed + k, 2.0**-7, 1 - 2.0**-9, 1, 0) for k in range(2)]
         scales = (2.0**-6, -(2.0**-6), 0.0)
-        lanes = [PACK_LANE(seed + 9, ctypes.addressof(out), scales[j], j) for j, out in enumerate(outs)]
+        lanes = [LANE.pack(seed + 9, ctypes.addressof(out), scales[j], j) for j, out in enumerate(outs)]
         library.run_pass(
             stored=ctypes.addressof(stored), rows=0, numel=count, offset=offset, num_rows=0, num_updates=2,
             num_lanes=3, format=code, param_id=param_id, distribution="gaussian", rounds=10, write_back=True,

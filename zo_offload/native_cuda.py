@@ -22,26 +22,17 @@ import struct
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from . import native, nvrtc
 from .device_updates import RECORD_BYTES, DeviceUpdates, UpdateTable
-from .devices.driver import (
-    ATTRIBUTE_MAJOR,
-    ATTRIBUTE_MINOR,
-    ATTRIBUTE_SM_COUNT,
-    ERRORS_OF_IMAGES,
-    CudaError,
-    Driver,
-    driver,
-)
+from .driver import ATTRIBUTE_MAJOR, ATTRIBUTE_MINOR, ATTRIBUTE_SM_COUNT, ERRORS_OF_IMAGES, CudaError, Driver, driver
 from .formats import format_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .fused import Perturbation, Update
-    from .noise import NoiseSpec
+from .noise import NoiseSpec
+from .records import LANE, UPDATE, Perturbation, Update
 
 IMAGE = Path(__file__).with_name("_zo_cuda.fatbin")
 THREADS, MAX_LANES = 256, 16
@@ -52,8 +43,7 @@ SCALES_KERNELS = ("int8", "int4", "nf4")
 TILE = {"gaussian": 512, "rademacher": 1024}  # elements a warp
 _WAVES = 16  # blocks a multiprocessor, at most; each walks over its share of the tiles
 
-_LANE = struct.Struct("<QQfI")
-_LANES_BYTES = _LANE.size * MAX_LANES
+_LANES_BYTES = LANE.size * MAX_LANES
 _TAIL = struct.Struct("<QQiI")  # scales, total_rows, last_fold, num_lanes
 _NOISE = struct.Struct("<QQQQII")
 ARGS_BYTES = native.PASS_BYTES + _TAIL.size + _LANES_BYTES
@@ -73,7 +63,7 @@ def pack_args(
     lanes: (seed, address, scale, format code). All addresses are device memory.
     """
     head = native.pack_pass(num_lanes=0, **fields)
-    listed = b"".join(_LANE.pack(*lane) for lane in lanes)
+    listed = b"".join(LANE.pack(*lane) for lane in lanes)
     return head + _TAIL.pack(lane_scales, total_rows, last_fold, len(lanes)) + listed.ljust(_LANES_BYTES, b"\0")
 
 
@@ -113,8 +103,6 @@ class CudaKernels:
 
     def _abi(self) -> int:
         """Interface of the image, as its own kernel tells."""
-        import torch
-
         told = torch.zeros(1, dtype=torch.int32, device=self.where)
         self._launch("zo_cuda_abi", pack_noise(told.data_ptr(), 1, 0, 0, 0, 0), 1, self.stream())
         return int(told.item()) & 0xFFFFFFFF
@@ -126,13 +114,9 @@ class CudaKernels:
 
     def stream(self) -> int:
         """torch's current stream on the device, as the driver knows it."""
-        import torch
-
         return int(torch._C._cuda_getCurrentRawStream(self.device))  # of current_stream, without an object around it
 
     def _launch(self, name: str, args: bytes, warps: int, stream: int) -> None:
-        import torch
-
         if not hasattr(self._threads, "ready"):  # a thread in which torch has not used the device has no context
             self._driver.ensure_current(self._context)
             self._threads.ready = True
@@ -203,8 +187,6 @@ class _OnDevice:
     def noise(
         self, out: int, distribution: str, rounds: int, seed: int, param_id: int, numel: int, offset: int, threads: int
     ) -> None:
-        import torch
-
         z = torch.full((numel,), float("nan"), device=self.kernels.where)
         stream = self.kernels.stream()
         self.kernels.noise(z.data_ptr(), distribution, rounds, seed, param_id, numel, offset, stream)
@@ -238,10 +220,6 @@ def run_on_device(
     **_: Any,  # the fingerprint's passes have no rows and no planes but the values
 ) -> None:
     """`native.Library.run_pass` through the GPU: host addresses are copied in and back."""
-    import torch
-
-    from .noise import NoiseSpec
-
     device = kernels.where
     size = {0: 4, 1: 2, 2: 2}
 
@@ -250,8 +228,8 @@ def run_on_device(
 
     weights = take(stored, size[format] * numel)
     records = torch.frombuffer(bytearray(tail[: RECORD_BYTES * num_updates]), dtype=torch.uint8).to(device)
-    folds = tuple(bool(tail[RECORD_BYTES * k + 16] & 1) for k in range(num_updates))
-    lanes = [_LANE.unpack_from(tail, RECORD_BYTES * (num_updates + j)) for j in range(num_lanes)]
+    folds = tuple(bool(UPDATE.unpack_from(tail, RECORD_BYTES * k)[3] & 1) for k in range(num_updates))
+    lanes = [LANE.unpack_from(tail, RECORD_BYTES * (num_updates + j)) for j in range(num_lanes)]
     outs = [torch.full((size[code] * numel,), 255, dtype=torch.uint8, device=device) for *_, code in lanes]
     kernels.run_pass(
         stored=weights.data_ptr(), rows=0, numel=numel, offset=offset,
@@ -290,8 +268,6 @@ def _open(device: int) -> CudaKernels:
 @functools.cache
 def kernels(device: int) -> CudaKernels:
     """The checked kernels of a device; CudaError says why there are none."""
-    import torch
-
     with torch.cuda.device(device):
         found = _open(device)
         same = native.fingerprint(_OnDevice(found)) == native.FINGERPRINT
@@ -305,8 +281,6 @@ def kernels(device: int) -> CudaKernels:
 
 def describe() -> str:
     """One line for a doctor: what is in use, or why nothing is."""
-    import torch
-
     built = f"{IMAGE.name} is built" if IMAGE.exists() else f"{IMAGE.name} is not built"
     if torch.version.cuda is None:
         return f"none: torch {torch.__version__} has no CUDA; {built}"

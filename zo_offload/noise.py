@@ -12,7 +12,7 @@ so any slice of any parameter, in any order, at any later time and on any device
     tag 3  seeds       the seed of a step, keyed by the run's seed
 
 Only integer operations and IEEE-754 binary32 mul, add, fma, sqrt and int -> float take part (csrc/noise.h), so every
-implementation gives the same bits; `reference.py` is the slow one to read. Anything that changes z changes
+implementation gives the same bits; `philox.py` is the slow one to read. Anything that changes z changes
 `LAYOUT_VERSION`, which belongs to the identity of a run: a journal replayed with another z is another model.
 """
 
@@ -26,7 +26,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from zo_offload import native, reference
+from zo_offload import native, philox
 from zo_offload.errors import ConfigError
 
 LAYOUT_VERSION = 1
@@ -89,12 +89,12 @@ def step_seed(run_seed: int, step: int, index: int = 0) -> int:
     for what, value, limit in (("run_seed", run_seed, _U64), ("step", step, _U64), ("index", index, 1 << 32)):
         if not 0 <= value < limit:
             raise ConfigError(f"{what}={value}: must be >= 0 and < {limit}")
-    words = reference.philox_block(run_seed, step, index, reference.TAG_SEED, rounds=10)
+    words = philox.philox_block(run_seed, step, index, philox.TAG_SEED, rounds=10)
     return words[0] | words[1] << 32
 
 
 def noise(spec: NoiseSpec, seed: int, param_id: int, n: int, offset: int = 0, *, threads: int | None = None) -> Tensor:
-    """z of elements [offset, offset + n) of a parameter, float32 [n]; native if the library loads, else reference."""
+    """z of elements [offset, offset + n) of a parameter, float32 [n]; native if the library loads, else philox."""
     if not 0 <= seed < _U64:
         raise ConfigError(f"seed={seed}: must be >= 0 and < 2**64")
     if n < 0 or offset < 0 or offset + n > 1 << 62:
@@ -102,7 +102,7 @@ def noise(spec: NoiseSpec, seed: int, param_id: int, n: int, offset: int = 0, *,
     out = torch.empty(n, dtype=torch.float32)
     library = native.library()
     if library is None:
-        reference.noise_into(out.numpy(), spec.distribution, spec.rounds, seed, param_id, offset)
+        philox.noise_into(out.numpy(), spec.distribution, spec.rounds, seed, param_id, offset)
     else:
         threads = torch.get_num_threads() if threads is None else threads
         library.noise(out.data_ptr(), spec.distribution, spec.rounds, seed, param_id, n, offset, threads)

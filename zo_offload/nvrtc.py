@@ -14,7 +14,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from .devices.driver import CudaError
+from .driver import CudaError
 
 SOURCES = ("cuda.cu", "cuda_kernels.h", "cuda_formats.h", "fused.h", "api.h", "formats.h", "noise.h")
 # __CUDACC_RTC__ code sees no host, so these are all the options there are

@@ -20,16 +20,16 @@ from .compiled import eagerly
 from .data import Batches
 from .devices import CpuDevice
 from .errors import BudgetError, DataError, PlanError
-from .fused import STILL, Perturbation
+from .float32 import divide
 from .generators import lane_seed
 from .lanes import Hub, Lane, LanesShareState, PlanFault
-from .late import divide
 from .losses import Batch, Objective, language_models, own_loss, scalar, weighing, without_cache
 from .measures import OptionsLoss
 from .micro_batches import Weighing, agree, nothing_counts, split_micro_batches
 from .modes import module_modes
 from .on_device import PlacedBatches, input_dtype, inputs_in, matmul_precision
 from .plan import Plan, relift
+from .records import STILL, Perturbation
 from .streamer import Streamer
 from .trees import tensor_bytes
 

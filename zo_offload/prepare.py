@@ -19,12 +19,13 @@ from torch import nn
 
 from .activations import NOT_MEASURED, Activations, measure_activations
 from .auto import choose_storage
-from .config import EngineConfig, parse_bytes, show_bytes
+from .config import EngineConfig
 from .data import most_ids
 from .errors import BudgetError
+from .host_memory import available_bytes
 from .layout import Layout, make_layout
 from .losses import Objective, for_a_loss
-from .memory import MemoryPlan, available_bytes, held_together, plan_memory
+from .memory import MemoryPlan, held_together, plan_memory
 from .methods import MeZO, check_tunes
 from .micro_batches import split_micro_batches
 from .module_state import undisturbed
@@ -32,6 +33,7 @@ from .plan import Plan, make_plan
 from .storage import choose_fold_every, decide_formats
 from .trace import ForwardCall, meta_copy
 from .trees import tensor_bytes
+from .units import parse_bytes, show_bytes
 
 Batch = Mapping[str, Any]
 

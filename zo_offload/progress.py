@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from .config import show_bytes
+from .units import show_bytes
 
 
 class Progress:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from .blocks import ALIGN, Piece
 from .device_updates import DeviceUpdates
+from .exact import exact_values
 from .formats.grouped import cut
-from .fused import STILL, Update, fused_pass
+from .fused import fused_pass
 from .layout import Layout
-from .masters import exact_values
 from .noise import NoiseSpec
 from .plan import Plan
+from .records import STILL, Update
 from .slots import Slot
 from .window import BlockWindow
 

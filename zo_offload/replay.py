@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from . import runs
 from .engine import Engine
 from .errors import ConfigError, JournalError
-from .fused import Gains
 from .gains import gains_of
 from .identity import about_base, check_identity, check_sample, identity
 from .ingest import Base, Filler
@@ -31,6 +30,7 @@ from .journal_format import load_journal as read_file
 from .layout import Layout
 from .modes import modes_of
 from .plan import Plan
+from .records import Gains
 from .session import Session
 from .slots import Window
 from .streamer import Streamer

@@ -14,7 +14,7 @@ from torch import nn
 
 from .auto import Rates, compare, rates
 from .checkpoint import Checkpoint
-from .config import DTYPES, EngineConfig, parse_bytes, show_bytes
+from .config import DTYPES, EngineConfig
 from .devices import make_device
 from .errors import BudgetError, ConfigError
 from .formats import FORMATS
@@ -26,6 +26,7 @@ from .model_kind import ModelKind, kind_of
 from .plan import Plan
 from .prepare import PlannedDevice, Prepared, prepare
 from .shapes import OPT_SHAPES, opt_config
+from .units import parse_bytes, show_bytes
 
 CONTEXT_BYTES = 500_000_000
 """Device memory of a CUDA context and the matrix libraries' workspaces, where there is no GPU to ask."""

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Piece
-from .fused import Perturbation
 from .modes import LaneModes
 from .module_tree import gathers_rows
 from .parameters import laid_out
 from .plan import Owner
+from .records import Perturbation
 from .watch import Origin, Recorder
 
 set_data: Callable[[nn.Parameter, Tensor], None] = torch.Tensor.data.__set__  # type: ignore[attr-defined]

@@ -19,7 +19,6 @@ from .closing import Closing
 from .config import EngineConfig
 from .devices import CpuDevice
 from .errors import CheckpointError, ConfigError, JournalError, StorageError
-from .fused import Gains
 from .gains import decide_gains, gains_of
 from .identity import about_base, check_identity, check_sample, header_of, identity, warn_of_versions
 from .ingest import Base, Filler, ModuleBase, ingest
@@ -30,6 +29,7 @@ from .lock import NAME as LOCK
 from .lock import RunLock, hold
 from .methods import MeZO
 from .plan import Plan
+from .records import Gains
 from .snapshot import Snapshots
 from .tiers import DiskTier, HostTier, ResidentTier, Tier
 from .tiers.disk import Shape, shapes_of

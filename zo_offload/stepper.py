@@ -26,10 +26,10 @@ from torch import Tensor
 from . import late
 from .devices import CpuDevice, Later
 from .errors import ConfigError, DivergenceError
-from .fused import Update
 from .journal import Journal, StepRecord
 from .late import LateLog, Launched
 from .methods import MeZO
+from .records import Update
 from .updates import UpdateLog, with_folds
 
 MAX_HALVINGS = 10  # of eps, by on_nonfinite="halve_eps": a thousandth of what was asked is no longer the same method

@@ -21,10 +21,10 @@ import torch
 from .blocks import ParamSpec
 from .errors import ConfigError
 from .formats import Format, format_of, get_format
-from .fused import Target, Trains
 from .layout import Layout
 from .module_tree import select_names
 from .plan import Plan, keep_resident
+from .records import Target, Trains
 
 SMALL = 16
 """A trained part of at most 1 / SMALL of the model is kept on the device."""

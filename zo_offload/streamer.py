@@ -21,15 +21,17 @@ import torch
 from torch import Tensor
 
 from .blocks import ParamSpec, Piece
-from .device_updates import DeviceUpdates, scaled
+from .device_updates import DeviceUpdates
 from .devices import CpuDevice
+from .exact import exact_values
+from .float32 import scaled
 from .fold_sample import FoldSample
-from .fused import ONE, STILL, Gains, Perturbation, Rounding, Update, fused_pass, fused_rows
+from .fused import fused_pass, fused_rows
 from .layout import Layout
-from .masters import exact_values
 from .noise import NoiseSpec
 from .plan import Owner, Plan
 from .reading import Reader
+from .records import ONE, STILL, Gains, Perturbation, Rounding, Update
 from .scratch import ScratchPool
 from .slots import Slot, Traffic, Window
 from .spans import span

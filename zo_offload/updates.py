@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from .device_updates import scaled
 from .errors import JournalError
-from .fused import Update
+from .float32 import scaled
+from .records import Update
 
 
 def with_folds(updates: Sequence[Update], step: int, fold_every: int) -> tuple[Update, ...]:

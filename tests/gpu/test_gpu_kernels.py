@@ -12,8 +12,9 @@ import torch
 from zo_offload import native, native_cuda
 from zo_offload.formats import CENTRED, FORMATS
 from zo_offload.formats.codec import encode_values
-from zo_offload.fused import Perturbation, Update, fused_pass, fused_rows
+from zo_offload.fused import fused_pass, fused_rows
 from zo_offload.noise import NoiseSpec, noise
+from zo_offload.records import Perturbation, Update
 
 EPS = 2.0**-10
 LANES = [Perturbation(11, EPS), Perturbation(11, -EPS), Perturbation(12, EPS), Perturbation(0, 0.0)]

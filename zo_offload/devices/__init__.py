@@ -11,6 +11,7 @@ On the CPU streams are worker threads; on CUDA they are CUDA streams with a work
 """
 
 from .cpu import CpuDevice, Event, Later, Stream
+from .cuda import cuda_device
 
 __all__ = ["CpuDevice", "Event", "Later", "Stream", "make_device"]
 
@@ -19,6 +20,4 @@ def make_device(name: str) -> CpuDevice:
     """The device of `EngineConfig.device`: "cpu", "cuda" or "cuda:1". ConfigError if it is not there."""
     if name == "cpu":
         return CpuDevice()
-    from .cuda import cuda_device
-
     return cuda_device(name)

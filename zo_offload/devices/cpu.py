@@ -9,14 +9,13 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..tiers import Tier
-    from .link import Link
+from ..host_memory import available_bytes
+from ..tiers import Tier
+from .link import Link
 
 _LOOK_S = 0.1  # how often a thread that waits looks at the flag: only where it is not woken, see `Event`
 # glibc's; other C libraries have none. Tensors read one after another leave holes of tens of megabytes in the heap.
@@ -246,8 +245,6 @@ class CpuDevice:
 
     def free_bytes(self) -> int:
         """What can still be allocated."""
-        from ..memory import available_bytes
-
         return available_bytes()
 
 

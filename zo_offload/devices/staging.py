@@ -21,18 +21,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from ..config import show_bytes
+from ..driver import CudaError
 from ..errors import BudgetError
-from ..tiers import UNKNOWN
-from .driver import CudaError
-
-if TYPE_CHECKING:
-    from ..tiers import HostTier, Spans, Tier
-    from .cuda import Backend
+from ..tiers import UNKNOWN, HostTier, Spans, Tier
+from ..units import show_bytes
+from .backend import Backend
 
 CHUNK_BYTES, NUM_CHUNKS = 16 << 20, 3  # each way: 4 % of OPT-1.3B's bytes together, and every copy still a millisecond
 

@@ -10,6 +10,7 @@ from zo_offload import native
 from zo_offload.errors import CheckpointError, ConfigError
 from zo_offload.formats.base import Format
 from zo_offload.formats.grouped import paste
+from zo_offload.records import LANE
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of the plain formats
 
@@ -118,7 +119,7 @@ def decode_values(
         library.run_pass(
             **planes(stored, residual, fmt, numel), rows=0, numel=numel, offset=0, num_rows=0, num_updates=0,
             num_lanes=1, param_id=0, distribution="gaussian", rounds=10, write_back=False, stochastic=False,
-            master=residual is not None and fmt.residual_bytes > 0, tail=native.PACK_LANE(0, out.data_ptr(), 0.0, 0),
+            master=residual is not None and fmt.residual_bytes > 0, tail=LANE.pack(0, out.data_ptr(), 0.0, 0),
             threads=torch.get_num_threads() if threads is None else threads,
         )  # fmt: skip
         return out

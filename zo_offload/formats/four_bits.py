@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zo_offload.errors import ConfigError
+from zo_offload.float32 import fma
 from zo_offload.formats.base import Format, from_bits
 from zo_offload.formats.bf16 import BF16
 from zo_offload.formats.grouped import (
@@ -80,15 +81,11 @@ class Int4(_FourBits):
 
     def value(self, codes: Tensor, scales: Tensor, stored: Tensor, numel: int) -> Tensor:
         """fma(code, scale, minimum), or fma(code - 7.5, scale, centre): one rounding to float32."""
-        from zo_offload.reference import fma
-
         minima = BF16().decode(minima_plane(self, stored, numel))
         wide, low = each(scales, self.group, numel), each(minima, self.group, numel)
         return torch.from_numpy(fma((codes.float() - 7.5 * self.centred).numpy(), wide.numpy(), low.numpy()))
 
     def encode(self, values: Tensor, sr_bits: Tensor | None = None, like: Tensor | None = None) -> Tensor:
-        from zo_offload.reference import fma
-
         n = values.numel()
         lost = largest_bits(values, self.group) >= INFINITE
         rows = padded(values, self.group)

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DivergenceError
-from ..fused import STILL, Perturbation, Update
-from ..late import divide
+from ..float32 import divide
 from ..noise import step_seed
+from ..records import STILL, Perturbation, Update
 from .mezo import MeZO, Step
 
 

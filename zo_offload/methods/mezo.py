@@ -16,9 +16,9 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import ConfigError, DivergenceError
-from ..fused import Perturbation, Trains, Update
-from ..late import divide
+from ..float32 import divide
 from ..noise import NoiseSpec, step_seed
+from ..records import Perturbation, Trains, Update
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..fused import Trains
+from ..records import Trains
 from .mezo import MeZO
 
 SCALE_UNITS = 2.71

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from .. import diskio
-from ..config import show_bytes
 from ..errors import BudgetError, CheckpointError, StorageError
+from ..units import show_bytes
 from . import block_file
 from .block_file import DATA, PAGE, WHOLE, Foreign, Header, Shape, Spans
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import ZOError
+from .errors import ZOError
 
 # an image that this GPU or this driver cannot use: invalid image or source, no binary, PTX invalid, newer than the
 # driver, or not to be compiled here

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .formats import Format, decode_values, get_format
 from .formats.grouped import cut
-from .fused import STILL, Update, fused_pass
+from .fused import fused_pass
 from .noise import NoiseSpec
+from .records import STILL, Update
 
 _TILE = 1 << 20  # elements; a multiple of every group
 

@@ -1,0 +1,103 @@
+"""What is used of CUDA (`Backend`), and the real thing. `cuda.py` and `staging.py` ask CUDA for nothing else, so that
+the tests can run them against one that delays, reorders and checks (tests/fake_cuda.py)."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..driver import driver
+
+
+class Backend(Protocol):
+    """What is used of CUDA. A stream of None is the calling thread's current one, where the model computes."""
+
+    def make_stream(self) -> Any: ...
+    def make_event(self) -> Any: ...
+    def record(self, event: Any, stream: Any) -> None: ...
+    def wait(self, stream: Any, event: Any) -> None: ...
+    def done(self, event: Any) -> bool: ...
+    def synchronize(self, event: Any) -> None: ...
+    def drain(self, stream: Any) -> None: ...
+    def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]: ...
+    def copy(self, to: Tensor, source: Tensor) -> None: ...
+    def is_device(self, tensor: Tensor) -> bool: ...
+    def empty(self, nbytes: int) -> Tensor: ...
+    def staging(self, nbytes: int) -> Tensor: ...
+    def lock(self, memory: Tensor) -> None: ...
+    def unlock(self, memory: Tensor) -> None: ...
+    def memory(self) -> tuple[int, int]: ...
+    def trim(self) -> None: ...
+
+
+class TorchCuda:
+    """The real thing: torch.cuda, and the driver where torch has nothing to offer."""
+
+    def __init__(self, index: int) -> None:
+        self.device = torch.device("cuda", index)
+        torch.zeros(1, device=self.device)  # makes the context
+        self._driver = driver()
+        self._context = self._driver.primary_context(index)
+
+    def make_stream(self) -> Any:
+        return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+    def make_event(self) -> Any:
+        # blocking: a host thread that waits for one sleeps, instead of taking a core from those that copy
+        return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+
+    def record(self, event: Any, stream: Any) -> None:
+        event.record(stream if stream is not None else torch.cuda.current_stream(self.device))
+
+    def wait(self, stream: Any, event: Any) -> None:
+        (stream if stream is not None else torch.cuda.current_stream(self.device)).wait_event(event)
+
+    def done(self, event: Any) -> bool:
+        return bool(event.query())
+
+    def synchronize(self, event: Any) -> None:
+        event.synchronize()
+
+    def drain(self, stream: Any) -> None:
+        # by an event that lets the thread sleep: to synchronise a stream is to spin on a core until it is done
+        event = self.make_event()
+        self.record(event, stream)
+        event.synchronize()
+
+    def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        if stream is None:
+            return contextlib.nullcontext()
+        return torch.cuda.stream(stream)
+
+    def copy(self, to: Tensor, source: Tensor) -> None:
+        # cudaMemcpyAsync on the current stream, whoever allocated the host memory (ATen/native/cuda/Copy.cu): the
+        # driver knows what is page-locked. Of memory that is not, it returns once the bytes are staged.
+        to.copy_(source, non_blocking=True)
+
+    def is_device(self, tensor: Tensor) -> bool:
+        return tensor.is_cuda
+
+    def empty(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def staging(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def lock(self, memory: Tensor) -> None:
+        with self._driver.current(self._context):
+            self._driver.lock_host(memory.data_ptr(), memory.numel())
+
+    def unlock(self, memory: Tensor) -> None:
+        with self._driver.current(self._context):
+            self._driver.unlock_host(memory.data_ptr())
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes of the device, as the driver counts them."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        return int(free), int(total)
+
+    def trim(self) -> None:
+        torch.cuda.empty_cache()
