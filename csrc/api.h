@@ -7,7 +7,7 @@
 #define ZO_API_H
 #include "formats.h"
 
-#define ZO_ABI_VERSION 5
+#define ZO_ABI_VERSION 6
 
 enum { ZO_OK = 0, ZO_ERROR_FORMAT = 1, ZO_ERROR_NOISE = 2, ZO_ERROR_ISA = 3, ZO_ERROR_MEMORY = 4 };
 enum { ZO_SCALAR = 0, ZO_AVX2 = 1, ZO_AVX512 = 2, ZO_NUM_ISAS = 3 };
@@ -71,6 +71,11 @@ ZO_EXPORT int zo_cpu_philox(const zo_u32* counter, const zo_u32* key, zo_u32 rou
 ZO_EXPORT void zo_cpu_share_threads(void (*parallel)(void (*body)(void*), void* context, unsigned threads,
                                                      unsigned flags),
                                     int (*max_threads)(void));
+// What formats.h says of a storage format: bits an element in the values plane, bytes of a group's scale and of its
+// minimum, bytes an element in the residual plane, 1 if its values train, 1 if its scales do. To be compared with
+// zo_offload/formats/; ZO_ERROR_FORMAT for a code that is none.
+enum { ZO_FORMAT_FACTS = 6 };
+ZO_EXPORT int zo_cpu_format(zo_u32 format, zo_u32* facts);
 ZO_EXPORT zo_u32 zo_cpu_isas(void);  // bit i: ISA i is built in and this CPU has it
 ZO_EXPORT zo_u32 zo_abi_version(void);
 ZO_EXPORT zo_u32 zo_layout_version(void);

@@ -281,6 +281,15 @@ void zo_cpu_share_threads(void (*parallel)(void (*)(void*), void*, unsigned, uns
   zo::shared().parallel = max_threads ? parallel : nullptr;
 }
 
+int zo_cpu_format(zo_u32 format, zo_u32* facts) {
+  if (format >= ZO_NUM_FORMATS) return ZO_ERROR_FORMAT;
+  const int f = (int)format;
+  const int said[ZO_FORMAT_FACTS] = {zo_format_bits(f),    zo_scale_bytes(f), zo_minimum_bytes(f),
+                                     zo_residual_bytes(f), zo_trains(f),      zo_trains_scales(f)};
+  for (int i = 0; i < ZO_FORMAT_FACTS; ++i) facts[i] = (zo_u32)said[i];
+  return ZO_OK;
+}
+
 zo_u32 zo_cpu_isas(void) {
   zo_u32 mask = 0;
   for (int isa = 0; isa < ZO_NUM_ISAS; ++isa)

@@ -37,14 +37,25 @@ def test_no_kernel_spills_on_any_gpu():
     text = REPORT.read_text()
     found = re.findall(r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill "
                        r"stores, (\d+) bytes spill loads.*?Used (\d+) registers", text, re.S)  # fmt: skip
-    names = {f"zo_pass_{n}_{k}" for n in native_cuda.KERNELS for k in native_cuda.TILE}
-    names |= {f"zo_scales_{n}_{k}" for n in native_cuda.SCALES_KERNELS for k in native_cuda.TILE}
-    names |= {f"zo_noise_{k}" for k in native_cuda.TILE} | {"zo_cuda_abi"}
+    names = native_cuda.kernel_names()
     archs = {arch for _, arch, *_ in found}
     assert archs and {(name, arch) for name, arch, *_ in found} == {(n, a) for n in names for a in archs}
     for name, arch, stack, stores, loads, registers in found:
         assert (stack, stores, loads) == ("0", "0", "0"), f"{name} for {arch} uses local memory"
         assert int(registers) <= 128, f"{name} for {arch}: {registers} registers leave one block a multiprocessor"
+
+
+def test_the_sources_have_a_kernel_for_every_format_and_distribution():
+    """By csrc/cuda_kernels.h's own lists, and by the codes of csrc/formats.h: wherever no compiler is."""
+    enum = dict(re.findall(r"(ZO_\w+) = (\d+)", (ROOT / "csrc" / "formats.h").read_text()))
+    text = (ROOT / "csrc" / "cuda_kernels.h").read_text()
+    rows = {(name, int(enum[code])) for name, code in re.findall(r"ZO_PASS_KERNELS\((\w+), (ZO_\w+)\)", text)}
+    assert rows == {(name, code) for code, name in native_cuda.KERNELS.items()}
+    kinds = set(re.findall(r"ZO_KERNEL zo_pass_##NAME##_(\w+)\(", text))
+    names = {f"zo_pass_{name}_{kind}" for name, _ in rows for kind in kinds}
+    scaled = re.findall(r"ZO_SCALES_KERNELS\((\w+), ZO_\w+\)", text)
+    names |= {f"zo_scales_{name}_{kind}" for name in scaled for kind in kinds}
+    assert names | set(re.findall(r"ZO_KERNEL (zo_\w+)\(", text)) == native_cuda.kernel_names()
 
 
 def build(into, **settings):

@@ -16,6 +16,7 @@ from ptx_to_c import Simulated, UnknownInstruction, translate
 
 from zo_offload import native, native_cuda
 from zo_offload.device_updates import UpdateTable
+from zo_offload.distributions import DISTRIBUTIONS
 from zo_offload.formats import CENTRED, FORMATS, format_of, get_format
 from zo_offload.formats.codec import encode_values, planes
 from zo_offload.fused import fused_pass, fused_rows
@@ -23,7 +24,7 @@ from zo_offload.noise import NoiseSpec, noise
 from zo_offload.records import Perturbation, Update
 
 REASONS = compilers()
-KINDS = ("gaussian", "rademacher")
+KINDS = tuple(DISTRIBUTIONS)
 TRAINED = [name for name, fmt in FORMATS.items() if fmt.trains]
 # Compiling what each kernel became takes seconds, so by default these; ZO_ALL_KERNELS=1 takes all of them.
 ALL = os.environ.get("ZO_ALL_KERNELS") == "1"
@@ -41,11 +42,11 @@ SCALES = [(n, k) for n in WITH_SCALES for k in KINDS] if ALL else [("int4", "gau
 
 
 def kernel_of(name: str, kind: str, what: str = "pass") -> str:
-    return f"zo_{what}_{native_cuda.KERNELS[get_format(name).code]}_{kind}"
+    return native_cuda.pass_kernel(get_format(name).code, kind, what == "scales")
 
 
 PASSES = [kernel_of(*pair) for pair in PAIRS] + [kernel_of(*pair, "scales") for pair in SCALES]
-NOISES = ["zo_noise_gaussian", "zo_noise_rademacher"]
+NOISES = [native_cuda.noise_kernel(kind) for kind in KINDS]
 FINGERPRINTED = [
     f"zo_pass_{name}_gaussian" for name in ("fp32", "bf16", "fp16")
 ]  # what `native.fingerprint` asks of a library

@@ -8,6 +8,7 @@ import pytest
 import torch
 from native_variants import each_isa, each_variant, using
 
+from zo_offload import native
 from zo_offload.errors import CheckpointError, ConfigError
 from zo_offload.formats import CENTRED, FORMATS, Format, decode_values, encode_values, format_of, get_format
 from zo_offload.fused import fused_pass
@@ -325,6 +326,19 @@ def test_values_that_cannot_be_stored_are_refused(variant):
         FORMATS["fp8_e4m3"].decode(torch.zeros(129, dtype=torch.uint8))
     with pytest.raises(ConfigError, match="not a split format"):
         FORMATS["bf16"].split(values)
+
+
+def test_the_kernels_take_each_format_to_be_what_its_class_says():
+    """csrc/formats.h writes the same facts down for the compiler: asked of the built library, for every code."""
+    library = native.library()
+    if library is None:
+        pytest.skip(native.describe())
+    listed = [*FORMATS.values(), *CENTRED.values()]
+    for fmt in listed:
+        facts = native.FormatFacts(*(getattr(fmt, name) for name in native.FormatFacts._fields))
+        assert library.format(fmt.code) == facts, fmt.name
+    assert library.formats == {fmt.code for fmt in listed}
+    assert library.format(max(library.formats) + 1) is None
 
 
 def test_formats_are_found_by_name_and_dtype():

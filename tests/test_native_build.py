@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from zo_offload import native, reference
+from zo_offload.distributions import DISTRIBUTIONS
 from zo_offload.formats import FORMATS
-from zo_offload.philox import noise_into
+from zo_offload.noise import NoiseSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_compiler = pytest.mark.skipif(
@@ -47,7 +48,7 @@ class ReferenceLibrary:
     """The reference behind the interface of native.Library, to make the fingerprint from."""
 
     def noise(self, out, distribution, rounds, seed, param_id, numel, offset, threads):
-        noise_into(self._floats(out, numel), distribution, rounds, seed, param_id, offset)
+        DISTRIBUTIONS[distribution].into(self._floats(out, numel), rounds, seed, param_id, offset)
 
     def run_pass(self, *, stored, numel, offset, num_updates, num_lanes, format, tail, **options):
         by_code = {fmt.code: fmt for fmt in FORMATS.values()}
@@ -64,7 +65,7 @@ class ReferenceLibrary:
             self._bytes(stored, by_code[format].nbytes(numel)), by_code[format], param_id=options["param_id"],
             numel=numel, offset=offset, updates=updates, write_back=options["write_back"],
             stochastic=options["stochastic"], perturbations=lanes, outs=outs,
-            noise=SimpleNamespace(distribution=options["distribution"], rounds=options["rounds"]),
+            noise=NoiseSpec(options["distribution"], options["rounds"]),
         )  # fmt: skip
 
     @staticmethod

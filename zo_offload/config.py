@@ -71,7 +71,7 @@ class EngineConfig:
     fold_every: int | None = None
     """Steps between two write-backs of a block: updates in between are applied in float32 registers at each visit, and
     flushes and roundings drop by this factor. Default 4 with Gaussian, 8 with Rademacher noise; 1 for float32 weights
-    that are never flushed (`storage.FOLD_EVERY` says why)."""
+    that are never flushed (`storage.choose_fold_every` says why)."""
     device: str = "cpu"
     """"cpu", "cuda" or "cuda:N". The CUDA path is complete but has not run on a GPU yet (README, status table)."""
     host_memory: HostMemory = "auto"

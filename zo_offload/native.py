@@ -19,16 +19,16 @@ import hashlib
 import os
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from zo_offload.distributions import DISTRIBUTIONS
 from zo_offload.errors import ConfigError, ZOError
 from zo_offload.records import LANE, UPDATE
 
 LIBRARY = Path(__file__).with_name("_zo_cpu.so")
-ABI_VERSION, LAYOUT_VERSION = 5, 1
+ABI_VERSION, LAYOUT_VERSION = 6, 1
 ISAS = ("scalar", "avx2", "avx512")
 
-_DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1}
 _ERRORS = {
     1: "a storage format it does not know, or cannot use this way",
     2: "a distribution or number of rounds it does not know",
@@ -38,6 +38,8 @@ _ERRORS = {
 # struct zo_pass of csrc/api.h
 _PASS = struct.Struct("<11Q8I")
 PASS_BYTES = _PASS.size
+_FACTS = struct.Struct("<6I")
+_MOST_FORMATS = 256  # a library is asked for codes below this
 
 # SHA-256 of what `fingerprint` makes; from reference.py, and a test keeps the two together
 FINGERPRINT = "de81ae7d055ef1348d10ea8268703cd5ca7162c9d4e4397600f2cc59bfd6f6d0"
@@ -71,9 +73,20 @@ def pack_pass(
     """struct zo_pass. updates: their address, or 0 if they follow the struct. total: default `numel`."""
     return _PASS.pack(
         stored, scales, minima, residual, rows, updates, 0, numel, offset, num_rows, numel if total is None else total,
-        num_updates, num_lanes, format, group, param_id, _DISTRIBUTIONS[distribution], rounds,
+        num_updates, num_lanes, format, group, param_id, DISTRIBUTIONS[distribution].code, rounds,
         write_back | stochastic << 1 | target_scales << 2 | master << 3 | centred << 4,
     )  # fmt: skip
+
+
+class FormatFacts(NamedTuple):
+    """Of a storage format, as csrc/formats.h has it; the fields are those of `formats.base.Format`."""
+
+    value_bits: int
+    scale_bytes: int
+    minimum_bytes: int
+    residual_bytes: int
+    trains: bool
+    trains_scales: bool
 
 
 class NativeError(ZOError):
@@ -82,9 +95,6 @@ class NativeError(ZOError):
 
 class Library:
     """One loaded library with one instruction set; every call blocks until its work is done."""
-
-    formats = frozenset(range(12))
-    """Codes of the storage formats these kernels know."""
 
     def __init__(self, path: Path, isa: str | None = None) -> None:
         """Loads and checks; NativeError if there is no such library, or it is not the one this package needs."""
@@ -116,6 +126,10 @@ class Library:
         self._noise.argtypes = [ctypes.c_void_p, u64, u64, u64, u32, u32, u32, ctypes.c_int, ctypes.c_int]
         self._philox = lib.zo_cpu_philox
         self._philox.argtypes = [ctypes.c_char_p, ctypes.c_char_p, u32, ctypes.c_char_p]
+        self._format = lib.zo_cpu_format
+        self._format.argtypes = [u32, ctypes.c_char_p]
+        self.formats = frozenset(code for code in range(_MOST_FORMATS) if self.format(code) is not None)
+        """Codes of the storage formats these kernels know."""
         self.threads = share_threads(lib)
         """Whose threads it computes on: "torch's" or "its own"."""
         if fingerprint(self) != FINGERPRINT:
@@ -152,7 +166,7 @@ class Library:
         self, out: int, distribution: str, rounds: int, seed: int, param_id: int, numel: int, offset: int, threads: int
     ) -> None:
         """zo_cpu_noise into `numel` floats at address `out`."""
-        code = _DISTRIBUTIONS[distribution]
+        code = DISTRIBUTIONS[distribution].code
         error = self._noise(out, numel, offset, seed, param_id, code, rounds, self._isa_code, threads)
         if error:
             raise NativeError(f"{self.path.name}: the noise asks for {_ERRORS.get(error, f'error {error}')}")
@@ -164,6 +178,14 @@ class Library:
         if error:
             raise NativeError(f"{self.path.name}: Philox with {rounds} rounds; it has 7 and 10")
         return struct.unpack("<4I", out.raw)
+
+    def format(self, code: int) -> FormatFacts | None:
+        """What the library takes a storage format to be; None if it has none of that code."""
+        facts = ctypes.create_string_buffer(_FACTS.size)
+        if self._format(code, facts):
+            return None
+        value, scale, minimum, residual, trains, trains_scales = _FACTS.unpack(facts.raw)
+        return FormatFacts(value, scale, minimum, residual, bool(trains), bool(trains_scales))
 
 
 def share_threads(lib: ctypes.CDLL) -> str:
@@ -186,7 +208,7 @@ def fingerprint(library: Any) -> str:
     """SHA-256 over noise of each kind, and weights and lanes of a few fused passes, across tile and block borders."""
     digest = hashlib.sha256()
     count, offset, seed, param_id = 333, (1 << 34) - 77, 0x0123456789ABCDEF, 0xDEADBEEF
-    for distribution in _DISTRIBUTIONS:
+    for distribution in (kind.name for kind in DISTRIBUTIONS.values() if kind.code is not None):
         for rounds in (7, 10):
             z = ctypes.create_string_buffer(4 * count)
             library.noise(ctypes.addressof(z), distribution, rounds, seed, param_id, count, offset, 1)

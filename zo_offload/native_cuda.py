@@ -29,18 +29,17 @@ from torch import Tensor
 
 from . import native, nvrtc
 from .device_updates import RECORD_BYTES, DeviceUpdates, UpdateTable
+from .distributions import DISTRIBUTIONS
 from .driver import ATTRIBUTE_MAJOR, ATTRIBUTE_MINOR, ATTRIBUTE_SM_COUNT, ERRORS_OF_IMAGES, CudaError, Driver, driver
-from .formats import format_of
+from .errors import ConfigError
+from .formats import FORMATS, PLAIN, format_of
 from .noise import NoiseSpec
 from .records import LANE, UPDATE, Perturbation, Update
 
 IMAGE = Path(__file__).with_name("_zo_cuda.fatbin")
 THREADS, MAX_LANES = 256, 16
-KERNELS = (
-    "fp32 bf16 fp16 fp8_e4m3 fp8_e5m2 int8 int4 nf4 bf16_16 bf16_8 int8_8 fp8_8".split()
-)  # by storage format code, as csrc/cuda_kernels.h names them
-SCALES_KERNELS = ("int8", "int4", "nf4")
-TILE = {"gaussian": 512, "rademacher": 1024}  # elements a warp
+KERNELS = {fmt.code: fmt.kernel for fmt in FORMATS.values()}
+"""What the kernels of a storage format are called, by its code."""
 _WAVES = 16  # blocks a multiprocessor, at most; each walks over its share of the tiles
 
 _LANES_BYTES = LANE.size * MAX_LANES
@@ -74,10 +73,29 @@ def pack_noise(out: int, numel: int, offset: int, seed: int, param_id: int, roun
 
 def tiles(distribution: str, numel: int, offset: int, num_rows: int = 0) -> int:
     """How many warps' worth of work a pass is."""
-    size = TILE[distribution]
+    size = DISTRIBUTIONS[distribution].warp
+    if size is None:
+        raise ConfigError(f"distribution={distribution!r}: the CUDA kernels do not make it; train on the CPU")
     if num_rows:
         return num_rows * (numel // size + 2)
     return -(-(offset + numel) // size) - offset // size
+
+
+def pass_kernel(code: int, distribution: str, target_scales: bool = False) -> str:
+    """The kernel of a fused pass over values of the format with that code."""
+    return f"zo_{'scales' if target_scales else 'pass'}_{KERNELS[code]}_{distribution}"
+
+
+def noise_kernel(distribution: str) -> str:
+    return f"zo_noise_{distribution}"
+
+
+def kernel_names() -> set[str]:
+    """All kernels that an image has."""
+    kinds = [kind.name for kind in DISTRIBUTIONS.values() if kind.warp is not None]
+    passes = {pass_kernel(code, kind) for code in KERNELS for kind in kinds}
+    passes |= {pass_kernel(fmt.code, kind, True) for fmt in FORMATS.values() if fmt.trains_scales for kind in kinds}
+    return passes | {noise_kernel(kind) for kind in kinds} | {"zo_cuda_abi"}
 
 
 class CudaKernels:
@@ -153,7 +171,7 @@ class CudaKernels:
 
         fields: others of `native.pack_pass`, with device addresses.
         """
-        name = f"zo_{'scales' if target_scales else 'pass'}_{KERNELS[format]}_{noise.distribution}"
+        name = pass_kernel(format, noise.distribution, target_scales)
         warps = tiles(noise.distribution, numel, offset, num_rows)
         first = True
         while first or lanes:
@@ -175,7 +193,7 @@ class CudaKernels:
     ) -> None:
         """z into `numel` floats at device address `out`."""
         args = pack_noise(out, numel, offset, seed, param_id, rounds)
-        self._launch(f"zo_noise_{distribution}", args, tiles(distribution, numel, offset), stream)
+        self._launch(noise_kernel(distribution), args, tiles(distribution, numel, offset), stream)
 
 
 class _OnDevice:
@@ -221,7 +239,7 @@ def run_on_device(
 ) -> None:
     """`native.Library.run_pass` through the GPU: host addresses are copied in and back."""
     device = kernels.where
-    size = {0: 4, 1: 2, 2: 2}
+    size = {fmt.code: fmt.nbytes(1) for fmt in PLAIN.values()}
 
     def take(address: int, nbytes: int) -> Tensor:
         return torch.frombuffer(bytearray(ctypes.string_at(address, nbytes)), dtype=torch.uint8).to(device)

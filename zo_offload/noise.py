@@ -12,8 +12,8 @@ so any slice of any parameter, in any order, at any later time and on any device
     tag 3  seeds       the seed of a step, keyed by the run's seed
 
 Only integer operations and IEEE-754 binary32 mul, add, fma, sqrt and int -> float take part (csrc/noise.h), so every
-implementation gives the same bits; `philox.py` is the slow one to read. Anything that changes z changes
-`LAYOUT_VERSION`, which belongs to the identity of a run: a journal replayed with another z is another model.
+implementation gives the same bits; `philox.py` and `distributions.py` are the slow one to read. Anything that changes z
+changes `LAYOUT_VERSION`, which belongs to the identity of a run: a journal replayed with another z is another model.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from zo_offload import native, philox
+from zo_offload.distributions import Distribution, get_distribution
 from zo_offload.errors import ConfigError
 
 LAYOUT_VERSION = 1
 
-Distribution = Literal["gaussian", "rademacher"]
 Rounds = Literal[7, 10]
 
 _U64 = 1 << 64
@@ -41,8 +41,9 @@ _U64 = 1 << 64
 class NoiseSpec:
     """What z is drawn from; part of the identity of a run."""
 
-    distribution: Distribution = "gaussian"
-    """Gaussian (|z| <= 6.56) as in MeZO, or +-1 with equal chance: as good a direction and several times cheaper."""
+    distribution: str = "gaussian"
+    """A name of `distributions.DISTRIBUTIONS`. Gaussian (|z| <= 6.56) as in MeZO, or +-1 with equal chance
+    (rademacher): as good a direction and several times cheaper."""
 
     rounds: Rounds = 10
     """Philox rounds: 10 is the usual choice, 7 the fewest known to pass BigCrush and about a fifth faster."""
@@ -50,10 +51,14 @@ class NoiseSpec:
     layout_version: ClassVar[int] = LAYOUT_VERSION
 
     def __post_init__(self) -> None:
-        if self.distribution not in get_args(Distribution):
-            raise ConfigError(f"distribution={self.distribution!r}: choose one of {get_args(Distribution)}")
+        get_distribution(self.distribution)  # or it says which there are
         if self.rounds not in get_args(Rounds):
             raise ConfigError(f"rounds={self.rounds!r}: choose one of {get_args(Rounds)}")
+
+    @property
+    def kind(self) -> Distribution:
+        """The table's row of `distribution`."""
+        return get_distribution(self.distribution)
 
 
 def param_id(name: str) -> int:
@@ -101,8 +106,8 @@ def noise(spec: NoiseSpec, seed: int, param_id: int, n: int, offset: int = 0, *,
         raise ConfigError(f"noise of elements [{offset}, {offset} + {n}): need 0 <= offset and offset + n <= 2**62")
     out = torch.empty(n, dtype=torch.float32)
     library = native.library()
-    if library is None:
-        philox.noise_into(out.numpy(), spec.distribution, spec.rounds, seed, param_id, offset)
+    if library is None or spec.kind.code is None:
+        spec.kind.into(out.numpy(), spec.rounds, seed, param_id, offset)
     else:
         threads = torch.get_num_threads() if threads is None else threads
         library.noise(out.data_ptr(), spec.distribution, spec.rounds, seed, param_id, n, offset, threads)

@@ -87,22 +87,6 @@ def chunks(n: int, offset: int) -> list[tuple[int, int]]:
     return [(start, end) for start, end in pairwise(cuts) if end > start]
 
 
-def noise_into(out: F32, distribution: str, rounds: int, seed: int, param_id: int, offset: int) -> None:
-    """z of elements [offset, offset + len(out)) of a parameter."""
-    for start, end in chunks(len(out), offset):
-        first, last = offset + start, offset + end
-        if distribution == "gaussian":
-            block = first >> 2
-            w = words(seed, param_id, TAG_GAUSSIAN, rounds, block, ((last + 3) >> 2) - block)
-            z = np.stack([*gaussian_pair(w[:, 0], w[:, 1]), *gaussian_pair(w[:, 2], w[:, 3])], axis=1).reshape(-1)
-            out[start:end] = z[first - 4 * block :][: end - start]
-        else:
-            block = first >> 7
-            w = words(seed, param_id, TAG_RADEMACHER, rounds, block, ((last + 127) >> 7) - block)
-            signs = np.unpackbits(w.view(np.uint8).reshape(-1), bitorder="little")[first - 128 * block :]
-            out[start:end] = 1.0 - 2.0 * signs[: end - start].astype(np.float32)
-
-
 def rounding_bits(rounds: int, seed: int, param_id: int, n: int, offset: int) -> Tensor:
     """16 random bits an element for stochastic rounding, int32 [n]."""
     block = offset >> 3

@@ -16,7 +16,7 @@ from zo_offload.float32 import F32, fma
 from zo_offload.formats import Format, format_of
 from zo_offload.formats.grouped import cut, paste, scales_plane
 from zo_offload.noise import NoiseSpec
-from zo_offload.philox import chunks, noise_into, rounding_bits
+from zo_offload.philox import chunks, rounding_bits
 from zo_offload.records import Perturbation, Update
 
 LEAST_TRAINED_SCALE = np.float32(1e-7)
@@ -24,7 +24,7 @@ LEAST_TRAINED_SCALE = np.float32(1e-7)
 
 def _z(noise: NoiseSpec, seed: int, param_id: int, n: int, offset: int) -> F32:
     z = np.empty(n, np.float32)
-    noise_into(z, noise.distribution, noise.rounds, seed, param_id, offset)
+    noise.kind.into(z, noise.rounds, seed, param_id, offset)
     return z
 
 

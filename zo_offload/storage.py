@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .blocks import ParamSpec
+from .distributions import get_distribution
 from .errors import ConfigError
 from .formats import Format, format_of, get_format
 from .layout import Layout
@@ -28,15 +29,6 @@ from .records import Target, Trains
 
 SMALL = 16
 """A trained part of at most 1 / SMALL of the model is kept on the device."""
-
-FOLD_EVERY = {"gaussian": 4, "rademacher": 8}
-"""Default `fold_every` where blocks are flushed.
-
-With c seconds of noise an element, f seconds to flush one, folding every K steps costs c (K + 1) / 2 + f / K an
-element and step, least at K = sqrt(2 f / c). bf16 to a disk at 1 GB/s (f = 2 ns) beside one CPU core of Gaussian noise
-(c = 1 ns): K = 2; two cores, 2.8; a PCIe 5 link at 50 GB/s beside an H200 (0.04 ns, 1.3 ps): K = 8. 4 is within 25 %
-of the least cost of both, and keeps four times more of an update that 16 bits would round away. Rademacher noise
-costs a fifth (`benchmarks.kernels`): K is sqrt(5) larger."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +141,16 @@ def choose_fold_every(
     In float32 the numbers do not depend on it, so weights that are never flushed (offload "none", or all that trains is
     resident) fold every step, which saves making the noise of pending updates again. Elsewhere it is part of the run's
     identity and must not depend on where the blocks live. noises: of one step; each is a pending update of its own.
+
+    With c seconds of noise an element, f seconds to flush one, folding every K steps costs c (K + 1) / 2 + f / K an
+    element and step, least at K = sqrt(2 f / c). bf16 to a disk at 1 GB/s (f = 2 ns) beside one CPU core of Gaussian
+    noise (c = 1 ns): K = 2; two cores, 2.8; a PCIe 5 link at 50 GB/s beside an H200 (0.04 ns, 1.3 ps): K = 8. 4 is
+    within 25 % of the least cost of both, and keeps four times more of an update that 16 bits would round away.
+    Rademacher noise costs a fifth (`benchmarks.kernels`): K is sqrt(5) larger.
     """
     if given is not None:
         return given
     flushed = offload != "none" and not layout.written <= plan.resident
-    every = max(1, round(FOLD_EVERY[distribution] / math.sqrt(noises)))  # c of the formula above is that of all noises
+    usual = get_distribution(distribution).fold_every
+    every = max(1, round(usual / math.sqrt(noises)))  # the c above is that of all of a step's noises
     return every if flushed or not is_lossless(plan, layout) else 1

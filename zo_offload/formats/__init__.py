@@ -16,23 +16,18 @@
     int8+8     1.031            1      16-bit integer master
     fp8+8      1.008            1      16-bit float master; the coarse half is fp8_e4m3
 
-`base.py` says what a format is. `code` is the integer the native kernels know it by (csrc/formats.h).
+`base.py` says what a format is, `table.py` lists them. `code` is the integer that the kernels know a format by
+(csrc/formats.h).
 """
 
 from __future__ import annotations
 
-import torch
-
-from zo_offload.errors import ConfigError
 from zo_offload.formats.base import Format
 from zo_offload.formats.bf16 import BF16
 from zo_offload.formats.codec import decode_values, encode_values
-from zo_offload.formats.four_bits import NF4, Int4
-from zo_offload.formats.fp8 import FP8E4M3, FP8E5M2, FP8Plus8
 from zo_offload.formats.fp16 import FP16
 from zo_offload.formats.fp32 import FP32
-from zo_offload.formats.int8 import Int8, Int8Plus8
-from zo_offload.formats.split_bf16 import BF16Plus8, BF16Plus16
+from zo_offload.formats.table import CENTRED, FORMATS, PLAIN, format_of, get_format
 
 __all__ = [
     "BF16",
@@ -40,34 +35,10 @@ __all__ = [
     "FORMATS",
     "FP16",
     "FP32",
+    "PLAIN",
     "Format",
     "decode_values",
     "encode_values",
     "format_of",
     "get_format",
 ]
-
-_PLAIN: tuple[Format, ...] = (FP32(), BF16(), FP16())
-_SCALED: tuple[Format, ...] = (FP8E4M3(), FP8E5M2(), Int8(), Int4(128), Int4(64), NF4())
-_SPLIT: tuple[Format, ...] = (BF16Plus16(), BF16Plus8(), Int8Plus8(), FP8Plus8())
-FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (*_PLAIN, *_SCALED, *_SPLIT)}
-CENTRED: dict[str, Format] = {fmt.about_centre.name: fmt.about_centre for fmt in _SCALED if fmt.minimum_bytes}
-"""Not to be chosen: a method chooses them."""
-_BY_DTYPE: dict[torch.dtype, Format] = {fmt.torch_dtype: fmt for fmt in _PLAIN}
-
-
-def get_format(name: str) -> Format:
-    """The format of that name; ConfigError names those there are."""
-    try:
-        return FORMATS[name] if name in FORMATS else CENTRED[name]
-    except KeyError:
-        raise ConfigError(f"storage format {name!r} is not known; choose one of {sorted(FORMATS)}") from None
-
-
-def format_of(dtype: torch.dtype) -> Format:
-    """The format that holds values of a torch dtype exactly as they are."""
-    try:
-        return _BY_DTYPE[dtype]
-    except KeyError:
-        known = sorted(str(d) for d in _BY_DTYPE)
-        raise ConfigError(f"no storage format for {dtype}; parameters must be one of {known}") from None

@@ -54,6 +54,11 @@ class Format:
     """What is kept beside a group's scale is its centre, not its minimum."""
 
     @property
+    def kernel(self) -> str:
+        """What the kernels of this format's code are called (csrc/cuda_kernels.h)."""
+        return self.name.replace("+", "_")
+
+    @property
     def about_centre(self) -> Format:
         """The same codes such that a changed scale moves each group about its centre; itself, where it does."""
         return self

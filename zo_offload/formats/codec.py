@@ -10,9 +10,8 @@ from zo_offload import native
 from zo_offload.errors import CheckpointError, ConfigError
 from zo_offload.formats.base import Format
 from zo_offload.formats.grouped import paste
+from zo_offload.formats.table import PLAIN
 from zo_offload.records import LANE
-
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of the plain formats
 
 
 def planes(stored: Tensor, residual: Tensor | None, fmt: Format, numel: int, start: int = 0) -> dict[str, int]:
@@ -63,9 +62,9 @@ class PlaneEncoder:
 
     def put(self, start: int, values: Tensor) -> None:
         """Encode values [start, start + len(values)); start is a multiple of the group, values 1-D and contiguous."""
-        if values.dtype not in _CODES or values.device.type != "cpu":
+        if values.dtype not in PLAIN or values.device.type != "cpu":
             raise ConfigError(
-                f"{self._what}: {values.dtype} on {values.device}; encoding takes {list(_CODES)} on the CPU"
+                f"{self._what}: {values.dtype} on {values.device}; encoding takes {list(PLAIN)} on the CPU"
             )
         assert not (self._fmt.group and start % self._fmt.group), f"{self._what}: {start} is inside a group"
         before, after = self._put(start, values)
@@ -89,7 +88,7 @@ class PlaneEncoder:
         fmt, library = self._fmt, native.library()
         if library is not None and fmt.code in library.formats:
             return library.encode(
-                values.data_ptr(), _CODES[values.dtype],
+                values.data_ptr(), PLAIN[values.dtype].code,
                 torch.get_num_threads() if self._threads is None else self._threads,
                 numel=values.numel(), **planes(self._stored, self._residual, fmt, self._numel, start),
             )  # fmt: skip

@@ -72,6 +72,10 @@ class Int4(_FourBits):
         self.name = ("int4c" if centred else "int4") + ("" if group == 128 else f"_g{group}")  # type: ignore[misc]
 
     @property
+    def kernel(self) -> str:
+        return "int4"  # the group and what is kept beside its scale are told to them
+
+    @property
     def about_centre(self) -> Int4:
         return Int4(self.group, centred=True)
 

@@ -1,0 +1,42 @@
+"""All storage formats by name, by torch dtype and by the code that the kernels know them by."""
+
+from __future__ import annotations
+
+import torch
+
+from zo_offload.errors import ConfigError
+from zo_offload.formats.base import Format
+from zo_offload.formats.bf16 import BF16
+from zo_offload.formats.four_bits import NF4, Int4
+from zo_offload.formats.fp8 import FP8E4M3, FP8E5M2, FP8Plus8
+from zo_offload.formats.fp16 import FP16
+from zo_offload.formats.fp32 import FP32
+from zo_offload.formats.int8 import Int8, Int8Plus8
+from zo_offload.formats.split_bf16 import BF16Plus8, BF16Plus16
+
+_PLAIN: tuple[Format, ...] = (FP32(), BF16(), FP16())
+_SCALED: tuple[Format, ...] = (FP8E4M3(), FP8E5M2(), Int8(), Int4(128), Int4(64), NF4())
+_SPLIT: tuple[Format, ...] = (BF16Plus16(), BF16Plus8(), Int8Plus8(), FP8Plus8())
+
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (*_PLAIN, *_SCALED, *_SPLIT)}
+CENTRED: dict[str, Format] = {fmt.about_centre.name: fmt.about_centre for fmt in _SCALED if fmt.minimum_bytes}
+"""Not to be chosen: a method chooses them."""
+PLAIN: dict[torch.dtype, Format] = {fmt.torch_dtype: fmt for fmt in _PLAIN}
+"""What lanes are given, and what checkpoints hold: a torch dtype's own bytes."""
+
+
+def get_format(name: str) -> Format:
+    """The format of that name; ConfigError names those there are."""
+    try:
+        return FORMATS[name] if name in FORMATS else CENTRED[name]
+    except KeyError:
+        raise ConfigError(f"storage format {name!r} is not known; choose one of {sorted(FORMATS)}") from None
+
+
+def format_of(dtype: torch.dtype) -> Format:
+    """The format that holds values of a torch dtype exactly as they are."""
+    try:
+        return PLAIN[dtype]
+    except KeyError:
+        known = sorted(str(d) for d in PLAIN)
+        raise ConfigError(f"no storage format for {dtype}; parameters must be one of {known}") from None
