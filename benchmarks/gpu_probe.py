@@ -47,7 +47,9 @@ Found = tuple[bool | None, str, dict[str, Any]]
 
 
 class AtOnce:
-    """`cuda.Backend` on the CPU, everything done when it is asked for: for dry runs."""
+    """`Backend` on the CPU, everything done when it is asked for: for dry runs."""
+
+    device = torch.device("cpu")
 
     def make_stream(self) -> Any:
         return object()
@@ -97,7 +99,7 @@ class Probe:
     @property
     def device(self) -> CudaDevice:
         if self._device is None:
-            self._device = CudaDevice(0, AtOnce()) if self.dry else cuda_device("cuda:0")
+            self._device = CudaDevice(AtOnce()) if self.dry else cuda_device("cuda:0")
         return self._device
 
     @property

@@ -78,6 +78,8 @@ class RaceError(AssertionError):
 class FakeBackend:
     """See the module. fail_lock: page-locking fails once this many bytes are locked."""
 
+    device = torch.device("cpu")
+
     def __init__(self, seed: int = 0, longest_s: float = 2e-3, fail_lock: int | None = None) -> None:
         self._random = random.Random(seed)
         self._longest, self._fail_lock = longest_s, fail_lock
@@ -249,7 +251,7 @@ class FakeCudaDevice(CudaDevice):
     """The real `CudaDevice` over the fake backend; the model computes on the CPU."""
 
     def __init__(self, backend: FakeBackend | None = None) -> None:
-        super().__init__(0, backend if backend is not None else FakeBackend())
+        super().__init__(backend if backend is not None else FakeBackend())
 
     def measure_link(self):
         return Link(50.0, 50.0, 40.0, 40.0)

@@ -289,6 +289,8 @@ class _InThread(TorchDispatchMode):  # type: ignore[misc]
 class GpuBackend(FakeBackend):
     """`FakeBackend` whose device memory is that of a `Gpu`."""
 
+    device = DEVICE
+
     def __init__(self, gpu: Gpu, **options: Any) -> None:
         super().__init__(**options)
         self.gpu = gpu
@@ -322,7 +324,6 @@ class FakeGpu(FakeCudaDevice):
 
     def __init__(self, gpu: Gpu, **options: Any) -> None:
         super().__init__(GpuBackend(gpu, **options))
-        self.torch_device = DEVICE
 
 
 _ADDRESSES = ("stored", "residual", "scales", "minima", "rows")

@@ -366,8 +366,7 @@ def test_nothing_is_warned_about_in_a_plain_run(use):
 
 def test_a_budget_is_what_the_driver_counts():
     """The context comes off first, and what is too small for it says so; nothing given takes most of what is free."""
-    device = CudaDevice(0, FakeBackend())
-    device.context_bytes = 500 << 20
+    device = CudaDevice(FakeBackend(), context_bytes=500 << 20)
     free = device.free_bytes()
     assert device.budget(6 << 30) == (6 << 30) - (500 << 20) - LIBRARY_BYTES
     assert device.budget(None, chosen=True) is None

@@ -161,7 +161,7 @@ class Engine:
             self.checkpoint = Checkpoint.open(
                 model, trust_remote_code=self.config.trust_remote_code, overrides=self.config.config_overrides
             )
-            own = self.checkpoint.dtype if self.device.kind == "cuda" else torch.float32
+            own = self.device.default_compute(self.checkpoint.dtype)
             compute = DTYPES[self.config.compute] if self.config.compute is not None else own
             self.model = self.checkpoint.build_model(compute, model_class, seed=self.config.seed)
             self.base = self.checkpoint

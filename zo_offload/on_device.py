@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
-from .devices import CpuDevice
+from .devices import Device
 from .parameters import is_plain, laid_out
 
 
@@ -78,7 +78,7 @@ class Homes:
 class PlacedBatches:
     """Batches on the device, each moved once however many lanes use it, and what is known of them on the host."""
 
-    def __init__(self, device: CpuDevice) -> None:
+    def __init__(self, device: Device) -> None:
         self._device = device
         self._placed: dict[int, tuple[Any, Any]] = {}  # id -> (the batch, so that its id stays its own; on the device)
         self._host: dict[tuple[int, int], Tensor] = {}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .activations import ServiceOrder
 from .compiled import eagerly
 from .data import Batches
-from .devices import CpuDevice
+from .devices import Device
 from .errors import BudgetError, DataError, PlanError
 from .float32 import divide
 from .generators import lane_seed
@@ -55,7 +55,7 @@ class Passes:
         model: nn.Module,
         plan: Plan,
         streamer: Streamer,
-        device: CpuDevice,
+        device: Device,
         *,
         objective: Objective,
         order: ServiceOrder,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from .activations import NOT_MEASURED, Activations, measure_activations
 from .auto import choose_storage
 from .config import EngineConfig
 from .data import most_ids
+from .devices import PlannedDevice
 from .errors import BudgetError
 from .host_memory import available_bytes
 from .layout import Layout, make_layout
@@ -38,20 +39,6 @@ from .units import parse_bytes, show_bytes
 Batch = Mapping[str, Any]
 
 _log = logging.getLogger(__name__)
-
-
-class PlannedDevice(Protocol):
-    """What a plan asks of a device. `devices.CpuDevice` answers, and so can one that is not there (`report.py`)."""
-
-    @property
-    def kind(self) -> str:
-        """ "cpu" or "cuda"."""
-
-    def free_bytes(self) -> int:
-        """What can still be allocated on it."""
-
-    def budget(self, asked: int | None, *, chosen: bool = False) -> int | None:
-        """What blocks, scratch and activations may take of `device_memory`; None: as little as works."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +191,7 @@ def choose_offload(config: EngineConfig, layout: Layout, device: PlannedDevice) 
     Raises BudgetError if a memory tier cannot hold the model.
     """
     need, free = layout.total_bytes, available_bytes()
-    if device.kind == "cuda":
+    if device.own_memory:
         return _choose_beside_gpu(config, need, free, device.free_bytes())
     if config.offload == "auto":
         if need <= free / 2 or (config.run_dir is None and need <= 0.9 * free):

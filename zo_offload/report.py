@@ -15,7 +15,7 @@ from torch import nn
 from .auto import Rates, compare, rates
 from .checkpoint import Checkpoint
 from .config import DTYPES, EngineConfig
-from .devices import make_device
+from .devices import PlannedDevice, make_device
 from .errors import BudgetError, ConfigError
 from .formats import FORMATS
 from .layout import Layout
@@ -24,7 +24,7 @@ from .memory import MemoryPlan, step_bytes
 from .methods import MeZO
 from .model_kind import ModelKind, kind_of
 from .plan import Plan
-from .prepare import PlannedDevice, Prepared, prepare
+from .prepare import Prepared, prepare
 from .shapes import OPT_SHAPES, opt_config
 from .units import parse_bytes, show_bytes
 
@@ -41,6 +41,13 @@ class AbsentGpu:
     @property
     def kind(self) -> str:
         return "cuda"
+
+    @property
+    def own_memory(self) -> bool:
+        return True
+
+    def default_compute(self, own: torch.dtype) -> torch.dtype:
+        return own
 
     def free_bytes(self) -> int:
         """What blocks could take; 0 if nothing was said, so that "auto" plans to stream."""
@@ -75,7 +82,7 @@ def plan_report(
     config = EngineConfig(**{"run_dir": "-", **settings})
     checkpoint = open_config(model, trust_remote_code=config.trust_remote_code, overrides=config.config_overrides)
     device = _device(config)
-    dtype = _compute_dtype(config.compute, device.kind, checkpoint, config.storage)
+    dtype = _compute_dtype(config.compute, device, checkpoint, config.storage)
     module = checkpoint.build_model(dtype, model_class)
     kind = kind_of(module)
     limit = kind.positions
@@ -114,13 +121,14 @@ def _device(config: EngineConfig) -> PlannedDevice:
     return AbsentGpu(None if asked is None else parse_bytes(asked, "device_memory"))
 
 
-def _compute_dtype(compute: str | None, kind: str, checkpoint: Checkpoint, storage: str | None) -> torch.dtype:
+def _compute_dtype(
+    compute: str | None, device: PlannedDevice, checkpoint: Checkpoint, storage: str | None
+) -> torch.dtype:
     """As an engine would choose it: fp32 on the CPU, the checkpoint's own on a GPU (of a bare size, the storage's)."""
-    if compute is not None or kind == "cpu":
-        return DTYPES[compute or "fp32"]
-    if checkpoint.path is None and storage in FORMATS:
-        return FORMATS[storage].torch_dtype
-    return checkpoint.dtype
+    if compute is not None:
+        return DTYPES[compute]
+    named = checkpoint.path is None and storage in FORMATS
+    return device.default_compute(FORMATS[storage].torch_dtype if named and storage else checkpoint.dtype)
 
 
 def _formats(layout: Layout) -> str:
@@ -221,7 +229,7 @@ def _memory(prepared: Prepared, memory: MemoryPlan, batch: str, micro_batches: i
         if name == "activations" and memory.unknown:
             detail = "   not measured"
         yield f"  {name:<14}{show_bytes(nbytes):>12}{detail}"
-    context = CONTEXT_BYTES if prepared.device.kind == "cuda" else 0
+    context = CONTEXT_BYTES if prepared.device.own_memory else 0
     if context:
         yield f"  {'context':<14}{show_bytes(context):>12}   of CUDA and its libraries, about"
     yield f"  {'device':<14}{show_bytes(memory.device_bytes + context):>12}"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import diskio, runs
 from .closing import Closing
 from .config import EngineConfig
-from .devices import CpuDevice
+from .devices import Device
 from .errors import CheckpointError, ConfigError, JournalError, StorageError
 from .gains import decide_gains, gains_of
 from .identity import about_base, check_identity, check_sample, header_of, identity, warn_of_versions
@@ -82,7 +82,7 @@ class Maker:
     method: MeZO
     offload: str
     fold_every: int
-    device: CpuDevice
+    device: Device
     model_name: str | None = None
     model_class: str | None = None
     modes: str = "eval"

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .devices.cpu import Event, Stream
+from .devices.streams import Event, Stream
 from .errors import BudgetError, StorageError
 from .layout import Layout
 from .tiers import DiskTier, Tier

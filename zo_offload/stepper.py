@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import late
-from .devices import CpuDevice, Later
+from .devices import Device, Later
 from .errors import ConfigError, DivergenceError
 from .journal import Journal, StepRecord
 from .late import LateLog, Launched
@@ -45,7 +45,7 @@ class Stepper:
         fold_every: int,
         log: UpdateLog,
         journal: Journal | None,
-        device: CpuDevice,
+        device: Device,
         limit: float,
         *,
         halvings: int = 0,

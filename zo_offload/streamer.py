@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .blocks import ParamSpec, Piece
 from .device_updates import DeviceUpdates
-from .devices import CpuDevice
+from .devices import Device
 from .exact import exact_values
 from .float32 import scaled
 from .fold_sample import FoldSample
@@ -61,7 +61,7 @@ class Streamer:
         plan: Plan,
         layout: Layout,
         tier: Tier,
-        device: CpuDevice,
+        device: Device,
         log: UpdateLog,
         *,
         window: Window,

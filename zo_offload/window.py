@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from .devices import CpuDevice, Event, Stream
+from .devices import Device, Event, Stream
 from .layout import Layout
 from .plan import Plan
 from .schedule import Op, OpKey, last_visits, schedule
@@ -51,7 +51,7 @@ class BlockWindow:
         plan: Plan,
         layout: Layout,
         tier: Tier,
-        device: CpuDevice,
+        device: Device,
         log: UpdateLog,
         *,
         how: Window,

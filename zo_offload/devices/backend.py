@@ -15,6 +15,10 @@ from ..driver import driver
 class Backend(Protocol):
     """What is used of CUDA. A stream of None is the calling thread's current one, where the model computes."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where torch computes."""
+
     def make_stream(self) -> Any: ...
     def make_event(self) -> Any: ...
     def record(self, event: Any, stream: Any) -> None: ...

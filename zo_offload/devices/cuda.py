@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 from .. import native_cuda
+from ..devices.streams import Event, Later, Stream
 from ..driver import CudaError, driver
 from ..errors import BudgetError, ConfigError
 from ..tiers import HostTier, Tier
 from ..units import show_bytes
 from .backend import Backend, TorchCuda
-from .cpu import CpuDevice, Event, Later, Stream, map_memory
+from .cpu import map_memory
 from .link import Link, measure_link
 from .nvml import DriverMemory
 from .staging import HostSlabs, ThroughHost
@@ -107,18 +108,22 @@ class CudaStream(Stream):
         self._backend.drain(self.cuda)
 
 
-class CudaDevice(CpuDevice):
+class CudaDevice:
     """One GPU behind the device interface."""
 
     kind = "cuda"
+    own_memory = True
     late = True
 
-    def __init__(self, index: int = 0, backend: Backend | None = None) -> None:
-        self.backend: Backend = backend if backend is not None else TorchCuda(index)
-        self.torch_device = torch.device("cuda", index) if backend is None else torch.device("cpu")
+    def __init__(self, backend: Backend, context_bytes: int = 0) -> None:
+        """context_bytes: what the driver counts for this process beside torch's tensors (kernels, libraries)."""
+        self.backend, self.context_bytes = backend, context_bytes
+        self.torch_device = backend.device
         self._link: Link | None = None
-        self.context_bytes = 0
-        """What the driver counts for this process beside torch's tensors: context, kernels, libraries."""
+
+    def default_compute(self, own: torch.dtype) -> torch.dtype:
+        """The checkpoint's own: matrix units take 16 bits."""
+        return own
 
     def alloc(self, nbytes: int) -> Tensor:
         """Uninitialised device memory. BudgetError names what was asked and what is free."""
@@ -237,12 +242,12 @@ def cuda_device(name: str) -> CudaDevice:
             memory = DriverMemory(index)
             try:
                 before = None if driver().has_context(index) else memory.device_used()
-                device = CudaDevice(index)
+                backend = TorchCuda(index)
                 native_cuda.kernels(index)
             except CudaError as error:
                 raise ConfigError(f"device={name!r}: {error}") from error
-            device.context_bytes = context_bytes(memory, before, torch.cuda.memory_reserved(index))
-            _made[index] = device
+            taken = context_bytes(memory, before, torch.cuda.memory_reserved(index))
+            _made[index] = CudaDevice(backend, taken)
         return _made[index]
 
 
