@@ -20,6 +20,7 @@ from zo_offload.distributions import DISTRIBUTIONS
 from zo_offload.formats import CENTRED, FORMATS, format_of, get_format
 from zo_offload.formats.codec import encode_values, planes
 from zo_offload.fused import fused_pass, fused_rows
+from zo_offload.fused_kernels import Mark, OnGpu, PassCall
 from zo_offload.noise import NoiseSpec, noise
 from zo_offload.records import Perturbation, Update
 
@@ -99,7 +100,7 @@ def device_updates(updates):
 def run_simulated(
     kernels, stored, residual, fmt, numel, updates, lanes, outs, *, kind="gaussian", rounds=10, **options
 ):
-    """`kernels.run_pass` as native_cuda.run would call it, allowed to touch nothing else."""
+    """`kernels.run_pass` as `OnGpu` would call it, allowed to touch nothing else."""
     given = device_updates(updates)
     rows = options.pop("rows", None)
     kernels.touch = [t for t in (stored, residual, rows, given.records, *outs) if t is not None]
@@ -353,7 +354,7 @@ def test_the_kernels_are_asked_who_they_are_as_on_a_gpu(kernels, monkeypatch):
 
 @pytest.mark.parametrize("count", [3, 2 * native_cuda.MAX_LANES + 1])
 def test_a_pass_with_the_hosts_updates(kernels, monkeypatch, count):
-    """`native_cuda.run`, as `fused_pass` calls it for tensors on a GPU: updates go there first, lanes by the launch."""
+    """As `fused_pass` has it run for tensors on a GPU: updates go there first, lanes by the launch."""
     fmt, numel = get_format("bf16"), 3000
     updates = [Update(3, 2.0**-7, 1 - 2.0**-9), Update(4, 2.0**-8, fold=False)]
     lanes = [Perturbation(seed, 0.5) for seed in range(count)]
@@ -364,12 +365,12 @@ def test_a_pass_with_the_hosts_updates(kernels, monkeypatch, count):
         outs=pair[0][1],
     )  # fmt: skip
     monkeypatch.setattr(kernels, "touch", None)
-    monkeypatch.setattr(native_cuda, "kernels", lambda device: kernels)
     launches = kernels.launches
-    native_cuda.run(
-        planes(pair[1][0], None, fmt, numel), pair[1][0], param_id=7, numel=numel, offset=0, updates=updates,
-        write_back=True, stochastic=False, noise=NoiseSpec(), perturbations=lanes, outs=pair[1][1],
+    call = PassCall(
+        stored=pair[1][0], residual=None, fmt=fmt, numel=numel, offset=0, param_id=7, updates=updates, write_back=True,
+        stochastic=False, noise=NoiseSpec(), perturbations=lanes, outs=pair[1][1], target_scales=False, threads=None,
     )  # fmt: skip
+    OnGpu(kernels).run_pass(call, Mark())
     assert kernels.launches - launches == -(-count // native_cuda.MAX_LANES)
     assert torch.equal(pair[0][0], pair[1][0])
     assert all(torch.equal(a, b) for a, b in zip(pair[0][1], pair[1][1], strict=True))

@@ -20,44 +20,26 @@ target="scales" trains the float32 scales of the groups instead (QZO): in the li
 element index the group's, an update ends with w = max(w, 1e-7), folding rounds nothing, and an output is made from the
 element's code with its group's scale moved by the lane. Values, minima and centres are only read.
 
-The native library does this a cache-sized tile at a time; without it `reference.py` does, with the same bits.
+Here calls are checked; `fused_kernels.py` has who runs them. The native library does it a cache-sized tile at a time;
+without it `reference.py` does, with the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from zo_offload import native, native_cuda, reference
 from zo_offload.device_updates import DeviceUpdates
 from zo_offload.errors import ConfigError
-from zo_offload.formats import Format, format_of
-from zo_offload.formats.codec import planes
+from zo_offload.formats import Format
+from zo_offload.fused_kernels import Mark, PassCall, kernels_for
 from zo_offload.noise import NoiseSpec
-from zo_offload.records import LANE, Perturbation, Rounding, Target, Update
+from zo_offload.records import Perturbation, Rounding, Target, Update
 
 _ROUNDINGS, _TARGETS = get_args(Rounding), get_args(Target)
-
-
-@dataclass
-class Mark:
-    """What is known of a pass that writes, whenever it is broken off: not begun, done, or neither."""
-
-    codes: list[int] = field(default_factory=list)
-    """[0]: the one call that writes was made and is done; []: it was not made."""
-    in_parts: bool = False
-    """It is more than one call: begun, and nothing else is known of it."""
-
-    @property
-    def is_done(self) -> bool | None:
-        """None: not known."""
-        if self.in_parts or self.codes not in ([], [0]):
-            return None
-        return self.codes == [0]
 
 
 def fused_pass(
@@ -96,8 +78,6 @@ def fused_pass(
     With `stored` on a GPU the CUDA kernels run, on torch's current stream, and this returns at once; updates may then
     be `DeviceUpdates`, whose coefficients the host need not know.
     """
-    if isinstance(updates, DeviceUpdates) and not stored.is_cuda:
-        updates = updates.read()
     _check_stored(stored, fmt, numel)
     _check_call(param_id, offset, numel, rounding, perturbations, outs, stored.device)
     if fmt.group and offset % fmt.group:
@@ -106,32 +86,12 @@ def fused_pass(
         if out.numel() != numel:
             raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold the {numel} elements of this pass")
     residual = _residual(residual, fmt, numel, updates, target, stored.device)
-    stochastic = rounding == "stochastic"
-    mark = mark if mark is not None else Mark()
-    if stored.is_cuda:
-        mark.in_parts = True
-        native_cuda.run(
-            planes(stored, residual, fmt, numel), stored, param_id=param_id, numel=numel, offset=offset,
-            updates=updates, write_back=write_back, stochastic=stochastic, noise=noise, perturbations=perturbations,
-            outs=outs, target_scales=target == "scales",
-        )  # fmt: skip
-        return
-    assert not isinstance(updates, DeviceUpdates)
-    library = native.library()
-    if library is None or fmt.code not in library.formats:
-        mark.in_parts = True
-        reference.fused_pass(
-            stored, fmt, param_id=param_id, numel=numel, offset=offset, updates=updates, write_back=write_back,
-            stochastic=stochastic, noise=noise, perturbations=perturbations, outs=outs, residual=residual,
-            target=target,
-        )  # fmt: skip
-        return
-    library.run_pass(
-        mark.codes, **planes(stored, residual, fmt, numel), rows=0, numel=numel, offset=offset, num_rows=0,
-        num_updates=len(updates), num_lanes=len(outs), param_id=param_id, distribution=noise.distribution,
-        rounds=noise.rounds, write_back=write_back, stochastic=stochastic, target_scales=target == "scales",
-        tail=_tail(updates, perturbations, outs), threads=torch.get_num_threads() if threads is None else threads,
+    call = PassCall(
+        stored=stored, residual=residual, fmt=fmt, numel=numel, offset=offset, param_id=param_id, updates=updates,
+        write_back=write_back, stochastic=rounding == "stochastic", noise=noise, perturbations=perturbations, outs=outs,
+        target_scales=target == "scales", threads=threads,
     )  # fmt: skip
+    kernels_for(stored, fmt, noise).run_pass(call, mark if mark is not None else Mark())
 
 
 def fused_rows(
@@ -165,8 +125,6 @@ def fused_rows(
         outs: one contiguous [U, row_numel] tensor a perturbation.
     Raises ConfigError as `fused_pass`, and on a row outside the parameter. On a GPU such a row comes as NaN.
     """
-    if isinstance(updates, DeviceUpdates) and not stored.is_cuda:
-        updates = updates.read()
     if numel is None:
         numel = fmt.size_of(stored, None)
     if row_numel <= 0 or numel % row_numel:
@@ -196,34 +154,12 @@ def fused_rows(
     residual = _residual(residual, fmt, numel, updates, target, stored.device)
     if count == 0:
         return
-    if stored.is_cuda:  # a row outside comes out as NaN there: to look at the rows would be to wait for them
-        native_cuda.run(
-            planes(stored, residual, fmt, numel), stored, param_id=param_id, numel=row_numel, offset=offset,
-            updates=updates, write_back=False, stochastic=rounding == "stochastic", noise=noise,
-            perturbations=perturbations, outs=outs, rows=rows, total_rows=total_rows, total=numel,
-            target_scales=target == "scales",
-        )  # fmt: skip
-        return
-    assert not isinstance(updates, DeviceUpdates)
-    low, high = (int(x) for x in torch.aminmax(rows))
-    if low < 0 or high >= total_rows:
-        raise ConfigError(f"rows {low}..{high} asked of a parameter with {total_rows} rows")
-    stochastic = rounding == "stochastic"
-    library = native.library()
-    if library is None or fmt.code not in library.formats:
-        reference.fused_rows(
-            stored, fmt, param_id=param_id, numel=numel, row_numel=row_numel, rows=rows, first_row=first_row,
-            updates=updates, stochastic=stochastic, noise=noise, perturbations=perturbations,
-            outs=[out.view(count, row_numel) for out in outs], residual=residual, target=target,
-        )  # fmt: skip
-        return
-    library.run_pass(
-        **planes(stored, residual, fmt, numel), rows=rows.data_ptr(), numel=row_numel, offset=offset, num_rows=count,
-        total=numel, num_updates=len(updates), num_lanes=len(outs), param_id=param_id,
-        distribution=noise.distribution, rounds=noise.rounds, write_back=False, stochastic=stochastic,
-        target_scales=target == "scales", tail=_tail(updates, perturbations, outs),
-        threads=torch.get_num_threads() if threads is None else threads,
+    call = PassCall(
+        stored=stored, residual=residual, fmt=fmt, numel=numel, offset=offset, param_id=param_id, updates=updates,
+        write_back=False, stochastic=rounding == "stochastic", noise=noise, perturbations=perturbations, outs=outs,
+        target_scales=target == "scales", threads=threads, rows=rows, row_numel=row_numel, total_rows=total_rows,
     )  # fmt: skip
+    kernels_for(stored, fmt, noise).run_pass(call, Mark())
 
 
 def _check_stored(stored: Tensor, fmt: Format, numel: int) -> None:
@@ -233,8 +169,6 @@ def _check_stored(stored: Tensor, fmt: Format, numel: int) -> None:
             f"stored: {numel} {fmt.name} elements are {size} bytes in a contiguous 1-D uint8 tensor, got "
             f"{stored.dtype} {tuple(stored.shape)} with strides {stored.stride()}"
         )
-    if stored.device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"stored is on {stored.device}: this pass runs on the CPU and on CUDA devices")
 
 
 def _residual(
@@ -292,12 +226,3 @@ def _check_call(
             raise ConfigError(
                 f"an output is on {out.device} with strides {out.stride()}: must be contiguous and on {device}"
             )
-
-
-def _tail(updates: Sequence[Update], perturbations: Sequence[Perturbation], outs: Sequence[Tensor]) -> bytes:
-    """The zo_update and zo_lane arrays that follow struct zo_pass."""
-    lanes = [
-        LANE.pack(p.seed, out.data_ptr(), p.scale, format_of(out.dtype).code)
-        for p, out in zip(perturbations, outs, strict=True)
-    ]
-    return b"".join([u.packed for u in updates] + lanes)

@@ -20,7 +20,7 @@ import functools
 import os
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from . import native, nvrtc
-from .device_updates import RECORD_BYTES, DeviceUpdates, UpdateTable
+from .device_updates import RECORD_BYTES, DeviceUpdates
 from .distributions import DISTRIBUTIONS
 from .driver import ATTRIBUTE_MAJOR, ATTRIBUTE_MINOR, ATTRIBUTE_SM_COUNT, ERRORS_OF_IMAGES, CudaError, Driver, driver
 from .errors import ConfigError
-from .formats import FORMATS, PLAIN, format_of
+from .formats import FORMATS, PLAIN
 from .noise import NoiseSpec
-from .records import LANE, UPDATE, Perturbation, Update
+from .records import LANE, UPDATE
 
 IMAGE = Path(__file__).with_name("_zo_cuda.fatbin")
 THREADS, MAX_LANES = 256, 16
@@ -310,43 +310,3 @@ def describe() -> str:
         return f"{torch.cuda.get_device_name(device)}: {kernels(device).source}, bits checked"
     except CudaError as error:
         return f"none: {error}"
-
-
-def run(
-    planes: Mapping[str, int],
-    stored: Tensor,
-    *,
-    param_id: int,
-    numel: int,
-    offset: int,
-    updates: Sequence[Update] | DeviceUpdates,
-    write_back: bool,
-    stochastic: bool,
-    noise: NoiseSpec,
-    perturbations: Sequence[Perturbation],
-    outs: Sequence[Tensor],
-    rows: Tensor | None = None,
-    total_rows: int = 0,
-    total: int | None = None,
-    target_scales: bool = False,
-) -> None:
-    """`fused.fused_pass` (or `fused_rows`, with rows) for tensors on a GPU; arguments are checked there.
-
-    planes: `formats.codec.planes` of the parameter, or of the piece that begins at its element `offset`.
-    """
-    found = kernels(stored.device.index)
-    if not isinstance(updates, DeviceUpdates) and len(updates):
-        table = UpdateTable(stored.device)
-        table.append(updates)
-        updates = table.since(0, True)
-    lanes = [
-        (p.seed, out.data_ptr(), p.scale, format_of(out.dtype).code) for p, out in zip(perturbations, outs, strict=True)
-    ]
-    call: dict[str, Any] = dict(
-        planes, rows=0 if rows is None else rows.data_ptr(), numel=numel, offset=offset,
-        num_rows=0 if rows is None else rows.numel(), total_rows=total_rows, total=total,
-        updates=updates if isinstance(updates, DeviceUpdates) else None,
-        param_id=param_id, noise=noise, write_back=write_back, stochastic=stochastic, lanes=lanes,
-        target_scales=target_scales, stream=found.stream(),
-    )  # fmt: skip
-    found.run_pass(**call)

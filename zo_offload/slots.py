@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .blocks import Piece
 from .devices import Event
-from .fused import Mark
+from .fused_kernels import Mark
 from .layout import Layout
 from .tiers import UNKNOWN, Tier
 
