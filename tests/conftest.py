@@ -4,13 +4,22 @@ The models here are tiny, and threads that wait for each other would be most of 
 ask for them by number.
 """
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 import transformers
 
+from zo_offload import native
+
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A library built from other sources is left aside: the tests would run on the slow reference and not say so."""
+    if native.LIBRARY.exists() and os.environ.get("ZO_NATIVE") != "0" and native.library() is None:
+        raise pytest.UsageError(native.describe())
 
 
 @pytest.fixture(autouse=True)
