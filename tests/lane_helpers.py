@@ -12,7 +12,8 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from zo_offload.blocks import Piece
-from zo_offload.lanes import Hub, Lane, run_settled
+from zo_offload.errors import PlanError
+from zo_offload.lanes import Hub, Lane, PlanFault
 from zo_offload.plan import Owner, Plan, relift
 from zo_offload.records import STILL, Perturbation
 
@@ -223,3 +224,20 @@ def assert_lanes_give(
 
 def owners_of(plan: Plan) -> dict[str, set[str]]:
     return {owner.name: set(owner.params) for owner in plan.owners}
+
+
+def run_settled(
+    hub: Hub,
+    lanes: Sequence[Lane],
+    call: Callable[[nn.Module, Any], Any] | None = None,
+    *,
+    attempts: int = 8,
+) -> list[Any]:
+    """`hub.run`, relifting the plan after each fault, as an engine does."""
+    for _ in range(attempts):
+        try:
+            return hub.run(lanes, call)
+        except PlanFault as fault:
+            last = fault
+            hub.adopt(relift(hub.plan, fault.trace))
+    raise PlanError(f"the plan still has faults after {attempts} corrections; the last: {last}")

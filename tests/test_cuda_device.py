@@ -27,7 +27,8 @@ from zo_offload.devices.cuda import LIBRARY_BYTES, CudaDevice
 from zo_offload.devices.link import Link
 from zo_offload.devices.staging import HostSlabs, Ring
 from zo_offload.journal import read_journal
-from zo_offload.serving import LaneRun, Portion, Served, gather, unseen
+from zo_offload.rows import gather, unseen
+from zo_offload.serving import LaneRun, Portion, Served
 from zo_offload.tiers import HostTier
 from zo_offload.window import BlockWindow
 

@@ -401,7 +401,7 @@ def test_a_failure_in_mid_run_leaves_all_clean(order: Any, watch: bool, implemen
     before, act = dict(vars(module)), module.act_fn
     emit, served = source.emit, []
 
-    def broken(owner: Any, perturbations: Any, rows: Any = None, pieces: Any = None) -> Any:
+    def broken(owner: Any, perturbations: Any, rows: Any = None, pieces: Any = None, **how: Any) -> Any:
         if owner.name == "model.layers.1.mlp.experts":
             served.append(pieces)
             if len(served) > 1 and perturbations[-1] is MINUS:

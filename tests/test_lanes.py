@@ -15,12 +15,13 @@ import archs
 import pytest
 import torch
 from archs import Arch
-from lane_helpers import MINUS, OTHER, PLUS, DictSource, assert_same, owners_of, whole_model
+from lane_helpers import MINUS, OTHER, PLUS, DictSource, assert_same, owners_of, run_settled, whole_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zo_offload.errors import PlanError
-from zo_offload.lanes import Hub, Lane, LanesShareState, PlanFault, hollow, run_settled
+from zo_offload.hollow import hollow
+from zo_offload.lanes import Hub, Lane, LanesShareState, PlanFault
 from zo_offload.plan import Plan, make_plan, relift
 from zo_offload.records import Perturbation
 from zo_offload.trace import Trace
@@ -467,7 +468,7 @@ def test_an_error_of_the_source_leaves_all_clean() -> None:
     lanes = [Lane(PLUS, {"x": x}), Lane(MINUS, {"x": x})]
     emit = source.emit
 
-    def broken(owner: Any, perturbations: Any, rows: Any = None, piece: Any = None) -> Any:
+    def broken(owner: Any, perturbations: Any, rows: Any = None, piece: Any = None, **how: Any) -> Any:
         if owner.name == "layers.2":
             raise OSError("disk on fire")
         return emit(owner, perturbations, rows, piece)

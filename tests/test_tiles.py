@@ -474,7 +474,7 @@ def test_a_source_that_fails_in_mid_tile_leaves_all_clean(order: Any, watch: boo
     lanes = [Lane(p, {"x": x}) for p in (PLUS, MINUS)]
     emit = source.emit
 
-    def broken(owner: Any, perturbations: Any, rows: Any = None, pieces: Any = None) -> Any:
+    def broken(owner: Any, perturbations: Any, rows: Any = None, pieces: Any = None, **how: Any) -> Any:
         if owner.name == "layers.1" and pieces[-1].index == at and perturbations[-1] is MINUS:
             raise OSError("disk on fire")
         return emit(owner, perturbations, rows, pieces)

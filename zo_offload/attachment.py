@@ -1,7 +1,7 @@
 """What a hub does to a model while it is attached: parameters away, hooks on the owners, cut weights in portions.
 
 The hooks run inside lanes. A pre-hook gives control to the hub until the owner's weights are installed; the hook after
-the forward takes them out again. `lanes.Hub` builds on this class and decides who runs when.
+the forward takes them out again. `lanes.Hub` decides who runs when.
 
 A plain nn.Linear whose weight the plan cuts has a forward of its own meanwhile, which computes piece by piece
 (`tiles.py`), and so have stacked experts (`experts.py`), run by run: always, so that results are the same however they
@@ -15,56 +15,56 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
-import greenlet
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .blocks import Piece
+from .control import Control
 from .errors import PlanError
 from .experts import in_runs, is_stack_of_experts, set_rows
-from .modes import ModeState
+from .hollow import install, placeholder, set_data
 from .module_tree import computes_in_portions, has_hooks, is_plain_linear
 from .plan import Owner, Plan
-from .serving import LaneRun, PlainState, Portion, Served, install, placeholder, set_data
+from .serving import LaneRun, PlainState, Portion, Served
 from .tiles import tiled_linear
 from .watch import WeightAway, is_in_transform
-from .watched import WatchedRun
 
 
 class Attachment:
-    """A model with its values put aside and hooks on the owners of `plan`."""
+    """A model with its values put aside and hooks on the owners of a plan.
 
-    plan: Plan
-    _home: greenlet.greenlet | None  # the hub's own greenlet, while a run is under way
-    _current: LaneRun | None  # the lane that runs
-    _thread: int  # in which lanes run
-    _modes: ModeState  # torch's modes as the run found them
-    _aborting: bool  # lanes are being ended
-    _watch: WatchedRun | None
+    control: who runs, of the hub that the model is attached to.
+    """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._params: dict[str, nn.Parameter] = {}
+    def __init__(self, model: nn.Module, control: Control) -> None:
+        self.model, self._control = model, control
+        self.params: dict[str, nn.Parameter] = {}
+        """Those that stream, while attached."""
+        self.served: list[Served] = []
+        """The owners, in the plan's order, while hooks are on."""
         self._own_data: dict[str, Tensor] = {}
+        self._resting: dict[str, Tensor] = {}
         self._begun: dict[str, PlainState] = {}  # of owners whose weights the forward changes in place
         self._handles: list[RemovableHandle] = []
         self._tiled: list[tuple[nn.Module, Callable[..., Tensor]]] = []  # and the forward each was given
-        self._home = self._current = self._watch = None
-        self._thread, self._aborting = 0, False
         self._mark = object()  # on every hook of ours
         self._hooked = False  # all hooks are on; False while they are being changed
 
+    @property
+    def is_attached(self) -> bool:
+        return bool(self.params)
+
     # ---- attaching -----------------------------------------------------------------------------------------------
 
-    def attach(self) -> None:
+    def attach(self, plan: Plan) -> None:
         """Put hooks on the owners and the model's values aside. PlanError if the model is not the planned one."""
-        if self._params:
+        if self.params:
             return
         every = dict(self.model.named_parameters())
-        specs, kept = self.plan.params, set(self.plan.tree.kept.values())
+        specs, kept = plan.params, set(plan.tree.kept.values())
         params = {name: p for name, p in every.items() if name not in kept}
         if params.keys() != specs.keys() or not kept <= every.keys():
             odd = sorted((params.keys() ^ specs.keys()) | (kept - every.keys()))
@@ -78,52 +78,46 @@ class Attachment:
                 raise PlanError(f"{name!r} is on the meta device: call hollow(model, device) before attaching a hub")
         self._own_data = {name: p.data for name, p in params.items()}
         self._resting = {name: placeholder(p) for name, p in params.items()}
-        self._params = params
+        self.params = params
         for name, p in params.items():
             set_data(p, self._resting[name])
-        self._hook()
+        self.put_hooks_on(plan)
 
     def detach(self) -> None:
         """Take the hooks off and put the model's own values back."""
-        if self._home is not None:
+        if self._control.is_running:
             raise PlanError("a hub cannot be detached from within a lane")
-        self._unhook()
+        self.take_hooks_off()
         for state in self._begun.values():
             state.put_back()
         for name, data in self._own_data.items():
-            set_data(self._params[name], data)
-        self._params, self._own_data, self._resting = {}, {}, {}
+            set_data(self.params[name], data)
+        self.params, self._own_data, self._resting = {}, {}, {}
 
-    def __enter__(self) -> Self:
-        self.attach()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.detach()
-
-    def mend(self) -> None:
+    def mend(self, plan: Plan) -> None:
         """After anything was broken off: every parameter of an attached model rests, and all hooks are on, once."""
-        for name, p in self._params.items():
+        for name, p in self.params.items():
             set_data(p, self._resting[name])
-        if self._params and not self._hooked:
-            self._unhook()
-            self._hook()
+        if self.params and not self._hooked:
+            self.take_hooks_off()
+            self.put_hooks_on(plan)
 
-    def _hook(self) -> None:
-        owners = self.plan.owners
+    def put_hooks_on(self, plan: Plan) -> None:
+        """Hooks on the owners of a plan, and forwards in portions; there are none."""
+        owners = plan.owners
         count: dict[str, int] = {}
         for owner in owners:
             for name in owner.params:
                 count[name] = count.get(name, 0) + 1
-        self._served: list[Served] = []
+        self.served = []
         for index, owner in enumerate(owners):
             module = self.model.get_submodule(owner.name)
-            served = Served(index, owner, module, self._portions(owner, module))
+            served = Served(index, owner, module, self._portions(plan, owner, module))
             served.overlaps = any(count[n] > 1 for n in owner.params)
-            if not self.plan.trace.writes.isdisjoint(owner.params) and owner.name not in self._begun:
+            if not plan.trace.writes.isdisjoint(owner.params) and owner.name not in self._begun:
                 self._begun[owner.name] = PlainState(module)
-            self._served.append(served)
-        for served in self._served:
+            self.served.append(served)
+        for served in self.served:
             # ours first and last: hooks of others (old-style weight norm) see the weights
             if served.rows:
                 hook = self._mine(self._rows_hook(served))
@@ -135,46 +129,46 @@ class Attachment:
             hook = self._mine(self._leave_hook(served))
             self._handles.append(served.module.register_forward_hook(hook, always_call=True))
 
-        self._compute_in_portions()
+        self._compute_in_portions(plan)
         self._hooked = True
 
     def _mine(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """A hook that `_unhook` finds on its module, whatever broke off its registering."""
+        """A hook that `take_hooks_off` finds on its module, whatever broke off its registering."""
         vars(hook)["zo_offload"] = self._mark
         return hook
 
-    def _portions(self, owner: Owner, module: nn.Module) -> list[Portion]:
+    def _portions(self, plan: Plan, owner: Owner, module: nn.Module) -> list[Portion]:
         """What the owner is served in: all at once, or portion by portion."""
-        portions = self.plan.portions(owner)
+        portions = plan.portions(owner)
         if len(portions) == 1 or not computes_in_portions(module) or has_hooks(module):
-            return [self._portion(owner, None)]
-        return [self._portion(owner, pieces) for pieces in portions]
+            return [self._portion(plan, owner, None)]
+        return [self._portion(plan, owner, pieces) for pieces in portions]
 
-    def _portion(self, owner: Owner, pieces: tuple[Piece, ...] | None) -> Portion:
-        held = self.plan.pieces_in(owner) if pieces is None else pieces
-        found = self.plan.shapes(held)
+    def _portion(self, plan: Plan, owner: Owner, pieces: tuple[Piece, ...] | None) -> Portion:
+        held = plan.pieces_in(owner) if pieces is None else pieces
+        found = plan.shapes(held)
         names = tuple(name for name in owner.params if name in found)
         shapes = tuple(found[name] for name in names)
-        blocks = self.plan.streamed_blocks(held)
-        params, resting = tuple(self._params[n] for n in names), tuple(self._resting[n] for n in names)
-        specs = [self.plan.params[name] for name in names]
+        blocks = plan.streamed_blocks(held)
+        params, resting = tuple(self.params[n] for n in names), tuple(self._resting[n] for n in names)
+        specs = [plan.params[name] for name in names]
         strides = tuple(s.strides if tuple(s.shape) == tuple(found[s.name]) else None for s in specs)
         frozen = not any(spec.trainable for spec in specs)
         block = blocks[0] if blocks else owner.block
         return Portion(pieces, block, len(blocks) > 1, names, params, shapes, resting, frozen, strides)
 
-    def _compute_in_portions(self) -> None:
+    def _compute_in_portions(self, plan: Plan) -> None:
         """Give every module whose weights are cut, and that can, a forward that computes portion by portion."""
-        names = {id(p): name for name, p in self._params.items()}
-        in_portions = {id(served.module): served for served in self._served if len(served.portions) > 1}
+        names = {id(p): name for name, p in self.params.items()}
+        in_portions = {id(served.module): served for served in self.served if len(served.portions) > 1}
         for module in self.model.modules():
             served = in_portions.get(id(module))
             if is_plain_linear(module) and id(module.weight) in names:
-                pieces, columns = self.plan.pieces_of(names[id(module.weight)]), int(module.weight.shape[1])  # type: ignore[index]
+                pieces, columns = plan.pieces_of(names[id(module.weight)]), int(module.weight.shape[1])  # type: ignore[index]
                 rows = [slice(p.start // columns, p.stop // columns) for p in pieces]
                 forward: Callable[..., Tensor] = self._tiled_forward(module, rows, served)
             elif is_stack_of_experts(module) and all(id(p) in names for p in module.parameters()):
-                rows = list(self.plan.runs([names[id(p)] for p in module.parameters()]))
+                rows = list(plan.runs([names[id(p)] for p in module.parameters()]))
                 forward = self._runs_forward(module, rows, served)
             else:
                 continue
@@ -182,7 +176,8 @@ class Attachment:
                 self._tiled.append((module, forward))
                 vars(module)["forward"] = forward
 
-    def _unhook(self) -> None:
+    def take_hooks_off(self) -> None:
+        """The model's own forwards and hooks again."""
         self._hooked = False
         for handle in self._handles:
             handle.remove()
@@ -199,39 +194,40 @@ class Attachment:
 
     def _enter_hook(self, served: Served) -> Callable[..., None]:
         index, name = served.index, served.owner.name
-        begun = self._begun.get(name)
+        begun, control = self._begun.get(name), self._control
 
         def enter(module: nn.Module, args: Any) -> None:
-            lane = self._current
-            if lane is None or threading.get_ident() != self._thread:
+            lane = control.lane_here()
+            if lane is None:
                 self._refuse(served)
             if is_in_transform():
                 self._in_transform(lane, served)
             if begun is not None:
                 begun.put_back()
             lane.want, lane.portion, lane.last = index, 0, name
-            self._wait(lane)
+            control.wait(lane)
 
         return enter
 
     def _in_transform(self, lane: LaneRun, served: Served) -> NoReturn:
         """An owner is called inside of vmap, grad, ...: no lane can wait there, so one around it must be the owner."""
         what = f"{served.owner.name!r} is called inside of a function transform (torch.vmap, torch.func)"
-        if self._watch is None:
+        watch = self._control.watch
+        if watch is None:
             raise PlanError(f"{what}, which it was not when its forward was watched. Call it so from the first time on")
         for name in served.owner.params:
             lane.recorder.use(name, lane.recorder.stack)
-        self._watch.mode.faults.append(what)
+        watch.mode.faults.append(what)
         raise WeightAway(what)
 
     def _rows_hook(self, served: Served) -> Callable[..., Any]:
-        enter = self._enter_hook(served)
+        enter, control = self._enter_hook(served), self._control
 
         def enter_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self._current is not None:
-                self._current.ids = args[0] if args else kwargs["input"]
+            if control.lane is not None:
+                control.lane.ids = args[0] if args else kwargs["input"]
             enter(module, args)
-            lane = self._current
+            lane = control.lane
             assert lane is not None
             ids, lane.ids = lane.ids, None
             return ((ids, *args[1:]), kwargs) if args else (args, {**kwargs, "input": ids})
@@ -272,7 +268,7 @@ class Attachment:
 
     def _lane_inside(self, served: Served | None) -> LaneRun | None:
         """The lane that runs, if it is inside of this owner and nothing else; it is there for its first portion."""
-        lane = self._current
+        lane = self._control.lane
         return lane if served is not None and lane and lane.frames and lane.frames[-1].served is served else None
 
     def _next_portion(self, lane: LaneRun, k: int) -> None:
@@ -280,23 +276,13 @@ class Attachment:
         if k:
             self._leave(lane, failed=False)
             lane.portion = k
-            self._wait(lane)
-
-    def _wait(self, lane: LaneRun) -> None:
-        """Give control to the hub until it has installed what the lane wants."""
-        if self._aborting:
-            raise greenlet.GreenletExit
-        if torch.is_autocast_cache_enabled():  # its casts of weights are kept by parameter: another lane's weights
-            torch.set_autocast_cache_enabled(False)
-        lane.modes.park(self._modes)
-        try:
-            self._home.switch()  # type: ignore[union-attr]
-        finally:
-            lane.modes.resume(self._modes)
+            self._control.wait(lane)
 
     def _leave_hook(self, served: Served) -> Callable[..., None]:
+        control = self._control
+
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            lane = self._current
+            lane = control.lane
             if lane is None or not lane.frames or lane.frames[-1].served is not served:
                 return  # its pre-hook did not get through
             failed = output is None and sys.exc_info()[1] is not None
@@ -315,7 +301,7 @@ class Attachment:
             self._take_out(lane, failed)
 
     def _take_out(self, lane: LaneRun, failed: bool) -> None:
-        frame, watch = lane.frames[-1], self._watch
+        frame, watch = lane.frames[-1], self._control.watch
         if watch is not None:
             watch.leave(lane, frame, check=not failed)
             watch.mode.recorder = None  # what hub and source do with memory is not the model's doing
@@ -333,7 +319,7 @@ class Attachment:
 
     def _refuse(self, served: Served) -> NoReturn:
         name = served.owner.name or "the model"
-        if self._current is None or self._home is None:
+        if self._control.lane is None or not self._control.is_running:
             raise PlanError(
                 f"{name!r} was called while its weights are away: a hub is attached. Call the model through the hub "
                 f"(or the engine), or detach the hub first."

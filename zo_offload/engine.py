@@ -47,12 +47,13 @@ from .encode import ENCODING
 from .errors import CheckpointError, ConfigError, JournalError, TornError
 from .gains import decide_gains
 from .generation import check_generates, generate_texts
+from .hollow import hollow
 from .host_memory import process_bytes
 from .identity import check_objective, objective_name
 from .ingest import Base, ModuleBase, load_kept
 from .journal import Journal, StepRecord
 from .journal_format import load_header
-from .lanes import Lane, hollow
+from .lanes import Lane
 from .late import LateLog, Launched
 from .layout import Layout
 from .learning_watch import LearningWatch

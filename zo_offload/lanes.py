@@ -24,12 +24,11 @@ runs cost Python per op; others only two hooks per owner call.
 
 from __future__ import annotations
 
-import contextvars
 import copy
-import threading
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, Self
 
 import greenlet
 import torch
@@ -37,37 +36,25 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .attachment import Attachment
+from .control import Control
 from .errors import PlanError
 from .generators import Generators, drawn_from
-from .modes import current_modes, restore_modes
+from .hollow import install, uninstall
 from .module_state import ModuleState
-from .plan import Plan, relift
+from .plan import Plan
 from .records import STILL, Perturbation
-from .serving import (
-    Emission,
-    Frame,
-    Lane,
-    LaneRun,
-    Portion,
-    Source,
-    code_of,
-    gather,
-    hollow,
-    install,
-    kind_of,
-    laid_out_as,
-    uninstall,
-)  # fmt: skip
+from .rows import gather
+from .serving import Emission, Frame, Lane, LaneRun, Portion, Source, code_of, kind_of, laid_out_as
 from .trees import tensors_of
 from .watch import ForwardCall, Trace
 from .watched import BatchIsWritten, LanesShareState, PlanFault, WatchedRun
 
-__all__ = ["Hub", "Lane", "LanesShareState", "Order", "PlanFault", "Source", "hollow", "run_settled"]
+__all__ = ["Hub", "Lane", "LanesShareState", "Order", "PlanFault", "Source"]
 
 Order = Literal["module", "block", "lane"]
 
 
-class Hub(Attachment):
+class Hub:
     """Runs lanes of one model. Use as a context manager, or `attach` and `detach`.
 
     While attached, the model's own values are put aside (those of a hollow model are nothing) and put back on
@@ -77,18 +64,17 @@ class Hub(Attachment):
     def __init__(self, model: nn.Module, plan: Plan, source: Source, *, order: Order = "module") -> None:
         if order not in ("module", "block", "lane"):
             raise PlanError(f"order={order!r}: choose 'module', 'block' or 'lane'")
-        super().__init__(model)
-        self.source, self.order = source, order
+        self.model, self.source, self.order = model, source, order
         self.trace: Trace | None = None
         """What the last watched run saw; `relift(plan, trace)` refines a plan that was not traced."""
         self.notes: tuple[str, ...] = ()
         """Remarks of the last watched run."""
         self.activation_bytes = 0
         """The most that the lanes of the last watched run held at once, their batches not counted."""
-        self.watching = False
-        """The run under way is watched."""
         self._host_of: Callable[[Tensor], Tensor | None] | None = None  # of the run under way
-        self._installed: LaneRun | None = None
+        self._control = Control()
+        self._attachment = Attachment(model, self._control)
+        self._installed: LaneRun | None = None  # whose weights are in the model
         self._lanes: list[LaneRun] = []  # of the run under way
         self._unentered: list[Frame] = []  # served, but their lanes have not gone on yet
         self._generators, self._rng_kinds = Generators(), frozenset[str]()
@@ -105,21 +91,38 @@ class Hub(Attachment):
         for position, owner in enumerate(plan.calls):
             self._positions[owner].append(position)
 
+    # ---- the model ---------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Put hooks on the owners and the model's values aside. PlanError if the model is not the planned one."""
+        self._attachment.attach(self.plan)
+
+    def detach(self) -> None:
+        """Take the hooks off and put the model's own values back."""
+        self._attachment.detach()
+
+    def __enter__(self) -> Self:
+        self.attach()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
     def adopt(self, plan: Plan) -> None:
         """Take another plan of the same model (a relifted one); the next run is watched again."""
-        attached = bool(self._params)
+        attached = self._attachment.is_attached
         if attached:
-            self._unhook()
+            self._attachment.take_hooks_off()
         self._set_plan(plan)
         if attached:
-            self._hook()
+            self._attachment.put_hooks_on(plan)
 
     def mend(self) -> None:
         """End a run that something broke off, even in its clean-up, and leave the model as between runs."""
-        if self._home is not None:
+        if self._control.is_running:
             self._clean_up(self._lanes)
         self._lanes = []
-        super().mend()
+        self._attachment.mend(self.plan)
 
     def is_inside(self) -> bool:
         """Whether the caller is code that a lane of this hub runs."""
@@ -148,9 +151,9 @@ class Hub(Attachment):
         Raises what a lane raised, with a note that names lane and module; PlanFault (see there), with the generators
         as they were; PlanError for what no plan can follow. The hub can be used again after any of them.
         """
-        if not self._params:
+        if not self._attachment.is_attached:
             raise PlanError("the hub is not attached to its model: use `with hub:` or call attach()")
-        if self._home is not None:
+        if self._control.is_running:
             raise PlanError("a hub runs one set of lanes at a time; this call came from within a lane")
         if not lanes:
             return []
@@ -177,30 +180,30 @@ class Hub(Attachment):
     def _run(self, lanes: list[LaneRun], call: ForwardCall, watching: bool, seed: int | None) -> list[Any]:
         if watching:
             self._state.watch(t for lane in lanes for t in tensors_of(lane.lane.batch))
-        self.watching = watching
         start = self._generators.state()
         self._carried = frozenset(start) if watching else self._rng_kinds
         self._lanes, cache = lanes, torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
-        self._home, self._thread, self._modes, self._aborting = (
-            greenlet.getcurrent(), threading.get_ident(), current_modes(), False,
-        )  # fmt: skip
+        self._control.begin()
         try:
-            self._watch = WatchedRun(self.model, self.plan, self._params, lanes, self._state) if watching else None
+            if watching:
+                params = self._attachment.params
+                self._control.watch = WatchedRun(self.model, self.plan, params, lanes, self._state)
             if seed is not None:
                 self._callers = {kind: state for kind, state in start.items() if kind in self._carried}
                 self._generators.seed(self._carried, seed)
             first = self._generators.state(self._carried)
             for lane in lanes:
-                self._launch(lane, call, first)
+                lane.rng = first
+                self._control.launch(lane, partial(call, self.model, lane.lane.batch))
             self._loop(lanes)
             for lane in lanes:
                 if lane.error is not None:
                     where = f"in module {lane.failed_in!r}" if lane.failed_in else f"at or after module {lane.last!r}"
                     lane.error.add_note(f"zo_offload: {lane}, {where}")
             alone = seed is None and len(lanes) == 1  # then nobody else has used what it used
-            if self._watch is not None:
-                self._judge(lanes, self._watch, start, alone)
+            if self._control.watch is not None:
+                self._judge(lanes, self._control.watch, start, alone)
             self._settle_rng(lanes, start, first, alone)
             for lane in lanes:
                 if lane.error is not None:
@@ -212,25 +215,6 @@ class Hub(Attachment):
                 self._clean_up(lanes)
             finally:
                 torch.set_autocast_cache_enabled(cache)
-
-    def _launch(self, lane: LaneRun, call: ForwardCall, rng: dict[str, Any]) -> None:
-        model, watch = self.model, self._watch
-
-        def body() -> None:
-            try:
-                if watch is None:
-                    lane.result = call(model, lane.lane.batch)
-                else:
-                    with watch.mode:
-                        lane.result = call(model, lane.lane.batch)
-            except greenlet.GreenletExit:
-                pass  # the hub gives this run up
-            except BaseException as error:
-                lane.error = _first_of(error)
-
-        lane.rng = rng
-        lane.glet = greenlet.greenlet(body, parent=self._home)
-        lane.glet.gr_context = contextvars.copy_context()  # else it would start without the caller's
 
     def _loop(self, lanes: list[LaneRun]) -> None:
         """Let lanes run to the next owner, serve the earliest, until all are through or one failed."""
@@ -275,7 +259,7 @@ class Hub(Attachment):
 
     def _portion_of(self, lane: LaneRun) -> Portion:
         """What a lane waits for."""
-        return self._served[lane.want].portions[lane.portion]
+        return self._attachment.served[lane.want].portions[lane.portion]
 
     def _resume(self, lane: LaneRun, waiting: list[LaneRun], frame: Frame | None = None) -> bool:
         """Run a lane until it waits for an owner (it joins `waiting`) or ends. False if it failed."""
@@ -292,13 +276,7 @@ class Hub(Attachment):
             install(frame)
         if self._carried:
             self._generators.set(lane.rng)
-        if self._watch is not None:
-            self._watch.mode.recorder = lane.recorder
-        self._current = lane
-        lane.glet.switch()  # type: ignore[union-attr]
-        self._current = None
-        if self._watch is not None:
-            self._watch.mode.recorder = None
+        self._control.switch_to(lane)
         if self._carried:
             lane.rng = self._generators.state(self._carried)
         if lane.glet.dead:  # type: ignore[union-attr]
@@ -325,37 +303,27 @@ class Hub(Attachment):
 
     def _serve(self, group: list[LaneRun]) -> list[Frame]:
         """Scratch of what the lanes of a group wait for, one frame a lane."""
-        served, portion = self._served[group[0].want], self._portion_of(group[0])
+        served, portion = self._attachment.served[group[0].want], self._portion_of(group[0])
+        watch = self._control.watch
         places: dict[Perturbation, int] = {}
         wanted = [STILL if portion.frozen else lane.lane.perturbation for lane in group]
         index = [places.setdefault(perturbation, len(places)) for perturbation in wanted]
         rows = gather(served, group, self._host_of) if served.rows else None
-        scratch = self.source.emit(served.owner, list(places), rows, portion.pieces, fresh=self._watch is not None)
+        scratch = self.source.emit(served.owner, list(places), rows, portion.pieces, fresh=watch is not None)
         emission = Emission(scratch, len(group), self.source.release)
         if rows is None and any(portion.strides):
             scratch = laid_out_as(portion.strides, emission.scratch)
             self.source.release(emission.scratch)
             emission = Emission(scratch, len(group), None)
         frames = [Frame(served, portion, scratch[i], emission) for i in index]
-        return frames if self._watch is None else self._watch.serve(group, frames, rows)
+        return frames if watch is None else watch.serve(group, frames, rows)
 
     # ---- the end of a run ----------------------------------------------------------------------------------------
 
     def _clean_up(self, lanes: list[LaneRun]) -> None:
         """End what still runs, take weights out, release scratch; whatever happened, the hub is as before the run."""
-        self._aborting = True
-        if self._watch is not None:
-            self._watch.mode.recorder = None
-            self._watch.close()
-            self._watch = None
-        for lane in lanes:
-            if lane.glet is not None and lane.glet and not lane.glet.dead:
-                self._current = lane
-                lane.glet.throw(greenlet.GreenletExit)
-            lane.glet = None
-        self._current = self._installed = None
-        self.watching = False
-        restore_modes(self._modes)
+        self._control.end_lanes(lanes)
+        self._installed = None
         for frame in self._unentered:
             frame.emission.leave()
         self._unentered = []
@@ -367,7 +335,8 @@ class Hub(Attachment):
         self._state.end()
         self._generators.set(self._callers)
         self._callers = {}
-        self._home, self._lanes = None, []  # last: until then `mend` does it all again
+        self._control.end()  # last: until then `mend` does it all again
+        self._lanes = []
 
     def _judge(self, lanes: list[LaneRun], watch: WatchedRun, start: dict[str, Any], alone: bool) -> None:
         """Keep what a watched run saw; raise if its results are wrong, with the generators as they were."""
@@ -389,7 +358,7 @@ class Hub(Attachment):
     def _settle_state(self, lanes: list[LaneRun]) -> None:
         """The modules as before the run. PlanFault if lanes shared what they had not been known to change."""
         new = self._state.end()
-        if new and not self.watching and len(lanes) > 1 and self.order != "lane":
+        if new and self._control.watch is None and len(lanes) > 1 and self.order != "lane":
             raise self._again("the forward changed its modules, which it had not done when it was watched")
 
     def _again(self, message: str) -> PlanFault:
@@ -397,7 +366,7 @@ class Hub(Attachment):
 
     def _settle_rng(self, lanes: list[LaneRun], start: dict[str, Any], first: dict[str, Any], alone: bool) -> None:
         """Learn which generators the lanes drew from; leave them as one forward would."""
-        if self.watching:
+        if self._control.watch is not None:
             for lane in lanes:
                 self._rng_kinds |= drawn_from(first, lane.rng)
         else:
@@ -412,33 +381,5 @@ class Hub(Attachment):
             self._generators.set(lanes[0].rng)
 
 
-def _first_of(error: BaseException) -> BaseException:
-    """What broke a lane off, where torch complains about the mode that was being entered or left just then."""
-    if isinstance(error, RuntimeError) and "mode stack" in str(error) and error.__context__ is not None:
-        return error.__context__
-    return error
-
-
 def _call_model(model: nn.Module, batch: Any) -> Any:
     return model(**batch)
-
-
-def run_settled(
-    hub: Hub,
-    lanes: Sequence[Lane],
-    call: ForwardCall | None = None,
-    *,
-    on_plan: Callable[[Plan], None] | None = None,
-    attempts: int = 8,
-) -> list[Any]:
-    """`hub.run`, relifting the plan after each fault. on_plan: told each new plan before it is used."""
-    for _ in range(attempts):
-        try:
-            return hub.run(lanes, call)
-        except PlanFault as fault:
-            last = fault
-            plan = relift(hub.plan, fault.trace)
-            if on_plan is not None:
-                on_plan(plan)
-            hub.adopt(plan)
-    raise PlanError(f"the plan still has faults after {attempts} corrections; the last: {last}")

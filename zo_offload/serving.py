@@ -1,8 +1,8 @@
 """What a run of lanes is made of: owners, their scratch weights, and the lanes that hold them.
 
-While an owner does not run, its parameters hold placeholders. A `Frame` is one call of an owner in one lane, with the
-lane's weights for it; a lane is inside of its frames, outermost first. An `Emission` is the scratch of all lanes that
-were served together, and goes back to its source when the last of them has left the owner.
+While an owner does not run, its parameters hold placeholders (`hollow.py`). A `Frame` is one call of an owner in one
+lane, with the lane's weights for it; a lane is inside of its frames, outermost first. An `Emission` is the scratch of
+all lanes that were served together, and goes back to its source when the last of them has left the owner.
 
 An owner is served in `Portion`s: one, with all it has, or one for each piece of a linear layer's weight or run of
 stacked experts. Then its call is as many frames, one after another.
@@ -10,13 +10,12 @@ stacked experts. Then its call is as many frames, one after another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import greenlet
-import torch
 from torch import Tensor, nn
 
 from .blocks import Piece
@@ -26,8 +25,6 @@ from .parameters import laid_out
 from .plan import Owner
 from .records import Perturbation
 from .watch import Origin, Recorder
-
-set_data: Callable[[nn.Parameter, Tensor], None] = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -60,38 +57,6 @@ class Source(Protocol):
 
     def release(self, scratch: list[list[Tensor]]) -> None:
         """Every lane that used `scratch` (the object `emit` returned) has left. May come in a lane's modes."""
-
-
-def placeholder(like: Tensor, device: torch.device | str | None = None) -> Tensor:
-    """NaN (integers: the lowest value) expanded to a tensor's shape: a few bytes, and loud if computed with."""
-    if like.dtype.is_floating_point or like.dtype.is_complex:
-        value: float = float("nan")
-    else:
-        value = 0 if like.dtype is torch.bool else torch.iinfo(like.dtype).min
-    return torch.full((), value, dtype=like.dtype, device=device or like.device).expand(like.shape)
-
-
-def hollow(model: nn.Module, device: torch.device | str = "cpu", names: Collection[str] | None = None) -> None:
-    """Give parameters (all, or those of these canonical names) placeholders on `device` instead of their values.
-
-    Ties stay ties. Parameters that are on that device keep their identity; others (on meta) are replaced in every
-    module that holds them. Afterwards only lanes can run the model.
-    """
-    device = torch.device(device)
-    fresh: dict[int, nn.Parameter] = {}
-    keep: list[nn.Parameter] = []  # an id is only an id while its object lives
-    chosen = {id(p) for name, p in model.named_parameters() if names is None or name in names}
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if id(p) not in chosen:
-                continue
-            if p.device == device or (p.device.type == device.type and device.index is None):
-                set_data(p, placeholder(p))
-                continue
-            if id(p) not in fresh:
-                keep.append(p)
-                fresh[id(p)] = nn.Parameter(placeholder(p, device), requires_grad=p.requires_grad)
-            setattr(module, name, fresh[id(p)])  # not _parameters[name]: nn.RNN looks on
 
 
 @dataclass(frozen=True)
@@ -225,62 +190,6 @@ class LaneRun:
     def __str__(self) -> str:
         p = self.lane.perturbation
         return f"lane {self.index} (seed {p.seed}, scale {p.scale:g})"
-
-
-def install(frame: Frame) -> None:
-    for p, w in zip(frame.portion.params, frame.weights, strict=True):
-        set_data(p, w)
-
-
-def uninstall(frames: list[Frame]) -> None:
-    for frame in frames:
-        for p, rest in zip(frame.portion.params, frame.portion.resting, strict=True):
-            set_data(p, rest)
-
-
-def gather(served: Served, group: list[LaneRun], host_of: Callable[[Tensor], Tensor | None] | None = None) -> Tensor:
-    """Rows [U] that the lanes of a group ask for; each lane's ids become places among them.
-
-    F.embedding checks padding_idx against the number of rows, so there are at least padding_idx + 1 (the last ones
-    are row 0 again). Ids on a GPU are looked up on the host (`host_of`), since to look at them there is to wait. Those
-    that the host does not have (positions that the model counts out, say) are asked for one by one, repeats and all,
-    or, where that is no fewer, all rows of the embedding: the same weights, and a row that does not exist comes as NaN.
-    """
-    ids = [lane.ids for lane in group if lane.ids is not None]
-    assert len(ids) == len(group)
-    device = ids[0].device
-    known = [host_of(i) for i in ids] if host_of is not None and device.type != "cpu" else list(ids)
-    if any(i is None for i in known):
-        rows, places = unseen(ids, served.portions[0].shapes[0][0])
-    else:
-        rows, places = _unique(served, [i for i in known if i is not None])
-        if device.type != "cpu":
-            rows, places = (t.pin_memory().to(device, non_blocking=True) for t in (rows, places))
-    start = 0
-    for lane, i in zip(group, ids, strict=True):
-        lane.ids = places[start : start + i.numel()].view(i.shape)
-        start += i.numel()
-    padding = served.module.padding_idx
-    return nn.functional.pad(rows, (0, max(0, (0 if padding is None else int(padding)) + 1 - rows.numel())))  # type: ignore[arg-type]
-
-
-def unseen(ids: list[Tensor], num_rows: int) -> tuple[Tensor, Tensor]:
-    """Rows to ask for, and where each id is among them, without looking at the ids."""
-    rows = torch.cat([i.reshape(-1) for i in ids]).long()
-    if rows.numel() <= num_rows:
-        return rows, torch.arange(rows.numel(), device=rows.device)
-    places = torch.where((rows < 0) | (rows > num_rows), torch.full_like(rows, num_rows), rows)
-    return torch.arange(num_rows + 1, device=rows.device), places  # the last one does not exist
-
-
-def _unique(served: Served, ids: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Different ids in order, and where each id is among them. IndexError for one the embedding does not have."""
-    rows, places = torch.unique(torch.cat([i.reshape(-1) for i in ids]).long(), return_inverse=True)
-    num_rows = served.portions[0].shapes[0][0]
-    if rows.numel() and (int(rows[0]) < 0 or int(rows[-1]) >= num_rows):
-        odd = int(rows[-1]) if int(rows[-1]) >= num_rows else int(rows[0])
-        raise IndexError(f"id {odd} is out of range for {served.owner.name!r}, an embedding of {num_rows} rows")
-    return rows, places
 
 
 def code_of(call: Any) -> Any:
