@@ -12,15 +12,18 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from native_variants import ISAS, each_isa, each_variant, using
 
 from zo_offload import native
+from zo_offload.distributions import DISTRIBUTIONS, Distribution
 from zo_offload.errors import ConfigError
 from zo_offload.formats import CENTRED, FORMATS
 from zo_offload.formats.grouped import cut
 from zo_offload.fused import fused_pass, fused_rows
+from zo_offload.fused_kernels import OnCpu, kernels_for
 from zo_offload.noise import NoiseSpec, noise
 from zo_offload.records import Perturbation, Update
 
@@ -334,9 +337,34 @@ def test_lanes_do_not_depend_on_their_neighbours(variant):
         assert torch.equal(together[k + 1], alone[1]), k
 
 
+@each_isa
+def test_what_the_library_does_not_know_the_reference_runs(isa, monkeypatch):
+    """A format or a distribution that is written in Python alone trains, slowly, with the library in use."""
+
+    class Own(type(BF16)):
+        name, code = "own", 99
+
+    def uniform(w):
+        return ((w >> 8).astype("f4") - 2.0**23).reshape(-1) * np.float32(2.0**-23)
+
+    monkeypatch.setitem(DISTRIBUTIONS, "uniform", Distribution("uniform", 17, 4, uniform, fold_every=4))
+    given = dict(updates=[Update(3, 2.0**-4)], perturbations=[Perturbation(5, 0.5)], dtypes=[torch.float32])
+    stored = weights(BF16, 1000)
+    assert_same(run(isa, stored, Own(), **given), run("reference", stored, BF16, **given))
+    spec = NoiseSpec("uniform")
+    assert_same(run(isa, stored, BF16, noise=spec, **given), run("reference", stored, BF16, noise=spec, **given))
+    with using(isa):
+        z = noise(spec, 3, 5, 1000)
+        assert torch.equal(noise(spec, 3, 5, 77, offset=101), z[101:178])
+        assert isinstance(kernels_for(stored, BF16, SPEC), OnCpu)
+    assert 0.9 < z.abs().max() <= 1 and len(set(z.tolist())) > 990
+    with pytest.raises(ConfigError, match="stored is on meta"):
+        fused_pass(stored.to("meta"), BF16, param_id=0, numel=1000, noise=SPEC)
+
+
 @each_variant
 @pytest.mark.parametrize("fmt", [BF16, FP32], ids=lambda f: f.name)
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("distribution", list(DISTRIBUTIONS))
 def test_pieces_equal_the_whole(variant, fmt, distribution):
     """Cut anywhere, at odd addresses, in any order: a slice with its offset is that slice of the parameter."""
     n, size = 5000, fmt.nbytes(1)

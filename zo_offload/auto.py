@@ -23,7 +23,7 @@ import torch
 
 from .config import EngineConfig
 from .device_updates import DeviceUpdates, UpdateTable
-from .devices import CpuDevice, make_device
+from .devices import make_device
 from .devices.link import Link
 from .errors import BudgetError, ConfigError
 from .formats import FORMATS, Format
@@ -174,7 +174,7 @@ def _gpu_rates(device: str, gb_per_s: float | None) -> Rates:
 
 def copy_bytes_per_s() -> float:
     """What memory copies here: the most a link between host memory and a window on the same host can give."""
-    device = CpuDevice()
+    device = make_device("cpu")
     a, b = device.alloc(1 << 26), device.alloc(1 << 26)
     return a.numel() / min(_timed(lambda: b.copy_(a)) for _ in range(3))
 

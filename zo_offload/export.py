@@ -18,10 +18,10 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +40,24 @@ from .safetensors_io import Shard, ShardWriter, Tensorlike, header_bound
 from .tokenizers import is_of_tokenizer
 from .weights import Placed, Weights, runs
 
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
-
 GENERATION = "generation_config.json"
 METADATA = {"format": "pt", "producer": PRODUCER}
+
+
+class Origin(Protocol):
+    """What is read here of the checkpoint that a model came from (`checkpoint.Checkpoint`)."""
+
+    @property
+    def path(self) -> Path | None:
+        """Its directory; None of a config alone."""
+
+    @property
+    def carried(self) -> Sequence[Path]:
+        """Files that go along: tokenizer, generation config, chat template, ..."""
+
+    @property
+    def config(self) -> Any:
+        """As read."""
 
 
 def save_pretrained(
@@ -53,7 +66,7 @@ def save_pretrained(
     model: nn.Module,
     names: Iterable[str] | None = None,
     weights: Weights | None = None,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Origin | None = None,
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
     tokenizer: Any = None,
@@ -96,7 +109,7 @@ def save_pretrained(
 
 
 def _write(
-    work: Path, model: nn.Module, entries: _Entries, checkpoint: Checkpoint | None, tokenizer: Any,
+    work: Path, model: nn.Module, entries: _Entries, checkpoint: Origin | None, tokenizer: Any,
     max_shard_bytes: int, target: Path,
 ) -> None:  # fmt: skip
     """All files of an export, in `work`: the small ones first, whose names the weights' metadata then holds."""
@@ -278,7 +291,7 @@ def _shard_names(count: int, target: Path) -> list[str]:
 
 
 def _write_small_files(
-    work: Path, model: nn.Module, checkpoint: Checkpoint | None, dtype: torch.dtype | None, tokenizer: Any
+    work: Path, model: nn.Module, checkpoint: Origin | None, dtype: torch.dtype | None, tokenizer: Any
 ) -> None:
     if checkpoint is not None and checkpoint.path is not None:
         for source in checkpoint.carried:
@@ -304,7 +317,7 @@ def _write_small_files(
         model.generation_config.to_json_file(work / GENERATION, use_diff=True, keys_to_pop=["compile_config"])
 
 
-def _check_target(target: Path, checkpoint: Checkpoint | None, overwrite: bool) -> None:
+def _check_target(target: Path, checkpoint: Origin | None, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a directory to write to.")
     if is_run(target) or (target.name == "blocks" and is_run(target.parent)):

@@ -6,6 +6,9 @@ import contextlib
 import os
 from pathlib import Path
 
+import psutil
+import torch
+
 from .units import parse_bytes
 
 _RUNTIME_BYTES = 50_000_000  # thread stacks, library workspaces, page rounding: seen alike at every model size
@@ -13,9 +16,6 @@ _RUNTIME_BYTES = 50_000_000  # thread stacks, library workspaces, page rounding:
 
 def process_bytes() -> int:
     """Resident bytes of this process now, and what a run adds to that whatever the model (libraries load lazily)."""
-    import psutil
-    import torch
-
     with torch.no_grad():
         x = torch.ones(64, 64)
         torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, x), torch.zeros(64, dtype=torch.int64))
@@ -28,8 +28,6 @@ def available_bytes() -> int:
     ZO_HOST_MEMORY ("120GB") is for machines that show less than they have, as virtual ones do that grow when memory is
     used: the larger of the two holds.
     """
-    import psutil
-
     free = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError):  # no such control group: the host's own figure holds
         text = (_CGROUP / "memory.max").read_text().strip()

@@ -21,6 +21,8 @@ import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from zo_offload.distributions import DISTRIBUTIONS
 from zo_offload.errors import ConfigError, ZOError
 from zo_offload.records import LANE, UPDATE
@@ -190,8 +192,6 @@ class Library:
 
 def share_threads(lib: ctypes.CDLL) -> str:
     """Have the library compute on the threads of the OpenMP runtime that torch is linked with, if there is one."""
-    import torch
-
     found: list[Any] = []
     if os.environ.get("ZO_THREADS") != "own" and torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
         linked = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"  # looks names up in what it is linked with
