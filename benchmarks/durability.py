@@ -110,7 +110,7 @@ def recoveries(options: argparse.Namespace, folder: Path, common: dict[str, Any]
     for steps in options.steps:
         run = folder / f"recover-{steps}"
         with Engine(make_model(options.model), run_dir=run, **settings) as engine:
-            engine._start()
+            engine.active.start()
         journal = Journal.open(run / "journal.zoj")
         for step in range(steps):
             update = Update(step_seed(0, step), 2.0**-20, 1.0, (step + 1) % engine.fold_every == 0)
@@ -118,9 +118,9 @@ def recoveries(options: argparse.Namespace, folder: Path, common: dict[str, Any]
         journal.close()
         begin = time.perf_counter()
         with Engine.resume(run, make_model(options.model)) as engine:
-            engine._start()
+            engine.active.start()
             opened = time.perf_counter() - begin
-            engine.settle()
+            engine.active.settle()
             took = time.perf_counter() - begin
             parameters = sum(spec.numel for spec in engine.plan.params.values())
         rate = parameters * steps / max(took - opened, 1e-9)

@@ -277,7 +277,7 @@ def steps_of(options: Any, offload: str, batch: dict[str, Tensor]) -> dict[str, 
             "dtype": options.dtype, "fold_every": engine.fold_every, "step_s": quantile(times, 0.5),
             "p20": quantile(times, 0.2), "p80": quantile(times, 0.8), "n": len(times),
             "tokens_per_s": round(options.tokens / quantile(times, 0.5), 1),
-            "model_bytes": engine.layout.total_bytes, "resident_bytes": engine.streamer.resident_bytes,
+            "model_bytes": engine.layout.total_bytes, "resident_bytes": engine.active.streamer.resident_bytes,
             "planned_device_bytes": engine.memory.device_bytes, "context_bytes": engine.device.context_bytes,
             "visits": len(engine.plan.visits), "enqueue_s": round(enqueue, 5),
             "host_over_model": host_over_model(engine) if offload == "host" else None,
@@ -304,21 +304,21 @@ def launch_seconds(engine: Engine, batch: dict[str, Tensor], clock: Clock) -> fl
     """What the host takes to enqueue a step on an idle device: the least that a step can take."""
     clock.sync()
     start = time.perf_counter()
-    launched = engine.launch(batch)
+    launched = engine.active.launch(batch)
     seconds = time.perf_counter() - start
-    engine.finish(launched)
+    engine.active.finish(launched)
     return seconds
 
 
 def wait_pinned(engine: Engine) -> None:
-    tier = engine.streamer.window.tier
+    tier = engine.active.streamer.window.tier
     if hasattr(tier, "wait_pinned"):
         tier.wait_pinned()
 
 
 def host_over_model(engine: Engine) -> float:
     """Bytes of host memory that hold weights, over the model's: slabs, and what stages them."""
-    tier: Any = engine.streamer.window.tier
+    tier: Any = engine.active.streamer.window.tier
     staged = sum(getattr(tier, ring).nbytes for ring in ("_fetch_ring", "_flush_ring") if hasattr(tier, ring))
     return round((engine.layout.total_bytes + staged) / engine.layout.total_bytes, 4)
 

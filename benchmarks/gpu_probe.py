@@ -409,7 +409,7 @@ class Probe:
             try:
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
-                    engine.launch(batch)
+                    engine.active.launch(batch)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         places = collections.Counter(f"{w.filename}:{w.lineno}" for w in caught)

@@ -152,7 +152,7 @@ def run(folder: Path, storage: str, block_numel: int, only: list[str], nbytes: i
         engine = Engine(base, method=MeZO(lr=1e-6), offload="disk", run_dir=run_dir, storage=storage,
                         block_numel=block_numel, example=batch)  # fmt: skip
     with meter.phase("ingest", nbytes):
-        engine._start(batch)
+        engine.active.start(batch)
     if "step" in only:
         with meter.phase("step", nbytes):
             engine.step(batch)

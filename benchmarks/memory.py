@@ -86,7 +86,7 @@ def case(name: str, layers: int | None, tokens: int, steps: int, order: str) -> 
                 start = time.perf_counter()
                 engine.step(batch)
                 times.append(round(time.perf_counter() - start, 2))
-            traffic = engine.streamer.traffic
+            traffic = engine.active.streamer.traffic
     return {
         "model": name, "layers": config.num_hidden_layers, "tokens": tokens, "order": predicted.order,
         "model_bytes": engine.layout.total_bytes, "peak_bytes": high_water_bytes(),

@@ -107,7 +107,7 @@ def ways(
         with engine:
             engine.step(batch)
             engine.step(batch)
-            streamer = engine.streamer
+            streamer = engine.active.streamer
             yield (
                 f"ours {offload}",
                 lambda engine=engine: engine.step(batch),

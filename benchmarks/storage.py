@@ -38,7 +38,7 @@ def engine_of(name: str, storage: str, folder: str) -> Engine:
 
 def timed(engine: Engine, batch: dict[str, torch.Tensor], steps: int) -> tuple[float, Any]:
     """Seconds a step, and the traffic of the steps."""
-    streamer = engine.streamer
+    streamer = engine.active.streamer
     before = (streamer.traffic.fetch_bytes, streamer.traffic.flush_bytes, streamer.traffic.wait_s)
     start = time.perf_counter()
     for _ in range(steps):

@@ -41,9 +41,19 @@ def fetched(tier, shape, block=0):
     return out
 
 
-def started(directory, shape):
+class Alone:
+    """Files without a run: nothing is waited for (before_write), and no base is there to rebuild from (base)."""
+
+    def __init__(self, before_write=lambda version: None, base=None):
+        self.before_write, self.rebuild, self.rebuilds = before_write, base, base is not None
+
+    def history(self, version):
+        return 0
+
+
+def started(directory, shape, origin=None):
     """A tier that holds version 0, sealed."""
-    tier = DiskTier.create(directory, [shape])
+    tier = DiskTier.create(directory, [shape], origin or Alone())
     tier.flush(0, content(shape, 0), ((0, shape.nbytes),), 0)
     tier.seal(0)
     return tier
@@ -163,9 +173,15 @@ def test_a_flush_never_touches_the_durable_generation(tmp_path):
 def test_bytes_reach_a_file_only_after_their_journal(tmp_path, monkeypatch):
     """The write-ahead rule, in the one place that writes blocks."""
     shape = SHAPES["all trained"]
-    tier = started(tmp_path, shape)
-    events = []
-    tier.before_write = lambda version: events.append(("journal", version))
+    events, full = [], []
+
+    def journal(version):
+        if full:
+            raise StorageError(28, "journal: no space")
+        events.append(("journal", version))
+
+    tier = started(tmp_path, shape, Alone(journal))
+    events.clear()
     real, real_summed = diskio.write_at, summed_io.write_summed
     monkeypatch.setattr(diskio, "write_at", lambda *a: (events.append(("write",)), real(*a)))
     monkeypatch.setattr(summed_io, "write_summed", lambda *a: (events.append(("write",)), real_summed(*a))[1])
@@ -175,10 +191,8 @@ def test_bytes_reach_a_file_only_after_their_journal(tmp_path, monkeypatch):
     assert [events[i][1] for i in journaled] == [1, 2, 3] and journaled[0] == 0
     assert all(events[i + 1] == ("write",) for i in journaled)
 
-    def broken(version):
-        raise StorageError(28, "journal: no space")
-
-    tier.before_write, before = broken, len(events)
+    full.append(True)
+    before = len(events)
     with pytest.raises(StorageError, match="journal: no space"):
         tier.flush(0, content(shape, 4), shape.spans, 4)
     assert len(events) == before and tier.version(0) == 3
@@ -356,8 +370,7 @@ def test_a_block_without_a_sound_generation_is_rebuilt_from_the_base(tmp_path):
     data = bytearray(path.read_bytes())
     data[DATA + 5] ^= 1  # a frozen byte: of both generations
     path.write_bytes(data)
-    tier = DiskTier.open(tmp_path, [shape])
-    tier.rebuild = lambda block, out: out.copy_(content(shape, 0))
+    tier = DiskTier.open(tmp_path, [shape], Alone(base=lambda block, out: out.copy_(content(shape, 0))))
     assert torch.equal(fetched(tier, shape), content(shape, 0)) and tier.version(0) == 0
     tier.close()
     tier = DiskTier.open(tmp_path, [shape])
@@ -385,7 +398,7 @@ def test_a_file_cut_while_it_is_used_is_an_error_not_a_short_block(tmp_path):
 
 def test_a_missing_or_foreign_file_is_named(tmp_path):
     a, b = (Shape(i, 8192, 8192, ((0, 8192),)) for i in range(2))
-    tier = DiskTier.create(tmp_path, [a, b])
+    tier = DiskTier.create(tmp_path, [a, b], Alone())
     for block in (0, 1):
         tier.flush(block, content(a, block), a.spans, 0)
     tier.close()
@@ -412,7 +425,7 @@ def test_a_header_that_lies_is_bounded_by_its_shape(tmp_path):
 
 def test_space_is_checked_before_anything_is_written(tmp_path):
     with pytest.raises(BudgetError, match="two generations of the trained blocks need"):
-        DiskTier.create(tmp_path / "blocks", shapes_of([1 << 60], [((0, 1 << 60),)]))
+        DiskTier.create(tmp_path / "blocks", shapes_of([1 << 60], [((0, 1 << 60),)]), Alone())
 
 
 def test_a_deleted_file_is_noticed_when_it_is_sealed(tmp_path):
@@ -454,8 +467,7 @@ def test_a_block_is_rebuilt_also_where_only_its_first_part_was_asked_for(tmp_pat
     data = bytearray(path.read_bytes())
     data[DATA + 5] ^= 1
     path.write_bytes(data)
-    tier = DiskTier.open(tmp_path, [shape])
-    tier.rebuild = lambda block, out: out.copy_(content(shape, 0))
+    tier = DiskTier.open(tmp_path, [shape], Alone(base=lambda block, out: out.copy_(content(shape, 0))))
     part = torch.empty(shape.streamed, dtype=torch.uint8)
     tier.fetch(0, part)
     assert torch.equal(part, content(shape, 0)[: shape.streamed])

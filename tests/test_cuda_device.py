@@ -18,7 +18,7 @@ from fake_cuda import COMPUTE, DelayedCpuDevice, FakeBackend, FakeCudaDevice
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
-import zo_offload.engine
+import zo_offload.opening
 import zo_offload.reading
 import zo_offload.streamer
 from zo_offload import BudgetError, DivergenceError, Engine, MeZO, runs
@@ -55,7 +55,7 @@ def use(monkeypatch):
     """Makes every engine of the test run on the device given, as device="cuda"."""
 
     def use_device(device):
-        monkeypatch.setattr(zo_offload.engine, "make_device", lambda name: device)
+        monkeypatch.setattr(zo_offload.opening, "make_device", lambda name: device)
         if isinstance(device, CudaDevice):
             watch_compute(monkeypatch, device.backend)
         return device
@@ -86,7 +86,7 @@ def train(model=None, steps=STEPS, micro_batches=1, method=METHOD, data=None, **
 def resident(dtype=torch.float32, micro_batches=1, **more):
     """What the CPU device gives with everything in memory; made before a test puts another device in its place."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zo_offload.engine, "make_device", lambda name: CpuDevice())
+        patch.setattr(zo_offload.opening, "make_device", lambda name: CpuDevice())
         return train(tiny_opt(dtype), offload="none", micro_batches=micro_batches, **more)
 
 

@@ -15,7 +15,7 @@ from fake_gpu import DEVICE, FakeGpu, Gpu, GpuTensor, HostKernels, MixedDevices,
 from test_cuda_device import METHOD, assert_same, batches, tiny_opt
 from transformers import OPTForCausalLM
 
-import zo_offload.engine
+import zo_offload.opening
 from zo_offload import Engine, MeZO, native_cuda, tiles
 from zo_offload.replay import replayed
 
@@ -44,7 +44,7 @@ def gpu(monkeypatch):
         return made[-1]
 
     kernels = HostKernels(gpu)
-    monkeypatch.setattr(zo_offload.engine, "make_device", make_device)
+    monkeypatch.setattr(zo_offload.opening, "make_device", make_device)
     monkeypatch.setattr(native_cuda, "kernels", lambda index: kernels)
     monkeypatch.setattr(tiles, "_is_plain", lambda x: True)  # a GpuTensor is one to the code that runs on a GPU
     with gpu:
@@ -83,9 +83,9 @@ def test_every_tier_gives_the_same_numbers_and_waits_for_nothing(gpu, tmp_path, 
         with Engine(small_opt(), method=METHOD, device="cuda", **settings) as engine:
             losses = engine.fit(batches(2), steps=2, batch_size=4, micro_batches=2).losses
             gpu.waits.clear()
-            launched = [engine.launch(batch, micro_batches=2) for batch in batches(3)]
+            launched = [engine.active.launch(batch, micro_batches=2) for batch in batches(3)]
             assert ours(gpu.waits) == []
-            losses += [engine.finish(step).loss for step in launched]
+            losses += [engine.active.finish(step).loss for step in launched]
             results.append((losses, dict(engine.weights())))
     for other in results[1:]:
         assert_same(results[0], other)
@@ -102,9 +102,9 @@ def test_an_architecture_streams_as_it_runs_resident(gpu, name):
         ) as engine:  # fmt: skip
             found = [engine.step(arch.batch(0)).loss]
             gpu.waits.clear()
-            launched = engine.launch(arch.batch(1))
+            launched = engine.active.launch(arch.batch(1))
             assert ours(gpu.waits) == []
-            return [*found, engine.finish(launched).loss]
+            return [*found, engine.active.finish(launched).loss]
 
     assert losses("none", block_numel=700) == losses("host", num_slots=2, block_numel=700)
 

@@ -242,7 +242,7 @@ def test_what_is_not_trainable_is_neither_perturbed_nor_written(tmp_path):
     ) as engine:
         losses = engine.fit(batches(), steps=6).losses
         weights = stored_weights(engine)
-        flushed = engine.streamer.traffic.flush_bytes
+        flushed = engine.active.streamer.traffic.flush_bytes
     model = tiny_opt()
     pairs = plain_mezo(model, batches(6), lr=1e-3, eps=1e-3, weight_decay=0.1, trainable=lambda n: "self_attn." in n)
     assert losses == pytest.approx([sum(p) / 2 for p in pairs], rel=1e-4)
@@ -336,7 +336,7 @@ def test_a_full_disk_stops_the_run_and_nothing_is_lost(tmp_path, monkeypatch):
         return real(*args)
 
     engine = Engine(tiny_opt(), method=METHOD, offload="disk", fold_every=1, run_dir=tmp_path / "run")
-    engine._start()
+    engine.active.start()
     monkeypatch.setattr(os, "pwritev", full)
     with pytest.raises(StorageError, match=r"writing .*zob: No space left on device.*free there.*then resume"):
         engine.fit(batches(), steps=8)
@@ -344,7 +344,7 @@ def test_a_full_disk_stops_the_run_and_nothing_is_lost(tmp_path, monkeypatch):
         engine.close()
     monkeypatch.undo()
     with Engine.resume(tmp_path / "run", tiny_opt()) as engine:
-        engine._start()
+        engine.active.start()
         assert 0 < engine.log.version < 8
         engine.fit(batches(), steps=8)
         assert_same(never, (never[0], stored_weights(engine)))

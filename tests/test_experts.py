@@ -453,7 +453,7 @@ def test_every_tier_and_order_gives_the_same_and_scratch_is_a_run(name: str, tmp
                     block_numel=block_numel, fold_every=2, threads=1, **settings) as engine:  # fmt: skip
             losses = [engine.step(batch).loss for batch in [*data, *data]]
             value = engine.evaluate(data)["loss"]
-            running = engine.streamer
+            running = engine.active.streamer
             return losses, value, running.scratch_bytes, engine.memory.terms["scratch"]
 
     want = train(offload="none")

@@ -218,8 +218,10 @@ def test_an_adapter_reads_nothing_of_its_base(tmp_path, monkeypatch):
     with Engine(model, method=MeZO(lr=1e-2), offload="disk", run_dir=tmp_path / "run", trainable="requires_grad") as e:
         e.step(BATCH)
         read: list[str] = []
-        real = e.streamer.reader.read_into
-        monkeypatch.setattr(e.streamer.reader, "read_into", lambda name, *rest: (read.append(name), real(name, *rest)))
+        real = e.active.streamer.reader.read_into
+        monkeypatch.setattr(
+            e.active.streamer.reader, "read_into", lambda name, *rest: (read.append(name), real(name, *rest))
+        )
         e.save_pretrained(tmp_path / "out")
     assert read and all("lora_" in name for name in read)
 

@@ -114,7 +114,7 @@ def test_evaluation_export_and_weights_agree_between_folds(stop, tmp_path):
         want = engine.run(batch).logits
         weights = stored_weights(engine)
         engine.save_pretrained(tmp_path / "out")
-        assert all(engine.streamer.window.tier.version(b) == stop // 4 * 4 for b in engine.layout.written)
+        assert all(engine.active.streamer.window.tier.version(b) == stop // 4 * 4 for b in engine.layout.written)
     with Engine.resume(tmp_path / "run") as engine:
         assert torch.equal(engine.run(batch).logits, want)
         assert_same(([], weights), ([], stored_weights(engine)))

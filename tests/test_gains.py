@@ -11,8 +11,7 @@ import torch
 from test_engine import assert_same, batches, stored_weights, tiny_llama, train
 from torch import nn
 
-from zo_offload import FZOO, PRESETS, QZO, ConfigError, Engine, JournalError, MeZO, PlanError, QZOShift
-from zo_offload import engine as engine_module
+from zo_offload import FZOO, PRESETS, QZO, ConfigError, Engine, JournalError, MeZO, PlanError, QZOShift, opening
 from zo_offload.journal import read_journal
 from zo_offload.noise import noise
 from zo_offload.replay import replayed
@@ -78,7 +77,7 @@ def test_every_kind_of_parameter_is_updated_along_what_the_loss_saw(dtype, distr
 
 def test_without_gains_norms_are_updated_along_what_the_loss_never_saw(monkeypatch):
     """What the gains are for: the test above must be able to fail."""
-    monkeypatch.setattr(engine_module, "decide_gains", lambda *parts: {})
+    monkeypatch.setattr(opening, "decide_gains", lambda *parts: {})
     found = seen_and_updated(torch.bfloat16, METHOD)
     assert found["norm"][0] < 0.5 and not found["head norm"][0] > 0.1 and found["matrix"][0] > 0.99
 
@@ -117,7 +116,7 @@ def test_gains_are_the_same_in_every_tier_after_a_resume_and_in_a_replay(method,
 
 def test_a_run_whose_journal_tells_of_no_gains_has_none(tmp_path, monkeypatch):
     with monkeypatch.context() as without:
-        without.setattr(engine_module, "decide_gains", lambda *parts: {})
+        without.setattr(opening, "decide_gains", lambda *parts: {})
         never = train(bf16_llama(), 6, method=METHOD)
         train(bf16_llama(), 4, method=METHOD, run_dir=tmp_path / "run")
     with Engine.resume(tmp_path / "run", bf16_llama()) as engine:

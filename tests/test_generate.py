@@ -34,7 +34,7 @@ def test_generated_ids_are_plain_ones_and_each_token_is_one_pass(tmp_path, offlo
     with Engine(model, **settings_of(offload, tmp_path)) as engine:
         assert torch.equal(engine.generate(prompts(), **options), want)
         streamed = sum(engine.layout.block_bytes) if offload != "none" else 0
-        assert engine.streamer.traffic.fetch_bytes == NEW * streamed
+        assert engine.active.streamer.traffic.fetch_bytes == NEW * streamed
 
 
 def test_sampled_ids_are_plain_ones_of_the_same_seed():
@@ -71,8 +71,8 @@ def test_training_on_what_is_generated_is_the_same_wherever_blocks_live(tmp_path
             losses = [engine.step(prompts(), micro_batches=2).loss for _ in range(3)]
             seen.append((losses, dict(engine.weights())))
             if offload == "host":  # two lanes a micro-batch, in step: each token is one pass for all of them
-                assert engine.streamer.traffic.fetch_bytes >= 3 * NEW * sum(engine.layout.block_bytes)
-                assert engine.streamer.traffic.fetch_bytes < 4 * NEW * sum(engine.layout.block_bytes)
+                assert engine.active.streamer.traffic.fetch_bytes >= 3 * NEW * sum(engine.layout.block_bytes)
+                assert engine.active.streamer.traffic.fetch_bytes < 4 * NEW * sum(engine.layout.block_bytes)
     assert len(set(seen[0][0])) > 1, "the objective must have moved"
     for losses, weights in seen[1:]:
         assert losses == seen[0][0] and all(torch.equal(weights[n], w) for n, w in seen[0][1].items())

@@ -196,7 +196,7 @@ def test_any_run_of_a_parameter_is_that_of_the_whole(saved, storage):
         for _ in range(4):
             engine.step(BATCH)
         whole = dict(engine.weights())
-        reader, draw = engine._start().streamer.reader, random.Random(0)
+        reader, draw = engine.active.start().streamer.reader, random.Random(0)
         for _ in range(60):
             name = draw.choice(list(whole))
             flat = whole[name].view(-1)
@@ -213,7 +213,7 @@ def test_an_export_fetches_each_block_once(tmp_path, name, block_numel):
     ZOO[name].build(torch.bfloat16).save_pretrained(tmp_path / "base")
     with Engine(tmp_path / "base", offload="disk", block_numel=block_numel, run_dir=tmp_path / "run") as engine:
         engine.run(BATCH)
-        window, loads = engine._start().streamer.window, []
+        window, loads = engine.active.start().streamer.window, []
         load = window.load
         window.load = lambda block, **options: loads.append(block) or load(block, **options)
         engine.save_pretrained(tmp_path / "out", max_shard_bytes=20_000)

@@ -69,7 +69,7 @@ def batch_of(model, rows, **options):
     engine_options = {name: options.pop(name) for name in ("tokenizer", "objective") if name in options}
     with engine_of(model, **engine_options) as engine:
         engine.fit(rows, steps=1, **options)
-        batches = engine._batches(rows, 2, options, shuffle=False)
+        batches = engine.batching.batches(rows, 2, options, shuffle=False)
         return {name: value.tolist() for name, value in batches.first().items()}
 
 
@@ -79,7 +79,7 @@ def refusal(model, rows, **options):
     with engine_of(model, **engine_options) as engine:
         with pytest.raises(DataError) as error:
             engine.fit(rows, steps=3, **options)
-        assert engine._session is None, "weights were read"
+        assert engine.active.session is None, "weights were read"
     return str(error.value)
 
 
@@ -512,7 +512,7 @@ def fit_run(model, run, rows, steps, options, resume=False):
     )  # fmt: skip
     with engine:
         losses = engine.fit(rows, steps=steps, batch_size=2, **options).losses
-        first = {k: v.tolist() for k, v in engine._batches(rows, 2, options, shuffle=False).first().items()}
+        first = {k: v.tolist() for k, v in engine.batching.batches(rows, 2, options, shuffle=False).first().items()}
     return losses, first
 
 

@@ -15,6 +15,7 @@ import torch
 from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama, tiny_opt, train
 
 from zo_offload import ConfigError, DivergenceError, Engine, JournalError, MeZO, Stopped, StorageError
+from zo_offload.active import Run
 from zo_offload.blocks import BLOCK_NUMEL
 from zo_offload.journal import Journal
 from zo_offload.signals import stop_signals
@@ -117,14 +118,14 @@ def test_an_evaluation_that_a_crash_prevented_is_made_up_for(tmp_path, monkeypat
     options = dict(eval_data=ROWS[:4], eval_every=2)
     with Engine(tiny_opt(), method=METHOD) as engine:
         never = fit(engine, steps=7, **options).evals
-    real = Engine.measure
+    real = Run.measure
 
     def crash(self, *args):
         if self.log.version == 4:
             raise Crash
         return real(self, *args)
 
-    monkeypatch.setattr(Engine, "measure", crash)
+    monkeypatch.setattr(Run, "measure", crash)
     with pytest.raises(Crash), Engine(tiny_opt(), **settings) as engine:
         fit(engine, steps=7, **options)
     monkeypatch.undo()
@@ -196,29 +197,30 @@ def test_a_changed_checkpoint_is_refused_by_tensor_even_if_no_block_needs_it(tmp
 
 
 def test_halving_eps_is_journaled_and_goes_on_after_a_resume(tmp_path):
-    def run(engine, upto, bad=(1, 4)):
-        def objective(model, batch):
-            loss = model(**batch).loss
-            return loss * math.nan if engine.log.version in bad else loss
+    def objective(model, batch):
+        loss = model(**batch).loss
+        return loss * math.nan if engine.log.version in bad else loss
 
-        engine.objective = objective
-        return fit(engine, steps=upto)
-
+    bad = (1, 4)
     method = MeZO(lr=1e-3, batch_size=4, on_nonfinite="halve_eps")
-    with Engine(tiny_opt(), method=method, offload="none", run_dir=tmp_path / "a") as engine:
-        run(engine, 8)
+    with Engine(tiny_opt(), method=method, objective=objective, offload="none", run_dir=tmp_path / "a") as engine:
+        fit(engine, steps=8)
         want = stored_weights(engine)
         assert engine.eps_halvings == 2
-    with Engine(tiny_opt(), method=method, offload="none", run_dir=tmp_path / "b") as engine:
-        run(engine, 3)
-    with Engine.resume(tmp_path / "b", tiny_opt()) as engine:
-        run(engine, 8)
+    with Engine(tiny_opt(), method=method, objective=objective, offload="none", run_dir=tmp_path / "b") as engine:
+        fit(engine, steps=3)
+    with Engine.resume(tmp_path / "b", tiny_opt(), objective=objective) as engine:
+        fit(engine, steps=8)
         assert engine.eps_halvings == 2
         assert_same(([], want), ([], stored_weights(engine)))
     records = Journal.open(tmp_path / "b" / "journal.zoj").steps
     assert [r.step for r in records if r.halved] == [r.step for r in records if r.skipped] == [1, 4]
-    with Engine(tiny_opt(), method=method, offload="none") as engine, pytest.raises(DivergenceError, match="step 10"):
-        run(engine, 20, range(20))
+    bad = range(20)
+    with (
+        Engine(tiny_opt(), method=method, objective=objective, offload="none") as engine,
+        pytest.raises(DivergenceError, match="step 10"),
+    ):
+        fit(engine, steps=20)
 
 
 # ---- directories -----------------------------------------------------------------------------------------------------
@@ -322,7 +324,7 @@ def test_a_data_worker_that_fails_leaves_a_run_that_goes_on(tmp_path):
     ):
         engine.fit(data, steps=9)
     with Engine.resume(tmp_path / "run", tiny_opt()) as engine:
-        engine._start()
+        engine.active.start()
         assert engine.log.version == 2
 
 
@@ -336,13 +338,13 @@ def test_a_run_in_memory_resumes_from_its_snapshots(offload, storage, limit, tmp
     settings = dict(method=METHOD, offload=offload, storage=storage, snapshot_steps=3, fold_every=1, block_numel=limit)
     settings["run_dir"] = tmp_path / "run"
     with Engine(tiny_opt(), **settings) as engine:
-        engine.fit(batches(), steps=9, callback=lambda record: engine._session.settle())  # no turn is skipped
-        taken = engine._session.snapshots.taken
+        engine.fit(batches(), steps=9, callback=lambda record: engine.active.session.settle())  # no turn is skipped
+        taken = engine.active.session.snapshots.taken
         want = stored_weights(engine)
     assert taken >= len(engine.plan.blocks), "every block once at least"
     with Engine.resume(tmp_path / "run", tiny_opt()) as engine:
-        engine._start()
-        versions = [engine._session.tier.version(b) for b in range(len(engine.plan.blocks))]
+        engine.active.start()
+        versions = [engine.active.session.tier.version(b) for b in range(len(engine.plan.blocks))]
         assert all(0 < version <= 9 for version in versions), versions
         assert_same(([], want), ([], stored_weights(engine)))
     with Engine.resume(tmp_path / "run", tiny_opt(), offload="disk") as engine:
@@ -362,14 +364,14 @@ def test_a_snapshot_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, capl
 def test_pinned_blocks_of_a_disk_run_are_snapshotted_too(tmp_path):
     settings = dict(method=METHOD, offload="disk", snapshot_steps=2, fold_every=1, run_dir=tmp_path / "run")
     with Engine(tiny_opt(), device_memory="100MB", **settings) as engine:
-        engine._start(batches()[0])
+        engine.active.start(batches()[0])
         assert engine.memory.window.pinned
         for batch in batches(8):
             engine.step(batch)
-        engine._session.settle()
-        versions = [engine._session.tier.version(b) for b in engine.memory.window.pinned]
+        engine.active.session.settle()
+        versions = [engine.active.session.tier.version(b) for b in engine.memory.window.pinned]
         assert max(versions) > 0
-        engine._at_once = True  # no flush at the end: what a crash leaves
+        engine.active.at_once = True  # no flush at the end: what a crash leaves
     with Engine.resume(tmp_path / "run", tiny_opt()) as engine:
         assert_same(([], train(tiny_opt(), 8)[1]), ([], stored_weights(engine)))
 
@@ -379,14 +381,14 @@ def test_block_files_that_were_never_all_made_are_made_again(tmp_path):
     with Engine(tiny_opt(), method=METHOD, offload="host", run_dir=tmp_path / "run") as engine:
         fit(engine, steps=3)
         want = stored_weights(engine)
-        shapes = engine._session.snapshots._open().shapes
+        shapes = engine.active.session.snapshots._open().shapes
     (tmp_path / "run" / "blocks" / "shapes.json").unlink()
     (tmp_path / "run" / "blocks" / "00002.zob").unlink()
     os.truncate(tmp_path / "run" / "blocks" / "00001.zob", 0)
     with Engine.resume(tmp_path / "run", tiny_opt(), snapshot_steps=1) as engine:
         assert_same(([], want), ([], stored_weights(engine)))
         fit(engine, steps=4)
-        engine._session.settle()
+        engine.active.session.settle()
     assert len(list((tmp_path / "run" / "blocks").glob("*.zob"))) == len(shapes)
 
 

@@ -85,10 +85,10 @@ def test_a_run_that_learns_is_not_warned_of(settings, tmp_path, recwarn):
 def test_steps_taken_one_by_one_are_watched_too(recwarn):
     with Engine(tiny_opt(2), method=METHOD, objective=lambda m, b: m(**b).loss.double() * 0 + 1) as engine:
         for step in range(20):
-            assert not engine.learning.warnings or step == 20
+            assert not engine.active.learning.warnings or step == 20
             engine.step(batches()[0])
-        assert engine.learning.warnings[0].startswith("20 of 20 steps had equal losses")
-        assert engine.learning.short.startswith("20 of 20 steps had equal losses in all lanes")
+        assert engine.active.learning.warnings[0].startswith("20 of 20 steps had equal losses")
+        assert engine.active.learning.short.startswith("20 of 20 steps had equal losses in all lanes")
     assert sum("equal losses" in str(w.message) for w in recwarn) == 1
 
 

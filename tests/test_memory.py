@@ -122,7 +122,7 @@ predicted = engine.memory
 with engine:
     for _ in range(3):
         engine.step(batch)
-    resident = engine.streamer.resident_bytes
+    resident = engine.active.streamer.resident_bytes
 process, model = predicted.terms["process"], engine.layout.total_bytes
 print(json.dumps([high_water_bytes(), predicted.total_bytes, process, resident, model]))
 """

@@ -24,7 +24,7 @@ def test_a_lane_of_a_step_that_is_not_perturbed_sees_the_same_weights_alone_as_b
     method = FZOO(lr=1e-2, directions=3, batch_size=2)
     with Engine(ZOO["llama"].build(), method=method, storage=storage, offload="host") as engine:
         engine.step(batch())
-        passes = engine._start().passes
+        passes = engine.active.start().passes
         perturbations = method.perturbations(0, 1)
         assert perturbations[0] == STILL
         beside = passes.losses(batch(), perturbations, 1, step=1, late=False)[0]
@@ -36,7 +36,7 @@ def test_a_lane_of_a_step_that_is_not_perturbed_sees_the_same_weights_alone_as_b
 def counted(engine: Engine) -> Counter[tuple[str, int]]:
     """(owner, lanes it was made for) -> how often, from now on."""
     emits: Counter[tuple[str, int]] = Counter()
-    streamer = engine._start().streamer
+    streamer = engine.active.start().streamer
     emit = streamer.emit
 
     def count(owner: Any, perturbations: Any, *args: Any, **how: Any) -> Any:

@@ -167,7 +167,7 @@ def test_a_source_gives_a_piece_as_it_gives_the_whole(storage):
     with Engine(tiny_opt(2), storage=storage, method=METHOD if storage != "int4" else QZO(), offload="host",
                 block_numel=1 << 10) as engine:  # fmt: skip
         engine.fit(batches(), steps=2)
-        streamer, plan = engine.streamer, engine.plan
+        streamer, plan = engine.active.streamer, engine.plan
         checked = 0
         for owner in plan.owners:
             several = [name for name in owner.params if len(plan.pieces_of(name)) > 1]

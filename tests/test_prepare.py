@@ -58,7 +58,7 @@ def test_a_plan_is_that_of_the_run(checkpoint, tmp_path, make, settings, offload
     )
     with Engine(checkpoint, method=make(), run_dir=tmp_path / "run", **settings) as engine:
         engine.step(batch(), micro_batches=parts)
-        memory, layout, plan = engine.memory, engine.layout, engine._prepared.plan
+        memory, layout, plan = engine.memory, engine.layout, engine.active.prepared.plan
         assert f"{show_bytes(layout.total_bytes)} in {len(plan.blocks)} blocks" in lines[1]
         assert f"offload {offload}:" in lines[2]
         said = [line.split()[:3] for line in lines if line.startswith("  ")]
@@ -165,11 +165,11 @@ def test_what_is_needed_is_told_and_is_enough(caplog):
 
 def test_the_measured_pass_is_as_predicted_where_both_can_be_known():
     with start(False) as engine:
-        predicted = engine._prepared.plan_memory(wide(), objective=engine.objective).terms["activations"]
+        predicted = engine.active.prepared.plan_memory(wide(), objective=engine.objective).terms["activations"]
         seen = []
         engine.step(wide(1))
-        engine._parts.passes._on_measured = seen.append
-        engine._parts.passes._hub.adopt(engine.plan)
+        engine.active.parts.passes._on_measured = seen.append
+        engine.active.parts.passes._hub.adopt(engine.plan)
         engine.step(wide())
     assert len(seen) == 1 and 0.8 * predicted <= seen[0] <= 1.05 * predicted
 

@@ -199,7 +199,7 @@ def test_a_cut_run_goes_on_from_there(made, run, capsys):
     assert "journal.zoj.before-cut-0" in capsys.readouterr().out
     assert (run / "journal.zoj.before-cut-0").read_bytes() == before
     with Engine.resume(run) as engine:
-        engine._start()
+        engine.active.start()
         assert engine.log.version == 5
         fit(engine, steps=STEPS)
         engine.save_pretrained(run.parent / "out")
@@ -213,7 +213,7 @@ def test_a_damaged_journal_can_be_cut_before_the_damage(made, run):
     data[at + 20] ^= 1
     journal.write_bytes(data)
     with pytest.raises(JournalError, match=r"record 3 at byte \d+ fails .* 5 records follow it.*journal cut"):
-        Engine.resume(run)._start()
+        Engine.resume(run).active.start()
     assert call("journal", "cut", run, "--to", 3) == 0
     with Engine.resume(run) as engine:
         fit(engine, steps=STEPS)
@@ -226,7 +226,7 @@ def test_a_journal_that_lost_steps_is_refused_not_gone_on_with(run):
     journal = run / "journal.zoj"
     journal.write_bytes(journal.read_bytes()[: -6 * RECORD_BYTES])
     with pytest.raises(JournalError, match=r"block \d+ has \d steps folded in, the journal holds 3.*journal cut"):
-        Engine.resume(run)._start()
+        Engine.resume(run).active.start()
 
 
 def test_blocks_of_another_history_are_refused(made, run, tmp_path):
@@ -236,7 +236,7 @@ def test_blocks_of_another_history_are_refused(made, run, tmp_path):
         fit(engine, steps=STEPS)
     shutil.copy(tmp_path / "b" / "blocks" / "00002.zob", run / "blocks")
     with pytest.raises(JournalError, match=r"block 2 at step \d comes from another history"):
-        Engine.resume(run)._start()
+        Engine.resume(run).active.start()
 
 
 @pytest.mark.parametrize("text", ["", "[", "[[1]]", "[[1, 2, []]]", "[[8, 8, [[4, 9]]]]", "[[8, 8, [[-1, 2]]]]", "{}1"])

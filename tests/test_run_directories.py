@@ -93,8 +93,7 @@ def test_a_run_whose_first_step_failed_does_not_block_the_corrected_command(
         assert main(["fit", str(base), "--data", str(data), "--run-dir", str(run), "--steps", "2", "--batch-size", "4",
                      "--lr", "1e-3", "--storage", "bf16", "--quiet", "--offload", "disk"]) == 0  # fmt: skip
     else:
-        with Engine.resume(run, objective=broken) as engine:
-            engine.objective = lambda model, batch: model(**batch).loss
+        with Engine.resume(run, objective=lambda model, batch: model(**batch).loss) as engine:
             engine.fit(ROWS[:8], steps=2, batch_size=4)
     with pytest.raises(ConfigError, match="holds a run"):
         engine_in(base, run)

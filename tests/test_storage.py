@@ -258,7 +258,7 @@ def test_nothing_is_flushed_while_adapters_train(tmp_path):
     with Engine(with_adapters(tiny_llama()), storage="int4", offload="host", **ADAPTED) as engine:
         for batch in batches(9):
             engine.step(batch)
-        streamer = engine.streamer
+        streamer = engine.active.streamer
         (resident,) = engine.plan.resident
         assert streamer.traffic.flush_bytes == 0
         assert set(engine.plan.blocks[resident].params) == {n for n, s in engine.plan.params.items() if s.trainable}

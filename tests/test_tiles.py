@@ -591,7 +591,7 @@ def test_every_tier_and_order_gives_the_same_and_scratch_is_as_predicted(name: s
                     fold_every=2, threads=1, **settings) as engine:  # fmt: skip
             losses = [engine.step(batch).loss for batch in [*data, *data]]
             value = engine.evaluate(data)["loss"]
-            scratch = engine.streamer.scratch_bytes
+            scratch = engine.active.streamer.scratch_bytes
             predicted = engine.memory.terms["scratch"]
             restored = engine.restore()
         assert has_forward(made) == []
@@ -629,7 +629,7 @@ def test_scratch_is_a_piece_a_lane() -> None:
             assert len(pieces) == 10 and max(piece.numel for piece in pieces) == 128 * 32
             bias = -(-(128 * 9 + 5) * 4 // 256) * 256
             assert engine.memory.terms["scratch"] == copies * (128 * 32 * 4 + bias)
-            assert engine.streamer.scratch_bytes == engine.memory.terms["scratch"]
+            assert engine.active.streamer.scratch_bytes == engine.memory.terms["scratch"]
 
 
 def test_the_activation_term_knows_that_lanes_wait_with_their_output_in_hand() -> None:

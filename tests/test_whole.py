@@ -17,10 +17,10 @@ from torch import nn
 
 import zo_offload.streamer
 from benchmarks import interrupts
-from zo_offload import ConfigError, Engine, MeZO, StorageError, diskio
+from zo_offload import ConfigError, Engine, MeZO, StorageError, diskio, vacated, wiring
 from zo_offload.closing import Closing
 from zo_offload.errors import TornError
-from zo_offload.signals import stop_signals
+from zo_offload.signals import StopRequest, stop_signals
 
 STEPS = 8
 TIERS = ("none", "host", "disk")
@@ -246,11 +246,11 @@ def test_errors_of_the_objective_the_callback_and_the_loader(offload, tmp_path):
 
 def test_steps_that_were_launched_and_not_finished_come_first(tmp_path, want):
     with engine(tmp_path / "run") as e:
-        waiting = [e.launch(batch(step)) for step in range(STEPS)]
+        waiting = [e.active.launch(batch(step)) for step in range(STEPS)]
         for launched in waiting:
-            e.finish(launched)
+            e.active.finish(launched)
         with pytest.raises(ConfigError, match="step 3 is not under way: it was finished before, or broken off"):
-            e.finish(waiting[3])
+            e.active.finish(waiting[3])
         assert_same(outcome(e), want)
 
 
@@ -349,6 +349,11 @@ def test_an_engine_cannot_be_copied(copied, tmp_path):
 # ---- the end ---------------------------------------------------------------------------------------------------------
 
 
+class StoppedAtOnce(StopRequest):
+    def look(self):
+        raise KeyboardInterrupt
+
+
 def left(run):
     files = [
         os.readlink(f"/proc/self/fd/{fd}")
@@ -371,7 +376,7 @@ def test_a_dropped_engine_gives_everything_back(offload, how, tmp_path, want):
     )  # fmt: skip
     go_on(e, 3)
     if how == "in mid-step":
-        e._parts.streamer.set_look(lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+        e.active.heed(StoppedAtOnce())
         with pytest.raises(KeyboardInterrupt):
             e.step(batch(3))
     files, threads = left(tmp_path)
@@ -387,7 +392,7 @@ def test_a_dropped_engine_gives_everything_back(offload, how, tmp_path, want):
 def test_close_releases_everything_whatever_fails(tmp_path, want):
     e = engine(tmp_path / "run", "disk")
     go_on(e, 3)
-    tier, passes = e._session.tier, e._parts.passes
+    tier, passes = e.active.session.tier, e.active.parts.passes
     real = tier.close
 
     def fail():
@@ -406,7 +411,7 @@ def test_close_releases_everything_whatever_fails(tmp_path, want):
 def test_a_close_that_is_interrupted_is_finished_by_the_next(tmp_path, want):
     e = engine(tmp_path / "run", "disk")
     go_on(e, 3)
-    real, tries = e._parts.streamer.close, []
+    real, tries = e.active.parts.streamer.close, []
 
     def close():
         tries.append(1)
@@ -414,7 +419,7 @@ def test_a_close_that_is_interrupted_is_finished_by_the_next(tmp_path, want):
             raise KeyboardInterrupt
         real()
 
-    e._closing._left[2] = close
+    e.active.closing._left[2] = close
     with pytest.raises(KeyboardInterrupt):
         e.close()
     e.close()
@@ -423,21 +428,19 @@ def test_a_close_that_is_interrupted_is_finished_by_the_next(tmp_path, want):
 
 
 def test_a_start_that_fails_leaves_the_model_and_the_directory_as_they_were(tmp_path, want, monkeypatch):
-    import zo_offload.engine
-
     model = net()
     values = copy.deepcopy(model.state_dict())
     e = Engine(
         model, method=MeZO(lr=1e-2), objective=loss, run_dir=tmp_path / "run", offload="disk", fold_every=2,
         block_numel=70,
     )  # fmt: skip
-    for name, error in (("move_what_stays", KeyboardInterrupt), ("Streamer", MemoryError)):
-        real = getattr(zo_offload.engine, name)
-        monkeypatch.setattr(zo_offload.engine, name, lambda *a, error=error, **k: (_ for _ in ()).throw(error()))
+    for module, name, error in ((vacated, "move_what_stays", KeyboardInterrupt), (wiring, "Streamer", MemoryError)):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, error=error, **k: (_ for _ in ()).throw(error()))
         with pytest.raises(error):
             e.step(batch(0))
-        monkeypatch.setattr(zo_offload.engine, name, real)
-        if name == "move_buffers":
+        monkeypatch.setattr(module, name, real)
+        if name == "move_what_stays":
             assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
             assert left(tmp_path)[0] == []
     assert_whole(e, tmp_path / "run", want)

@@ -313,7 +313,7 @@ def test_a_checkpoint_with_code_of_its_own_is_trained_resumed_replayed_and_expor
     with Engine.resume(run) as engine:
         engine.fit(ROWS, steps=4)
         assert all(torch.equal(value, weights[name]) for name, value in engine.weights())
-        assert engine._tokenizer().own
+        assert engine.batching.tokenizer().own
         engine.save_pretrained(tmp_path / "out")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert type(loaded).__name__ == "OwnForCausalLM" and loaded.config.doubled

@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .data import Batches
+from .data import Batches, fingerprint
 from .errors import ConfigError, JournalError
 from .identity import differences
-from .journal import Journal
+from .journal import Journal, StepRecord
 from .methods import MeZO, lr_schedule
 
 NEW_DATA = "To go on with other data on purpose, pass new_data=True (--new-data)"
@@ -90,6 +90,20 @@ def bound_to(journal: Journal) -> dict[str, Any] | None:
 def bound_from(journal: Journal) -> int:
     """The first step that was taken on the data that the run is bound to now."""
     return next((note.step for note in reversed(journal.notes) if isinstance(note.values.get("data"), dict)), 0)
+
+
+def check_same_data(batches: Batches, records: list[StepRecord]) -> None:
+    """Raise JournalError unless the data gives the batches that the journal's first and last step were taken on."""
+    for record in (records[0], records[-1]) if records else ():
+        if not record.batch_crc:
+            continue
+        found = fingerprint(batches.batch(record.step))
+        if found != record.batch_crc:
+            raise JournalError(
+                f"the data is not the run's: the batch of step {record.step} has fingerprint {found:08x}, the journal "
+                f"has {record.batch_crc:08x}. Give the same data, batch size, tokenizer and template; to go on with "
+                "other data on purpose, pass new_data=True (--new-data)"
+            )
 
 
 def check_horizon(horizon: int | None, steps: int) -> None:

@@ -10,18 +10,15 @@ all that the decoder says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from .errors import ConfigError
-from .model_kind import unwrapped
+from .model_kind import kind_of, unwrapped
 from .positions import learned_positions
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or the messages of a conversation: dicts with "role" and "content"."""
@@ -38,31 +35,34 @@ def check_generates(model: nn.Module) -> None:
         )
 
 
-def generate_texts(engine: Engine, tokenizer: Any, prompts: Any, **options: Any) -> str | list[str]:
-    """What the model says to each prompt, at the engine's current weights. options: of transformers' `generate`.
+def generate_texts(
+    model: nn.Module, tokenizer: Any, prompts: Any, generate: Callable[..., Any], **options: Any
+) -> str | list[str]:
+    """What the model says to each prompt. options: of transformers' `generate`.
 
-    prompts: a text or a conversation, or a list of them. One prompt gives one text, or num_return_sequences of them;
-    a list gives a list, with those of a prompt next to each other. Raises ConfigError without a tokenizer, for a prompt
-    of no tokens, and where positions would run out.
+    generate(inputs, **options): gives token ids, as the model's own `generate` does for a batch of tensors. prompts: a
+    text or a conversation, or a list of them. One prompt gives one text, or num_return_sequences of them; a list gives
+    a list, with those of a prompt next to each other. Raises ConfigError without a tokenizer, for a prompt of no
+    tokens, and where positions would run out.
     """
     if tokenizer is None:
         raise ConfigError("to generate text there must be a tokenizer: Engine(..., tokenizer=...)")
     single = isinstance(prompts, str) or _is_conversation(prompts)
-    answers = engine.kind.name == "seq2seq"
+    answers = kind_of(model).name == "seq2seq"
     rows = [prompt_ids(tokenizer, prompt, closed=answers) for prompt in ([prompts] if single else _listed(prompts))]
     empty = [i for i, row in enumerate(rows) if not row]
     if empty or not rows:
         raise ConfigError(f"prompt {empty[0]} has no tokens" if empty else "no prompt was given")
     width = max(len(row) for row in rows)
     if not answers:
-        _check_positions(engine.model, width, options)
-    pad = _pad_token(tokenizer, engine.model)
+        _check_positions(model, width, options)
+    pad = _pad_token(tokenizer, model)
     # a decoder goes on at the right, so what is missing is missing at the left, whatever the tokenizer does in training
     filled = [_filled(row, width, pad, left=not answers) for row in rows]
     ids, mask = (torch.tensor([pair[i] for pair in filled]) for i in (0, 1))
     if options.get("stop_strings") is not None:
         options = {"tokenizer": tokenizer, **options}
-    out = engine.generate({"input_ids": ids, "attention_mask": mask}, **{"pad_token_id": pad, **options})
+    out = generate({"input_ids": ids, "attention_mask": mask}, **{"pad_token_id": pad, **options})
     said = (out if isinstance(out, torch.Tensor) else out.sequences)[:, 0 if answers else width :]
     texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in said]
     return texts[0] if single and len(texts) == 1 else texts

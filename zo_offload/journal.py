@@ -14,7 +14,6 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +59,6 @@ class Journal:
         self._writing = False  # something is being added: the file may hold more than is known of
         self._failed: StorageError | None = None
         self._write_lock, self._sync_lock = threading.Lock(), threading.Lock()
-        self.settle: Callable[[int], None] = lambda version: None
-        """Makes sure that steps 0..version-1 have been appended, where losses reach the host later than blocks may."""
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: a step was added; False: the end
         self._woken = False
         self._committer: threading.Thread | None = None
@@ -222,7 +219,6 @@ class Journal:
 
     def make_durable(self, version: int) -> None:
         """Return once steps 0..version-1 are on the disk. Called before block bytes are written, and at the end."""
-        self.settle(version)
         with self._sync_lock:
             self._check()
             if version > self._synced:

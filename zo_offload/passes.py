@@ -45,9 +45,9 @@ class Passes:
 
     order: in which lanes are served; fixed: and no other, even if the model needs lanes one after another. compute:
     "tf32" for float32 products on the matrix units. mode: of the modules while they run (`modes.module_modes`). seed:
-    of the run, for the random numbers of forwards (`generators.py`). whole: see `split_micro_batches`. on_plan: told
-    each corrected plan. on_measured: told the bytes of activations that a watched pass held, batches included; may
-    raise, and the pass then has no results.
+    of the run, for the random numbers of forwards (`generators.py`). whole: see `split_micro_batches`. on_measured:
+    told the bytes of activations that a watched pass held, batches included; may raise, and the pass then has no
+    results. `plan` is the one that holds now: as given, or corrected.
     """
 
     def __init__(
@@ -64,11 +64,10 @@ class Passes:
         mode: str,
         seed: int,
         whole: Collection[str] | None = None,
-        on_plan: Callable[[Plan], None],
         on_measured: Callable[[int], None],
     ) -> None:
         self.model, self.plan, self.streamer, self.device, self.objective = model, plan, streamer, device, objective
-        self._fixed, self._compute, self._on_plan, self._on_measured = fixed, compute, on_plan, on_measured
+        self._fixed, self._compute, self._on_measured = fixed, compute, on_measured
         self._mode, self._seed, self._modules = mode, seed, list(model.modules())
         self._parts, self._whole = language_models(model), whole
         self._own_weighing = weighing(model, objective)
@@ -249,7 +248,6 @@ class Passes:
 
     def _adopt(self, plan: Plan) -> None:
         self.plan = plan
-        self._on_plan(plan)
         self.streamer.set_plan(plan)
         self._hub.adopt(plan)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,24 @@ import torch
 from torch import Tensor, nn
 
 from . import runs
+from .active import Run
+from .config import EngineConfig
 from .engine import Engine
 from .errors import ConfigError, JournalError
 from .gains import gains_of
-from .identity import about_base, check_identity, check_sample, identity
+from .identity import check_identity, check_sample
 from .ingest import Base, Filler
+from .journal import Journal
 from .journal_format import Contents
 from .journal_format import load_journal as read_file
 from .layout import Layout
-from .modes import modes_of
+from .losses import model_loss
+from .opening import Opened, open_model
 from .plan import Plan
 from .records import Gains
-from .session import Session
+from .session import Session, identity_of
 from .slots import Window
+from .stepper import make_stepper
 from .streamer import Streamer
 from .updates import UpdateLog
 
@@ -77,33 +83,36 @@ def replayed(base: str | Path | nn.Module, journal: str | Path, *, to: int | Non
     if not isinstance(header.get("settings"), dict) or not isinstance(header.get("method"), dict):
         raise JournalError(f"{journal}: the header lacks settings or method")
     runs.check_settings(header["settings"], str(journal))
+    settings = runs.with_mode(header["settings"], header.get("model"))
+    settings |= {"offload": "auto", "device_memory": None, "num_slots": None, "prefetch": None}
+    passed: dict[str, Any] = {k: options.pop(k, None) for k in ("objective", "tokenizer", "example", "method")}
+    opened = open_model(
+        base, passed["method"] or runs.make_method(header["method"]),
+        EngineConfig(**{**settings, **options, "run_dir": None}), example=passed["example"],
+        model_class=None if isinstance(base, nn.Module) else header.get("model_class"), fresh=False, offload="disk",
+    )  # fmt: skip
     log = UpdateLog()
     for record in steps[:to]:
         log.append(record.updates)
+    objective = model_loss if passed["objective"] is None else passed["objective"]
+    begin = partial(_begin, opened, header, log, str(journal))
+    return Engine.of(Run(opened, objective, begin, example=passed["example"], replays=True), passed["tokenizer"])
 
-    def session(engine: Engine) -> Session:
-        about = about_base(engine.model, None if engine.checkpoint is None else engine.checkpoint.path, engine.config)
-        wanted = identity(
-            engine.plan, engine.layout, engine.config, engine.method, engine.fold_every, str(header.get("base")),
-            about, modes_of(engine.model, engine.config.mode),
-        )  # fmt: skip
-        check_identity(wanted, header)
-        check_sample(engine.base, header)
-        gains = gains_of(header, engine.plan, str(journal))
-        read = engine.base  # the engine itself is not kept: it holds this session
 
-        def check() -> None:
-            check_identity({"base": read.digest()}, header)
+def _begin(
+    opened: Opened, header: dict[str, Any], log: UpdateLog, where: str, admit: Callable[[Journal], None]
+) -> Session:
+    """The session of a replay: nothing is written, and blocks are made of the base as they are asked for."""
+    check_identity(identity_of(opened, str(header.get("base"))), header)
+    check_sample(opened.base, header)
+    gains = gains_of(header, opened.prepared.plan, where)
 
-        return Session(ReplayTier(engine, log, gains, check), log, gains=gains)
+    def check() -> None:
+        check_identity({"base": opened.base.digest()}, header)
 
-    settings = runs.with_mode(header["settings"], header.get("model"))
-    settings |= {"offload": "auto", "device_memory": None, "num_slots": None, "prefetch": None}
-    passed: dict[str, Any] = {k: options.pop(k) for k in ("objective", "tokenizer", "example") if k in options}
-    if not isinstance(base, nn.Module) and header.get("model_class") is not None:
-        passed["model_class"] = header["model_class"]
-    method = options.pop("method", None) or runs.make_method(header["method"])
-    return Engine(base, method=method, _session=session, **passed, **{**settings, **options, "run_dir": None})
+    return Session(
+        ReplayTier(opened, log, gains, check), make_stepper(opened.prepared, opened.device, log, None, gains), gains
+    )
 
 
 class _BaseTier:
@@ -144,13 +153,15 @@ class ReplayTier:
 
     in_memory = False
 
-    def __init__(self, engine: Engine, log: UpdateLog, gains: Gains, check: Callable[[], None]) -> None:
-        self._layout, self._log, self._check = engine.layout, log, check
-        self._source = _BaseTier(engine.plan, engine.layout, engine.base)
+    def __init__(self, opened: Opened, log: UpdateLog, gains: Gains, check: Callable[[], None]) -> None:
+        prepared = opened.prepared
+        plan, layout, config = prepared.plan, prepared.layout, prepared.config
+        self._layout, self._log, self._check = layout, log, check
+        self._source = _BaseTier(plan, layout, opened.base)
         self._streamer = Streamer(
-            engine.plan, engine.layout, self._source, engine.device, log,
-            window=Window(1, 0, frozenset(), 0), fold_every=engine.fold_every, noise=engine.method.noise,
-            rounding=engine.config.rounding, gains=gains, threads=engine.config.threads,
+            plan, layout, self._source, opened.device, log, window=Window(1, 0, frozenset(), 0),
+            fold_every=prepared.fold_every, noise=prepared.method.noise, rounding=config.rounding, gains=gains,
+            threads=config.threads,
         )  # fmt: skip
         self._made: set[int] = set()
         self._lock = threading.Lock()

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from . import diskio, runs
 from .closing import Closing
-from .config import EngineConfig
-from .devices import Device
 from .errors import CheckpointError, ConfigError, JournalError, StorageError
 from .gains import decide_gains, gains_of
 from .identity import about_base, check_identity, check_sample, header_of, identity, warn_of_versions
-from .ingest import Base, Filler, ModuleBase, ingest
+from .ingest import Base, ModuleBase, ingest
 from .journal import Journal
 from .journal_format import history_start
-from .layout import Layout
 from .lock import NAME as LOCK
 from .lock import RunLock, hold
-from .methods import MeZO
-from .plan import Plan
+from .modes import modes_of
+from .opening import Opened
+from .origin import RunOrigin
+from .prepare import Prepared
 from .records import Gains
 from .snapshot import Snapshots
+from .stepper import Stepper, make_stepper
 from .tiers import DiskTier, HostTier, ResidentTier, Tier
 from .tiers.disk import Shape, shapes_of
 from .updates import UpdateLog
@@ -38,19 +35,18 @@ from .updates import UpdateLog
 _log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Session:
     """A run under way: where its blocks live, what they lack, and what makes it durable (None without a run_dir)."""
 
     tier: Tier
-    log: UpdateLog
+    stepper: Stepper
+    """With the log of the steps that blocks may lack."""
+    gains: Gains
     journal: Journal | None = None
     lock: RunLock | None = None
     snapshots: Snapshots | None = None
     reopened: bool = False
-    gains: Gains = field(default_factory=dict)
-    bare: Tier | None = None
-    """The tier, before the device wrapped it."""
 
     def settle(self) -> None:
         """Wait for the background snapshot, before somebody else writes the blocks."""
@@ -73,28 +69,14 @@ class Session:
 
 @dataclass(frozen=True)
 class Maker:
-    """Begins a session, or opens the one that the run directory holds. The engine's parts, and how it was asked for."""
+    """Begins a session, or opens the one that the run directory holds. objective: its name; None: the model's own loss.
 
-    plan: Plan
-    layout: Layout
-    base: Base
-    config: EngineConfig
-    method: MeZO
-    offload: str
-    fold_every: int
-    device: Device
-    model_name: str | None = None
-    model_class: str | None = None
-    modes: str = "eval"
-    gains: Gains | None = None
-    """Of a run that begins; None: to be decided then. A run that is reopened has those of its journal."""
-    directory: Path | None = None
-    """Of the checkpoint; None for a module in memory."""
-    model: nn.Module | None = None
+    fresh: whether a new run was asked for; else what run_dir holds is to go on.
+    """
+
+    opened: Opened
     objective: str | None = None
     fresh: bool = True
-    """Whether a new run was asked for; else what run_dir holds is to go on."""
-    progress: Callable[[int], None] = lambda nbytes: None
 
     def start(self, admit: Callable[[Journal], None] = lambda journal: None) -> Session:
         """Fill a tier from the base and begin a run, or reopen an earlier run's tier, log and journal.
@@ -103,11 +85,11 @@ class Maker:
         taken as they are; the others are read from the base. Each is brought up to date by replay at its next visit.
         admit: raises if a journal that is reopened cannot go on with what is asked for; called before weights are read.
         """
-        run_dir = self._run_dir
+        run_dir = self.opened.run_dir
         if run_dir is None:
-            session = Session(self._memory_tier(), UpdateLog(), gains=self._first_gains())
-            self._ingest(session.tier)
-            return session
+            tier, gains = self._memory_tier(), self._first_gains()
+            self._ingest(tier)
+            return Session(tier, self._stepper(UpdateLog(), None, gains), gains)
         try:
             return self._start_in(run_dir, admit)
         except StorageError:
@@ -133,28 +115,38 @@ class Maker:
             return session
 
     @property
-    def _run_dir(self) -> Path | None:
-        return Path(self.config.run_dir) if self.config.run_dir is not None else None
+    def _base(self) -> Base:
+        return self.opened.base
+
+    @property
+    def _prepared(self) -> Prepared:
+        return self.opened.prepared
 
     def _first_gains(self) -> Gains:
-        return decide_gains(self.plan, self.layout, self.method, self.base) if self.gains is None else self.gains
+        prepared = self._prepared
+        if self.opened.gains is not None:
+            return self.opened.gains
+        return decide_gains(prepared.plan, prepared.layout, prepared.method, self._base)
 
     def _memory_tier(self) -> Tier:
-        if self.offload == "none":
-            return ResidentTier(self.layout.block_bytes, self.device.alloc)
-        return HostTier(self.layout.block_bytes, self.device.host_alloc)
+        block_bytes, device = self._prepared.layout.block_bytes, self.opened.device
+        if self._prepared.offload == "none":
+            return ResidentTier(block_bytes, device.alloc)
+        return HostTier(block_bytes, device.host_alloc)
 
     def _ingest(self, tier: Tier, blocks: Iterable[int] | None = None) -> None:
-        ingest(self.plan, self.layout, self.base, tier, self.device.host_alloc, blocks=blocks, progress=self.progress)
+        prepared, alloc = self._prepared, self.opened.device.host_alloc
+        ingest(prepared.plan, prepared.layout, self._base, tier, alloc, blocks=blocks)
+
+    def _stepper(self, log: UpdateLog, journal: Journal | None, gains: Gains) -> Stepper:
+        return make_stepper(self._prepared, self.opened.device, log, journal, gains)
 
     def _shapes(self) -> tuple[Shape, ...]:
-        return shapes_of(self.layout.block_bytes, self.layout.spans, self.layout.stream_bytes)
+        layout = self._prepared.layout
+        return shapes_of(layout.block_bytes, layout.spans, layout.stream_bytes)
 
     def _identity(self, base_digest: str) -> dict[str, Any]:
-        about = about_base(self.model, self.directory, self.config)
-        return identity(
-            self.plan, self.layout, self.config, self.method, self.fold_every, base_digest, about, self.modes
-        )
+        return identity_of(self.opened, base_digest)
 
     def _clear(self, run_dir: Path) -> None:
         """Remove the journal and metrics of a run without steps, which is begun anew. Its blocks are taken over."""
@@ -174,16 +166,18 @@ class Maker:
 
     def _begin(self, run_dir: Path, lock: RunLock, undo: ExitStack) -> Session:
         self._clear(run_dir)
+        opened, prepared, origin = self.opened, self._prepared, RunOrigin(self.opened)
         gains = self._first_gains()
-        runs.save_config(run_dir, self.model_name, self.model_class, self.config, self.method)
-        files = DiskTier.create(run_dir / runs.BLOCKS, self._shapes()) if self.offload == "disk" else None
-        if files is not None:
+        runs.save_config(run_dir, opened.name, opened.model_class, prepared.config, prepared.method)
+        files = None
+        if prepared.offload == "disk":
+            files = DiskTier.create(run_dir / runs.BLOCKS, self._shapes(), origin)
             undo.callback(files.close)
         tier = files if files is not None else self._memory_tier()
         self._ingest(tier)
-        wanted = self._identity(self.base.digest())
+        wanted = self._identity(self._base.digest())
         header = header_of(
-            wanted, self.base, self.plan, self.layout, self.config, self.model_name, self.model_class, gains,
+            wanted, self._base, prepared.plan, prepared.layout, prepared.config, opened.name, opened.model_class, gains,
             self.objective,
         )  # fmt: skip
         if not lock.is_there(run_dir):
@@ -192,11 +186,12 @@ class Maker:
             files.bind(history_start(header))  # before there is a journal: a run's blocks say what they are of
         journal = Journal.create(run_dir / runs.JOURNAL, header)
         undo.callback(journal.close)
-        if files is not None:
-            self._bind(files, journal)
-        return Session(tier, UpdateLog(), journal, lock, self._snapshots(run_dir, tier, files, journal), gains=gains)
+        stepper = self._stepper(UpdateLog(), journal, gains)
+        origin.begin(journal, stepper)
+        return Session(tier, stepper, gains, journal, lock, self._snapshots(run_dir, tier, files, origin))
 
     def _reopen(self, run_dir: Path, lock: RunLock, undo: ExitStack, admit: Callable[[Journal], None]) -> Session:
+        prepared, origin = self._prepared, RunOrigin(self.opened)
         journal = Journal.open(run_dir / runs.JOURNAL, alone=True)
         undo.callback(journal.close)
         if journal.dropped_bytes:
@@ -206,47 +201,47 @@ class Maker:
             updates.append(record.updates)
         blocks, files = run_dir / runs.BLOCKS, None
         if blocks.is_dir() and not DiskTier.is_unfinished(blocks, self._shapes()):
-            files = self._open_files(run_dir, journal, undo)
+            files = self._open_files(run_dir, journal, origin, undo)
         # All but the base is compared first: no weight is read for a run that cannot go on.
         known = journal.header
-        unread = not isinstance(self.base, ModuleBase)  # weights in memory are cheap to compare whole
-        check_identity(self._identity(str(known.get("base")) if unread else self.base.digest()), known)
+        unread = not isinstance(self._base, ModuleBase)  # weights in memory are cheap to compare whole
+        check_identity(self._identity(str(known.get("base")) if unread else self._base.digest()), known)
         admit(journal)
         if unread:
-            check_sample(self.base, journal.header)
+            check_sample(self._base, journal.header)
         warn_of_versions(journal.header, str(run_dir))
-        elsewhere = self.offload != "disk"
+        all_blocks = list(range(len(prepared.layout.block_bytes)))
         tier: Tier
-        if files is not None and not elsewhere:
-            tier, again = files, sorted(files.torn)
-        elif elsewhere:
+        if prepared.offload != "disk":
             tier = self._memory_tier()
-            again = list(range(len(self.layout.block_bytes))) if files is None else self._copy_in(files, tier)
+            again = all_blocks if files is None else self._copy_in(files, tier)
+        elif files is not None:
+            tier, again = files, sorted(files.torn)
         else:
-            tier = files = DiskTier.create(run_dir / runs.BLOCKS, self._shapes())
+            tier = files = DiskTier.create(run_dir / runs.BLOCKS, self._shapes(), origin)
             undo.callback(files.close)
-            again = list(range(len(self.layout.block_bytes)))
-        if files is not None:
-            self._bind(files, journal)
+            again = all_blocks
+        gains = gains_of(journal.header, prepared.plan, str(journal.path))
+        stepper = self._stepper(updates, journal, gains)
+        origin.begin(journal, stepper)
         if again:
             # The base is read only where it is needed; then it is checked too, before a block of it is written.
-            check_identity(self._identity(self.base.digest()), known)
+            check_identity(self._identity(self._base.digest()), known)
             self._ingest(tier, again)
-        return Session(
-            tier, updates, journal, lock, self._snapshots(run_dir, tier, files, journal), reopened=True,
-            gains=gains_of(journal.header, self.plan, str(journal.path)),
-        )  # fmt: skip
+        snapshots = self._snapshots(run_dir, tier, files, origin)
+        return Session(tier, stepper, gains, journal, lock, snapshots, reopened=True)
 
-    def _open_files(self, run_dir: Path, journal: Journal, undo: ExitStack) -> DiskTier:
+    def _open_files(self, run_dir: Path, journal: Journal, origin: RunOrigin, undo: ExitStack) -> DiskTier:
         """The run's block files. Raises JournalError if they are of another layout, or know more than the journal."""
-        if journal.header.get("layout") != self.layout.digest():
+        layout = self._prepared.layout
+        if journal.header.get("layout") != layout.digest():
             raise JournalError(
                 f"{run_dir / runs.BLOCKS}: written under byte layout {journal.header.get('layout')}, this engine has "
-                f"{self.layout.digest()}. Remove that folder to rebuild the blocks from the base and the journal"
+                f"{layout.digest()}. Remove that folder to rebuild the blocks from the base and the journal"
             )
-        files = DiskTier.open(run_dir / runs.BLOCKS, self._shapes())
+        files = DiskTier.open(run_dir / runs.BLOCKS, self._shapes(), origin)
         undo.callback(files.close)
-        for block in range(len(self.layout.block_bytes)):
+        for block in range(len(layout.block_bytes)):
             for generation, header in files.headers(block):
                 if header.history == 0:  # a power cut fell between the block and the word of what it is
                     files.forget(block, generation)
@@ -270,12 +265,12 @@ class Maker:
     def _copy_in(self, files: DiskTier, tier: Tier) -> list[int]:
         """Blocks on disk -> a memory tier, at the versions they have; returns those that the disk does not have."""
         missing = sorted(files.torn)
-        for block, nbytes in enumerate(self.layout.block_bytes):
+        for block, nbytes in enumerate(self._prepared.layout.block_bytes):
             if block in files.torn:
                 continue
             view = tier.view(block)
             in_place = view is not None and view.device.type == "cpu"  # a file is read into the host's memory only
-            buffer = view if in_place and view is not None else self.device.host_alloc(nbytes)
+            buffer = view if in_place and view is not None else self.opened.device.host_alloc(nbytes)
             try:
                 files.fetch(block, buffer)
             except CheckpointError:
@@ -284,34 +279,25 @@ class Maker:
             if view is not None and not in_place:
                 buffer = view.copy_(buffer)
             tier.flush(block, buffer, ((0, nbytes),), files.version(block))
-            self.progress(nbytes)
         return missing
 
-    def _bind(self, files: DiskTier, journal: Journal) -> None:
-        """Tie block files to their journal: write-ahead, history, and the base to rebuild from."""
-        files.before_write, files.history_of = journal.make_durable, journal.history
-        checked = threading.Lock()
-        good: list[bool] = []
-
-        def rebuild(block: int, out: Tensor) -> None:
-            with checked:
-                if not good:
-                    check_identity({"base": self.base.digest()}, journal.header)
-                    good.append(True)
-                Filler(self.plan, self.layout, self.base).fill(block, out)
-
-        if not isinstance(self.base, ModuleBase):  # a module in memory lets its weights go
-            files.rebuild = rebuild
-
-    def _snapshots(self, run_dir: Path, tier: Tier, files: DiskTier | None, journal: Journal) -> Snapshots:
+    def _snapshots(self, run_dir: Path, tier: Tier, files: DiskTier | None, origin: RunOrigin) -> Snapshots:
         def open_files() -> DiskTier:
-            made = files if files is not None else DiskTier.create(run_dir / runs.BLOCKS, self._shapes())
-            self._bind(made, journal)
-            return made
+            return DiskTier.create(run_dir / runs.BLOCKS, self._shapes(), origin) if files is None else files
 
-        layers = groupby(self.plan.blocks, key=lambda block: block.name)
-        written = [[block.index for block in layer if block.index in self.layout.written] for _, layer in layers]
+        plan, layout, config = self._prepared.plan, self._prepared.layout, self._prepared.config
+        layers = groupby(plan.blocks, key=lambda block: block.name)
+        written = [[block.index for block in layer if block.index in layout.written] for _, layer in layers]
         return Snapshots(
-            tier, open_files, self.layout, [layer for layer in written if layer], self.device.host_alloc,
-            minutes=self.config.snapshot_minutes, steps=self.config.snapshot_steps,
+            tier, open_files, layout, [layer for layer in written if layer], self.opened.device.host_alloc,
+            minutes=config.snapshot_minutes, steps=config.snapshot_steps,
         )  # fmt: skip
+
+
+def identity_of(opened: Opened, base_digest: str) -> dict[str, Any]:
+    """What a run of this model, stored and trained like this, is compared with: see `identity.py`."""
+    prepared = opened.prepared
+    return identity(
+        prepared.plan, prepared.layout, prepared.config, prepared.method, prepared.fold_every, base_digest,
+        about_base(opened.model, opened.directory, prepared.config), modes_of(opened.model, prepared.config.mode),
+    )  # fmt: skip

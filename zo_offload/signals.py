@@ -59,6 +59,18 @@ class StopRequest:
             raise KeyboardInterrupt(f"second {signal.Signals(self.second).name}: stopped at once, in mid-step")
 
 
+class Lookout:
+    """Where those who work on a step ask whether it may go on; `stop`: whom they ask now, None for nobody."""
+
+    def __init__(self) -> None:
+        self.stop: StopRequest | None = None
+
+    def look(self) -> None:
+        """Raise KeyboardInterrupt if the step is to end at once."""
+        if self.stop is not None:
+            self.stop.look()
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopRequest]:
     """Handlers for the time of the block, then those of before again.

@@ -5,8 +5,8 @@
 
 Where the losses are on the host, both happen in `step`. Where they are not (`late.py`), the engine launches step t and
 then settles step t - 1 (so a halved eps is first used by step t + 1). Whoever is about to write bytes that contain a
-step settles it first (`Journal.settle`), on whatever thread that is; its losses are on the host by then or soon, since
-the bytes came after them on the GPU.
+step settles it first (`Origin.before_write`), on whatever thread that is; its losses are on the host by then or soon,
+since the bytes came after them on the GPU.
 
 A step is taken from the moment that the log has it, which is the last move of `launch` (late) or `settle`. Whatever
 raises wherever before that, the step was not taken; `mend` takes back what else was done for it.
@@ -24,12 +24,14 @@ import torch
 from torch import Tensor
 
 from . import late
+from .device_updates import UpdateTable
 from .devices import Device, Later
 from .errors import ConfigError, DivergenceError
 from .journal import Journal, StepRecord
 from .late import LateLog, Launched
 from .methods import MeZO
-from .records import Update
+from .prepare import Prepared
+from .records import Gains, Update
 from .updates import UpdateLog, with_folds
 
 MAX_HALVINGS = 10  # of eps, by on_nonfinite="halve_eps": a thousandth of what was asked is no longer the same method
@@ -56,9 +58,7 @@ class Stepper:
         self._halved: set[int] = set()  # steps of this engine after which eps was halved
         self._open: deque[Launched] = deque()  # launched, not settled
         self._done: dict[int, StepRecord | DivergenceError] = {}  # settled, not asked for
-        self._lock = threading.RLock()  # the journal may ask for what is being settled
-        if journal is not None and self.late:
-            journal.settle = self.settle_before
+        self._lock = threading.RLock()  # who writes blocks may ask for what is being settled
 
     @property
     def late(self) -> bool:
@@ -208,3 +208,17 @@ class Stepper:
                 f"step {step}: an update of {largest:g} would overflow the storage format (largest value "
                 f"{self.limit:g}). The weights are as after step {step - 1}. Lower lr or eps"
             )
+
+
+def make_stepper(prepared: Prepared, device: Device, log: UpdateLog, journal: Journal | None, gains: Gains) -> Stepper:
+    """The stepper of a run with the steps of `log`, whose journal this is; on a device that is late its log is too."""
+    if device.late:
+        factors = {gain.update for gain in gains.values()}
+        log = LateLog(log, UpdateTable(device.torch_device, device.upload, factors))
+    formats = [place.fmt.torch_dtype for place in prepared.layout.places.values()]
+    largest = min((torch.finfo(dtype).max for dtype in formats), default=math.inf)
+    return Stepper(
+        prepared.method, prepared.config.seed, prepared.fold_every, log, journal, device,
+        largest / max((1.0, *(gain.update for gain in gains.values()))),
+        halvings=sum(record.halved for record in journal.steps) if journal is not None else 0,
+    )  # fmt: skip

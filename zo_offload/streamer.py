@@ -53,7 +53,8 @@ class _Recipe:
 class Streamer:
     """The lanes' source of weights (`lanes.Source`) over a tier, a window of slots and the update log.
 
-    window: how blocks move. decays(spec): whether weight decay applies to a parameter.
+    window: how blocks move. decays(spec): whether weight decay applies to a parameter. look: called before each owner's
+    weights are made, where it may end the pass by raising.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Streamer:
         decays: Callable[[ParamSpec], bool] = lambda spec: len(spec.shape) > 1,
         gains: Gains | None = None,
         threads: int | None = None,
+        look: Callable[[], None] = lambda: None,
     ) -> None:
         self.plan, self.layout, self.log = plan, layout, log
         self.noise, self.rounding, self.threads, self.fold_every = noise, rounding, threads, fold_every
@@ -79,7 +81,7 @@ class Streamer:
         self._first_fold = log.folded
         self._recipes: dict[tuple[str, Piece | None, int], _Recipe] = {}
         self._pool = ScratchPool(device.alloc)
-        self._look: Callable[[], None] | None = None
+        self._look = look
         self.changes = FoldSample(scales=layout.target == "scales", stochastic=rounding == "stochastic")
         """How many of the stored values folds change."""
         self.window = BlockWindow(
@@ -108,10 +110,6 @@ class Streamer:
     def end_pass(self) -> None:
         """All lanes have returned: bring the remaining blocks' visits to their end."""
         self.window.end_pass()
-
-    def set_look(self, look: Callable[[], None] | None) -> None:
-        """look: called before each owner's weights are made, where it may end the pass by raising; None: nobody is."""
-        self._look = look
 
     def flush_all(self, between: Callable[[], None] = lambda: None) -> None:
         """Bring every block to the last fold in its tier; see `BlockWindow.flush_all`."""
@@ -166,8 +164,7 @@ class Streamer:
         fresh: bool = False,
     ) -> list[list[Tensor]]:
         """Scratch weights of the owner's parameters, [perturbation][parameter]; see `lanes.Source`."""
-        if self._look is not None:
-            self._look()
+        self._look()
         window = self.window
         key = (owner.name, pieces[0] if pieces else None, len(pieces or ()))
         recipe = self._recipes.get(key)

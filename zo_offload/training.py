@@ -8,20 +8,23 @@ are looked at between steps, and the second one between blocks too.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from . import runs
-from .data import Batches, batch_tokens, fingerprint
-from .errors import JournalError
+from .active import Run
+from .batching import Batching
+from .binding import Binding
+from .calls import FitCall
+from .data import Batches, batch_tokens
 from .journal import StepRecord
+from .late import Launched
+from .losses import Batch
+from .methods import lr_schedule
 from .progress import Progress
 from .signals import Stopped, StopRequest, stop_signals
-from .streamer import Streamer
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,43 @@ class FitResult:
     updates that vanish in the storage format (`learning_watch.py`)."""
 
 
+def train(
+    run: Run,
+    batching: Batching,
+    call: FitCall,
+    *,
+    new_data: bool = False,
+    progress: bool = False,
+    callback: Callable[[StepRecord], None] | None = None,
+) -> FitResult:
+    """One call of `fit`; what it leaves out is as it was in the run's last one. See `Engine.fit`."""
+    call, method = call.after(run.last_fit), run.method
+    call.check()
+    steps = method.steps if call.steps is None else call.steps
+    rows, micro_batches = call.batch_size or method.batch_size, call.micro_batches or 1
+    batches = batching.batches(call.data, rows, dict(call.options))
+    evaluation = None
+    if call.eval_data is not None:
+        evaluation = batching.batches(call.eval_data, rows, dict(call.options), shuffle=False)
+    binding = Binding.of(batches, micro_batches, method, steps, new_data=new_data)
+    if run.journal is not None:
+        binding.check(run.journal)
+    run.start_steps(
+        batches.batch(0), micro_batches, batching.objective_of(batches), largest=batches.largest(), admit=binding.check
+    )
+    run.bind(binding, replace(call, steps=steps, batch_size=rows), batches)
+    factor = lr_schedule(method.schedule, method.warmup_steps, run.horizon or steps)
+    return Training(
+        run, batches, evaluation, steps, lambda step: method.lr * factor(step), micro_batches, call.eval_every,
+        progress, callback,
+    ).run_steps()  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Training:
     """One call of `fit`. lr(step): the learning rate; evaluation: None for none; see `Engine.fit` for the others."""
 
-    engine: Engine
-    streamer: Streamer
+    run: Run
     batches: Batches
     evaluation: Batches | None
     steps: int
@@ -63,24 +97,23 @@ class Training:
     progress: bool = False
     callback: Callable[[StepRecord], None] | None = None
 
-    def run(self) -> FitResult:
-        engine, streamer = self.engine, self.streamer
+    def run_steps(self) -> FitResult:
+        run, parts = self.run, self.run.start()
+        streamer = parts.streamer
         losses: list[float] = []
-        tokens, begin, first = 0, time.perf_counter(), engine.log.version
+        tokens, begin, first = 0, time.perf_counter(), run.log.version
         traffic = streamer.count_anew()
-        path = None if engine.run_dir is None else engine.run_dir / runs.METRICS
+        path = None if run.run_dir is None else run.run_dir / runs.METRICS
         with Progress(self.progress, first, self.steps) as bar, runs.Metrics(path) as metrics, stop_signals() as stop:
             try:
-                streamer.set_look(stop.look)
+                run.heed(stop)
                 self._evaluate_what_was_missed(first, metrics, stop)
-                for record, batch in engine.take_steps(
-                    self.batches, range(first, self.steps), self.lr, self.micro_batches, self._is_due
-                ):
+                for record, batch in self._take_steps(first):
                     step = record.step
                     losses.append(record.loss)
                     tokens += batch_tokens(batch)
                     seconds = time.perf_counter() - begin
-                    wait = engine.wait_share(traffic, seconds)
+                    wait = parts.wait_share(traffic, seconds)
                     metrics.write(
                         step=step, loss=record.loss, grad=record.grad, lr=record.lr, skipped=record.skipped,
                         tokens=tokens, seconds=round(seconds, 3), wait_share=round(wait, 4),
@@ -89,7 +122,7 @@ class Training:
                     done = step + 1 - first
                     bar.step(
                         record.loss, tokens / seconds, wait, traffic.fetch_bytes / done, traffic.flush_bytes / done,
-                        engine.learning.short,
+                        parts.watch.short,
                     )  # fmt: skip
                     if self.callback is not None:
                         self.callback(record)
@@ -99,18 +132,36 @@ class Training:
                 if self.evaluation is not None:
                     self._evaluate(metrics, stop)
                 self._check_stop(stop)
-                engine.learning.finish()
-                found = engine.learning.warnings
+                parts.watch.finish()
+                found = parts.watch.warnings
             finally:
-                engine.settle(at_once=stop.at_once)
-                streamer.set_look(None)
+                run.settle(at_once=stop.at_once)
+                run.heed(None)
         seconds = time.perf_counter() - begin
         return FitResult(
-            steps=len(losses), losses=losses, evals=list(engine.evals), tokens_per_s=tokens / seconds, seconds=seconds,
-            wait_share=engine.wait_share(traffic, seconds), resident_bytes=streamer.resident_bytes,
-            model_bytes=engine.layout.total_bytes, fetch_bytes=traffic.fetch_bytes, flush_bytes=traffic.flush_bytes,
-            warnings=found,
+            steps=len(losses), losses=losses, evals=list(run.evals), tokens_per_s=tokens / seconds, seconds=seconds,
+            wait_share=parts.wait_share(traffic, seconds), resident_bytes=streamer.resident_bytes,
+            model_bytes=run.prepared.layout.total_bytes, fetch_bytes=traffic.fetch_bytes,
+            flush_bytes=traffic.flush_bytes, warnings=found,
         )  # fmt: skip
+
+    def _take_steps(self, first: int) -> Iterator[tuple[StepRecord, Batch]]:
+        """Steps from `first` on: records and batches as they are settled; on a GPU, each after the next one's launch.
+
+        Before an evaluation all that was launched is settled.
+        """
+        waiting: deque[tuple[Launched, Any]] = deque()
+        late = self.run.start().stepper.late
+        for step in range(first, self.steps):
+            batch: Batch = self.batches.batch(step)
+            launched = self.run.launch(
+                batch, self.lr(step), micro_batches=self.micro_batches, objective=self.batches.objective
+            )
+            waiting.append((launched, batch))
+            ahead = 1 if late and step + 1 < self.steps and not self._is_due(step + 1) else 0
+            while len(waiting) > ahead:
+                launched, its_batch = waiting.popleft()
+                yield self.run.finish(launched), its_batch
 
     def _is_due(self, step: int) -> bool:
         """Whether `step` steps in, an evaluation comes before the next one. The one at the end is not counted here."""
@@ -119,33 +170,19 @@ class Training:
 
     def _evaluate_what_was_missed(self, first: int, metrics: runs.Metrics, stop: StopRequest) -> None:
         """A run that ended between a step and its evaluation makes up for it, so that the schedule is the same."""
-        if self._is_due(first) and all(values["step"] != first for values in self.engine.evals):
+        if self._is_due(first) and all(values["step"] != first for values in self.run.evals):
             self._evaluate(metrics, stop)
 
     def _evaluate(self, metrics: runs.Metrics, stop: StopRequest) -> None:
         assert self.evaluation is not None
-        step = self.engine.log.version
-        values = {"step": step, **self.engine.measure(self.evaluation, lambda: self._check_stop(stop))}
-        self.engine.evals[:] = [known for known in self.engine.evals if known["step"] != step] + [values]
+        step = self.run.log.version
+        values = {"step": step, **self.run.measure(self.evaluation, lambda: self._check_stop(stop))}
+        self.run.evals[:] = [known for known in self.run.evals if known["step"] != step] + [values]
         metrics.write(**{("step" if k == "step" else f"eval_{k}"): v for k, v in values.items()})
 
     def _check_stop(self, stop: StopRequest) -> None:
         stop.look()
         if stop.signum is not None:
-            run_dir = self.engine.run_dir
+            run_dir = self.run.run_dir
             where = "the run has no run_dir and cannot be resumed" if run_dir is None else f"resume it from {run_dir}"
-            raise Stopped(stop.signum, self.engine.log.version, where)
-
-
-def check_same_data(batches: Batches, records: list[StepRecord]) -> None:
-    """Raise JournalError unless the data gives the batches that the journal's first and last step were taken on."""
-    for record in (records[0], records[-1]) if records else ():
-        if not record.batch_crc:
-            continue
-        found = fingerprint(batches.batch(record.step))
-        if found != record.batch_crc:
-            raise JournalError(
-                f"the data is not the run's: the batch of step {record.step} has fingerprint {found:08x}, the journal "
-                f"has {record.batch_crc:08x}. Give the same data, batch size, tokenizer and template; to go on with "
-                "other data on purpose, pass new_data=True (--new-data)"
-            )
+            raise Stopped(stop.signum, self.run.log.version, where)

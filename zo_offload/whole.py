@@ -24,10 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from .devices.link import Link
 from .errors import ConfigError, DivergenceError, TornError
 from .learning_watch import LearningWatch
 from .passes import Passes
 from .session import Session
+from .slots import Traffic
 from .stepper import Stepper
 from .streamer import Streamer
 
@@ -83,11 +85,11 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def entry(method: _Method) -> _Method:
-    """A method of an engine that goes through its door."""
+    """A method of an engine, or of its run, that goes through its door."""
 
     @functools.wraps(method)
     def through_the_door(self: Any, *args: Any, **options: Any) -> Any:
-        return self._door.call(lambda: method(self, *args, **options))
+        return self.door.call(lambda: method(self, *args, **options))
 
     return cast(_Method, through_the_door)
 
@@ -101,17 +103,28 @@ class Parts:
     passes: Passes
     stepper: Stepper
     watch: LearningWatch
+    link: Link | None = None
+    """Of a GPU to the host, as it was measured; None where nothing streams over one."""
+
+    def wait_share(self, traffic: Traffic, seconds: float) -> float:
+        """Share of the time that compute waited for blocks; on a GPU, that the link needed for what was moved."""
+        if self.link is None:
+            return traffic.wait_s / seconds
+        return min(1.0, self.link.seconds(traffic.fetch_bytes, traffic.flush_bytes) / seconds)
 
 
 class Whole:
-    """`with whole:` around all work on the parts; see the module. names: of the blocks; run_dir: for what it says."""
+    """`with whole as parts:` around all work on the parts; see the module.
+
+    names: of the blocks; run_dir: for what it says.
+    """
 
     def __init__(self, parts: Parts, names: list[str], run_dir: Path | None) -> None:
         self._parts, self._names, self._run_dir = parts, names, run_dir
         self._broken = False
         self.torn: TornError | None = None
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Parts:
         if self._parts.passes.is_inside():
             raise ConfigError(
                 "the engine was called from within one of its own passes (a forward, or the objective), which has the "
@@ -122,6 +135,7 @@ class Whole:
         if self.torn is not None:
             raise self.torn
         self._broken = True
+        return self._parts
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:

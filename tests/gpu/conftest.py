@@ -56,9 +56,9 @@ def rehearsal(monkeypatch):
         return CpuDevice() if name == "cpu" else FakeCudaDevice(FakeBackend(longest_s=2e-4))
 
     if importlib.util.find_spec("greenlet"):  # tests of kernels do without
-        import zo_offload.engine
+        import zo_offload.opening
 
-        monkeypatch.setattr(zo_offload.engine, "make_device", make_device)
+        monkeypatch.setattr(zo_offload.opening, "make_device", make_device)
     monkeypatch.setattr(native_cuda, "kernels", lambda device: CpuKernels())
     monkeypatch.setattr(native_cuda, "_open", lambda device: CpuKernels())
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)

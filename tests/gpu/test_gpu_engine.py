@@ -126,7 +126,7 @@ def test_a_step_does_not_wait_for_the_gpu(monkeypatch, offload):
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                engine.launch(batches(1)[0])
+                engine.active.launch(batches(1)[0])
             found = list(waits)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -133,7 +133,7 @@ class HostSlabs:
         return None
 
     def close(self) -> None:
-        """Ends the locking, unlocks what was locked. The streams must have drained."""
+        """Ends the locking, unlocks what was locked; the tier itself stays open. The streams must have drained."""
         self._stop.set()
         if self._worker.is_alive():
             self._worker.join()
@@ -141,7 +141,6 @@ class HostSlabs:
             if pinned:
                 self._backend.unlock(self._tier.slabs[block])
         self._pinned = [False] * len(self._pinned)
-        self._tier.close()
 
     # ---- locking -----------------------------------------------------------------------------------------------------
 
@@ -221,4 +220,4 @@ class ThroughHost:
         return None
 
     def close(self) -> None:
-        self._tier.close()
+        """The tier itself stays open."""

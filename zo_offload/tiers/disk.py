@@ -1,8 +1,8 @@
 """Blocks on disk, one file each (block_file.py says how), read and written by worker threads through the page cache.
 
-Write-ahead rule: bytes that contain step t reach a file only after `before_write(t + 1)` has returned, which waits for
-the journal. `flush` is the one place in the package that writes such bytes, for a run on disk and for the snapshots of
-a run in memory alike, and it calls this first.
+Write-ahead rule: bytes that contain step t reach a file only after `Origin.before_write(t + 1)` has returned, which
+waits for the journal. `flush` is the one place in the package that writes such bytes, for a run on disk and for the
+snapshots of a run in memory alike, and it calls this first.
 
 A block is always readable: if the generation read last is damaged (its checksum is verified at every fetch) the other
 one is taken, older, and the caller brings it up to date by replay; if both are, `rebuild` gives the block at version 0.
@@ -17,9 +17,10 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -89,23 +90,37 @@ def _save_shapes(directory: Path, shapes: Sequence[Shape]) -> None:
     diskio.replace_file(directory / SHAPES, text.encode())
 
 
+class Origin(Protocol):
+    """The run that block files belong to: what must be on the disk before them, and what they are made from."""
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether `rebuild` can be called."""
+
+    def before_write(self, version: int) -> None:
+        """Return once the journal's first `version` steps are durable; see the module."""
+
+    def history(self, version: int) -> int:
+        """`Journal.history`: binds a block to the steps that it is made of, and to the base. 0: not known yet."""
+
+    def rebuild(self, block: int, out: Tensor) -> None:
+        """Fill `out` with a block's bytes at version 0, from the base."""
+
+
 class DiskTier:
-    """Blocks in `directory`; `create` writes new files, `open` reads an earlier run's."""
+    """Blocks in `directory`; `create` writes new files, `open` reads an earlier run's.
+
+    origin: what they belong to; without it (for tools that look at files, or mark them) no block can be written.
+    """
 
     in_memory = False
 
-    def __init__(self, directory: Path, blocks: list[_Block]) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, blocks: list[_Block], origin: Origin | None) -> None:
+        self.directory, self._origin = directory, origin
         self._blocks = blocks
-        self.before_write: Callable[[int], None] = lambda version: None
-        """Waits until the journal's first `version` steps are durable; see the module."""
-        self.history_of: Callable[[int], int] = lambda version: 0
-        """`Journal.history`: binds a block to the steps that it is made of, and to the base. 0: not known yet."""
-        self.rebuild: Callable[[int, Tensor], None] | None = None
-        """Fills a tensor with a block's bytes at version 0, from the base."""
 
     @classmethod
-    def create(cls, directory: Path, shapes: Sequence[Shape]) -> DiskTier:
+    def create(cls, directory: Path, shapes: Sequence[Shape], origin: Origin) -> DiskTier:
         """New block files, empty until they are first written; their space is reserved at once.
 
         Files of the same names are taken over: call it only for a run whose journal needs none of them. BudgetError if
@@ -134,10 +149,12 @@ class DiskTier:
             raise diskio.storage_error(error, "making", directory, then="Nothing was trained yet.") from error
         diskio.sync_directory(directory)
         _save_shapes(directory, shapes)
-        return cls(directory, blocks)
+        return cls(directory, blocks, origin)
 
     @classmethod
-    def open(cls, directory: Path, shapes: Sequence[Shape], *, write: bool = True) -> DiskTier:
+    def open(
+        cls, directory: Path, shapes: Sequence[Shape], origin: Origin | None = None, *, write: bool = True
+    ) -> DiskTier:
         """The files of an earlier run, each checked against its shape. A block may have no whole generation."""
         diskio.allow_open_files(len(shapes), "block files")
         blocks = []
@@ -162,7 +179,7 @@ class DiskTier:
                     "rebuild all blocks from the base"
                 )
             block.headers = [_header(block, g) for g in (0, 1)]
-        return cls(directory, blocks)
+        return cls(directory, blocks, origin)
 
     @staticmethod
     def is_unfinished(directory: Path, shapes: Sequence[Shape]) -> bool:
@@ -226,14 +243,14 @@ class DiskTier:
                     f"{entry.path}: the second part of block {block} at step {header.version} is damaged. Resume the "
                     "run: it goes on from the block's other generation, or its base"
                 )
-        if self.rebuild is None:
+        if self._origin is None or not self._origin.rebuilds:
             raise CheckpointError(
                 f"{entry.path}: block {block} is damaged (both generations fail their checksums, or its frozen bytes "
                 "do). Resume the run with its base checkpoint: the block is rebuilt from it and the journal"
             )
         log.warning("%s: rebuilding block %d from the base", entry.path, block)
         whole = out if out.numel() == entry.shape.nbytes else torch.empty(entry.shape.nbytes, dtype=torch.uint8)
-        self.rebuild(block, whole)
+        self._origin.rebuild(block, whole)
         self.flush(block, whole, ((0, entry.shape.nbytes),), 0)
         if whole is not out:
             out.copy_(whole[start : start + out.numel()])
@@ -252,7 +269,8 @@ class DiskTier:
         entry = self._blocks[block]
         whole = tuple(spans) == ((0, entry.shape.nbytes),)
         assert whole or tuple(spans) == entry.shape.spans, f"block {block}: spans {spans}, made for {entry.shape.spans}"
-        self.before_write(version)
+        assert self._origin is not None, f"{entry.path}: opened without the run that it belongs to"
+        self._origin.before_write(version)
         with entry.lock:
             try:
                 self._write(entry, data, version, whole)
@@ -268,9 +286,10 @@ class DiskTier:
         target = 1 - entry.durable if entry.durable >= 0 and entry.shape.spans else 0
         old = entry.headers[target] or entry.headers[1 - target]
         assert whole or old is not None, f"{entry.path}: the first write of a block is a whole one"
+        assert self._origin is not None
         entry.headers[target] = None
         entry.headers[target] = block_file.write(
-            entry.fd, entry.shape, target, old, data, version, self.history_of(version), whole
+            entry.fd, entry.shape, target, old, data, version, self._origin.history(version), whole
         )
 
     def seal(self, block: int, *, drop: bool = False) -> None:
