@@ -347,8 +347,8 @@ def test_a_resume_needs_to_be_told_nothing_twice(
     assert main(["fit", run, "--resume", "--steps", "6", "--quiet"]) == 0
     assert '"step": 6, "loss"' in capsys.readouterr().out
     with Engine.resume(run) as one, Engine.resume(tmp_path / "whole") as two:
-        assert [r.loss for r in one._start() and one.journal.steps] == [
-            r.loss for r in two._start() and two.journal.steps
+        assert [r.loss for r in one.active.start() and one.journal.steps] == [
+            r.loss for r in two.active.start() and two.journal.steps
         ]
     for flags, what in (
         (["--batch-size", "4"], "data.batch_size"),
