@@ -399,21 +399,12 @@ ZO_DEV void noise_kernel(const zo_cuda_noise_args& args) {
     zo_cuda::scales_kernel<FORMAT, zo_cuda::Rademacher>(args);                            \
   }
 
-ZO_PASS_KERNELS(fp32, ZO_FP32)
-ZO_PASS_KERNELS(bf16, ZO_BF16)
-ZO_PASS_KERNELS(fp16, ZO_FP16)
-ZO_PASS_KERNELS(fp8_e4m3, ZO_FP8_E4M3)
-ZO_PASS_KERNELS(fp8_e5m2, ZO_FP8_E5M2)
-ZO_PASS_KERNELS(int8, ZO_INT8)
-ZO_PASS_KERNELS(int4, ZO_INT4)
-ZO_PASS_KERNELS(nf4, ZO_NF4)
-ZO_PASS_KERNELS(bf16_16, ZO_BF16_16)
-ZO_PASS_KERNELS(bf16_8, ZO_BF16_8)
-ZO_PASS_KERNELS(int8_8, ZO_INT8_8)
-ZO_PASS_KERNELS(fp8_8, ZO_FP8_8)
-ZO_SCALES_KERNELS(int8, ZO_INT8)
-ZO_SCALES_KERNELS(int4, ZO_INT4)
-ZO_SCALES_KERNELS(nf4, ZO_NF4)
+#define ZO_SCALES_KERNELS_0(NAME, FORMAT)
+#define ZO_SCALES_KERNELS_1(NAME, FORMAT) ZO_SCALES_KERNELS(NAME, FORMAT)
+#define ZO_FORMAT_KERNELS(NAME, CODE, NUMBER, BITS, SCALE, MINIMUM, RESIDUAL, TRAINS, SCALES) \
+  ZO_PASS_KERNELS(NAME, ZO_##CODE)                                                            \
+  ZO_SCALES_KERNELS_##SCALES(NAME, ZO_##CODE)
+ZO_FORMATS(ZO_FORMAT_KERNELS)
 
 // Asked by Python before any other launch: an image made from other sources would be handed other structs. A kernel and
 // not a variable, whose symbol is local to the image.

@@ -17,65 +17,65 @@
 #define ZO_FORMATS_H
 #include "noise.h"
 
-enum {
-  ZO_FP32 = 0,
-  ZO_BF16 = 1,
-  ZO_FP16 = 2,  // up to here: formats of lanes, too
-  ZO_FP8_E4M3 = 3,
-  ZO_FP8_E5M2 = 4,
-  ZO_INT8 = 5,
-  ZO_INT4 = 6,
-  ZO_NF4 = 7,
-  ZO_BF16_16 = 8,
-  ZO_BF16_8 = 9,
-  ZO_INT8_8 = 10,
-  ZO_FP8_8 = 11,
-  ZO_NUM_FORMATS = 12
-};
+// One row a format, as its class in zo_offload/formats/ says (a test compares):
+//   kernels' name, code's name, code; bits an element in the values plane; bytes of a group's scale (0: no groups) and of
+//   its minimum; bytes an element in the residual plane (0: not split); whether its values train, whether its scales do
+#define ZO_FORMATS(ROW)                           \
+  ROW(fp32, FP32, 0, 32, 0, 0, 0, 1, 0)           \
+  ROW(bf16, BF16, 1, 16, 0, 0, 0, 1, 0)           \
+  ROW(fp16, FP16, 2, 16, 0, 0, 0, 1, 0)           \
+  ROW(fp8_e4m3, FP8_E4M3, 3, 8, 1, 0, 0, 1, 0)    \
+  ROW(fp8_e5m2, FP8_E5M2, 4, 8, 1, 0, 0, 1, 0)    \
+  ROW(int8, INT8, 5, 8, 4, 0, 0, 1, 1)            \
+  ROW(int4, INT4, 6, 4, 4, 2, 0, 0, 1)            \
+  ROW(nf4, NF4, 7, 4, 4, 0, 0, 0, 1)              \
+  ROW(bf16_16, BF16_16, 8, 16, 0, 0, 2, 1, 0)     \
+  ROW(bf16_8, BF16_8, 9, 16, 0, 0, 1, 1, 0)       \
+  ROW(int8_8, INT8_8, 10, 8, 4, 0, 1, 1, 0)       \
+  ROW(fp8_8, FP8_8, 11, 8, 1, 0, 1, 1, 0)
 
-ZO_HD bool zo_is_plain(int format) { return format <= ZO_FP16; }
+#define ZO_CODE(NAME, CODE, NUMBER, ...) ZO_##CODE = NUMBER,
+enum { ZO_FORMATS(ZO_CODE) };
+#undef ZO_CODE
+#define ZO_COUNT(...) +1
+enum { ZO_NUM_FORMATS = 0 ZO_FORMATS(ZO_COUNT) };
+#undef ZO_COUNT
 
-// bits an element in the values plane
-ZO_HD int zo_format_bits(int format) {
-  switch (format) {
-    case ZO_FP32: return 32;
-    case ZO_FP8_E4M3:
-    case ZO_FP8_E5M2:
-    case ZO_INT8:
-    case ZO_INT8_8:
-    case ZO_FP8_8: return 8;
-    case ZO_INT4:
-    case ZO_NF4: return 4;
-    default: return 16;
+ZO_HD bool zo_is_plain(int format) { return format <= ZO_FP16; }  // those of lanes, too
+
+#define ZO_FACT(FUNCTION, VALUE)                  \
+  ZO_HD int FUNCTION(int format) {                \
+    switch (format) { ZO_FORMATS(VALUE) }         \
+    return 0;                                     \
   }
-}
+#define ZO_BITS(NAME, CODE, NUMBER, BITS, ...) \
+  case NUMBER: return BITS;
+#define ZO_SCALE(NAME, CODE, NUMBER, BITS, SCALE, ...) \
+  case NUMBER: return SCALE;
+#define ZO_MINIMUM(NAME, CODE, NUMBER, BITS, SCALE, MINIMUM, ...) \
+  case NUMBER: return MINIMUM;
+#define ZO_RESIDUAL(NAME, CODE, NUMBER, BITS, SCALE, MINIMUM, RESIDUAL, ...) \
+  case NUMBER: return RESIDUAL;
+#define ZO_TRAINS(NAME, CODE, NUMBER, BITS, SCALE, MINIMUM, RESIDUAL, TRAINS, SCALES) \
+  case NUMBER: return TRAINS;
+#define ZO_TRAINS_SCALES(NAME, CODE, NUMBER, BITS, SCALE, MINIMUM, RESIDUAL, TRAINS, SCALES) \
+  case NUMBER: return SCALES;
+ZO_FACT(zo_format_bits, ZO_BITS)
+ZO_FACT(zo_scale_bytes, ZO_SCALE)
+ZO_FACT(zo_minimum_bytes, ZO_MINIMUM)
+ZO_FACT(zo_residual_bytes, ZO_RESIDUAL)
+ZO_FACT(zo_trains, ZO_TRAINS)
+ZO_FACT(zo_trains_scales, ZO_TRAINS_SCALES)
+#undef ZO_FACT
+#undef ZO_BITS
+#undef ZO_SCALE
+#undef ZO_MINIMUM
+#undef ZO_RESIDUAL
+#undef ZO_TRAINS
+#undef ZO_TRAINS_SCALES
 
 // bytes of a plain format's element
 ZO_HD int zo_format_bytes(int format) { return zo_format_bits(format) / 8; }
-
-// bytes of a group's scale; 0: no groups
-ZO_HD int zo_scale_bytes(int format) {
-  switch (format) {
-    case ZO_FP8_E4M3:
-    case ZO_FP8_E5M2:
-    case ZO_FP8_8: return 1;
-    case ZO_INT8:
-    case ZO_INT8_8:
-    case ZO_INT4:
-    case ZO_NF4: return 4;
-    default: return 0;
-  }
-}
-
-ZO_HD int zo_minimum_bytes(int format) { return format == ZO_INT4 ? 2 : 0; }
-
-// bytes an element in the residual plane; 0: not split
-ZO_HD int zo_residual_bytes(int format) {
-  return format == ZO_BF16_16 ? 2 : format == ZO_BF16_8 || format == ZO_INT8_8 || format == ZO_FP8_8 ? 1 : 0;
-}
-
-ZO_HD bool zo_trains(int format) { return format != ZO_INT4 && format != ZO_NF4; }
-ZO_HD bool zo_trains_scales(int format) { return format == ZO_INT8 || format == ZO_INT4 || format == ZO_NF4; }
 
 template <class B>
 ZO_HD typename B::U zo_fp32_round(typename B::F x) {
