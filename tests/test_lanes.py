@@ -23,8 +23,8 @@ from zo_offload.errors import PlanError
 from zo_offload.hollow import hollow
 from zo_offload.lanes import Hub, Lane, LanesShareState, PlanFault
 from zo_offload.plan import Plan, make_plan, relift
+from zo_offload.recorder import Trace
 from zo_offload.records import Perturbation
-from zo_offload.trace import Trace
 
 ARCH = {arch.name: arch for arch in archs.ALL}
 

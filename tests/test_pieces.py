@@ -18,9 +18,9 @@ from zo_offload.blocks import ALIGN, ParamSpec, cut, whole
 from zo_offload.errors import JournalError
 from zo_offload.formats import FORMATS
 from zo_offload.plan import make_plan, relift
+from zo_offload.recorder import Trace
 from zo_offload.records import Perturbation
 from zo_offload.replay import replay
-from zo_offload.trace import Trace
 
 WHOLE = 1 << 40  # no parameter is cut, no layer split
 STILL = Perturbation(0, 0.0)

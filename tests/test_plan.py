@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zo_offload.blocks import BLOCK_NUMEL
 from zo_offload.errors import PlanError
 from zo_offload.plan import Plan, make_plan, plan_digest, relift
-from zo_offload.trace import Trace
+from zo_offload.recorder import Trace
 
 ARCH = {arch.name: arch for arch in archs.ALL}
 

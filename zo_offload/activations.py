@@ -27,10 +27,11 @@ from .chunked_loss import losses_in_chunks
 from .compiled import eagerly
 from .experts import in_runs, set_rows
 from .plan import Owner, Plan
+from .recorder import ForwardCall, Recorder
 from .tiles import tiled_linear
-from .trace import ForwardCall, MetaWatch, meta_copy
+from .trace import MetaWatch, meta_copy
 from .trees import tensors_of
-from .watch import Recorder, storage_key
+from .watch import storage_key
 
 ServiceOrder = Literal["module", "block", "lane"]
 

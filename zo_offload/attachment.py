@@ -28,9 +28,9 @@ from .experts import in_runs, is_stack_of_experts, set_rows
 from .hollow import install, placeholder, set_data
 from .module_tree import computes_in_portions, has_hooks, is_plain_linear
 from .plan import Owner, Plan
+from .recorder import WeightAway, is_in_transform
 from .serving import LaneRun, PlainState, Portion, Served
 from .tiles import tiled_linear
-from .watch import WeightAway, is_in_transform
 
 
 class Attachment:

@@ -30,7 +30,7 @@ from itertools import groupby
 import torch
 
 from .module_tree import ModuleTree
-from .watch import Trace
+from .recorder import Trace
 
 BLOCK_NUMEL = 64 << 20
 """Default limit of a block: 128 MiB of 16-bit weights. Long enough that no link notices where one ends."""

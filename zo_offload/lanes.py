@@ -42,11 +42,11 @@ from .generators import Generators, drawn_from
 from .hollow import install, uninstall
 from .module_state import ModuleState
 from .plan import Plan
+from .recorder import ForwardCall, Trace
 from .records import STILL, Perturbation
 from .rows import gather
 from .serving import Emission, Frame, Lane, LaneRun, Portion, Source, code_of, kind_of, laid_out_as
 from .trees import tensors_of
-from .watch import ForwardCall, Trace
 from .watched import BatchIsWritten, LanesShareState, PlanFault, WatchedRun
 
 __all__ = ["Hub", "Lane", "LanesShareState", "Order", "PlanFault", "Source"]

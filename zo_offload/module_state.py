@@ -11,7 +11,7 @@ Two things can be changed:
               takes the values of its cells with it, so lanes with state of their own run in lockstep like others.
     memory    of a tensor that was there before the pass, changed in place (running statistics, `count.add_(1)`). It is
               copied before it is first written, and written back. Lanes write into the same memory: one that reads what
-              another has written is found by the watch (`watch.RunWatch`), and such lanes run one after another.
+              another has written is found by the watch (`run_watch.RunWatch`), and such lanes run one after another.
 
 Which cells and which memory a model changes is learnt in watched passes; later ones exchange and copy only these. The
 others are looked at once, when the pass ends: cells by identity, tensors by version.

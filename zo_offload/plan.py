@@ -3,10 +3,7 @@
     make_plan   the module tree and a trace without weights -> Plan
     relift      a plan and what a watched real run saw -> the same blocks with corrected owners and order
 
-An *owner* is a module that has its parameters while it runs. By default that is the module that holds them; a
-parameter used elsewhere is *lifted* to the nearest running module whose calls cover its uses, and so is the same
-parameter of every other module of that module's class, because what one layer does another may do on other data.
-If the trace fails, parameters of repeated layers are lifted to their layer until a real run shows their uses.
+An *owner* is a module that has its parameters while it runs; `owners.py` says which.
 
 Parameters lie in blocks, which are what streams, and those too large for one are cut into pieces: `blocks.py`.
 
@@ -30,11 +27,12 @@ from torch import nn
 
 from .blocks import BLOCK_NUMEL, Block, ParamSpec, Piece, pack, whole
 from .errors import PlanError
-from .module_tree import ModuleTree, TrainableFilter, module_tree, select_trainable, upwards
+from .module_tree import ModuleTree, TrainableFilter, module_tree, select_trainable
 from .noise import assign_param_ids
+from .owners import serve
 from .parameters import check_memory, ordered_like
+from .recorder import ForwardCall, Trace
 from .trace import trace_on_meta
-from .watch import ForwardCall, Path, Trace
 
 
 @dataclass(frozen=True)
@@ -271,7 +269,7 @@ def make_plan(
         trace = Trace({}, (), False, ("no batch to trace with",))
     else:
         trace = trace_on_meta(model, batch, call or (lambda m, b: m(**b)))
-    serving, seen = _serve(tree, trace)
+    serving, seen = serve(tree, trace)
     notes = (*notes, *seen, *remarks)
     frozen = sum(p.numel for p in params.values() if not p.trainable)
     if trainable is None and frozen:
@@ -297,7 +295,7 @@ def relift(plan: Plan, seen: Trace) -> Plan:
     """
     # a trace on meta that stopped knows uses, but not all: what the real run saw replaces it
     trace = seen if seen.complete and not plan.trace.complete else plan.trace.merged(seen)
-    serving, notes = _serve(plan.tree, trace)
+    serving, notes = serve(plan.tree, trace)
     notes = _with_remarks(plan, notes)
     return _assemble(plan.params, plan.blocks, plan.tree, trace, serving, notes, plan.resident)
 
@@ -308,77 +306,11 @@ def keep_resident(plan: Plan, names: frozenset[str]) -> Plan:
     blocks = [Block(i, name, pieces) for i, (name, pieces) in enumerate((n, p) for n, p in rest if p)]
     moved = dict.fromkeys(name for b in plan.blocks for name in b.params if name in names)
     resident = Block(len(blocks), "trained", tuple(whole(plan.params[name]) for name in moved))
-    serving, notes = _serve(plan.tree, plan.trace)
+    serving, notes = serve(plan.tree, plan.trace)
     notes = _with_remarks(plan, notes)
     return _assemble(
         plan.params, (*blocks, resident), plan.tree, plan.trace, serving, notes, frozenset({resident.index})
     )
-
-
-# ---- owners ----------------------------------------------------------------------------------------------------------
-
-
-def _serve(tree: ModuleTree, trace: Trace) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
-    """Canonical name -> modules that are served the parameter; and notes on lifts."""
-    above = _running_above(tree, trace)
-    serving = {n: _cover(n, trace.uses.get(n, frozenset()), tree, trace) for n in tree.holders}
-    for name, owners in list(serving.items()):
-        for owner in owners - set(tree.holders[name]):
-            for sibling in _siblings(name, owner, tree):
-                serving[sibling[0]].add(sibling[1])
-    result = {}
-    for name, owners in serving.items():  # a module inside another that has the parameter needs no serving
-        outer = {o for o in owners if not (above[o] & owners - {o})}
-        result[name] = tuple(o for o in tree.classes if o in outer)
-    return result, trace.notes
-
-
-def _cover(name: str, uses: frozenset[Path], tree: ModuleTree, trace: Trace) -> set[str]:
-    """Modules whose calls together cover the uses: a holder if it was running, else the innermost running module.
-
-    Of a weight that is changed in place it is one module around all uses, so that all of them see the change.
-    """
-    holders = {tree.runner(h) for h in tree.holders[name]}
-    if () in uses:
-        raise PlanError(
-            f"parameter {name!r} is used outside of any module's call (by the code that calls the model). Weights are "
-            f"there only while modules run: put that computation into a module's forward."
-        )
-    cover = {next((m for m in reversed(path) if m in holders), path[-1]) for path in uses}
-    if name in trace.writes:
-        cover = {[outer for outer, *others in zip(*uses, strict=False) if {outer}.issuperset(others)][-1]}
-    if not trace.complete:  # what was not seen may be anything within the layer
-        cover |= {tree.element_of(h) or h for h in holders}
-    return cover or set(holders)
-
-
-def _siblings(name: str, owner: str, tree: ModuleTree) -> list[tuple[str, str]]:
-    """(parameter, module) for every module of the owner's class, with the parameter at the same place below it."""
-    prefix = f"{owner}." if owner else ""
-    places = [a[len(prefix) :] for a, c in tree.names.items() if c == name and a.startswith(prefix)]
-    peers = [m for m, cls in tree.classes.items() if cls == tree.classes[owner]] if owner else [""]
-    found = []
-    for peer in peers:
-        for place in places:
-            canonical = tree.names.get(f"{peer}.{place}" if peer else place)
-            if canonical is not None:
-                found.append((canonical, peer))
-    return found
-
-
-def _running_above(tree: ModuleTree, trace: Trace) -> dict[str, frozenset[str]]:
-    """Module -> modules that are running whenever it is called; by its path if it was not seen to run."""
-    above: dict[str, frozenset[str]] = {}
-    stack: list[str] = []
-    for depth, name in trace.order:
-        del stack[depth:]
-        outer = frozenset(stack)
-        above[name] = above[name] & outer if name in above else outer
-        stack.append(name)
-    for name in tree.classes:
-        if name not in above:
-            above[name] = frozenset(m for m in upwards(name)[1:] if m not in tree.containers)
-    return above
 
 
 def _assemble(

@@ -31,8 +31,9 @@ from .methods import MeZO, check_tunes
 from .micro_batches import split_micro_batches
 from .module_state import undisturbed
 from .plan import Plan, make_plan
+from .recorder import ForwardCall
 from .storage import choose_fold_every, decide_formats
-from .trace import ForwardCall, meta_copy
+from .trace import meta_copy
 from .trees import tensor_bytes
 from .units import parse_bytes, show_bytes
 

@@ -23,8 +23,9 @@ from .modes import LaneModes
 from .module_tree import gathers_rows
 from .parameters import laid_out
 from .plan import Owner
+from .recorder import Recorder
 from .records import Perturbation
-from .watch import Origin, Recorder
+from .watch import Origin
 
 
 @dataclass(frozen=True)

@@ -20,28 +20,8 @@ from torch.utils._pytree import tree_map
 from .away import shapes_only
 from .compiled import eagerly
 from .parameters import is_plain
-from .watch import (
-    ForwardCall,
-    Recorder,
-    Trace,
-    UseWatch,
-    hook_module_calls,
-    storage_key,
-    tensors_in,
-    trace_from,
-)
-
-__all__ = [
-    "ForwardCall",
-    "MetaWatch",
-    "Recorder",
-    "Trace",
-    "hook_module_calls",
-    "meta_copy",
-    "storage_key",
-    "tensors_in",
-    "trace_on_meta",
-]
+from .recorder import ForwardCall, Recorder, Trace, hook_module_calls, trace_from
+from .watch import UseWatch, tensors_in
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """What the hub adds to a run that is watched: scratch the watch knows, and a verdict at the end.
 
-The watch itself (`watch.RunWatch`) sees ops. Here it learns which memory is whose: scratch is tracked from the moment
-it is served until the lane leaves the owner, and known as retired afterwards.
+The watch itself (`run_watch.RunWatch`) sees ops. Here it learns which memory is whose: scratch is tracked from the
+moment it is served until the lane leaves the owner, and known as retired afterwards.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from .errors import PlanError
 from .module_state import ModuleState
 from .plan import Plan
+from .recorder import Trace, hook_module_calls, trace_of
+from .run_watch import RunWatch
 from .serving import Emission, Frame, LaneRun, Portion
 from .trees import tensors_of
-from .watch import Origin, RunWatch, Trace, hook_module_calls, trace_of
+from .watch import Origin
 
 
 class PlanFault(PlanError):
