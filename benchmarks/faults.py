@@ -453,8 +453,7 @@ def fuzz(folder: Path, seconds: float, rng: random.Random) -> dict[str, Any]:
 
     def config(data: bytes) -> None:
         (folder / runs.CONFIG).write_bytes(data)
-        record = runs.load_config(folder)
-        runs.make_method(record["method"])
+        Engine.resume(folder).close()
 
     def block_shapes(data: bytes) -> None:
         (folder / "shapes.json").write_bytes(data)

@@ -160,7 +160,10 @@ def test_a_pipe_in_a_file_s_place_is_an_error_and_not_a_wait(base: Path, tmp_pat
 @pytest.mark.parametrize(
     "setting", [dict(threads="a"), dict(threads=0), dict(num_slots="3"), dict(seed=1.5), dict(block_numel=[1]),
                 dict(storage=5), dict(compute=["fp32"]), dict(device=7), dict(trainable=5), dict(overlap="yes"),
-                dict(snapshot_minutes="x"), dict(device_memory=[1])],
+                dict(snapshot_minutes="x"), dict(device_memory=[1]), dict(device_memory="1.2.3GB"),
+                dict(device_memory=float("inf")), dict(io_threads=None), dict(io_threads=10**30), dict(threads=10**30),
+                dict(block_numel=None), dict(seed=None), dict(device=None), dict(overlap=None), dict(keep=5),
+                dict(keep=[1]), dict(whole=5)],
     ids=str,
 )  # fmt: skip
 def test_an_edited_setting_is_named(base: Path, tmp_path: Path, setting: dict[str, Any]) -> None:
@@ -171,6 +174,21 @@ def test_an_edited_setting_is_named(base: Path, tmp_path: Path, setting: dict[st
     (run / "config.json").write_text(json.dumps(record))
     with pytest.raises(ConfigError, match=next(iter(setting))):
         Engine.resume(run)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(model=...), dict(model=5), dict(model_class=[]), dict(fit=3), dict(settings=[]), dict(method=None),
+               dict(method={"name": "mezo", "tunes": []}), dict(method={"name": "mezo", "warmup_steps": 1e300})],
+    ids=str,
+)  # fmt: skip
+def test_an_edited_record_is_refused(base: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    with engine_in(base, tmp_path / "run") as engine:
+        engine.fit(ROWS, steps=1)
+    path = tmp_path / "run" / "config.json"
+    record = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({name: value for name, value in record.items() if value is not ...}))
+    with pytest.raises(JournalError):
+        Engine.resume(tmp_path / "run")
 
 
 def test_metrics_are_json_and_odd_lines_are_passed_over(base: Path, tmp_path: Path) -> None:

@@ -13,13 +13,17 @@ import warnings
 
 import pytest
 import torch
+from tiny_models import save_tiny_llama
 from torch import nn
+from transformers import PreTrainedModel
 
 import zo_offload.streamer
 from benchmarks import interrupts
 from zo_offload import ConfigError, Engine, MeZO, StorageError, diskio, vacated, wiring
+from zo_offload.checkpoint import Checkpoint
 from zo_offload.closing import Closing
 from zo_offload.errors import TornError
+from zo_offload.modes import current_modes
 from zo_offload.signals import StopRequest, stop_signals
 
 STEPS = 8
@@ -54,6 +58,30 @@ def reopened(run, **settings):
 def go_on(e, steps=STEPS):
     while e.log.version < steps:
         e.step(batch(e.log.version))
+
+
+class InContextManagers(interrupts.AtBytecode):
+    """Counts and breaks off in contextlib alone: where an exit that is not called leaves something behind."""
+
+    def enter(self, frame, event, arg):
+        return super().enter(frame, event, arg) if "contextlib" in frame.f_code.co_filename else None
+
+
+def test_opening_a_checkpoint_that_is_broken_off_leaves_torch_as_it_was(tmp_path):
+    base = save_tiny_llama(tmp_path / "base", layers=1)
+    linspace, tie = torch.linspace, PreTrainedModel.tie_weights
+    before, kept = current_modes(), []
+    with InContextManagers(None) as counted:
+        Checkpoint.open(base).build_model()
+    for n in range(1, counted.seen + 1):
+        try:
+            with InContextManagers(n):
+                Checkpoint.open(base).build_model()
+        except interrupts.Interrupt as broken:
+            kept.append(broken)  # as a notebook keeps the last error, and with it every frame of the traceback
+        assert current_modes() == before, n
+        assert torch.linspace is linspace and PreTrainedModel.tie_weights is tie, n
+    assert len(kept) > 50
 
 
 def outcome(e):

@@ -28,6 +28,12 @@ DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
     "tf32": torch.float32,
 }
+MAX_THREADS = 1024
+
+
+def _are_names(value: Any) -> bool:
+    several = isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping))
+    return several and all(isinstance(name, str) for name in value)
 
 
 def _check_overrides(overrides: Any) -> None:
@@ -155,16 +161,16 @@ class EngineConfig:
             raise ConfigError(f"snapshot_minutes={self.snapshot_minutes}: expected more than 0, or None for none")
         if self.snapshot_steps is not None and self.snapshot_steps < 1:
             raise ConfigError(f"snapshot_steps={self.snapshot_steps}: expected at least 1")
-        if self.io_threads < 1:
-            raise ConfigError(f"io_threads={self.io_threads}: expected at least 1")
-        if isinstance(self.whole, str):
-            raise ConfigError(f"whole={self.whole!r}: expected names, such as ({self.whole!r},)")
+        for name in ("io_threads", "threads"):
+            count = getattr(self, name)
+            if count is not None and not 1 <= count <= MAX_THREADS:
+                raise ConfigError(f"{name}={count}: expected 1 .. {MAX_THREADS}")
+        if self.whole is not None and not _are_names(self.whole):
+            raise ConfigError(f"whole={self.whole!r}: expected names, such as ('class_weights',)")
         if self.whole is not None:
             object.__setattr__(self, "whole", tuple(self.whole))  # as it is written into a run's configuration
         if not 0 <= self.seed < 1 << 64:
             raise ConfigError(f"seed={self.seed}: expected 0 .. 2**64 - 1")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads={self.threads}: expected at least 1")
         if not isinstance(self.trust_remote_code, bool):
             raise ConfigError(f"trust_remote_code={self.trust_remote_code!r}: expected True or False")
         _check_overrides(self.config_overrides)
@@ -173,18 +179,10 @@ class EngineConfig:
 
     def _check_kinds(self) -> None:
         """A setting may come from a file that somebody edited: what is not of its kind is told here, by name."""
-        numbers = (
-            "block_numel",
-            "num_slots",
-            "prefetch",
-            "io_threads",
-            "threads",
-            "fold_every",
-            "seed",
-            "snapshot_steps",
-        )
+        always = ("block_numel", "io_threads", "seed", "device", "overlap")
+        numbers = ("num_slots", "prefetch", "threads", "fold_every", "snapshot_steps")
         for names, kind, what in (
-            (numbers, int, "a whole number"),
+            (("block_numel", "io_threads", "seed", *numbers), int, "a whole number"),
             (("snapshot_minutes",), (int, float), "a number"),
             (("storage", "compute", "device"), str, "a name"),
             (("run_dir",), (str, Path), "a path"),
@@ -194,14 +192,13 @@ class EngineConfig:
             for name in names:
                 value = getattr(self, name)
                 wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
-                if value is not None and wrong:
+                if wrong and (value is not None or name in always):
                     raise ConfigError(f"{name}={value!r}: expected {what}")
-        trainable, several = self.trainable, isinstance(self.trainable, (list, tuple))
-        globs = isinstance(trainable, str) or (several and all(isinstance(glob, str) for glob in trainable))
-        if trainable is not None and not globs and not callable(trainable):
-            raise ConfigError(
-                f"trainable={trainable!r}: expected a glob, a list of globs, or a function (name, parameter)"
-            )
+        for name in ("trainable", "keep"):
+            globs, may_choose = getattr(self, name), name == "trainable"
+            if not (globs is None or isinstance(globs, str) or _are_names(globs) or (may_choose and callable(globs))):
+                or_function = ", or a function (name, parameter)" if may_choose else ""
+                raise ConfigError(f"{name}={globs!r}: expected a glob, or a list of globs{or_function}")
 
     @property
     def ahead(self) -> int:

@@ -131,7 +131,7 @@ class Engine:
                 f"{run_dir} stands on {where}, which is not there. If it was moved, say where it is now: "
                 "Engine.resume(run_dir, model=...) (--base)"
             )
-        if record["settings"]["trainable"] == "<predicate>" and "trainable" not in changes:
+        if record["settings"].get("trainable") == runs.PREDICATE and "trainable" not in changes:
             raise ConfigError(f"{run_dir} was made with trainable=<a function>: pass the same one to resume")
         passed = {k: changes.pop(k, None) for k in ("objective", "tokenizer", "model_class", "example", "base")}
         config = EngineConfig(**{**record["settings"], **changes, "run_dir": run_dir})

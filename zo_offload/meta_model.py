@@ -18,11 +18,13 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers import initialization as hf_init
 from transformers.monkey_patching import patch_output_recorders
 
 from .errors import CheckpointError
+from .modes import in_contexts
 
 MAX_REGISTRATIONS = 1_000_000
 """Modules and parameters of a model that is built from its config alone."""
@@ -42,11 +44,8 @@ def construct(
     for part in config_parts(config):
         part.dtype = dtype
     try:
-        with contextlib.ExitStack() as stack:
-            for context in cls.get_init_context(dtype, False, False, None):
-                stack.enter_context(context)
-            stack.enter_context(_at_most(most, cls.__name__))
-            model = cls(config)
+        contexts = [*cls.get_init_context(dtype, False, False, None), _at_most(most, cls.__name__)]
+        model = in_contexts(contexts, lambda: cls(config))
     except CheckpointError:
         raise
     except Exception as error:  # whatever a class makes of numbers that no one has checked
@@ -63,21 +62,26 @@ def construct(
 @contextlib.contextmanager
 def _at_most(most: int, name: str) -> Iterator[None]:
     """Ends the building of a model with CheckpointError once it has registered more modules and parameters."""
-    count = 0
+    count, is_open = 0, True
 
     def registered(module: nn.Module, key: str, value: Any) -> None:
         nonlocal count
-        count += 1
+        count += is_open
         if count > most:
             raise CheckpointError(
                 f"config.json describes a {name} of more than {most} modules and parameters, which is more than the "
                 "checkpoint can hold. Correct its number of layers."
             )
 
-    with contextlib.ExitStack() as stack:
+    handles: list[RemovableHandle] = []
+    try:
         for register in (register_module_module_registration_hook, register_module_parameter_registration_hook):
-            stack.callback(register(registered).remove)
+            handles.extend(map(register, [registered]))  # no interrupt comes between registering and noting it
         yield
+    finally:
+        is_open = False
+        for handle in handles:
+            handle.remove()
 
 
 def keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype, names: Iterable[str]) -> None:
@@ -146,8 +150,7 @@ def _initialise(model: PreTrainedModel, seed: int) -> None:
             torch.default_generator.manual_seed(_module_seed(seed, path))
             owner._initialize_weights(module)
 
-    with _default_generator_kept(), hf_init.guard_torch_init_functions():
-        visit(model, "", model)
+    in_contexts((_default_generator_kept(), hf_init.guard_torch_init_functions()), lambda: visit(model, "", model))
 
 
 def _module_seed(seed: int, path: str) -> int:

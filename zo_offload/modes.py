@@ -1,5 +1,8 @@
 """Modes: what torch keeps per thread, which belongs to a lane, and whether modules train or evaluate.
 
+An interrupt can keep a context manager's exit from being called, a library's own among them: then what torch keeps
+would be of a `with` that is over (every later tensor on meta). `modes_kept` and `in_contexts` put it back.
+
 Lanes share one thread, so whatever torch keeps per thread would leak from one lane into another: a lane that entered
 `inference_mode`, `autocast` or a `TorchFunctionMode` keeps it for itself. Python's context variables need nothing
 here: each greenlet has its own context.
@@ -9,13 +12,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 ModeState = tuple[Any, ...]
+_Result = TypeVar("_Result")
 
 _c = torch._C
 
@@ -88,6 +92,35 @@ def restore_modes(target: ModeState) -> None:
     if now != target:
         _set_stacks(now, target)
         _set_plain(target)
+
+
+def modes_kept(job: Callable[[], _Result]) -> _Result:
+    """job(). Whatever it raises, the thread's modes are afterwards as they were."""
+    return in_contexts((), job)
+
+
+def in_contexts(contexts: Sequence[AbstractContextManager[Any]], job: Callable[[], _Result]) -> _Result:
+    """job() within context managers, entered in order. All of them are left and the thread's modes are as before, even
+    where an interrupt in an exit keeps those of the others from being called."""
+    before = current_modes()
+    try:
+        try:
+            with ExitStack() as stack:
+                for context in contexts:
+                    stack.enter_context(context)
+                return job()
+        finally:
+            _leave(contexts, before)
+    finally:
+        _leave(contexts, before)  # the first time may have been broken off itself
+
+
+def _leave(contexts: Sequence[AbstractContextManager[Any]], before: ModeState) -> None:
+    for context in reversed(contexts):
+        generator = getattr(context, "gen", None)  # of contextlib; closing one that has ended does nothing
+        if generator is not None:
+            generator.close()
+    restore_modes(before)
 
 
 def _set_plain(state: ModeState) -> None:

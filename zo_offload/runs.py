@@ -115,7 +115,9 @@ def _is_config(path: Path) -> bool:
 def _is_record(record: Any) -> bool:
     return (
         isinstance(record, dict)
-        and isinstance(record.get("model"), (str, type(None)))
+        and isinstance(record.get("model", 0), (str, type(None)))
+        and isinstance(record.get("model_class"), (str, type(None)))
+        and isinstance(record.get("fit"), (dict, type(None)))
         and all(isinstance(record.get(part), dict) for part in ("settings", "method"))
     )
 

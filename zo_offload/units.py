@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from .errors import ConfigError
@@ -11,16 +12,16 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 def parse_bytes(value: int | float | str, what: str = "size") -> int:
     """Bytes from 6e9, "6GB" (1e9) or "6GiB" (2**30)."""
-    if isinstance(value, (int, float)):
-        number, unit = float(value), ""
-    else:
-        match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)\s*", value)
-        if not match or match[2].upper() not in _UNITS:
-            raise ConfigError(f"{what}={value!r}: expected a number of bytes such as 6000000000, '6GB' or '5.5GiB'")
-        number, unit = float(match[1]), match[2].upper()
-    if number <= 0:
+    match = re.fullmatch(r"\s*([0-9.]+(?:e\+?[0-9]+)?)\s*([A-Za-z]*)\s*", str(value))
+    try:
+        nbytes = float(match[1]) * _UNITS[match[2].upper()] if match else -1 if str(value)[:1] == "-" else math.nan
+    except (KeyError, ValueError):
+        nbytes = math.nan
+    if nbytes <= 0:
         raise ConfigError(f"{what}={value!r}: expected more than zero bytes")
-    return int(number * _UNITS[unit])
+    if not nbytes < 1 << 63:
+        raise ConfigError(f"{what}={value!r}: expected a number of bytes such as 6000000000, '6GB' or '5.5GiB'")
+    return int(nbytes)
 
 
 def show_bytes(nbytes: float) -> str:

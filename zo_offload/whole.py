@@ -27,6 +27,7 @@ from typing import Any, TypeVar, cast
 from .devices.link import Link
 from .errors import ConfigError, DivergenceError, TornError
 from .learning_watch import LearningWatch
+from .modes import modes_kept
 from .passes import Passes
 from .session import Session
 from .slots import Traffic
@@ -85,11 +86,11 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def entry(method: _Method) -> _Method:
-    """A method of an engine, or of its run, that goes through its door."""
+    """A method of an engine, or of its run, that goes through its door and leaves torch's modes as they were."""
 
     @functools.wraps(method)
     def through_the_door(self: Any, *args: Any, **options: Any) -> Any:
-        return self.door.call(lambda: method(self, *args, **options))
+        return self.door.call(lambda: modes_kept(lambda: method(self, *args, **options)))
 
     return cast(_Method, through_the_door)
 

@@ -63,6 +63,14 @@ class MeZO:
     """Whether scales are moved in units of the weights they scale: see `gains.py`."""
 
     def __post_init__(self) -> None:
+        for what in ("warmup_steps", "steps", "batch_size"):
+            if not isinstance(getattr(self, what), int):
+                raise ConfigError(f"{what}={getattr(self, what)!r}: expected a whole number")
+        for what in ("lr", "eps", "weight_decay"):
+            if not isinstance(getattr(self, what), (int, float)):
+                raise ConfigError(f"{what}={getattr(self, what)!r}: expected a number")
+        if self.tunes not in (None, "all", "lora", "prefix"):
+            raise ConfigError(f"tunes={self.tunes!r}: expected None, 'all', 'lora' or 'prefix'")
         for what in ("lr", "eps"):
             value = getattr(self, what)
             if not (math.isfinite(value) and value > 0):
