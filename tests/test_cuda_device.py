@@ -21,6 +21,7 @@ from transformers import OPTConfig, OPTForCausalLM
 import zo_offload.opening
 import zo_offload.reading
 import zo_offload.streamer
+import zo_offload.wiring
 from zo_offload import BudgetError, DivergenceError, Engine, MeZO, runs
 from zo_offload.devices import CpuDevice, Event
 from zo_offload.devices.cuda import LIBRARY_BYTES, CudaDevice
@@ -281,6 +282,21 @@ def test_slabs_are_exact_and_locked_once():
     assert backend.locked == slabs.pinned_bytes == 4096 + 12288 + 8192
     slabs.close()
     assert backend.locked == 0
+
+
+def test_a_start_that_fails_leaves_no_memory_locked(use, monkeypatch):
+    device = use(FakeCudaDevice())
+    want = train(device="cuda", offload="host", steps=2)
+    real = zo_offload.wiring.Streamer
+    monkeypatch.setattr(zo_offload.wiring, "Streamer", lambda *a, **k: (_ for _ in ()).throw(MemoryError()))
+    with Engine(tiny_opt(), method=METHOD, device="cuda", offload="host") as engine:
+        with pytest.raises(MemoryError):
+            engine.run(batches()[0])
+        assert device.backend.locked == 0
+        monkeypatch.setattr(zo_offload.wiring, "Streamer", real)
+        losses = engine.fit(batches(), steps=2, batch_size=4).losses
+        assert_same(want, (losses, dict(engine.weights())))
+    assert device.backend.locked == 0
 
 
 def test_forked_processes_have_no_part_in_host_memory_of_blocks():

@@ -14,6 +14,9 @@ from tiny_models import save_tiny_llama
 
 from zo_offload import ConfigError, Engine, JournalError, MeZO, StorageError, ZOError, diskio, runs
 from zo_offload.cli import main
+from zo_offload.config import EngineConfig
+from zo_offload.opening import open_model
+from zo_offload.origin import RunOrigin
 from zo_offload.tiers import DiskTier
 
 ROWS = [{"input_ids": [3 + (7 * r + 5 * c + r * c) % 60 for c in range(8)]} for r in range(12)]
@@ -223,6 +226,15 @@ def test_a_full_disk_while_a_run_begins_is_a_storage_error(
     monkeypatch.undo()
     with engine_in(base, tmp_path / "run") as again:  # what was begun is not in the way
         assert again.fit(ROWS, steps=1).steps == 1
+
+
+def test_no_step_is_in_a_block_before_there_is_a_journal(base: Path) -> None:
+    """The write-ahead rule also where a run begins: its blocks are filled first, from the base alone."""
+    origin = RunOrigin(open_model(base, MeZO(), EngineConfig()))
+    origin.before_write(0)
+    assert origin.history(0) == 0 and not origin.rebuilds
+    with pytest.raises(AssertionError, match="a block at step 1 was to be written before there is a journal"):
+        origin.before_write(1)
 
 
 def test_the_lock_file_vanishes_while_a_run_begins(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ class Engine:
         self.active, self.door = run, run.door
         self.batching = Batching(opened, run.objective, tokenizer, run.encoding)
         self.model, self.base, self.checkpoint, self.kind = opened.model, opened.base, opened.checkpoint, opened.kind
-        self.config, self.method, self.objective = prepared.config, prepared.method, run.objective
+        self.config, self.method = prepared.config, prepared.method
         self.layout, self.offload, self.fold_every = prepared.layout, prepared.offload, prepared.fold_every
         self.storage_note, self.device, self.run_dir = prepared.storage_note, opened.device, run.run_dir
         weakref.finalize(self, _release_dropped, run.closing, run.door, str(run.run_dir or "no run_dir"))
@@ -146,6 +146,11 @@ class Engine:
         return cls.of(run, passed["tokenizer"])
 
     # ---- where it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def objective(self) -> Objective:
+        """Which loss it is: a run has one from its beginning."""
+        return self.active.objective
 
     @property
     def plan(self) -> Plan:
