@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -314,12 +314,6 @@ class Run:
         with self.work() as parts:
             return parts.streamer.reader.read(name)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's name and current value."""
-        self.flush()
-        named = self.opened.model.named_parameters()
-        return ((name, self.read(name) if name in self.plan.params else p.detach().cpu()) for name, p in named)
-
     @property
     def streamer(self) -> Streamer:
         """Where weights come from and what it counts."""
@@ -371,7 +365,9 @@ class Run:
     def restore(self) -> nn.Module:
         """The module as it was given, with the current weights; the run is closed."""
         if self._restoring is None:
-            self._restoring = {name: value for name, value in self.weights() if name in self.plan.params}
+            self.flush()
+            names = [name for name, _ in self.opened.model.named_parameters() if name in self.plan.params]
+            self._restoring = {name: self.read(name) for name in names}
         self.close()
         self._vacated.bring_back(self._restoring)
         self._restoring = None

@@ -279,7 +279,9 @@ class Engine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(canonical name, current value in the storage dtype) of every parameter, one in memory at a time."""
-        return self.active.weights()
+        self.active.flush()
+        named = self.model.named_parameters()  # what is returned holds the engine, which may be asked for this alone
+        return ((name, self.active.read(name) if name in self.plan.params else p.detach().cpu()) for name, p in named)
 
     def restore(self) -> nn.Module:
         """Put the current weights into the module's parameters, whole, and return it; the engine is closed.
