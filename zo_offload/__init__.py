@@ -20,10 +20,7 @@ _HOMES = {
     "EngineConfig": "config",
     "FitResult": "training",
     "Stopped": "signals",
-    "MeZO": "methods",
-    "FZOO": "methods",
-    "QZO": "methods",
-    "QZOShift": "methods",
+    "Method": "methods",
     "PRESETS": "methods",
     "Checkpoint": "checkpoint",
     "ZOError": "errors",
@@ -36,8 +33,6 @@ _HOMES = {
     "StorageError": "errors",
     "DivergenceError": "errors",
 }
-
-__all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint as Checkpoint
@@ -52,16 +47,19 @@ if TYPE_CHECKING:
     from .errors import PlanError as PlanError
     from .errors import StorageError as StorageError
     from .errors import ZOError as ZOError
-    from .methods import FZOO as FZOO
-    from .methods import PRESETS as PRESETS
-    from .methods import QZO as QZO
-    from .methods import MeZO as MeZO
-    from .methods import QZOShift as QZOShift
+    from .methods import *  # noqa: F403 - see methods/__init__.py
     from .signals import Stopped as Stopped
     from .training import FitResult as FitResult
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'zo_offload' has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name == "__all__" or name[:1].isupper():  # a class of a method: their list is METHODS
+        known = import_module(".methods", __name__).METHODS.values()
+        found = {kind.__name__: kind for kind in known if kind.own()}
+        if name == "__all__":
+            return ["__version__", *_HOMES, *found]
+        if name in found:
+            return found[name]
+    raise AttributeError(f"module 'zo_offload' has no attribute {name!r}")

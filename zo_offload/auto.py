@@ -31,6 +31,7 @@ from .fused import fused_pass
 from .host_memory import available_bytes
 from .layout import Layout, make_layout
 from .memory import step_bytes
+from .methods import method_training
 from .noise import NoiseSpec
 from .plan import Plan
 from .records import Perturbation, Target, Update
@@ -71,11 +72,12 @@ def choose_storage(plan: Plan, dtype_of: Callable[[str], torch.dtype], config: E
         return RESIDENT, f"{show_bytes(sizes[RESIDENT])} of {show_bytes(free)} free: nothing has to move"
     need = sizes[STREAMED]
     if config.offload in ("none", "host") and need > free:
+        scales = type(method_training("scales")).__name__
         frozen = _layout(plan, dtype_of, "int4", config.keep, "scales").total_bytes
         raise BudgetError(
             f"storage='auto' with offload={config.offload!r}: the smallest format that trains everything and keeps its "
             f"updates, {STREAMED}, takes {show_bytes(need)}, but {show_bytes(free)} is free. Use offload='disk', or "
-            f"train the scales of storage='int4' ({show_bytes(frozen)}, method=QZO())"
+            f"train the scales of storage='int4' ({show_bytes(frozen)}, method={scales}())"
         )
     return STREAMED, f"it moves the least and keeps its updates, in {show_bytes(need)}"
 

@@ -19,12 +19,12 @@ from .data import Batches, fingerprint
 from .errors import ConfigError, JournalError
 from .identity import differences
 from .journal import Journal, StepRecord
-from .methods import MeZO, lr_schedule
+from .methods import Method, lr_schedule
 
 NEW_DATA = "To go on with other data on purpose, pass new_data=True (--new-data)"
 
 
-def depends_on_steps(method: MeZO, steps: int) -> bool:
+def depends_on_steps(method: Method, steps: int) -> bool:
     """Whether the method's learning rate at some step depends on how many steps there are in all."""
     steps = max(steps, method.warmup_steps + 2)
     one, other = (lr_schedule(method.schedule, method.warmup_steps, n) for n in (steps, 3 * steps))
@@ -45,7 +45,7 @@ class Binding:
     new_data: bool = False
 
     @classmethod
-    def of(cls, batches: Batches, micro_batches: int, method: MeZO, steps: int, *, new_data: bool = False) -> Binding:
+    def of(cls, batches: Batches, micro_batches: int, method: Method, steps: int, *, new_data: bool = False) -> Binding:
         """Of a call's batches, and of its steps if the method's learning rate depends on their number."""
         data = {**(batches.identity() or {}), "micro_batches": micro_batches}
 

@@ -14,8 +14,9 @@ from .errors import ConfigError, ZOError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors a user can cause are one line on standard error."""
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        args = _parser(argv).parse_args(argv)
         return int(args.run(args))
     except (ZOError, OSError) as error:
         print("zo-offload:", " ".join(str(error).split()), file=sys.stderr)
@@ -30,12 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fit(args: argparse.Namespace) -> int:
     from .engine import Engine
+    from .method_options import make_method
     from .runs import to_json
 
     _check_out(args.out)
     if args.resume:
-        _refuse(args, "preset", "method", *_METHOD, *_IDENTITY, "run_dir")
-        engine = Engine.resume(args.model, args.base, **_given(args, *_MOVABLE, "model_class"), **_tokenizer(args))
+        own = _own_method(args)
+        _refuse(args, "preset", *args.method_options, *_IDENTITY, "run_dir")
+        engine = Engine.resume(
+            args.model, args.base, **own, **_given(args, *_MOVABLE, "model_class"), **_tokenizer(args)
+        )
     else:
         if args.base is not None:
             raise ConfigError(f"--base {args.base} says where the base of a run is now: give it with --resume")
@@ -43,7 +48,7 @@ def _fit(args: argparse.Namespace) -> int:
             raise ConfigError("--data is missing: a .jsonl or .csv file to train on")
         settings = _given(args, *_SETTINGS, *_MOVABLE, "run_dir")
         engine = Engine(
-            args.model, method=_method(args), model_class=args.model_class, **settings, **_overrides(args),
+            args.model, method=make_method(args), model_class=args.model_class, **settings, **_overrides(args),
             **_tokenizer(args),
         )  # fmt: skip
         if engine.storage_note:
@@ -70,10 +75,11 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from .method_options import make_method
     from .report import plan_report
 
     for line in plan_report(
-        args.model, method=_method(args), tokens=args.tokens, batch_size=args.batch_size,
+        args.model, method=make_method(args), tokens=args.tokens, batch_size=args.batch_size,
         micro_batches=args.micro_batches, model_class=args.model_class, link_gb_per_s=args.link,
         **_given(args, *_SETTINGS, *_MOVABLE), **_overrides(args),
     ):  # fmt: skip
@@ -113,7 +119,8 @@ def _replay(args: argparse.Namespace) -> int:
     if not args.overwrite:
         _check_out(args.out)
     files = replay(args.base, args.journal, args.out, to=args.to, max_shard_bytes=args.max_shard,
-                   overwrite=args.overwrite, trust_remote_code=args.trust_remote_code)  # fmt: skip
+                   overwrite=args.overwrite, trust_remote_code=args.trust_remote_code,
+                   **_own_method(args))  # fmt: skip
     print(f"wrote {len(files)} files to {args.out}")
     return 0
 
@@ -140,17 +147,16 @@ def _journal(args: argparse.Namespace) -> int:
     return 0
 
 
-def _method(args: argparse.Namespace) -> Any:
-    """The method that the options name."""
-    from .methods import METHODS
+def _own_method(args: argparse.Namespace) -> dict[str, Any]:
+    """The class of a user's own that a run was made with, if one is named: the run has its fields."""
+    if args.method is None:
+        return {}
+    from .method_options import find_class
 
-    recipe = _given(args, *_METHOD)
-    if args.clip is not None and args.method not in ("qzo", "qzo-shift"):
-        raise ConfigError(f"--clip {args.clip:g} bounds the projected gradient of --method qzo")
-    if args.directions is not None and args.method != "fzoo":
-        raise ConfigError(f"--directions {args.directions} are those of --method fzoo")
-    kind = METHODS[args.method or "mezo"]
-    return kind.preset(args.preset, **recipe) if args.preset else kind(**recipe)
+    kind = find_class(args.method)
+    if kind.own():
+        raise ConfigError(f"a run keeps the method that it was begun with: leave out --method {args.method}")
+    return {"method": kind}
 
 
 def _open(args: argparse.Namespace) -> Any:
@@ -158,15 +164,19 @@ def _open(args: argparse.Namespace) -> Any:
     from . import runs
     from .engine import Engine
     from .formats import FORMATS
-    from .methods import QZOShift
+    from .methods import method_training
 
     if (Path(args.model) / runs.JOURNAL).exists():
         _refuse(args, *_IDENTITY, "run_dir")
-        return Engine.resume(args.model, args.base, **_given(args, *_MOVABLE, "model_class"), **_tokenizer(args))
+        given = {**_own_method(args), **_given(args, *_MOVABLE, "model_class")}
+        return Engine.resume(args.model, args.base, **given, **_tokenizer(args))
     if args.base is not None:
         raise ConfigError(f"--base {args.base} says where the base of a run is now, and {args.model} is not a run")
+    if args.method is not None:
+        raise ConfigError(f"--method {args.method} says what a run was made with, and {args.model} is not a run")
     frozen = args.storage in FORMATS and not FORMATS[args.storage].trains
-    method = QZOShift() if frozen else None  # nothing is trained here: the values as the format has them will do
+    # nothing is trained here: the values as the format has them will do
+    method = method_training("shifts") if frozen else None
     given = _given(args, *_SETTINGS, *_MOVABLE, "run_dir")
     return Engine(
         args.model, method=method, model_class=args.model_class, **given, **_overrides(args), **_tokenizer(args)
@@ -194,8 +204,6 @@ def _refuse(args: argparse.Namespace, *names: str) -> None:
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
-_METHOD = ("lr", "eps", "weight_decay", "schedule", "warmup_steps", "distribution", "rounds", "on_nonfinite", "clip",
-           "directions")  # fmt: skip
 _IDENTITY = (  # what numbers depend on
     "storage",
     "keep",
@@ -256,7 +264,8 @@ def _count(text: str) -> int:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """argv: what is to be parsed; methods, and torch with them, are loaded for commands that take their options."""
     parser = argparse.ArgumentParser(prog="zo-offload", description="Fine-tune models far larger than the device.")
     commands = parser.add_subparsers(required=True, metavar="fit | plan | eval | generate | export | replay | journal")
 
@@ -276,10 +285,11 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="continue the run in MODEL; what is not given (data, steps) is as it was"
     )
     fit.add_argument("--out", help="export the tuned checkpoint here")
-    _method_options(fit)
+    _step_options(fit)
     fit.add_argument("--quiet", action="store_true", help="no progress bar")
     _storage(fit)
     _data(fit)
+    _add_methods(fit, "fit", argv)
     fit.set_defaults(run=_fit)
 
     plan = commands.add_parser("plan", help="what a run would take: blocks, memory, traffic; reads no weights")
@@ -292,13 +302,15 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help="GB/s that blocks move at (default: measured; of a GPU that is not here, 25 each way)",
     )
-    _method_options(plan)
+    _step_options(plan)
     _storage(plan)
+    _add_methods(plan, "plan", argv)
     plan.set_defaults(run=_plan)
 
     evaluate = commands.add_parser("eval", help="loss and accuracy of a checkpoint or a run")
     evaluate.add_argument("model", help="checkpoint or run directory")
     _base(evaluate)
+    _own_class(evaluate)
     evaluate.add_argument("--data", required=True)
     evaluate.add_argument("--batch-size", type=_count, default=16)
     evaluate.add_argument("--run-dir", help="fresh directory for the blocks of a checkpoint, with --offload disk")
@@ -309,6 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="text from a checkpoint or a run; one pass of the weights a token")
     generate.add_argument("model", help="checkpoint or run directory")
     _base(generate)
+    _own_class(generate)
     generate.add_argument("--prompt", required=True, nargs="+")
     generate.add_argument("--max-new-tokens", type=_count, default=32)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token each time")
@@ -319,6 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="a run's weights as a checkpoint for plain transformers")
     export.add_argument("model", help="run directory (or a checkpoint, with --storage to convert it)")
     _base(export)
+    _own_class(export)
     export.add_argument("--out", required=True)
     export.add_argument("--max-shard", default="5GB")
     export.add_argument("--run-dir", help="fresh directory for the blocks of a checkpoint, with --offload disk")
@@ -333,6 +347,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--max-shard", default="5GB")
     replay.add_argument("--overwrite", action="store_true", help="write into a directory that is not empty")
     replay.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base")
+    _own_class(replay)
     replay.set_defaults(run=_replay)
 
     journal = commands.add_parser("journal", help="show, check or cut a journal, or print it as CSV")
@@ -344,31 +359,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _method_options(command: argparse.ArgumentParser) -> None:
-    """What a step does, and how it is run: the same for a run and for its plan."""
-    command.add_argument(
-        "--method", choices=["mezo", "fzoo", "qzo", "qzo-shift"],
-        help="fzoo takes steps along several directions; qzo trains the scales of a quantized storage about zero, "
-        "qzo-shift from the minima of int4",
-    )  # fmt: skip
-    command.add_argument("--directions", type=_count, help="perturbations of a step (fzoo; 8)")
-    command.add_argument("--clip", type=float, help="of the projected gradient (qzo)")
-    command.add_argument(
-        "--preset",
-        help="a published recipe of the method: opt, opt-squad, opt-lora, opt-prefix, roberta (mezo); opt, opt-script "
-        "(fzoo); llama (qzo)",
-    )
-    for name, kind in (("lr", float), ("eps", float), ("weight-decay", float), ("warmup-steps", int), ("rounds", int)):
-        command.add_argument(f"--{name}", type=kind)
-    command.add_argument("--schedule", help="transformers' name of a learning rate schedule")
-    command.add_argument("--distribution", choices=["gaussian", "rademacher"])
-    command.add_argument("--on-nonfinite", choices=["stop", "skip", "halve_eps"])
+def _step_options(command: argparse.ArgumentParser) -> None:
+    """How a step is run: the same for a run and for its plan."""
     command.add_argument("--rounding", choices=["nearest", "stochastic"])
     command.add_argument("--fold-every", type=_count, help="steps between two write-backs of a block")
     command.add_argument("--num-slots", type=_count)
     command.add_argument("--order", choices=["auto", "module", "block", "lane"])
     command.add_argument("--seed", type=int)
     command.add_argument("--trainable", help="glob on parameter names, such as 'layers.*.self_attn'")
+
+
+def _add_methods(command: argparse.ArgumentParser, name: str, argv: Sequence[str]) -> None:
+    """The options of methods, for the command that is asked for: they are read from classes, which import torch."""
+    if name in argv[:1]:
+        from .method_options import add_options
+
+        add_options(command, argv)
+
+
+def _own_class(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--method", metavar="FILE.py:CLASS", help="of a run: your own class that it was made with")
 
 
 def _base(command: argparse.ArgumentParser) -> None:

@@ -4,11 +4,11 @@
     result = engine.fit("train.jsonl", steps=2000, eval_data="dev.jsonl")
     engine.save_pretrained("tuned/")
 
-One step of MeZO, as `active.Run` takes it:
+One step of a method (here MeZO), as `active.Run` takes it:
 
     perturbations = method.perturbations(seed, step)              # +eps z, -eps z
     losses = [loss of the model at w + perturbation, ...]         # lanes in lockstep, each block visited once
-    outcome = method.update(losses, lr)                           # the projected gradient
+    outcome = method.update(seed, step, losses, lr)               # coefficients of each noise
     journal.append(outcome); log.append(outcome)                  # applied when each block is next visited
 
 The engine is what a caller sees: it opens a model (`opening.py`), and hands each call to the run under way (`active`).
@@ -40,7 +40,7 @@ from .journal import Journal, StepRecord
 from .lanes import Lane
 from .losses import Batch, Objective, model_loss
 from .memory import MemoryPlan
-from .methods import MeZO
+from .methods import DEFAULT, Method
 from .on_device import as_inputs, input_dtype
 from .opening import open_model
 from .plan import Plan
@@ -69,7 +69,7 @@ class Engine:
         self,
         model: str | Path | nn.Module,
         *,
-        method: MeZO | None = None,
+        method: Method | None = None,
         objective: Objective | None = None,
         tokenizer: Any = None,
         model_class: Any = None,
@@ -79,7 +79,7 @@ class Engine:
         **settings: Any,
     ) -> None:
         config = config if config is not None else EngineConfig(**settings)
-        method = method if method is not None else MeZO()
+        method = method if method is not None else DEFAULT()
         objective = objective if objective is not None else model_loss
         opened = open_model(model, method, config, model_class=model_class, example=example, base=base)
         begin = Maker(opened, objective_name(objective, model_loss)).start
@@ -108,15 +108,15 @@ class Engine:
         run_dir: str | Path,
         model: str | Path | nn.Module | None = None,
         *,
-        method: MeZO | None = None,
+        method: Method | type[Method] | None = None,
         **changes: Any,
     ) -> Engine:
         """The engine of an earlier run, continued where its journal ends; bit-equal to one that never stopped.
 
         model: where the base is now, if it was moved; the same module again, with its first weights, if the run was
-        made from one in memory. method: of a class of the caller's own, as it was. changes: settings that do not alter
-        the numbers (offload, window, threads), and `objective`, `tokenizer`. A run that ended before its first weights
-        were in place has no journal; it is begun anew.
+        made from one in memory. method: of a class of the caller's own, as it was, or the class. changes: settings that
+        do not alter the numbers (offload, window, threads), and `objective`, `tokenizer`. A run that ended before its
+        first weights were in place has no journal; it is begun anew.
         Raises JournalError if run_dir is not a run, or names what differs from it.
         """
         run_dir = Path(run_dir).absolute()
@@ -135,10 +135,10 @@ class Engine:
             raise ConfigError(f"{run_dir} was made with trainable=<a function>: pass the same one to resume")
         passed = {k: changes.pop(k, None) for k in ("objective", "tokenizer", "model_class", "example", "base")}
         config = EngineConfig(**{**record["settings"], **changes, "run_dir": run_dir})
-        method = runs.make_method(record["method"]) if method is None else method
         objective = model_loss if passed["objective"] is None else passed["objective"]
+        made = runs.make_method(record["method"], method)
         opened = open_model(
-            where, method, config, model_class=passed["model_class"] or record.get("model_class"),
+            where, made, config, model_class=passed["model_class"] or record.get("model_class"),
             example=passed["example"], base=passed["base"], fresh=False,
         )  # fmt: skip
         begin = Maker(opened, objective_name(objective, model_loss), fresh=False).start

@@ -7,9 +7,7 @@ rounding to float32 is then the only one that counts (Boldo and Melquiond 2008).
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 F32 = NDArray[np.float32]
 
@@ -41,8 +39,3 @@ def polynomial(x: F32, *coefficients: float) -> F32:
 def scaled(x: float, gain: float) -> float:
     """The product of two float32, as float32."""
     return float(np.float32(x) * np.float32(gain))
-
-
-def divide(x: Tensor, by: float) -> Tensor:
-    """x / by, rounded once. torch divides a CUDA tensor by a Python number by multiplying with its reciprocal."""
-    return x / torch.full_like(x, by)

@@ -3,7 +3,8 @@
     lanes    w +- eps * gain.lane * z
     update   w - lr * grad * gain.update * z
 
-Both are 1 but where a parameter's stored form asks for something else, and are decided once, when a run begins. They
+Both are 1 but where the method (`Method.gain`) or a parameter's stored form asks for something else, and are decided
+once, when a run begins. They
 are in the journal's header: a resumed or replayed run takes them from there, and a run whose header has none has none.
 
 **Lanes of 16 bits** (`Gain(g, 1 / g)`). A weight of 1 in bfloat16 has neighbours 0.004 and 0.008 away, so eps = 1e-3
@@ -28,7 +29,7 @@ import torch
 
 from .errors import ConfigError, JournalError
 from .layout import Layout
-from .methods import MeZO
+from .methods import Method
 from .plan import Plan
 from .records import ONE, Gain, Gains
 from .weights import Base
@@ -42,7 +43,7 @@ MOST = 256.0
 """Of a gain. An eps that is still too small is refused: it is not what was asked for any more."""
 
 
-def decide_gains(plan: Plan, layout: Layout, method: MeZO, base: Base) -> dict[str, Gain]:
+def decide_gains(plan: Plan, layout: Layout, method: Method, base: Base) -> dict[str, Gain]:
     """The gains of a run that begins. Reads a few elements of each trained parameter where that can matter.
 
     Raises ConfigError if eps would not move most of the weights in the lanes' dtype.
@@ -51,19 +52,32 @@ def decide_gains(plan: Plan, layout: Layout, method: MeZO, base: Base) -> dict[s
     for name, spec in plan.params.items():
         if not spec.trainable:
             continue
-        least = _least_eps(base, name, spec.dtype, method.eps)
+        own = _own_gain(method, name, spec.shape)
+        eps = method.eps * own.lane
+        least = _least_eps(base, name, spec.dtype, eps)
         more = 1.0
-        if spec.dtype in _NARROW and method.eps < least:
-            more = 2.0 ** math.ceil(math.log2(least / method.eps))
-        if more > MOST or (spec.dtype not in _NARROW and method.eps * 8 < least):
+        if spec.dtype in _NARROW and eps < least:
+            more = 2.0 ** math.ceil(math.log2(least / eps))
+        if more > MOST or (spec.dtype not in _NARROW and eps * 8 < least):
             lost[name] = least
         rms = layout.formats[name].code_rms if method.unit_scales else 1.0
-        gain = Gain(_float32(more / rms), _float32(1 / (more * rms)))
+        gain = Gain(_float32(own.lane * (more / rms)), _float32(own.update * (1 / (more * rms))))
         if gain != ONE:
             found[name] = gain
     _check_lost(plan, method, lost)
     _tell(plan, method, found)
     return found
+
+
+def _own_gain(method: Method, name: str, shape: torch.Size) -> Gain:
+    """What the method itself gives a parameter. Raises ConfigError if it leaves it out, which is not built."""
+    gain = method.gain(name, shape)
+    if not (0 < gain.lane < math.inf and 0 < gain.update < math.inf):
+        raise ConfigError(
+            f"method {method.name!r} gives {name!r} a gain of {gain.lane:g} in the lanes and {gain.update:g} in the "
+            "update: both must be positive. To leave a parameter out of training, use trainable=..."
+        )
+    return gain
 
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -92,7 +106,7 @@ def _typical(base: Base, name: str) -> float:
     return math.sqrt(squares / count) if count and math.isfinite(squares) else 0.0
 
 
-def _check_lost(plan: Plan, method: MeZO, lost: Mapping[str, float]) -> None:
+def _check_lost(plan: Plan, method: Method, lost: Mapping[str, float]) -> None:
     numel = sum(plan.params[name].numel for name in lost)
     if 2 * numel <= plan.trainable_numel:
         return
@@ -105,7 +119,7 @@ def _check_lost(plan: Plan, method: MeZO, lost: Mapping[str, float]) -> None:
     )
 
 
-def _tell(plan: Plan, method: MeZO, gains: Gains) -> None:
+def _tell(plan: Plan, method: Method, gains: Gains) -> None:
     """In the log: which parameters are perturbed by more than eps."""
     wider = {name: gain for name, gain in gains.items() if gain.lane * gain.update != 1.0 or plan.params[name]}
     coarse = [name for name in wider if plan.params[name].dtype in _NARROW and gains[name].lane > gains[name].update]

@@ -20,7 +20,7 @@ from .encode import ENCODING
 from .errors import CheckpointError, JournalError
 from .gains import record_of
 from .layout import Layout
-from .methods import MeZO, known_record
+from .methods import METHODS, Method, known_record
 from .noise import NoiseSpec
 from .plan import Plan
 from .records import Gains
@@ -48,7 +48,7 @@ def identity(
     plan: Plan,
     layout: Layout,
     config: EngineConfig,
-    method: MeZO,
+    method: Method,
     fold_every: int,
     base_digest: str,
     about: Mapping[str, Any],
@@ -258,12 +258,19 @@ def check_identity(wanted: dict[str, Any], found: dict[str, Any]) -> None:
 
 
 def _with_class_of(wanted: dict[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """`wanted`, the class of its method named as the journal names it if it is the same from another module's view."""
+    """`wanted`, the class of its method named as the journal names it if it is the same from another module's view.
+
+    Before classes had names of their own, a user's went by that of the package's class that it stood on.
+    """
     method, known = wanted.get("method"), found.get("method")
     if not isinstance(method, dict) or not isinstance(known, dict) or not {"class"} <= method.keys() & known.keys():
         return wanted
-    same = _same_name(str(method["class"]), str(known["class"]))
-    return {**wanted, "method": {**method, "class": known["class"]}} if same else wanted
+    if not _same_name(str(method["class"]), str(known["class"])):
+        return wanted
+    as_named = {"class": known["class"]}
+    if (name := known.get("name")) in METHODS and METHODS[name].own():
+        as_named["name"] = name
+    return {**wanted, "method": {**method, **as_named}}
 
 
 def differences(name: str, found: Any, wanted: Any, *, shared: bool = False) -> list[str]:

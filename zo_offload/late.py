@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +21,11 @@ from torch import Tensor
 from .device_updates import DeviceUpdates, UpdateTable
 from .devices import Later
 from .errors import ZOError
+from .methods import Method
+from .methods.base import Outcome
 from .records import Update
 from .updates import UpdateLog
 
-COEFF_LIMIT = 3e38  # as the methods': what float32 holds, and a little less
 MAX_NOISE = 6.6  # |z| <= 6.556
 
 
@@ -36,7 +36,7 @@ class Launched:
     step: int
     lr: float
     batch_crc: int
-    method: Any
+    method: Method
     """As the step was taken: its eps may have been halved since."""
     losses: Sequence[float] | None = None
     """None: they are in `later`."""
@@ -109,23 +109,20 @@ def launch(
     log: LateLog,
     updates: Sequence[Update],
     losses: Tensor,
-    coefficients: Tensor,
+    outcome: Outcome,
     limit: float,
     later: Callable[[Tensor], Later],
     before: Callable[[Later], None],
 ) -> None:
     """Send losses and coefficients to the host, and give a step's coefficients to the log.
 
-    updates: as the host knows them, coefficients aside. losses, coefficients: float64, on the device, coefficients as
-    the method gave them. limit: largest value of the storage formats. before: told what is sent, before the log has
-    the step.
+    updates: as the host knows them, coefficients aside. losses: float64, on the device; outcome: what the method made
+    of them there. limit: largest value of the storage formats. before: told what is sent, before the log has the step.
     """
-    small = coefficients.abs() < COEFF_LIMIT
-    rounded = torch.where(small, coefficients, 0.0).to(torch.float32)
-    fits = rounded.double().abs() * MAX_NOISE < limit
-    applies = torch.isfinite(losses).all() & small.all() & fits.all()
-    sent = later(torch.cat([losses, rounded.double(), applies.double().reshape(1)]))
-    log.launch(updates, rounded, applies, lambda: before(sent))
+    exact = outcome.coefficients.double()
+    applies = outcome.sound & (exact.abs() * MAX_NOISE < limit).all()
+    sent = later(torch.cat([losses, exact, applies.double().reshape(1)]))
+    log.launch(updates, outcome.coefficients, applies, lambda: before(sent))
 
 
 def check_same(step: int, updates: Sequence[Update], coefficients: Sequence[float], applies: bool) -> None:

@@ -29,7 +29,7 @@ from .gains import decide_gains
 from .host_memory import process_bytes
 from .ingest import Base, ModuleBase
 from .losses import Batch
-from .methods import MeZO
+from .methods import Method
 from .model_kind import ModelKind, kind_of
 from .parameters import Tied, tie
 from .prepare import Prepared, prepare
@@ -80,7 +80,7 @@ class Opened:
 
 def open_model(
     model: str | Path | nn.Module,
-    method: MeZO,
+    method: Method,
     config: EngineConfig,
     *,
     model_class: Any = None,

@@ -20,7 +20,6 @@ from .compiled import eagerly
 from .data import Batches
 from .devices import Device
 from .errors import BudgetError, DataError, PlanError
-from .float32 import divide
 from .generators import lane_seed
 from .lanes import Hub, Lane, LanesShareState, PlanFault
 from .losses import Batch, Objective, language_models, own_loss, scalar, weighing, without_cache
@@ -30,6 +29,7 @@ from .modes import module_modes
 from .on_device import PlacedBatches, input_dtype, inputs_in, matmul_precision
 from .plan import Plan, relift
 from .records import STILL, Perturbation
+from .scalars import divide
 from .streamer import Streamer
 from .trees import tensor_bytes
 

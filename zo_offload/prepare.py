@@ -27,7 +27,7 @@ from .host_memory import available_bytes
 from .layout import Layout, make_layout
 from .losses import Objective, for_a_loss
 from .memory import MemoryPlan, held_together, plan_memory
-from .methods import MeZO, check_tunes
+from .methods import Method, check_tunes
 from .micro_batches import split_micro_batches
 from .module_state import undisturbed
 from .plan import Plan, make_plan
@@ -57,7 +57,7 @@ class Prepared:
     plan: Plan
     layout: Layout
     config: EngineConfig
-    method: MeZO
+    method: Method
     device: PlannedDevice
     offload: str
     """Where blocks live: "none", "host" or "disk"; never "auto"."""
@@ -146,7 +146,7 @@ def prepare(
     model: nn.Module,
     dtype_of: Callable[[str], torch.dtype],
     config: EngineConfig,
-    method: MeZO,
+    method: Method,
     device: PlannedDevice,
     *,
     example: Batch | None = None,
@@ -166,7 +166,7 @@ def prepare(
         full = make_plan(
             model, example, trainable=config.trainable, block_numel=config.block_numel, notes=notes, **traced
         )
-    check_tunes(method, full)
+    check_tunes(method.tunes, method.lr, method.eps, full)
     note = ""
     if config.storage == "auto":
         storage, note = choose_storage(full, dtype_of, config)

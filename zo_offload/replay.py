@@ -72,8 +72,8 @@ def replay(
 def replayed(base: str | Path | nn.Module, journal: str | Path, *, to: int | None = None, **options: Any) -> Engine:
     """An engine at the weights after `to` steps of a journal. It evaluates, generates and exports; it does not train.
 
-    options: `objective`, `tokenizer`, `method` (of a class of the caller's own) and settings that do not alter the
-    numbers (device, threads, order, ...).
+    options: `objective`, `tokenizer`, `method` (a class of the caller's own, or one of it) and settings that do not
+    alter the numbers (device, threads, order, ...).
     """
     contents = load_journal(journal)
     header, steps = contents.header, contents.steps
@@ -87,7 +87,7 @@ def replayed(base: str | Path | nn.Module, journal: str | Path, *, to: int | Non
     settings |= {"offload": "auto", "device_memory": None, "num_slots": None, "prefetch": None}
     passed: dict[str, Any] = {k: options.pop(k, None) for k in ("objective", "tokenizer", "example", "method")}
     opened = open_model(
-        base, passed["method"] or runs.make_method(header["method"]),
+        base, runs.make_method(header["method"], passed["method"]),
         EngineConfig(**{**settings, **options, "run_dir": None}), example=passed["example"],
         model_class=None if isinstance(base, nn.Module) else header.get("model_class"), fresh=False, offload="disk",
     )  # fmt: skip

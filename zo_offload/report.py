@@ -21,7 +21,7 @@ from .formats import FORMATS
 from .layout import Layout
 from .losses import model_loss
 from .memory import MemoryPlan, step_bytes
-from .methods import MeZO
+from .methods import DEFAULT, Method
 from .model_kind import ModelKind, kind_of
 from .plan import Plan
 from .prepare import Prepared, prepare
@@ -65,7 +65,7 @@ class AbsentGpu:
 def plan_report(
     model: str,
     *,
-    method: MeZO | None = None,
+    method: Method | None = None,
     tokens: int | None = None,
     batch_size: int = 1,
     micro_batches: int = 1,
@@ -78,7 +78,7 @@ def plan_report(
     settings: those of `EngineConfig`, decided as a run with a run directory decides them (`prepare.py`). tokens: a row;
     default 512, or as many as the model takes. A GPU need not be there. Raises ZOError, as the run would.
     """
-    method = method if method is not None else MeZO()
+    method = method if method is not None else DEFAULT()
     config = EngineConfig(**{"run_dir": "-", **settings})
     checkpoint = open_config(model, trust_remote_code=config.trust_remote_code, overrides=config.config_overrides)
     device = _device(config)

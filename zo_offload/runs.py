@@ -26,7 +26,7 @@ from . import diskio
 from .config import EngineConfig
 from .errors import ConfigError, JournalError
 from .journal_format import MAGIC, read_journal
-from .methods import METHODS, MeZO, method_from
+from .methods import Method, method_from
 
 _log = logging.getLogger(__name__)
 
@@ -131,13 +131,13 @@ def settings_of(config: EngineConfig) -> dict[str, Any]:
     return settings
 
 
-def method_of(method: MeZO) -> dict[str, Any]:
-    """A method's fields; of one that is not the package's own, the class that has them, too."""
-    fields = asdict(method)
-    return fields if type(method) in METHODS.values() else {**fields, "class": method_class(method)}
+def method_of(method: Method) -> dict[str, Any]:
+    """A method's name and fields as JSON has them; of one that is not the package's own, its class, too."""
+    fields: dict[str, Any] = json.loads(json.dumps({**asdict(method), "name": method.name}))
+    return fields if method.own() else {**fields, "class": method_class(method)}
 
 
-def method_class(method: MeZO) -> str:
+def method_class(method: Method) -> str:
     return f"{type(method).__module__}:{type(method).__qualname__}"
 
 
@@ -146,7 +146,7 @@ def save_config(
     model: str | None,
     model_class: str | None,
     config: EngineConfig,
-    method: MeZO,
+    method: Method,
 ) -> None:
     """Write config.json beside and rename: it is there whole or not at all."""
     settings = settings_of(config)
@@ -194,14 +194,20 @@ def check_settings(settings: dict[str, Any], where: str) -> None:
         raise JournalError(f"{where} has settings that this version does not know: {', '.join(unknown)}")
 
 
-def make_method(record: dict[str, Any]) -> MeZO:
-    """The method that `method_of` or a journal's header describes. JournalError on options it does not have."""
-    if "class" in record:
+def make_method(record: dict[str, Any], given: Method | type[Method] | None = None) -> Method:
+    """The method that `method_of` or a journal's header describes. JournalError on options it does not have.
+
+    given: by the caller, for a method that is a class of their own; a class is given the run's fields.
+    """
+    if isinstance(given, Method):
+        return given
+    if given is None and "class" in record:
         raise JournalError(
-            f"the run was made with a method of your own, {record['class']!r}: pass it again as it was, method=..."
+            f"the run was made with a method of your own, {record['class']!r}: pass it again as it was, "
+            f"method={record['class'].rpartition(':')[2]} (--method file.py:{record['class'].rpartition(':')[2]})"
         )
     try:
-        return method_from(record)
+        return method_from(record, given)
     except (TypeError, ConfigError) as error:
         raise JournalError(f"the run's method cannot be made by this version: {error}") from None
 

@@ -29,7 +29,7 @@ from .devices import Device, Later
 from .errors import ConfigError, DivergenceError
 from .journal import Journal, StepRecord
 from .late import LateLog, Launched
-from .methods import MeZO
+from .methods import Method
 from .prepare import Prepared
 from .records import Gains, Update
 from .updates import UpdateLog, with_folds
@@ -42,7 +42,7 @@ class Stepper:
 
     def __init__(
         self,
-        method: MeZO,
+        method: Method,
         run_seed: int,
         fold_every: int,
         log: UpdateLog,
@@ -62,8 +62,8 @@ class Stepper:
 
     @property
     def late(self) -> bool:
-        """Whether losses stay on the device: it must want that, and the method must have it."""
-        return isinstance(self.log, LateLog) and hasattr(self.method, "coefficients")
+        """Whether losses stay on the device: it must want that."""
+        return isinstance(self.log, LateLog)
 
     @property
     def halvings(self) -> int:
@@ -71,7 +71,7 @@ class Stepper:
         return self._halvings_before + sum(step < self.log.version for step in self._halved)
 
     @property
-    def current(self) -> MeZO:
+    def current(self) -> Method:
         """The method with the eps that the next step is taken with."""
         return self.method.with_options(eps=self.method.eps * 0.5**self.halvings) if self.halvings else self.method
 
@@ -89,20 +89,17 @@ class Stepper:
         else:
             assert isinstance(self.log, LateLog)
             stacked = torch.stack([x for x in losses if isinstance(x, Tensor)])
-            # seeds, decays and folds do not depend on the losses, so any will do
-            known = with_folds(
-                self.current.update(self.run_seed, step, [0.0] * len(losses), lr).updates, step, self.fold_every
-            )
-            launched = Launched(step, lr, batch_crc, self.current, num_losses=len(losses))
+            method = self.current
+            outcome = method.outcome(stacked, lr)
+            unknown = [0.0] * len(outcome.coefficients)
+            known = with_folds(method.updates(self.run_seed, step, unknown, lr), step, self.fold_every)
+            launched = Launched(step, lr, batch_crc, method, num_losses=len(losses))
 
             def under_way(sent: Later) -> None:
                 launched.later = sent
                 self._open.append(launched)
 
-            late.launch(
-                self.log, known, stacked, self.current.coefficients(stacked, lr), self.limit, self.device.later,
-                under_way,
-            )  # fmt: skip
+            late.launch(self.log, known, stacked, outcome, self.limit, self.device.later, under_way)
             return launched
         self._open.append(launched)
         return launched

@@ -1,22 +1,36 @@
-"""Methods: which noises, which lanes, and how losses become updates. One file each; MeZO first."""
+"""Methods: which noises, which lanes, and how losses become updates. One file each; MeZO first.
+
+A file put here is a method: it is found, and METHODS, the command line, plans and `from zo_offload import ...` have it.
+The imports by name are for type checkers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from ..errors import ConfigError
+from ..records import Trains
+from .base import METHODS, Method, Step, lr_schedule
 from .fzoo import FZOO
-from .mezo import MeZO, Step, lr_schedule
+from .mezo import MeZO
+from .nspsa import NSPSA
 from .presets import PRESETS, check_tunes
 from .qzo import QZO, QZOShift
+from .sign import SignSGD
 
 __all__ = [
-    "FZOO", "METHODS", "PRESETS", "QZO", "MeZO", "QZOShift", "Step", "check_tunes", "known_record", "lr_schedule",
-    "method_from",
+    "DEFAULT", "FZOO", "METHODS", "NSPSA", "PRESETS", "QZO", "MeZO", "Method", "QZOShift", "SignSGD", "Step",
+    "check_tunes", "known_record", "lr_schedule", "method_from", "method_training",
 ]  # fmt: skip
 
-METHODS: dict[str, type[MeZO]] = {"mezo": MeZO, "fzoo": FZOO, "qzo": QZO, "qzo-shift": QZOShift}
+DEFAULT: type[MeZO] = MeZO
+"""What an engine takes that was given none, and what a record without a name is of."""
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
 
 
 def known_record(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,13 +41,24 @@ def known_record(record: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def method_from(record: Mapping[str, Any]) -> MeZO:
-    """A method from its fields, as a run keeps them (see `known_record`); without a name it is MeZO."""
+def method_training(target: Trains) -> Method:
+    """A method, with its defaults, that trains that of the stored weights."""
+    found: Callable[[], Method] = next(kind for kind in METHODS.values() if kind.own() and kind.target == target)
+    return found()
+
+
+def method_from(record: Mapping[str, Any], kind: type[Method] | None = None) -> Method:
+    """A method from its fields, as a run keeps them (see `known_record`); without a name it is DEFAULT.
+
+    kind: the class of a method that is a user's own, which the record does not say how to find.
+    """
     fields = known_record(record)
-    name, units = fields.pop("name", "mezo"), fields.pop("units", None)
-    if name not in METHODS:
-        raise ConfigError(f"method {name!r} is not known; there are {', '.join(sorted(METHODS))}")
-    method = METHODS[name](**fields)
+    name, units = fields.pop("name", DEFAULT.name), fields.pop("units", None)
+    fields.pop("class", None)
+    if kind is None and not (name in METHODS and METHODS[name].own()):
+        own = sorted(known for known, method in METHODS.items() if method.own())
+        raise ConfigError(f"method {name!r} is not known; there are {', '.join(own)}")
+    method = (kind or METHODS[name])(**fields)
     if units != getattr(method, "units", None):
         raise ConfigError(f"method {name!r} with eps and lr in units of {units!r} is not known to this version")
     return method

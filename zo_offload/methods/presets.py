@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from ..errors import ConfigError
-from .qzo import SCALE_UNITS
+from ..plan import Plan
 
-if TYPE_CHECKING:
-    from ..plan import Plan
-    from .mezo import MeZO
-
-M = TypeVar("M", bound="MeZO")
+SCALE_UNITS = 2.71
+"""Root mean square of GPTQ's symmetric 4-bit codes of normal weights in groups of 128, which QZO's paper trains: its
+eps is SCALE_UNITS times as much in units of weights, its lr SCALE_UNITS squared times, its clip one SCALE_UNITS-th."""
 
 _MEZO = dict(schedule="constant", batch_size=16, steps=20_000)
 
@@ -40,31 +38,30 @@ WHOLE, SMALL = 4, 16
 """More than a 4th of a model is no adapter, less than a 16th is not all of it."""
 
 
-def preset(kind: type[M], name: str, changes: dict[str, Any]) -> M:
-    """A recipe of the method `kind`, with any field changed. Raises ConfigError if it has none of that name."""
-    method = str(kind.__dataclass_fields__["name"].default)
+def recipe(method: str, name: str) -> dict[str, Any]:
+    """The fields of a method's recipe. Raises ConfigError if it has none of that name."""
     known = PRESETS.get(method, {})
     if name not in known:
         others = [other for other in PRESETS if name in PRESETS[other] and other != method]
         there = f"there are {', '.join(sorted(known))}" if known else "it has none"
         hint = f"; it is one of {', '.join(others)}, whose rates are no use here" if others else ""
         raise ConfigError(f"preset {name!r} is not known to {method}: {there}{hint}")
-    return kind(**{**known[name], **changes})
+    return known[name]
 
 
-def check_tunes(method: MeZO, plan: Plan) -> None:
+def check_tunes(tunes: str | None, lr: float, eps: float, plan: Plan) -> None:
     """Raise ConfigError if a preset's rates are those of adapters and a whole model trains; warn of the opposite."""
-    if method.tunes is None:
+    if tunes is None:
         return
     share = f"{plan.trainable_numel:,} of {plan.numel:,} parameters train ({plan.trainable_numel / plan.numel:.0%})"
-    if method.tunes != "all" and plan.trainable_numel * WHOLE > plan.numel:
+    if tunes != "all" and plan.trainable_numel * WHOLE > plan.numel:
         raise ConfigError(
-            f"the preset's lr={method.lr:g} and eps={method.eps:g} are rates for {_OF[method.tunes]}, but {share}. "
+            f"the preset's lr={lr:g} and eps={eps:g} are rates for {_OF[tunes]}, but {share}. "
             "Give a PEFT model and trainable='requires_grad', or take a preset for whole models"
         )
-    if method.tunes == "all" and plan.trainable_numel * SMALL < plan.numel:
+    if tunes == "all" and plan.trainable_numel * SMALL < plan.numel:
         warnings.warn(
-            f"the preset's lr={method.lr:g} and eps={method.eps:g} are rates for whole models, and {share}: a part of "
+            f"the preset's lr={lr:g} and eps={eps:g} are rates for whole models, and {share}: a part of "
             "a model may need a hundred times as much (MeZO.preset('opt-lora') is for adapters)",
             stacklevel=3,
         )

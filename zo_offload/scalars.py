@@ -1,0 +1,34 @@
+"""Arithmetic on a step's few float64 scalars, with the same bits on the host and on a GPU.
+
+Add, subtract, multiply, divide of two tensors, compare, abs, sign, clamp, amax and where of torch have them, element by
+element. What has not is here: a division by a number, a sum, whose order a reduction kernel is free to choose, and a
+square root, which torch's vector library on the CPU rounds the other way once in a hundred. An operation that is in
+neither list (exp, log, pow) belongs here before a method may use it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def divide(x: Tensor, by: float) -> Tensor:
+    """x / by, rounded once. torch divides a CUDA tensor by a Python number by multiplying with its reciprocal."""
+    return x / torch.full_like(x, by)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of a vector from its first element on."""
+    found = x[0]
+    for value in x[1:].unbind():
+        found = found + value
+    return found
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """The square root, rounded once (NaN below 0)."""
+    if x.device.type != "cpu":
+        return torch.sqrt(x)  # CUDA's of float64 is IEEE's
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy(np.asarray(np.sqrt(x.numpy())))
