@@ -41,7 +41,7 @@ def about(benchmark: str) -> dict[str, Any]:
     import torch
     import transformers
 
-    from zo_offload import native
+    from zo_offload.kernels import native
 
     library = native.library()
     return {

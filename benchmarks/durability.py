@@ -25,11 +25,13 @@ import torch
 
 from benchmarks.common import about, emit, quantile
 from benchmarks.step import make_model
-from zo_offload import Engine, MeZO, diskio, summed_io
-from zo_offload.checksum import checksum
-from zo_offload.journal import Journal, StepRecord
-from zo_offload.noise import step_seed
-from zo_offload.records import Update
+from zo_offload import Engine, MeZO
+from zo_offload.journal.journal import Journal, StepRecord
+from zo_offload.kernels.records import Update
+from zo_offload.numerics.noise import step_seed
+from zo_offload.system import diskio
+from zo_offload.tiers import summed_io
+from zo_offload.tiers.checksum import checksum
 
 
 @contextmanager

@@ -39,8 +39,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks.common import about, emit
 from benchmarks.faults import in_child
-from zo_offload import publish
-from zo_offload.checkpoint import save_pretrained
+from zo_offload.checkpoint import publish
+from zo_offload.checkpoint.checkpoint import save_pretrained
 
 MOVES = ("replace", "rename", "link", "unlink", "remove", "mkdir", "rmdir")
 ONE, MANY = 10**9, 9_000

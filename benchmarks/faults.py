@@ -37,12 +37,16 @@ from typing import Any
 import torch
 
 from benchmarks.common import about, emit
-from zo_offload import QZO, Engine, MeZO, diskio, journal_tools, runs, summed_io
-from zo_offload.checkpoint_files import find_weights
+from zo_offload import QZO, Engine, MeZO
+from zo_offload.checkpoint.files import find_weights
+from zo_offload.checkpoint.safetensors_io import SafetensorsFile
+from zo_offload.cli import journal_tools
 from zo_offload.errors import ZOError
 from zo_offload.formats import FORMATS
-from zo_offload.journal import read_journal
-from zo_offload.safetensors_io import SafetensorsFile
+from zo_offload.journal import run_directory
+from zo_offload.journal.journal import read_journal
+from zo_offload.system import diskio
+from zo_offload.tiers import summed_io
 from zo_offload.tiers.block_file import HEADER_BYTES
 from zo_offload.tiers.disk import DiskTier, load_shapes
 
@@ -76,7 +80,7 @@ def all_settings() -> list[dict[str, Any]]:
 
 def work(base: Path, run: Path, settings: dict[str, Any], result: Path, steps: int = STEPS) -> None:
     """Begin the run or go on with it, to its end; write the digest of its weights."""
-    if (run / runs.CONFIG).exists():
+    if (run / run_directory.CONFIG).exists():
         engine = Engine.resume(run)
     else:
         method = MeZO if FORMATS[settings["storage"]].trains else QZO
@@ -140,7 +144,7 @@ def kills(folder: Path, wanted: int, rng: random.Random, deaths_a_run: int = 4) 
             killed, _ = in_child(lambda s=settings, r=run, o=result: work(base, r, s, o), rng.uniform(0, seconds))  # type: ignore[misc]
             if not killed:
                 break
-            journal = run / runs.JOURNAL
+            journal = run / run_directory.JOURNAL
             steps = len(read_journal(journal.read_bytes()).steps) if journal.exists() else -1
             done += steps >= 0  # one that fell before the run began is survived too, but proves less
             at_step["before the run began" if steps < 0 else f"after {10 * (steps // 10)}+ steps"] += 1
@@ -203,8 +207,11 @@ class Recorder:
 
     def begin_of_run(self) -> int:
         """The op after which the run exists: the sync of the journal's header."""
-        first = next(i for i, op in enumerate(self.ops) if op[0] == runs.JOURNAL and op[1] == "append")
-        return next(i for i, op in enumerate(self.ops) if i > first and op[0] == runs.JOURNAL and op[1] == "sync") + 1
+        first = next(i for i, op in enumerate(self.ops) if op[0] == run_directory.JOURNAL and op[1] == "append")
+        return (
+            next(i for i, op in enumerate(self.ops) if i > first and op[0] == run_directory.JOURNAL and op[1] == "sync")
+            + 1
+        )
 
     def cut_power(self, upto: int, sizes: dict[str, int], into: Path, rng: random.Random) -> None:
         """Write the directory that a power cut after `upto` ops may leave."""
@@ -258,13 +265,16 @@ def power_cuts(
         with Recorder(original) as recorder:
             work(base, original, way, result)
         want = result.read_text()
-        sizes = {f"{runs.BLOCKS}/{p.name}": p.stat().st_size for p in (original / runs.BLOCKS).glob("*.zob")}
+        sizes = {
+            f"{run_directory.BLOCKS}/{p.name}": p.stat().st_size
+            for p in (original / run_directory.BLOCKS).glob("*.zob")
+        }
         for _ in range(-(-wanted // len(ways))):
             upto = rng.randint(recorder.begin_of_run(), len(recorder.ops))
             run = folder / f"cut-{cuts}"
             run.mkdir()
             recorder.cut_power(upto, sizes, run, rng)
-            resumed_at[len(read_journal((run / runs.JOURNAL).read_bytes()).steps)] += 1
+            resumed_at[len(read_journal((run / run_directory.JOURNAL).read_bytes()).steps)] += 1
             work(base, run, way, result)
             cuts += 1
             if result.read_text() != want:
@@ -291,7 +301,7 @@ def a_run(folder: Path) -> Path:
 
 def flips(folder: Path, wanted: int, rng: random.Random, every: int = 64) -> Iterator[dict[str, Any]]:
     run = a_run(folder)
-    data = (run / runs.JOURNAL).read_bytes()
+    data = (run / run_directory.JOURNAL).read_bytes()
     whole = read_journal(data)
     outcome: Counter[str] = Counter()
     for _ in range(wanted // 2):
@@ -300,7 +310,7 @@ def flips(folder: Path, wanted: int, rng: random.Random, every: int = 64) -> Ite
         outcome[_journal_outcome(bytes(broken), whole)] += 1
     yield {"kind": "flips", "of": "journal", "flips": wanted // 2, "bytes": len(data), **_summed(outcome)}
     outcome.clear()
-    files = BlockFiles(run / runs.BLOCKS)
+    files = BlockFiles(run / run_directory.BLOCKS)
     for _ in range(wanted - wanted // 2):
         block = rng.randrange(len(files.shapes))
         good = files.good[block]
@@ -424,7 +434,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 def fuzz(folder: Path, seconds: float, rng: random.Random) -> dict[str, Any]:
     run = a_run(folder)
     base = folder / "base"
-    work_file, blocks = folder / "fuzzed", run / runs.BLOCKS
+    work_file, blocks = folder / "fuzzed", run / run_directory.BLOCKS
     index = folder / "index"
     index.mkdir()
     (index / "config.json").write_text("{}")
@@ -452,7 +462,7 @@ def fuzz(folder: Path, seconds: float, rng: random.Random) -> dict[str, Any]:
             tier.close()
 
     def config(data: bytes) -> None:
-        (folder / runs.CONFIG).write_bytes(data)
+        (folder / run_directory.CONFIG).write_bytes(data)
         Engine.resume(folder).close()
 
     def block_shapes(data: bytes) -> None:
@@ -461,7 +471,7 @@ def fuzz(folder: Path, seconds: float, rng: random.Random) -> dict[str, Any]:
 
     def metrics(data: bytes) -> None:
         work_file.write_bytes(data)
-        runs.evaluations(work_file)
+        run_directory.evaluations(work_file)
 
     def journal_show(data: bytes) -> None:
         work_file.write_bytes(data)
@@ -474,10 +484,10 @@ def fuzz(folder: Path, seconds: float, rng: random.Random) -> dict[str, Any]:
         "safetensors": (safetensors, next(base.glob("*.safetensors")).read_bytes()[:6000]),
         "safetensors whole": (safetensors, next(base.glob("*.safetensors")).read_bytes()),
         "shard index": (shard_index, json.dumps({"metadata": {}, "weight_map": weights}).encode()),
-        "journal": (read_journal, (run / runs.JOURNAL).read_bytes()),
-        "journal show": (journal_show, (run / runs.JOURNAL).read_bytes()[:3000]),
+        "journal": (read_journal, (run / run_directory.JOURNAL).read_bytes()),
+        "journal show": (journal_show, (run / run_directory.JOURNAL).read_bytes()[:3000]),
         "block": (block, (blocks / "00001.zob").read_bytes()),
-        "run config": (config, (run / runs.CONFIG).read_bytes()),
+        "run config": (config, (run / run_directory.CONFIG).read_bytes()),
         "block shapes": (block_shapes, (blocks / "shapes.json").read_bytes()),
         "metrics": (metrics, b'{"step": 3, "eval_loss": 1.0}\n{"step": 4, "loss": 2}\n'),
     }

@@ -30,9 +30,9 @@ from torch import Tensor
 from benchmarks.common import about, quantile
 from benchmarks.kernels import repeat
 from zo_offload.formats import FORMATS, Format, decode_values, encode_values, get_format
-from zo_offload.fused import fused_pass
-from zo_offload.noise import NoiseSpec
-from zo_offload.records import Perturbation, Rounding, Update
+from zo_offload.kernels.records import Perturbation, Rounding, Update
+from zo_offload.numerics.fused import fused_pass
+from zo_offload.numerics.noise import NoiseSpec
 
 NAMES = list(FORMATS)
 STEPS = 400

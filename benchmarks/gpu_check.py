@@ -83,7 +83,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
     link, kernels = (Part(name, [*MEASURE, name, *_dry(options)], 60) for name in ("link", "kernels"))
     doctor = Part("doctor", [sys.executable, "-m", "zo_offload"], 60, reads="text")
     asked = ["opt-13b", "--storage", "bf16", "--tokens", "2048", "--device", "cpu" if options.dry else "cuda"]
-    plan = Part("plan", [sys.executable, "-m", "zo_offload.cli", "plan", *asked], 60, reads="text")
+    plan = Part("plan", [sys.executable, "-m", "zo_offload.cli.command", "plan", *asked], 60, reads="text")
     small, large, budget, losses, archs, sanitizer = test_parts(options)
     if options.dry:
         steps = [step(options, "opt-1.3b"), step(options, "opt-1.3b", what="naive")]

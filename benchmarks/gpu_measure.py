@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import about, emit, quantile
-from zo_offload.device_updates import UpdateTable
+from zo_offload.checkpoint.opt_sizes import opt_config
 from zo_offload.devices.link import Link, measure_link
 from zo_offload.devices.nvml import DriverMemory
 from zo_offload.formats import FORMATS
-from zo_offload.fused import fused_pass
-from zo_offload.noise import NoiseSpec
-from zo_offload.records import Perturbation, Update
-from zo_offload.shapes import opt_config
+from zo_offload.kernels.device_updates import UpdateTable
+from zo_offload.kernels.records import Perturbation, Update
+from zo_offload.numerics.fused import fused_pass
+from zo_offload.numerics.noise import NoiseSpec
 
 if TYPE_CHECKING:  # the engine is imported where it runs: link and kernels need no greenlet
     from zo_offload import Engine

@@ -28,18 +28,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import about, emit
-from zo_offload import native_cuda
 from zo_offload.devices.cpu import CpuDevice
 from zo_offload.devices.cuda import CudaDevice, CudaStream, cuda_device
 from zo_offload.devices.link import measure_link
 from zo_offload.devices.nvml import DriverMemory
 from zo_offload.devices.staging import HostSlabs
-from zo_offload.driver import driver
 from zo_offload.formats import FORMATS
-from zo_offload.fused import fused_pass
-from zo_offload.host_memory import available_bytes
-from zo_offload.noise import NoiseSpec
-from zo_offload.records import Perturbation, Update
+from zo_offload.kernels.driver import driver
+from zo_offload.kernels.records import Perturbation, Update
+from zo_offload.numerics import cuda_kernels
+from zo_offload.numerics.fused import fused_pass
+from zo_offload.numerics.noise import NoiseSpec
+from zo_offload.system.host_memory import available_bytes
 from zo_offload.tiers import HostTier
 
 Found = tuple[bool | None, str, dict[str, Any]]
@@ -151,7 +151,7 @@ class Probe:
         """The image loads, tells its interface and reproduces the CPU's bits."""
         if self.dry:
             return None, "no GPU", {}
-        return True, native_cuda.kernels(self.device.torch_device.index).source, {}
+        return True, cuda_kernels.kernels(self.device.torch_device.index).source, {}
 
     def check_driver_count(self) -> Found:
         """What the driver says that this process uses, and by which of its counts."""
@@ -366,7 +366,7 @@ class Probe:
 
     def check_cost_of_a_launch(self) -> Found:
         """Host time of a fused pass of 4096 elements, and of an empty torch kernel beside it."""
-        from zo_offload.device_updates import UpdateTable
+        from zo_offload.kernels.device_updates import UpdateTable
 
         fmt, n, times = FORMATS["bf16"], 4096, 20 if self.dry else 2000
         stored = torch.zeros(fmt.nbytes(n), dtype=torch.uint8, device=self.where)

@@ -70,7 +70,7 @@ def write_checkpoint(folder: Path, case: str, mib: int) -> int:
     """The case's checkpoint, a tile of noise again and again; its bytes. No tensor is ever in memory."""
     import transformers
 
-    from zo_offload.conversion import names_to_save, saving_groups
+    from zo_offload.checkpoint.conversion import names_to_save, saving_groups
 
     config = config_of(case, mib)
     with torch.device("meta"):
@@ -132,9 +132,9 @@ class Meter:
 def run(folder: Path, storage: str, block_numel: int, only: list[str], nbytes: int) -> list[dict[str, Any]]:
     """All phases in this process."""
     from zo_offload import Engine, MeZO
-    from zo_offload.checkpoint import Checkpoint
-    from zo_offload.host_memory import process_bytes
+    from zo_offload.checkpoint.checkpoint import Checkpoint
     from zo_offload.replay import replay
+    from zo_offload.system.host_memory import process_bytes
 
     ids = torch.arange(8)[None]
     batch = {"input_ids": ids, "labels": ids}

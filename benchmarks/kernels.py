@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import about, quantile
-from zo_offload import native
 from zo_offload.formats import FORMATS, encode_values, get_format
-from zo_offload.fused import fused_pass
-from zo_offload.noise import NoiseSpec
-from zo_offload.records import Perturbation, Update
+from zo_offload.kernels import native
+from zo_offload.kernels.records import Perturbation, Update
+from zo_offload.numerics.fused import fused_pass
+from zo_offload.numerics.noise import NoiseSpec
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def case(name: str, layers: int | None, tokens: int, steps: int, order: str) -> 
     from transformers import OPTForCausalLM
 
     from zo_offload import Engine, MeZO
-    from zo_offload.shapes import opt_config
+    from zo_offload.checkpoint.opt_sizes import opt_config
 
     config = opt_config(name)
     if layers:

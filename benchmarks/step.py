@@ -28,8 +28,8 @@ from torch import nn
 
 from benchmarks.common import about, emit, quantile
 from zo_offload import FZOO, Engine, MeZO
-from zo_offload.blocks import BLOCK_NUMEL
-from zo_offload.shapes import opt_config
+from zo_offload.checkpoint.opt_sizes import opt_config
+from zo_offload.plan.blocks import BLOCK_NUMEL
 
 Work = Callable[[], Any]
 

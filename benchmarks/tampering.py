@@ -33,8 +33,9 @@ from typing import Any
 import torch
 
 from benchmarks.common import about, emit
-from zo_offload import Engine, MeZO, runs
+from zo_offload import Engine, MeZO
 from zo_offload.errors import ZOError
+from zo_offload.journal import run_directory
 
 HALF, WHOLE, ROWS = 4, 8, 10_000
 VOCAB = 64
@@ -198,12 +199,14 @@ def blocks(scene: Scene, rng: random.Random) -> Changes:
 
 def journal(scene: Scene, rng: random.Random) -> Changes:
     def taken(source: str) -> Callable[[Path], None]:
-        return lambda run: shutil.copy(scene.folder / source / runs.JOURNAL, run / runs.JOURNAL) and None
+        return lambda run: (
+            shutil.copy(scene.folder / source / run_directory.JOURNAL, run / run_directory.JOURNAL) and None
+        )
 
     return {
         **{name: taken(source) for name, source in OTHERS.items()},
-        "missing": lambda run: (run / runs.JOURNAL).unlink(),
-        "not a journal": lambda run: (run / runs.JOURNAL).write_bytes(rng.randbytes(300)) and None,
+        "missing": lambda run: (run / run_directory.JOURNAL).unlink(),
+        "not a journal": lambda run: (run / run_directory.JOURNAL).write_bytes(rng.randbytes(300)) and None,
     }
 
 

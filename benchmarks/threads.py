@@ -16,11 +16,11 @@ import time
 import torch
 
 from benchmarks.common import about, emit, quantile
-from zo_offload import native
 from zo_offload.formats import get_format
-from zo_offload.fused import fused_pass
-from zo_offload.noise import NoiseSpec
-from zo_offload.records import Perturbation, Update
+from zo_offload.kernels import native
+from zo_offload.kernels.records import Perturbation, Update
+from zo_offload.numerics.fused import fused_pass
+from zo_offload.numerics.noise import NoiseSpec
 
 ROWS, COLUMNS, TOKENS, MATRICES = 768, 3072, 128, 12
 

@@ -40,9 +40,9 @@ from torch import Tensor, nn
 from benchmarks.common import about, emit
 from zo_offload import FZOO, QZO, Engine, MeZO, QZOShift
 from zo_offload.formats import get_format
-from zo_offload.fused import fused_pass
-from zo_offload.noise import noise
-from zo_offload.records import Perturbation
+from zo_offload.kernels.records import Perturbation
+from zo_offload.numerics.fused import fused_pass
+from zo_offload.numerics.noise import noise
 
 Batch = dict[str, Tensor]
 ANCHORS = ("a personal message to a friend", "advertisement: win a free prize, claim now")

@@ -38,7 +38,7 @@ from benchmarks.zoo_models import build, classes
 from benchmarks.zoo_modules import MODULES
 from zo_offload import Engine, MeZO
 from zo_offload.errors import DivergenceError, ZOError
-from zo_offload.noise import NoiseSpec, assign_param_ids, noise, step_seed
+from zo_offload.numerics.noise import NoiseSpec, assign_param_ids, noise, step_seed
 
 STEPS = 3
 LR = 1e-4

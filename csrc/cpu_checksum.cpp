@@ -1,4 +1,4 @@
-// The checksum of block files: zo_offload/checksum.py says what it is and has the reference, equal bit for bit.
+// The checksum of block files: zo_offload/tiers/checksum.py says what it is and has the reference, equal bit for bit.
 // Integer arithmetic only, so every variant gives the same bits.
 #include <stddef.h>
 #include <stdint.h>

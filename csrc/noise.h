@@ -6,7 +6,7 @@
 //
 // Formulas are templates over an arithmetic backend B (B::U 32-bit words, B::F floats): one element at a time here
 // (ZoScalar, host and CUDA), SIMD vectors in cpu_avx2.cpp and cpu_avx512.cpp.
-// Layout of the streams: zo_offload/noise.py.
+// Layout of the streams: zo_offload/numerics/noise.py.
 // Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 #ifndef ZO_NOISE_H
 #define ZO_NOISE_H

@@ -17,7 +17,7 @@ from pathlib import Path
 from demo_assets import TEMPLATE, VERBALIZERS, write_assets
 
 from zo_offload import Engine, MeZO
-from zo_offload.data import open_rows
+from zo_offload.data.batches import open_rows
 
 
 def main() -> None:

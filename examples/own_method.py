@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from zo_offload import Method
-from zo_offload.noise import step_seed
-from zo_offload.records import Perturbation
-from zo_offload.scalars import divide, total
+from zo_offload.kernels.records import Perturbation
+from zo_offload.kernels.scalars import divide, total
+from zo_offload.numerics.noise import step_seed
 
 
 @dataclass(frozen=True, kw_only=True)

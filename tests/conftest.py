@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from zo_offload import native
+from zo_offload.kernels import native
 
 torch.set_num_threads(1)
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels on this CPU: the compiler's PTX as C, behind the interface of `native_cuda.CudaKernels`."""
+"""The CUDA kernels on this CPU: the compiler's PTX as C, behind the interface of `cuda_kernels.CudaKernels`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from ptx_to_c import Simulated
 
-from zo_offload import native, native_cuda, nvrtc
-from zo_offload.driver import CudaError
-from zo_offload.records import LANE
+from zo_offload.kernels import native, nvrtc
+from zo_offload.kernels.driver import CudaError
+from zo_offload.kernels.records import LANE
+from zo_offload.numerics import cuda_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,7 +48,7 @@ def make_ptx(compiler: str, folder: Path, arch: str = "compute_90") -> str:
     return out.read_text()
 
 
-class SimulatedKernels(native_cuda.CudaKernels):
+class SimulatedKernels(cuda_kernels.CudaKernels):
     """Launches run at once, on host memory. `touch` names the memory a launch may access; None: any."""
 
     def __init__(self, simulated: Simulated, *, grid: int = 3) -> None:
@@ -66,7 +67,7 @@ class SimulatedKernels(native_cuda.CudaKernels):
         ranges = [(0, 1 << 63)]
         if self.touch is not None:
             ranges = [(t.data_ptr(), t.numel() * t.element_size()) for t in self.touch]
-        self._simulated.launch(name, args, ranges, threads=native_cuda.THREADS, grid=min(self._grid, warps))
+        self._simulated.launch(name, args, ranges, threads=cuda_kernels.THREADS, grid=min(self._grid, warps))
 
 
 class CpuKernels:
@@ -76,7 +77,7 @@ class CpuKernels:
 
     @property
     def source(self) -> str:
-        return native_cuda.IMAGE.name if os.environ.get("ZO_CUDA") != "nvrtc" else "NVRTC"
+        return cuda_kernels.IMAGE.name if os.environ.get("ZO_CUDA") != "nvrtc" else "NVRTC"
 
     def stream(self) -> int:
         return 0

@@ -23,7 +23,7 @@ from zo_offload.devices import Later
 from zo_offload.devices.cpu import CpuDevice
 from zo_offload.devices.cuda import CudaDevice
 from zo_offload.devices.link import Link
-from zo_offload.driver import CudaError
+from zo_offload.kernels.driver import CudaError
 
 Clock = dict[int, int]
 COMPUTE = 0

@@ -339,8 +339,8 @@ class HostKernels(CpuKernels):
         self.launches = 0
 
     def run_pass(self, *, updates: Any, lanes: Any, noise: Any, stream: int, **call: Any) -> None:
-        from zo_offload import native
-        from zo_offload.records import LANE
+        from zo_offload.kernels import native
+        from zo_offload.kernels.records import LANE
 
         self.launches += 1
         library = native.library()

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from zo_offload.blocks import Piece
 from zo_offload.errors import PlanError
-from zo_offload.lanes import Hub, Lane, PlanFault
-from zo_offload.plan import Owner, Plan, relift
-from zo_offload.records import STILL, Perturbation
+from zo_offload.kernels.records import STILL, Perturbation
+from zo_offload.lanes.hub import Hub, Lane, PlanFault
+from zo_offload.plan.blocks import Piece
+from zo_offload.plan.plan import Owner, Plan, relift
 
 PLUS, MINUS = Perturbation(1, 2**-6), Perturbation(1, -(2**-6))
 OTHER = Perturbation(2, 2**-6)

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 
-from zo_offload import native
+from zo_offload.kernels import native
 
 
 @cache

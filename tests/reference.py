@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from zo_offload.noise import NoiseSpec, assign_param_ids, noise, step_seed
+from zo_offload.numerics.noise import NoiseSpec, assign_param_ids, noise, step_seed
 
 
 def perturb(model, ids, seed, scale, spec):

@@ -9,10 +9,10 @@ import torch
 import transformers as tf
 from torch.profiler import ProfilerActivity, profile
 
-from zo_offload.activations import is_fused, measure_activations, merged
-from zo_offload.chunked_loss import losses_in_chunks
-from zo_offload.plan import make_plan
-from zo_offload.watch import UseWatch
+from zo_offload.modules.chunked_loss import losses_in_chunks
+from zo_offload.modules.watch import UseWatch
+from zo_offload.plan.activations import is_fused, measure_activations, merged
+from zo_offload.plan.plan import make_plan
 
 _SIZES = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512)
 _LLAMA = dict(_SIZES, vocab_size=200, intermediate_size=256, num_key_value_heads=2)

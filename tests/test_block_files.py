@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from zo_offload import checksum as checksums
-from zo_offload import diskio, native, summed_io
-from zo_offload.checksum import checksum, reference
 from zo_offload.errors import BudgetError, CheckpointError, StorageError
+from zo_offload.kernels import native
+from zo_offload.system import diskio
+from zo_offload.tiers import checksum as checksums
+from zo_offload.tiers import summed_io
 from zo_offload.tiers.block_file import DATA, PAGE, Shape, extents
+from zo_offload.tiers.checksum import checksum, reference
 from zo_offload.tiers.disk import DiskTier, shapes_of
 
 SHAPES = {

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import BERT, LLAMA, ZOO, Tiny, tokens
 from torch import nn
 
-from zo_offload import weights
-from zo_offload.checkpoint import Checkpoint, save_pretrained
+from zo_offload.checkpoint import weights
+from zo_offload.checkpoint.checkpoint import Checkpoint, save_pretrained
+from zo_offload.checkpoint.safetensors_io import DTYPES, SafetensorsFile
 from zo_offload.errors import CheckpointError
-from zo_offload.safetensors_io import DTYPES, SafetensorsFile
 
 SHARD = 20_000
 

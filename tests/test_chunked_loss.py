@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
-from zo_offload import Engine, MeZO, chunked_loss
-from zo_offload.chunked_loss import causal_lm_loss, losses_in_chunks, masked_lm_loss
-from zo_offload.losses import model_loss, weighing
+from zo_offload import Engine, MeZO
+from zo_offload.data.losses import model_loss, weighing
+from zo_offload.modules import chunked_loss
+from zo_offload.modules.chunked_loss import causal_lm_loss, losses_in_chunks, masked_lm_loss
 
 PAIRS = [(ForCausalLMLoss, causal_lm_loss), (ForMaskedLMLoss, masked_lm_loss)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

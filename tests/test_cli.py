@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from zo_offload import __main__ as doctor
-from zo_offload import native
 from zo_offload.cli import main
+from zo_offload.kernels import native
 
 POSITIONS = 64
 FIT = ["--batch-size", "4", "--lr", "1e-3", "--offload", "disk", "--quiet"]

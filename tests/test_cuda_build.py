@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from cuda_simulated import compilers
 
-from zo_offload import native_cuda, nvrtc
 from zo_offload.config import EngineConfig
 from zo_offload.devices import make_device
-from zo_offload.driver import CudaError
 from zo_offload.errors import ConfigError
+from zo_offload.kernels import nvrtc
+from zo_offload.kernels.driver import CudaError
+from zo_offload.numerics import cuda_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "zo_offload" / "_zo_cuda.txt"
@@ -37,7 +38,7 @@ def test_no_kernel_spills_on_any_gpu():
     text = REPORT.read_text()
     found = re.findall(r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill "
                        r"stores, (\d+) bytes spill loads.*?Used (\d+) registers", text, re.S)  # fmt: skip
-    names = native_cuda.kernel_names()
+    names = cuda_kernels.kernel_names()
     archs = {arch for _, arch, *_ in found}
     assert archs and {(name, arch) for name, arch, *_ in found} == {(n, a) for n in names for a in archs}
     for name, arch, stack, stores, loads, registers in found:
@@ -48,12 +49,12 @@ def test_no_kernel_spills_on_any_gpu():
 def test_the_sources_have_a_kernel_for_every_format_and_distribution():
     """By what csrc/formats.h and csrc/cuda_kernels.h list: where no compiler is, too."""
     rows = re.findall(r"^  ROW\((\w+), \w+, (\d+), .*, ([01])\)", (ROOT / "csrc" / "formats.h").read_text(), re.M)
-    assert {int(code): name for name, code, _ in rows} == native_cuda.KERNELS
+    assert {int(code): name for name, code, _ in rows} == cuda_kernels.KERNELS
     text = (ROOT / "csrc" / "cuda_kernels.h").read_text()
     kinds = set(re.findall(r"ZO_KERNEL zo_pass_##NAME##_(\w+)\(", text))
     names = {f"zo_pass_{name}_{kind}" for name, *_ in rows for kind in kinds}
     names |= {f"zo_scales_{name}_{kind}" for name, _, scales in rows if scales == "1" for kind in kinds}
-    assert names | set(re.findall(r"ZO_KERNEL (zo_\w+)\(", text)) == native_cuda.kernel_names()
+    assert names | set(re.findall(r"ZO_KERNEL (zo_\w+)\(", text)) == cuda_kernels.kernel_names()
 
 
 def build(into, **settings):
@@ -122,12 +123,12 @@ def test_no_nvrtc_is_named_with_what_to_do(monkeypatch):
 
 def test_the_structs_are_as_the_kernels_read_them():
     lane = (2**64 - 1, 0x1000, -0.5, 2)
-    args = native_cuda.pack_args(
+    args = cuda_kernels.pack_args(
         lanes=[lane] * 16, last_fold=-1, total_rows=7, lane_scales=0x2000, stored=1, rows=0, updates=3, numel=4,
         offset=5, num_rows=0, num_updates=1, format=1, param_id=6, distribution="gaussian", rounds=10, write_back=True,
         stochastic=False,
     )  # fmt: skip
-    assert len(args) == native_cuda.ARGS_BYTES == native_cuda.ABI & 0xFFF
+    assert len(args) == cuda_kernels.ARGS_BYTES == cuda_kernels.ABI & 0xFFF
 
 
 def test_a_device_that_is_not_there_is_named():
@@ -139,7 +140,7 @@ def test_a_device_that_is_not_there_is_named():
     else:
         with pytest.raises(ConfigError, match=r"device='cuda'.*python -m zo_offload"):
             make_device("cuda")
-        assert native_cuda.describe().startswith("none: torch")
+        assert cuda_kernels.describe().startswith("none: torch")
     with pytest.raises(ConfigError, match="expected 'cpu', 'cuda' or 'cuda:N'"):
         EngineConfig(device="gpu")
     with pytest.raises(ConfigError, match="matrix units"):

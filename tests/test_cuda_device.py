@@ -18,20 +18,21 @@ from fake_cuda import COMPUTE, DelayedCpuDevice, FakeBackend, FakeCudaDevice
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
-import zo_offload.opening
-import zo_offload.reading
-import zo_offload.streamer
-import zo_offload.wiring
-from zo_offload import BudgetError, DivergenceError, Engine, MeZO, runs
+import zo_offload.run.opening
+import zo_offload.run.wiring
+import zo_offload.stream.reading
+import zo_offload.stream.streamer
+from zo_offload import BudgetError, DivergenceError, Engine, MeZO
 from zo_offload.devices import CpuDevice, Event
 from zo_offload.devices.cuda import LIBRARY_BYTES, CudaDevice
 from zo_offload.devices.link import Link
 from zo_offload.devices.staging import HostSlabs, Ring
-from zo_offload.journal import read_journal
-from zo_offload.rows import gather, unseen
-from zo_offload.serving import LaneRun, Portion, Served
+from zo_offload.journal import run_directory
+from zo_offload.journal.journal import read_journal
+from zo_offload.lanes.rows import gather, unseen
+from zo_offload.lanes.serving import LaneRun, Portion, Served
+from zo_offload.stream.window import BlockWindow
 from zo_offload.tiers import HostTier
-from zo_offload.window import BlockWindow
 
 VOCAB, STEPS = 97, 5
 METHOD = MeZO(lr=1e-3, eps=1e-3, weight_decay=0.1, batch_size=4)
@@ -56,7 +57,7 @@ def use(monkeypatch):
     """Makes every engine of the test run on the device given, as device="cuda"."""
 
     def use_device(device):
-        monkeypatch.setattr(zo_offload.opening, "make_device", lambda name: device)
+        monkeypatch.setattr(zo_offload.run.opening, "make_device", lambda name: device)
         if isinstance(device, CudaDevice):
             watch_compute(monkeypatch, device.backend)
         return device
@@ -67,14 +68,14 @@ def use(monkeypatch):
 def watch_compute(monkeypatch, backend):
     """Tell the race checker what fused passes read and write."""
     for module, name in (("streamer", "fused_pass"), ("streamer", "fused_rows"), ("reading", "fused_pass")):
-        original = getattr(getattr(zo_offload, module), name)
+        original = getattr(getattr(zo_offload.stream, module), name)
 
         def watched(stored, fmt, *, original=original, name=name, **options):
             write = options.get("write_back", False)
             backend.access(stored, write, COMPUTE, name)
             return original(stored, fmt, **options)
 
-        monkeypatch.setattr(getattr(zo_offload, module), name, watched)
+        monkeypatch.setattr(getattr(zo_offload.stream, module), name, watched)
 
 
 def train(model=None, steps=STEPS, micro_batches=1, method=METHOD, data=None, **settings):
@@ -87,7 +88,7 @@ def train(model=None, steps=STEPS, micro_batches=1, method=METHOD, data=None, **
 def resident(dtype=torch.float32, micro_batches=1, **more):
     """What the CPU device gives with everything in memory; made before a test puts another device in its place."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zo_offload.opening, "make_device", lambda name: CpuDevice())
+        patch.setattr(zo_offload.run.opening, "make_device", lambda name: CpuDevice())
         return train(tiny_opt(dtype), offload="none", micro_batches=micro_batches, **more)
 
 
@@ -191,7 +192,7 @@ def test_late_losses_on_the_cpu_change_nothing(use, tmp_path, offload, micro_bat
     use(DelayedCpuDevice(3))
     assert_same(prompt, train(micro_batches=micro_batches, **settings))
     if offload == "disk":
-        a, b = (read_journal((tmp_path / run / runs.JOURNAL).read_bytes()) for run in "ab")
+        a, b = (read_journal((tmp_path / run / run_directory.JOURNAL).read_bytes()) for run in "ab")
         assert a.steps == b.steps
 
 
@@ -232,7 +233,7 @@ def test_a_run_that_stops_ends_where_it_says_and_goes_on_from_there(use, tmp_pat
             engine.fit(batches(), steps=STEPS, batch_size=4)
         after = dict(engine.weights())
     # the step that diverged is in the journal, as one that changes nothing; the one launched after it is not
-    contents = read_journal((tmp_path / "run" / runs.JOURNAL).read_bytes())
+    contents = read_journal((tmp_path / "run" / run_directory.JOURNAL).read_bytes())
     assert [u.coeff for u in contents.steps[2].updates] == [0.0] and len(contents.steps) == 3
     expected = train(tiny_opt(torch.bfloat16), steps=2, method=MeZO(lr=1e-3), offload="none", fold_every=fold_every)[1]
     if fold_every == 1:
@@ -287,13 +288,13 @@ def test_slabs_are_exact_and_locked_once():
 def test_a_start_that_fails_leaves_no_memory_locked(use, monkeypatch):
     device = use(FakeCudaDevice())
     want = train(device="cuda", offload="host", steps=2)
-    real = zo_offload.wiring.Streamer
-    monkeypatch.setattr(zo_offload.wiring, "Streamer", lambda *a, **k: (_ for _ in ()).throw(MemoryError()))
+    real = zo_offload.run.wiring.Streamer
+    monkeypatch.setattr(zo_offload.run.wiring, "Streamer", lambda *a, **k: (_ for _ in ()).throw(MemoryError()))
     with Engine(tiny_opt(), method=METHOD, device="cuda", offload="host") as engine:
         with pytest.raises(MemoryError):
             engine.run(batches()[0])
         assert device.backend.locked == 0
-        monkeypatch.setattr(zo_offload.wiring, "Streamer", real)
+        monkeypatch.setattr(zo_offload.run.wiring, "Streamer", real)
         losses = engine.fit(batches(), steps=2, batch_size=4).losses
         assert_same(want, (losses, dict(engine.weights())))
     assert device.backend.locked == 0
@@ -432,7 +433,7 @@ def test_what_a_broken_off_pass_launched_is_waited_for(use, monkeypatch, when):
     """Kernels that were launched before an exception run on: the next pass must not fetch into what they write."""
     expected = resident()
     device = use(FakeCudaDevice())
-    original, writes = zo_offload.streamer.fused_pass, 0
+    original, writes = zo_offload.stream.streamer.fused_pass, 0
 
     def broken_off(stored, fmt, **options):
         nonlocal writes
@@ -445,7 +446,7 @@ def test_what_a_broken_off_pass_launched_is_waited_for(use, monkeypatch, when):
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(zo_offload.streamer, "fused_pass", broken_off)
+    monkeypatch.setattr(zo_offload.stream.streamer, "fused_pass", broken_off)
     losses, stopped = [], 0
     with Engine(tiny_opt(), method=METHOD, device="cuda", offload="host", num_slots=2) as engine:
         while len(losses) < STEPS:

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from zo_offload import driver as driver_module
-from zo_offload import native_cuda
 from zo_offload.devices.backend import TorchCuda
 from zo_offload.devices.cuda import USUAL_CONTEXT_BYTES, context_bytes
 from zo_offload.devices.nvml import DriverMemory
-from zo_offload.driver import CudaError, Driver
-from zo_offload.noise import NoiseSpec
-from zo_offload.records import Perturbation
+from zo_offload.kernels import driver as driver_module
+from zo_offload.kernels.driver import CudaError, Driver
+from zo_offload.kernels.records import Perturbation
+from zo_offload.numerics import cuda_kernels
+from zo_offload.numerics.noise import NoiseSpec
 
 HERE = Path(__file__).resolve().parent
 
@@ -98,9 +98,9 @@ def test_page_locking_goes_to_torchs_context_and_leaves_the_threads_own(library,
 
 @pytest.fixture
 def kernels(library, monkeypatch):
-    monkeypatch.setattr(native_cuda.CudaKernels, "_abi", lambda self: native_cuda.ABI)
+    monkeypatch.setattr(cuda_kernels.CudaKernels, "_abi", lambda self: cuda_kernels.ABI)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    return native_cuda.CudaKernels(Driver(library), 0, b"\x7fELF and so on", "a test")
+    return cuda_kernels.CudaKernels(Driver(library), 0, b"\x7fELF and so on", "a test")
 
 
 def test_a_context_that_is_there_is_seen(library):
@@ -113,12 +113,12 @@ def test_a_context_that_is_there_is_seen(library):
 
 def test_an_image_is_loaded_in_a_process_in_which_torch_has_not_used_the_gpu_yet(library, monkeypatch, calls):
     """torch leaves a thread without a context until its first tensor: the module goes to its context all the same."""
-    monkeypatch.setattr(native_cuda.CudaKernels, "_abi", lambda self: native_cuda.ABI)
+    monkeypatch.setattr(cuda_kernels.CudaKernels, "_abi", lambda self: cuda_kernels.ABI)
     loaded, now = [], ctypes.c_void_p(1)
 
     def load():
         driver = Driver(library)
-        loaded.append(native_cuda.CudaKernels(driver, 0, b"\x7fELF", "a test"))
+        loaded.append(cuda_kernels.CudaKernels(driver, 0, b"\x7fELF", "a test"))
         driver.call("cuCtxGetCurrent", ctypes.byref(now))
 
     thread = threading.Thread(target=load)
@@ -130,7 +130,7 @@ def test_an_image_is_loaded_in_a_process_in_which_torch_has_not_used_the_gpu_yet
 
 def test_a_launch_has_the_struct_the_grid_and_the_stream(library, kernels, calls):
     library.fake_clear()
-    library.fake_params(native_cuda.ARGS_BYTES)
+    library.fake_params(cuda_kernels.ARGS_BYTES)
     stored, outs = torch.zeros(2 << 20, dtype=torch.uint8), [torch.zeros(1 << 20, dtype=torch.bfloat16)] * 2
     lanes = [(p.seed, out.data_ptr(), p.scale, 1) for p, out in zip([Perturbation(5, 0.5)] * 2, outs, strict=True)]
     call = dict(
@@ -142,24 +142,24 @@ def test_a_launch_has_the_struct_the_grid_and_the_stream(library, kernels, calls
     assert lines[0] == "function zo_pass_bf16_gaussian of 0x710000000000"
     # 2048 warps of 512 elements, eight warps a block
     assert lines[1].startswith("launch 0x720000000000 256,1,1 x 256,1,1 shared 0 stream 0x700012345678 extra (nil)")
-    expected = native_cuda.pack_args(
+    expected = cuda_kernels.pack_args(
         lanes=lanes, last_fold=-1, total_rows=0, updates=0, num_updates=0, num_rows=0, distribution="gaussian",
         rounds=10, target_scales=False, **call,
     )  # fmt: skip
-    assert ctypes.string_at(library.fake_last_params(), native_cuda.ARGS_BYTES) == expected
+    assert ctypes.string_at(library.fake_last_params(), cuda_kernels.ARGS_BYTES) == expected
 
 
 def test_a_grid_has_a_limit_and_default_stream_is_null(library, kernels, calls):
     library.fake_clear()
-    library.fake_params(native_cuda._NOISE.size)
+    library.fake_params(cuda_kernels._NOISE.size)
     kernels.noise(0x1000, "rademacher", 7, 1, 2, 1 << 40, 0, 0)
     assert calls()[1].startswith(
-        f"launch 0x720000000000 {132 * native_cuda._WAVES},1,1 x 256,1,1 shared 0 stream (nil)"
+        f"launch 0x720000000000 {132 * cuda_kernels._WAVES},1,1 x 256,1,1 shared 0 stream (nil)"
     )
 
 
 def test_a_thread_without_a_context_gets_torchs(library, kernels, calls):
-    library.fake_params(native_cuda._NOISE.size)
+    library.fake_params(cuda_kernels._NOISE.size)
     library.fake_clear()
 
     def work():
@@ -175,7 +175,7 @@ def test_a_thread_without_a_context_gets_torchs(library, kernels, calls):
 
 
 def test_a_kernel_is_launched_on_its_own_gpu(library, kernels, monkeypatch):
-    library.fake_params(native_cuda._NOISE.size)
+    library.fake_params(cuda_kernels._NOISE.size)
     entered = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "device", lambda index: entered.append(index) or contextlib.nullcontext())
@@ -184,9 +184,9 @@ def test_a_kernel_is_launched_on_its_own_gpu(library, kernels, monkeypatch):
 
 
 def test_an_image_of_other_sources_is_refused(library, monkeypatch):
-    monkeypatch.setattr(native_cuda.CudaKernels, "_abi", lambda self: 7)
+    monkeypatch.setattr(cuda_kernels.CudaKernels, "_abi", lambda self: 7)
     with pytest.raises(CudaError, match=r"a test was built from other sources \(interface 0x7.*build_ext") as caught:
-        native_cuda.CudaKernels(Driver(library), 0, b"\x7fELF", "a test")
+        cuda_kernels.CudaKernels(Driver(library), 0, b"\x7fELF", "a test")
     assert caught.value.code == 0
 
 
@@ -195,16 +195,16 @@ def test_an_image_that_the_driver_does_not_take_leaves_nvrtc(library, monkeypatc
     image = tmp_path / "image.fatbin"
     image.write_bytes(b"P\xed\x55\xba")
     monkeypatch.delenv("ZO_CUDA", raising=False)
-    monkeypatch.setattr(native_cuda, "IMAGE", image)
-    monkeypatch.setattr(native_cuda, "driver", lambda: Driver(library))
-    monkeypatch.setattr(native_cuda.nvrtc, "compiled", lambda arch: (b"\x7fELF", f"compiled for {arch}"))
-    monkeypatch.setattr(native_cuda.CudaKernels, "_abi", lambda self: native_cuda.ABI)
+    monkeypatch.setattr(cuda_kernels, "IMAGE", image)
+    monkeypatch.setattr(cuda_kernels, "driver", lambda: Driver(library))
+    monkeypatch.setattr(cuda_kernels.nvrtc, "compiled", lambda arch: (b"\x7fELF", f"compiled for {arch}"))
+    monkeypatch.setattr(cuda_kernels.CudaKernels, "_abi", lambda self: cuda_kernels.ABI)
     library.fake_answer(code)
     if falls_back:
-        assert native_cuda._open(0).source == "compiled for sm_99"
+        assert cuda_kernels._open(0).source == "compiled for sm_99"
     else:
         with pytest.raises(CudaError, match="OUT_OF_MEMORY"):
-            native_cuda._open(0)
+            cuda_kernels._open(0)
 
 
 class Told(DriverMemory):

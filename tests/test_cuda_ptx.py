@@ -14,15 +14,16 @@ import torch
 from cuda_simulated import SimulatedKernels, compilers, make_ptx
 from ptx_to_c import Simulated, UnknownInstruction, translate
 
-from zo_offload import native, native_cuda
-from zo_offload.device_updates import UpdateTable
-from zo_offload.distributions import DISTRIBUTIONS
 from zo_offload.formats import CENTRED, FORMATS, format_of, get_format
 from zo_offload.formats.codec import encode_values, planes
-from zo_offload.fused import fused_pass, fused_rows
-from zo_offload.fused_kernels import Mark, OnGpu, PassCall
-from zo_offload.noise import NoiseSpec, noise
-from zo_offload.records import Perturbation, Update
+from zo_offload.kernels import native
+from zo_offload.kernels.device_updates import UpdateTable
+from zo_offload.kernels.distributions import DISTRIBUTIONS
+from zo_offload.kernels.records import Perturbation, Update
+from zo_offload.numerics import cuda_kernels
+from zo_offload.numerics.fused import fused_pass, fused_rows
+from zo_offload.numerics.fused_kernels import Mark, OnGpu, PassCall
+from zo_offload.numerics.noise import NoiseSpec, noise
 
 REASONS = compilers()
 KINDS = tuple(DISTRIBUTIONS)
@@ -43,11 +44,11 @@ SCALES = [(n, k) for n in WITH_SCALES for k in KINDS] if ALL else [("int4", "gau
 
 
 def kernel_of(name: str, kind: str, what: str = "pass") -> str:
-    return native_cuda.pass_kernel(get_format(name).code, kind, what == "scales")
+    return cuda_kernels.pass_kernel(get_format(name).code, kind, what == "scales")
 
 
 PASSES = [kernel_of(*pair) for pair in PAIRS] + [kernel_of(*pair, "scales") for pair in SCALES]
-NOISES = [native_cuda.noise_kernel(kind) for kind in KINDS]
+NOISES = [cuda_kernels.noise_kernel(kind) for kind in KINDS]
 FINGERPRINTED = [
     f"zo_pass_{name}_gaussian" for name in ("fp32", "bf16", "fp16")
 ]  # what `native.fingerprint` asks of a library
@@ -348,11 +349,11 @@ def test_the_kernels_are_asked_who_they_are_as_on_a_gpu(kernels, monkeypatch):
     if "zo_cuda_abi" not in kernels.names:
         pytest.skip("only compiled for the first compiler")
     monkeypatch.setattr(kernels, "touch", None)
-    assert kernels._abi() == native_cuda.ABI
-    assert native.fingerprint(native_cuda._OnDevice(kernels)) == native.FINGERPRINT
+    assert kernels._abi() == cuda_kernels.ABI
+    assert native.fingerprint(cuda_kernels._OnDevice(kernels)) == native.FINGERPRINT
 
 
-@pytest.mark.parametrize("count", [3, 2 * native_cuda.MAX_LANES + 1])
+@pytest.mark.parametrize("count", [3, 2 * cuda_kernels.MAX_LANES + 1])
 def test_a_pass_with_the_hosts_updates(kernels, monkeypatch, count):
     """As `fused_pass` has it run for tensors on a GPU: updates go there first, lanes by the launch."""
     fmt, numel = get_format("bf16"), 3000
@@ -371,7 +372,7 @@ def test_a_pass_with_the_hosts_updates(kernels, monkeypatch, count):
         stochastic=False, noise=NoiseSpec(), perturbations=lanes, outs=pair[1][1], target_scales=False, threads=None,
     )  # fmt: skip
     OnGpu(kernels).run_pass(call, Mark())
-    assert kernels.launches - launches == -(-count // native_cuda.MAX_LANES)
+    assert kernels.launches - launches == -(-count // cuda_kernels.MAX_LANES)
     assert torch.equal(pair[0][0], pair[1][0])
     assert all(torch.equal(a, b) for a, b in zip(pair[0][1], pair[1][1], strict=True))
 

@@ -16,17 +16,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from zo_offload import Engine, MeZO
-from zo_offload.data import (
-    Batches,
-    batch_tokens,
-    fingerprint,
-    make_batches,
-    open_rows,
-)
+from zo_offload.data.batches import Batches, batch_tokens, fingerprint, make_batches, open_rows
+from zo_offload.data.measures import OptionsLoss
+from zo_offload.data.micro_batches import label_counts, split_micro_batches
 from zo_offload.errors import DataError
-from zo_offload.measures import OptionsLoss
-from zo_offload.micro_batches import label_counts, split_micro_batches
-from zo_offload.model_kind import UNKNOWN, kind_of
+from zo_offload.modules.kind import UNKNOWN, kind_of
 
 WORDS = "[PAD] [BOS] [EOS] good bad fine film was it very the a It review so boring not".split()
 PAD, BOS, EOS = 0, 1, 2

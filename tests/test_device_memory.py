@@ -15,8 +15,10 @@ from fake_gpu import DEVICE, FakeGpu, Gpu, GpuTensor, HostKernels, MixedDevices,
 from test_cuda_device import METHOD, assert_same, batches, tiny_opt
 from transformers import OPTForCausalLM
 
-import zo_offload.opening
-from zo_offload import Engine, MeZO, native_cuda, tiles
+import zo_offload.run.opening
+from zo_offload import Engine, MeZO
+from zo_offload.modules import tiles
+from zo_offload.numerics import cuda_kernels
 from zo_offload.replay import replayed
 
 pytestmark = pytest.mark.skipif(bool(reason()), reason=reason() or "-")
@@ -44,8 +46,8 @@ def gpu(monkeypatch):
         return made[-1]
 
     kernels = HostKernels(gpu)
-    monkeypatch.setattr(zo_offload.opening, "make_device", make_device)
-    monkeypatch.setattr(native_cuda, "kernels", lambda index: kernels)
+    monkeypatch.setattr(zo_offload.run.opening, "make_device", make_device)
+    monkeypatch.setattr(cuda_kernels, "kernels", lambda index: kernels)
     monkeypatch.setattr(tiles, "_is_plain", lambda x: True)  # a GpuTensor is one to the code that runs on a GPU
     with gpu:
         yield gpu

@@ -28,7 +28,7 @@ from zo_offload import (
     StorageError,
     ZOError,
 )
-from zo_offload.streamer import Streamer
+from zo_offload.stream.streamer import Streamer
 from zo_offload.tiers.disk import DATA
 
 VOCAB, STEPS = 211, 20

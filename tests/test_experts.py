@@ -33,11 +33,11 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from zo_offload import Engine, MeZO
-from zo_offload.activations import measure_activations
-from zo_offload.blocks import ParamSpec, cut_runs
-from zo_offload.experts import in_runs, is_stack_of_experts, set_rows
-from zo_offload.lanes import Hub, Lane
-from zo_offload.plan import Plan, make_plan
+from zo_offload.lanes.hub import Hub, Lane
+from zo_offload.modules.experts import in_runs, is_stack_of_experts, set_rows
+from zo_offload.plan.activations import measure_activations
+from zo_offload.plan.blocks import ParamSpec, cut_runs
+from zo_offload.plan.plan import Plan, make_plan
 
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
 
@@ -323,7 +323,7 @@ def test_eager_runs_change_no_bit_of_the_plain_model() -> None:
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_masked_runs_are_the_same_in_every_order_and_near_the_plain_model(name: str, monkeypatch: Any) -> None:
     """What a GPU computes."""
-    monkeypatch.setattr("zo_offload.attachment.in_runs", partial(in_runs, masked=True))
+    monkeypatch.setattr("zo_offload.lanes.attachment.in_runs", partial(in_runs, masked=True))
     arch, model, plan = planned(name)
     source, lanes = DictSource(model), [Lane(p, arch.batch(b)) for p in (PLUS, MINUS) for b in (0, 1)]
     results = []

@@ -17,8 +17,9 @@ import transformers
 from safetensors.torch import load_file
 from tiny_models import LLAMA, ZOO
 
-from zo_offload import Engine, MeZO, publish
-from zo_offload.checkpoint import save_pretrained
+from zo_offload import Engine, MeZO
+from zo_offload.checkpoint import publish
+from zo_offload.checkpoint.checkpoint import save_pretrained
 from zo_offload.cli import main
 from zo_offload.errors import CheckpointError, ConfigError
 

@@ -10,8 +10,8 @@ from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from zo_offload import ConfigError, Engine, JournalError, MeZO
-from zo_offload.records import Update
-from zo_offload.updates import UpdateLog, with_folds
+from zo_offload.kernels.records import Update
+from zo_offload.numerics.updates import UpdateLog, with_folds
 
 STEPS = 18  # folds at 16 with K = 4 and 16: two steps are still pending at the end
 WAYS = [

@@ -8,12 +8,12 @@ import pytest
 import torch
 from native_variants import each_isa, each_variant, using
 
-from zo_offload import native
 from zo_offload.errors import CheckpointError, ConfigError
 from zo_offload.formats import CENTRED, FORMATS, Format, decode_values, encode_values, format_of, get_format
-from zo_offload.fused import fused_pass
-from zo_offload.noise import NoiseSpec
-from zo_offload.records import Perturbation, Update
+from zo_offload.kernels import native
+from zo_offload.kernels.records import Perturbation, Update
+from zo_offload.numerics.fused import fused_pass
+from zo_offload.numerics.noise import NoiseSpec
 
 HALVES = [FORMATS["bf16"], FORMATS["fp16"]]
 each_half = pytest.mark.parametrize("fmt", HALVES, ids=lambda f: f.name)

@@ -17,15 +17,15 @@ import pytest
 import torch
 from native_variants import ISAS, each_isa, each_variant, using
 
-from zo_offload import native
-from zo_offload.distributions import DISTRIBUTIONS, Distribution
 from zo_offload.errors import ConfigError
 from zo_offload.formats import CENTRED, FORMATS
 from zo_offload.formats.grouped import cut
-from zo_offload.fused import fused_pass, fused_rows
-from zo_offload.fused_kernels import OnCpu, kernels_for
-from zo_offload.noise import NoiseSpec, noise
-from zo_offload.records import Perturbation, Update
+from zo_offload.kernels import native
+from zo_offload.kernels.distributions import DISTRIBUTIONS, Distribution
+from zo_offload.kernels.records import Perturbation, Update
+from zo_offload.numerics.fused import fused_pass, fused_rows
+from zo_offload.numerics.fused_kernels import OnCpu, kernels_for
+from zo_offload.numerics.noise import NoiseSpec, noise
 
 BF16, FP16, FP32 = FORMATS["bf16"], FORMATS["fp16"], FORMATS["fp32"]
 ALL = [*FORMATS.values(), *CENTRED.values()]

@@ -13,8 +13,8 @@ from test_engine import assert_same, batches, stored_weights, tiny_llama, tiny_o
 
 from zo_offload import FZOO, QZO, ConfigError, DivergenceError, Engine, MeZO
 from zo_offload.methods import method_from
-from zo_offload.noise import noise, step_seed
-from zo_offload.plan import make_plan
+from zo_offload.numerics.noise import noise, step_seed
+from zo_offload.plan.plan import make_plan
 from zo_offload.replay import replayed
 
 STEPS = 4

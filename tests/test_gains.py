@@ -11,10 +11,11 @@ import torch
 from test_engine import assert_same, batches, stored_weights, tiny_llama, train
 from torch import nn
 
-from zo_offload import FZOO, PRESETS, QZO, ConfigError, Engine, JournalError, MeZO, PlanError, QZOShift, opening
-from zo_offload.journal import read_journal
-from zo_offload.noise import noise
+from zo_offload import FZOO, PRESETS, QZO, ConfigError, Engine, JournalError, MeZO, PlanError, QZOShift
+from zo_offload.journal.journal import read_journal
+from zo_offload.numerics.noise import noise
 from zo_offload.replay import replayed
+from zo_offload.run import opening
 
 KINDS = {"norm": 1.0, "head norm": 3.0, "matrix": 0.02, "embedding": 0.3, "bias": 0.0}
 METHOD = MeZO(lr=1e-3, eps=1e-3, batch_size=4)
@@ -139,7 +140,7 @@ def test_gains_are_told_in_the_log_and_the_journal(tmp_path, caplog):
     {"model.norm.weight": [0.0, 1.0]}, {"model.norm.weight": [float("nan"), 1.0]},
 ], ids=json.dumps)  # fmt: skip
 def test_gains_that_no_run_wrote_are_refused(gains):
-    from zo_offload.gains import gains_of
+    from zo_offload.journal.gains import gains_of
 
     with Engine(bf16_llama(), method=METHOD) as engine, pytest.raises(JournalError, match="gains"):
         gains_of({"gains": gains}, engine.plan, "journal.zoj")

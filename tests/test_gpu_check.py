@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import gpu_check, gpu_probe, host_memory
 from benchmarks.gpu_check import Part
-from zo_offload.host_memory import available_bytes
+from zo_offload.system.host_memory import available_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 import transformers
 
-from zo_offload import Engine, MeZO, journal_tools
+from zo_offload import Engine, MeZO
+from zo_offload.cli import journal_tools
 from zo_offload.errors import ConfigError, JournalError
-from zo_offload.journal import Journal, StepRecord, read_journal
-from zo_offload.journal_format import Note
-from zo_offload.records import Update
+from zo_offload.journal.format import Note
+from zo_offload.journal.journal import Journal, StepRecord, read_journal
+from zo_offload.kernels.records import Update
 from zo_offload.tiers import DiskTier
 
 ROWS = [{"input_ids": [3 + (7 * r + 5 * c) % 60 for c in range(8)]} for r in range(16)]

@@ -16,13 +16,14 @@ import transformers
 from tiny_models import ZOO, tokens
 from torch import Tensor, nn
 
-from zo_offload import QZO, Engine, MeZO, weights
-from zo_offload.checkpoint import Checkpoint
+from zo_offload import QZO, Engine, MeZO
+from zo_offload.checkpoint import weights
+from zo_offload.checkpoint.checkpoint import Checkpoint
+from zo_offload.checkpoint.safetensors_io import SafetensorsFile
+from zo_offload.checkpoint.weights import Crcs, combine, tensor_digest
 from zo_offload.errors import CheckpointError
 from zo_offload.formats import FORMATS, encode_values, get_format
-from zo_offload.ingest import Filler, ModuleBase
-from zo_offload.safetensors_io import SafetensorsFile
-from zo_offload.weights import Crcs, combine, tensor_digest
+from zo_offload.stream.ingest import Filler, ModuleBase
 
 ROOT = Path(__file__).parent.parent
 BATCH = tokens(labels=tokens()["input_ids"])
@@ -77,7 +78,7 @@ def test_blocks_are_what_whole_tensors_give(saved, name, storage):
 @pytest.mark.parametrize("native", [True, False])
 def test_the_reference_encodes_runs_too(saved, native, monkeypatch):
     if not native:
-        monkeypatch.setattr("zo_offload.native.library", lambda: None)
+        monkeypatch.setattr("zo_offload.kernels.native.library", lambda: None)
     for storage in FORMATS:
         engine = engine_of(saved / "llama-tied", storage)
         buffer = torch.empty(engine.layout.block_bytes[0], dtype=torch.uint8)

@@ -528,7 +528,7 @@ FIRST = {
 def test_a_run_goes_on_with_the_encoding_that_it_was_begun_with(tmp_path, monkeypatch, way):
     model, rows, options = FIRST[way]
     with monkeypatch.context() as old:
-        for module in ("active", "identity"):
+        for module in ("run.active", "journal.identity"):
             old.setattr(f"zo_offload.{module}.ENCODING", 1)
         whole, first = fit_run(model, tmp_path / "whole", rows, 5, dict(options))
         begun, _ = fit_run(model, tmp_path / "run", rows, 2, dict(options))
@@ -544,9 +544,9 @@ def test_a_run_that_the_first_encoding_made_wrong_is_refused_by_name(tmp_path, m
     rows = {"masked": REVIEWS, "t5": REVIEWS, "questions": [{**IDS, "start_positions": 0, "end_positions": 1}] * 2}[way]
     options = {} if way == "questions" else PROMPT
     with monkeypatch.context() as old:
-        for module in ("active", "identity"):
+        for module in ("run.active", "journal.identity"):
             old.setattr(f"zo_offload.{module}.ENCODING", 1)
-        old.setattr("zo_offload.first_encoding.FirstEncoding._check_kind", lambda *args: None)
+        old.setattr("zo_offload.data.first_encoding.FirstEncoding._check_kind", lambda *args: None)
         fit_run(way, tmp_path / "run", rows, 2, dict(options))
     with pytest.raises(DataError, match="begun by a version that .* Begin it anew"):
         fit_run(way, tmp_path / "run", rows, 4, dict(options), resume=True)

@@ -15,10 +15,10 @@ import torch
 from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama, tiny_opt, train
 
 from zo_offload import ConfigError, DivergenceError, Engine, JournalError, MeZO, Stopped, StorageError
-from zo_offload.active import Run
-from zo_offload.blocks import BLOCK_NUMEL
-from zo_offload.journal import Journal
-from zo_offload.signals import stop_signals
+from zo_offload.journal.journal import Journal
+from zo_offload.plan.blocks import BLOCK_NUMEL
+from zo_offload.run.active import Run
+from zo_offload.system.signals import stop_signals
 
 ROWS = [
     {"input_ids": ids.tolist()} for ids in torch.randint(3, 211, (18, 9), generator=torch.Generator().manual_seed(3))
@@ -236,7 +236,7 @@ def test_one_process_a_run_directory(tmp_path):
             fit(second)
     pid = os.fork()
     if pid == 0:  # holds the lock until it is killed
-        from zo_offload.lock import RunLock
+        from zo_offload.system.lock import RunLock
 
         held = RunLock.take(tmp_path / "run")
         (tmp_path / "held").write_text("x")
@@ -261,7 +261,7 @@ def test_a_run_that_never_started_is_begun_anew(tmp_path, monkeypatch):
     """Killed while the blocks were written, before there was a journal: nothing was trained, nothing is in the way."""
     tiny_opt().save_pretrained(tmp_path / "base")
     settings = dict(method=METHOD, offload="disk", run_dir=tmp_path / "run")
-    monkeypatch.setattr("zo_offload.session.ingest", lambda *a, **k: (_ for _ in ()).throw(Crash()))
+    monkeypatch.setattr("zo_offload.run.session.ingest", lambda *a, **k: (_ for _ in ()).throw(Crash()))
     with pytest.raises(Crash), Engine(str(tmp_path / "base"), **settings) as engine:
         fit(engine)
     monkeypatch.undo()
@@ -273,7 +273,7 @@ def test_a_run_that_never_started_is_begun_anew(tmp_path, monkeypatch):
 
 
 def test_a_journal_that_vanishes_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("zo_offload.journal.COMMIT_S", 0.01)
+    monkeypatch.setattr("zo_offload.journal.journal.COMMIT_S", 0.01)
 
     def remove(record):
         if record.step == 2:

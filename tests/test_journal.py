@@ -11,8 +11,8 @@ import zlib
 import pytest
 
 from zo_offload.errors import JournalError, StorageError
-from zo_offload.journal import RECORD_BYTES, Journal, StepRecord, pack_step, read_journal
-from zo_offload.records import Update
+from zo_offload.journal.journal import RECORD_BYTES, Journal, StepRecord, pack_step, read_journal
+from zo_offload.kernels.records import Update
 
 HEADER = {"format": 1, "seed": 7}
 STEPS = [
@@ -142,7 +142,7 @@ def test_records_cannot_be_swapped_dropped_or_taken_from_another_run(tmp_path):
 def test_steps_are_synced_within_the_bound_without_anybody_asking(tmp_path, monkeypatch):
     synced = []
     journal = Journal.create(tmp_path / "run.zoj", HEADER, commit_s=0.05)
-    monkeypatch.setattr("zo_offload.diskio.sync", lambda fd: synced.append(len(journal.steps)))
+    monkeypatch.setattr("zo_offload.system.diskio.sync", lambda fd: synced.append(len(journal.steps)))
     journal.append(STEPS[0])
     deadline = time.monotonic() + 20
     while not synced and time.monotonic() < deadline:
@@ -176,7 +176,9 @@ def test_a_full_disk_leaves_a_whole_journal_and_is_final(tmp_path, monkeypatch):
 def test_a_failed_sync_is_never_retried_as_if_it_had_worked(tmp_path, monkeypatch):
     journal = Journal.create(tmp_path / "run.zoj", HEADER, commit_s=3600)
     journal.append(STEPS[0])
-    monkeypatch.setattr("zo_offload.diskio.sync", lambda fd: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(
+        "zo_offload.system.diskio.sync", lambda fd: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+    )
     with pytest.raises(StorageError, match="Input/output error"):
         journal.make_durable(1)
     monkeypatch.undo()

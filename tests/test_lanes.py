@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zo_offload.errors import PlanError
-from zo_offload.hollow import hollow
-from zo_offload.lanes import Hub, Lane, LanesShareState, PlanFault
-from zo_offload.plan import Plan, make_plan, relift
-from zo_offload.recorder import Trace
-from zo_offload.records import Perturbation
+from zo_offload.kernels.records import Perturbation
+from zo_offload.lanes.hollow import hollow
+from zo_offload.lanes.hub import Hub, Lane, LanesShareState, PlanFault
+from zo_offload.modules.recorder import Trace
+from zo_offload.plan.plan import Plan, make_plan, relift
 
 ARCH = {arch.name: arch for arch in archs.ALL}
 

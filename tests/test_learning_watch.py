@@ -11,9 +11,10 @@ import torch
 from test_engine import batches, tiny_llama, tiny_opt
 from torch import nn
 
-from zo_offload import FZOO, QZO, Engine, MeZO, cli
-from zo_offload.journal import StepRecord
-from zo_offload.learning_watch import LearningWatch, warnings_of
+from zo_offload import FZOO, QZO, Engine, MeZO
+from zo_offload.cli import command as cli
+from zo_offload.journal.journal import StepRecord
+from zo_offload.journal.learning_watch import LearningWatch, warnings_of
 
 METHOD = MeZO(lr=1e-3, eps=1e-3, batch_size=4)
 DATA = [batches()[0], batches()[1]] * 12

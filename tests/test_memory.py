@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from zo_offload import BudgetError, Engine, MeZO, host_memory
-from zo_offload.activations import Activations, Segment
-from zo_offload.memory import pinned_blocks, plan_memory
-from zo_offload.report import plan_report
-from zo_offload.scratch import ScratchPool
+from zo_offload import BudgetError, Engine, MeZO
+from zo_offload.cli.report import plan_report
+from zo_offload.plan.activations import Activations, Segment
+from zo_offload.run.memory import pinned_blocks, plan_memory
+from zo_offload.stream.scratch import ScratchPool
+from zo_offload.system import host_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -22,34 +22,23 @@ from test_cuda_device import use  # noqa: F401 - a fixture
 from test_engine import assert_same, batches, stored_weights, tiny_opt
 
 import zo_offload
-from zo_offload import (
-    FZOO,
-    NSPSA,
-    QZO,
-    ConfigError,
-    DivergenceError,
-    Engine,
-    JournalError,
-    Method,
-    MeZO,
-    SignSGD,
-    native_cuda,
-    opening,
-    runs,
-    scalars,
-    tiles,
-)
+from zo_offload import FZOO, NSPSA, QZO, ConfigError, DivergenceError, Engine, JournalError, Method, MeZO, SignSGD
 from zo_offload.cli import main
-from zo_offload.float32 import fma
-from zo_offload.identity import check_identity
-from zo_offload.method_options import find_class
+from zo_offload.cli.method_options import find_class
+from zo_offload.cli.report import plan_report
+from zo_offload.journal import run_directory
+from zo_offload.journal.identity import check_identity
+from zo_offload.kernels import scalars
+from zo_offload.kernels.float32 import fma
+from zo_offload.kernels.records import STILL, Gain, Perturbation
 from zo_offload.methods import METHODS, method_from
 from zo_offload.methods.base import COEFF_LIMIT
-from zo_offload.noise import noise, step_seed
-from zo_offload.plan import make_plan
-from zo_offload.records import STILL, Gain, Perturbation
+from zo_offload.modules import tiles
+from zo_offload.numerics import cuda_kernels
+from zo_offload.numerics.noise import noise, step_seed
+from zo_offload.plan.plan import make_plan
 from zo_offload.replay import replayed
-from zo_offload.report import plan_report
+from zo_offload.run import opening
 
 STEPS = 4
 DRAWS = 4000
@@ -264,7 +253,7 @@ def test_on_a_gpu_coefficients_are_made_without_waiting(proof, monkeypatch):
     method, gpu = PROOFS[proof][0], Gpu()
     kernels = HostKernels(gpu)
     monkeypatch.setattr(opening, "make_device", lambda name: FakeGpu(gpu, longest_s=2e-4))
-    monkeypatch.setattr(native_cuda, "kernels", lambda index: kernels)
+    monkeypatch.setattr(cuda_kernels, "kernels", lambda index: kernels)
     monkeypatch.setattr(tiles, "_is_plain", lambda x: True)
     found = []
     with gpu:
@@ -346,7 +335,7 @@ def test_nothing_outside_the_methods_names_one():
             continue
         named = {node.id for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Name)}
         assert not named & classes, file.name
-        if file.name in ("cli.py", "report.py", "auto.py"):
+        if file.name in ("command.py", "method_options.py", "report.py", "auto.py"):
             text = file.read_text()
             assert not [name for name in (*classes, "'mezo'", '"mezo"', "fzoo", "qzo") if name in text], file.name
 
@@ -390,10 +379,10 @@ def test_a_field_that_a_run_could_not_record_is_refused():
 
 OWN_FILE = '''
 from dataclasses import dataclass
-from zo_offload.records import Perturbation
+from zo_offload.kernels.records import Perturbation
 from zo_offload.methods import Method
-from zo_offload.noise import step_seed
-from zo_offload.scalars import divide
+from zo_offload.kernels.scalars import divide
+from zo_offload.numerics.noise import step_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -539,7 +528,7 @@ def test_an_own_class_resumes_with_itself_or_its_fields_and_no_other(tmp_path, u
 
 def test_records_of_an_own_class_from_before_classes_had_names():
     """It went by "mezo" then, with its class beside."""
-    now = {"method": runs.method_of(OneSided())}
+    now = {"method": run_directory.method_of(OneSided())}
     check_identity({**now, "mode": "eval"}, {"model": "x", "method": {**now["method"], "name": "mezo"}})
     with pytest.raises(JournalError, match=r"method\.name: the journal has 'others', this engine 'one-sided'"):
         check_identity({**now, "mode": "eval"}, {"model": "x", "method": {**now["method"], "name": "others"}})

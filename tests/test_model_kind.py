@@ -10,7 +10,7 @@ from torch import nn
 
 from zo_offload import Engine, MeZO
 from zo_offload.errors import DataError
-from zo_offload.model_kind import kind_of
+from zo_offload.modules.kind import kind_of
 
 RELATIVE = dict(BERT, relative_attention=True, position_biased_input=False, pos_att_type=["p2c", "c2p"])
 LIMITED = {  # (model, most tokens, most labels); None: they do not run out

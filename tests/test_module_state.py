@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from zo_offload import Engine, MeZO
 from zo_offload.errors import PlanError
-from zo_offload.generators import Generators, lane_seed
-from zo_offload.noise import NoiseSpec, assign_param_ids, noise, step_seed
+from zo_offload.modules.generators import Generators, lane_seed
+from zo_offload.numerics.noise import NoiseSpec, assign_param_ids, noise, step_seed
 
 EPS = float(torch.tensor(1e-2))
 D = 8

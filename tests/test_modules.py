@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zo_offload import Engine, MeZO
 from zo_offload.errors import JournalError, PlanError
-from zo_offload.noise import NoiseSpec, assign_param_ids, noise, step_seed
+from zo_offload.numerics.noise import NoiseSpec, assign_param_ids, noise, step_seed
 from zo_offload.replay import replay
 
 EPS = float(torch.tensor(1e-3))

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from zo_offload import native, reference
-from zo_offload.distributions import DISTRIBUTIONS
 from zo_offload.formats import FORMATS
-from zo_offload.noise import NoiseSpec
+from zo_offload.kernels import native
+from zo_offload.kernels.distributions import DISTRIBUTIONS
+from zo_offload.numerics import reference
+from zo_offload.numerics.noise import NoiseSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_compiler = pytest.mark.skipif(
@@ -131,7 +132,7 @@ def test_without_a_compiler_the_build_succeeds_and_says_so(tmp_path):
 
 def test_the_library_can_be_switched_off():
     said = python(
-        "from zo_offload import native; from zo_offload.noise import *; "
+        "from zo_offload import native; from zo_offload.numerics.noise import *; "
         "print(native.library(), native.describe(), noise(NoiseSpec(), 1, 2, 3).tolist())",
         ZO_NATIVE="0",
     )

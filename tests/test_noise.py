@@ -13,9 +13,10 @@ import pytest
 import torch
 from native_variants import each_variant, using
 
-from zo_offload import float32, native, noise, philox
 from zo_offload.errors import ConfigError
-from zo_offload.noise import NoiseSpec, assign_param_ids, param_id, step_seed
+from zo_offload.kernels import float32, native, philox
+from zo_offload.numerics import noise
+from zo_offload.numerics.noise import NoiseSpec, assign_param_ids, param_id, step_seed
 
 SPECS = [NoiseSpec(d, r) for d, r in itertools.product(("gaussian", "rademacher"), (7, 10))]
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.distribution}{s.rounds}")

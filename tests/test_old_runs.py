@@ -20,7 +20,9 @@ from typing import Any
 import pytest
 import torch
 
-from zo_offload import Engine, cli, journal_tools
+from zo_offload import Engine
+from zo_offload.cli import command as cli
+from zo_offload.cli import journal_tools
 from zo_offload.errors import JournalError
 from zo_offload.replay import replayed
 

@@ -10,7 +10,7 @@ import torch
 from tiny_models import ZOO
 
 from zo_offload import FZOO, Engine, MeZO
-from zo_offload.records import STILL
+from zo_offload.kernels.records import STILL
 
 
 def batch() -> dict[str, Any]:

@@ -13,14 +13,15 @@ from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama
 from test_plan import ARCH, plan_of
 from test_storage import ADAPTED, with_adapters
 
-from zo_offload import QZO, BudgetError, Engine, diskio
-from zo_offload.blocks import ALIGN, ParamSpec, cut, whole
+from zo_offload import QZO, BudgetError, Engine
 from zo_offload.errors import JournalError
 from zo_offload.formats import FORMATS
-from zo_offload.plan import make_plan, relift
-from zo_offload.recorder import Trace
-from zo_offload.records import Perturbation
+from zo_offload.kernels.records import Perturbation
+from zo_offload.modules.recorder import Trace
+from zo_offload.plan.blocks import ALIGN, ParamSpec, cut, whole
+from zo_offload.plan.plan import make_plan, relift
 from zo_offload.replay import replay
+from zo_offload.system import diskio
 
 WHOLE = 1 << 40  # no parameter is cut, no layer split
 STILL = Perturbation(0, 0.0)
@@ -30,7 +31,7 @@ STILL = Perturbation(0, 0.0)
 def whole_products(monkeypatch):
     """Here no linear layer is computed piece by piece, which may give other bits (`test_tiles.py`)."""
     for name in ("is_plain_linear", "is_stack_of_experts", "computes_in_portions"):
-        monkeypatch.setattr(f"zo_offload.attachment.{name}", lambda module: False)
+        monkeypatch.setattr(f"zo_offload.lanes.attachment.{name}", lambda module: False)
 
 
 def spec(*shape):

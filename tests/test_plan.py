@@ -12,10 +12,10 @@ import transformers as tf
 from lane_helpers import owners_of
 from torch import Tensor, nn
 
-from zo_offload.blocks import BLOCK_NUMEL
 from zo_offload.errors import PlanError
-from zo_offload.plan import Plan, make_plan, plan_digest, relift
-from zo_offload.recorder import Trace
+from zo_offload.modules.recorder import Trace
+from zo_offload.plan.blocks import BLOCK_NUMEL
+from zo_offload.plan.plan import Plan, make_plan, plan_digest, relift
 
 ARCH = {arch.name: arch for arch in archs.ALL}
 

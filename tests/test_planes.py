@@ -8,14 +8,14 @@ from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from zo_offload import Engine, MeZO
-from zo_offload.blocks import BLOCK_NUMEL
 from zo_offload.formats import get_format
-from zo_offload.fused import fused_pass
-from zo_offload.layout import PARAM_ALIGN
-from zo_offload.memory import step_bytes
+from zo_offload.numerics.fused import fused_pass
+from zo_offload.numerics.updates import with_folds
+from zo_offload.plan.blocks import BLOCK_NUMEL
+from zo_offload.plan.layout import PARAM_ALIGN
+from zo_offload.run.memory import step_bytes
+from zo_offload.stream.window import BlockWindow
 from zo_offload.tiers import HostTier
-from zo_offload.updates import with_folds
-from zo_offload.window import BlockWindow
 
 STEPS = 10
 WAYS = [
@@ -79,7 +79,7 @@ class Counting(HostTier):
 
 def counted(monkeypatch, steps, **settings):
     """Fetches of a run of `steps` steps, and the engine."""
-    import zo_offload.session as session
+    import zo_offload.run.session as session
 
     Counting.seen = []
     monkeypatch.setattr(session, "HostTier", Counting)
@@ -173,7 +173,7 @@ def test_split_float32_masters_are_float32_bit_for_bit(distribution, fold_every)
     "make, limit", [(tiny_llama, BLOCK_NUMEL), (tiny_llama, 900), (tiny_opt, 1000), (tiny_opt, 4000)]
 )
 def test_reading_all_weights_fetches_each_block_once(make, limit, monkeypatch, tmp_path):
-    import zo_offload.session as session
+    import zo_offload.run.session as session
 
     Counting.seen = []
     monkeypatch.setattr(session, "HostTier", Counting)

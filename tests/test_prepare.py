@@ -12,8 +12,8 @@ from torch import nn
 
 from zo_offload import FZOO, QZO, BudgetError, ConfigError, Engine, MeZO
 from zo_offload.cli import main
-from zo_offload.report import CONTEXT_BYTES, plan_report
-from zo_offload.units import show_bytes
+from zo_offload.cli.report import CONTEXT_BYTES, plan_report
+from zo_offload.system.units import show_bytes
 
 TOKENS, ROWS = 24, 4
 

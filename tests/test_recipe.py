@@ -9,9 +9,9 @@ import torch
 from tiny_models import ZOO
 from torch import Tensor
 
-from zo_offload import recipe
-from zo_offload.conversion import loading_groups, names_to_save, saving_groups
-from zo_offload.recipe import Finder, Reader, Source, Turn, Whole
+from zo_offload.checkpoint import recipe
+from zo_offload.checkpoint.conversion import loading_groups, names_to_save, saving_groups
+from zo_offload.checkpoint.recipe import Finder, Reader, Source, Turn, Whole
 
 OPERATIONS = {
     "stack 0": lambda a, b: torch.stack([a, b]),

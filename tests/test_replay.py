@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from zo_offload import ConfigError, Engine, JournalError, MeZO
 from zo_offload.cli import main
-from zo_offload.journal import RECORD_BYTES, read_journal
+from zo_offload.journal.journal import RECORD_BYTES, read_journal
 from zo_offload.replay import replay, replayed
 from zo_offload.tiers.disk import DATA, load_shapes
 
@@ -138,7 +138,7 @@ def test_steps_that_are_not_there_are_refused(made, tmp_path, capsys):
 
 def test_a_header_cannot_switch_on_what_a_file_must_not(made, tmp_path):
     """A journal from somewhere else names settings; code execution is not one of them, nor unknown ones."""
-    from zo_offload.journal import pack_header
+    from zo_offload.journal.journal import pack_header
 
     contents = read_journal((made / "run" / "journal.zoj").read_bytes())
     for bad in ({"trust_remote_code": True}, {"exec": "1"}):
@@ -192,7 +192,7 @@ def test_a_cut_run_goes_on_from_there(made, run, capsys):
     shutil.copytree(made / "base", run.parent / "base")
     before = (run / "journal.zoj").read_bytes()
     with pytest.raises(ConfigError, match="holds 9 that can be read"):
-        from zo_offload.journal_tools import cut
+        from zo_offload.cli.journal_tools import cut
 
         cut(run, 10)
     assert call("journal", "cut", run, "--to", 5) == 0

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from tiny_models import save_tiny_llama
 
-from zo_offload import ConfigError, Engine, JournalError, MeZO, StorageError, ZOError, diskio, runs
+from zo_offload import ConfigError, Engine, JournalError, MeZO, StorageError, ZOError
 from zo_offload.cli import main
 from zo_offload.config import EngineConfig
-from zo_offload.opening import open_model
-from zo_offload.origin import RunOrigin
+from zo_offload.journal import run_directory
+from zo_offload.run.opening import open_model
+from zo_offload.run.origin import RunOrigin
+from zo_offload.system import diskio
 from zo_offload.tiers import DiskTier
 
 ROWS = [{"input_ids": [3 + (7 * r + 5 * c + r * c) % 60 for c in range(8)]} for r in range(12)]
@@ -91,7 +93,7 @@ def test_a_run_whose_first_step_failed_does_not_block_the_corrected_command(
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     with engine_in(base, run, objective=broken) as engine, pytest.raises(RuntimeError, match="no loss"):
         engine.fit(data, steps=2, batch_size=2)
-    assert runs.is_without_steps(run)
+    assert run_directory.is_without_steps(run)
     if way == "begun again":
         assert main(["fit", str(base), "--data", str(data), "--run-dir", str(run), "--steps", "2", "--batch-size", "4",
                      "--lr", "1e-3", "--storage", "bf16", "--quiet", "--offload", "disk"]) == 0  # fmt: skip

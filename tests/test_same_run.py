@@ -17,10 +17,11 @@ import torch
 import transformers
 from tiny_models import save_tiny_llama
 
-from zo_offload import ConfigError, Engine, JournalError, MeZO, ZOError, runs
+from zo_offload import ConfigError, Engine, JournalError, MeZO, ZOError
 from zo_offload.cli import main
-from zo_offload.data_identity import RowsDigest, rows_identity
-from zo_offload.journal import read_journal
+from zo_offload.data.digests import RowsDigest, rows_identity
+from zo_offload.journal import run_directory
+from zo_offload.journal.journal import read_journal
 
 ROWS = [{"input_ids": [3 + (7 * r + 5 * c + r * c) % 60 for c in range(8)]} for r in range(20)]
 METHOD = MeZO(lr=1e-3, batch_size=4)
@@ -360,7 +361,7 @@ def test_a_resume_needs_to_be_told_nothing_twice(
     data.unlink()
     assert main(["fit", run, "--resume", "--steps", "7", "--quiet", "--data", str(elsewhere)]) == 0
     assert main(["fit", run, "--resume", "--steps", "8", "--quiet", "--batch-size", "4", "--new-data"]) == 0
-    assert runs.load_config(Path(run))["fit"]["batch_size"] == 4
+    assert run_directory.load_config(Path(run))["fit"]["batch_size"] == 4
 
 
 def steps_of(run: str | Path) -> list[Any]:

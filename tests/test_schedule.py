@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from zo_offload.errors import ConfigError
-from zo_offload.schedule import Op, last_visits, schedule
+from zo_offload.stream.schedule import Op, last_visits, schedule
 
 VISITS = [(0,), (0, 1), (0, 1, 2), (0, 1, 0), (0, 1, 2, 0), (0, 1, 2, 1, 0), (0, 1, 0, 2, 0)]
 VISITS += [(0, 1, 2, 3, 4), (3, 1, 1, 2)]

@@ -14,14 +14,14 @@ from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama
 from torch import nn
 
 from zo_offload import QZO, BudgetError, ConfigError, Engine, MeZO, PlanError, QZOShift, ZOError
-from zo_offload.auto import compare, rates
 from zo_offload.formats import FORMATS, decode_values, encode_values, get_format
-from zo_offload.fused import fused_pass
-from zo_offload.journal import pack_header, pack_step, read_journal
+from zo_offload.journal.journal import pack_header, pack_step, read_journal
+from zo_offload.kernels.records import Perturbation
 from zo_offload.methods import method_from
-from zo_offload.records import Perturbation
+from zo_offload.numerics.fused import fused_pass
+from zo_offload.numerics.updates import with_folds
 from zo_offload.replay import replayed
-from zo_offload.updates import with_folds
+from zo_offload.run.auto import compare, rates
 
 TRAINED = [name for name, fmt in FORMATS.items() if fmt.trains]
 FROZEN = [name for name, fmt in FORMATS.items() if not fmt.trains]
@@ -353,7 +353,7 @@ def test_auto_takes_float32_where_nothing_moves_and_int8_masters_where_it_stream
 
 
 def test_auto_says_what_would_fit_a_host_that_is_too_small(monkeypatch):
-    import zo_offload.auto as auto
+    import zo_offload.run.auto as auto
 
     monkeypatch.setattr(auto, "available_bytes", lambda: 30_000)
     with pytest.raises(BudgetError, match=r"int8\+8, takes .*30.0 kB is free.*offload='disk'.*int4.*QZO"):

@@ -29,11 +29,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from zo_offload import Engine, MeZO
-from zo_offload.activations import Activations, measure_activations
-from zo_offload.lanes import Hub, Lane, PlanFault
-from zo_offload.plan import Plan, make_plan, relift
-from zo_offload.recorder import Trace
-from zo_offload.tiles import tiled_linear
+from zo_offload.lanes.hub import Hub, Lane, PlanFault
+from zo_offload.modules.recorder import Trace
+from zo_offload.modules.tiles import tiled_linear
+from zo_offload.plan.activations import Activations, measure_activations
+from zo_offload.plan.plan import Plan, make_plan, relift
 
 ARCH = {arch.name: arch for arch in archs.ALL}
 LIMIT = 700  # elements a block: 20 rows of 32

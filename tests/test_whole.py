@@ -17,14 +17,16 @@ from tiny_models import save_tiny_llama
 from torch import nn
 from transformers import PreTrainedModel
 
-import zo_offload.streamer
+import zo_offload.stream.streamer
 from benchmarks import interrupts
-from zo_offload import ConfigError, Engine, MeZO, StorageError, diskio, vacated, wiring
-from zo_offload.checkpoint import Checkpoint
-from zo_offload.closing import Closing
+from zo_offload import ConfigError, Engine, MeZO, StorageError
+from zo_offload.checkpoint.checkpoint import Checkpoint
 from zo_offload.errors import TornError
-from zo_offload.modes import current_modes
-from zo_offload.signals import StopRequest, stop_signals
+from zo_offload.modules.modes import current_modes
+from zo_offload.run import vacated, wiring
+from zo_offload.system import diskio
+from zo_offload.system.closing import Closing
+from zo_offload.system.signals import StopRequest, stop_signals
 
 STEPS = 8
 TIERS = ("none", "host", "disk")
@@ -144,7 +146,7 @@ def test_interrupts_at_random_bytecodes_leave_every_tier_as_it_would_have_been(t
 @pytest.mark.parametrize("offload", TIERS)
 def test_a_fold_that_was_just_done_is_not_done_again(offload, error, tmp_path, want, monkeypatch):
     """A signal that came during the native call raises as it returns: the bytes are new, nothing says so yet."""
-    real, count = zo_offload.streamer.fused_pass, [0]
+    real, count = zo_offload.stream.streamer.fused_pass, [0]
 
     def passing(*args, **options):
         real(*args, **options)
@@ -153,7 +155,7 @@ def test_a_fold_that_was_just_done_is_not_done_again(offload, error, tmp_path, w
             if count[0] in (2, 7, 12):
                 raise error("as the native call returned")
 
-    monkeypatch.setattr(zo_offload.streamer, "fused_pass", passing)
+    monkeypatch.setattr(zo_offload.stream.streamer, "fused_pass", passing)
     e = engine(tmp_path / "run", offload)
     for _ in range(6):
         try:
@@ -166,7 +168,7 @@ def test_a_fold_that_was_just_done_is_not_done_again(offload, error, tmp_path, w
 
 @pytest.mark.parametrize("offload", TIERS)
 def test_a_block_of_which_nothing_is_known_is_read_again_or_the_engine_says_so(offload, tmp_path, want, monkeypatch):
-    real, count = zo_offload.streamer.fused_pass, [0]
+    real, count = zo_offload.stream.streamer.fused_pass, [0]
 
     def passing(*args, **options):
         real(*args, **options)
@@ -176,7 +178,7 @@ def test_a_block_of_which_nothing_is_known_is_read_again_or_the_engine_says_so(o
                 options["mark"].in_parts = True  # as without the native library
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(zo_offload.streamer, "fused_pass", passing)
+    monkeypatch.setattr(zo_offload.stream.streamer, "fused_pass", passing)
     run = tmp_path / "run"
     e = engine(run, offload)
     with pytest.raises(KeyboardInterrupt):
@@ -413,7 +415,9 @@ def test_a_dropped_engine_gives_everything_back(offload, how, tmp_path, want):
         del e  # no collector is needed: nothing that it has holds it
     assert left(tmp_path) == ([], before)
     hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    assert {hook.__module__ for hook in hooks} <= {"zo_offload.away"}, "but for what refuses a model without weights"
+    assert {hook.__module__ for hook in hooks} <= {"zo_offload.modules.away"}, (
+        "but for what refuses a model without weights"
+    )
     assert_whole(reopened(tmp_path / "run"), tmp_path / "run", want)
 
 
@@ -475,15 +479,17 @@ def test_a_start_that_fails_leaves_the_model_and_the_directory_as_they_were(tmp_
 
 
 def test_restore_can_be_repeated_after_it_was_interrupted(tmp_path, want, monkeypatch):
-    import zo_offload.on_device
+    import zo_offload.devices.placing
 
     e = engine(tmp_path / "run")
     go_on(e)
-    real = zo_offload.on_device.Homes.bring_back
-    monkeypatch.setattr(zo_offload.on_device.Homes, "bring_back", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+    real = zo_offload.devices.placing.Homes.bring_back
+    monkeypatch.setattr(
+        zo_offload.devices.placing.Homes, "bring_back", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt())
+    )
     with pytest.raises(KeyboardInterrupt):
         e.restore()
-    monkeypatch.setattr(zo_offload.on_device.Homes, "bring_back", real)
+    monkeypatch.setattr(zo_offload.devices.placing.Homes, "bring_back", real)
     assert all(torch.equal(value, want[1][name]) for name, value in e.restore().state_dict().items())
 
 

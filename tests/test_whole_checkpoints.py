@@ -19,11 +19,11 @@ from tiny_models import BERT, LLAMA, VOCAB, ZOO, Tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from zo_offload import Engine, MeZO
-from zo_offload.checkpoint import Checkpoint
+from zo_offload.checkpoint.checkpoint import Checkpoint
+from zo_offload.checkpoint.safetensors_io import SafetensorsFile
 from zo_offload.cli import main
 from zo_offload.errors import CheckpointError, ConfigError
 from zo_offload.replay import replay
-from zo_offload.safetensors_io import SafetensorsFile
 
 BATCH = {"input_ids": torch.arange(3, 21).reshape(2, 9), "labels": torch.arange(3, 21).reshape(2, 9)}
 ROWS = [{"text": "good film"}, {"text": "bad film"}] * 2
@@ -475,7 +475,8 @@ def test_a_header_of_nothing_takes_little_memory(llama, part):
     bomb = b'{"__metadata__":' + (b"{" + inner[:-1] + b"}" if b":" in part else b"[" + inner[:-1] + b"]") + b"}"
     write_header(llama / "model.safetensors", bomb)
     code = (
-        "import resource, sys\nfrom pathlib import Path\nfrom zo_offload.safetensors_io import SafetensorsFile\n"
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from zo_offload.checkpoint.safetensors_io import SafetensorsFile\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: SafetensorsFile(Path(sys.argv[1]))\nexcept Exception as e: print(type(e).__name__, end=' ')\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

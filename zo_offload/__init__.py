@@ -18,8 +18,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Engine": "engine",
     "EngineConfig": "config",
-    "FitResult": "training",
-    "Stopped": "signals",
+    "FitResult": "run.training",
+    "Stopped": "system.signals",
     "Method": "methods",
     "PRESETS": "methods",
     "Checkpoint": "checkpoint",
@@ -35,7 +35,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint as Checkpoint
+    from .checkpoint.checkpoint import Checkpoint as Checkpoint
     from .config import EngineConfig as EngineConfig
     from .engine import Engine as Engine
     from .errors import BudgetError as BudgetError
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from .errors import StorageError as StorageError
     from .errors import ZOError as ZOError
     from .methods import *  # noqa: F403 - see methods/__init__.py
-    from .signals import Stopped as Stopped
-    from .training import FitResult as FitResult
+    from .run.training import FitResult as FitResult
+    from .system.signals import Stopped as Stopped
 
 
 def __getattr__(name: str) -> Any:

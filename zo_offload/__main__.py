@@ -14,14 +14,16 @@ def main() -> int:
     """Print versions, the native library, memory, copy bandwidth, and the result of one step streamed from disk."""
     import torch
 
-    from . import __version__, native, native_cuda
-    from .host_memory import available_bytes
+    from . import __version__
+    from .kernels import native
+    from .numerics import cuda_kernels
+    from .system.host_memory import available_bytes
 
     print(f"zo_offload   {__version__}   python {platform.python_version()}   {platform.machine()}")
     for name in ("torch", "transformers", "safetensors", "accelerate", "greenlet"):
         print(f"{name:<12} {_version(name)}")
     print(f"native       {native.describe()}")
-    print(f"cuda         {native_cuda.describe()}")
+    print(f"cuda         {cuda_kernels.describe()}")
     print(f"memory       {available_bytes() / 1e9:.1f} GB available, {torch.get_num_threads()} threads")
     print(f"copy         {_copy_gb_per_s():.1f} GB/s (read + write, one thread)")
     if torch.cuda.is_available():

@@ -11,11 +11,11 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from .blocks import BLOCK_NUMEL
 from .errors import ConfigError
 from .formats import FORMATS
-from .records import Rounding
-from .units import parse_bytes
+from .kernels.records import Rounding
+from .plan.blocks import BLOCK_NUMEL
+from .system.units import parse_bytes
 
 Offload = Literal["auto", "none", "host", "disk"]
 Order = Literal["auto", "module", "block", "lane"]

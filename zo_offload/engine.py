@@ -25,31 +25,31 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from . import runs
-from .active import Run
-from .batching import Batching
-from .calls import FitCall
-from .checkpoint import save_pretrained
-from .closing import Closing
+from .checkpoint.checkpoint import save_pretrained
 from .config import EngineConfig
+from .data.losses import Batch, Objective, model_loss
+from .devices.placing import as_inputs, input_dtype
 from .errors import CheckpointError, ConfigError, JournalError
-from .generation import check_generates, generate_texts
-from .identity import objective_name
-from .ingest import Base
-from .journal import Journal, StepRecord
-from .lanes import Lane
-from .losses import Batch, Objective, model_loss
-from .memory import MemoryPlan
+from .journal import run_directory
+from .journal.calls import FitCall
+from .journal.identity import objective_name
+from .journal.journal import Journal, StepRecord
+from .kernels.records import STILL, Gains
+from .lanes.hub import Lane
 from .methods import DEFAULT, Method
-from .on_device import as_inputs, input_dtype
-from .opening import open_model
-from .plan import Plan
-from .records import STILL, Gains
-from .session import Maker
-from .training import FitResult, train
-from .units import parse_bytes
-from .updates import UpdateLog
-from .whole import Door, entry
+from .numerics.updates import UpdateLog
+from .plan.plan import Plan
+from .run.active import Run
+from .run.batching import Batching
+from .run.generation import check_generates, generate_texts
+from .run.memory import MemoryPlan
+from .run.opening import open_model
+from .run.session import Maker
+from .run.training import FitResult, train
+from .run.whole import Door, entry
+from .stream.ingest import Base
+from .system.closing import Closing
+from .system.units import parse_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -120,9 +120,9 @@ class Engine:
         Raises JournalError if run_dir is not a run, or names what differs from it.
         """
         run_dir = Path(run_dir).absolute()
-        record = runs.load_config(run_dir)
-        if not (run_dir / runs.JOURNAL).exists() and (run_dir / runs.METRICS).exists():
-            raise JournalError(f"{run_dir}: {runs.JOURNAL} is missing, and it is the run. Restore it")
+        record = run_directory.load_config(run_dir)
+        if not (run_dir / run_directory.JOURNAL).exists() and (run_dir / run_directory.METRICS).exists():
+            raise JournalError(f"{run_dir}: {run_directory.JOURNAL} is missing, and it is the run. Restore it")
         where = record["model"] if model is None else model
         if where is None:
             raise ConfigError(f"{run_dir} was made from a module in memory: pass it again, resume(run_dir, model)")
@@ -131,12 +131,12 @@ class Engine:
                 f"{run_dir} stands on {where}, which is not there. If it was moved, say where it is now: "
                 "Engine.resume(run_dir, model=...) (--base)"
             )
-        if record["settings"].get("trainable") == runs.PREDICATE and "trainable" not in changes:
+        if record["settings"].get("trainable") == run_directory.PREDICATE and "trainable" not in changes:
             raise ConfigError(f"{run_dir} was made with trainable=<a function>: pass the same one to resume")
         passed = {k: changes.pop(k, None) for k in ("objective", "tokenizer", "model_class", "example", "base")}
         config = EngineConfig(**{**record["settings"], **changes, "run_dir": run_dir})
         objective = model_loss if passed["objective"] is None else passed["objective"]
-        made = runs.make_method(record["method"], method)
+        made = run_directory.make_method(record["method"], method)
         opened = open_model(
             where, made, config, model_class=passed["model_class"] or record.get("model_class"),
             example=passed["example"], base=passed["base"], fresh=False,
@@ -207,7 +207,7 @@ class Engine:
         """Train until `steps` steps have been taken in all (a resumed run counts from its journal).
 
         train_data: a DataLoader or other iterable of dicts of tensors, a dataset or list of dicts, or a path to JSONL
-        or CSV; see `data.make_batches` for data_options. micro_batches: parts a batch is cut into, each a lane of its
+        or CSV; see `make_batches` for data_options. micro_batches: parts a batch is cut into, each a lane of its
         own (gradient accumulation: same weights, same step). eval_every: also at the end. callback: after each step.
         A resumed run repeats what is not given as it was: files, sizes, options, steps (eval_data=False: none).
         new_data: a run may go on with other data than it was begun with; otherwise that is an error.
@@ -224,7 +224,7 @@ class Engine:
 
     @entry
     def evaluate(self, data: Any, *, batch_size: int | None = None, **data_options: Any) -> dict[str, float]:
-        """Mean loss, and accuracy where the data defines it, at the current weights. See `data.make_batches`."""
+        """Mean loss, and accuracy where the data defines it, at the current weights. See `make_batches`."""
         rows = self.method.batch_size if batch_size is None else batch_size
         batches = self.batching.batches(data, rows, data_options, shuffle=False)
         self.active.start(batches.first(), objective=self.batching.objective_of(batches))

@@ -20,33 +20,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import runs
-from .active import Run
 from .config import EngineConfig
+from .data.losses import model_loss
 from .engine import Engine
 from .errors import ConfigError, JournalError
-from .gains import gains_of
-from .identity import check_identity, check_sample
-from .ingest import Base, Filler
-from .journal import Journal
-from .journal_format import Contents
-from .journal_format import load_journal as read_file
-from .layout import Layout
-from .losses import model_loss
-from .opening import Opened, open_model
-from .plan import Plan
-from .records import Gains
-from .session import Session, identity_of
-from .slots import Window
-from .stepper import make_stepper
-from .streamer import Streamer
-from .updates import UpdateLog
+from .journal import run_directory
+from .journal.format import Contents
+from .journal.format import load_journal as read_file
+from .journal.gains import gains_of
+from .journal.identity import check_identity, check_sample
+from .journal.journal import Journal
+from .kernels.records import Gains
+from .numerics.updates import UpdateLog
+from .plan.layout import Layout
+from .plan.plan import Plan
+from .run.active import Run
+from .run.opening import Opened, open_model
+from .run.session import Session, identity_of
+from .run.stepper import make_stepper
+from .stream.ingest import Base, Filler
+from .stream.slots import Window
+from .stream.streamer import Streamer
 
 
 def load_journal(path: str | Path) -> Contents:
     """A journal's contents, from its file or its run directory; nothing is changed. Raises JournalError."""
     path = Path(path)
-    file = path / runs.JOURNAL if path.is_dir() else path
+    file = path / run_directory.JOURNAL if path.is_dir() else path
     return read_file(file)
 
 
@@ -82,12 +82,12 @@ def replayed(base: str | Path | nn.Module, journal: str | Path, *, to: int | Non
         raise ConfigError(f"step {to} was asked for; {journal} holds {len(steps)}")
     if not isinstance(header.get("settings"), dict) or not isinstance(header.get("method"), dict):
         raise JournalError(f"{journal}: the header lacks settings or method")
-    runs.check_settings(header["settings"], str(journal))
-    settings = runs.with_mode(header["settings"], header.get("model"))
+    run_directory.check_settings(header["settings"], str(journal))
+    settings = run_directory.with_mode(header["settings"], header.get("model"))
     settings |= {"offload": "auto", "device_memory": None, "num_slots": None, "prefetch": None}
     passed: dict[str, Any] = {k: options.pop(k, None) for k in ("objective", "tokenizer", "example", "method")}
     opened = open_model(
-        base, runs.make_method(header["method"], passed["method"]),
+        base, run_directory.make_method(header["method"], passed["method"]),
         EngineConfig(**{**settings, **options, "run_dir": None}), example=passed["example"],
         model_class=None if isinstance(base, nn.Module) else header.get("model_class"), fresh=False, offload="disk",
     )  # fmt: skip

@@ -49,18 +49,18 @@ def rehearsal(monkeypatch):
     from cuda_simulated import CpuKernels
     from fake_cuda import FakeBackend, FakeCudaDevice
 
-    from zo_offload import native_cuda
     from zo_offload.devices import CpuDevice
+    from zo_offload.numerics import cuda_kernels
 
     def make_device(name):
         return CpuDevice() if name == "cpu" else FakeCudaDevice(FakeBackend(longest_s=2e-4))
 
     if importlib.util.find_spec("greenlet"):  # tests of kernels do without
-        import zo_offload.opening
+        import zo_offload.run.opening
 
-        monkeypatch.setattr(zo_offload.opening, "make_device", make_device)
-    monkeypatch.setattr(native_cuda, "kernels", lambda device: CpuKernels())
-    monkeypatch.setattr(native_cuda, "_open", lambda device: CpuKernels())
+        monkeypatch.setattr(zo_offload.run.opening, "make_device", make_device)
+    monkeypatch.setattr(cuda_kernels, "kernels", lambda device: CpuKernels())
+    monkeypatch.setattr(cuda_kernels, "_open", lambda device: CpuKernels())
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

@@ -12,7 +12,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from zo_offload import Engine, MeZO
-from zo_offload.experts import in_runs, set_rows
+from zo_offload.modules.experts import in_runs, set_rows
 
 ARCH = {arch.name: arch for arch in ALL}
 E, H, F, TOKENS = 8, 64, 96, 70

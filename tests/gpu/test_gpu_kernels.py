@@ -9,12 +9,13 @@ import sys
 import pytest
 import torch
 
-from zo_offload import native, native_cuda
 from zo_offload.formats import CENTRED, FORMATS
 from zo_offload.formats.codec import encode_values
-from zo_offload.fused import fused_pass, fused_rows
-from zo_offload.noise import NoiseSpec, noise
-from zo_offload.records import Perturbation, Update
+from zo_offload.kernels import native
+from zo_offload.kernels.records import Perturbation, Update
+from zo_offload.numerics import cuda_kernels
+from zo_offload.numerics.fused import fused_pass, fused_rows
+from zo_offload.numerics.noise import NoiseSpec, noise
 
 EPS = 2.0**-10
 LANES = [Perturbation(11, EPS), Perturbation(11, -EPS), Perturbation(12, EPS), Perturbation(0, 0.0)]
@@ -22,17 +23,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def test_the_golden_hash_is_the_cpus():
-    assert native.fingerprint(native_cuda._OnDevice(native_cuda.kernels(0))) == native.FINGERPRINT
+    assert native.fingerprint(cuda_kernels._OnDevice(cuda_kernels.kernels(0))) == native.FINGERPRINT
 
 
 @pytest.mark.parametrize("source", ["fatbin", "nvrtc"])
 def test_both_images_are_right(source, monkeypatch):
-    if source == "fatbin" and not native_cuda.IMAGE.exists():
+    if source == "fatbin" and not cuda_kernels.IMAGE.exists():
         pytest.skip("no nvcc when this was built")
     monkeypatch.setenv("ZO_CUDA", "nvrtc" if source == "nvrtc" else "1")
-    kernels = native_cuda._open(0)
-    assert (source == "fatbin") == (kernels.source == native_cuda.IMAGE.name)
-    assert native.fingerprint(native_cuda._OnDevice(kernels)) == native.FINGERPRINT
+    kernels = cuda_kernels._open(0)
+    assert (source == "fatbin") == (kernels.source == cuda_kernels.IMAGE.name)
+    assert native.fingerprint(cuda_kernels._OnDevice(kernels)) == native.FINGERPRINT
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
@@ -40,7 +41,7 @@ def test_both_images_are_right(source, monkeypatch):
 @pytest.mark.parametrize("numel, offset", [(1, 0), (5003, (1 << 34) - 77), (1 << 22, 1 << 33)])
 def test_noise(gpu, kind, rounds, numel, offset):
     z = torch.full((numel,), float("nan"), device=gpu)
-    kernels = native_cuda.kernels(0)
+    kernels = cuda_kernels.kernels(0)
     kernels.noise(z.data_ptr(), kind, rounds, 2**63 + 5, 0xDEADBEEF, numel, offset, kernels.stream())
     expected = noise(NoiseSpec(kind, rounds), 2**63 + 5, 0xDEADBEEF, numel, offset)
     assert torch.equal(z.cpu().view(torch.int32), expected.view(torch.int32))
@@ -161,8 +162,8 @@ def test_no_access_is_out_of_bounds_or_a_race(tmp_path):
         "import torch\n"
         "from zo_offload.formats import FORMATS\n"
         "from zo_offload.formats.codec import encode_values\n"
-        "from zo_offload.fused import Perturbation, Update, fused_pass\n"
-        "from zo_offload.noise import NoiseSpec\n"
+        "from zo_offload.numerics.fused import Perturbation, Update, fused_pass\n"
+        "from zo_offload.numerics.noise import NoiseSpec\n"
         "for fmt in FORMATS.values():\n"
         "    for kind in ('gaussian', 'rademacher'):\n"
         "        for n in (1, 513, 3003):\n"

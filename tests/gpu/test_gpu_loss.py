@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from zo_offload import chunked_loss
-from zo_offload.chunked_loss import causal_lm_loss
+from zo_offload.modules import chunked_loss
+from zo_offload.modules.chunked_loss import causal_lm_loss
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -9,7 +9,7 @@ from test_gpu_archs import squares
 from torch.nn import functional as F
 
 from zo_offload import Engine, MeZO
-from zo_offload.tiles import tiled_linear
+from zo_offload.modules.tiles import tiled_linear
 
 ARCH = {arch.name: arch for arch in ALL}
 CUTS = [slice(0, 512), slice(512, 1024), slice(1024, 1349)]

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..driver import driver
+from ..kernels.driver import driver
 
 
 class Backend(Protocol):

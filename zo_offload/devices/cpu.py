@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..host_memory import available_bytes
+from ..system.host_memory import available_bytes
 from ..tiers import Tier
 from .link import Link
 from .streams import Event, Later, Stream

@@ -25,17 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import native_cuda
-from ..devices.streams import Event, Later, Stream
-from ..driver import CudaError, driver
 from ..errors import BudgetError, ConfigError
+from ..kernels.driver import CudaError, driver
+from ..numerics import cuda_kernels
+from ..system.units import show_bytes
 from ..tiers import HostTier, Tier
-from ..units import show_bytes
 from .backend import Backend, TorchCuda
 from .cpu import map_memory
 from .link import Link, measure_link
 from .nvml import DriverMemory
 from .staging import HostSlabs, ThroughHost
+from .streams import Event, Later, Stream
 
 LIBRARY_BYTES = 192 << 20  # cuBLAS workspaces, and kernels that are loaded when they are first used
 USUAL_CONTEXT_BYTES = 512 << 20  # of a process, where the driver does not say
@@ -243,7 +243,7 @@ def cuda_device(name: str) -> CudaDevice:
             try:
                 before = None if driver().has_context(index) else memory.device_used()
                 backend = TorchCuda(index)
-                native_cuda.kernels(index)
+                cuda_kernels.kernels(index)
             except CudaError as error:
                 raise ConfigError(f"device={name!r}: {error}") from error
             taken = context_bytes(memory, before, torch.cuda.memory_reserved(index))

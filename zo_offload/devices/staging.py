@@ -25,10 +25,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..driver import CudaError
 from ..errors import BudgetError
+from ..kernels.driver import CudaError
+from ..system.units import show_bytes
 from ..tiers import UNKNOWN, HostTier, Spans, Tier
-from ..units import show_bytes
 from .backend import Backend
 
 CHUNK_BYTES, NUM_CHUNKS = 16 << 20, 3  # each way: 4 % of OPT-1.3B's bytes together, and every copy still a millisecond

@@ -22,12 +22,12 @@
 
 from __future__ import annotations
 
-from zo_offload.formats.base import Format
-from zo_offload.formats.bf16 import BF16
-from zo_offload.formats.codec import decode_values, encode_values
-from zo_offload.formats.fp16 import FP16
-from zo_offload.formats.fp32 import FP32
-from zo_offload.formats.table import CENTRED, FORMATS, PLAIN, format_of, get_format
+from .base import Format
+from .bf16 import BF16
+from .codec import decode_values, encode_values
+from .fp16 import FP16
+from .fp32 import FP32
+from .table import CENTRED, FORMATS, PLAIN, format_of, get_format
 
 __all__ = [
     "BF16",

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zo_offload.errors import ConfigError
+from ..errors import ConfigError
 
 PLANE_ALIGN = 64
 

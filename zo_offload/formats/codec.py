@@ -6,12 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zo_offload import native
-from zo_offload.errors import CheckpointError, ConfigError
-from zo_offload.formats.base import Format
-from zo_offload.formats.grouped import paste
-from zo_offload.formats.table import PLAIN
-from zo_offload.records import LANE
+from ..errors import CheckpointError, ConfigError
+from ..kernels import native
+from ..kernels.records import LANE
+from .base import Format
+from .grouped import paste
+from .table import PLAIN
 
 
 def planes(stored: Tensor, residual: Tensor | None, fmt: Format, numel: int, start: int = 0) -> dict[str, int]:

@@ -8,21 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_offload.errors import ConfigError
-from zo_offload.float32 import fma
-from zo_offload.formats.base import Format, from_bits
-from zo_offload.formats.bf16 import BF16
-from zo_offload.formats.grouped import (
-    INFINITE,
-    LEAST_SCALE,
-    each,
-    float_scales,
-    largest_bits,
-    minima_plane,
-    pack,
-    padded,
-    values_plane,
-)
+from ..errors import ConfigError
+from ..kernels.float32 import fma
+from .base import Format, from_bits
+from .bf16 import BF16
+from .grouped import INFINITE, LEAST_SCALE, each, float_scales, largest_bits, minima_plane, pack, padded, values_plane
 
 # Dettmers et al. 2023, "QLoRA", appendix E: quantiles of the normal distribution, 0 among them
 NF4_VALUES = (

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zo_offload.formats.base import Format, bits_of, to_bytes16
+from .base import Format, bits_of, to_bytes16
 
 _SMALLEST_NORMAL = 2.0**-14
 

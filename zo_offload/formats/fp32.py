@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zo_offload.formats.base import Format
+from .base import Format
 
 
 class FP32(Format):

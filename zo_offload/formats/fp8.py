@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zo_offload.formats.base import Format, sign_extended
-from zo_offload.formats.grouped import each, exponents, pack, power_of_two, scaled_down, scales_plane, values_plane
-from zo_offload.formats.small_float import SmallFloat, sign_bits, signed
+from .base import Format, sign_extended
+from .grouped import each, exponents, pack, power_of_two, scaled_down, scales_plane, values_plane
+from .small_float import SmallFloat, sign_bits, signed
 
 
 class _FP8(Format):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zo_offload.formats.base import Format, bits_of, from_bits
+from .base import Format, bits_of, from_bits
 
 LEAST_SCALE = 2.0**-100
 """Of the formats with float32 scales: its inverse is finite and a 256th of it is no subnormal."""

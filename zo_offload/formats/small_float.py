@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zo_offload.formats.base import bits_of
+from .base import bits_of
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zo_offload.formats.base import Format, bits_of, from_bits, from_bytes16, sign_extended, to_bytes16
+from .base import Format, bits_of, from_bits, from_bytes16, sign_extended, to_bytes16
 
 
 class _SplitBF16(Format):

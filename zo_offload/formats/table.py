@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from zo_offload.errors import ConfigError
-from zo_offload.formats.base import Format
-from zo_offload.formats.bf16 import BF16
-from zo_offload.formats.four_bits import NF4, Int4
-from zo_offload.formats.fp8 import FP8E4M3, FP8E5M2, FP8Plus8
-from zo_offload.formats.fp16 import FP16
-from zo_offload.formats.fp32 import FP32
-from zo_offload.formats.int8 import Int8, Int8Plus8
-from zo_offload.formats.split_bf16 import BF16Plus8, BF16Plus16
+from ..errors import ConfigError
+from .base import Format
+from .bf16 import BF16
+from .four_bits import NF4, Int4
+from .fp8 import FP8E4M3, FP8E5M2, FP8Plus8
+from .fp16 import FP16
+from .fp32 import FP32
+from .int8 import Int8, Int8Plus8
+from .split_bf16 import BF16Plus8, BF16Plus16
 
 _PLAIN: tuple[Format, ...] = (FP32(), BF16(), FP16())
 _SCALED: tuple[Format, ...] = (FP8E4M3(), FP8E5M2(), Int8(), Int4(128), Int4(64), NF4())

@@ -12,7 +12,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from ..errors import ConfigError
-from ..records import Trains
+from ..kernels.records import Trains
 from .base import METHODS, Method, Step, lr_schedule
 from .fzoo import FZOO
 from .mezo import MeZO

@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..distributions import DISTRIBUTIONS
 from ..errors import ConfigError, DivergenceError
-from ..noise import NoiseSpec
-from ..records import ONE, Gain, Perturbation, Trains, Update
+from ..kernels.distributions import DISTRIBUTIONS
+from ..kernels.records import ONE, Gain, Perturbation, Trains, Update
+from ..numerics.noise import NoiseSpec
 from .presets import recipe
 
 METHODS: dict[str, type[Method]] = {}

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..distributions import DISTRIBUTIONS
 from ..errors import ConfigError
-from ..noise import step_seed
-from ..records import STILL, Perturbation
-from ..scalars import divide, sqrt, total
+from ..kernels.distributions import DISTRIBUTIONS
+from ..kernels.records import STILL, Perturbation
+from ..kernels.scalars import divide, sqrt, total
+from ..numerics.noise import step_seed
 from .base import Method
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..noise import step_seed
-from ..records import Perturbation
-from ..scalars import divide
+from ..kernels.records import Perturbation
+from ..kernels.scalars import divide
+from ..numerics.noise import step_seed
 from .base import Method
 
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..noise import step_seed
-from ..records import Perturbation
-from ..scalars import divide, sqrt, total
+from ..kernels.records import Perturbation
+from ..kernels.scalars import divide, sqrt, total
+from ..numerics.noise import step_seed
 from .base import Method
 
 

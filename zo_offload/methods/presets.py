@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from ..errors import ConfigError
-from ..plan import Plan
+from ..plan.plan import Plan
 
 SCALE_UNITS = 2.71
 """Root mean square of GPTQ's symmetric 4-bit codes of normal weights in groups of 128, which QZO's paper trains: its

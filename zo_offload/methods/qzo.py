@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..records import Trains
+from ..kernels.records import Trains
 from .mezo import MeZO
 
 

@@ -46,7 +46,8 @@ from typing import cast
 
 from torch import Tensor
 
-from .. import diskio, summed_io
+from ..system import diskio
+from . import summed_io
 
 Spans = tuple[tuple[int, int], ...]
 

@@ -25,9 +25,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .. import diskio
 from ..errors import BudgetError, CheckpointError, StorageError
-from ..units import show_bytes
+from ..system import diskio
+from ..system.units import show_bytes
 from . import block_file
 from .block_file import DATA, PAGE, WHOLE, Foreign, Header, Shape, Spans
 

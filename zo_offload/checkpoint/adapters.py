@@ -1,0 +1,117 @@
+"""A PEFT model's adapter, written as peft itself writes it: adapter_config.json and adapter_model.safetensors.
+
+peft chooses which tensors belong to an adapter, and renames them; it is asked with tensors on meta first, so that only
+those are read, and then again with their values. The base is not read: an adapter of megabytes takes megabytes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..modules.away import shapes_only
+from .weights import Weights
+
+Run = Callable[[Callable[[], Any]], Any]
+"""Calls a function where the model's modules can be called at its current weights, and returns what it gives."""
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether `model` is a PeftModel; peft is not imported for it."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def adapter_names(model: Any) -> set[str]:
+    """Canonical names of the parameters that peft would save of the model's adapters."""
+    found = {name for name, _ in model.named_parameters() if set(name.split(".")) & set(model.peft_config)}
+    metas = _metas(model)
+    name_of = {id(tensor): name for name, tensor in metas.items()}
+    canonical = _canonical(model)
+    for adapter in model.peft_config:
+        if not model.peft_config[adapter].is_prompt_learning:
+            taken = _chosen(model, metas, adapter)
+            found.update(canonical[name_of[id(t)]] for t in taken.values() if name_of.get(id(t)) in canonical)
+    return found
+
+
+def beside_adapter(model: nn.Module, trained: set[str]) -> str:
+    """What is wrong with exporting the adapter of a PEFT model: "" unless more than the adapter is trained."""
+    lost = sorted(trained - adapter_names(model)) if is_peft(model) else []
+    if not lost:
+        return ""
+    return (
+        f"{len(lost)} trained parameters of this PeftModel are its base's, not its adapter's ({lost[0]}, ...), and an "
+        "exported adapter would not hold what they learn. Give trainable='requires_grad', or take the whole model out "
+        "with restore()"
+    )
+
+
+def save_adapter(
+    work: Path, model: Any, weights: Weights | None, metadata: Mapping[str, str], run: Run | None = None
+) -> None:
+    """Writes all adapters of the model into `work`, the default one at its root.
+
+    weights: current values by canonical name; None: the model's own. run: for adapters that are what a module of them
+    gives (prompts), and not its weights. Raises CheckpointError if peft cannot save it.
+    """
+    names = adapter_names(model)
+    values: dict[str, Tensor] = {}
+    parameters = dict(model.named_parameters())
+    for name in names:
+        values[name] = parameters[name].detach() if weights is None else _read(weights, name)
+    canonical = _canonical(model)
+    with shapes_only():
+        entries = model.state_dict(keep_vars=True).items()
+    state = {name: values[canonical[name]] if canonical.get(name) in values else tensor for name, tensor in entries}
+    prompts = any(config.is_prompt_learning for config in model.peft_config.values())
+    save = partial(type(model).save_pretrained, model, str(work), state_dict=state)
+    try:
+        with shapes_only():
+            save() if run is None or not prompts else run(save)
+    except OSError:
+        raise
+    except Exception as error:  # peft's own methods are many, and some cannot be saved
+        raise CheckpointError(f"peft cannot save this adapter: {type(error).__name__}: {error}") from error
+    for file in work.rglob("adapter_model.safetensors"):
+        tensors = load_file(file)
+        small = sorted(str(p.relative_to(file.parent)) for p in file.parent.iterdir() if p.is_file() and p != file)
+        save_file(tensors, file, metadata={**metadata, "files": json.dumps(small)})
+
+
+def _read(weights: Weights, name: str) -> Tensor:
+    out = torch.empty(weights.shape_of(name), dtype=weights.dtype_of(name))
+    weights.read_into(name, 0, out.view(-1))
+    return out
+
+
+def _metas(model: nn.Module) -> dict[str, Tensor]:
+    with shapes_only():
+        entries = model.state_dict(keep_vars=True).items()
+    return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in entries if isinstance(t, Tensor)}
+
+
+def _canonical(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter -> its first one."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    return {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _chosen(model: Any, state: dict[str, Tensor], adapter: str) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    try:
+        with shapes_only():  # it asks for the whole model's too, for the names in it
+            chosen: dict[str, Tensor] = get_peft_model_state_dict(model, state_dict=dict(state), adapter_name=adapter)
+    except Exception as error:
+        raise CheckpointError(f"peft cannot save adapter {adapter!r}: {type(error).__name__}: {error}") from error
+    return chosen

@@ -1,0 +1,335 @@
+"""Writes a model as a transformers checkpoint, a run of elements in memory at a time.
+
+Names, splits and ties are those that transformers' own `save_pretrained` writes for the model, so that plain
+`from_pretrained` gives the same weights bit for bit. All headers are known before a weight is read; elements are then
+read in the order of the blocks that hold them, and each is written to its place in its file. Only where transformers
+transposes a whole tensor or computes with it are those it converts together in memory at once.
+
+How an export takes its place, whole and at once, is in `publish.py`. Of a PEFT model its adapter is written, as peft
+writes it (`adapters.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import CheckpointError
+from ..modules.away import is_away
+from ..modules.parameters import streams
+from . import tokenizers
+from .adapters import Run, is_peft, save_adapter
+from .conversion import Group, names_to_save, saving_groups
+from .files import INDEX, SINGLE, is_run
+from .publish import PRODUCER, earlier_files, publish, workplace
+from .recipe import Reader, Recipe
+from .safetensors_io import Shard, ShardWriter, Tensorlike, header_bound
+from .tokenizers import is_of_tokenizer
+from .weights import Placed, Weights, runs
+
+GENERATION = "generation_config.json"
+METADATA = {"format": "pt", "producer": PRODUCER}
+
+
+class Origin(Protocol):
+    """What is read here of the checkpoint that a model came from (`checkpoint.Checkpoint`)."""
+
+    @property
+    def path(self) -> Path | None:
+        """Its directory; None of a config alone."""
+
+    @property
+    def carried(self) -> Sequence[Path]:
+        """Files that go along: tokenizer, generation config, chat template, ..."""
+
+    @property
+    def config(self) -> Any:
+        """As read."""
+
+
+def save_pretrained(
+    directory: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    names: Iterable[str] | None = None,
+    weights: Weights | None = None,
+    checkpoint: Origin | None = None,
+    max_shard_bytes: float = 5e9,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+    run: Run | None = None,
+) -> list[Path]:
+    """Writes `model` to `directory`; returns the files, weights first.
+
+    names, weights: canonical names of the parameters (and of any buffers) that `weights` has; each element is read
+    once, in the dtype it is to have in the file. They must cover every parameter. Buffers not among them, and
+    everything if both are None, are taken from the model. checkpoint: where the model came from; its config and small
+    files (tokenizer, generation config, chat template, licence) go along. Without it the model's own configs do.
+    tokenizer (anything with a `save_pretrained`): goes along in the place of the checkpoint's. A model that is not a
+    PreTrainedModel becomes plain safetensors of its state dict; of a PeftModel its adapters are written, as peft does.
+    run: see `adapters.save_adapter`.
+
+    A shard holds at most max_shard_bytes of tensors, or one tensor. The config's dtype is that of most elements.
+    Raises CheckpointError: target not empty (unless overwrite), disk full, a parameter that nothing covers.
+    """
+    given = Path(directory).expanduser()
+    target = given.resolve()
+    _check_target(target, checkpoint, overwrite)
+    known = None if names is None else set(names)
+    entries = None if is_peft(model) else _Entries(model, known, weights)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with workplace(target) as work:
+            if entries is None:
+                if tokenizer is not None:
+                    tokenizers.save(tokenizer, work)
+                save_adapter(work, model, weights, METADATA, run)
+            else:
+                _write(work, model, entries, checkpoint, tokenizer, int(max_shard_bytes), target)
+            return [given / file.relative_to(target) for file in publish(work, target)]
+    except OSError as error:
+        raise CheckpointError(
+            f"could not write {target}: {error.strerror or error} "
+            f"({shutil.disk_usage(target.parent).free / 1e9:.2f} GB free there). "
+            "What was written is removed, and what was there is as it was; free space or choose another place."
+        ) from error
+
+
+def _write(
+    work: Path, model: nn.Module, entries: _Entries, checkpoint: Origin | None, tokenizer: Any,
+    max_shard_bytes: int, target: Path,
+) -> None:  # fmt: skip
+    """All files of an export, in `work`: the small ones first, whose names the weights' metadata then holds."""
+    groups, outputs = _outputs(model, entries)
+    _write_small_files(work, model, checkpoint, _main_dtype(outputs), tokenizer)
+    small = sorted(file.relative_to(work).as_posix() for file in work.rglob("*") if file.is_file())
+    metadata = {**METADATA, "files": json.dumps(small)}
+    shards = _into_shards(outputs, max_shard_bytes, metadata)
+    files = _shard_names(len(shards), target)
+    if target.exists():
+        earlier_files(target, files)  # raises for weights of others, before ours are written
+    with _Files(work, shards, files, metadata) as writing:
+        reader = Reader(entries.read_into)
+        for name, recipe in _in_order(groups, entries):
+            for start, values in runs(partial(recipe.fill, reader), recipe.dtype, 0, recipe.numel):
+                writing.write(name, start, values)
+            writing.end(name)
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard.tensors}
+        total = {"total_size": sum(shard.nbytes for shard in shards)}
+        _write_json(work / INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+
+
+class _Entries:
+    """State dict entries by the name they are saved under, from `weights` or from the model."""
+
+    def __init__(self, model: nn.Module, names: set[str] | None, weights: Weights | None):
+        self._tensors = names_to_save(model)
+        self._weights = weights
+        canonical = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+        self._given: dict[str, str] = {}  # name -> canonical name, of what is read from `weights`
+        if (names is None) != (weights is None):
+            raise CheckpointError("save_pretrained needs both names and weights, or neither.")
+        for name, tensor in self._tensors.items():
+            which = canonical.get(id(tensor), name)  # quantized layers add entries of their own
+            if names is not None and weights is not None and which in names:
+                self._given[name] = which
+                if weights.shape_of(which) != tensor.shape:
+                    found, expected = list(weights.shape_of(which)), list(tensor.shape)
+                    raise CheckpointError(f"{which!r} was read with shape {found}; the model has {expected}.")
+            elif tensor.is_meta or (names is not None and isinstance(tensor, nn.Parameter) and _leaves(tensor)):
+                where = "on meta" if tensor.is_meta else "not among the names to read"
+                raise CheckpointError(f"parameter or buffer {which!r} cannot be saved: it is {where}.")
+
+    def metas(self) -> dict[str, Tensor]:
+        """Shapes and dtypes as they are to be saved."""
+        return {
+            name: torch.empty(tensor.shape, dtype=self._dtype(name, tensor), device="meta")
+            for name, tensor in self._tensors.items()
+        }
+
+    def _dtype(self, name: str, tensor: Tensor) -> torch.dtype:
+        if name not in self._given:
+            return tensor.dtype
+        assert self._weights is not None
+        return self._weights.dtype_of(self._given[name])
+
+    def place_of(self, name: str, element: int) -> int:
+        """The block it is fetched with, where `weights` come in blocks."""
+        placed = self._weights if name in self._given else None
+        return placed.place_of(self._given[name], element) if isinstance(placed, Placed) else 0
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        if name in self._given:
+            assert self._weights is not None
+            self._weights.read_into(self._given[name], start, out)
+        else:
+            out.copy_(self._tensors[name].detach().reshape(-1)[start : start + len(out)])
+
+
+def _leaves(p: nn.Parameter) -> bool:
+    """Whether a parameter is one that an engine takes out of the model."""
+    return streams(p) or is_away(p)
+
+
+def _outputs(model: nn.Module, entries: _Entries) -> tuple[list[Group], dict[str, Tensorlike]]:
+    """What goes into the files, under its final names."""
+    metas = entries.metas()
+    if isinstance(model, PreTrainedModel):
+        groups = saving_groups(model, metas)
+    else:
+        groups = [Group.plain(name, meta) for name, meta in metas.items()]
+    outputs = {name: Tensorlike(t.dtype, tuple(t.shape)) for group in groups for name, t in group.outputs.items()}
+    if not outputs:
+        raise CheckpointError(f"{type(model).__name__} has no parameters or buffers to save.")
+    return groups, outputs
+
+
+def _main_dtype(outputs: Mapping[str, Tensorlike]) -> torch.dtype | None:
+    """That of most floating elements."""
+    elements: Counter[torch.dtype] = Counter()
+    for tensor in outputs.values():
+        if tensor.dtype.is_floating_point:
+            elements[tensor.dtype] += tensor.numel
+    return elements.most_common(1)[0][0] if elements else None
+
+
+def _in_order(groups: list[Group], entries: _Entries) -> list[tuple[str, Recipe]]:
+    """All that is to be written, in the order of the blocks that it is read from; in a block, of its elements. So each
+    block is fetched once, also where several tensors lie in turns in it (experts) or become many."""
+    found = [
+        (entries.place_of(*recipe.origin()), index, recipe.origin(), name, recipe)
+        for index, group in enumerate(groups)
+        for name, recipe in group.recipes.items()
+    ]
+    return [(name, recipe) for *_, name, recipe in sorted(found, key=lambda entry: entry[:3])]
+
+
+def _into_shards(outputs: Mapping[str, Tensorlike], max_bytes: int, metadata: dict[str, str]) -> list[Shard]:
+    # wide elements first: none is then at an odd place behind a mask's bytes, which would begin another shard
+    outputs = dict(sorted(outputs.items(), key=lambda entry: -entry[1].dtype.itemsize))
+    shards: list[Shard] = []
+    waiting = {name: tensor.shape for name, tensor in outputs.items()}
+    for name, tensor in outputs.items():
+        if not shards or not shards[-1].fits(tensor, max_bytes):
+            shards.append(Shard(header_bound(_first_bytes(waiting, max_bytes), metadata)))
+        shards[-1].add(name, tensor)
+        del waiting[name]
+    return shards
+
+
+class _Files:
+    """The shards' files while they are written; each is open from its first element to its last."""
+
+    def __init__(self, work: Path, shards: list[Shard], names: list[str], metadata: dict[str, str]) -> None:
+        self._paths, self._shards, self._metadata = [work / name for name in names], shards, metadata
+        self._shard_of = {name: index for index, shard in enumerate(shards) for name in shard.tensors}
+        self._lacking = [len(shard.tensors) for shard in shards]
+        self._open: dict[int, ShardWriter] = {}
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        self._file(self._shard_of[name]).write(name, start, values)
+
+    def end(self, name: str) -> None:
+        """The tensor's last element was written."""
+        index = self._shard_of[name]
+        self._lacking[index] -= 1
+        if not self._lacking[index]:
+            self._file(index).finish()
+            del self._open[index]
+
+    def _file(self, index: int) -> ShardWriter:
+        if index not in self._open:
+            self._open[index] = ShardWriter(self._paths[index], self._shards[index], self._metadata)
+        return self._open[index]
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for file in self._open.values():
+            file.abandon()
+
+
+def _first_bytes(shapes: dict[str, tuple[int, ...]], max_bytes: int) -> dict[str, tuple[int, ...]]:
+    """The tensors, from the first on, that one shard could hold if all had one byte an element."""
+    taken: dict[str, tuple[int, ...]] = {}
+    total = 0
+    for name, shape in shapes.items():
+        if total > 0 and total + math.prod(shape) > max_bytes:
+            break
+        total += math.prod(shape)
+        taken[name] = shape
+    return taken
+
+
+def _shard_names(count: int, target: Path) -> list[str]:
+    """File names of the weights. Shards get such as no file in `target` has: who is reading the export that is there
+    must not go on into this one."""
+    if count == 1:
+        return [SINGLE]
+    taken = {file.name for file in target.glob("model-*.safetensors")} if target.exists() else set()
+    for version in itertools.count(1):
+        stem = SINGLE.removesuffix(".safetensors") + (f"-v{version}" if version > 1 else "")
+        names = [f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
+        if not taken.intersection(names):
+            return names
+    raise AssertionError
+
+
+def _write_small_files(
+    work: Path, model: nn.Module, checkpoint: Origin | None, dtype: torch.dtype | None, tokenizer: Any
+) -> None:
+    if checkpoint is not None and checkpoint.path is not None:
+        for source in checkpoint.carried:
+            name = source.relative_to(checkpoint.path)
+            if tokenizer is not None and is_of_tokenizer(name.as_posix()):
+                continue  # the one that was trained with takes its place
+            (work / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, work / name)
+    if tokenizer is not None:
+        tokenizers.save(tokenizer, work)
+    if not isinstance(model, PreTrainedModel):
+        return
+    config = copy.deepcopy(model.config if checkpoint is None else checkpoint.config)
+    config.architectures = [type(model).__name__]
+    if dtype is not None:
+        config.dtype = dtype
+        for name in getattr(config, "sub_configs", {}):
+            if (part := getattr(config, name, None)) is not None:
+                part.dtype = dtype
+    config.save_pretrained(work)
+    if model.can_generate() and not (work / GENERATION).exists():
+        # as it is: its own save_pretrained refuses what transformers finds inconsistent, and the weights would be lost
+        model.generation_config.to_json_file(work / GENERATION, use_diff=True, keys_to_pop=["compile_config"])
+
+
+def _check_target(target: Path, checkpoint: Origin | None, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file; give a directory to write to.")
+    if is_run(target) or (target.name == "blocks" and is_run(target.parent)):
+        raise CheckpointError(f"{target} is a run's directory, which an export would destroy. Give another directory.")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        some = ", ".join(sorted(p.name for p in target.iterdir())[:4])
+        raise CheckpointError(f"{target} is not empty (it holds {some}). Give a fresh directory, or overwrite=True.")
+    if checkpoint is not None and checkpoint.path is not None and target.samefile(checkpoint.path):
+        raise CheckpointError(f"{target} is the checkpoint this model is read from. Give another directory.")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

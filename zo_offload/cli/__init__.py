@@ -1,0 +1,5 @@
+"""The command line. Only it prints."""
+
+from .command import main
+
+__all__ = ["main"]

@@ -1,0 +1,264 @@
+"""What `zo-offload plan` shows: blocks, lifts, memory by term, traffic. Reads no weights."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.opt_sizes import OPT_SHAPES, opt_config
+from ..config import DTYPES, EngineConfig
+from ..data.losses import model_loss
+from ..devices import PlannedDevice, make_device
+from ..errors import BudgetError, ConfigError
+from ..formats import FORMATS
+from ..methods import DEFAULT, Method
+from ..modules.kind import ModelKind, kind_of
+from ..plan.layout import Layout
+from ..plan.plan import Plan
+from ..run.auto import Rates, compare, rates
+from ..run.memory import MemoryPlan, step_bytes
+from ..run.prepare import Prepared, prepare
+from ..system.units import parse_bytes, show_bytes
+
+CONTEXT_BYTES = 500_000_000
+"""Device memory of a CUDA context and the matrix libraries' workspaces, where there is no GPU to ask."""
+
+
+@dataclass(frozen=True)
+class AbsentGpu:
+    """A GPU that is not here, as a plan sees it: of its memory nothing is known but what `device_memory` says."""
+
+    memory_bytes: int | None
+
+    @property
+    def kind(self) -> str:
+        return "cuda"
+
+    @property
+    def own_memory(self) -> bool:
+        return True
+
+    def default_compute(self, own: torch.dtype) -> torch.dtype:
+        return own
+
+    def free_bytes(self) -> int:
+        """What blocks could take; 0 if nothing was said, so that "auto" plans to stream."""
+        return max(0, (self.memory_bytes or 0) - CONTEXT_BYTES)
+
+    def budget(self, asked: int | None, *, chosen: bool = False) -> int | None:
+        if asked is not None and asked <= CONTEXT_BYTES:
+            raise BudgetError(
+                f"device_memory={show_bytes(asked)} is too small: the CUDA context and libraries take about "
+                f"{show_bytes(CONTEXT_BYTES)}"
+            )
+        return None if asked is None else asked - CONTEXT_BYTES
+
+
+def plan_report(
+    model: str,
+    *,
+    method: Method | None = None,
+    tokens: int | None = None,
+    batch_size: int = 1,
+    micro_batches: int = 1,
+    model_class: str | None = None,
+    link_gb_per_s: float | None = None,
+    **settings: Any,
+) -> Iterator[str]:
+    """Lines of the report for a checkpoint directory, a config.json, or a size such as opt-175b.
+
+    settings: those of `EngineConfig`, decided as a run with a run directory decides them (`prepare.py`). tokens: a row;
+    default 512, or as many as the model takes. A GPU need not be there. Raises ZOError, as the run would.
+    """
+    method = method if method is not None else DEFAULT()
+    config = EngineConfig(**{"run_dir": "-", **settings})
+    checkpoint = open_config(model, trust_remote_code=config.trust_remote_code, overrides=config.config_overrides)
+    device = _device(config)
+    dtype = _compute_dtype(config.compute, device, checkpoint, config.storage)
+    module = checkpoint.build_model(dtype, model_class)
+    kind = kind_of(module)
+    limit = kind.positions
+    if tokens is not None and limit is not None and tokens > limit:
+        raise ConfigError(f"tokens={tokens}: {model} takes at most {limit}")
+    tokens = tokens if tokens is not None else min(512, limit or 512)
+    batch = example_batch(module, kind, batch_size, tokens)
+    prepared = prepare(
+        module, checkpoint.dtype_of, config, method, device, example=batch, call=_forward, notes=checkpoint.notes
+    )
+    objective = model_loss if "labels" in batch else _forward
+    memory = prepared.plan_memory(batch, objective=objective, micro_batches=micro_batches)
+    plan, layout = prepared.plan, prepared.layout
+    yield f"{type(module).__name__}: {_number(plan.numel)} parameters, {_number(plan.trainable_numel)} trainable"
+    yield f"stored as {_formats(layout)}: {show_bytes(layout.total_bytes)} in {len(plan.blocks)} blocks"
+    if prepared.storage_note:
+        yield f"storage auto takes {prepared.config.storage}: {prepared.storage_note}"
+    lives = {"none": "the device's memory", "host": "host memory", "disk": "files"}[prepared.offload]
+    yield f"offload {prepared.offload}{' (auto)' * (config.offload == 'auto')}: blocks live in {lives}"
+    yield from _blocks(plan, layout)
+    yield from _lifts(plan)
+    yield from _memory(prepared, memory, f"{batch_size} x {tokens} tokens", micro_batches)
+    yield from _traffic(plan, layout, memory, prepared.fold_every)
+    yield from _compared(prepared, checkpoint.dtype_of, rates(config.device, link_gb_per_s))
+
+
+def _forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
+    return module(**batch)
+
+
+def _device(config: EngineConfig) -> PlannedDevice:
+    """The device, or what a plan can know of a GPU that is not here."""
+    if config.device == "cpu" or torch.cuda.is_available():
+        return make_device(config.device)
+    asked = config.device_memory
+    return AbsentGpu(None if asked is None else parse_bytes(asked, "device_memory"))
+
+
+def _compute_dtype(
+    compute: str | None, device: PlannedDevice, checkpoint: Checkpoint, storage: str | None
+) -> torch.dtype:
+    """As an engine would choose it: fp32 on the CPU, the checkpoint's own on a GPU (of a bare size, the storage's)."""
+    if compute is not None:
+        return DTYPES[compute]
+    named = checkpoint.path is None and storage in FORMATS
+    return device.default_compute(FORMATS[storage].torch_dtype if named and storage else checkpoint.dtype)
+
+
+def _formats(layout: Layout) -> str:
+    """The formats in use, the one with the most bytes first."""
+    nbytes: Counter[str] = Counter()
+    for place in layout.places.values():
+        nbytes[place.fmt.name] += place.nbytes + place.residual_nbytes
+    return ", ".join(name for name, _ in nbytes.most_common())
+
+
+def open_config(
+    model: str, *, trust_remote_code: bool = False, overrides: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """A checkpoint to plan with: a directory, a config.json (weights beside it are not looked for) or a known size. Of
+    weight files the headers are read, so what `fit` would refuse is refused here."""
+    if model.lower() in OPT_SHAPES and not os.path.exists(model):
+        return Checkpoint.open(opt_config(model))
+    path = Path(model)
+    weights = path.name != "config.json" and any(path.glob("*.safetensors"))
+    return Checkpoint.open(
+        path.parent if path.name == "config.json" else model, weights=weights, trust_remote_code=trust_remote_code,
+        overrides=overrides,
+    )  # fmt: skip
+
+
+def example_batch(module: Any, kind: ModelKind, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
+    """Token ids and labels of that size; the model's own dummy inputs where it takes no token ids."""
+    if getattr(module, "main_input_name", "input_ids") != "input_ids":
+        return dict(module.dummy_inputs)
+    ids = torch.ones(batch_size, tokens, dtype=torch.int64)
+    batch = {"input_ids": ids}
+    if kind.name in ("causal", "masked", "seq2seq"):
+        batch["labels"] = ids
+    return batch
+
+
+def _number(value: int) -> str:
+    """A count for people: "174.604 G"."""
+    scale, unit = next(((s, u) for s, u in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if value >= s), (1, ""))
+    return f"{value / scale:.3f}{unit}" if unit else str(value)
+
+
+def _blocks(plan: Plan, layout: Layout) -> Iterator[str]:
+    rows = plan.describe()
+    table: list[tuple[str, int, int]] = []  # name, index of the first row, how many: equal neighbours share a line
+    index = 0
+    while index < len(rows):
+        end = index
+        while end + 1 < len(rows) and _alike(rows[end + 1], rows[index]):
+            end += 1
+        table.append((_span(rows[index].name, rows[end].name), index, end - index + 1))
+        index = end + 1
+    width = max(len(name) for name, _, _ in table) + 1
+    yield f"{'layer':<{width}}{'parameters':>16}{'blocks':>8}{'MB':>12}{'visits':>8}"
+    for name, index, many in table:
+        row, times = rows[index], f"   x {many}" if many > 1 else ""
+        nbytes = sum(layout.block_bytes[row.block : row.block + row.num_blocks])
+        yield f"{name:<{width}}{row.numel:>16,}{row.num_blocks:>8}{nbytes / 1e6:>12.2f}{row.visits:>8}{times}"
+
+
+def _span(first: str, last: str, most: int = 72) -> str:
+    """ "layers.0 .. 95" of layers.0 and layers.95; a name too long for the table loses its middle."""
+    if first != last:
+        pairs = enumerate(zip(first.split("."), last.split("."), strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), 0)
+        first += f" .. {'.'.join(last.split('.')[shared:])}"
+    return first if len(first) <= most else f"{first[: most // 2 - 3]} ... {first[-most // 2 + 2 :]}"
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return (a.numel, a.num_blocks, a.num_params, a.visits) == (b.numel, b.num_blocks, b.num_params, b.visits)
+
+
+def _lifts(plan: Plan) -> Iterator[str]:
+    lifted = plan.lifted()
+    ties = [spec for spec in plan.params.values() if spec.aliases]
+    for spec in ties[:5]:
+        yield f"tied, stored and perturbed once: {spec.name} = {', '.join(spec.aliases)}"
+    if lifted:
+        name, owners = next(iter(lifted.items()))
+        yield (
+            f"{len(lifted)} parameters are used outside their module and served further up, such as {name} in "
+            f"{owners[0]}"
+        )
+    for note in plan.notes:
+        yield f"note: {note}"
+
+
+def _memory(prepared: Prepared, memory: MemoryPlan, batch: str, micro_batches: int) -> Iterator[str]:
+    parts = f" of {micro_batches} parts" if micro_batches > 1 else ""
+    yield f"memory, {batch}{parts}, {prepared.perturbations * micro_batches} lanes in {memory.order} order:"
+    for name, nbytes in memory.rows():
+        detail = ""
+        if name == "window":
+            detail = f"   {memory.window.num_slots} slots, {memory.window.ahead} fetched ahead"
+        if name == "pinned":
+            detail = f"   {len(memory.window.pinned)} blocks"
+        if name == "activations" and memory.unknown:
+            detail = "   not measured"
+        yield f"  {name:<14}{show_bytes(nbytes):>12}{detail}"
+    context = CONTEXT_BYTES if prepared.device.own_memory else 0
+    if context:
+        yield f"  {'context':<14}{show_bytes(context):>12}   of CUDA and its libraries, about"
+    yield f"  {'device':<14}{show_bytes(memory.device_bytes + context):>12}"
+    for note in memory.notes:
+        yield f"note: {note}"
+
+
+def _traffic(plan: Plan, layout: Layout, memory: MemoryPlan, fold_every: int) -> Iterator[str]:
+    fetched, flushed = step_bytes(plan, layout, memory.window.pinned, fold_every)
+    yield (
+        f"a step fetches {show_bytes(fetched)} and flushes {show_bytes(flushed)} (updates folded every {fold_every} "
+        f"step{'s' * (fold_every > 1)})"
+    )
+
+
+def _compared(prepared: Prepared, dtype_of: Callable[[str], torch.dtype], rate: Rates) -> Iterator[str]:
+    method, config = prepared.method, prepared.config
+    lanes = prepared.perturbations
+    yield f"all parameters streamed {rate.note}, {lanes} lanes:"
+    yield f"  {'format':<12}{'fold every':>11}{'fetch':>12}{'flush':>12}{'held':>12}{'a step, at least':>18}"
+    choices = compare(
+        prepared.full_plan, dtype_of, keep=config.keep, fold_every=config.fold_every, lanes=lanes,
+        distribution=method.distribution, noises=method.noises, link_seconds=rate.link_seconds,
+        seconds_per_element=rate.pass_seconds,
+    )  # fmt: skip
+    for choice in choices:
+        trains = "" if choice.layout.target == "values" else "   trains scales only"
+        yield (
+            f"  {choice.name:<12}{choice.fold_every:>11}{show_bytes(choice.fetch_bytes):>12}"
+            f"{show_bytes(choice.flush_bytes):>12}{show_bytes(choice.layout.total_bytes):>12}"
+            f"{choice.seconds:>16.2f} s{trains}"
+        )

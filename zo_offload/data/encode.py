@@ -1,0 +1,291 @@
+"""Rows into model inputs and labels, by the kind of model.
+
+A *row* is a dict with text columns, or one that is tokenised already. An `Encoder` turns it into a dict of lists (or
+tensors of one shape), `collate` pads those into a batch. What a text becomes:
+    causal            every token is predicted from those before it; the text ends with EOS
+    masked            some tokens are hidden and asked for, which ones a function of the run's seed and the row's place
+    classification    the label is a class, a number or a vector, as the head says
+    prompt            a template makes a prompt, one of a few *verbalizers* answers it; the loss is on the answer only,
+                      accuracy compares them all (MeZO, section 3). With {columns} in the verbalizers: multiple choice
+    prompt, completion    the loss is on the completion (`target_column`, or columns of those names); messages likewise
+Everything else is refused, with the row, the column and the value. The answer is never in what it is predicted from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..errors import DataError
+from ..modules.kind import IGNORED, ModelKind
+from .collate import Batch, Collator
+from .first_encoding import FirstEncoding
+from .labels import class_label
+from .masking import RandomMasks
+from .prompts import Completion, Prompt, Template, check_kind
+from .texts import as_text, check_not_empty, encoded_text, text_ids
+from .tokenised import WANTS, TokenisedRows, check_sizes, next_tokens
+
+__all__ = ["ENCODING", "IGNORED", "Batch", "Encoder", "Row", "Task"]
+
+Row = Mapping[str, Any]
+Task = Literal["auto", "lm", "classification", "prompt"]
+ENCODING = 2
+"""Number of the present encoding; a run keeps the one that it was begun with. 1: see first_encoding.py."""
+
+
+@dataclass
+class Encoder:
+    """Encodes rows for one kind of model. Tokenised rows pass; text needs a tokenizer. Raises DataError."""
+
+    kind: ModelKind
+    own_objective: bool
+    """The loss is not the model's own: which labels it takes is not known here."""
+    version: int
+    """The encoding's number, see ENCODING."""
+    tokenizer: Any = None
+    task: Task = "auto"
+    template: str | None = None
+    verbalizers: Sequence[str] | Mapping[Any, str] | None = None
+    text_column: str | Sequence[str] = "text"
+    label_column: str = "label"
+    target_column: str | None = None
+    """A text column that answers the prompt; without a template, the text column is the prompt."""
+    max_length: int | None = None
+    """Longer texts are cut to this; None: they are an error if the model cannot take them."""
+    pad_to_multiple_of: int = 1
+    loss: Literal["model", "options"] = "model"
+    """options: cross-entropy among the verbalizers alone."""
+    _prompt: Prompt | None = field(default=None, repr=False)
+    _first: FirstEncoding | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise DataError(f"max_length={self.max_length}: expected at least 1")
+        if self.max_length is not None and self.kind.positions is not None and self.max_length > self.kind.positions:
+            raise DataError(f"max_length={self.max_length}, but the model takes at most {self.kind.positions} tokens.")
+        if self.loss not in ("model", "options"):
+            raise DataError(f"loss={self.loss!r}: choose 'model' (its own), or 'options' (among the verbalizers)")
+        self._texts = [self.text_column] if isinstance(self.text_column, str) else list(self.text_column)
+        self._set_task()
+        masks = RandomMasks(self.kind, self.tokenizer) if self._can_mask() else None
+        self._tokenised = TokenisedRows(
+            self.kind, self.own_objective, self.task, self.label_column, self.max_length, masks
+        )
+        self.collate = Collator(
+            self._pad_token(),
+            self.pad_to_multiple_of,
+            self.kind.positions,
+            self.kind.flags,
+            alone=self.kind.needs_padding and not self.own_objective,
+        )
+
+    def _set_task(self) -> None:
+        if self.verbalizers is not None and self.target_column is not None:
+            raise DataError("verbalizers= and target_column= are two ways to answer a prompt: give one of them")
+        answered = self.verbalizers is not None or self.target_column is not None
+        if (self.template is not None and not answered) or (self.template is None and self.verbalizers is not None):
+            raise DataError(
+                "template and verbalizers go together: template='{text} It was', verbalizers=[' bad', ' good']; or "
+                "template and target_column, for answers that stand in a column"
+            )
+        if answered and self.task not in ("auto", "prompt"):
+            raise DataError(f"task={self.task!r} with a prompt's answers: a template means task='prompt'")
+        if self.verbalizers is not None:
+            assert self.template is not None
+            self.task = "prompt"
+            given = self.verbalizers
+            pairs = given.items() if isinstance(given, Mapping) else enumerate(given)
+            words = {str(label): str(word) for label, word in pairs}
+            if self.version == 1:
+                self._first = FirstEncoding(self, words)
+            else:
+                self._prompt = Prompt(self.kind, self.tokenizer, self.template, words, self.label_column,
+                                      checked=not self.own_objective)  # fmt: skip
+        elif self.task == "prompt":
+            raise DataError("task='prompt' needs a template and verbalizers")
+        elif self.version == 1:
+            self._first = FirstEncoding(self, {})
+
+    def _can_mask(self) -> bool:
+        return self.kind.name == "masked" and getattr(self.tokenizer, "mask_token", None) is not None
+
+    def _pad_token(self) -> int:
+        """The config's, which tells a model where a row ends; else the tokenizer's; any token that exists will do."""
+        own = getattr(self.tokenizer, "pad_token_id", None)
+        if self.version == 1:
+            return own or 0
+        known = [token for token in (self.kind.pad_token, own) if token is not None]
+        return next((t for t in known if self.kind.vocabulary is None or t < self.kind.vocabulary), 0)
+
+    @property
+    def options(self) -> list[list[int]]:
+        """The verbalizers' tokens, in the order of the labels; empty where they are another row's own."""
+        if self._first is not None:
+            return self._first.answers
+        return [] if self._prompt is None or self._prompt.by_row else self._prompt.options({}, "verbalizers")
+
+    def options_of(self, row: Row, where: str) -> list[list[int]] | None:
+        """The verbalizers' tokens of a row that has its own; None where all rows have the same."""
+        by_row = self._first is None and self._prompt is not None and self._prompt.by_row
+        return self._prompt.options(row, where) if by_row and self._prompt is not None else None
+
+    @property
+    def words(self) -> list[str]:
+        """The verbalizers themselves, in the same order."""
+        if self._first is not None:
+            return self._first.words
+        return [] if self._prompt is None else [word.text for word in self._prompt.words.values()]
+
+    # ---- rows --------------------------------------------------------------------------------------------------------
+
+    def __call__(self, row: Row, where: str, draw: str) -> dict[str, Any]:
+        """One row's inputs and labels. where: how errors name the row; draw: what random masks are a function of."""
+        if not isinstance(row, Mapping):
+            raise DataError(f"{where}: expected a dict, found {type(row).__name__}.")
+        if self._first is not None:
+            encoded = self._first(row, where)
+        elif self._is_text(row):
+            encoded = self._text(row, where, draw)
+        else:
+            encoded = self._tokenised(row, where, draw)
+        check_sizes(encoded, self.kind, where)
+        return encoded
+
+    def check(self, row: Row, where: str) -> int:
+        """Raise DataError for what can be wrong with a row, without tokenising a text that surely fits; its size."""
+        if not isinstance(row, Mapping) or self._first is not None or not self._is_text(row) or "messages" in row:
+            encoded = self(row, where, "")
+            return len(encoded.get("input_ids", ()))
+        self._check_tokenizer(row, where)
+        names = self._columns(row, where)
+        texts = [as_text(row[name], where, name) for name in names]
+        check_not_empty(texts, where, names)
+        if self._prompt is not None:
+            self._prompt.options(row, where), self._prompt.answer_of(row, where)
+        elif self._completion(row) is None and self._has_class(row):
+            self._class(row, where)
+        size = sum(len(text.encode()) for text in texts)
+        around = 64 + len(self.template or "") + sum(map(len, self.words))  # of template, words and special tokens
+        limits = [limit for limit in (self.kind.positions, self.kind.label_positions) if limit is not None]
+        if self.max_length is None and limits and size + around > min(limits):  # a token is a byte at least
+            self(row, where, "")
+        return size
+
+    def _is_text(self, row: Row) -> bool:
+        if "input_ids" in row:
+            return False
+        strings = any(isinstance(value, str) for name, value in row.items() if name != self.label_column)
+        chat = isinstance(row.get("messages"), (list, tuple))
+        named = any(name in row and not hasattr(row[name], "dtype") for name in self._texts)  # None, NaN, a number
+        return strings or chat or named
+
+    def _columns(self, row: Row, where: str) -> list[str]:
+        """Text columns that this row is made of. Raises DataError if it lacks one, or its label."""
+        completion = self._completion(row)
+        prompt = self._prompt or completion
+        names = prompt.columns if prompt is not None else self._texts
+        labels = [self.label_column] if self._prompt is not None or self._needs_class() else []
+        if absent := [name for name in (*names, *labels) if name not in row]:
+            if len(row) == 1 and ";" in (header := next(iter(row))):
+                raise DataError(f"{where} has one column, {header!r}: write .csv with commas, or .tsv with tabs.")
+            raise DataError(
+                f"{where} lacks {', '.join(map(repr, absent))}, its columns are {', '.join(map(repr, row))}. Rename "
+                "them, or pass text_column=, label_column=, or a template that uses them (with verbalizers= or "
+                "target_column=)."
+            )
+        return list(names)
+
+    def _check_tokenizer(self, row: Row, where: str) -> None:
+        if self.tokenizer is None:
+            raise DataError(f"{where} holds text (columns {', '.join(row)}): pass tokenizer=, or rows with input_ids.")
+
+    # ---- text --------------------------------------------------------------------------------------------------------
+
+    def _text(self, row: Row, where: str, draw: str) -> dict[str, Any]:
+        self._check_tokenizer(row, where)
+        if "messages" in row and self._prompt is None and self.target_column is None:
+            return self._chat(row, where)
+        names = self._columns(row, where)
+        if self._prompt is not None:
+            return self._prompt.encode(row, where, self.max_length)
+        if (completion := self._completion(row)) is not None:
+            return completion.encode(row, where, self.max_length)
+        texts = [as_text(row[name], where, name) for name in names]
+        check_not_empty(texts, where, names)
+        if self._has_class(row):
+            return {**self._read(texts), "labels": self._class(row, where)}
+        return self._plain(texts, where, draw)
+
+    def _completion(self, row: Row) -> Completion | None:
+        """How the row's own columns are a prompt and its answer, if they are."""
+        kind, target, template = self.kind, self.target_column, self.template
+        if self._prompt is not None or self.task not in ("auto", "prompt"):
+            return None
+        if target is None and {"prompt", "completion"} <= set(row) and self._texts[0] not in row:
+            target, template = "completion", "{prompt}"
+        elif target is None and kind.name == "seq2seq" and isinstance(row.get("target"), str):
+            target = "target"
+        if target is None:
+            return None
+        text = Template(template if template is not None else " ".join(f"{{{t}}}" for t in self._texts), "template")
+        return Completion(kind, self.tokenizer, text, target, checked=not self.own_objective)
+
+    def _chat(self, row: Row, where: str) -> dict[str, Any]:
+        """A conversation: the loss is on its last message, which is the assistant's."""
+        messages, template = row["messages"], getattr(self.tokenizer, "chat_template", None)
+        if template is None:
+            raise DataError(f"{where} holds messages, and the tokenizer has no chat template: set its chat_template.")
+        said = isinstance(messages, (list, tuple)) and all(isinstance(m, Mapping) and "role" in m for m in messages)
+        if not said or len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise DataError(f"{where}: messages must be dicts with a role and end with one of the assistant's.")
+        render = self.tokenizer.apply_chat_template
+        whole = render(list(messages), tokenize=False)
+        starts = [render(list(messages[:-1]), tokenize=False, add_generation_prompt=ask) for ask in (True, False)]
+        start = next((start for start in starts if whole.startswith(start) and len(whole) > len(start)), None)
+        if start is None:
+            raise DataError(f"{where}: the chat template does not put the last message at the end.")
+        completion = Completion(self.kind, self.tokenizer, Template("{prompt}", "template"), "messages",
+                                checked=not self.own_objective)  # fmt: skip
+        return completion.continued(start, whole[len(start) :], self.max_length, where, rendered=True)
+
+    def _has_class(self, row: Row) -> bool:
+        return self._needs_class() or (self.task == "auto" and row.get(self.label_column) is not None)
+
+    def _needs_class(self) -> bool:
+        heads = self.kind.name == "classification" and not self.own_objective
+        return self.task == "classification" or (heads and self.task == "auto" and self._prompt is None)
+
+    def _class(self, row: Row, where: str) -> Any:
+        kind, value = self.kind, row[self.label_column]
+        if not self.own_objective and kind.name not in ("classification", "other"):
+            what = "causal LM" if kind.name == "causal" else f"{kind.name} model"
+            raise DataError(
+                f"{where} has a {self.label_column!r}, and {kind.model} is a {what} without classes. Pass "
+                "template= and verbalizers= (--template, --verbalizers), task='lm' to ignore the label, or "
+                "model_class='AutoModelForSequenceClassification' for a head of classes."
+            )
+        return class_label(value, kind, where, self.label_column)
+
+    def _read(self, texts: Sequence[str]) -> dict[str, Any]:
+        """What the tokenizer makes of the texts, as far as the model takes it."""
+        encoded = encoded_text(self.tokenizer, texts, self.max_length)
+        known = self.kind.takes | {"input_ids", "attention_mask"}
+        return {name: values for name, values in encoded.items() if name in known}
+
+    def _plain(self, texts: Sequence[str], where: str, draw: str) -> dict[str, Any]:
+        """Text without an answer, for models that learn from text alone."""
+        kind = self.kind
+        if kind.name == "masked":
+            encoded = self._read(texts)
+            return {**encoded, **self._tokenised.hidden(encoded["input_ids"], where, draw)}
+        if self.own_objective and kind.name != "causal" and self.task != "lm":
+            return self._read(texts)
+        if kind.sees_ahead:
+            check_kind(kind, "text")
+        if kind.name not in ("causal", "other") or (kind.name == "other" and self.task != "lm"):
+            raise DataError(f"{where} is text, and {kind.model} {WANTS[kind.name]}.")
+        ids, end = text_ids(self.tokenizer, *texts), self.tokenizer.eos_token_id
+        ids = ids if end is None or ids[-1:] == [end] else [*ids, end]
+        return next_tokens(self.kind, ids, self.max_length, where)

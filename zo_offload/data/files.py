@@ -1,0 +1,77 @@
+"""Files of rows: .jsonl, .csv and .tsv are read where they lie (`row_file.py`); .json, .parquet and .gz into memory."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tempfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from .row_file import FileRow, JsonlFile, open_rows
+
+_READ = ".jsonl, .ndjson, .csv, .tsv, .json (a list of objects), .parquet, or one of the text files with .gz"
+
+
+def open_file(path: str | Path, check: Callable[[FileRow], int]) -> Sequence[FileRow]:
+    """The rows of a file. check: sees each row of one that is read where it lies. Raises DataError with the line."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is not a file.")
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".ndjson", ".csv", ".tsv"):
+        return open_rows(path, check)
+    if suffix == ".gz":
+        return _unpacked(path)
+    rows: Sequence[FileRow]
+    if suffix == ".json":
+        rows = _json(path, check)
+    elif suffix == ".parquet":
+        rows = _parquet(path)
+    else:
+        raise DataError(f"{path}: {path.suffix or 'no suffix'} is not read; give {_READ}, or a list of dicts.")
+    if not rows:
+        raise DataError(f"{path} holds no rows.")
+    return rows
+
+
+def _unpacked(path: Path) -> list[FileRow]:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.stem
+        try:
+            copy.write_bytes(gzip.decompress(path.read_bytes()))
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path} is no gzip file, or is cut short: {error}.") from error
+        try:
+            return list(open_file(copy, lambda row: 0))
+        except DataError as error:
+            raise DataError(str(error).replace(str(copy), str(path))) from error
+
+
+def _json(path: Path, check: Callable[[FileRow], int]) -> Sequence[FileRow]:
+    """A list of objects, or an object a line, as some write them under this name."""
+    try:
+        rows = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return JsonlFile(path, check)
+        raise DataError(f"{path} is not JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} is a JSON {type(rows).__name__}; expected a list of objects.")
+    return rows
+
+
+def _parquet(path: Path) -> list[Any]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise DataError(f"{path}: reading .parquet needs pyarrow (pip install pyarrow).") from error
+    try:
+        return list(parquet.read_table(path).to_pylist())
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} is not read as parquet: {error}.") from error

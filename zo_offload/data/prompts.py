@@ -1,0 +1,305 @@
+"""Prompts: a template makes a text of a row, and the answer is one of a few *verbalizers*, or the text of a column.
+
+Where the answer stands is the model's kind: after the prompt (causal), at the mask (masked), at the decoder (seq2seq).
+The loss is on the answer only, and the answer is never among what its own prediction is made from.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import DataError
+from ..modules.kind import IGNORED, ModelKind
+from .texts import as_text, check_not_empty, continuation, open_ids, text_ids
+
+MASK = "mask"  # the name in a template, {mask}, of the place that a masked model fills in
+
+
+class Template:
+    """A text with {column} in it; {{ and }} are braces. Raises DataError when made of one that cannot be filled."""
+
+    def __init__(self, text: str, what: str):
+        self.text, hint = text, "Braces are for columns, {column}; write {{ and }} for braces themselves."
+        try:
+            parts = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise DataError(f"{what}={text!r}: {error}. {hint}") from error
+        self.columns = list(dict.fromkeys(name for _, name, _, _ in parts if name is not None))
+        self.literals = [literal for literal, *_ in parts]
+        self.ends_open = not parts or parts[-1][1] is None
+        for _, name, spec, _ in parts:
+            if name is not None and (
+                spec or not name or name.isdigit() or not all(c.isalnum() or c in "_- " for c in name)
+            ):
+                raise DataError(f"{what}={text!r}: {{{name}}} is no name of a column. {hint}")
+
+    def fill(self, values: Mapping[str, Any]) -> str:
+        return string.Formatter().vformat(self.text, (), values)
+
+    @property
+    def last_words(self) -> str:
+        """What the text ends with, whatever is filled in."""
+        return self.literals[-1] if self.literals and self.ends_open else ""
+
+
+class Prompt:
+    """Rows as prompts with answers, for one kind of model. Raises DataError where that cannot be right.
+
+    checked: the loss is the model's own, so its kind must be one that answers with words.
+    """
+
+    def __init__(
+        self,
+        kind: ModelKind,
+        tokenizer: Any,
+        template: str,
+        words: Mapping[str, str],
+        label_column: str,
+        *,
+        checked: bool,
+    ):
+        if tokenizer is None:
+            raise DataError("template and verbalizers need a tokenizer: pass tokenizer=")
+        if checked:
+            check_kind(kind, "a template with verbalizers")
+        self.kind, self.tokenizer, self.label_column = kind, tokenizer, label_column
+        self.template = Template(template, "template")
+        self.words = {label: Template(word, "verbalizers") for label, word in words.items()}
+        texts = [word.text for word in self.words.values()]
+        if len(texts) < 2 or len(set(texts)) < len(texts):
+            raise DataError(f"verbalizers={texts}: give at least two different ones")
+        self.masks = self._masks_in_template() if kind.name == "masked" else 0
+        self.by_row = any(word.columns for word in self.words.values())
+        if label_column in self.template.columns:
+            raise DataError(f"template={template!r} holds the answer: {label_column!r} is the label's column.")
+        self._fixed = None if self.by_row else self._options({}, "verbalizers")
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that a row must have, the label's aside."""
+        named = [c for t in (self.template, *self.words.values()) for c in t.columns]
+        return [c for c in dict.fromkeys(named) if c != MASK or self.kind.name != "masked"]
+
+    def answer_of(self, row: Mapping[str, Any], where: str) -> int:
+        """Which of the verbalizers is the row's, by its label."""
+        label, known = row.get(self.label_column), list(self.words)
+        names = [str(label), str(label).strip(), *_as_whole_number(label)]
+        found = next((name for name in names if name in self.words), None)
+        if found is None:
+            raise DataError(
+                f"{where}: {self.label_column}={label!r}, but the verbalizers are for {', '.join(map(repr, known))}."
+            )
+        return known.index(found)
+
+    def options(self, row: Mapping[str, Any], where: str) -> list[list[int]]:
+        """The tokens of each verbalizer, filled in from the row where they name columns."""
+        return self._fixed if self._fixed is not None else self._options(self._values(row, where), where)
+
+    def encode(self, row: Mapping[str, Any], where: str, room: int | None) -> dict[str, Any]:
+        """Inputs and labels of one row in at most `room` tokens; the template's text is cut, never the answer."""
+        values = self._values(row, where)
+        answer = self.options(row, where)[self.answer_of(row, where)]
+        text = self.template.fill(values)
+        if self.kind.name == "masked":
+            return self._masked(text, answer, where, room)
+        if self.kind.name == "seq2seq":
+            ids = text_ids(self.tokenizer, text)
+            closed = len(ids) - len(open_ids(self.tokenizer, text))
+            ids = keep_end(ids, room, where, tail=closed)
+            return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": answer}
+        start = keep_end(open_ids(self.tokenizer, text), None if room is None else room - len(answer), where)
+        return continued(self.kind, start, answer)
+
+    def _values(self, row: Mapping[str, Any], where: str) -> dict[str, str]:
+        values = {column: as_text(row.get(column), where, column) for column in self.columns}
+        check_not_empty(list(values.values()) or ["-"], where, list(values))
+        return {**values, MASK: self.tokenizer.mask_token} if self.masks else values
+
+    def _options(self, values: Mapping[str, str], where: str) -> list[list[int]]:
+        words = {label: word.fill(values) for label, word in self.words.items()}
+        options = [self._word_ids(word) for word in words.values()]
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        for word, ids in zip(words.values(), options, strict=True):
+            if not ids or (unknown is not None and unknown in self._bare(word)):
+                raise DataError(f"{where}: {word!r} is not in the tokenizer's vocabulary. Choose another word.")
+            if self.masks and len(ids) != self.masks:
+                raise DataError(
+                    f"{where}: {word!r} is {len(ids)} tokens and the template has {self.masks} masks. A masked model "
+                    f"says a token a mask: choose words of as many tokens as there are {{{MASK}}}."
+                )
+        for i, ids in enumerate(options):
+            if (first := options.index(ids)) < i:
+                alike = list(words.values())
+                raise DataError(
+                    f"{where}: {alike[first]!r} and {alike[i]!r} are the same tokens {ids}: no answer could be told "
+                    "from the other. Choose other words."
+                )
+        return options
+
+    def _word_ids(self, word: str) -> list[int]:
+        if self.kind.name == "seq2seq":
+            return text_ids_of_answer(self.tokenizer, word)
+        if self.kind.name != "masked":
+            return continuation(self.tokenizer, "a" + self.template.last_words, word)
+        before = self._before_mask()
+        space = " " if before != before.rstrip() or word != word.lstrip() else ""
+        return continuation(self.tokenizer, "a" + before.rstrip(), space + word.lstrip())
+
+    def _bare(self, word: str) -> list[int]:
+        return list(self.tokenizer(word, add_special_tokens=False)["input_ids"])
+
+    # ---- masks -----------------------------------------------------------------------------------------------------
+
+    def _masks_in_template(self) -> int:
+        mask = mask_token(self.tokenizer, self.kind)
+        filled = self.template.fill(dict.fromkeys(self.template.columns, "") | {MASK: mask})
+        if mask not in filled:
+            raise DataError(
+                f"template={self.template.text!r}: {self.kind.model} says what stands at a mask. Put {{{MASK}}} where "
+                f"the answer belongs, such as '{{text}} It was {{{MASK}}}.'"
+            )
+        return filled.count(mask)
+
+    def _before_mask(self) -> str:
+        """The template's own text right before its first mask."""
+        mask = self.tokenizer.mask_token
+        for literal, name, *_ in string.Formatter().parse(self.template.text):
+            if mask in literal:
+                return str(literal.split(mask)[0])
+            if name == MASK:
+                return literal
+        return ""
+
+    def _masked(self, text: str, answer: list[int], where: str, room: int | None) -> dict[str, Any]:
+        ids, mask = text_ids(self.tokenizer, text), self.tokenizer.mask_token_id
+        if ids.count(mask) != self.masks:
+            raise DataError(
+                f"{where}: {ids.count(mask)} masks in the text, {self.masks} in the template: the row's own text has "
+                f"{self.tokenizer.mask_token!r} in it, or the tokenizer does not know it."
+            )
+        ids = keep_around(ids, mask, room, where)
+        rest = iter(answer)
+        labels = [next(rest) if token == mask else IGNORED for token in ids]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+class Completion:
+    """Rows with a prompt and, in a column, the text that is to be answered."""
+
+    def __init__(self, kind: ModelKind, tokenizer: Any, prompt: Template, target_column: str, *, checked: bool):
+        if tokenizer is None:
+            raise DataError(f"{target_column!r} is text: pass tokenizer=")
+        if kind.name == "masked":
+            raise DataError(f"{kind.model} does not write {target_column!r}: it says single tokens, at masks.")
+        if checked:
+            check_kind(kind, f"an answer in {target_column!r}")
+        if target_column in prompt.columns:
+            raise DataError(f"template={prompt.text!r} holds the answer: {target_column!r} is the target's column.")
+        self.kind, self.tokenizer, self.prompt, self.target_column = kind, tokenizer, prompt, target_column
+
+    @property
+    def columns(self) -> list[str]:
+        return [*self.prompt.columns, self.target_column]
+
+    def encode(self, row: Mapping[str, Any], where: str, room: int | None) -> dict[str, Any]:
+        """As `Prompt.encode`; the answer ends with EOS, and is cut only where it does not fit by itself."""
+        values = {column: as_text(row.get(column), where, column) for column in self.prompt.columns}
+        check_not_empty(list(values.values()) or ["-"], where, list(values))
+        target = as_text(row.get(self.target_column), where, self.target_column)
+        check_not_empty([target], where, [self.target_column])
+        text = self.prompt.fill(values)
+        if self.kind.name == "seq2seq":
+            ids, answer = text_ids(self.tokenizer, text)[:room], text_ids_of_answer(self.tokenizer, target)
+            return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": answer[:room]}
+        return self.continued(text, target, room, where)
+
+    def continued(
+        self, text: str, target: str, room: int | None, where: str, *, rendered: bool = False
+    ) -> dict[str, Any]:
+        """A causal model's row. rendered: a chat template wrote both, with all that belongs around them."""
+        if rendered:
+            start, both = self._bare(text), self._bare(text + target)
+        else:
+            start, both = open_ids(self.tokenizer, text), open_ids(self.tokenizer, text + target)
+        answer = both[len(start) :] if both[: len(start)] == start else self._bare(target)
+        end = self.tokenizer.eos_token_id
+        answer = answer if rendered or end is None or answer[-1:] == [end] else [*answer, end]
+        if room is not None:
+            answer = answer[: max(1, room - 1)]
+            start = keep_end(start, room - len(answer), where)
+        return continued(self.kind, start, answer)
+
+    def _bare(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def check_kind(kind: ModelKind, what: str) -> None:
+    """Raise DataError for models that do not answer with words."""
+    if kind.sees_ahead:
+        raise DataError(
+            f"{kind.model} with config.is_decoder=False sees each answer ahead of its place, so {what} would teach it "
+            "nothing. Use its ForMaskedLM class, or set is_decoder."
+        )
+    if kind.name in ("classification", "tokens", "questions", "choice", "bare"):
+        raise DataError(f"{kind.model} has no head that says words, so {what} does not go with it: leave it out.")
+
+
+def mask_token(tokenizer: Any, kind: ModelKind) -> str:
+    """The tokenizer's mask as text. Raises DataError if it has none."""
+    if getattr(tokenizer, "mask_token", None) is None:
+        raise DataError(f"{kind.model} says what stands at a mask, and the tokenizer has no mask token.")
+    return str(tokenizer.mask_token)
+
+
+def text_ids_of_answer(tokenizer: Any, text: str) -> list[int]:
+    """A decoder's labels: the answer as the tokenizer writes targets, closed with EOS."""
+    ids = list(tokenizer(text_target=text)["input_ids"])
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def continued(kind: ModelKind, start: list[int], answer: list[int]) -> dict[str, Any]:
+    """A causal model's row: the loss is on the answer, which stands after all that it is predicted from."""
+    ids = start + answer
+    labels = kind.placed([IGNORED] * len(start) + answer)
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def keep_end(ids: list[int], room: int | None, where: str, tail: int = 0) -> list[int]:
+    """At most `room` tokens: the first (it may be a BOS) and the last, where a prompt asks its question.
+
+    tail: of closing tokens, counted among the last.
+    """
+    if room is None or len(ids) <= room:
+        return ids
+    if room < 2 + tail:
+        raise DataError(f"{where}: max_length leaves {max(room, 0)} tokens for the prompt. Raise it.")
+    return ids[:1] + ids[len(ids) - room + 1 :]
+
+
+def keep_around(ids: list[int], mask: int, room: int | None, where: str) -> list[int]:
+    """At most `room` tokens with all masks, the first and the last one; text before the masks goes first."""
+    if room is None or len(ids) <= room:
+        return ids
+    places = [i for i, token in enumerate(ids) if token == mask]
+    first, last, over = places[0], places[-1], len(ids) - room
+    left = min(over, max(0, first - 1))
+    right = min(over - left, max(0, len(ids) - 2 - last))
+    if left + right < over:
+        raise DataError(f"{where}: max_length={room} leaves no room for the template around its masks. Raise it.")
+    end = len(ids) - 1
+    return ids[:1] + ids[1 + left : end - right] + ids[end:]
+
+
+def _as_whole_number(label: Any) -> list[str]:
+    """A label that is written as a truth value or a float, as the whole number that it is."""
+    if isinstance(label, bool):
+        return [str(int(label))]
+    try:
+        number = float(label)
+    except (TypeError, ValueError):
+        return []
+    return [str(int(number))] if math.isfinite(number) and number == int(number) else []

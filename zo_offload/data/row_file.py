@@ -1,0 +1,188 @@
+"""Rows of a .jsonl or .csv file, read when they are asked for: in memory is where each begins, 8 bytes a row.
+
+Opening reads the file once and checks every row, so what is wrong with one is said at once, with its line. A row is
+then read from its place and parsed again. A file that changes after it was opened is an error at the next row, so that
+a step never sees anything but what the run began with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import heapq
+import io
+import json
+import os
+import sys
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from ..errors import DataError
+from .digests import RowsDigest
+
+LONGEST_KEPT = 8
+
+FileRow = dict[str, Any]
+
+
+class RowFile(Sequence[FileRow]):
+    """The rows of one file; `open_rows` takes the class that its suffix asks for. May be read from several threads.
+
+    longest: places of the LONGEST_KEPT rows that `size_of` finds largest, the largest first, of equal ones the first.
+    """
+
+    def __init__(self, path: Path, size_of: Callable[[FileRow], int]) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._stamp = self._stamp_now()
+        self._begins = array("q")
+        largest: list[tuple[int, int]] = []  # a heap of (size, -place)
+        digest = RowsDigest()
+        for place, (begin, row) in enumerate(self._scan()):
+            self._begins.append(begin)
+            digest.add(row)
+            heapq.heappush(largest, (size_of(row), -place))
+            if len(largest) > LONGEST_KEPT:
+                heapq.heappop(largest)
+        self.longest = [-place for _, place in sorted(largest, reverse=True)]
+        self._begins.append(self._stamp[0])
+        self.digest = digest.hex()
+        """Of all rows: see digests.py."""
+
+    def _scan(self) -> Iterator[tuple[int, FileRow]]:
+        """(first byte, row) of each row in order. DataError with the line of what is not one."""
+        raise NotImplementedError
+
+    def _parse(self, data: bytes) -> FileRow:
+        """The first row in bytes that begin with it."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self._begins) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> FileRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[FileRow]: ...
+    def __getitem__(self, index: int | slice) -> FileRow | list[FileRow]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)} in {self.path}")
+        place = index % len(self)
+        begin, end = self._begins[place], self._begins[place + 1]
+        data = os.pread(self._fd, end - begin, begin)
+        if len(data) < end - begin or self._stamp_now() != self._stamp:
+            raise DataError(
+                f"{self.path} was changed after it was opened. Restore it, or begin again: which rows a step sees is "
+                "part of a run."
+            )
+        return self._parse(data)
+
+    def _stamp_now(self) -> tuple[int, int]:
+        found = os.fstat(self._fd)
+        return found.st_size, found.st_mtime_ns
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # not opened, or the interpreter exits
+            os.close(self._fd)
+
+
+class JsonlFile(RowFile):
+    """An object a line; empty lines are passed over."""
+
+    def _scan(self) -> Iterator[tuple[int, FileRow]]:
+        begin = 0
+        with open(os.dup(self._fd), "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield begin, self._checked(line, number)
+                begin += len(line)
+
+    def _parse(self, data: bytes) -> FileRow:
+        row: FileRow = json.loads(data.split(b"\n", 1)[0])
+        return row
+
+    def _checked(self, line: bytes, number: int) -> FileRow:
+        try:
+            row = json.loads(line.removesuffix(b"\n"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"{self.path} line {number} is not JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{self.path} line {number} is a JSON {type(row).__name__}; expected an object with columns."
+            )
+        return row
+
+
+class CsvFile(RowFile):
+    """A header, then a record a row; a record may be of several lines where quotes say so. Fields are of any length."""
+
+    delimiter = ","
+
+    def _scan(self) -> Iterator[tuple[int, FileRow]]:
+        with open(os.dup(self._fd), newline="", encoding="utf-8-sig") as file:
+            at = 3 if os.pread(self._fd, 3, 0) == b"\xef\xbb\xbf" else 0  # the mark that the decoder takes away
+
+            def lines() -> Iterator[str]:
+                nonlocal at
+                for line in file:
+                    at += len(line.encode())
+                    yield line
+
+            reader = csv.DictReader(lines(), strict=True, delimiter=self.delimiter)
+            try:
+                self._header = list(reader.fieldnames or ())
+                begin = at
+                while True:
+                    with _fields_of_any_length():
+                        row = next(reader, None)  # takes a line at a time until a record is whole
+                    if row is None:
+                        break
+                    if None in row or None in row.values():
+                        raise DataError(
+                            f"{self.path} line {reader.line_num}: {len(row)} fields do not match the header "
+                            f"{', '.join(self._header)}."
+                        )
+                    yield begin, row
+                    begin = at
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise DataError(f"{self.path} after line {reader.line_num}: {error}.") from error
+
+    def _parse(self, data: bytes) -> FileRow:
+        text = io.StringIO(data.decode(), newline="")
+        with _fields_of_any_length():
+            return next(csv.DictReader(text, self._header, strict=True, delimiter=self.delimiter))
+
+
+class TsvFile(CsvFile):
+    """The same with tabs."""
+
+    delimiter = "\t"
+
+
+@contextlib.contextmanager
+def _fields_of_any_length() -> Iterator[None]:
+    """csv's limit on a field, which is the whole process's, away for the time of a record."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def open_rows(path: str | Path, size_of: Callable[[FileRow], int] = lambda row: 0) -> RowFile:
+    """Rows of a .jsonl (an object a line) or .csv (with a header). Raises DataError with the line."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is not a file.")
+    kinds: dict[str, type[RowFile]] = {".jsonl": JsonlFile, ".ndjson": JsonlFile, ".csv": CsvFile, ".tsv": TsvFile}
+    kind = kinds.get(path.suffix.lower())
+    if kind is None:
+        raise DataError(f"{path}: {path.suffix or 'no suffix'} is not read; give .jsonl or .csv, or a list of dicts.")
+    rows = kind(path, size_of)
+    if not rows:
+        raise DataError(f"{path} holds no rows.")
+    return rows

@@ -1,0 +1,73 @@
+"""Texts into tokens: what a tokenizer adds before and after, once and only where it belongs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import DataError
+
+
+def text_ids(tokenizer: Any, *texts: str) -> list[int]:
+    """Tokens of a text (or a pair) as the tokenizer gives them, with one BOS where the text brought its own too."""
+    return without_second_start(tokenizer, list(tokenizer(*texts)["input_ids"]))
+
+
+def without_second_start(tokenizer: Any, ids: list[int]) -> list[int]:
+    """The tokens without the first, if that is the tokenizer's BOS (or CLS) before one that the text has itself."""
+    starts = {getattr(tokenizer, name, None) for name in ("bos_token_id", "cls_token_id")} - {None}
+    return ids[1:] if len(ids) > 1 and ids[0] == ids[1] and ids[0] in starts else ids
+
+
+def open_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text that is to be continued: without what a tokenizer closes it with (EOS, SEP)."""
+    ids = text_ids(tokenizer, text)
+    closing = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)} - {None}
+    while len(ids) > 1 and ids[-1] in closing:
+        ids.pop()
+    return ids
+
+
+def continuation(tokenizer: Any, start: str, word: str) -> list[int]:
+    """The word's tokens as the tokenizer splits them after `start`."""
+    before, both = open_ids(tokenizer, start), open_ids(tokenizer, start + word)
+    if both[: len(before)] == before and len(both) > len(before):
+        return both[len(before) :]
+    return list(tokenizer(word, add_special_tokens=False)["input_ids"])
+
+
+def as_text(value: Any, where: str, column: str) -> str:
+    """A column's value as text. Raises DataError for nothing, NaN, lists, and text that is no Unicode."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise DataError(f"{where}: column {column!r} is empty ({value}). Remove such rows, or fill them in.")
+    if isinstance(value, (int, float)):
+        return str(value)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: column {column!r} is a {type(value).__name__}; expected text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: column {column!r} is no valid text: character {error.start} is half of a surrogate pair "
+            f"({value[error.start]!a}). Mend the file, or remove the row."
+        ) from error
+    return value
+
+
+def check_not_empty(texts: Sequence[str], where: str, columns: Sequence[str]) -> None:
+    """Raise DataError if there is no text in any of the columns."""
+    if not any(text.strip() for text in texts):
+        raise DataError(f"{where}: no text in {', '.join(map(repr, columns))}. Remove empty rows.")
+
+
+def encoded_text(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> dict[str, Any]:
+    """All that the tokenizer says of a text or a pair (masks, token types), in at most `max_length` tokens."""
+    cut = {"truncation": True, "max_length": max_length} if max_length else {}
+    encoded = {name: list(values) for name, values in tokenizer(*texts, **cut).items()}
+    extra = len(encoded["input_ids"]) - len(without_second_start(tokenizer, encoded["input_ids"]))
+    return {name: values[extra:] for name, values in encoded.items()}
+
+
+def is_sequence(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) >= 1

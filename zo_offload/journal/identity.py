@@ -1,0 +1,292 @@
+"""What a run is: everything that must be equal for its journal to mean the same weights, with digests that name it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from .. import __version__
+from ..checkpoint.weights import Base
+from ..config import EngineConfig
+from ..data.encode import ENCODING
+from ..errors import CheckpointError, JournalError
+from ..kernels.records import Gains
+from ..methods import METHODS, Method, known_record
+from ..numerics.noise import NoiseSpec
+from ..plan.layout import Layout
+from ..plan.plan import Plan
+from ..plan.storage import is_lossless
+from ..system import diskio
+from . import run_directory
+from .gains import record_of
+
+_log = logging.getLogger(__name__)
+
+MAY_CHANGE = (
+    "Steps, evaluation, devices, window, threads and offload tier may change; the base (weights and config), storage, "
+    "folding, compute, mode, rounding, block_numel, trainable parameters, seed, noise, method, objective and data may "
+    "not (data may, if asked for: new_data=True)"
+)
+SAMPLE = 16
+FORMAT = 3
+SINCE_3 = ("format", "config", "compute", "model_type")
+"""Keys that runs of format 2 do not have; they stay without."""
+_SHAPES_NO_NUMBER = frozenset({"transformers_version", "use_cache"})
+"""Of a config, beside names that begin with "_": where and by what it was written, what only generation asks for."""
+_OF_FILES = frozenset({"architectures", "dtype", "torch_dtype"})
+"""Of a config: how to build and load a model, which one that is in memory has behind it."""
+
+
+def identity(
+    plan: Plan,
+    layout: Layout,
+    config: EngineConfig,
+    method: Method,
+    fold_every: int,
+    base_digest: str,
+    about: Mapping[str, Any],
+    modes: str,
+) -> dict[str, Any]:
+    """What must be equal for a journal to mean the same weights; checked on resume, key by key.
+
+    about: of `about_base`. modes: which modules train while the engine runs them (`modes.modes_of`). What steps are
+    computed on (data, objective) is kept beside it: see binding.py.
+    """
+    trained = "\n".join(sorted(name for name, spec in plan.params.items() if spec.trainable))
+    shapes = "\n".join(
+        f"{n} {s.param_id} {list(s.shape)} {s.dtype}{_cuts(plan, n)}" for n, s in sorted(plan.params.items())
+    )
+    formats = "\n".join(f"{name} {fmt.name}" for name, fmt in sorted(layout.formats.items()))
+    return {
+        "format": FORMAT,
+        "base": base_digest,
+        **about,
+        "plan": _digest(shapes),
+        "trainable": _digest(trained),
+        "storage": _digest(formats),
+        "fold_every": "any" if is_lossless(plan, layout) else fold_every,
+        "compute": config.compute,
+        "rounding": config.rounding,
+        "mode": modes,
+        "seed": config.seed,
+        "noise": {"distribution": method.distribution, "rounds": method.rounds, "layout": NoiseSpec.layout_version},
+        "method": {
+            k: v
+            for k, v in run_directory.method_of(method).items()
+            if k not in ("steps", "batch_size", "on_nonfinite", "tunes")
+        },
+    }
+
+
+def about_base(model: nn.Module | None, directory: Path | None, config: EngineConfig) -> dict[str, Any]:
+    """What a base is beside its weights: the class that computes with them, and what its config.json says.
+
+    directory: of a checkpoint; None for a module in memory, which has the config that it carries, if any, and whose
+    class is the caller's own to keep. Raises CheckpointError.
+    """
+    if directory is not None:
+        path = directory / "config.json"
+        try:
+            found = json.loads(diskio.read_file(path))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        overrides = dict(getattr(config, "config_overrides", None) or {})
+        return {"model_type": type(model).__name__, "config": _of_numbers({**found, **overrides})}
+    carried = getattr(model, "config", None)
+    to_dict = getattr(carried, "to_dict", None)
+    found = None if to_dict is None else {k: v for k, v in to_dict().items() if k not in _OF_FILES}
+    return {"model_type": None, "config": _of_numbers(found)}
+
+
+def _of_numbers(config: Any) -> Any:
+    """A config as JSON, without what says where it comes from."""
+    if isinstance(config, Mapping):
+        pairs = ((str(key), value) for key, value in config.items())
+        return {k: _of_numbers(v) for k, v in pairs if k not in _SHAPES_NO_NUMBER and not k.startswith("_")}
+    if isinstance(config, (list, tuple)):
+        return [_of_numbers(value) for value in config]
+    if isinstance(config, (set, frozenset)):
+        return sorted(map(str, config))
+    if isinstance(config, (str, int, float, bool, type(None))):
+        return config
+    return type(config).__name__ if " at 0x" in str(config) else str(config)
+
+
+def objective_name(objective: Callable[..., Any], default: Callable[..., Any]) -> str | None:
+    """What an objective goes by: its module and qualified name, or those of its class; None for the default one."""
+    if objective is default:
+        return None
+    named: Any = objective if hasattr(objective, "__qualname__") else type(objective)
+    inner = getattr(objective, "func", None)  # of a functools.partial
+    named = inner if hasattr(inner, "__qualname__") else named
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def check_objective(wanted: str | None, header: Mapping[str, Any], where: str) -> None:
+    """Raise JournalError if the steps of a journal were computed with another objective than `wanted`.
+
+    A function goes by its name, wherever its file was run from; of a lambda it is only known that it is one.
+    """
+    if "objective" not in header or _same_name(wanted, header["objective"]):
+        return
+    found = header["objective"]
+    if wanted is None:
+        raise JournalError(
+            f"{where} was trained with objective={found!r}, and would go on with the model's own loss: pass it again, "
+            "Engine.resume(run_dir, objective=...)"
+        )
+    was = "the model's own loss" if found is None else f"objective={found!r}"
+    raise JournalError(f"{where} was trained with {was}, and would go on with objective={wanted!r}. Pass the same one")
+
+
+def _same_name(one: str | None, other: str | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    (module, name), (other_module, other_name) = one.split(":", 1), other.split(":", 1)
+    if "<lambda>" in name or "<lambda>" in other_name:
+        return True
+    return name == other_name and (module == other_module or "__main__" in (module, other_module))
+
+
+def warn_of_versions(header: Mapping[str, Any], where: str) -> None:
+    """A warning if a run was begun with other versions of what computes its losses."""
+    found = header.get("versions")
+    here = {"torch": torch.__version__, "transformers": transformers.__version__}
+    differ = [
+        f"{n} {found[n]} (here {v})"
+        for n, v in here.items()
+        if isinstance(found, dict) and found.get(n) != v and n in found
+    ]
+    if differ:
+        _log.warning(
+            "%s was begun with %s: losses may differ, the weights of its steps so far do not", where, ", ".join(differ)
+        )
+
+
+def header_of(
+    wanted: dict[str, Any],
+    base: Base,
+    plan: Plan,
+    layout: Layout,
+    config: EngineConfig,
+    model: str | None,
+    model_class: str | None,
+    gains: Gains,
+    objective: str | None,
+) -> dict[str, Any]:
+    """The journal's header: the identity, and what `replay` needs to make the same engine from the base alone."""
+    settings = run_directory.settings_of(config)
+    if settings["trainable"] == run_directory.PREDICATE:
+        settings["trainable"] = sorted(name for name, spec in plan.params.items() if spec.trainable)
+    return {
+        **wanted,
+        "sample": {name: base.digest_of(name) for name in _sampled(plan)},
+        "layout": layout.digest(),
+        "gains": record_of(gains),
+        "objective": objective,
+        "settings": settings,
+        "model": model,
+        "model_class": model_class,
+        "encoding": ENCODING,
+        "versions": {
+            "zo_offload": __version__, "torch": torch.__version__, "transformers": transformers.__version__
+        },
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def check_sample(base: Base, header: dict[str, Any]) -> None:
+    """Raise JournalError if the base is visibly not the journal's: a few of its tensors, against their digests.
+
+    The whole base is compared when it is read (`digest`); a run whose blocks are all on the disk does not read it.
+    """
+    sample = header.get("sample")
+    for name, wanted in sorted(sample.items()) if isinstance(sample, dict) else []:
+        found = base.digest_of(name)
+        if found != wanted:
+            raise JournalError(
+                f"this run cannot be continued as asked; the base weights are not the run's: {name!r} has digest "
+                f"{found}, the journal has {wanted}. " + MAY_CHANGE
+            )
+
+
+def _sampled(plan: Plan) -> list[str]:
+    """Names of SAMPLE parameters, evenly spaced among the smaller three quarters: quick to read, hard to share."""
+    names = sorted(plan.params, key=lambda name: (plan.params[name].numel, name))
+    names = names[: max(1, 3 * len(names) // 4)]
+    return sorted({names[i * len(names) // SAMPLE] for i in range(SAMPLE)})
+
+
+def _cuts(plan: Plan, name: str) -> str:
+    """Where a parameter is cut: pieces may be multiplied one by one, and a product's last bits depend on its size."""
+    pieces = plan.pieces_of(name)
+    return f" cut {[piece.start for piece in pieces]}" if len(pieces) > 1 else ""
+
+
+def _modes_without(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """`modes` of a run of a version that had none: a checkpoint's modules evaluated, others were as they were given."""
+    if found.get("model") is not None:
+        return "eval"
+    modes = str(wanted.get("mode"))
+    return modes if modes.startswith("as_is") else "as_is"
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def check_identity(wanted: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raise JournalError naming every part of a run's identity that differs from the journal's."""
+    found = {"mode": _modes_without(found, wanted), **found}
+    if isinstance(found.get("method"), dict):
+        found = {**found, "method": known_record(found["method"])}
+    if found.get("format") == 2:
+        wanted = {key: value for key, value in wanted.items() if key not in SINCE_3}
+    wanted = _with_class_of(wanted, found)
+    differ: list[str] = []
+    for key in sorted(wanted):
+        # a config in memory has a setting more in another version of transformers; a file has not
+        shared = key == "config" and wanted.get("model_type") is None
+        differ += differences(key, found.get(key), wanted[key], shared=shared)
+    if differ:
+        raise JournalError("this run cannot be continued as asked; " + "; ".join(differ) + ". " + MAY_CHANGE)
+
+
+def _with_class_of(wanted: dict[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """`wanted`, the class of its method named as the journal names it if it is the same from another module's view.
+
+    Before classes had names of their own, a user's went by that of the package's class that it stood on.
+    """
+    method, known = wanted.get("method"), found.get("method")
+    if not isinstance(method, dict) or not isinstance(known, dict) or not {"class"} <= method.keys() & known.keys():
+        return wanted
+    if not _same_name(str(method["class"]), str(known["class"])):
+        return wanted
+    as_named = {"class": known["class"]}
+    if (name := known.get("name")) in METHODS and METHODS[name].own():
+        as_named["name"] = name
+    return {**wanted, "method": {**method, **as_named}}
+
+
+def differences(name: str, found: Any, wanted: Any, *, shared: bool = False) -> list[str]:
+    """Each part of two JSON values that is not equal, by its path. shared: names that only one of two objects has do
+    not count."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        keys = found.keys() & wanted.keys() if shared else found.keys() | wanted.keys()
+        parts = (differences(f"{name}.{key}", found.get(key), wanted.get(key), shared=shared) for key in sorted(keys))
+        return [part for found_parts in parts for part in found_parts]
+    return [] if found == wanted else [f"{name}: the journal has {_short(found)}, this engine {_short(wanted)}"]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."

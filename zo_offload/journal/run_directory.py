@@ -1,0 +1,288 @@
+"""A run directory: what a run was asked to do, what it did, and where its blocks lie.
+
+    config.json      how the engine was made (for `Engine.resume`) and how `fit` was last called; plain JSON
+    journal.zoj      every step, see journal.py; written when the first weights are in place: without it, no run
+    metrics.jsonl    one line a step or evaluation, for people and plots
+    blocks/          the blocks of offload="disk", or the snapshots of a run in memory; see tiers/block_file.py
+    lock             held by the process that uses the directory, see lock.py
+
+Nothing here is ever unpickled, and nothing is deleted by this package but a run of no steps that is begun again. A run
+is not begun in a directory that holds anything of somebody else's under these names, or a checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from ..config import EngineConfig
+from ..errors import ConfigError, JournalError
+from ..methods import Method, method_from
+from ..system import diskio
+from .format import MAGIC, read_journal
+
+_log = logging.getLogger(__name__)
+
+CONFIG, JOURNAL, METRICS, BLOCKS = "config.json", "journal.zoj", "metrics.jsonl", "blocks"
+PREDICATE = "<predicate>"
+
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json", "adapter_config.json")
+
+
+def check_fresh(run_dir: Path) -> None:
+    """Raise ConfigError if a new run cannot start in run_dir: it holds a run, a checkpoint, or files of the same names.
+
+    What a run left that took no step (its journal is missing, or empty) is taken over: it had trained nothing.
+    """
+    try:
+        if not run_dir.exists():
+            return
+        if not run_dir.is_dir():
+            raise ConfigError(f"run_dir={str(run_dir)!r} is a file; give a directory")
+        here = f"run_dir={str(run_dir)!r}"
+        if (run_dir / JOURNAL).exists() and not is_without_steps(run_dir):
+            raise ConfigError(
+                f"{here} holds a run. Continue it with Engine.resume({str(run_dir)!r}) "
+                "(zo-offload fit --resume), or give another directory"
+            )
+        ours = _is_config(run_dir / CONFIG)
+        if (run_dir / CONFIG).exists() and not ours:
+            raise ConfigError(
+                f"{here} holds a {CONFIG} that is not a run's: a checkpoint or an export lies there, and a run would "
+                "overwrite it. Give another directory"
+            )
+        if found := sorted(path.name for pattern in _WEIGHTS for path in run_dir.glob(pattern)):
+            raise ConfigError(
+                f"{here} holds weights ({', '.join(found[:3])}): a run is not begun among them. Give another"
+            )
+        if (run_dir / METRICS).exists() and not (run_dir / JOURNAL).exists():
+            raise ConfigError(
+                f"{here} holds {METRICS} but no {JOURNAL}, which is the run. Restore it, or give another directory"
+            )
+        if (run_dir / BLOCKS).exists() and not (ours and (run_dir / BLOCKS).is_dir()):
+            raise ConfigError(
+                f"{here} holds {BLOCKS}/ but no {CONFIG} and no {JOURNAL}: it is not a run of ours. "
+                "Give another directory"
+            )
+    except OSError as error:
+        raise diskio.storage_error(error, "looking at", run_dir, then="Nothing was changed.") from error
+
+
+_NO_STEPS_BYTES = 1 << 20  # a larger journal has steps: not worth reading to know
+
+
+def is_without_steps(run_dir: Path) -> bool:
+    """Whether run_dir holds the journal of a run that took no step yet. A journal that cannot be read took some."""
+    path = run_dir / JOURNAL
+    try:
+        if path.stat().st_size > _NO_STEPS_BYTES:
+            return False
+        return _is_config(run_dir / CONFIG) and not read_journal(diskio.read_file(path), str(path)).steps
+    except (JournalError, OSError):
+        return False
+
+
+def takes_notes(run_dir: Path) -> bool:
+    """Whether run_dir's journal is of the present format."""
+    try:
+        return diskio.read_file(run_dir / JOURNAL)[: len(MAGIC)] == MAGIC
+    except OSError:
+        return False
+
+
+def save_fit(run_dir: Path, fit: Mapping[str, Any]) -> None:
+    """Keep how `fit` was called, in config.json beside what is there."""
+    record = load_config(run_dir)
+    if record.get("fit") != fit:
+        _write(run_dir / CONFIG, {**record, "fit": fit})
+
+
+def _is_config(path: Path) -> bool:
+    try:
+        return _is_record(json.loads(diskio.read_file(path)))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _is_record(record: Any) -> bool:
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("model", 0), (str, type(None)))
+        and isinstance(record.get("model_class"), (str, type(None)))
+        and isinstance(record.get("fit"), (dict, type(None)))
+        and all(isinstance(record.get(part), dict) for part in ("settings", "method"))
+    )
+
+
+def settings_of(config: EngineConfig) -> dict[str, Any]:
+    """The engine's settings as plain JSON; a predicate for `trainable` is named as one. Without trust_remote_code: a
+    journal is passed on, and trust is not."""
+    trainable = config.trainable if isinstance(config.trainable, (str, list, tuple, type(None))) else PREDICATE
+    settings = {**asdict(dataclasses.replace(config, trainable=None)), "run_dir": None, "trainable": trainable}
+    settings.pop("trust_remote_code", None)
+    return settings
+
+
+def method_of(method: Method) -> dict[str, Any]:
+    """A method's name and fields as JSON has them; of one that is not the package's own, its class, too."""
+    fields: dict[str, Any] = json.loads(json.dumps({**asdict(method), "name": method.name}))
+    return fields if method.own() else {**fields, "class": method_class(method)}
+
+
+def method_class(method: Method) -> str:
+    return f"{type(method).__module__}:{type(method).__qualname__}"
+
+
+def save_config(
+    run_dir: Path,
+    model: str | None,
+    model_class: str | None,
+    config: EngineConfig,
+    method: Method,
+) -> None:
+    """Write config.json beside and rename: it is there whole or not at all."""
+    settings = settings_of(config)
+    if config.trust_remote_code:
+        settings["trust_remote_code"] = True
+    record = {"model": model, "model_class": model_class, "settings": settings, "method": method_of(method)}
+    _write(run_dir / CONFIG, record)
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    text = json.dumps(record, indent=1, sort_keys=True) + "\n"
+    try:
+        diskio.replace_file(path, text.encode())
+    except OSError as error:
+        raise diskio.storage_error(error, "writing", path, then="No step was taken.") from error
+
+
+def load_config(run_dir: Path) -> dict[str, Any]:
+    """config.json of a run. Raises JournalError if there is none."""
+    path = run_dir / CONFIG
+    try:
+        record: dict[str, Any] = json.loads(diskio.read_file(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise JournalError(f"{path} is missing: {str(run_dir)!r} is not a run directory") from None
+    except OSError as error:
+        raise JournalError(f"{path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise JournalError(f"{path} is damaged: {error}") from None
+    if not _is_record(record):
+        raise JournalError(f"{path} is not a run's configuration ({str(record)[:100]})")
+    check_settings({k: v for k, v in record["settings"].items() if k != "trust_remote_code"}, str(path))
+    record["settings"] = with_mode(record["settings"], record["model"])
+    return record
+
+
+def with_mode(settings: dict[str, Any], model: str | None) -> dict[str, Any]:
+    """Settings with the `mode` that a run had before there was that setting: a module in memory was run as it was."""
+    return {"mode": "as_is" if model is None else "eval", **settings}
+
+
+def check_settings(settings: dict[str, Any], where: str) -> None:
+    """Raise JournalError if settings that were read from a file have a name that EngineConfig lacks."""
+    known = {field.name for field in dataclasses.fields(EngineConfig)} - {"trust_remote_code"}
+    if unknown := sorted(set(settings) - known):
+        raise JournalError(f"{where} has settings that this version does not know: {', '.join(unknown)}")
+
+
+def make_method(record: dict[str, Any], given: Method | type[Method] | None = None) -> Method:
+    """The method that `method_of` or a journal's header describes. JournalError on options it does not have.
+
+    given: by the caller, for a method that is a class of their own; a class is given the run's fields.
+    """
+    if isinstance(given, Method):
+        return given
+    if given is None and "class" in record:
+        raise JournalError(
+            f"the run was made with a method of your own, {record['class']!r}: pass it again as it was, "
+            f"method={record['class'].rpartition(':')[2]} (--method file.py:{record['class'].rpartition(':')[2]})"
+        )
+    try:
+        return method_from(record, given)
+    except (TypeError, ConfigError) as error:
+        raise JournalError(f"the run's method cannot be made by this version: {error}") from None
+
+
+class Metrics:
+    """Append-only metrics.jsonl; lines past the journal's end are kept, they are history.
+
+    Metrics are for people: if they cannot be written (disk full) the run goes on without them, and says so once.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._file: IO[str] | None = None
+        self._path = path
+        self.error: OSError | None = None
+        try:
+            if path is not None:
+                self._file = open(path, "a", buffering=1, opener=_open_now)  # noqa: SIM115 - lives with the run
+        except OSError as error:
+            self._give_up(error)
+
+    def write(self, **values: Any) -> None:
+        if self._file is None or self.error is not None:
+            return
+        try:
+            self._file.write(to_json(values) + "\n")
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self.error = error
+        _log.warning("the run goes on without %s, which cannot be written: %s", self._path, error)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as error:
+                self.error = self.error or error
+
+
+def _open_now(path: str, flags: int) -> int:
+    """Opens a file for writing; a pipe that nobody reads is an error, not a wait."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o644)
+
+
+def to_json(values: Mapping[str, Any]) -> str:
+    """A line of JSON; NaN and infinity, which JSON has not, as null."""
+    return json.dumps(
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}, allow_nan=False
+    )
+
+
+def evaluations(path: Path | None) -> list[dict[str, float]]:
+    """The evaluations that metrics.jsonl holds, the last of each step; lines that a crash cut are passed over."""
+    found: dict[int, dict[str, float]] = {}
+    try:
+        lines = diskio.read_file(path).splitlines() if path is not None else []
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        _log.warning("the evaluations so far are not known, %s cannot be read: %s", path, error)
+        return []
+    for line in lines:
+        try:
+            values = json.loads(line)
+            evals = {
+                k.removeprefix("eval_"): math.nan if v is None else v
+                for k, v in values.items()
+                if k.startswith("eval_")
+            }
+            if evals:
+                found[int(values["step"])] = {"step": values["step"], **evals}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            continue
+    return [found[step] for step in sorted(found)]

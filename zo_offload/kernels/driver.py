@@ -1,0 +1,137 @@
+"""NVIDIA's driver library through ctypes: modules, launches and page-locking, in the context torch uses.
+
+Only what torch does not offer. Everything is called by its versioned name (those of cuda.h 12 and 13 are the same), so
+the structs behind it cannot change under us. ctypes releases the GIL during a call: page-locking gigabytes does not
+stop other threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import ZOError
+
+# an image that this GPU or this driver cannot use: invalid image or source, no binary, PTX invalid, newer than the
+# driver, or not to be compiled here
+ERRORS_OF_IMAGES = (200, 209, 218, 221, 222, 223, 300)
+HOST_REGISTER_PORTABLE = 1  # locked for every context of the process, as torch's own pinned memory is
+ATTRIBUTE_SM_COUNT, ATTRIBUTE_ASYNC_ENGINES, ATTRIBUTE_MAJOR, ATTRIBUTE_MINOR = 16, 40, 75, 76
+
+
+class CudaError(ZOError):
+    """A CUDA call failed, or there is no CUDA to call: what was asked, what the driver said, what to do."""
+
+    def __init__(self, message: str, code: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Driver:
+    """libcuda.so.1, initialised. Methods return plain integers (handles) and raise CudaError."""
+
+    def __init__(self, library: Any) -> None:
+        self._lib = library
+        for name in ("cuGetErrorName", "cuGetErrorString"):
+            getattr(library, name).argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
+        self._launch = library.cuLaunchKernel
+        self._launch.argtypes = [ctypes.c_void_p] + [ctypes.c_uint] * 7 + [ctypes.c_void_p] * 3
+        self.call("cuInit", ctypes.c_uint(0))
+
+    def check(self, code: int, what: str) -> None:
+        if code:
+            name, text = ctypes.c_char_p(), ctypes.c_char_p()
+            self._lib.cuGetErrorName(code, ctypes.byref(name))
+            self._lib.cuGetErrorString(code, ctypes.byref(text))
+            said = f"{(name.value or b'?').decode()} ({(text.value or b'no description').decode()})"
+            raise CudaError(f"{what}: the CUDA driver says {said}", code)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        self.check(getattr(self._lib, name)(*arguments), name)
+
+    def version(self) -> tuple[int, int]:
+        """(13, 0) for a driver that speaks CUDA 13.0."""
+        value = ctypes.c_int()
+        self.call("cuDriverGetVersion", ctypes.byref(value))
+        return value.value // 1000, value.value % 1000 // 10
+
+    def primary_context(self, device: int) -> int:
+        """The context that torch (and any user of the CUDA runtime) has on a device; retained for good."""
+        handle, context = ctypes.c_int(), ctypes.c_void_p()
+        self.call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+        return int(context.value or 0)
+
+    def has_context(self, device: int) -> bool:
+        """Whether that context is there; asking does not make it. torch calls itself initialised before it is."""
+        handle, flags, active = ctypes.c_int(), ctypes.c_uint(), ctypes.c_int()
+        self.call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
+        self.call("cuDevicePrimaryCtxGetState", handle, ctypes.byref(flags), ctypes.byref(active))
+        return bool(active.value)
+
+    @contextmanager
+    def current(self, context: int) -> Iterator[None]:
+        """The context made current for the calling thread, and the one before put back: torch's idea of the thread's
+        device stays right. A thread that torch has not used has no context of its own."""
+        self.call("cuCtxPushCurrent_v2", ctypes.c_void_p(context))
+        try:
+            yield
+        finally:
+            self.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def ensure_current(self, context: int) -> None:
+        """A context for a calling thread that has none, for good."""
+        found = ctypes.c_void_p()
+        self.call("cuCtxGetCurrent", ctypes.byref(found))
+        if not found.value:
+            self.call("cuCtxSetCurrent", ctypes.c_void_p(context))
+
+    def attribute(self, device: int, attribute: int) -> int:
+        handle, value = ctypes.c_int(), ctypes.c_int()
+        self.call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
+        self.call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), handle)
+        return value.value
+
+    def load_module(self, image: bytes) -> int:
+        """A fatbin, CUBIN or PTX image in the current context."""
+        module = ctypes.c_void_p()
+        self.call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
+        return int(module.value or 0)
+
+    def function(self, module: int, name: str) -> int:
+        function = ctypes.c_void_p()
+        code = self._lib.cuModuleGetFunction(ctypes.byref(function), ctypes.c_void_p(module), name.encode())
+        self.check(code, f"kernel {name}")
+        return int(function.value or 0)
+
+    def launch(self, function: int, grid: int, threads: int, stream: int, args: bytes) -> None:
+        """Enqueue a kernel whose only parameter is the struct `args`, which is copied before this returns."""
+        params = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.c_char_p(args), ctypes.c_void_p))
+        code = self._launch(function, grid, 1, 1, threads, 1, 1, 0, stream, params, None)
+        if code:
+            self.check(code, f"launch of {grid} x {threads} threads")
+
+    def lock_host(self, address: int, nbytes: int) -> None:
+        """Page-lock host memory, so that copies from and to it run by themselves."""
+        self.check(
+            self._lib.cuMemHostRegister_v2(
+                ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_uint(HOST_REGISTER_PORTABLE)
+            ),
+            "cuMemHostRegister",
+        )
+
+    def unlock_host(self, address: int) -> None:
+        self.call("cuMemHostUnregister", ctypes.c_void_p(address))
+
+
+@functools.cache
+def driver() -> Driver:
+    """The machine's driver; CudaError if there is none or it finds no GPU."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise CudaError(f"no NVIDIA driver on this machine ({error})") from None
+    return Driver(library)

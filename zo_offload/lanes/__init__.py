@@ -1,0 +1,1 @@
+"""Perturbed forwards of the unmodified model, in lockstep."""

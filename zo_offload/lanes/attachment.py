@@ -1,0 +1,330 @@
+"""What a hub does to a model while it is attached: parameters away, hooks on the owners, cut weights in portions.
+
+The hooks run inside lanes. A pre-hook gives control to the hub until the owner's weights are installed; the hook after
+the forward takes them out again. `hub.Hub` decides who runs when.
+
+A plain nn.Linear whose weight the plan cuts has a forward of its own meanwhile, which computes piece by piece
+(`tiles.py`), and so have stacked experts (`experts.py`), run by run: always, so that results are the same however they
+are served. Where such a module is an owner itself, its pre-hook waits for the first portion and its forward for the
+others; where its weights are there whole (lifted, or because somebody else has hooks on it) it takes the portions out
+of them.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import PlanError
+from ..modules.experts import in_runs, is_stack_of_experts, set_rows
+from ..modules.recorder import WeightAway, is_in_transform
+from ..modules.tiles import tiled_linear
+from ..modules.tree import computes_in_portions, has_hooks, is_plain_linear
+from ..plan.blocks import Piece
+from ..plan.plan import Owner, Plan
+from .control import Control
+from .hollow import install, placeholder, set_data
+from .serving import LaneRun, PlainState, Portion, Served
+
+
+class Attachment:
+    """A model with its values put aside and hooks on the owners of a plan.
+
+    control: who runs, of the hub that the model is attached to.
+    """
+
+    def __init__(self, model: nn.Module, control: Control) -> None:
+        self.model, self._control = model, control
+        self.params: dict[str, nn.Parameter] = {}
+        """Those that stream, while attached."""
+        self.served: list[Served] = []
+        """The owners, in the plan's order, while hooks are on."""
+        self._own_data: dict[str, Tensor] = {}
+        self._resting: dict[str, Tensor] = {}
+        self._begun: dict[str, PlainState] = {}  # of owners whose weights the forward changes in place
+        self._handles: list[RemovableHandle] = []
+        self._tiled: list[tuple[nn.Module, Callable[..., Tensor]]] = []  # and the forward each was given
+        self._mark = object()  # on every hook of ours
+        self._hooked = False  # all hooks are on; False while they are being changed
+
+    @property
+    def is_attached(self) -> bool:
+        return bool(self.params)
+
+    # ---- attaching -----------------------------------------------------------------------------------------------
+
+    def attach(self, plan: Plan) -> None:
+        """Put hooks on the owners and the model's values aside. PlanError if the model is not the planned one."""
+        if self.params:
+            return
+        every = dict(self.model.named_parameters())
+        specs, kept = plan.params, set(plan.tree.kept.values())
+        params = {name: p for name, p in every.items() if name not in kept}
+        if params.keys() != specs.keys() or not kept <= every.keys():
+            odd = sorted((params.keys() ^ specs.keys()) | (kept - every.keys()))
+            raise PlanError(f"the model's parameters are not the plan's: {odd[:5]} ({len(odd)} differ): plan it")
+        for name, p in params.items():
+            if p.shape != specs[name].shape or p.dtype != specs[name].dtype:
+                raise PlanError(
+                    f"{name!r} is {tuple(p.shape)} {p.dtype}, planned as {tuple(specs[name].shape)} {specs[name].dtype}"
+                )
+            if p.is_meta:
+                raise PlanError(f"{name!r} is on the meta device: call hollow(model, device) before attaching a hub")
+        self._own_data = {name: p.data for name, p in params.items()}
+        self._resting = {name: placeholder(p) for name, p in params.items()}
+        self.params = params
+        for name, p in params.items():
+            set_data(p, self._resting[name])
+        self.put_hooks_on(plan)
+
+    def detach(self) -> None:
+        """Take the hooks off and put the model's own values back."""
+        if self._control.is_running:
+            raise PlanError("a hub cannot be detached from within a lane")
+        self.take_hooks_off()
+        for state in self._begun.values():
+            state.put_back()
+        for name, data in self._own_data.items():
+            set_data(self.params[name], data)
+        self.params, self._own_data, self._resting = {}, {}, {}
+
+    def mend(self, plan: Plan) -> None:
+        """After anything was broken off: every parameter of an attached model rests, and all hooks are on, once."""
+        for name, p in self.params.items():
+            set_data(p, self._resting[name])
+        if self.params and not self._hooked:
+            self.take_hooks_off()
+            self.put_hooks_on(plan)
+
+    def put_hooks_on(self, plan: Plan) -> None:
+        """Hooks on the owners of a plan, and forwards in portions; there are none."""
+        owners = plan.owners
+        count: dict[str, int] = {}
+        for owner in owners:
+            for name in owner.params:
+                count[name] = count.get(name, 0) + 1
+        self.served = []
+        for index, owner in enumerate(owners):
+            module = self.model.get_submodule(owner.name)
+            served = Served(index, owner, module, self._portions(plan, owner, module))
+            served.overlaps = any(count[n] > 1 for n in owner.params)
+            if not plan.trace.writes.isdisjoint(owner.params) and owner.name not in self._begun:
+                self._begun[owner.name] = PlainState(module)
+            self.served.append(served)
+        for served in self.served:
+            # ours first and last: hooks of others (old-style weight norm) see the weights
+            if served.rows:
+                hook = self._mine(self._rows_hook(served))
+                handle = served.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+            else:
+                hook = self._mine(self._enter_hook(served))
+                handle = served.module.register_forward_pre_hook(hook, prepend=True)
+            self._handles.append(handle)
+            hook = self._mine(self._leave_hook(served))
+            self._handles.append(served.module.register_forward_hook(hook, always_call=True))
+
+        self._compute_in_portions(plan)
+        self._hooked = True
+
+    def _mine(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook that `take_hooks_off` finds on its module, whatever broke off its registering."""
+        vars(hook)["zo_offload"] = self._mark
+        return hook
+
+    def _portions(self, plan: Plan, owner: Owner, module: nn.Module) -> list[Portion]:
+        """What the owner is served in: all at once, or portion by portion."""
+        portions = plan.portions(owner)
+        if len(portions) == 1 or not computes_in_portions(module) or has_hooks(module):
+            return [self._portion(plan, owner, None)]
+        return [self._portion(plan, owner, pieces) for pieces in portions]
+
+    def _portion(self, plan: Plan, owner: Owner, pieces: tuple[Piece, ...] | None) -> Portion:
+        held = plan.pieces_in(owner) if pieces is None else pieces
+        found = plan.shapes(held)
+        names = tuple(name for name in owner.params if name in found)
+        shapes = tuple(found[name] for name in names)
+        blocks = plan.streamed_blocks(held)
+        params, resting = tuple(self.params[n] for n in names), tuple(self._resting[n] for n in names)
+        specs = [plan.params[name] for name in names]
+        strides = tuple(s.strides if tuple(s.shape) == tuple(found[s.name]) else None for s in specs)
+        frozen = not any(spec.trainable for spec in specs)
+        block = blocks[0] if blocks else owner.block
+        return Portion(pieces, block, len(blocks) > 1, names, params, shapes, resting, frozen, strides)
+
+    def _compute_in_portions(self, plan: Plan) -> None:
+        """Give every module whose weights are cut, and that can, a forward that computes portion by portion."""
+        names = {id(p): name for name, p in self.params.items()}
+        in_portions = {id(served.module): served for served in self.served if len(served.portions) > 1}
+        for module in self.model.modules():
+            served = in_portions.get(id(module))
+            if is_plain_linear(module) and id(module.weight) in names:
+                pieces, columns = plan.pieces_of(names[id(module.weight)]), int(module.weight.shape[1])  # type: ignore[index]
+                rows = [slice(p.start // columns, p.stop // columns) for p in pieces]
+                forward: Callable[..., Tensor] = self._tiled_forward(module, rows, served)
+            elif is_stack_of_experts(module) and all(id(p) in names for p in module.parameters()):
+                rows = list(plan.runs([names[id(p)] for p in module.parameters()]))
+                forward = self._runs_forward(module, rows, served)
+            else:
+                continue
+            if len(rows) > 1:
+                self._tiled.append((module, forward))
+                vars(module)["forward"] = forward
+
+    def take_hooks_off(self) -> None:
+        """The model's own forwards and hooks again."""
+        self._hooked = False
+        for handle in self._handles:
+            handle.remove()
+        for module in self.model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [k for k, hook in hooks.items() if getattr(hook, "zo_offload", None) is self._mark]:
+                    del hooks[key]
+        for module, forward in self._tiled:
+            if vars(module).get("forward") is forward:  # else somebody has put another in its place since
+                del vars(module)["forward"]
+        self._handles, self._tiled = [], []
+
+    # ---- hooks: these run inside lanes ---------------------------------------------------------------------------
+
+    def _enter_hook(self, served: Served) -> Callable[..., None]:
+        index, name = served.index, served.owner.name
+        begun, control = self._begun.get(name), self._control
+
+        def enter(module: nn.Module, args: Any) -> None:
+            lane = control.lane_here()
+            if lane is None:
+                self._refuse(served)
+            if is_in_transform():
+                self._in_transform(lane, served)
+            if begun is not None:
+                begun.put_back()
+            lane.want, lane.portion, lane.last = index, 0, name
+            control.wait(lane)
+
+        return enter
+
+    def _in_transform(self, lane: LaneRun, served: Served) -> NoReturn:
+        """An owner is called inside of vmap, grad, ...: no lane can wait there, so one around it must be the owner."""
+        what = f"{served.owner.name!r} is called inside of a function transform (torch.vmap, torch.func)"
+        watch = self._control.watch
+        if watch is None:
+            raise PlanError(f"{what}, which it was not when its forward was watched. Call it so from the first time on")
+        for name in served.owner.params:
+            lane.recorder.use(name, lane.recorder.stack)
+        watch.mode.faults.append(what)
+        raise WeightAway(what)
+
+    def _rows_hook(self, served: Served) -> Callable[..., Any]:
+        enter, control = self._enter_hook(served), self._control
+
+        def enter_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if control.lane is not None:
+                control.lane.ids = args[0] if args else kwargs["input"]
+            enter(module, args)
+            lane = control.lane
+            assert lane is not None
+            ids, lane.ids = lane.ids, None
+            return ((ids, *args[1:]), kwargs) if args else (args, {**kwargs, "input": ids})
+
+        return enter_rows
+
+    def _tiled_forward(self, module: Any, pieces: Sequence[slice], served: Served | None) -> Callable[[Tensor], Tensor]:
+        """What takes the place of a cut layer's forward. served: None if its weight never comes in pieces."""
+
+        def forward(input: Tensor) -> Tensor:
+            lane = self._lane_inside(served)
+            if lane is None:
+                whole = module.weight  # there, or away: then this is a fault of the plan, as with any other module
+                return tiled_linear(input, pieces, lambda k: whole[pieces[k]], module.bias)
+
+            def piece(k: int) -> Tensor:
+                self._next_portion(lane, k)
+                return module.weight  # type: ignore[no-any-return]
+
+            return tiled_linear(input, pieces, piece, module.bias)
+
+        return forward
+
+    def _runs_forward(self, module: nn.Module, runs: Sequence[slice], served: Served | None) -> Callable[..., Tensor]:
+        """The same for stacked experts."""
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            lane = self._lane_inside(served)
+            if lane is not None:
+                return in_runs(module, runs, args, kwargs, lambda k: self._next_portion(lane, k))
+            whole = [p.data for p in module.parameters()]
+            try:
+                return in_runs(module, runs, args, kwargs, lambda k: set_rows(module, [w[runs[k]] for w in whole]))
+            finally:
+                set_rows(module, whole)
+
+        return forward
+
+    def _lane_inside(self, served: Served | None) -> LaneRun | None:
+        """The lane that runs, if it is inside of this owner and nothing else; it is there for its first portion."""
+        lane = self._control.lane
+        return lane if served is not None and lane and lane.frames and lane.frames[-1].served is served else None
+
+    def _next_portion(self, lane: LaneRun, k: int) -> None:
+        """Give up the portion that a lane holds and wait for the k-th, unless that is the first."""
+        if k:
+            self._leave(lane, failed=False)
+            lane.portion = k
+            self._control.wait(lane)
+
+    def _leave_hook(self, served: Served) -> Callable[..., None]:
+        control = self._control
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            lane = control.lane
+            if lane is None or not lane.frames or lane.frames[-1].served is not served:
+                return  # its pre-hook did not get through
+            failed = output is None and sys.exc_info()[1] is not None
+            if failed and not lane.failed_in:
+                lane.failed_in = served.owner.name
+            self._leave(lane, failed)
+
+        return leave
+
+    def _leave(self, lane: LaneRun, failed: bool) -> None:
+        """Take the innermost owner's weights out of the model and give up the lane's share of them."""
+        if torch._C._len_torch_function_stack():  # a lane's function mode is for what the model does
+            with torch._C.DisableTorchFunction():
+                self._take_out(lane, failed)
+        else:
+            self._take_out(lane, failed)
+
+    def _take_out(self, lane: LaneRun, failed: bool) -> None:
+        frame, watch = lane.frames[-1], self._control.watch
+        if watch is not None:
+            watch.leave(lane, frame, check=not failed)
+            watch.mode.recorder = None  # what hub and source do with memory is not the model's doing
+        del lane.frames[-1]
+        served = frame.served
+        for p, rest in zip(frame.portion.params, frame.portion.resting, strict=True):
+            set_data(p, rest)
+        if served.overlaps:
+            for outer in lane.frames:
+                install(outer)
+        frame.weights = []  # the frame may live on in the hub for a while, the memory must not
+        frame.emission.leave()
+        if watch is not None:
+            watch.mode.recorder = lane.recorder
+
+    def _refuse(self, served: Served) -> NoReturn:
+        name = served.owner.name or "the model"
+        if self._control.lane is None or not self._control.is_running:
+            raise PlanError(
+                f"{name!r} was called while its weights are away: a hub is attached. Call the model through the hub "
+                f"(or the engine), or detach the hub first."
+            )
+        raise PlanError(
+            f"{name!r} was called in thread {threading.current_thread().name!r}, but lanes run in one thread. Make the "
+            f"forward call its modules in the thread it was called in."
+        )

@@ -1,0 +1,385 @@
+"""Lanes: perturbed forwards of the unmodified model in lockstep, one greenlet each.
+
+A lane is one forward under one perturbation. Forward pre-hooks on the plan's owners hand control to the hub, which
+waits until every lane stands before an owner, serves the earliest of those in the plan (makes its scratch weights,
+lets each lane through) and goes on. Lanes need not meet owners in the same order, nor the same owners.
+
+While an owner runs in a lane its parameters hold that lane's scratch; at all other times a Parameter keeps its
+identity, shape, dtype and device, and its values are NaN. An owner whose children switch lanes has its weights
+changed with the lane. Lanes with the same perturbation (micro-batches) share scratch, and all lanes that are served
+together share that of an owner of which nothing trains. An `nn.Embedding` gets only the rows that the waiting lanes ask
+for, and remapped ids. An `nn.Linear` whose weight is cut, and stacked experts that are, get portion after portion: to
+the hub each is an owner's call of its own, so lanes are in lockstep over (call, portion).
+
+Orders of service (results are the same bit for bit):
+    module  all lanes waiting at the earliest owner are served together; noise is made once
+    block   one lane at a time through a block; scratch of one lane, only hidden states are held per lane. What lies in
+            several blocks and is served at once is served to all lanes together, since each block passes by once
+    lane    one lane after another; for models whose modules keep tensors between calls
+
+A plan can be wrong (`watch.py`), so the first run of each kind of batch is watched. A weight used while it is away
+raises `PlanFault`, whose trace lets `relift` make a better plan; state shared between lanes raises PlanError. Watched
+runs cost Python per op; others only two hooks per owner call.
+"""
+
+from __future__ import annotations
+
+import copy
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, Self
+
+import greenlet
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..errors import PlanError
+from ..kernels.records import STILL, Perturbation
+from ..modules.generators import Generators, drawn_from
+from ..modules.recorder import ForwardCall, Trace
+from ..modules.state import ModuleState
+from ..modules.trees import tensors_of
+from ..plan.plan import Plan
+from .attachment import Attachment
+from .control import Control
+from .hollow import install, uninstall
+from .rows import gather
+from .serving import Emission, Frame, Lane, LaneRun, Portion, Source, code_of, kind_of, laid_out_as
+from .watched import BatchIsWritten, LanesShareState, PlanFault, WatchedRun
+
+__all__ = ["Hub", "Lane", "LanesShareState", "Order", "PlanFault", "Source"]
+
+Order = Literal["module", "block", "lane"]
+
+
+class Hub:
+    """Runs lanes of one model. Use as a context manager, or `attach` and `detach`.
+
+    While attached, the model's own values are put aside (those of a hollow model are nothing) and put back on
+    detach; the model can be called through `run` only. Not thread-safe; one run at a time.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, source: Source, *, order: Order = "module") -> None:
+        if order not in ("module", "block", "lane"):
+            raise PlanError(f"order={order!r}: choose 'module', 'block' or 'lane'")
+        self.model, self.source, self.order = model, source, order
+        self.trace: Trace | None = None
+        """What the last watched run saw; `relift(plan, trace)` refines a plan that was not traced."""
+        self.notes: tuple[str, ...] = ()
+        """Remarks of the last watched run."""
+        self.activation_bytes = 0
+        """The most that the lanes of the last watched run held at once, their batches not counted."""
+        self._host_of: Callable[[Tensor], Tensor | None] | None = None  # of the run under way
+        self._control = Control()
+        self._attachment = Attachment(model, self._control)
+        self._installed: LaneRun | None = None  # whose weights are in the model
+        self._lanes: list[LaneRun] = []  # of the run under way
+        self._unentered: list[Frame] = []  # served, but their lanes have not gone on yet
+        self._generators, self._rng_kinds = Generators(), frozenset[str]()
+        self._state = ModuleState(model, self._generators)
+        self._modules = list(model.modules())
+        self._callers: dict[str, Any] = {}  # states of the caller's generators, while lanes have seeded ones
+        self._own_batches = False  # the forward changes its batch, so each lane is given one of its own
+        self._set_plan(plan)
+
+    def _set_plan(self, plan: Plan) -> None:
+        self.plan = plan
+        self._seen: set[Any] = set()
+        self._positions: list[list[int]] = [[] for _ in plan.owners]
+        for position, owner in enumerate(plan.calls):
+            self._positions[owner].append(position)
+
+    # ---- the model ---------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Put hooks on the owners and the model's values aside. PlanError if the model is not the planned one."""
+        self._attachment.attach(self.plan)
+
+    def detach(self) -> None:
+        """Take the hooks off and put the model's own values back."""
+        self._attachment.detach()
+
+    def __enter__(self) -> Self:
+        self.attach()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def adopt(self, plan: Plan) -> None:
+        """Take another plan of the same model (a relifted one); the next run is watched again."""
+        attached = self._attachment.is_attached
+        if attached:
+            self._attachment.take_hooks_off()
+        self._set_plan(plan)
+        if attached:
+            self._attachment.put_hooks_on(plan)
+
+    def mend(self) -> None:
+        """End a run that something broke off, even in its clean-up, and leave the model as between runs."""
+        if self._control.is_running:
+            self._clean_up(self._lanes)
+        self._lanes = []
+        self._attachment.mend(self.plan)
+
+    def is_inside(self) -> bool:
+        """Whether the caller is code that a lane of this hub runs."""
+        now = greenlet.getcurrent()
+        return any(lane.glet is now for lane in self._lanes)
+
+    # ---- a run ---------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        lanes: Sequence[Lane],
+        call: ForwardCall | None = None,
+        *,
+        seed: int | None = None,
+        watch: bool | None = None,
+        host_of: Callable[[Tensor], Tensor | None] | None = None,
+    ) -> list[Any]:
+        """Results of `call(model, lane.batch)` (default `model(**batch)`), in lane order, under no_grad.
+
+        Every lane starts with the same random numbers: those of `seed`, and the generators end as they were; without
+        one, those of the generators as they are, which end as after one forward. Every lane starts with the modules as
+        they are, and they end as they were (`modules/state.py`). watch: None watches the first run of each kind of
+        batch, and under each combination of the modules' modes. host_of: the host's copy of a tensor of the batches,
+        where they are on a GPU; None for one it does not have.
+
+        Raises what a lane raised, with a note that names lane and module; PlanFault (see there), with the generators
+        as they were; PlanError for what no plan can follow. The hub can be used again after any of them.
+        """
+        if not self._attachment.is_attached:
+            raise PlanError("the hub is not attached to its model: use `with hub:` or call attach()")
+        if self._control.is_running:
+            raise PlanError("a hub runs one set of lanes at a time; this call came from within a lane")
+        if not lanes:
+            return []
+        call = call or _call_model
+        code = code_of(call)
+        modes = tuple([module.training for module in self._modules])
+        kinds = {(kind_of(lane.batch), code, modes) for lane in lanes}
+        new = not kinds <= self._seen if watch is None else watch
+        known = self._state.note(watching=new)
+        watching = new or not known if watch is None else watch
+        self._host_of = host_of
+        with torch.no_grad():
+            results = self._run([LaneRun(i, self._own(lane)) for i, lane in enumerate(lanes)], call, watching, seed)
+        self._seen |= kinds
+        return results
+
+    def _own(self, lane: Lane) -> Lane:
+        """The lane with a batch that is its own as far as it needs: it may take entries out, or change tensors."""
+        batch = copy.copy(lane.batch) if isinstance(lane.batch, dict) else lane.batch
+        if self._own_batches:
+            batch = tree_map_only(Tensor, Tensor.clone, dict(batch) if isinstance(batch, Mapping) else batch)
+        return Lane(lane.perturbation, batch)
+
+    def _run(self, lanes: list[LaneRun], call: ForwardCall, watching: bool, seed: int | None) -> list[Any]:
+        if watching:
+            self._state.watch(t for lane in lanes for t in tensors_of(lane.lane.batch))
+        start = self._generators.state()
+        self._carried = frozenset(start) if watching else self._rng_kinds
+        self._lanes, cache = lanes, torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        self._control.begin()
+        try:
+            if watching:
+                params = self._attachment.params
+                self._control.watch = WatchedRun(self.model, self.plan, params, lanes, self._state)
+            if seed is not None:
+                self._callers = {kind: state for kind, state in start.items() if kind in self._carried}
+                self._generators.seed(self._carried, seed)
+            first = self._generators.state(self._carried)
+            for lane in lanes:
+                lane.rng = first
+                self._control.launch(lane, partial(call, self.model, lane.lane.batch))
+            self._loop(lanes)
+            for lane in lanes:
+                if lane.error is not None:
+                    where = f"in module {lane.failed_in!r}" if lane.failed_in else f"at or after module {lane.last!r}"
+                    lane.error.add_note(f"zo_offload: {lane}, {where}")
+            alone = seed is None and len(lanes) == 1  # then nobody else has used what it used
+            if self._control.watch is not None:
+                self._judge(lanes, self._control.watch, start, alone)
+            self._settle_rng(lanes, start, first, alone)
+            for lane in lanes:
+                if lane.error is not None:
+                    raise lane.error
+            self._settle_state(lanes)
+            return [lane.result for lane in lanes]
+        finally:
+            try:
+                self._clean_up(lanes)
+            finally:
+                torch.set_autocast_cache_enabled(cache)
+
+    def _loop(self, lanes: list[LaneRun]) -> None:
+        """Let lanes run to the next owner, serve the earliest, until all are through or one failed."""
+        waiting: list[LaneRun] = []
+        one_by_one = list(lanes) if self.order == "lane" else []
+        for lane in lanes[:1] if one_by_one else lanes:
+            if not self._resume(lane, waiting):
+                return
+        last: LaneRun | None = None
+        block = -1
+        while True:
+            while not waiting and len(one_by_one) > 1:
+                one_by_one.pop(0)
+                self._state.put_back()
+                self._installed = None
+                if not self._resume(one_by_one[0], waiting):
+                    return
+            if not waiting:
+                return
+            group = self._pick(waiting, last, block)
+            last, block = group[0], self._portion_of(group[0]).block
+            self._unentered = self._serve(group)
+            for lane in group:
+                waiting.remove(lane)
+                if not self._resume(lane, waiting, self._unentered.pop(0)):
+                    return
+
+    def _pick(self, waiting: list[LaneRun], last: LaneRun | None, block: int) -> list[LaneRun]:
+        """The lanes to let through next; all want the same portion. last, block: what was served before."""
+        alone = self.order != "module"
+        if alone and last in waiting:
+            portion = self._portion_of(last)
+            if portion.block == block and not portion.spans:
+                return [last]
+        first = waiting[0]
+        for lane in waiting:
+            if (lane.position, lane.portion) < (first.position, first.portion):
+                first = lane
+        if alone and not self._portion_of(first).spans:
+            return [first]
+        return [lane for lane in waiting if lane.want == first.want and lane.portion == first.portion]
+
+    def _portion_of(self, lane: LaneRun) -> Portion:
+        """What a lane waits for."""
+        return self._attachment.served[lane.want].portions[lane.portion]
+
+    def _resume(self, lane: LaneRun, waiting: list[LaneRun], frame: Frame | None = None) -> bool:
+        """Run a lane until it waits for an owner (it joins `waiting`) or ends. False if it failed."""
+        if self._installed is not lane:
+            if self._installed is not None:
+                uninstall(self._installed.frames)
+                self._installed.cells = self._state.take()
+            self._state.give(lane.cells)
+            for outer in lane.frames:
+                install(outer)
+            self._installed = lane
+        if frame is not None:
+            lane.frames.append(frame)
+            install(frame)
+        if self._carried:
+            self._generators.set(lane.rng)
+        self._control.switch_to(lane)
+        if self._carried:
+            lane.rng = self._generators.state(self._carried)
+        if lane.glet.dead:  # type: ignore[union-attr]
+            return lane.error is None
+        self._locate(lane)
+        waiting.append(lane)
+        return True
+
+    def _locate(self, lane: LaneRun) -> None:
+        """Find the call of the plan that a lane stands before: the next one of that owner, if any is left."""
+        if lane.portion:
+            return  # in the midst of it
+        calls, cursor = self.plan.calls, lane.cursor
+        if cursor < len(calls) and calls[cursor] == lane.want:
+            lane.position = cursor
+        else:
+            places = self._positions[lane.want]
+            at = bisect_left(places, cursor)
+            if at == len(places):
+                lane.position = cursor  # not expected here: it keeps its turn
+                return
+            lane.position = places[at]
+        lane.cursor = lane.position + 1
+
+    def _serve(self, group: list[LaneRun]) -> list[Frame]:
+        """Scratch of what the lanes of a group wait for, one frame a lane."""
+        served, portion = self._attachment.served[group[0].want], self._portion_of(group[0])
+        watch = self._control.watch
+        places: dict[Perturbation, int] = {}
+        wanted = [STILL if portion.frozen else lane.lane.perturbation for lane in group]
+        index = [places.setdefault(perturbation, len(places)) for perturbation in wanted]
+        rows = gather(served, group, self._host_of) if served.rows else None
+        scratch = self.source.emit(served.owner, list(places), rows, portion.pieces, fresh=watch is not None)
+        emission = Emission(scratch, len(group), self.source.release)
+        if rows is None and any(portion.strides):
+            scratch = laid_out_as(portion.strides, emission.scratch)
+            self.source.release(emission.scratch)
+            emission = Emission(scratch, len(group), None)
+        frames = [Frame(served, portion, scratch[i], emission) for i in index]
+        return frames if watch is None else watch.serve(group, frames, rows)
+
+    # ---- the end of a run ----------------------------------------------------------------------------------------
+
+    def _clean_up(self, lanes: list[LaneRun]) -> None:
+        """End what still runs, take weights out, release scratch; whatever happened, the hub is as before the run."""
+        self._control.end_lanes(lanes)
+        self._installed = None
+        for frame in self._unentered:
+            frame.emission.leave()
+        self._unentered = []
+        for lane in lanes:
+            uninstall(lane.frames)
+            for frame in lane.frames:
+                frame.emission.leave()
+            lane.frames = []
+        self._state.end()
+        self._generators.set(self._callers)
+        self._callers = {}
+        self._control.end()  # last: until then `mend` does it all again
+        self._lanes = []
+
+    def _judge(self, lanes: list[LaneRun], watch: WatchedRun, start: dict[str, Any], alone: bool) -> None:
+        """Keep what a watched run saw; raise if its results are wrong, with the generators as they were."""
+        self.trace = watch.trace(lanes)
+        self.notes = self.trace.notes
+        self.activation_bytes = watch.mode.peak_bytes
+        met = [(g, state) for g, state in watch.mode.generators.values() if self._generators.meet(g, state)]
+        try:
+            watch.judge(lanes, self.trace, lockstep=self.order != "lane", own_batches=self._own_batches)
+            if met and not alone:
+                raise self._again("the forward draws from a generator that was not known")
+        except PlanError as error:
+            self._own_batches |= isinstance(error, BatchIsWritten)
+            self._generators.set(start)
+            for generator, state in met:
+                generator.set_state(state)
+            raise
+
+    def _settle_state(self, lanes: list[LaneRun]) -> None:
+        """The modules as before the run. PlanFault if lanes shared what they had not been known to change."""
+        new = self._state.end()
+        if new and self._control.watch is None and len(lanes) > 1 and self.order != "lane":
+            raise self._again("the forward changed its modules, which it had not done when it was watched")
+
+    def _again(self, message: str) -> PlanFault:
+        return PlanFault(f"{message}: run it again", self.trace or Trace({}, (), False))
+
+    def _settle_rng(self, lanes: list[LaneRun], start: dict[str, Any], first: dict[str, Any], alone: bool) -> None:
+        """Learn which generators the lanes drew from; leave them as one forward would."""
+        if self._control.watch is not None:
+            for lane in lanes:
+                self._rng_kinds |= drawn_from(first, lane.rng)
+        else:
+            loose = frozenset(start) - self._carried
+            drawn = drawn_from({k: start[k] for k in loose}, self._generators.state(loose))
+            self._rng_kinds |= drawn
+            if drawn and not alone:  # the lanes drew from one stream: wrong for all but one
+                self._generators.set(start)
+                if not any(lane.error for lane in lanes):
+                    raise self._again("the forward drew random numbers, which it had not done when it was watched")
+        if self._carried:
+            self._generators.set(lanes[0].rng)
+
+
+def _call_model(model: nn.Module, batch: Any) -> Any:
+    return model(**batch)

@@ -1,0 +1,211 @@
+"""What a run of lanes is made of: owners, their scratch weights, and the lanes that hold them.
+
+While an owner does not run, its parameters hold placeholders (`hollow.py`). A `Frame` is one call of an owner in one
+lane, with the lane's weights for it; a lane is inside of its frames, outermost first. An `Emission` is the scratch of
+all lanes that were served together, and goes back to its source when the last of them has left the owner.
+
+An owner is served in `Portion`s: one, with all it has, or one for each piece of a linear layer's weight or run of
+stacked experts. Then its call is as many frames, one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import greenlet
+from torch import Tensor, nn
+
+from ..kernels.records import Perturbation
+from ..modules.modes import LaneModes
+from ..modules.parameters import laid_out
+from ..modules.recorder import Recorder
+from ..modules.tree import gathers_rows
+from ..modules.watch import Origin
+from ..plan.blocks import Piece
+from ..plan.plan import Owner
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One perturbed forward: whose weights, on which micro-batch."""
+
+    perturbation: Perturbation
+    batch: Any
+
+
+class Source(Protocol):
+    """Where scratch weights come from. Called under the modes of `Hub.run`'s caller and no_grad."""
+
+    def emit(
+        self,
+        owner: Owner,
+        perturbations: Sequence[Perturbation],
+        rows: Tensor | None = None,
+        pieces: Sequence[Piece] | None = None,
+        *,
+        fresh: bool = False,
+    ) -> list[list[Tensor]]:
+        """[perturbation][parameter of owner.params], in the parameters' shapes, dtypes and device.
+
+        rows: int64 [U], only for owners with `rows`: the result is [U, D], row i that of id rows[i].
+        pieces: one of the owner's portions (`Plan.portions`): only the parameters that it has pieces of, and of those
+        only these rows of dim 0, `Plan.shapes`. Portions are asked for in order.
+        fresh: the run is watched, which must tell one module's scratch from the next one's: best in memory of its own.
+        """
+
+    def release(self, scratch: list[list[Tensor]]) -> None:
+        """Every lane that used `scratch` (the object `emit` returned) has left. May come in a lane's modes."""
+
+
+@dataclass(frozen=True)
+class Portion:
+    """What of an owner is served at once: all of it, or some pieces of its cut parameters."""
+
+    pieces: tuple[Piece, ...] | None
+    """None: all."""
+    block: int
+    """The first of the blocks that it lies in."""
+    spans: bool
+    """It lies in several: they pass by once, so all lanes are served together."""
+    names: tuple[str, ...]
+    params: tuple[nn.Parameter, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    resting: tuple[Tensor, ...]
+    """What the parameters hold while the owner does not run."""
+    frozen: bool
+    """Nothing of it trains: its weights are the same in every lane."""
+    strides: tuple[tuple[int, ...] | None, ...]
+    """How each is to lie in memory; None: as it comes, row by row."""
+
+
+class Served:
+    """One owner as the hub sees it: its module, and its parameters in the portions that they are served in."""
+
+    __slots__ = ("index", "module", "overlaps", "owner", "portions", "rows")
+
+    def __init__(self, index: int, owner: Owner, module: nn.Module, portions: list[Portion]):
+        self.index, self.owner, self.module, self.portions = index, owner, module, portions
+        self.overlaps = False  # another owner has one of its parameters too
+        self.rows = owner.rows and gathers_rows(module)
+
+
+class Emission:
+    """Scratch of one emit, until the last of its lanes has left the owner."""
+
+    __slots__ = ("lanes_inside", "release", "scratch")
+
+    def __init__(self, scratch: list[list[Tensor]], lanes_inside: int, release: Callable[[Any], None] | None) -> None:
+        self.scratch, self.lanes_inside, self.release = scratch, lanes_inside, release
+
+    def leave(self) -> None:
+        self.lanes_inside -= 1
+        if self.lanes_inside == 0:
+            scratch, self.scratch = self.scratch, []
+            if self.release is not None:
+                self.release(scratch)
+
+
+def laid_out_as(strides: Sequence[tuple[int, ...] | None], scratch: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Copies of scratch weights that lie in memory as the model's own."""
+    return [
+        [w.clone() if wanted is None else laid_out(w, wanted) for w, wanted in zip(weights, strides, strict=True)]
+        for weights in scratch
+    ]
+
+
+class Frame:
+    """An owner that is running in a lane, with the lane's weights for it, or for this portion of it."""
+
+    __slots__ = ("emission", "origins", "portion", "served", "weights")
+
+    def __init__(self, served: Served, portion: Portion, weights: list[Tensor], emission: Emission) -> None:
+        self.served, self.portion, self.weights, self.emission = served, portion, weights, emission
+        self.origins: list[Origin] = []  # of the weights, in a watched run
+
+
+class PlainState:
+    """Numbers, flags and words in the attributes of a module and those in it.
+
+    A forward that changes a weight in place remembers that it did (RWKV: `layers_are_rescaled`). The change is gone
+    with the call, as the weight is, so what is remembered must be: every call begins with both as they were.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._of = [(m, self._plain(m)) for m in module.modules()]
+
+    @staticmethod
+    def _plain(module: nn.Module) -> dict[str, Any]:
+        kinds = (bool, int, float, str, type(None))
+        return {k: v for k, v in vars(module).items() if type(v) in kinds and k != "training"}
+
+    def put_back(self) -> None:
+        for module, values in self._of:
+            for name in self._plain(module).keys() - values.keys():
+                del vars(module)[name]
+            vars(module).update(values)
+
+
+class LaneRun:
+    """One lane of the run under way."""
+
+    __slots__ = (
+        "cells",
+        "cursor",
+        "error",
+        "failed_in",
+        "frames",
+        "glet",
+        "ids",
+        "index",
+        "lane",
+        "last",
+        "modes",
+        "portion",
+        "position",
+        "recorder",
+        "result",
+        "rng",
+        "want",
+    )  # fmt: skip
+
+    def __init__(self, index: int, lane: Lane) -> None:
+        self.index, self.lane = index, lane
+        self.glet: greenlet.greenlet | None = None
+        self.frames: list[Frame] = []  # owners running in it, outermost first
+        self.want = -1  # owner it waits for
+        self.portion = 0  # and which portion of it
+        self.ids: Tensor | None = None  # in: ids an embedding is called with; out: their places among the rows
+        self.cursor = 0  # calls of the plan behind it
+        self.position = 0  # call of the plan it waits for
+        self.modes = LaneModes()
+        self.rng: dict[str, Any] = {}
+        self.cells: dict[Any, Any] = {}  # of the modules' state, as it left them when it gave way to another
+        self.recorder = Recorder()
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.last = self.failed_in = ""
+
+    def __str__(self) -> str:
+        p = self.lane.perturbation
+        return f"lane {self.index} (seed {p.seed}, scale {p.scale:g})"
+
+
+def code_of(call: Any) -> Any:
+    """What of a call may steer the way through the model: its code, and that of the functions that it is bound to."""
+    if isinstance(call, partial):
+        return tuple(code_of(part) for part in (call.func, *call.args) if callable(part))
+    return getattr(call, "__code__", type(call))
+
+
+def kind_of(batch: Any) -> Any:
+    """What of a batch may steer the way through the model."""
+    if isinstance(batch, Mapping):
+        return tuple((k, kind_of(v)) for k, v in sorted(batch.items(), key=lambda item: str(item[0])))
+    if isinstance(batch, Tensor):
+        return batch.ndim, batch.dtype
+    if isinstance(batch, (list, tuple)):
+        return tuple(kind_of(v) for v in batch)
+    return batch if batch is None or isinstance(batch, (bool, str)) else type(batch)

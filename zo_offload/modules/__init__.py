@@ -1,0 +1,1 @@
+"""A torch model from outside: its parameters, modes and state, and which module uses which weight."""

@@ -1,0 +1,190 @@
+"""What a forward changes in the modules that it runs: each lane's own, and put back after every pass.
+
+The rule: every lane finds the modules as they were before the pass, and a pass leaves them as it found them. So what a
+lane gives is a function of weights, batch and random numbers, in whatever order lanes are served, and a run is the same
+run when it is resumed, replayed, or evaluated in between.
+
+Two things can be changed:
+
+    cells     attributes of modules (a number, a flag, a tensor kept for the next call), and what they lead to: entries
+              of a dict, items of a list, attributes of plain objects (`places.py`). A lane that gives way to another
+              takes the values of its cells with it, so lanes with state of their own run in lockstep like others.
+    memory    of a tensor that was there before the pass, changed in place (running statistics, `count.add_(1)`). It is
+              copied before it is first written, and written back. Lanes write into the same memory: one that reads what
+              another has written is found by the watch (`run_watch.RunWatch`), and such lanes run one after another.
+
+Which cells and which memory a model changes is learnt in watched passes; later ones exchange and copy only these. The
+others are looked at once, when the pass ends: cells by identity, tensors by version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PlanError
+from .generators import Generators, lane_seed, own_random_numbers
+from .modes import module_modes
+from .places import GONE, LEAVES, Place, Reach
+from .watch import storage_key
+
+Cell = tuple[int, Any]
+"""(id of a place's target, key)"""
+
+
+class ModuleState:
+    """The state of one model's modules over the passes of a hub. Between passes it is whatever the caller makes it."""
+
+    def __init__(self, model: nn.Module, generators: Generators) -> None:
+        self._model, self._generators = model, generators
+        self._reach: Reach | None = None
+        self._cells: dict[Cell, Place] = {}  # that lanes are known to change
+        self._memory: dict[int, Tensor] = {}  # that they are known to change: bytes of a storage, by its key
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # the bytes written in this pass, and what they were before
+        self._storages: dict[int, Tensor] = {}  # what is in reach, by storage key
+        self._passing: dict[int, Tensor] = {}  # the batches of this pass, in the same way
+        self._versions: list[int] = []
+        self._watching = self._noted = False  # noted: there is something to put back
+
+    def note(self, watching: bool) -> bool:
+        """Before a pass: note how things are. False if there are things that were not there: then it should be watched.
+
+        watching: look for what there is anew, as before a watched pass.
+        """
+        known = self._note(watching)
+        assert self._reach is not None
+        self._copies = {key: (flat, flat.clone()) for key, flat in self._memory.items()}
+        self._versions = [_version(t) for t in self._reach.tensors]
+        self._watching, self._noted, self._passing = False, True, {}
+        return known
+
+    def watch(self, batches: Iterable[Tensor] = ()) -> None:
+        """The pass is a watched one. batches: tensors whose memory is put back too."""
+        self._watching = True
+        self._passing = {key: t for t in batches if (key := storage_key(t)) is not None}
+
+    def _note(self, watching: bool) -> bool:
+        reach = self._reach
+        if reach is not None and not watching:
+            others = [(place, key) for place in reach.places for key in place.changed()]
+            plain = (*LEAVES, type(GONE))
+            if all(isinstance(v, plain) for place, key in others for v in (place.get(key), place.noted(key))):
+                for place, _ in others:  # the caller has set a number, say
+                    place.note()
+                return True
+        reach = self._reach = Reach(self._model)
+        for generator in reach.generators:
+            self._generators.meet(generator)
+        self._storages = {key: t for t in reach.tensors if (key := storage_key(t)) is not None}
+        places = {id(place.target): place for place in reach.places}
+        self._cells = {cell: places[cell[0]] for cell in self._cells if cell[0] in places}
+        self._memory = {key: flat for key, flat in self._memory.items() if key in self._storages}
+        return False
+
+    # ---- while lanes run ---------------------------------------------------------------------------------------------
+
+    def holds(self, key: int) -> bool:
+        """Whether the modules lead to a tensor in the storage of that key, and did before the pass."""
+        return key in self._storages or key in self._passing
+
+    def before_write(self, key: int) -> None:
+        """In a watched pass: an op is about to write into memory that the modules lead to."""
+        if key in self._copies:
+            return
+        flat = _bytes_of(self._storages[key] if key in self._storages else self._passing[key])
+        self._copies[key] = flat, flat.clone()
+        if key in self._storages:
+            self._memory[key] = flat
+
+    def take(self) -> dict[Cell, Any]:
+        """The values of the cells, as a lane leaves them that gives way to another."""
+        if self._watching:
+            self._learn()
+        return {cell: place.get(cell[1]) for cell, place in self._cells.items()}
+
+    def give(self, own: dict[Cell, Any]) -> None:
+        """The cells as the lane that goes on has left them; as before the pass where it has not met them."""
+        for cell, place in self._cells.items():
+            place.put(cell[1], own[cell] if cell in own else place.noted(cell[1]))
+
+    def _learn(self) -> list[Cell]:
+        """Cells that were changed and were not known to be."""
+        assert self._reach is not None
+        new: list[Cell] = []
+        for place in self._reach.places:
+            for key in place.changed():
+                cell = id(place.target), key
+                if cell not in self._cells:
+                    self._cells[cell] = place
+                    new.append(cell)
+        return new
+
+    # ---- the end of a lane or of a pass ------------------------------------------------------------------------------
+
+    def end(self) -> list[Cell]:
+        """The pass has ended: `put_back`, which a second call leaves out."""
+        if not self._noted:
+            return []
+        new = self.put_back()
+        self._noted = False  # last: until then it is all done again
+        return new
+
+    def put_back(self) -> list[Cell]:
+        """Everything as before the pass. What was changed and had not been known to be.
+
+        Raises PlanError for memory that was changed so: what was in it is lost.
+        """
+        if self._reach is None:
+            return []
+        new = self._learn()
+        changed = {id(self._cells[cell]): self._cells[cell] for cell in self._cells}
+        for place in changed.values():
+            place.put_back()
+        for flat, copy in self._copies.values():
+            flat.copy_(copy)
+        self._check_memory()
+        return new
+
+    def _check_memory(self) -> None:
+        assert self._reach is not None
+        versions = [_version(t) for t in self._reach.tensors]
+        if versions == self._versions:
+            return
+        pairs = zip(self._reach.tensors, versions, self._versions, strict=True)
+        lost = [t for t, now, then in pairs if now != then and storage_key(t) not in self._copies]
+        self._versions = versions
+        if lost:
+            names = {id(b): f"buffer {name!r}" for name, b in self._model.named_buffers()}
+            which = names.get(id(lost[0]), "a tensor that the modules keep")
+            self._reach = None  # the next pass is watched
+            raise PlanError(
+                f"{which} was changed in place by a forward, and was not when forwards like it were watched: its "
+                "values from before are lost. Weights and journal are as after the last step: resume the run, or make "
+                "the engine again"
+            )
+
+
+@contextmanager
+def undisturbed(model: nn.Module, mode: str, seed: int) -> Iterator[None]:
+    """While open, forwards of copies of the model are looked at: its modules are in the mode that they are run in, and
+    random numbers are those of `seed`. Afterwards modules, their classes and the process's generators are as before."""
+    state = ModuleState(model, Generators())
+    state.note(watching=True)
+    try:
+        with module_modes(list(model.modules()), mode), own_random_numbers(lane_seed(seed, "trace", 0)):
+            yield
+    finally:
+        state.end()
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """All bytes of a tensor's storage."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version

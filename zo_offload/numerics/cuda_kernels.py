@@ -1,0 +1,320 @@
+"""The CUDA kernels: found or compiled, checked, launched.
+
+`_zo_cuda.fatbin` lies beside this file when setup.py found nvcc (machine code for sm_80, 86, 89 and 90, and PTX for
+what comes later). Where it does not, or has nothing for this GPU, NVRTC compiles the same sources (`nvrtc.py`). Either
+image goes through the driver into torch's own context and is launched on torch's current stream: there is no second
+CUDA runtime that could disagree with torch's, and no torch header to compile against.
+
+Before first use an image has to reproduce the CPU's known bits (`native.FINGERPRINT`): noise of each kind, and weights
+and lanes of a few passes. One that does not is refused.
+
+Environment: ZO_CUDA=0 does without; ZO_CUDA=nvrtc compiles even if the fatbin is there; ZO_NVRTC=path to libnvrtc.
+
+**Not run on a GPU yet.** What has been checked without one: tests/test_cuda_ptx.py and tests/test_cuda_build.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import struct
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..formats import FORMATS, PLAIN
+from ..kernels import native, nvrtc
+from ..kernels.device_updates import RECORD_BYTES, DeviceUpdates
+from ..kernels.distributions import DISTRIBUTIONS
+from ..kernels.driver import (
+    ATTRIBUTE_MAJOR,
+    ATTRIBUTE_MINOR,
+    ATTRIBUTE_SM_COUNT,
+    ERRORS_OF_IMAGES,
+    CudaError,
+    Driver,
+    driver,
+)
+from ..kernels.records import LANE, UPDATE
+from .noise import NoiseSpec
+
+IMAGE = Path(__file__).parent.with_name("_zo_cuda.fatbin")
+THREADS, MAX_LANES = 256, 16
+KERNELS = {fmt.code: fmt.kernel for fmt in FORMATS.values()}
+"""What the kernels of a storage format are called, by its code."""
+_WAVES = 16  # blocks a multiprocessor, at most; each walks over its share of the tiles
+
+_LANES_BYTES = LANE.size * MAX_LANES
+_TAIL = struct.Struct("<QQiI")  # scales, total_rows, last_fold, num_lanes
+_NOISE = struct.Struct("<QQQQII")
+ARGS_BYTES = native.PASS_BYTES + _TAIL.size + _LANES_BYTES
+ABI = native.ABI_VERSION << 16 | native.LAYOUT_VERSION << 12 | ARGS_BYTES
+
+
+def pack_args(
+    *,
+    lanes: Sequence[tuple[int, int, float, int]],
+    last_fold: int,
+    total_rows: int,
+    lane_scales: int = 0,
+    **fields: Any,
+) -> bytes:
+    """struct zo_cuda_args of csrc/cuda_kernels.h: `native.pack_pass` of the fields, then what is a GPU's own.
+
+    lanes: (seed, address, scale, format code). All addresses are device memory.
+    """
+    head = native.pack_pass(num_lanes=0, **fields)
+    listed = b"".join(LANE.pack(*lane) for lane in lanes)
+    return head + _TAIL.pack(lane_scales, total_rows, last_fold, len(lanes)) + listed.ljust(_LANES_BYTES, b"\0")
+
+
+def pack_noise(out: int, numel: int, offset: int, seed: int, param_id: int, rounds: int) -> bytes:
+    """struct zo_cuda_noise_args."""
+    return _NOISE.pack(out, numel, offset, seed, param_id, rounds)
+
+
+def tiles(distribution: str, numel: int, offset: int, num_rows: int = 0) -> int:
+    """How many warps' worth of work a pass is."""
+    size = DISTRIBUTIONS[distribution].warp
+    if size is None:
+        raise ConfigError(f"distribution={distribution!r}: the CUDA kernels do not make it; train on the CPU")
+    if num_rows:
+        return num_rows * (numel // size + 2)
+    return -(-(offset + numel) // size) - offset // size
+
+
+def pass_kernel(code: int, distribution: str, target_scales: bool = False) -> str:
+    """The kernel of a fused pass over values of the format with that code."""
+    return f"zo_{'scales' if target_scales else 'pass'}_{KERNELS[code]}_{distribution}"
+
+
+def noise_kernel(distribution: str) -> str:
+    return f"zo_noise_{distribution}"
+
+
+def kernel_names() -> set[str]:
+    """All kernels that an image has."""
+    kinds = [kind.name for kind in DISTRIBUTIONS.values() if kind.warp is not None]
+    passes = {pass_kernel(code, kind) for code in KERNELS for kind in kinds}
+    passes |= {pass_kernel(fmt.code, kind, True) for fmt in FORMATS.values() if fmt.trains_scales for kind in kinds}
+    return passes | {noise_kernel(kind) for kind in kinds} | {"zo_cuda_abi"}
+
+
+class CudaKernels:
+    """The kernels on one device. Launches go to torch's current stream and return at once."""
+
+    def __init__(self, library: Driver, device: int, image: bytes, source: str) -> None:
+        """Loads into torch's context; CudaError if the image is not for this GPU or these sources."""
+        self.device, self.source = device, source
+        self._driver = library
+        self._image = image  # kernels are loaded from it when they are first used
+        self._context = library.primary_context(device)
+        self._threads = threading.local()
+        with library.current(self._context):  # torch makes its own current only when it first uses the device
+            self._module = library.load_module(image)
+        self._functions: dict[str, int] = {}
+        self._max_grid = _WAVES * library.attribute(device, ATTRIBUTE_SM_COUNT)
+        found = self._abi()
+        if found != ABI:
+            raise CudaError(
+                f"{source} was built from other sources (interface {found:#x}, this package needs {ABI:#x}); "
+                "rebuild it: python setup.py build_ext --inplace"
+            )
+
+    def _abi(self) -> int:
+        """Interface of the image, as its own kernel tells."""
+        told = torch.zeros(1, dtype=torch.int32, device=self.where)
+        self._launch("zo_cuda_abi", pack_noise(told.data_ptr(), 1, 0, 0, 0, 0), 1, self.stream())
+        return int(told.item()) & 0xFFFFFFFF
+
+    @property
+    def where(self) -> str:
+        """torch's name of the memory that the kernels work on."""
+        return f"cuda:{self.device}"
+
+    def stream(self) -> int:
+        """torch's current stream on the device, as the driver knows it."""
+        return int(torch._C._cuda_getCurrentRawStream(self.device))  # of current_stream, without an object around it
+
+    def _launch(self, name: str, args: bytes, warps: int, stream: int) -> None:
+        if not hasattr(self._threads, "ready"):  # a thread in which torch has not used the device has no context
+            self._driver.ensure_current(self._context)
+            self._threads.ready = True
+        grid = max(1, min(self._max_grid, -(-warps // (THREADS // 32))))
+        if torch.cuda.current_device() == self.device:
+            self._driver.launch(self._function(name), grid, THREADS, stream, args)
+        else:
+            with torch.cuda.device(self.device):  # a kernel is launched in its own context
+                self._driver.launch(self._function(name), grid, THREADS, stream, args)
+
+    def _function(self, name: str) -> int:
+        function = self._functions.get(name)
+        if function is None:
+            function = self._functions[name] = self._driver.function(self._module, name)
+        return function
+
+    def run_pass(
+        self,
+        *,
+        updates: DeviceUpdates | None,
+        lanes: Sequence[tuple[int, int, float, int]],
+        noise: NoiseSpec,
+        stream: int,
+        format: int,
+        numel: int,
+        offset: int = 0,
+        num_rows: int = 0,
+        total_rows: int = 0,
+        write_back: bool = False,
+        target_scales: bool = False,
+        **fields: Any,
+    ) -> None:
+        """One fused pass; more lanes than a launch takes are split over several, the first of which writes back.
+
+        fields: others of `native.pack_pass`, with device addresses.
+        """
+        name = pass_kernel(format, noise.distribution, target_scales)
+        warps = tiles(noise.distribution, numel, offset, num_rows)
+        first = True
+        while first or lanes:
+            count = 0 if updates is None else len(updates)
+            last_fold = -1 if updates is None else updates.last_fold
+            args = pack_args(
+                updates=updates.address if count and updates is not None else 0, numel=numel, offset=offset,
+                num_rows=num_rows, total_rows=total_rows, num_updates=count, last_fold=last_fold, format=format,
+                distribution=noise.distribution, rounds=noise.rounds, write_back=write_back,
+                target_scales=target_scales, lanes=lanes[:MAX_LANES], **fields,
+            )  # fmt: skip
+            self._launch(name, args, warps, stream)
+            if write_back and updates is not None:
+                updates = updates.after(last_fold + 1)  # what was folded is in the stored bytes now
+            first, lanes = False, lanes[MAX_LANES:]
+
+    def noise(
+        self, out: int, distribution: str, rounds: int, seed: int, param_id: int, numel: int, offset: int, stream: int
+    ) -> None:
+        """z into `numel` floats at device address `out`."""
+        args = pack_noise(out, numel, offset, seed, param_id, rounds)
+        self._launch(noise_kernel(distribution), args, tiles(distribution, numel, offset), stream)
+
+
+class _OnDevice:
+    """The kernels behind the interface of `native.Library`, host memory in and out: for the fingerprint."""
+
+    def __init__(self, kernels: CudaKernels) -> None:
+        self.kernels = kernels
+
+    def noise(
+        self, out: int, distribution: str, rounds: int, seed: int, param_id: int, numel: int, offset: int, threads: int
+    ) -> None:
+        z = torch.full((numel,), float("nan"), device=self.kernels.where)
+        stream = self.kernels.stream()
+        self.kernels.noise(z.data_ptr(), distribution, rounds, seed, param_id, numel, offset, stream)
+        copy_out(out, z)
+
+    def run_pass(self, **call: Any) -> None:
+        run_on_device(self.kernels, **call)
+
+
+def copy_out(address: int, tensor: Tensor) -> None:
+    """A device tensor's bytes to a host address."""
+    data = tensor.cpu()  # in a variable: its memory has to live until it is copied
+    ctypes.memmove(address, data.data_ptr(), data.numel() * data.element_size())
+
+
+def run_on_device(
+    kernels: CudaKernels,
+    *,
+    stored: int,
+    numel: int,
+    offset: int,
+    num_updates: int,
+    num_lanes: int,
+    format: int,
+    param_id: int,
+    distribution: str,
+    rounds: int,
+    write_back: bool,
+    stochastic: bool,
+    tail: bytes,
+    **_: Any,  # the fingerprint's passes have no rows and no planes but the values
+) -> None:
+    """`native.Library.run_pass` through the GPU: host addresses are copied in and back."""
+    device = kernels.where
+    size = {fmt.code: fmt.nbytes(1) for fmt in PLAIN.values()}
+
+    def take(address: int, nbytes: int) -> Tensor:
+        return torch.frombuffer(bytearray(ctypes.string_at(address, nbytes)), dtype=torch.uint8).to(device)
+
+    weights = take(stored, size[format] * numel)
+    records = torch.frombuffer(bytearray(tail[: RECORD_BYTES * num_updates]), dtype=torch.uint8).to(device)
+    folds = tuple(bool(UPDATE.unpack_from(tail, RECORD_BYTES * k)[3] & 1) for k in range(num_updates))
+    lanes = [LANE.unpack_from(tail, RECORD_BYTES * (num_updates + j)) for j in range(num_lanes)]
+    outs = [torch.full((size[code] * numel,), 255, dtype=torch.uint8, device=device) for *_, code in lanes]
+    kernels.run_pass(
+        stored=weights.data_ptr(), rows=0, numel=numel, offset=offset,
+        updates=DeviceUpdates(records.view(-1, RECORD_BYTES), 0, folds), format=format, param_id=param_id,
+        noise=NoiseSpec(distribution, rounds),  # type: ignore[arg-type]
+        write_back=write_back, stochastic=stochastic, stream=kernels.stream(),
+        lanes=[(seed, out.data_ptr(), scale, code) for (seed, _, scale, code), out in zip(lanes, outs, strict=True)],
+    )  # fmt: skip
+    for address, data in [(stored, weights), *zip((lane[1] for lane in lanes), outs, strict=True)]:
+        copy_out(address, data)
+
+
+def _open(device: int) -> CudaKernels:
+    """The built image if it has code for this GPU, else NVRTC's. CudaError tells what was tried."""
+    library = driver()
+    choice, tried = os.environ.get("ZO_CUDA", "1"), []
+    if choice == "0":
+        raise CudaError("switched off by ZO_CUDA=0")
+    if choice != "nvrtc" and IMAGE.exists():
+        try:
+            return CudaKernels(library, device, IMAGE.read_bytes(), IMAGE.name)
+        except CudaError as error:
+            if error.code not in ERRORS_OF_IMAGES:
+                raise
+            tried.append(f"{IMAGE.name} has nothing that this GPU and its driver take ({error})")
+    elif choice != "nvrtc":
+        tried.append(f"{IMAGE.name} was not built (no nvcc at build time)")
+    arch = f"sm_{library.attribute(device, ATTRIBUTE_MAJOR)}{library.attribute(device, ATTRIBUTE_MINOR)}"
+    try:
+        image, source = nvrtc.compiled(arch)
+    except CudaError as error:
+        raise CudaError("; ".join([*tried, str(error)])) from None
+    return CudaKernels(library, device, image, source)
+
+
+@functools.cache
+def kernels(device: int) -> CudaKernels:
+    """The checked kernels of a device; CudaError says why there are none."""
+    with torch.cuda.device(device):
+        found = _open(device)
+        same = native.fingerprint(_OnDevice(found)) == native.FINGERPRINT
+    if not same:
+        raise CudaError(
+            f"{found.source} on this GPU does not reproduce the CPU's noise and weights, so a run would not mean the "
+            "same model. Please report this, with the output of python -m zo_offload"
+        )
+    return found
+
+
+def describe() -> str:
+    """One line for a doctor: what is in use, or why nothing is."""
+    built = f"{IMAGE.name} is built" if IMAGE.exists() else f"{IMAGE.name} is not built"
+    if torch.version.cuda is None:
+        return f"none: torch {torch.__version__} has no CUDA; {built}"
+    if not torch.cuda.is_available():
+        return f"none: torch finds no GPU; {built}"
+    try:
+        device = torch.cuda.current_device()
+        torch.zeros(1, device=f"cuda:{device}")  # makes the context
+        return f"{torch.cuda.get_device_name(device)}: {kernels(device).source}, bits checked"
+    except CudaError as error:
+        return f"none: {error}"

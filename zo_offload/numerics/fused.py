@@ -1,0 +1,228 @@
+"""The fused pass: decode, apply pending updates, store back, emit perturbed weights; one visit of the bytes.
+
+The arithmetic, for each element, in float32, in this order:
+
+    w = decode(stored)                                       join(stored, residual) if split and any update folds
+    for each update:    w = w * decay                        unless decay == 1
+                        w = fma(-coeff, z(seed), w)          unless coeff == 0
+                        w = decode(encode(w))                if fold; of a split format, the master's value
+    stored = the bytes of the last fold                      if write_back and any update folds
+    w = decode(stored)                                       after the last fold, if split: lanes see the coarse plane
+    for each lane j:    out_j = round(fma(scale_j, z(seed_j), w))       (w itself if scale_j == 0)
+
+`encode` rounds to nearest, or stochastically with random bits that are a function of (update seed, parameter,
+element). So the stored value after a step is a function of the first value and the updates alone, never of when a
+block happened to be visited: several pending updates in one call equal one call for each, bit for bit. Lanes see the
+value as stored, plus any trailing updates that do not fold. A format with groups decides at each fold, from the
+group's values and its scale, whether the scale changes.
+
+target="scales" trains the float32 scales of the groups instead (QZO): in the lines above w is a group's scale, z's
+element index the group's, an update ends with w = max(w, 1e-7), folding rounds nothing, and an output is made from the
+element's code with its group's scale moved by the lane. Values, minima and centres are only read.
+
+Here calls are checked; `fused_kernels.py` has who runs them. The native library does it a cache-sized tile at a time;
+without it `reference.py` does, with the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..formats import Format
+from ..kernels.device_updates import DeviceUpdates
+from ..kernels.records import Perturbation, Rounding, Target, Update
+from .fused_kernels import Mark, PassCall, kernels_for
+from .noise import NoiseSpec
+
+_ROUNDINGS, _TARGETS = get_args(Rounding), get_args(Target)
+
+
+def fused_pass(
+    stored: Tensor,
+    fmt: Format,
+    *,
+    param_id: int,
+    numel: int,
+    offset: int = 0,
+    updates: Sequence[Update] | DeviceUpdates = (),
+    write_back: bool = True,
+    rounding: Rounding = "nearest",
+    noise: NoiseSpec,
+    perturbations: Sequence[Perturbation] = (),
+    outs: Sequence[Tensor] = (),
+    residual: Tensor | None = None,
+    target: Target = "values",
+    threads: int | None = None,
+    mark: Mark | None = None,
+) -> None:
+    """Run the pass above over `numel` consecutive elements of one parameter.
+
+    Args:
+        stored: uint8, 1-D, contiguous, `fmt.nbytes(numel)` long: the streamed part; changed in place when something
+            is written back.
+        offset: index of the first of these elements in its parameter, so a slice has the noise of its place. Groups
+            are counted from the parameter's first element: a multiple of `fmt.group`.
+        residual: of a split format, uint8, `fmt.residual_nbytes(numel)` long; changed with `stored`. May be left out
+            if no update folds: then it is neither read nor written.
+        outs: one contiguous tensor a perturbation, `numel` elements of float32, bfloat16 or float16; may not overlap
+            `stored` or each other. Consecutive perturbations of one seed share one z.
+        threads: of the native library; default torch.get_num_threads(). Does not change the result.
+        mark: says afterwards, whatever was raised on the way, whether `stored` was changed.
+    Raises ConfigError on sizes, dtypes or devices that do not fit together.
+
+    With `stored` on a GPU the CUDA kernels run, on torch's current stream, and this returns at once; updates may then
+    be `DeviceUpdates`, whose coefficients the host need not know.
+    """
+    _check_stored(stored, fmt, numel)
+    _check_call(param_id, offset, numel, rounding, perturbations, outs, stored.device)
+    if fmt.group and offset % fmt.group:
+        raise ConfigError(f"offset={offset}: {fmt.name} has groups of {fmt.group}, start at a multiple of that")
+    for out in outs:
+        if out.numel() != numel:
+            raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold the {numel} elements of this pass")
+    residual = _residual(residual, fmt, numel, updates, target, stored.device)
+    call = PassCall(
+        stored=stored, residual=residual, fmt=fmt, numel=numel, offset=offset, param_id=param_id, updates=updates,
+        write_back=write_back, stochastic=rounding == "stochastic", noise=noise, perturbations=perturbations, outs=outs,
+        target_scales=target == "scales", threads=threads,
+    )  # fmt: skip
+    kernels_for(stored, fmt, noise).run_pass(call, mark if mark is not None else Mark())
+
+
+def fused_rows(
+    stored: Tensor,
+    fmt: Format,
+    *,
+    param_id: int,
+    row_numel: int,
+    rows: Tensor,
+    numel: int | None = None,
+    first_row: int = 0,
+    total_rows: int | None = None,
+    updates: Sequence[Update] | DeviceUpdates = (),
+    rounding: Rounding = "nearest",
+    noise: NoiseSpec,
+    perturbations: Sequence[Perturbation],
+    outs: Sequence[Tensor],
+    residual: Tensor | None = None,
+    target: Target = "values",
+    threads: int | None = None,
+) -> None:
+    """The same arithmetic for gathered rows of a parameter; nothing is written back. For embeddings.
+
+    Args:
+        stored: uint8, the streamed part of the parameter, rows of `row_numel` elements, or of a piece of it.
+        rows: int64 [U], contiguous; row indices in the parameter, in any order, repeats allowed.
+        numel: elements that `stored` holds; needed where `fmt` has groups, else it follows from the bytes.
+        first_row: the piece's first row in the parameter. Rows outside the piece are passed over inside the kernel,
+            and what `outs` hold for them is left alone: the host need not look at the rows.
+        total_rows: of the whole parameter; default, those that `stored` holds.
+        outs: one contiguous [U, row_numel] tensor a perturbation.
+    Raises ConfigError as `fused_pass`, and on a row outside the parameter. On a GPU such a row comes as NaN.
+    """
+    if numel is None:
+        numel = fmt.size_of(stored, None)
+    if row_numel <= 0 or numel % row_numel:
+        raise ConfigError(
+            f"{numel} elements ({stored.numel()} stored bytes) are not a whole number of {row_numel}-element "
+            f"{fmt.name} rows"
+        )
+    total_rows = numel // row_numel if total_rows is None else total_rows
+    offset = first_row * row_numel
+    if first_row < 0 or offset + numel > total_rows * row_numel:
+        raise ConfigError(
+            f"rows {first_row}..{first_row + numel // row_numel - 1} are stored of a parameter with {total_rows} rows"
+        )
+    _check_stored(stored, fmt, numel)
+    _check_call(param_id, offset, numel, rounding, perturbations, outs, stored.device)
+    if fmt.group and offset % fmt.group:
+        raise ConfigError(f"first_row={first_row}: {fmt.name} has groups of {fmt.group}, start at one's first element")
+    if rows.dtype != torch.int64 or rows.dim() != 1 or not rows.is_contiguous() or rows.device != stored.device:
+        raise ConfigError(
+            f"rows: need a contiguous 1-D int64 tensor on {stored.device}, got {rows.dtype} {tuple(rows.shape)} on "
+            f"{rows.device}"
+        )
+    count = rows.numel()
+    for out in outs:
+        if out.numel() != count * row_numel:
+            raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold {count} rows of {row_numel} elements")
+    residual = _residual(residual, fmt, numel, updates, target, stored.device)
+    if count == 0:
+        return
+    call = PassCall(
+        stored=stored, residual=residual, fmt=fmt, numel=numel, offset=offset, param_id=param_id, updates=updates,
+        write_back=False, stochastic=rounding == "stochastic", noise=noise, perturbations=perturbations, outs=outs,
+        target_scales=target == "scales", threads=threads, rows=rows, row_numel=row_numel, total_rows=total_rows,
+    )  # fmt: skip
+    kernels_for(stored, fmt, noise).run_pass(call, Mark())
+
+
+def _check_stored(stored: Tensor, fmt: Format, numel: int) -> None:
+    size = fmt.nbytes(numel) if numel > 0 else 0
+    if stored.dtype != torch.uint8 or stored.dim() != 1 or not stored.is_contiguous() or stored.numel() != size:
+        raise ConfigError(
+            f"stored: {numel} {fmt.name} elements are {size} bytes in a contiguous 1-D uint8 tensor, got "
+            f"{stored.dtype} {tuple(stored.shape)} with strides {stored.stride()}"
+        )
+
+
+def _residual(
+    residual: Tensor | None,
+    fmt: Format,
+    numel: int,
+    updates: Sequence[Update] | DeviceUpdates,
+    target: str,
+    device: torch.device,
+) -> Tensor | None:
+    """The residual part if this pass uses it, else None; ConfigError if it is needed and not there, or not right."""
+    folds = any(updates.folds if isinstance(updates, DeviceUpdates) else (update.fold for update in updates))
+    if target not in _TARGETS:
+        raise ConfigError(f"target={target!r}: choose one of {_TARGETS}")
+    if target == "scales":
+        if not fmt.trains_scales:
+            raise ConfigError(f"target='scales': {fmt.name} has no float32 scales to train")
+        return None
+    if folds and not fmt.trains:
+        raise ConfigError(f"{fmt.name} values are never rewritten: an update of them cannot fold")
+    size = fmt.residual_nbytes(numel)
+    if residual is None:
+        if size and folds:
+            raise ConfigError(f"{fmt.name} folds an update into both parts of a weight: give its residual too")
+        return None
+    if (residual.dtype, residual.dim(), residual.numel()) != (torch.uint8, 1, size) or residual.device != device:
+        raise ConfigError(
+            f"residual: {numel} {fmt.name} elements have {size} bytes in a contiguous 1-D uint8 tensor on {device}, "
+            f"got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
+        )
+    if not residual.is_contiguous():
+        raise ConfigError(f"residual: must be contiguous, has strides {residual.stride()}")
+    return residual if size and folds else None
+
+
+def _check_call(
+    param_id: int,
+    offset: int,
+    numel: int,
+    rounding: str,
+    perturbations: Sequence[Perturbation],
+    outs: Sequence[Tensor],
+    device: torch.device,
+) -> None:
+    if not 0 <= param_id < 1 << 32:
+        raise ConfigError(f"param_id={param_id}: must be >= 0 and < 2**32")
+    if numel < 0 or offset < 0 or offset + numel > 1 << 62:
+        raise ConfigError(f"elements [{offset}, {offset} + {numel}): need 0 <= offset and offset + numel <= 2**62")
+    if rounding not in _ROUNDINGS:
+        raise ConfigError(f"rounding={rounding!r}: choose one of {_ROUNDINGS}")
+    if len(perturbations) != len(outs):
+        raise ConfigError(f"{len(perturbations)} perturbations but {len(outs)} outputs: give one tensor a perturbation")
+    for out in outs:
+        if out.device != device or not out.is_contiguous():
+            raise ConfigError(
+                f"an output is on {out.device} with strides {out.stride()}: must be contiguous and on {device}"
+            )

@@ -1,0 +1,85 @@
+"""The updates that blocks may still lack: one tuple of `Update`s a step, in step order.
+
+A block at version v is brought to version t by the updates of steps v..t-1, alone, on any device. The log in memory
+mirrors the journal; the journal is the run.
+
+Folding: an update with `fold` set rounds the sum so far into the stored bytes; those after it stay pending, applied in
+float32 registers wherever the weights are used. Stored bytes only ever hold whole folds, so the version a block is
+brought to is that of the last fold (`UpdateLog.folded`), not that of the last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from ..errors import JournalError
+from ..kernels.float32 import scaled
+from ..kernels.records import Update
+
+
+def with_folds(updates: Sequence[Update], step: int, fold_every: int) -> tuple[Update, ...]:
+    """A step's updates with their folds set: its last update folds iff fold_every divides step + 1, no other does.
+
+    By the step's number alone, so that a run is the same however often it stopped, and whatever was evaluated between.
+    A skipped step has no update, so nothing folds there and the sum stays pending until the next step that folds.
+    """
+    last = len(updates) - 1
+    due = (step + 1) % fold_every == 0
+    return tuple(replace(update, fold=due and index == last) for index, update in enumerate(updates))
+
+
+class UpdateLog:
+    """Updates of steps `base`..`version - 1`. Version t is the state after t steps."""
+
+    def __init__(self, base: int = 0) -> None:
+        self.base = base
+        self.folded = base
+        """The version that blocks are brought to: steps up to and including the last one that folds."""
+        self._steps: list[tuple[Update, ...]] = []
+        self._since = lru_cache(maxsize=64)(self._collect)
+
+    @property
+    def steps(self) -> Sequence[tuple[Update, ...]]:
+        """Updates of each step from `base` on."""
+        return self._steps
+
+    @property
+    def version(self) -> int:
+        return self.base + len(self._steps)
+
+    def append(self, updates: Sequence[Update]) -> None:
+        """Add one step; an empty sequence is a step that changed nothing (skipped).
+
+        The step is taken from the moment that it is in the list: `mend` brings the rest up to that.
+        """
+        self._steps.append(tuple(updates))
+        self._follow()
+
+    def _follow(self) -> None:
+        """What follows from the list of steps, after a step was added."""
+        if any(update.fold for update in self._steps[-1]):
+            self.folded = self.version
+        self._since.cache_clear()
+
+    def mend(self) -> None:
+        """After an `append` or `cut` that was broken off: everything is as the list of steps says."""
+        last = next((i for i in reversed(range(len(self._steps))) if any(u.fold for u in self._steps[i])), -1)
+        self.folded = self.base + last + 1
+        self._since.cache_clear()
+
+    def since(self, version: int, decay: bool, gain: float = 1.0) -> tuple[Update, ...]:
+        """Updates a parameter at `version` still lacks; decay=False leaves weight decay out (biases, norms).
+
+        gain: times each coefficient, rounded to float32.
+        """
+        if version < self.base:
+            raise JournalError(f"updates before step {self.base} are not in memory; a block is at version {version}")
+        return self._since(version, decay, gain)
+
+    def _collect(self, version: int, decay: bool, gain: float) -> tuple[Update, ...]:
+        flat = [update for step in self._steps[version - self.base :] for update in step]
+        if gain != 1.0:
+            flat = [replace(update, coeff=scaled(update.coeff, gain)) for update in flat]
+        return tuple(flat) if decay else tuple(replace(update, decay=1.0) for update in flat)

@@ -1,0 +1,1 @@
+"""A run under way: prepared, wired together, stepped, and kept whole whatever breaks in."""

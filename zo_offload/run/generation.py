@@ -1,0 +1,140 @@
+"""Text from a model whose weights stream: one pass a token, all rows of a batch together.
+
+`transformers`' own `generate` runs, in one lane; each call of the model in it is a pass of its own, whose first blocks
+are fetched while the last one ends. So a token costs what a forward costs: from disk, the time to read the model. Rows
+share it, so many prompts at once cost little more than one.
+
+What comes back is what transformers gives: ids for ids; for texts, what follows each prompt, or from an encoder-decoder
+all that the decoder says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..modules.kind import kind_of, unwrapped
+from ..modules.positions import learned_positions
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, or the messages of a conversation: dicts with "role" and "content"."""
+
+
+def check_generates(model: nn.Module) -> None:
+    """Raise ConfigError for a model that has no `generate`."""
+    inner: Any = unwrapped(model)
+    can = inner.can_generate() if hasattr(inner, "can_generate") else True
+    if not can or not callable(getattr(model, "generate", None)):
+        raise ConfigError(
+            f"{type(inner).__name__} cannot generate: it has no generate(). Open the checkpoint as a class that has, "
+            "model_class=... (--model-class); for outputs of this one, engine.run(batch)"
+        )
+
+
+def generate_texts(
+    model: nn.Module, tokenizer: Any, prompts: Any, generate: Callable[..., Any], **options: Any
+) -> str | list[str]:
+    """What the model says to each prompt. options: of transformers' `generate`.
+
+    generate(inputs, **options): gives token ids, as the model's own `generate` does for a batch of tensors. prompts: a
+    text or a conversation, or a list of them. One prompt gives one text, or num_return_sequences of them; a list gives
+    a list, with those of a prompt next to each other. Raises ConfigError without a tokenizer, for a prompt of no
+    tokens, and where positions would run out.
+    """
+    if tokenizer is None:
+        raise ConfigError("to generate text there must be a tokenizer: Engine(..., tokenizer=...)")
+    single = isinstance(prompts, str) or _is_conversation(prompts)
+    answers = kind_of(model).name == "seq2seq"
+    rows = [prompt_ids(tokenizer, prompt, closed=answers) for prompt in ([prompts] if single else _listed(prompts))]
+    empty = [i for i, row in enumerate(rows) if not row]
+    if empty or not rows:
+        raise ConfigError(f"prompt {empty[0]} has no tokens" if empty else "no prompt was given")
+    width = max(len(row) for row in rows)
+    if not answers:
+        _check_positions(model, width, options)
+    pad = _pad_token(tokenizer, model)
+    # a decoder goes on at the right, so what is missing is missing at the left, whatever the tokenizer does in training
+    filled = [_filled(row, width, pad, left=not answers) for row in rows]
+    ids, mask = (torch.tensor([pair[i] for pair in filled]) for i in (0, 1))
+    if options.get("stop_strings") is not None:
+        options = {"tokenizer": tokenizer, **options}
+    out = generate({"input_ids": ids, "attention_mask": mask}, **{"pad_token_id": pad, **options})
+    said = (out if isinstance(out, torch.Tensor) else out.sequences)[:, 0 if answers else width :]
+    texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in said]
+    return texts[0] if single and len(texts) == 1 else texts
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt, *, closed: bool) -> list[int]:
+    """A prompt's tokens. closed: with the end-of-text token that the tokenizer puts after a text, if it does.
+
+    An encoder reads a closed text; one that a decoder is to continue must be open. A conversation goes through the
+    tokenizer's chat template. A text that begins with the BOS token itself does not get a second one.
+    """
+    if not isinstance(prompt, str):
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(
+                "the prompt is a conversation, and the tokenizer has no chat template: give it one "
+                "(tokenizer.chat_template = ...), or write the prompt as one text"
+            )
+        made = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False)
+        return list(made)
+    ids = list(tokenizer(prompt)["input_ids"])
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    closing = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)} - {None}
+    if not closed and (ends := _closings(ids, closing)):
+        plain = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])  # what the text itself ends in stays
+        ids = ids[: max(1, len(ids) - max(0, ends - _closings(plain, closing)))]
+    return ids
+
+
+def _closings(ids: list[int], closing: set[int | None]) -> int:
+    """How many closing tokens are at the end."""
+    return next((n for n, token in enumerate(reversed(ids)) if token not in closing), len(ids))
+
+
+def _is_conversation(prompts: Any) -> bool:
+    return isinstance(prompts, (list, tuple)) and bool(prompts) and all(isinstance(m, Mapping) for m in prompts)
+
+
+def _listed(prompts: Any) -> list[Prompt]:
+    listed = list(prompts) if isinstance(prompts, Sequence) else [prompts]
+    for i, prompt in enumerate(listed):
+        if not isinstance(prompt, str) and not _is_conversation(prompt):
+            raise ConfigError(
+                f"prompt {i} is a {type(prompt).__name__}: expected a text, a list of messages (dicts with role and "
+                "content), or for token ids one dict with input_ids of all rows"
+            )
+    return listed
+
+
+def _filled(row: list[int], width: int, pad: int, *, left: bool) -> tuple[list[int], list[int]]:
+    """(ids, mask) of a row in a table of `width`."""
+    missing = width - len(row)
+    ids, mask = [pad] * missing, [0] * missing
+    return (ids + row, mask + [1] * len(row)) if left else (row + ids, [1] * len(row) + mask)
+
+
+def _pad_token(tokenizer: Any, model: nn.Module) -> int:
+    """The tokenizer's padding, else the model's, else an end of text."""
+    config = getattr(model, "generation_config", None)
+    for found in (tokenizer.pad_token_id, *(getattr(config, f"{name}_token_id", None) for name in ("pad", "eos"))):
+        if isinstance(found := found[0] if isinstance(found, list) and found else found, int):
+            return found
+    return tokenizer.eos_token_id if isinstance(tokenizer.eos_token_id, int) else 0
+
+
+def _check_positions(model: nn.Module, width: int, options: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a learned table of positions ends before the text does."""
+    limit, new = learned_positions(model), options.get("max_new_tokens")
+    if limit is None or (asked := width + (new if isinstance(new, int) else 0)) <= limit:
+        return
+    raise ConfigError(
+        f"the longest prompt has {width} tokens and {asked - width} more are asked for, but the model has {limit} "
+        f"positions. Shorten the prompt, or lower max_new_tokens{f' to {limit - width}' if width < limit else ''}"
+    )

@@ -1,0 +1,141 @@
+"""Steps whose losses the host reads a step late: coefficients are computed where the losses are.
+
+On a GPU, asking for a loss would stop the host until the GPU has caught up, and the prefetch with it. So a step is only
+*launched*: its losses, as tensors, become coefficients in the update table (`device_updates.py`) that the next fused
+pass reads, and are sent to the host. One step later the host *settles* it: computes the same coefficients from the
+same numbers in the same order (IEEE double, then one rounding to float32), checks that the device came to the same
+bits, and writes the journal.
+
+A step whose losses or coefficients are not finite, or whose update would overflow the storage format, gets coefficient
+0 and decay 1 from the device itself, before the host knows. It is journaled as that: an update that changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..devices import Later
+from ..errors import ZOError
+from ..kernels.device_updates import DeviceUpdates, UpdateTable
+from ..kernels.records import Update
+from ..methods import Method
+from ..methods.base import Outcome
+from ..numerics.updates import UpdateLog
+
+MAX_NOISE = 6.6  # |z| <= 6.556
+
+
+@dataclass
+class Launched:
+    """A step under way: what is known of it, and its losses, here or on their way."""
+
+    step: int
+    lr: float
+    batch_crc: int
+    method: Method
+    """As the step was taken: its eps may have been halved since."""
+    losses: Sequence[float] | None = None
+    """None: they are in `later`."""
+    later: Later | None = None
+    """Losses, then the coefficients the device applies, then 1.0 if it applies them."""
+    num_losses: int = 0
+
+    def read(self) -> tuple[list[float], list[float], bool]:
+        """(losses, device's coefficients, whether it applies them). Waits for them."""
+        if self.losses is not None:
+            return list(self.losses), [], True
+        assert self.later is not None
+        values = self.later.get()
+        return values[: self.num_losses], values[self.num_losses : -1], values[-1] == 1.0
+
+
+class LateLog(UpdateLog):
+    """An update log whose last steps may not be settled: blocks are given records in device memory."""
+
+    def __init__(self, log: UpdateLog, table: UpdateTable) -> None:
+        super().__init__(log.base)
+        self.table = table
+        self._first: list[int] = []  # of each step: index of its first record
+        for updates in log.steps:
+            self.append(updates)
+
+    def append(self, updates: Sequence[Update]) -> None:
+        self._add(updates, self.table.append(updates))
+
+    def _add(self, updates: Sequence[Update], first: int) -> None:
+        self._first.append(first)
+        super().append(updates)
+
+    def launch(
+        self,
+        updates: Sequence[Update],
+        coefficients: Tensor,
+        applies: Tensor,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Add a step whose coefficients are known to the device only; those in `updates` are not looked at.
+
+        before: called when all is in place but the step itself, which is the last move.
+        """
+        first = self.table.append(updates)
+        self.table.set_coefficients(first, coefficients, applies)
+        before()
+        self._add(updates, first)
+
+    def settle(self, step: int, updates: Sequence[Update]) -> None:
+        """The host's copy of a launched step."""
+        self._steps[step - self.base] = tuple(updates)
+
+    def cut(self, version: int) -> None:
+        """Forget the steps from `version` on. No block may have them."""
+        del self._steps[max(0, version - self.base) :]
+        self.mend()
+
+    def mend(self) -> None:
+        del self._first[len(self._steps) :]
+        self.table.cut(self._first[-1] + len(self._steps[-1]) if self._steps else 0)
+        super().mend()
+
+    def _collect(self, version: int, decay: bool, gain: float) -> DeviceUpdates:  # type: ignore[override]
+        at = version - self.base
+        return self.table.since(self._first[at] if at < len(self._first) else len(self.table), decay, gain)
+
+
+def launch(
+    log: LateLog,
+    updates: Sequence[Update],
+    losses: Tensor,
+    outcome: Outcome,
+    limit: float,
+    later: Callable[[Tensor], Later],
+    before: Callable[[Later], None],
+) -> None:
+    """Send losses and coefficients to the host, and give a step's coefficients to the log.
+
+    updates: as the host knows them, coefficients aside. losses: float64, on the device; outcome: what the method made
+    of them there. limit: largest value of the storage formats. before: told what is sent, before the log has the step.
+    """
+    exact = outcome.coefficients.double()
+    applies = outcome.sound & (exact.abs() * MAX_NOISE < limit).all()
+    sent = later(torch.cat([losses, exact, applies.double().reshape(1)]))
+    log.launch(updates, outcome.coefficients, applies, lambda: before(sent))
+
+
+def check_same(step: int, updates: Sequence[Update], coefficients: Sequence[float], applies: bool) -> None:
+    """The device and the host must have come to the same update, or the journal would tell of another run."""
+    found = [u.coeff for u in updates] if applies else []
+    told = list(coefficients) if applies else []
+    if found != told or applies != bool(updates):
+        raise ZOError(
+            f"step {step}: the device applied coefficients {told}, from the same losses the host computes {found}. "
+            "This is a fault in zo_offload or in the device; the run cannot be journaled"
+        )
+
+
+def nothing(updates: Sequence[Update]) -> tuple[Update, ...]:
+    """What the device applies of a step that is not finite."""
+    return tuple(replace(update, coeff=0.0, decay=1.0) for update in updates)

@@ -1,0 +1,147 @@
+"""From a model as it is given to one that a run can begin with: what it is, where its weights come from, how it is cut.
+
+    opened = open_model("path/to/checkpoint", MeZO(), EngineConfig(storage="bf16"))
+    opened.prepared.plan, opened.prepared.layout          # blocks, bytes
+    session = Maker(opened).start()                       # only now are weights read and files written: session.py
+
+A checkpoint is opened and its model is made on meta; a module in memory is taken out of its wrapper, and what it shares
+is noted. Every error that a setting can cause is raised here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..checkpoint.adapters import beside_adapter
+from ..checkpoint.checkpoint import Checkpoint
+from ..config import DTYPES, EngineConfig
+from ..data.losses import Batch
+from ..devices import Device, make_device
+from ..errors import ConfigError
+from ..journal import run_directory
+from ..journal.gains import decide_gains
+from ..kernels.records import Gains
+from ..methods import Method
+from ..modules.compiled import without_wrapper
+from ..modules.kind import ModelKind, kind_of
+from ..modules.parameters import Tied, tie
+from ..stream.ingest import Base, ModuleBase
+from ..system.host_memory import process_bytes
+from .prepare import Prepared, prepare
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model, its base, the device it computes on and how it is cut and stored. No weight has been read."""
+
+    model: nn.Module
+    """What runs: on meta for a checkpoint; a module in memory without its wrapper."""
+    base: Base
+    kind: ModelKind
+    device: Device
+    prepared: Prepared
+    gains: Gains | None = None
+    """Of a run that begins, of parameters whose perturbation or update is not the method's own: see `gains.py`. None:
+    those of the journal that is gone on with."""
+    checkpoint: Checkpoint | None = None
+    given: nn.Module | None = None
+    """A module in memory as it was passed."""
+    ties: tuple[Tied, ...] = ()
+    """Names of a module's that were made one parameter, to be parted again when it gets its weights back."""
+    name: str | None = None
+    """Of the checkpoint: an absolute path, or a hub id."""
+    model_class: str | None = None
+    process_bytes: int = 0
+    """What the process took before."""
+
+    @property
+    def directory(self) -> Path | None:
+        """Of the checkpoint."""
+        return None if self.checkpoint is None else self.checkpoint.path
+
+    @property
+    def run_dir(self) -> Path | None:
+        run_dir = self.prepared.config.run_dir
+        return None if run_dir is None else Path(run_dir)
+
+    def cannot_be_saved(self) -> str | None:
+        """Why `save_pretrained` refuses this model, in words."""
+        trained = {name for name, spec in self.prepared.plan.params.items() if spec.trainable}
+        return beside_adapter(self.model, trained)
+
+
+def open_model(
+    model: str | Path | nn.Module,
+    method: Method,
+    config: EngineConfig,
+    *,
+    model_class: Any = None,
+    example: Batch | None = None,
+    base: Base | None = None,
+    fresh: bool = True,
+    offload: str | None = None,
+) -> Opened:
+    """Open a checkpoint or take a module, and prepare it. See `Engine` for model, model_class, example and base.
+
+    fresh: a run is to begin, so its run_dir must hold none. offload: a tier that is known already, as `prepare` has it.
+    """
+    _refuse_ranks()
+    if config.run_dir is not None:  # absolute once and for all: the process may change its directory
+        run_dir = Path(config.run_dir).absolute()
+        config = replace(config, run_dir=run_dir)
+        if fresh:
+            run_directory.check_fresh(run_dir)
+    before = process_bytes()
+    device = make_device(config.device)
+    checkpoint, given = None, None
+    ties: tuple[Tied, ...] = ()
+    if isinstance(model, nn.Module):
+        if config.config_overrides:
+            raise ConfigError("config_overrides are of a checkpoint's config.json: change the module's own config")
+        given, module = model, without_wrapper(model)
+        ties = tie(module)
+        base = base if base is not None else ModuleBase(module)
+    else:
+        checkpoint = Checkpoint.open(
+            model, trust_remote_code=config.trust_remote_code, overrides=config.config_overrides
+        )
+        own = device.default_compute(checkpoint.dtype)
+        compute = DTYPES[config.compute] if config.compute is not None else own
+        base, module = checkpoint, checkpoint.build_model(compute, model_class, seed=config.seed)
+    kind = kind_of(module)
+    prepared = prepare(
+        module, base.dtype_of, config, method, device, example=example, offload=offload,
+        notes=() if checkpoint is None else checkpoint.notes,
+    )  # fmt: skip
+    opened = Opened(
+        module, base, kind, device, prepared, None, checkpoint, given, ties,
+        name=None if isinstance(model, nn.Module) else _absolute(model),
+        model_class=model_class if isinstance(model_class, str) else getattr(model_class, "__name__", None),
+        process_bytes=before,
+    )  # fmt: skip
+    if wrong := opened.cannot_be_saved():
+        _log.warning("%s; save_pretrained will refuse", wrong)
+    return replace(opened, gains=decide_gains(prepared.plan, prepared.layout, method, base)) if fresh else opened
+
+
+def _absolute(model: str | Path) -> str:
+    """A directory as an absolute path, so that a run can be resumed from elsewhere; a hub id as it is."""
+    return str(Path(model).resolve()) if Path(model).exists() else str(model)
+
+
+def _refuse_ranks() -> None:
+    """A launcher of several processes would train the same thing several times, or fight for one run directory."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world.isdigit() and int(world) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE={world}: several processes are not supported yet. Start one process (without torchrun or "
+            "accelerate launch), or unset WORLD_SIZE if each is to train on its own"
+        )

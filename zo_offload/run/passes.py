@@ -1,0 +1,257 @@
+"""Passes: all lanes once through the model, its weights streamed, and the plan corrected by what a pass shows.
+
+The plan comes from a trace. Where the model does something that the trace did not show (a weight used outside of its
+module, tensors kept between calls), the first pass, which is watched, finds out; it is run again under a better plan or
+another order of lanes, and nothing of the first attempt is left in the weights or the random generators.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Batches
+from ..data.losses import Batch, Objective, language_models, own_loss, scalar, weighing, without_cache
+from ..data.measures import OptionsLoss
+from ..data.micro_batches import Weighing, agree, nothing_counts, split_micro_batches
+from ..devices import Device
+from ..devices.placing import PlacedBatches, input_dtype, inputs_in, matmul_precision
+from ..errors import BudgetError, DataError, PlanError
+from ..kernels.records import STILL, Perturbation
+from ..kernels.scalars import divide
+from ..lanes.hub import Hub, Lane, LanesShareState, PlanFault
+from ..modules.compiled import eagerly
+from ..modules.generators import lane_seed
+from ..modules.modes import module_modes
+from ..modules.trees import tensor_bytes
+from ..plan.activations import ServiceOrder
+from ..plan.plan import Plan, relift
+from ..stream.streamer import Streamer
+
+_MAX_CORRECTIONS = 8  # of the plan, by watched runs; each adds a use, so a few are enough
+
+
+def _divide(x: Any, by: float) -> Any:
+    return divide(x, by) if isinstance(x, Tensor) else x / by
+
+
+class Passes:
+    """Passes of one model over one streamer.
+
+    order: in which lanes are served; fixed: and no other, even if the model needs lanes one after another. compute:
+    "tf32" for float32 products on the matrix units. mode: of the modules while they run (`modes.module_modes`). seed:
+    of the run, for the random numbers of forwards (`generators.py`). whole: see `split_micro_batches`. on_measured:
+    told the bytes of activations that a watched pass held, batches included; may raise, and the pass then has no
+    results. `plan` is the one that holds now: as given, or corrected.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        streamer: Streamer,
+        device: Device,
+        *,
+        objective: Objective,
+        order: ServiceOrder,
+        fixed: bool,
+        compute: str | None,
+        mode: str,
+        seed: int,
+        whole: Collection[str] | None = None,
+        on_measured: Callable[[int], None],
+    ) -> None:
+        self.model, self.plan, self.streamer, self.device, self.objective = model, plan, streamer, device, objective
+        self._fixed, self._compute, self._on_measured = fixed, compute, on_measured
+        self._mode, self._seed, self._modules = mode, seed, list(model.modules())
+        self._parts, self._whole = language_models(model), whole
+        self._own_weighing = weighing(model, objective)
+        self._input_dtype = input_dtype(model)
+        self._hub = self._attach(order)
+
+    def close(self) -> None:
+        """The model is as it was, but for its weights."""
+        self._hub.mend()
+        self._hub.detach()
+
+    def mend(self) -> None:
+        """After a pass was broken off anywhere: nothing of it is under way, and the model is as between passes."""
+        self._hub.mend()
+
+    def is_inside(self) -> bool:
+        """Whether the caller is code that a lane runs: a forward, or an objective."""
+        return self._hub.is_inside()
+
+    # ---- losses ------------------------------------------------------------------------------------------------------
+
+    def losses(
+        self,
+        batch: Batch,
+        perturbations: Sequence[Perturbation],
+        micro_batches: int,
+        *,
+        step: int,
+        late: bool,
+        objective: Objective | None = None,
+        empty: bool = False,
+    ) -> list[float] | list[Tensor]:
+        """The loss of each perturbation over the whole batch: micro-batches weighted by what counts in them.
+
+        step: whose random numbers all lanes get. late: float64 scalars on the device, which nobody waited for.
+        objective: in place of the engine's. empty: a batch in which nothing counts is asked for its loss all the same;
+        otherwise that raises DataError. A part in which nothing counts is left out.
+        """
+        objective = self.objective if objective is None else objective
+        weigh = self._weighing(objective)
+        parts = split_micro_batches(batch, micro_batches, self._whole)
+        weights = [1.0] * len(parts) if empty and not any(map(weigh, parts)) else weigh.shares(parts)
+        parts = [part for part, weight in zip(parts, weights, strict=True) if weight]
+        weights = [weight for weight in weights if weight]
+        if isinstance(objective, OptionsLoss):
+            parts = [objective.prepared(part) for part in parts]
+        lanes = [Lane(perturbation, part) for perturbation in perturbations for part in parts]
+        with without_cache(self.model, objective, self._parts):
+            call = partial(self._late_loss if late else self._loss, objective)
+            losses = self.forward(lanes, call, exact=False, seed=lane_seed(self._seed, "step", step))
+        if len(parts) == 1:
+            return losses
+        of_each = (losses[i : i + len(parts)] for i in range(0, len(losses), len(parts)))
+        return [weigh.together(these, weights, _divide) for these in of_each]
+
+    def measure(self, batches: Batches, between: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Weighted means of what `batches` measure, over one epoch. between: called before each batch.
+
+        Batches in which nothing counts are left out. Raises DataError where that is all of them.
+        """
+        objective = self.objective if batches.objective is None else batches.objective
+        weigh, counts = self._weighing(objective), []
+        sums: dict[str, float] = {}
+        weights: dict[str, float] = {}
+        for i, batch in enumerate(batches.epoch()):
+            between()
+            counts.append(weigh.counts(batch))
+            if not (of_batch := weigh(batch)):
+                last = batch
+                continue
+            options = getattr(batch, "options", None)
+            call = partial(self._values_of, batches, partial(self._loss, objective), of_batch, options)
+            with without_cache(self.model, objective, self._parts):
+                seed = lane_seed(self._seed, "evaluation", i)
+                values = self.forward([Lane(STILL, batch)], call, exact=True, seed=seed)[0]
+            for name, (value, weight) in values.items():
+                is_sum = weigh.summed and name == "loss"
+                sums[name] = sums.get(name, 0.0) + value * (1.0 if is_sum else weight)
+                weights[name] = weights.get(name, 0.0) + weight
+        if not weights:
+            raise DataError(f"nothing to evaluate: {nothing_counts([last])}")
+        if not agree(counts):
+            warnings.warn(
+                f"the evaluation weighs batches by {next(iter(counts[0]))!r}; the loss of {weigh.model} may be a mean "
+                f"over {', '.join(map(repr, list(counts[0])[1:]))}, and then it depends a little on batch_size",
+                stacklevel=2,
+            )
+        return {name: sums[name] / weights[name] for name in sums if weights[name]}
+
+    def _values_of(
+        self, batches: Batches, loss: Callable[[nn.Module, Batch], float], weight: float, options: Any,
+        model: nn.Module, batch: Batch,
+    ) -> dict[str, tuple[float, float]]:  # fmt: skip
+        return batches.measure(model, dict(batch), loss, weight, options)
+
+    def _weighing(self, objective: Objective) -> Weighing:
+        return self._own_weighing if objective is self.objective else weighing(self.model, objective)
+
+    def _loss(self, objective: Objective, model: nn.Module, batch: Batch) -> float:
+        loss = scalar(objective(model, batch))
+        return float(loss.item()) if isinstance(loss, Tensor) else loss
+
+    def _late_loss(self, objective: Objective, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss as float64 on the device: nobody waits for it."""
+        loss = scalar(objective(model, batch))
+        if isinstance(loss, Tensor):
+            return loss.to(torch.float64)
+        return torch.full((), loss, dtype=torch.float64, device=self.device.torch_device)
+
+    # ---- one pass ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        lanes: Sequence[Lane],
+        call: Callable[[nn.Module, Batch], Any],
+        *,
+        exact: bool,
+        seed: int | None = None,
+    ) -> list[Any]:
+        """What `call(model, batch)` gives in each lane. A failure leaves the weights unharmed, and all of this usable.
+
+        exact: an evaluation, of lanes that are not perturbed: of split formats it sees the masters. The lanes of a step
+        never do, perturbed or not, since their losses are compared with one another. seed: of the lanes' random
+        numbers; None: those of the caller's generators, which go on as after one forward.
+        Raises PlanError if the plan cannot be corrected, LanesShareState if it is fixed that lanes take turns.
+        """
+        placed = PlacedBatches(self.device)
+        lanes = [Lane(lane.perturbation, placed.place(lane.batch)) for lane in lanes]
+        for _ in range(_MAX_CORRECTIONS):
+            hub, streamer = self._hub, self.streamer
+            streamer.begin_pass(exact)
+            seen = hub.trace
+            try:
+                with (
+                    torch.no_grad(),
+                    matmul_precision(self._compute),
+                    inputs_in(self.model, self._input_dtype),
+                    eagerly(self.model),
+                    own_loss(self.model, self.objective, self._parts),
+                    module_modes(self._modules, self._mode),
+                ):
+                    results = hub.run(lanes, call, seed=seed, host_of=placed.host_of)
+                streamer.end_pass()
+            except PlanFault as fault:  # a weight was used where the plan did not have it: lift its owner, run again
+                streamer.mend()
+                last: PlanError = fault
+                self._adopt(relift(self.plan, fault.trace))
+                continue
+            except LanesShareState:  # a module keeps tensors between calls: one lane after another, as its code expects
+                streamer.mend()
+                if self._fixed:
+                    raise
+                hub.detach()
+                self._hub = self._attach("lane")
+                continue
+            except BaseException:
+                hub.mend()
+                streamer.mend()
+                raise
+            if hub.trace is not seen:  # a watched run: each module's weights had memory of their own
+                self.device.trim()
+                self._measured(hub.activation_bytes + tensor_bytes(lane.batch for lane in lanes))
+            if not self.plan.traced and hub.trace is not None and hub.trace.complete:
+                self._adopt(relift(self.plan, hub.trace))  # the first real run shows what tracing could not
+            return results
+        raise PlanError(f"the plan still has faults after {_MAX_CORRECTIONS} corrections; the last: {last}")
+
+    def watch_next(self) -> None:
+        """Watch the next pass, whatever was seen before."""
+        self._hub.adopt(self.plan)
+
+    def _measured(self, nbytes: int) -> None:
+        try:
+            self._on_measured(nbytes)
+        except BudgetError:
+            self.watch_next()  # a second try is refused again
+            raise
+
+    def _adopt(self, plan: Plan) -> None:
+        self.plan = plan
+        self.streamer.set_plan(plan)
+        self._hub.adopt(plan)
+
+    def _attach(self, order: ServiceOrder) -> Hub:
+        hub = Hub(self.model, self.plan, self.streamer, order=order)
+        hub.attach()
+        return hub

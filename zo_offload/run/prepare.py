@@ -1,0 +1,234 @@
+"""From a model and settings to what a run needs to know before any weight is read; one way, for runs and for plans.
+
+    prepared = prepare(model, base.dtype_of, config, method, device)      # formats, blocks, tier, fold_every
+    memory = prepared.plan_memory(batch, objective=..., ...)              # window, order of lanes, bytes by term
+
+The engine begins with this, `zo-offload plan` shows it, and a replay checks it against the journal. So whatever can be
+run can be planned, with the same numbers: any storage, method, number of lanes and tier.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import EngineConfig
+from ..data.batches import most_ids
+from ..data.losses import Objective, for_a_loss
+from ..data.micro_batches import split_micro_batches
+from ..devices import PlannedDevice
+from ..errors import BudgetError
+from ..methods import Method, check_tunes
+from ..modules.recorder import ForwardCall
+from ..modules.state import undisturbed
+from ..modules.trees import tensor_bytes
+from ..plan.activations import NOT_MEASURED, Activations, measure_activations
+from ..plan.layout import Layout, make_layout
+from ..plan.plan import Plan, make_plan
+from ..plan.storage import choose_fold_every, decide_formats
+from ..plan.trace import meta_copy
+from ..system.host_memory import available_bytes
+from ..system.units import parse_bytes, show_bytes
+from .auto import choose_storage
+from .memory import MemoryPlan, held_together, plan_memory
+
+Batch = Mapping[str, Any]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model with the format of each parameter, its blocks and its tier decided. No weight has been read.
+
+    config: as given, with storage="auto" replaced by the format it stands for. full_plan: before the method and the
+    format said what trains.
+    """
+
+    shadow: nn.Module | str
+    """The model on meta, as it was before anything was attached to it: what activations are measured on. A
+    string: why the module could not be copied."""
+    full_plan: Plan
+    plan: Plan
+    layout: Layout
+    config: EngineConfig
+    method: Method
+    device: PlannedDevice
+    offload: str
+    """Where blocks live: "none", "host" or "disk"; never "auto"."""
+    fold_every: int
+    storage_note: str
+    """Why storage="auto" took its format; empty if a format was named."""
+
+    @property
+    def perturbations(self) -> int:
+        """How many a step has: lanes, before a batch is cut into parts."""
+        return len(self.method.perturbations(self.config.seed, 0))
+
+    def plan_memory(
+        self, batch: Batch | None, *, objective: Objective, micro_batches: int = 1, process: int = 0
+    ) -> MemoryPlan:
+        """Window and order of lanes for a step on `batch`, every term in bytes; without a batch, activations are 0.
+
+        process: bytes that the process took before. Raises BudgetError, with the terms, if `device_memory` is less than
+        the least that works.
+        """
+        activations, rows = NOT_MEASURED, 0
+        if batch is not None:
+            activations = self._activations(split_micro_batches(batch, micro_batches, self.config.whole)[0], objective)
+            rows = most_ids(batch)
+        memory = self._within_budget(micro_batches, rows, activations, process)
+        for note in memory.notes:
+            _log.warning("%s", note)
+        return memory
+
+    def plan_blindly(self, *, process: int = 0) -> MemoryPlan:
+        """As `plan_memory`, for a run that is under way before its first batch: what a budget leaves is in reserve."""
+        return self._within_budget(1, 0, Activations(unknown="the run was started without a batch"), process)
+
+    def check_batch(self, memory: MemoryPlan, batch: Batch, *, objective: Objective, micro_batches: int) -> None:
+        """Raise BudgetError if a batch takes more than the budget leaves beside the window that `memory` laid out."""
+        part = split_micro_batches(batch, micro_batches, self.config.whole)[0]
+        activations = self._activations(part, objective)
+        if memory.budget is None or activations.unknown:
+            return
+        held = held_together(activations, memory.order, self.perturbations, micro_batches)
+        need = memory.device_bytes - memory.terms["activations"] + held
+        if need > memory.budget:
+            raise BudgetError(
+                f"device_memory={show_bytes(memory.budget)} is too small for a batch that is larger than those before: "
+                f"its activations take {show_bytes(held)}, {show_bytes(memory.terms['activations'])} was planned. The "
+                f"step was not taken. Use batches of one size, micro_batches, or device_memory of at least "
+                f"{show_bytes(need)}"
+            )
+
+    def _within_budget(self, micro_batches: int, rows: int, activations: Activations, process: int) -> MemoryPlan:
+        asked = None if self.config.device_memory is None else parse_bytes(self.config.device_memory, "device_memory")
+        budget = self.device.budget(asked, chosen=self.config.num_slots is not None)
+        try:
+            return self._fit_into(budget, micro_batches, rows, activations, process)
+        except BudgetError as error:
+            if asked is None or budget is None or asked == budget:
+                raise
+            raise BudgetError(
+                f"{error}. Of device_memory={show_bytes(asked)} the CUDA context and libraries take "
+                f"{show_bytes(asked - budget)}"
+            ) from None
+
+    def _activations(self, part: Batch, objective: Objective) -> Activations:
+        call: ForwardCall = objective
+        if isinstance(self.shadow, str):
+            return Activations(inputs=tensor_bytes([part]), unknown=self.shadow)
+        with undisturbed(self.shadow, self.config.mode, self.config.seed):
+            return measure_activations(
+                self.shadow, self.plan, part, call, device=self.device.kind,
+                losses=lambda model: for_a_loss(model, objective),
+            )  # fmt: skip
+
+    def _fit_into(
+        self, budget: int | None, micro_batches: int, rows: int, activations: Activations, process: int
+    ) -> MemoryPlan:
+        config = self.config
+        return plan_memory(
+            self.plan, self.layout, offload=self.offload, budget=budget, num_slots=config.num_slots,
+            perturbations=self.perturbations, micro_batches=micro_batches,
+            order=config.order, ahead=config.prefetch, io_threads=config.io_threads if config.overlap else 0,
+            rows=rows, activations=activations, process=process,
+        )  # fmt: skip
+
+
+def prepare(
+    model: nn.Module,
+    dtype_of: Callable[[str], torch.dtype],
+    config: EngineConfig,
+    method: Method,
+    device: PlannedDevice,
+    *,
+    example: Batch | None = None,
+    call: ForwardCall | None = None,
+    offload: str | None = None,
+    notes: tuple[str, ...] = (),
+) -> Prepared:
+    """Decide how a model is cut, stored and streamed. Reads no weights.
+
+    dtype_of: of a parameter of the base, by name. example: a batch to trace the forward with, and call how; otherwise
+    the model's dummy inputs are used. offload: a tier that is known already, whatever the settings say. notes: of the
+    model, to be the plan's first. Raises
+    ConfigError for settings that do not go together, BudgetError if a memory tier cannot hold the model.
+    """
+    traced = {} if call is None else {"call": call}
+    with undisturbed(model, config.mode, config.seed):
+        full = make_plan(
+            model, example, trainable=config.trainable, block_numel=config.block_numel, notes=notes, **traced
+        )
+    check_tunes(method.tunes, method.lr, method.eps, full)
+    note = ""
+    if config.storage == "auto":
+        storage, note = choose_storage(full, dtype_of, config)
+        config = replace(config, storage=storage)
+    stored = decide_formats(full, config.storage, dtype_of, config.keep, method.target)
+    layout = make_layout(stored.plan, stored.format_of, stored.target)
+    offload = choose_offload(config, layout, device) if offload is None else offload
+    fold_every = choose_fold_every(config.fold_every, stored.plan, layout, offload, method.distribution, method.noises)
+    return Prepared(_shadow(model), full, stored.plan, layout, config, method, device, offload, fold_every, note)
+
+
+def _shadow(model: nn.Module) -> nn.Module | str:
+    try:
+        return meta_copy(model)
+    except Exception as error:  # whatever the module's own code raises when it is copied
+        return f"the module cannot be copied: {type(error).__name__}: {error}"[:200]
+
+
+def choose_offload(config: EngineConfig, layout: Layout, device: PlannedDevice) -> str:
+    """`offload`, with "auto" decided: none if the stored model takes at most half of the free memory, else disk.
+
+    On a GPU: none if it takes at most half of the GPU's free memory, else host if the host can hold it, else disk.
+    Raises BudgetError if a memory tier cannot hold the model.
+    """
+    need, free = layout.total_bytes, available_bytes()
+    if device.own_memory:
+        return _choose_beside_gpu(config, need, free, device.free_bytes())
+    if config.offload == "auto":
+        if need <= free / 2 or (config.run_dir is None and need <= 0.9 * free):
+            return "none"
+        if config.run_dir is None:
+            raise BudgetError(
+                f"the stored model takes {show_bytes(need)} and {show_bytes(free)} of memory is free: "
+                "give run_dir=... so that it can stream from disk"
+            )
+        return "disk"
+    if config.offload in ("none", "host") and need > free:
+        raise BudgetError(
+            f"offload={config.offload!r} keeps the whole model in memory: {show_bytes(need)}, but "
+            f"{show_bytes(free)} is free. Use offload='disk', or a smaller storage format"
+        )
+    return config.offload
+
+
+def _choose_beside_gpu(config: EngineConfig, need: int, host: int, gpu: int) -> str:
+    if config.offload == "auto":
+        if need <= gpu / 2:
+            return "none"
+        if need <= 0.9 * host:
+            return "host"
+        if config.run_dir is None:
+            raise BudgetError(
+                f"the stored model takes {show_bytes(need)}; {show_bytes(gpu)} of GPU memory and {show_bytes(host)} of "
+                "host memory are free: give run_dir=... so that it can stream from disk"
+            )
+        return "disk"
+    free = {"none": gpu, "host": host}.get(config.offload, need)
+    if need > free:
+        where = "GPU" if config.offload == "none" else "host"
+        raise BudgetError(
+            f"offload={config.offload!r} keeps the whole model in {where} memory: {show_bytes(need)}, but "
+            f"{show_bytes(free)} is free. Use offload={'host' if config.offload == 'none' else 'disk'!r}, or a smaller "
+            "storage format"
+        )
+    return config.offload

@@ -1,0 +1,305 @@
+"""From a prepared model to a run under way: its tier, its identity, fresh or resumed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, ConfigError, JournalError, StorageError
+from ..journal import run_directory
+from ..journal.format import history_start
+from ..journal.gains import decide_gains, gains_of
+from ..journal.identity import about_base, check_identity, check_sample, header_of, identity, warn_of_versions
+from ..journal.journal import Journal
+from ..kernels.records import Gains
+from ..modules.modes import modes_of
+from ..numerics.updates import UpdateLog
+from ..stream.ingest import Base, ModuleBase, ingest
+from ..system import diskio
+from ..system.closing import Closing
+from ..system.lock import NAME as LOCK
+from ..system.lock import RunLock, hold
+from ..tiers import DiskTier, HostTier, ResidentTier, Tier
+from ..tiers.disk import Shape, shapes_of
+from .opening import Opened
+from .origin import RunOrigin
+from .prepare import Prepared
+from .snapshot import Snapshots
+from .stepper import Stepper, make_stepper
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run under way: where its blocks live, what they lack, and what makes it durable (None without a run_dir)."""
+
+    tier: Tier
+    stepper: Stepper
+    """With the log of the steps that blocks may lack."""
+    gains: Gains
+    journal: Journal | None = None
+    lock: RunLock | None = None
+    snapshots: Snapshots | None = None
+    reopened: bool = False
+
+    def settle(self) -> None:
+        """Wait for the background snapshot, before somebody else writes the blocks."""
+        if self.snapshots is not None:
+            self.snapshots.wait()
+
+    def close(self) -> None:
+        """Stop the background work, close the files, give the directory up; all of it, whatever fails. Raises what kept
+        steps from the disk. Safe to call twice."""
+        closing = Closing()
+        if self.lock is not None:
+            closing.add(self.lock.release)
+        if self.journal is not None:
+            closing.add(self.journal.close)
+        closing.add(self.tier.close)
+        if self.snapshots is not None:
+            closing.add(self.snapshots.close)
+        closing.close()
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Begins a session, or opens the one that the run directory holds. objective: its name; None: the model's own loss.
+
+    fresh: whether a new run was asked for; else what run_dir holds is to go on.
+    """
+
+    opened: Opened
+    objective: str | None = None
+    fresh: bool = True
+
+    def start(self, admit: Callable[[Journal], None] = lambda journal: None) -> Session:
+        """Fill a tier from the base and begin a run, or reopen an earlier run's tier, log and journal.
+
+        A run is fresh if run_dir holds no journal. Reopened, its blocks on disk (of a run in memory: its snapshots) are
+        taken as they are; the others are read from the base. Each is brought up to date by replay at its next visit.
+        admit: raises if a journal that is reopened cannot go on with what is asked for; called before weights are read.
+        """
+        run_dir = self.opened.run_dir
+        if run_dir is None:
+            tier, gains = self._memory_tier(), self._first_gains()
+            self._ingest(tier)
+            return Session(tier, self._stepper(UpdateLog(), None, gains), gains)
+        try:
+            return self._start_in(run_dir, admit)
+        except StorageError:
+            raise
+        except OSError as error:
+            raise diskio.storage_error(error, "starting a run in", run_dir, then="No step was taken.") from error
+
+    def _start_in(self, run_dir: Path, admit: Callable[[Journal], None]) -> Session:
+        reopens = (run_dir / run_directory.JOURNAL).exists() and not (
+            run_directory.is_without_steps(run_dir) and (self.fresh or not run_directory.takes_notes(run_dir))
+        )
+        if self.fresh or not reopens:
+            run_directory.check_fresh(run_dir)
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise diskio.storage_error(error, "making", run_dir, then="Nothing was trained yet.") from error
+        with ExitStack() as undo:  # of what was opened, if the rest fails: a journal that is left open stays held
+            lock = RunLock.take(run_dir)
+            undo.callback(lock.release)
+            session = self._reopen(run_dir, lock, undo, admit) if reopens else self._begin(run_dir, lock, undo)
+            undo.pop_all()
+            return session
+
+    @property
+    def _base(self) -> Base:
+        return self.opened.base
+
+    @property
+    def _prepared(self) -> Prepared:
+        return self.opened.prepared
+
+    def _first_gains(self) -> Gains:
+        prepared = self._prepared
+        if self.opened.gains is not None:
+            return self.opened.gains
+        return decide_gains(prepared.plan, prepared.layout, prepared.method, self._base)
+
+    def _memory_tier(self) -> Tier:
+        block_bytes, device = self._prepared.layout.block_bytes, self.opened.device
+        if self._prepared.offload == "none":
+            return ResidentTier(block_bytes, device.alloc)
+        return HostTier(block_bytes, device.host_alloc)
+
+    def _ingest(self, tier: Tier, blocks: Iterable[int] | None = None) -> None:
+        prepared, alloc = self._prepared, self.opened.device.host_alloc
+        ingest(prepared.plan, prepared.layout, self._base, tier, alloc, blocks=blocks)
+
+    def _stepper(self, log: UpdateLog, journal: Journal | None, gains: Gains) -> Stepper:
+        return make_stepper(self._prepared, self.opened.device, log, journal, gains)
+
+    def _shapes(self) -> tuple[Shape, ...]:
+        layout = self._prepared.layout
+        return shapes_of(layout.block_bytes, layout.spans, layout.stream_bytes)
+
+    def _identity(self, base_digest: str) -> dict[str, Any]:
+        return identity_of(self.opened, base_digest)
+
+    def _clear(self, run_dir: Path) -> None:
+        """Remove the journal and metrics of a run without steps, which is begun anew. Its blocks are taken over."""
+        path = run_dir / run_directory.JOURNAL
+        if not path.exists():
+            return
+        held = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            hold(held, path)
+            if not run_directory.is_without_steps(run_dir):
+                raise ConfigError(f"{run_dir} was begun by another engine. Give another run_dir")
+            (run_dir / run_directory.METRICS).unlink(missing_ok=True)
+            path.unlink()
+            diskio.sync_directory(run_dir)
+        finally:
+            os.close(held)
+
+    def _begin(self, run_dir: Path, lock: RunLock, undo: ExitStack) -> Session:
+        self._clear(run_dir)
+        opened, prepared, origin = self.opened, self._prepared, RunOrigin(self.opened)
+        gains = self._first_gains()
+        run_directory.save_config(run_dir, opened.name, opened.model_class, prepared.config, prepared.method)
+        files = None
+        if prepared.offload == "disk":
+            files = DiskTier.create(run_dir / run_directory.BLOCKS, self._shapes(), origin)
+            undo.callback(files.close)
+        tier = files if files is not None else self._memory_tier()
+        self._ingest(tier)
+        wanted = self._identity(self._base.digest())
+        header = header_of(
+            wanted, self._base, prepared.plan, prepared.layout, prepared.config, opened.name, opened.model_class, gains,
+            self.objective,
+        )  # fmt: skip
+        if not lock.is_there(run_dir):
+            raise ConfigError(f"{run_dir}: its file {LOCK!r} was removed while the run began. Begin it again")
+        if files is not None:
+            files.bind(history_start(header))  # before there is a journal: a run's blocks say what they are of
+        journal = Journal.create(run_dir / run_directory.JOURNAL, header)
+        undo.callback(journal.close)
+        stepper = self._stepper(UpdateLog(), journal, gains)
+        origin.begin(journal, stepper)
+        return Session(tier, stepper, gains, journal, lock, self._snapshots(run_dir, tier, files, origin))
+
+    def _reopen(self, run_dir: Path, lock: RunLock, undo: ExitStack, admit: Callable[[Journal], None]) -> Session:
+        prepared, origin = self._prepared, RunOrigin(self.opened)
+        journal = Journal.open(run_dir / run_directory.JOURNAL, alone=True)
+        undo.callback(journal.close)
+        if journal.dropped_bytes:
+            _log.warning("%s: dropped the unfinished last %d bytes", journal.path, journal.dropped_bytes)
+        updates = UpdateLog()
+        for record in journal.steps:
+            updates.append(record.updates)
+        blocks, files = run_dir / run_directory.BLOCKS, None
+        if blocks.is_dir() and not DiskTier.is_unfinished(blocks, self._shapes()):
+            files = self._open_files(run_dir, journal, origin, undo)
+        # All but the base is compared first: no weight is read for a run that cannot go on.
+        known = journal.header
+        unread = not isinstance(self._base, ModuleBase)  # weights in memory are cheap to compare whole
+        check_identity(self._identity(str(known.get("base")) if unread else self._base.digest()), known)
+        admit(journal)
+        if unread:
+            check_sample(self._base, journal.header)
+        warn_of_versions(journal.header, str(run_dir))
+        all_blocks = list(range(len(prepared.layout.block_bytes)))
+        tier: Tier
+        if prepared.offload != "disk":
+            tier = self._memory_tier()
+            again = all_blocks if files is None else self._copy_in(files, tier)
+        elif files is not None:
+            tier, again = files, sorted(files.torn)
+        else:
+            tier = files = DiskTier.create(run_dir / run_directory.BLOCKS, self._shapes(), origin)
+            undo.callback(files.close)
+            again = all_blocks
+        gains = gains_of(journal.header, prepared.plan, str(journal.path))
+        stepper = self._stepper(updates, journal, gains)
+        origin.begin(journal, stepper)
+        if again:
+            # The base is read only where it is needed; then it is checked too, before a block of it is written.
+            check_identity(self._identity(self._base.digest()), known)
+            self._ingest(tier, again)
+        snapshots = self._snapshots(run_dir, tier, files, origin)
+        return Session(tier, stepper, gains, journal, lock, snapshots, reopened=True)
+
+    def _open_files(self, run_dir: Path, journal: Journal, origin: RunOrigin, undo: ExitStack) -> DiskTier:
+        """The run's block files. Raises JournalError if they are of another layout, or know more than the journal."""
+        layout = self._prepared.layout
+        if journal.header.get("layout") != layout.digest():
+            raise JournalError(
+                f"{run_dir / run_directory.BLOCKS}: written under byte layout {journal.header.get('layout')}, this "
+                f"engine has {layout.digest()}. Remove that folder to rebuild the blocks from the base and the journal"
+            )
+        files = DiskTier.open(run_dir / run_directory.BLOCKS, self._shapes(), origin)
+        undo.callback(files.close)
+        for block in range(len(layout.block_bytes)):
+            for generation, header in files.headers(block):
+                if header.history == 0:  # a power cut fell between the block and the word of what it is
+                    files.forget(block, generation)
+                    continue
+                version = header.version
+                if version > len(journal.steps):
+                    raise JournalError(
+                        f"{run_dir}: block {block} has {version} steps folded in, the journal holds "
+                        f"{len(journal.steps)}: the journal was cut or replaced. Restore it, or give up those steps: "
+                        f"zo-offload journal cut {run_dir} --to {len(journal.steps)}"
+                    )
+                if not header.is_of(journal.chain, journal.history):
+                    base = " (or is of another base)" if version == 0 else ""
+                    raise JournalError(
+                        f"{run_dir}: block {block} at step {version} comes from another history{base}: it has "
+                        f"{header.history or header.chain:08x}, journal {journal.history(version):08x}. Restore the "
+                        f"journal or the blocks, or remove the folder {run_directory.BLOCKS} to rebuild all blocks "
+                        "from the base"
+                    )
+        return files
+
+    def _copy_in(self, files: DiskTier, tier: Tier) -> list[int]:
+        """Blocks on disk -> a memory tier, at the versions they have; returns those that the disk does not have."""
+        missing = sorted(files.torn)
+        for block, nbytes in enumerate(self._prepared.layout.block_bytes):
+            if block in files.torn:
+                continue
+            view = tier.view(block)
+            in_place = view is not None and view.device.type == "cpu"  # a file is read into the host's memory only
+            buffer = view if in_place and view is not None else self.opened.device.host_alloc(nbytes)
+            try:
+                files.fetch(block, buffer)
+            except CheckpointError:
+                missing.append(block)
+                continue
+            if view is not None and not in_place:
+                buffer = view.copy_(buffer)
+            tier.flush(block, buffer, ((0, nbytes),), files.version(block))
+        return missing
+
+    def _snapshots(self, run_dir: Path, tier: Tier, files: DiskTier | None, origin: RunOrigin) -> Snapshots:
+        def open_files() -> DiskTier:
+            return DiskTier.create(run_dir / run_directory.BLOCKS, self._shapes(), origin) if files is None else files
+
+        plan, layout, config = self._prepared.plan, self._prepared.layout, self._prepared.config
+        layers = groupby(plan.blocks, key=lambda block: block.name)
+        written = [[block.index for block in layer if block.index in layout.written] for _, layer in layers]
+        return Snapshots(
+            tier, open_files, layout, [layer for layer in written if layer], self.opened.device.host_alloc,
+            minutes=config.snapshot_minutes, steps=config.snapshot_steps,
+        )  # fmt: skip
+
+
+def identity_of(opened: Opened, base_digest: str) -> dict[str, Any]:
+    """What a run of this model, stored and trained like this, is compared with: see `identity.py`."""
+    prepared = opened.prepared
+    return identity(
+        prepared.plan, prepared.layout, prepared.config, prepared.method, prepared.fold_every, base_digest,
+        about_base(opened.model, opened.directory, prepared.config), modes_of(opened.model, prepared.config.mode),
+    )  # fmt: skip

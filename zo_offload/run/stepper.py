@@ -1,0 +1,221 @@
+"""From a step's losses to its update, its journal record and the log: at once, or (on a GPU) a step late.
+
+    launch   losses -> coefficients -> the log. Blocks visited from here on get the update.
+    settle   read the losses, build the record, write the journal. Raises what the method's policy says.
+
+Where the losses are on the host, both happen in `step`. Where they are not (`late.py`), the engine launches step t and
+then settles step t - 1 (so a halved eps is first used by step t + 1). Whoever is about to write bytes that contain a
+step settles it first (`Origin.before_write`), on whatever thread that is; its losses are on the host by then or soon,
+since the bytes came after them on the GPU.
+
+A step is taken from the moment that the log has it, which is the last move of `launch` (late) or `settle`. Whatever
+raises wherever before that, the step was not taken; `mend` takes back what else was done for it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..devices import Device, Later
+from ..errors import ConfigError, DivergenceError
+from ..journal.journal import Journal, StepRecord
+from ..kernels.device_updates import UpdateTable
+from ..kernels.records import Gains, Update
+from ..methods import Method
+from ..numerics.updates import UpdateLog, with_folds
+from . import late
+from .late import LateLog, Launched
+from .prepare import Prepared
+
+MAX_HALVINGS = 10  # of eps, by on_nonfinite="halve_eps": a thousandth of what was asked is no longer the same method
+
+
+class Stepper:
+    """Steps of one run, in order. limit: the largest value of the narrowest storage format."""
+
+    def __init__(
+        self,
+        method: Method,
+        run_seed: int,
+        fold_every: int,
+        log: UpdateLog,
+        journal: Journal | None,
+        device: Device,
+        limit: float,
+        *,
+        halvings: int = 0,
+    ) -> None:
+        self.method, self.run_seed, self.fold_every = method, run_seed, fold_every
+        self.log, self.journal, self.device, self.limit = log, journal, device, limit
+        self._halvings_before = halvings
+        self._halved: set[int] = set()  # steps of this engine after which eps was halved
+        self._open: deque[Launched] = deque()  # launched, not settled
+        self._done: dict[int, StepRecord | DivergenceError] = {}  # settled, not asked for
+        self._lock = threading.RLock()  # who writes blocks may ask for what is being settled
+
+    @property
+    def late(self) -> bool:
+        """Whether losses stay on the device: it must want that."""
+        return isinstance(self.log, LateLog)
+
+    @property
+    def halvings(self) -> int:
+        """Of eps so far, by on_nonfinite="halve_eps"."""
+        return self._halvings_before + sum(step < self.log.version for step in self._halved)
+
+    @property
+    def current(self) -> Method:
+        """The method with the eps that the next step is taken with."""
+        return self.method.with_options(eps=self.method.eps * 0.5**self.halvings) if self.halvings else self.method
+
+    def begin(self) -> None:
+        """Before the lanes of a step: what was launched and not finished comes first, where the host has its losses."""
+        if not self.late:
+            self.settle_before(self.log.version + 1)
+
+    def launch(self, losses: Sequence[float] | Sequence[Tensor], lr: float, batch_crc: int) -> Launched:
+        """Take a step's losses (float64 scalars on the device if `late`). The log has the step when this returns,
+        unless it must be settled to know."""
+        step = self.log.version
+        if not self.late:
+            launched = Launched(step, lr, batch_crc, self.current, losses=[float(x) for x in losses])
+        else:
+            assert isinstance(self.log, LateLog)
+            stacked = torch.stack([x for x in losses if isinstance(x, Tensor)])
+            method = self.current
+            outcome = method.outcome(stacked, lr)
+            unknown = [0.0] * len(outcome.coefficients)
+            known = with_folds(method.updates(self.run_seed, step, unknown, lr), step, self.fold_every)
+            launched = Launched(step, lr, batch_crc, method, num_losses=len(losses))
+
+            def under_way(sent: Later) -> None:
+                launched.later = sent
+                self._open.append(launched)
+
+            late.launch(self.log, known, stacked, outcome, self.limit, self.device.later, under_way)
+            return launched
+        self._open.append(launched)
+        return launched
+
+    def settle(self, launched: Launched) -> StepRecord:
+        """The step's record, journaled. Raises DivergenceError if the method stops at a step like this."""
+        self.settle_before(launched.step + 1)
+        result = self._done.pop(launched.step, None)
+        if result is None:
+            raise ConfigError(
+                f"step {launched.step} is not under way: it was finished before, or broken off. {self.log.version} "
+                "steps are taken; launch the next one"
+            )
+        if isinstance(result, DivergenceError):
+            self._forget_after(launched.step)
+            raise result
+        return result
+
+    def settle_before(self, version: int) -> None:
+        """Settle every launched step below `version`, in order. Any thread may call this."""
+        with self._lock:
+            while self._open and self._open[0].step < version:
+                launched = self._open[0]  # stays until it is done: what is broken off is done again
+                if launched.step not in self._done:
+                    self._done[launched.step] = self._settle(launched)
+                self._open.popleft()
+
+    def _settle(self, launched: Launched) -> StepRecord | DivergenceError:
+        step, lr = launched.step, launched.lr
+        losses, told, applies = launched.read()
+        error: DivergenceError | None = None
+        stop = False
+        try:
+            outcome = launched.method.update(self.run_seed, step, losses, lr)
+            self._check_update(step, outcome.updates)
+            updates = with_folds(outcome.updates, step, self.fold_every)
+            record = StepRecord(step, updates, outcome.loss, outcome.grad, lr, False, launched.batch_crc)
+        except DivergenceError as divergence:
+            updates, error = (), divergence
+            halve = self.method.on_nonfinite == "halve_eps"
+            others = self._halvings_before + len(self._halved - {step})
+            stop = self.method.on_nonfinite == "stop" or (halve and others == MAX_HALVINGS)
+            halve = halve and not stop
+            record = StepRecord(step, (), math.nan, math.nan, lr, True, launched.batch_crc, halve)
+            if halve:
+                self._halved.add(step)
+        if launched.later is None:
+            if error is not None and stop:
+                return error
+            self._write(record)
+            self.log.append(record.updates)
+            return record
+        assert isinstance(self.log, LateLog)
+        late.check_same(step, updates, told, applies)
+        if error is not None:  # the device has this step already, as one that changes nothing: so says the journal
+            record = replace(record, updates=late.nothing(self.log.steps[step - self.log.base]))
+        self._write(replace(record, skipped=False))
+        self.log.settle(step, record.updates)
+        return error if error is not None and stop else record
+
+    def _write(self, record: StepRecord) -> None:
+        if self.journal is None:
+            return
+        if self.late and record.step < len(self.journal.steps):
+            return  # the settling of a step that the log has is done again if it was broken off
+        self.journal.append(record)
+
+    def mend(self) -> None:
+        """After anything was broken off: journal, log and what is under way agree. Nothing else may be running.
+
+        The steps that were taken are settled. Raises StorageError, and DivergenceError of a step that nobody waits for
+        any more.
+        """
+        with self._lock:
+            self.log.mend()
+            version = self.log.version
+            self._halved = {step for step in self._halved if step < version}
+            if self.journal is not None:
+                self.journal.mend(min(version, len(self.journal.steps)))
+            while self._open and (self._open[-1].later is None or self._open[-1].step >= version):
+                self._open.pop()
+            self._done = {step: result for step, result in self._done.items() if step < version}
+            for launched in list(self._open):
+                self.settle_before(launched.step + 1)
+                result = self._done[launched.step]
+                if isinstance(result, DivergenceError):
+                    self._forget_after(launched.step)
+                    raise result
+
+    def _forget_after(self, step: int) -> None:
+        """A run that stops at a step takes back the one that was launched after it. No block has its update."""
+        if isinstance(self.log, LateLog):
+            with self._lock:
+                self.log.cut(step + 1)
+                self._open.clear()
+                self._done.clear()
+
+    def _check_update(self, step: int, updates: Sequence[Update]) -> None:
+        """An update that would overflow a 16-bit float format is refused before it reaches any weight."""
+        largest = max((abs(update.coeff) for update in updates), default=0.0) * late.MAX_NOISE
+        if largest >= self.limit:
+            raise DivergenceError(
+                f"step {step}: an update of {largest:g} would overflow the storage format (largest value "
+                f"{self.limit:g}). The weights are as after step {step - 1}. Lower lr or eps"
+            )
+
+
+def make_stepper(prepared: Prepared, device: Device, log: UpdateLog, journal: Journal | None, gains: Gains) -> Stepper:
+    """The stepper of a run with the steps of `log`, whose journal this is; on a device that is late its log is too."""
+    if device.late:
+        factors = {gain.update for gain in gains.values()}
+        log = LateLog(log, UpdateTable(device.torch_device, device.upload, factors))
+    formats = [place.fmt.torch_dtype for place in prepared.layout.places.values()]
+    largest = min((torch.finfo(dtype).max for dtype in formats), default=math.inf)
+    return Stepper(
+        prepared.method, prepared.config.seed, prepared.fold_every, log, journal, device,
+        largest / max((1.0, *(gain.update for gain in gains.values()))),
+        halvings=sum(record.halved for record in journal.steps) if journal is not None else 0,
+    )  # fmt: skip

@@ -1,0 +1,169 @@
+"""An engine that anything may break off, anywhere: who is inside, and in what state the last one left it.
+
+On the main thread a signal handler's exception (KeyboardInterrupt, or whatever the user's own handlers raise) can come
+at any bytecode, in clean-up code too. So nothing here counts on reaching its last line:
+
+    Door       one thread at a time, and no forked process; callbacks may come in again
+    Whole      work on the parts is begun by saying that they are broken and ended by saying that they are not. Whoever
+               comes next and finds them broken mends them first, and may be broken off in that as well
+
+How it is closed is `closing.py`'s.
+
+What is mended to: the steps that the log has (`stepper.py`), blocks as their tier has them (`window.py`), a model
+between passes (`lanes/hub.py`). A block in memory that was half written has no such state: then the engine is torn, and
+says so at every call.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from ..devices.link import Link
+from ..errors import ConfigError, DivergenceError, TornError
+from ..journal.learning_watch import LearningWatch
+from ..modules.modes import modes_kept
+from ..stream.slots import Traffic
+from ..stream.streamer import Streamer
+from .passes import Passes
+from .session import Session
+from .stepper import Stepper
+
+_Result = TypeVar("_Result")
+
+
+class Door:
+    """One thread at a time. A second one is refused, not kept waiting; the one inside may come in again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._owner = 0  # who came in last; whether it is still inside, the lock knows
+        self.pid: int | None = None
+        """The process that has started the engine."""
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process was forked from the one that runs the engine, whose threads it does not have."""
+        return self.pid is not None and self.pid != os.getpid()
+
+    def call(self, method: Callable[[], _Result]) -> _Result:
+        """method(), inside. Raises ConfigError where somebody else is."""
+        if self.is_forked:
+            raise ConfigError(
+                f"this engine runs in process {self.pid}, from which this one was forked: its threads, files and lock "
+                "are there. Use it there, or make an engine (with another run_dir) here"
+            )
+        if threading.current_thread() is not threading.main_thread():
+            if not self._lock.acquire(blocking=False):
+                self._refuse()
+            try:
+                self._owner = threading.get_ident()
+                return method()
+            finally:
+                self._lock.release()
+        if self._owner not in (0, threading.get_ident()):
+            if not self._lock.acquire(blocking=False):
+                self._refuse()
+            self._lock.release()
+        with self._lock:  # one move of the interpreter: no signal handler comes between taking it and giving it back
+            self._owner = threading.get_ident()
+            return method()
+
+    def _refuse(self) -> None:
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        raise ConfigError(
+            f"thread {names.get(self._owner, self._owner)!r} is inside this engine, and it takes one thread at a time: "
+            f"thread {threading.current_thread().name!r} has to wait for it to come out (use a lock of your own)"
+        )
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def entry(method: _Method) -> _Method:
+    """A method of an engine, or of its run, that goes through its door and leaves torch's modes as they were."""
+
+    @functools.wraps(method)
+    def through_the_door(self: Any, *args: Any, **options: Any) -> Any:
+        return self.door.call(lambda: modes_kept(lambda: method(self, *args, **options)))
+
+    return cast(_Method, through_the_door)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What takes steps."""
+
+    session: Session
+    streamer: Streamer
+    passes: Passes
+    stepper: Stepper
+    watch: LearningWatch
+    link: Link | None = None
+    """Of a GPU to the host, as it was measured; None where nothing streams over one."""
+
+    def wait_share(self, traffic: Traffic, seconds: float) -> float:
+        """Share of the time that compute waited for blocks; on a GPU, that the link needed for what was moved."""
+        if self.link is None:
+            return traffic.wait_s / seconds
+        return min(1.0, self.link.seconds(traffic.fetch_bytes, traffic.flush_bytes) / seconds)
+
+
+class Whole:
+    """`with whole as parts:` around all work on the parts; see the module.
+
+    names: of the blocks; run_dir: for what it says.
+    """
+
+    def __init__(self, parts: Parts, names: list[str], run_dir: Path | None) -> None:
+        self._parts, self._names, self._run_dir = parts, names, run_dir
+        self._broken = False
+        self.torn: TornError | None = None
+
+    def __enter__(self) -> Parts:
+        if self._parts.passes.is_inside():
+            raise ConfigError(
+                "the engine was called from within one of its own passes (a forward, or the objective), which has the "
+                "weights. Call it from a callback of fit, or between steps"
+            )
+        if self._broken:
+            self._mend()
+        if self.torn is not None:
+            raise self.torn
+        self._broken = True
+        return self._parts
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._broken = False
+
+    def _mend(self) -> None:
+        parts = self._parts
+        parts.passes.mend()
+        lost = parts.streamer.mend()  # from here on no thread of ours does anything
+        if parts.session.snapshots is not None:
+            parts.session.snapshots.mend()
+        if lost:
+            self.torn = self._tell(lost)
+        try:
+            parts.stepper.mend()
+        except DivergenceError:  # of a step that was launched before: that is the caller's to know, all is mended
+            self._broken = False
+            raise
+
+    def _tell(self, lost: list[int]) -> TornError:
+        blocks = ", ".join(sorted({repr(self._names[block]) for block in lost})[:3])
+        what = f"weights in memory ({blocks}) were being written when that was broken off, and there is no other copy"
+        if self._run_dir is None:
+            return TornError(
+                f"{what}. Without a run_dir nothing can rebuild them: close this engine and begin again from the base"
+            )
+        return TornError(
+            f"{what} in memory. The run is whole: close this engine and reopen it, "
+            f"Engine.resume({str(self._run_dir)!r})"
+        )

@@ -1,0 +1,143 @@
+"""Base weights into blocks: read a run of elements at a time, encoded into its place, each block written once.
+
+The base is a checkpoint or a module in memory, seen as a mapping from canonical parameter names to tensors. While it
+is read its digest is taken, so a resumed run can tell whether it stands on the same weights. Memory: one block, and one
+run in the base's dtype, whatever the largest parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.weights import Base, runs, tensor_digest, together
+from ..errors import CheckpointError
+from ..formats.codec import PlaneEncoder
+from ..modules.away import check_present
+from ..plan.blocks import Piece
+from ..plan.layout import Layout
+from ..plan.plan import Plan
+from ..tiers import Tier
+
+__all__ = ["Base", "Filler", "ModuleBase", "ingest"]
+
+
+class ModuleBase:
+    """A module in memory as a base. Holds the parameters' own storages; `let_go` drops them once they are ingested.
+
+    PlanError if they are not there: on meta, where accelerate puts what it has offloaded, or in another engine.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        check_present(model)
+        self._data: dict[str, Tensor] = {name: p.data for name, p in model.named_parameters()}
+        self._metas = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in self._data.items()}
+        self._digests: dict[str, str] = {}
+
+    def shape_of(self, name: str) -> torch.Size:
+        return self._metas[name].shape
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self._metas[name].dtype
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        data = self._data[name].detach()
+        if not data.is_contiguous():
+            data = data.contiguous()
+        out.copy_(data.view(-1)[start : start + len(out)])
+
+    def digest_of(self, name: str) -> str:
+        if name not in self._digests:
+            self._digests[name] = tensor_digest(name, self._data[name])
+        return self._digests[name]
+
+    def digest(self) -> str:
+        return together({name: self.digest_of(name) for name in self._metas})
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The parameters' values by name; empty once they were let go."""
+        return self._data
+
+    def let_go(self) -> None:
+        self._data = {}
+
+
+def load_kept(model: nn.Module, names: Iterable[str], base: Base) -> None:
+    """Parameters that stay in the model (`parameters.py`) and are on meta yet, from the base."""
+    for name in names:
+        p = model.get_parameter(name)
+        if not p.is_meta:
+            continue
+        value = torch.empty(base.shape_of(name), dtype=base.dtype_of(name))
+        base.read_into(name, 0, value.view(-1))
+        real = nn.Parameter(value.to(p.dtype), requires_grad=False)
+        for other, held in list(model.named_parameters(remove_duplicate=False)):
+            if held is p:
+                path, _, last = other.rpartition(".")
+                setattr(model.get_submodule(path), last, real)
+
+
+def ingest(
+    plan: Plan,
+    layout: Layout,
+    base: Base,
+    tier: Tier,
+    alloc: Callable[[int], Tensor],
+    *,
+    blocks: Iterable[int] | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Fill the tier's blocks (all, or those given) at version 0.
+
+    Memory: one block and one run. Raises CheckpointError if a tensor's size is not the plan's, before any is written.
+    """
+    filler = Filler(plan, layout, base)
+    wanted = list(range(len(plan.blocks)) if blocks is None else blocks)
+    staging: Tensor | None = None
+    for index in wanted:
+        nbytes, view = layout.block_bytes[index], tier.view(index)
+        if view is None and staging is None:
+            staging = alloc(max(layout.block_bytes[i] for i in wanted))
+        buffer = view if view is not None else staging[:nbytes]  # type: ignore[index]
+        filler.fill(index, buffer)
+        tier.flush(index, buffer, ((0, nbytes),), 0)
+        progress(nbytes)
+
+
+class Filler:
+    """Blocks at version 0, from the base. Raises CheckpointError if a tensor's size is not the plan's."""
+
+    def __init__(self, plan: Plan, layout: Layout, base: Base) -> None:
+        self.plan, self.layout, self.base = plan, layout, base
+        for name, spec in plan.params.items():
+            if base.shape_of(name) != spec.shape:
+                found, wanted = tuple(base.shape_of(name)), tuple(spec.shape)
+                raise CheckpointError(f"parameter {name!r} is {found} in the base, {wanted} in the model")
+
+    def fill(self, index: int, buffer: Tensor) -> None:
+        """One block's bytes into `buffer`, what lies between pieces zero."""
+        host = buffer if buffer.device.type == "cpu" else torch.empty(buffer.numel(), dtype=torch.uint8)
+        host.zero_()
+        for piece in self.plan.blocks[index].pieces:
+            self._fill_piece(piece, host)
+        if host is not buffer:
+            buffer.copy_(host)
+
+    def _fill_piece(self, piece: Piece, buffer: Tensor) -> None:
+        """A piece in its storage format: to the same or a wider one exact, to a narrower one rounded to nearest, as
+        loading with that dtype in transformers would. CheckpointError on what the format cannot hold."""
+        place = self.layout.places[piece]
+        stored = buffer[place.offset : place.offset + place.nbytes]
+        residual = buffer[place.residual_offset : place.residual_offset + place.residual_nbytes]
+        encoder = PlaneEncoder(
+            stored, residual if place.residual_nbytes else None, place.fmt, piece.numel,
+            f"parameter {piece.name!r} of the base",
+        )  # fmt: skip
+        read, dtype = partial(self.base.read_into, piece.name), self.base.dtype_of(piece.name)
+        for start, values in runs(read, dtype, piece.start, piece.stop):
+            encoder.put(start - piece.start, values)
+        encoder.finish()

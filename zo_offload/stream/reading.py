@@ -1,0 +1,130 @@
+"""The current weights, read between passes: for an export, a user who asks for a parameter, or a comparison.
+
+A parameter's value is what its blocks store at the last fold, less the updates that are pending: decode(stored) less
+those in float32, rounded once. Blocks come through the window's memory, which is empty between passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..formats.grouped import cut
+from ..kernels.device_updates import DeviceUpdates
+from ..kernels.records import STILL, Update
+from ..numerics.exact import exact_values
+from ..numerics.fused import fused_pass
+from ..numerics.noise import NoiseSpec
+from ..plan.blocks import ALIGN, Piece
+from ..plan.layout import Layout
+from ..plan.plan import Plan
+from .slots import Slot
+from .window import BlockWindow
+
+_SMALL = 1 << 16  # elements: a piece that is read along with its block
+
+
+class Reader:
+    """Reads parameters by name (`weights.Placed`). Not in a pass.
+
+    settle(slot): bring the pieces of a block to the last fold; lacking(piece, slot): the updates that a piece lacks.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        layout: Layout,
+        window: BlockWindow,
+        *,
+        settle: Callable[[Slot], None],
+        lacking: Callable[[Piece, Slot], Sequence[Update] | DeviceUpdates],
+        noise: NoiseSpec,
+        threads: int | None,
+    ) -> None:
+        self._params, self._blocks, self._pieces_of = plan.params, plan.blocks, plan.pieces_of  # of any relifted plan
+        self._layout, self._window, self._settle, self._lacking = layout, window, settle, lacking
+        self._noise, self._threads = noise, threads
+        self._slot: Slot | None = None  # the block that the last read left in the window
+        self._along: dict[Piece, Tensor] = {}  # small pieces of blocks that were read, not asked for yet
+
+    def shape_of(self, name: str) -> torch.Size:
+        return self._params[name].shape
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a parameter is read as: its storage dtype."""
+        return self._layout.formats[name].torch_dtype
+
+    def place_of(self, name: str, element: int) -> int:
+        """The block of an element: parameters that are read in this order are fetched once."""
+        pieces = self._pieces_of(name)
+        return next((self._layout.places[p].block for p in pieces if element < p.stop), len(self._blocks))
+
+    def read(self, name: str) -> Tensor:
+        """A copy of one parameter's current value; see `read_into`."""
+        spec = self._params[name]
+        out = torch.empty(spec.shape, dtype=self.dtype_of(name))
+        self.read_into(name, 0, out.view(-1))
+        return out
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Elements [start, start + len(out)) of a parameter's current value into `out`, on the CPU. Not in a pass.
+
+        Folds and pending updates are all in it: decode(stored) less the pending updates in float32, rounded once. A
+        layer's parameters may be asked for in any order: what is small is read along with its block, so that a block is
+        fetched once for each large parameter in it at most, and once for all that follow one another.
+        """
+        if self._window.is_ahead:
+            self.forget()
+            self._window.restart()  # the slots hold blocks fetched ahead for the next pass
+        stop = start + len(out)
+        for piece in self._pieces_of(name):
+            low, high = max(start, piece.start), min(stop, piece.stop)
+            if low < high:
+                self._read_piece(piece, low - piece.start, out[low - start : high - start])
+
+    def _read_piece(self, piece: Piece, start: int, out: Tensor) -> None:
+        value = self._along.get(piece)
+        if value is None:
+            block = self._layout.places[piece].block
+            slot = self._slot
+            if slot is None or slot.block != block:  # else the last read left the block in the window
+                slot = self._window.load(block, into_window=True)
+                self._settle(slot)
+                self._slot = slot
+                small = [p for p in self._blocks[block].pieces if p.numel <= _SMALL and p != piece]
+                self._along.update((p, self._current(p, slot, 0, p.numel)) for p in small)
+            out.copy_(self._current(piece, slot, start, start + len(out)))
+            return
+        out.copy_(value[start : start + len(out)])
+        if start + len(out) == piece.numel:
+            del self._along[piece]
+
+    def _current(self, piece: Piece, slot: Slot, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a piece whose folds are done, on the CPU."""
+        spec, place = self._params[piece.name], self._layout.places[piece]
+        low, high = start // ALIGN * ALIGN, min(piece.numel, -(-stop // ALIGN) * ALIGN)  # whole groups
+        stored = cut(place.fmt, slot.memory[place.offset : place.offset + place.nbytes], piece.numel, low, high)
+        pending = self._lacking(piece, slot)
+        if place.residual_nbytes:
+            wide, at = place.fmt.residual_bytes, place.residual_offset
+            value = torch.empty(high - low, dtype=place.fmt.torch_dtype)
+            exact_values(
+                stored.cpu(), slot.memory[at + wide * low : at + wide * high].cpu(), place.fmt, value,
+                param_id=spec.param_id, numel=high - low, offset=piece.start + low,
+                pending=pending.read() if isinstance(pending, DeviceUpdates) else pending, noise=self._noise,
+                threads=self._threads,
+            )  # fmt: skip
+        else:
+            value = torch.empty(high - low, dtype=place.fmt.torch_dtype, device=stored.device)
+            fused_pass(
+                stored, place.fmt, param_id=spec.param_id, numel=high - low, offset=piece.start + low, updates=pending,
+                write_back=False, noise=self._noise, perturbations=[STILL], outs=[value],
+                target=self._layout.target if spec.trainable else "values", threads=self._threads,
+            )  # fmt: skip
+        return value[start - low : stop - low].cpu()
+
+    def forget(self) -> None:
+        """What the last read left in the window is not there any more, or not the last word."""
+        self._slot, self._along = None, {}

@@ -1,0 +1,117 @@
+"""Slots: places of the window, what is in them, and what is counted on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..devices import Event
+from ..numerics.fused_kernels import Mark
+from ..plan.blocks import Piece
+from ..plan.layout import Layout
+from ..tiers import UNKNOWN, Tier
+
+
+@dataclass(frozen=True)
+class Window:
+    """How blocks move. num_slots: places that blocks stream through; ahead: stays fetched before they are needed;
+    pinned: blocks that stay in memory; io_threads: workers for fetches (0: every op runs in order on the caller)."""
+
+    num_slots: int
+    ahead: int
+    pinned: frozenset[int]
+    io_threads: int = 1
+
+
+@dataclass
+class Slot:
+    """A place for one block and what is known of its bytes. `version` is per piece while a visit is under way."""
+
+    memory: Tensor
+    block: int = -1
+    ready: Event | None = None
+    used: Event | None = None  # all that was computed with these bytes; None before the first visit
+    version: dict[Piece, int] = field(default_factory=dict)
+    stored: int = 0
+    """The version that was fetched."""
+    writing: tuple[Piece, int, int, Mark] | None = None
+    """(piece, version before, version after, how far) of a pass that writes: between `begin_write` and `end_write`."""
+    dirty: bool = False
+    residual: bool = False
+    """The residual part is there too, or the block has none."""
+    fetched: int = 0
+    """Bytes fetched and not counted yet."""
+    streamed: dict[Piece, Tensor] = field(default_factory=dict)
+    """Views of streamed parts, of whatever block they were asked for: a piece always lies in the same place."""
+
+    def streamed_part(self, piece: Piece, offset: int, nbytes: int) -> Tensor:
+        """The bytes of a piece's streamed part: a view, which takes microseconds to make."""
+        part = self.streamed.get(piece)
+        if part is None:
+            part = self.streamed[piece] = self.memory[offset : offset + nbytes]
+        return part
+
+    def fetch(self, block: int, pieces: Iterable[Piece], tier: Tier, layout: Layout, target: int | None) -> None:
+        """Read a block: the streamed part, and the residual part if a fold up to `target` is lacking (None: both).
+
+        Runs on the fetch stream, after the block's last flush: only then is its version in the tier the last word.
+        """
+        version = tier.version(block)
+        whole = target is None or (block in layout.written and version < target)
+        nbytes = (layout.block_bytes if whole else layout.stream_bytes)[block]
+        self.residual = nbytes == layout.block_bytes[block]
+        tier.fetch(block, self.memory[:nbytes])
+        # asked again: a tier that found damage has gone back to an older version
+        self.stored = tier.version(block)
+        self.version = dict.fromkeys(pieces, self.stored)
+        self.fetched += nbytes
+
+    def fetch_residual(self, pieces: Iterable[Piece], tier: Tier, layout: Layout) -> None:
+        """Read the residual part of a block that was fetched without it.
+
+        The tier's residual belongs to the slot's bytes: a slot without it cannot have been folded into, and while the
+        block is in this slot nobody else flushes it.
+        """
+        assert not self.dirty, "a block was folded into without its residual"
+        part = self.memory[layout.stream_bytes[self.block] : layout.block_bytes[self.block]]
+        tier.fetch(self.block, part, layout.stream_bytes[self.block])
+        self.fetched += part.numel()
+        if tier.version(self.block) != self.stored:  # damaged: both parts have to be of one version
+            self.fetch(self.block, pieces, tier, layout, None)
+        self.residual = True
+
+    def begin_write(self, piece: Piece, after: int) -> Mark:
+        """Before a pass that brings a piece to version `after`: until `end_write` its version is UNKNOWN."""
+        self.writing = (piece, self.version[piece], after, Mark())
+        self.version[piece] = UNKNOWN
+        return self.writing[3]
+
+    def end_write(self) -> None:
+        """The pass is done."""
+        assert self.writing is not None
+        piece, _, after, _ = self.writing
+        self.dirty = True
+        self.version[piece] = after
+        self.writing = None
+
+    def mend(self) -> bool:
+        """After a pass was broken off: find out what it did; whether the version of every piece is known."""
+        if self.writing is not None:
+            piece, before, after, mark = self.writing
+            if mark.is_done is not None:
+                self.dirty |= mark.is_done
+                self.version[piece] = after if mark.is_done else before
+                self.writing = None
+        return self.writing is None
+
+
+@dataclass
+class Traffic:
+    """Counted since the last reset: bytes both ways, and seconds the compute thread spent where."""
+
+    fetch_bytes: int = 0
+    flush_bytes: int = 0
+    wait_s: float = 0.0
+    fused_s: float = 0.0
