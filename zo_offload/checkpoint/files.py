@@ -47,7 +47,7 @@ def resolve_path(path: str | os.PathLike[str], *, weights: bool, code: bool = Fa
 
 
 def is_run(directory: Path) -> bool:
-    """Whether a directory is a run's (`journal/run_directory.py`): a journal, or the configuration of one that has none."""
+    """Whether a directory is a run's, see `run_directory.py`: a journal, or the configuration of one that has none."""
     if (directory / "journal.zoj").exists():
         return True
     try:
