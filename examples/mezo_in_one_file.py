@@ -1,4 +1,4 @@
-"""MeZO in one file: what the engine computes, with nothing streamed. The whole model is in memory, a plain loop over it.
+"""MeZO in one file: what the engine computes, with nothing streamed: the whole model in memory, and a plain loop.
 
     python examples/mezo_in_one_file.py path/to/checkpoint some_text.txt
 
