@@ -12,10 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from zo_offload import Method
-from zo_offload.kernels.records import Perturbation
-from zo_offload.kernels.scalars import divide, total
-from zo_offload.numerics.noise import step_seed
+from zo_offload.methods import Method, Perturbation, divide, step_seed, total
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,3 +95,14 @@ def test_no_import_hides_in_a_function_or_behind_a_type_check():
 def test_modules_are_of_a_size_to_be_read():
     long = {name for name, file in modules().items() if len(file.read_text().splitlines()) > 400}
     assert long == set(LONG)
+
+
+def test_one_module_imports_transformers():
+    """Most of what a new release of it breaks is then in one list."""
+    found = set()
+    for name, file in modules().items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            found |= {name for imported in names if imported.split(".")[0] == "transformers"}
+    assert found == {"hf"}

@@ -14,11 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import transformers
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
 from ..errors import CheckpointError
+from ..hf import AutoConfig, GenerationConfig, PreTrainedModel, get_class_from_dynamic_module, transformers
 from .files import CONFIG
 from .meta_model import config_parts
 

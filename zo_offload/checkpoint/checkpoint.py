@@ -30,11 +30,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
+from ..hf import PreTrainedModel, transformers
 from . import completeness
 from .architecture import find_class, read_config, read_generation_config, sibling_classes
 from .conversion import Group, loading_groups

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
+from ..hf import PreTrainedModel
 
 Siblings = Callable[[], tuple[PreTrainedModel | None, list[PreTrainedModel]]]
 """On meta: the model of the class that config.json names, if there is one, and those of other classes of its config."""

@@ -18,18 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+
+from ..errors import CheckpointError
+from ..hf import (
     PrefixChange,
+    PreTrainedModel,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
     dot_natural_key,
+    get_model_conversion_mapping,
     rename_source_key,
 )
-
-from ..errors import CheckpointError
 from ..modules.away import shapes_only
 from .recipe import Finder, Reader, Recipe, Source, Whole
 

@@ -25,9 +25,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
+from ..hf import PreTrainedModel
 from ..modules.away import is_away
 from ..modules.parameters import streams
 from . import tokenizers

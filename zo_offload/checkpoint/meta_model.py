@@ -19,11 +19,10 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
-from transformers import initialization as hf_init
-from transformers.monkey_patching import patch_output_recorders
 
 from ..errors import CheckpointError
+from ..hf import PreTrainedModel, patch_output_recorders
+from ..hf import initialization as hf_init
 from ..modules.modes import in_contexts
 
 MAX_REGISTRATIONS = 1_000_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .. import hf
 from ..errors import CheckpointError
 
 # layers, hidden, heads of OPT (Zhang et al. 2022, table 1); ffn is 4 x hidden, vocabulary 50272, 2048 positions.
@@ -21,12 +22,10 @@ OPT_SHAPES: dict[str, tuple[int, int, int]] = {
 
 def opt_config(name: str) -> Any:
     """transformers' OPTConfig of that size. Raises CheckpointError naming the sizes there are."""
-    from transformers import OPTConfig
-
     if name.lower() not in OPT_SHAPES:
         raise CheckpointError(f"{name!r} is not a known size; there are {', '.join(OPT_SHAPES)}")
     layers, hidden, heads = OPT_SHAPES[name.lower()]
-    return OPTConfig(
+    return hf.OPTConfig(
         num_hidden_layers=layers, hidden_size=hidden, word_embed_proj_dim=hidden, ffn_dim=4 * hidden,
         num_attention_heads=heads, vocab_size=50272, max_position_embeddings=2048, architectures=["OPTForCausalLM"],
     )  # fmt: skip

@@ -8,10 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import transformers
-from transformers import AutoTokenizer
-
 from ..errors import CheckpointError
+from ..hf import AutoTokenizer, transformers
 
 _log = logging.getLogger(__name__)
 

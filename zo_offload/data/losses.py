@@ -12,13 +12,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..checkpoint.meta_model import config_parts
 from ..devices.placing import input_dtype, inputs_in
 from ..errors import ConfigError, DataError
+from ..hf import PreTrainedModel, transformers
 from ..modules.chunked_loss import losses_in_chunks
 from ..modules.kind import ModelKind, kind_of, unwrapped
 from ..modules.positions import virtual_tokens

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from transformers import PreTrainedModel
 
+from ..hf import PreTrainedModel
 from ..modules.parameters import is_plain, laid_out
 from . import Device
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from .. import __version__
@@ -19,6 +18,7 @@ from ..checkpoint.weights import Base
 from ..config import EngineConfig
 from ..data.encode import ENCODING
 from ..errors import CheckpointError, JournalError
+from ..hf import transformers
 from ..kernels.records import Gains
 from ..methods import METHODS, Method, known_record
 from ..numerics.noise import NoiseSpec

@@ -1,7 +1,8 @@
 """Methods: which noises, which lanes, and how losses become updates. One file each; MeZO first.
 
 A file put here is a method: it is found, and METHODS, the command line, plans and `from zo_offload import ...` have it.
-The imports by name are for type checkers.
+What a file of one's own needs besides torch is here too: `Method`, `Perturbation`, `step_seed`, and the arithmetic of
+`scalars.py`. The imports by name are for type checkers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from pkgutil import iter_modules
 from typing import Any
 
 from ..errors import ConfigError
-from ..kernels.records import Trains
+from ..kernels.records import Perturbation, Trains
+from ..kernels.scalars import divide, sqrt, total
+from ..numerics.noise import step_seed
 from .base import METHODS, Method, Step, lr_schedule
 from .fzoo import FZOO
 from .mezo import MeZO
@@ -22,8 +25,9 @@ from .qzo import QZO, QZOShift
 from .sign import SignSGD
 
 __all__ = [
-    "DEFAULT", "FZOO", "METHODS", "NSPSA", "PRESETS", "QZO", "MeZO", "Method", "QZOShift", "SignSGD", "Step",
-    "check_tunes", "known_record", "lr_schedule", "method_from", "method_training",
+    "DEFAULT", "FZOO", "METHODS", "NSPSA", "PRESETS", "QZO", "MeZO", "Method", "Perturbation", "QZOShift",
+    "SignSGD", "Step", "check_tunes", "divide", "known_record", "lr_schedule", "method_from", "method_training", "sqrt",
+    "step_seed", "total",
 ]  # fmt: skip
 
 DEFAULT: type[MeZO] = MeZO

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import hf
 from ..errors import ConfigError, DivergenceError
 from ..kernels.distributions import DISTRIBUTIONS
 from ..kernels.records import ONE, Gain, Perturbation, Trains, Update
@@ -268,11 +269,9 @@ def _listed(losses: Sequence[float]) -> str:
 
 def lr_schedule(name: str, warmup_steps: int, steps: int) -> Callable[[int], float]:
     """transformers' schedule of that name as a function: step -> factor of the peak learning rate."""
-    from transformers import get_scheduler
-
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     try:
-        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
+        scheduler = hf.get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"schedule {name!r} with {warmup_steps} warm-up steps: {error}") from None
     lambdas: list[Callable[[int], float]] | None = getattr(scheduler, "lr_lambdas", None)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
+
+from ..hf import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss, PreTrainedModel
 
 CHUNK_BYTES = 1 << 24
 """Float32 logits of one chunk."""

@@ -16,8 +16,8 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from torch import nn
-from transformers.models.auto import modeling_auto
 
+from ..hf import modeling_auto
 from .positions import position_limits, virtual_tokens
 
 Kind = Literal[

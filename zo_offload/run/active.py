@@ -53,7 +53,6 @@ _log = logging.getLogger(__name__)
 Begin = Callable[[Callable[[Journal], None]], Session]
 """Makes the session; given what raises if a journal that is reopened cannot go on as is asked, before weights are
 read."""
-OF_THE_SESSION = 3  # closings: the device's, the session's, the guard's; what is newer is of the parts
 
 
 def _part_bytes(batch: Batch, micro_batches: int) -> int:
@@ -101,6 +100,7 @@ class Run:
         self._lookout = Lookout()
         self._vacated = Vacated(opened)
         self._restoring: dict[str, Tensor] | None = None  # read for `restore`, not put back yet
+        self._session_closings = 0
         self._check_data = self._closed = False
 
     # ---- getting under way -------------------------------------------------------------------------------------------
@@ -166,12 +166,12 @@ class Run:
             self.closing.add(session.close)
             self.door.pid = os.getpid()
             self._vacated.leave(self.closing)
+            self._session_closings = len(self.closing)  # what is newer is of the parts
             self.log, self.journal, self.gains = session.stepper.log, session.journal, session.gains
             self._check_data = session.reopened
             if session.reopened and self.journal is not None:
-                found = run_directory.evaluations(
-                    self._path(run_directory.METRICS)
-                )  # the journal may have been cut since
+                found = run_directory.evaluations(self._path(run_directory.METRICS))
+                # the journal may have been cut since
                 self.evals = [values for values in found if values["step"] <= self.log.version]
             self.session = session
             self._resumes = True  # from here on what run_dir holds is this run
@@ -187,7 +187,7 @@ class Run:
     def _make_parts(self) -> Parts:
         """Wire it all. If it is broken off it can be done again: the session has the weights."""
         assert self.session is not None
-        self.closing.close(down_to=OF_THE_SESSION)
+        self.closing.close(down_to=self._session_closings)
         if isinstance(self.opened.base, ModuleBase) and not self._replays:
             self.opened.base.let_go()
         try:
@@ -195,7 +195,7 @@ class Run:
             self._whole = Whole(parts, [block.name for block in self.prepared.plan.blocks], self.run_dir)
             return parts
         except BaseException:
-            self.closing.close(down_to=OF_THE_SESSION)
+            self.closing.close(down_to=self._session_closings)
             raise
 
     @property
