@@ -220,7 +220,7 @@ WRONG = {
     "out in use": ([*BASE, *DATA, *DISK, "--out", "{}/tuned"], "{}/tuned is not empty"),
     "out under a file": (["export", "{}/run", "--out", "{}/dev.jsonl/x"], "{}/dev.jsonl is a file"),
     "resume with lr": (["fit", "{}/run", "--resume", *DATA, "--lr", "1", "--seed", "2"], "leave out --lr, --seed"),
-    "no tokenizer": (["generate", "{}/run", "--prompt", "a"], "there must be a tokenizer"),
+    "no tokenizer": (["generate", "{}/run", "--prompt", "a"], "generating text needs a tokenizer"),
     "export in bf16": (["export", "{}/run", "--out", "{}/never", "--storage", "bf16"], "leave out --storage"),
 }  # fmt: skip
 

@@ -73,7 +73,7 @@ def _gpu() -> str:
 
 
 def _losses(**settings: Any) -> list[float]:
-    """Of two steps of a tiny model."""
+    """The losses of two steps of a tiny model."""
     import torch
     from torch import nn
 

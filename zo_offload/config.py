@@ -69,11 +69,12 @@ class EngineConfig:
     (GPU): float32 weights and activations, products on the matrix units. In 16 bits a parameter whose weights are too
     large for eps to move (norms, mostly) is perturbed with more than eps: `gains.py`."""
     mode: Mode = "eval"
-    """Of the model's modules while the engine runs them: "eval" (no dropout, batch norm by its running statistics),
-    "train", or "as_is", each in the mode it is given in. Afterwards each has its own mode again. In every mode a
-    forward leaves the modules as it found them: buffers such as running statistics keep the base's values."""
+    """The mode of the model's modules while the engine runs them: "eval" (no dropout, batch norm by its running
+    statistics), "train", or "as_is", each in the mode it is given in. Afterwards each has its own mode again. In every
+    mode a forward leaves the modules as it found them: buffers such as running statistics keep the base's values."""
     rounding: Rounding = "nearest"
-    """Of an update into 16-bit storage. "stochastic" keeps small updates on average; noise-keyed, so reproducible."""
+    """How an update is rounded into 16-bit storage. "stochastic" keeps small updates on average; its random bits are a
+    function of the update's seed, so it is reproducible."""
     fold_every: int | None = None
     """Steps between two write-backs of a block: updates in between are applied in float32 registers at each visit, and
     flushes and roundings drop by this factor. Default 4 with Gaussian, 8 with Rademacher noise; 1 for float32 weights
@@ -81,10 +82,11 @@ class EngineConfig:
     device: str = "cpu"
     """"cpu", "cuda" or "cuda:N". The CUDA path is complete but has not run on a GPU yet (README, status table)."""
     host_memory: HostMemory = "auto"
-    """Of offload="host" beside a GPU: "pinned" page-locks every block and is an error where the system refuses;
+    """How offload="host" keeps blocks for a GPU: "pinned" page-locks all of them, an error where the system refuses;
     "staged" copies through a small pinned ring; "auto" tries the first and falls back to the second."""
     device_memory: int | float | str | None = None
-    """Budget for window, scratch and activations together, e.g. "3GB". What the window can spare pins blocks.
+    """Budget for window, scratch and activations together, e.g. "3GB". What the smallest window leaves
+    of it keeps blocks in memory for the whole run.
     Default: on the CPU the smallest window that overlaps (num_slots=3); on a GPU four fifths of what is free, or that
     same window where num_slots is given."""
     block_numel: int = BLOCK_NUMEL

@@ -149,7 +149,7 @@ class Engine:
 
     @property
     def objective(self) -> Objective:
-        """Which loss it is: a run has one from its beginning."""
+        """The function that gives the loss; a run keeps it from its beginning."""
         return self.active.objective
 
     @property
@@ -159,7 +159,7 @@ class Engine:
 
     @property
     def memory(self) -> MemoryPlan:
-        """Bytes by term, and the window: for the example, then for the first batch."""
+        """The planned bytes by term, and the window; for the example batch at first, then for the first real one."""
         return self.active.memory
 
     @property
@@ -179,7 +179,7 @@ class Engine:
 
     @property
     def gains(self) -> Gains | None:
-        """Of parameters whose perturbation or update is not the method's own, once decided: see `gains.py`."""
+        """The gains of parameters that have one other than 1, once they are decided: see `gains.py`."""
         return self.active.gains
 
     @property

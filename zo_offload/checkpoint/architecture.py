@@ -21,7 +21,7 @@ from .meta_model import config_parts
 
 MAX_CONFIG_BYTES = 32 << 20
 MAX_COUNT = 1_000_000
-"""Of layers, classes and the like."""
+"""The largest number of layers, classes and the like that is taken."""
 _COUNTS = re.compile(r"num_labels|layer|block|depth|stages|experts", re.IGNORECASE)
 _IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 

@@ -126,7 +126,7 @@ class Checkpoint:
         if configured is not None:
             found = getattr(torch, configured, None) if isinstance(configured, str) else configured
             if not isinstance(found, torch.dtype):
-                raise CheckpointError(f"{self.path}: config.json has dtype {configured!r}, which torch has not.")
+                raise CheckpointError(f"{self.path}: config.json has dtype {configured!r}, which torch does not have.")
             return found
         entries = (file.entries[name] for name, file in self._file_of.items())
         return next((e.dtype for e in entries if e.dtype.is_floating_point), torch.float32)

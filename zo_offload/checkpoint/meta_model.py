@@ -28,7 +28,7 @@ from ..modules.modes import in_contexts
 MAX_REGISTRATIONS = 1_000_000
 """Modules and parameters of a model that is built from its config alone."""
 MAX_MADE_BYTES = 16 << 30
-"""Of buffers and new parameters together, which a config alone can make as large as it likes."""
+"""The most bytes of buffers and new parameters together, which a config alone can make as large as it likes."""
 
 
 def construct(

@@ -33,7 +33,7 @@ from ..system import diskio
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 MAX_HEADER_PARTS = 5_000_000
-"""Of brackets, braces, colons and commas, ten or so a tensor: what a header takes in memory goes with them."""
+"""Most brackets, braces, colons and commas of a header, ten or so a tensor: the memory it takes goes with them."""
 READ_CHUNK_BYTES = 1 << 30  # Linux moves at most 0x7ffff000 bytes a call
 
 _TORCH_NAMES = {
@@ -248,7 +248,7 @@ class Shard:
         self.nbytes = 0
         self.tensors: dict[str, Tensorlike] = {}
         self.begins: dict[str, int] = {}
-        """Of each tensor, in bytes from the first one."""
+        """Where each tensor begins, in bytes from the first one."""
         self.room = -(-header_room // 8) * 8
 
     def fits(self, tensor: Tensorlike, max_bytes: int) -> bool:

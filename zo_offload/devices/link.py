@@ -17,7 +17,7 @@ class Link:
     fetch_gbs: float
     flush_gbs: float
     both_fetch_gbs: float
-    """Of each direction while both are busy."""
+    """The speed of each direction while both are busy."""
     both_flush_gbs: float
 
     def as_row(self) -> dict[str, float]:

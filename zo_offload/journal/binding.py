@@ -1,4 +1,4 @@
-"""What the steps of a run are bound to beside its identity: their data, and how long a schedule is that depends on it.
+"""What a run's steps are bound to beside its identity: their data, and a schedule's length if rates depend on it.
 
 Neither is known when a run's weights are put in place (an evaluation, a generation, a step may come first), so they are
 a note in the journal, written before the first step of the first `fit`:
@@ -46,7 +46,7 @@ class Binding:
 
     @classmethod
     def of(cls, batches: Batches, micro_batches: int, method: Method, steps: int, *, new_data: bool = False) -> Binding:
-        """Of a call's batches, and of its steps if the method's learning rate depends on their number."""
+        """What a call's batches are, and its number of steps if the method's learning rate depends on it."""
         data = {**(batches.identity() or {}), "micro_batches": micro_batches}
 
         def legacy() -> dict[str, Any] | None:

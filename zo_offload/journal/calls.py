@@ -37,7 +37,7 @@ class FitCall:
         return replace(call, eval_data=None) if call.eval_data is False else call
 
     def record(self) -> dict[str, Any]:
-        """What of this call can be kept, as JSON."""
+        """The part of this call that can be kept, as JSON."""
         kept = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("data", "eval_data"):
             path = kept[name]

@@ -70,7 +70,7 @@ _MAX_HEADER_BYTES = 1 << 24
 MAX_TAIL_BYTES = 1 << 20
 """More unreadable bytes than this at the end are damage: no second of steps is that long."""
 HISTORY = ("base", "plan", "trainable", "storage", "fold_every", "rounding", "seed", "noise", "method", "gains")
-"""Of the header: what updates mean, and what they are applied to."""
+"""The header's keys that say what updates mean, and what they are applied to."""
 _HEAD_OF_STEP, _UPDATE = struct.Struct("<QQB"), struct.Struct("<QffB")
 
 

@@ -40,7 +40,7 @@ SAMPLE = 4096  # elements of a parameter that are looked at
 RESOLVED = 1.0
 """Least eps of a parameter, in distances between neighbours of its typical weight."""
 MOST = 256.0
-"""Of a gain. An eps that is still too small is refused: it is not what was asked for any more."""
+"""The largest gain. An eps that is still too small with it is refused: it would not be what was asked for any more."""
 
 
 def decide_gains(plan: Plan, layout: Layout, method: Method, base: Base) -> dict[str, Gain]:

@@ -41,9 +41,9 @@ FORMAT = 3
 SINCE_3 = ("format", "config", "compute", "model_type")
 """Keys that runs of format 2 do not have; they stay without."""
 _SHAPES_NO_NUMBER = frozenset({"transformers_version", "use_cache"})
-"""Of a config, beside names that begin with "_": where and by what it was written, what only generation asks for."""
+"""A config's keys, beside names that begin with "_", that say where it was written or what generation asks for."""
 _OF_FILES = frozenset({"architectures", "dtype", "torch_dtype"})
-"""Of a config: how to build and load a model, which one that is in memory has behind it."""
+"""A config's keys that say how to build and load a model, which one that is in memory has behind it."""
 
 
 def identity(

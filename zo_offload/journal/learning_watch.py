@@ -20,7 +20,7 @@ from .journal import StepRecord
 WINDOW = 20  # steps: so many are looked at
 LEAST = 4  # a run that ends earlier is looked at if it took so many
 VANISHED = 0.01
-"""Of the stored values that updates reached, fewer than these changed."""
+"""Fewer than these, of the stored values that updates reached, changed."""
 LEAST_SAMPLE = 1000  # values
 
 

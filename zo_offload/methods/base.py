@@ -80,7 +80,7 @@ class Method(ABC):
     warmup_steps: int = 0
     """Steps in which the rate rises from 0, with schedules that have that."""
     distribution: str = field(default="gaussian", metadata={"choices": tuple(DISTRIBUTIONS)})
-    """Of the noise: a name of `distributions.DISTRIBUTIONS`."""
+    """The noise's distribution: a name of `distributions.DISTRIBUTIONS`."""
     rounds: Literal[7, 10] = 10
     """Philox rounds of the noise. Part of the run's identity."""
     on_nonfinite: Literal["stop", "skip", "halve_eps"] = "stop"
@@ -96,7 +96,7 @@ class Method(ABC):
     name: ClassVar[str] = ""
     """What it goes by in a run's records and on the command line. Set by the class statement."""
     target: ClassVar[Trains] = "values"
-    """What of the stored weights is perturbed and updated."""
+    """Which part of the stored weights is perturbed and updated."""
     unit_scales: ClassVar[bool] = False
     """Whether scales are moved in units of the weights they scale: see `gains.py`."""
 
@@ -220,7 +220,7 @@ class Method(ABC):
         return float(np.float32(self.eps))
 
     def seeds(self, run_seed: int, step: int) -> tuple[int, ...]:
-        """Of the step's noises, each with an update of its own: those of its lanes, as they first occur."""
+        """The seeds of the step's noises, in the order in which its lanes first use them; each noise has an update."""
         return tuple(dict.fromkeys(lane.seed for lane in self.perturbations(run_seed, step) if lane.scale != 0))
 
     @property

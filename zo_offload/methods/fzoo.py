@@ -31,18 +31,18 @@ class FZOO(Method, name="fzoo"):
     """Normalised zeroth-order SGD with `directions` one-sided perturbations a step."""
 
     lr: float = 5e-5
-    """Of the paper's code, as is eps. About what a step changes each weight by, times sqrt(N), whatever eps."""
+    """The paper's code has this and this eps. A step changes each weight by about lr / sqrt(N), whatever eps."""
     eps: float = 1e-4
     """Perturbation scale."""
     distribution: str = field(default="rademacher", metadata={"choices": tuple(DISTRIBUTIONS)})
-    """Of the noise: a name of `distributions.DISTRIBUTIONS`."""
+    """The noise's distribution: a name of `distributions.DISTRIBUTIONS`."""
     directions: int = 8
     """Perturbations of a step, N."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 2 <= self.directions <= 256:
-            raise ConfigError(f"directions={self.directions}: their losses' deviation needs 2 to 256 of them")
+            raise ConfigError(f"directions={self.directions}: expected 2 to 256, for the deviation of their losses")
 
     def perturbations(self, run_seed: int, step: int) -> tuple[Perturbation, ...]:
         """The weights themselves, and each direction."""

@@ -1,4 +1,4 @@
-"""Published recipes, by the method that they are of: rates come with their eps, and with what they train."""
+"""Published recipes, by method: rates come with their eps, and with what they train."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 WHOLE, SMALL = 4, 16
-"""More than a 4th of a model is no adapter, less than a 16th is not all of it."""
+"""What trains is no adapter if it is more than a 4th of a model, and not the whole model if less than a 16th."""
 
 
 def recipe(method: str, name: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class QZO(_OnScales, name="qzo"):
     clip: float = 37.0
     """Largest projected gradient."""
     units: str = field(default="weights", init=False)
-    """Of eps and lr. A record of a run without it is one of `QZOShift`, which had this name before."""
+    """The units of eps and lr. A run's record without this field is one of `QZOShift`, which had this name before."""
 
     target: ClassVar[Trains] = "scales"
     unit_scales: ClassVar[bool] = True

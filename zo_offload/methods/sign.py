@@ -1,8 +1,8 @@
 """ZO-signSGD, two-sided: MeZO's direction with the sign of the projected gradient, w <- w - lr (sign(grad) z + wd w).
 
 A step's length does not depend on the loss, nor on eps: `lr` is in the weights' own units, the root mean square of what
-a step changes each weight by (with Rademacher noise each weight changes by exactly lr). So a rate of MeZO's is no rate
-of this: MeZO's step changes weights by lr * |grad|. Two losses that tie change nothing but weight decay. Source: Liu et
+a step changes each weight by (with Rademacher noise each weight changes by exactly lr). So MeZO's rates do not
+fit: its step changes weights by lr * |grad|. Two losses that tie change nothing but weight decay. Source: Liu et
 al. 2019, "signSGD via Zeroth-Order Oracle", with one direction; its two-sided form is that of the papers after it.
 """
 

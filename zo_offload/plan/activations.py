@@ -43,7 +43,7 @@ class Segment:
     """A lane's way from one place where it may wait to the next."""
 
     block: int
-    """Of the owner that it waits for; -1: it has not begun."""
+    """The block of the owner that it waits for; -1: it has not begun."""
     held: int
     """Bytes of its activations while it waits there."""
     peak: int

@@ -33,7 +33,7 @@ from ..modules.recorder import Trace
 from ..modules.tree import ModuleTree
 
 BLOCK_NUMEL = 64 << 20
-"""Default limit of a block: 128 MiB of 16-bit weights. Long enough that no link notices where one ends."""
+"""Default limit of a block: 128 MiB of 16-bit weights. So large that a copy's start-up costs nothing beside it."""
 
 ALIGN = 128  # elements: a multiple of every group and of what one Philox block gives; and rows, for fast products
 

@@ -83,7 +83,7 @@ class Run:
         self.run_dir, self.last_fit = opened.run_dir, last_fit
         self._begin_session, self._resumes, self._replays = begin, resumes, replays
         self.gains: Gains | None = opened.gains
-        """Of parameters whose perturbation or update is not the method's own, once decided: see `gains.py`."""
+        """The gains of parameters that have one other than 1, once they are decided: see `gains.py`."""
         self.memory: MemoryPlan = self._plan_memory(example)
         self._planned_bytes = 0  # of the largest part of a batch that the memory plan has seen
         self.log = UpdateLog()

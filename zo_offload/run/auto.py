@@ -144,8 +144,8 @@ class Rates:
 
 
 def rates(device: str, gb_per_s: float | None = None) -> Rates:
-    """Of "cpu" or "cuda", measured where that device is there. gb_per_s: of the link instead, fetches and flushes
-    together on the CPU (a disk's, say), each way on a GPU."""
+    """The numbers of "cpu" or "cuda", measured where that device is there. gb_per_s: the link's speed, not to be
+    measured: fetches and flushes together on the CPU (a disk's, say), each way on a GPU."""
     if device != "cpu":
         return _gpu_rates(device, gb_per_s)
     per_second = gb_per_s * 1e9 if gb_per_s is not None else copy_bytes_per_s()

@@ -46,7 +46,7 @@ def generate_texts(
     tokens, and where positions would run out.
     """
     if tokenizer is None:
-        raise ConfigError("to generate text there must be a tokenizer: Engine(..., tokenizer=...)")
+        raise ConfigError("generating text needs a tokenizer: Engine(..., tokenizer=...)")
     single = isinstance(prompts, str) or _is_conversation(prompts)
     answers = kind_of(model).name == "seq2seq"
     rows = [prompt_ids(tokenizer, prompt, closed=answers) for prompt in ([prompts] if single else _listed(prompts))]

@@ -49,22 +49,21 @@ class Opened:
     device: Device
     prepared: Prepared
     gains: Gains | None = None
-    """Of a run that begins, of parameters whose perturbation or update is not the method's own: see `gains.py`. None:
-    those of the journal that is gone on with."""
+    """The gains that a new run begins with: see `gains.py`. None: the run is resumed and takes its journal's."""
     checkpoint: Checkpoint | None = None
     given: nn.Module | None = None
     """A module in memory as it was passed."""
     ties: tuple[Tied, ...] = ()
-    """Names of a module's that were made one parameter, to be parted again when it gets its weights back."""
+    """The module's names that were made one parameter, to be parted again when it gets its weights back."""
     name: str | None = None
-    """Of the checkpoint: an absolute path, or a hub id."""
+    """The checkpoint's: an absolute path, or a hub id."""
     model_class: str | None = None
     process_bytes: int = 0
-    """What the process took before."""
+    """What the process took before the model was opened."""
 
     @property
     def directory(self) -> Path | None:
-        """Of the checkpoint."""
+        """The checkpoint's directory; None for a module in memory."""
         return None if self.checkpoint is None else self.checkpoint.path
 
     @property

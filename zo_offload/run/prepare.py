@@ -116,8 +116,8 @@ class Prepared:
             if asked is None or budget is None or asked == budget:
                 raise
             raise BudgetError(
-                f"{error}. Of device_memory={show_bytes(asked)} the CUDA context and libraries take "
-                f"{show_bytes(asked - budget)}"
+                f"{error}; the CUDA context and libraries take {show_bytes(asked - budget)} of "
+                f"device_memory={show_bytes(asked)}"
             ) from None
 
     def _activations(self, part: Batch, objective: Objective) -> Activations:

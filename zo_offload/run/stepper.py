@@ -67,7 +67,7 @@ class Stepper:
 
     @property
     def halvings(self) -> int:
-        """Of eps so far, by on_nonfinite="halve_eps"."""
+        """How often on_nonfinite="halve_eps" has halved eps so far."""
         return self._halvings_before + sum(step < self.log.version for step in self._halved)
 
     @property

@@ -105,7 +105,7 @@ class Parts:
     stepper: Stepper
     watch: LearningWatch
     link: Link | None = None
-    """Of a GPU to the host, as it was measured; None where nothing streams over one."""
+    """The measured link between GPU and host; None where nothing streams over one."""
 
     def wait_share(self, traffic: Traffic, seconds: float) -> float:
         """Share of the time that compute waited for blocks; on a GPU, that the link needed for what was moved."""

@@ -38,7 +38,7 @@ class FoldSample:
         self._changed: list[Tensor] = []
 
     def share(self) -> float:
-        """Of the values looked at, those that changed. Waits for the device they are on."""
+        """How many of the values looked at changed. Waits for the device they are on."""
         total = float(sum(int(count) for count in self._changed))
         self._changed = [torch.tensor(int(total))]
         return total / self.looked if self.looked else 0.0

@@ -11,11 +11,11 @@ from torch import Tensor
 
 # what matrix libraries look at: two weights of one alignment are computed with by the same kernel, wherever they lie
 _ALIGN = 256
-_MOST_CUTS = 256  # kept of a buffer: gathered rows are of another number every step
+_MOST_CUTS = 256  # kept a buffer: the number of gathered rows differs from step to step
 
 
 def padded(nbytes: int) -> int:
-    """What a tensor takes in scratch."""
+    """The bytes that a tensor takes in scratch."""
     return -(-nbytes // _ALIGN) * _ALIGN
 
 

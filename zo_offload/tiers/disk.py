@@ -73,7 +73,7 @@ def load_shapes(directory: Path) -> tuple[Shape, ...]:
             for i, (nbytes, streamed, spans) in enumerate(json.loads(diskio.read_file(path)))
         ]
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is missing or damaged ({error}); resuming the run needs it not") from None
+        raise CheckpointError(f"{path} is missing or damaged ({error}); a resume does not need it") from None
     for shape in found:
         numbers = [shape.nbytes, shape.streamed, *(n for span in shape.spans for n in span)]
         at = 0
@@ -198,7 +198,7 @@ class DiskTier:
         return tuple(sorted(found, key=lambda entry: -entry[1].version))
 
     def bind(self, history: int) -> None:
-        """Say of what blocks that were filled from the base before its digest was known are. StorageError."""
+        """Write `history` into the blocks that were filled from the base before its digest was known. StorageError."""
         for entry in self._blocks:
             for generation, header in enumerate(entry.headers):
                 if header is not None and header.version == 0 and header.history == 0:
