@@ -107,7 +107,7 @@ def test_loads_what_from_pretrained_loads(tmp_path, name, sharded):
 
 @pytest.mark.parametrize("name", ZOO)
 def test_an_export_is_what_transformers_would_save(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(weights, "RUN", 128)  # so that tensors are in several runs
+    monkeypatch.setattr(weights, "CHUNK", 128)  # so that tensors are in several chunks
     tiny = ZOO[name]
     first, ours, theirs = tmp_path / "first", tmp_path / "ours", tmp_path / "theirs"
     tiny.build().save_pretrained(first)

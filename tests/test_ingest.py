@@ -27,12 +27,12 @@ from zo_offload.stream.ingest import Filler, ModuleBase
 
 ROOT = Path(__file__).parent.parent
 BATCH = tokens(labels=tokens()["input_ids"])
-RUN = 256  # a multiple of every group, and less than most pieces here
+CHUNK = 256  # a multiple of every group, and less than most pieces here
 
 
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch):
-    monkeypatch.setattr(weights, "RUN", RUN)
+    monkeypatch.setattr(weights, "CHUNK", CHUNK)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def reference_block(engine: Engine, index: int) -> Tensor:
 def test_blocks_are_what_whole_tensors_give(saved, name, storage):
     engine = engine_of(saved / name, storage)
     filler = Filler(engine.plan, engine.layout, engine.base)
-    assert max(piece.numel for block in engine.plan.blocks for piece in block.pieces) > RUN
+    assert max(piece.numel for block in engine.plan.blocks for piece in block.pieces) > CHUNK
     for index, nbytes in enumerate(engine.layout.block_bytes):
         buffer = torch.full((nbytes,), 0xAB, dtype=torch.uint8)
         filler.fill(index, buffer)
@@ -100,7 +100,7 @@ def test_filling_a_block_reads_the_elements_of_its_pieces_and_no_others(saved, n
     for index, block in enumerate(engine.plan.blocks):
         reads.clear()
         filler.fill(index, torch.empty(engine.layout.block_bytes[index], dtype=torch.uint8))
-        assert sum(reads) == block.numel and max(reads) <= RUN
+        assert sum(reads) == block.numel and max(reads) <= CHUNK
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -42,7 +42,7 @@ from .files import carried_files, find_weights, resolve_path
 from .meta_model import MAX_REGISTRATIONS, construct, keep_in_fp32, make_real
 from .recipe import Reader, Recipe
 from .safetensors_io import SafetensorsFile, files_by_tensor
-from .weights import Crcs, entry_digest, runs, tensor_digest, together
+from .weights import Crcs, chunks, entry_digest, tensor_digest, together
 
 __all__ = ["Checkpoint", "save_pretrained", "tensor_digest"]
 
@@ -244,7 +244,7 @@ class Checkpoint:
 
         def read() -> Iterator[Tensor]:
             fill = partial(self._fill, name)
-            return (values for _, values in runs(fill, meta.dtype, 0, meta.numel()))
+            return (values for _, values in chunks(fill, meta.dtype, 0, meta.numel()))
 
         return entry_digest(name, meta.dtype, meta.shape, self._crcs.of(name, read))
 
@@ -379,7 +379,7 @@ class Checkpoint:
 
     def _are_equal(self, one: Recipe, other: Recipe) -> bool:
         """Whether two tensors of the files have the same elements; reads no further than they do."""
-        both = [runs(partial(r.fill, Reader(self._read_into)), r.dtype, 0, r.numel) for r in (one, other)]
+        both = [chunks(partial(r.fill, Reader(self._read_into)), r.dtype, 0, r.numel) for r in (one, other)]
         return all(torch.equal(a, b) for (_, a), (_, b) in zip(*both, strict=True))
 
     def _set_generation_config(self, model: PreTrainedModel) -> None:

@@ -38,7 +38,7 @@ from .publish import PRODUCER, earlier_files, publish, workplace
 from .recipe import Reader, Recipe
 from .safetensors_io import Shard, ShardWriter, Tensorlike, header_bound
 from .tokenizers import is_of_tokenizer
-from .weights import Placed, Weights, runs
+from .weights import Placed, Weights, chunks
 
 GENERATION = "generation_config.json"
 METADATA = {"format": "pt", "producer": PRODUCER}
@@ -124,7 +124,7 @@ def _write(
     with _Files(work, shards, files, metadata) as writing:
         reader = Reader(entries.read_into)
         for name, recipe in _in_order(groups, entries):
-            for start, values in runs(partial(recipe.fill, reader), recipe.dtype, 0, recipe.numel):
+            for start, values in chunks(partial(recipe.fill, reader), recipe.dtype, 0, recipe.numel):
                 writing.write(name, start, values)
             writing.end(name)
     if len(shards) > 1:

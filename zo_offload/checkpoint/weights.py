@@ -1,4 +1,4 @@
-"""Weights by canonical name, a run of elements at a time: what blocks are filled from and checkpoints are written from.
+"""Weights by canonical name, a chunk of elements at a time: what blocks are filled from and checkpoints written from.
 
 Also the digests by which weights are known, taken as they are read:
     per tensor   blake2b-8 of "<canonical name> <dtype> <shape> <crc32 of its bytes>"
@@ -17,12 +17,12 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-RUN = 1 << 20
+CHUNK = 1 << 20
 """Elements that are read, converted and written at a time: they stay in a core's cache. A multiple of every group."""
 
 
 class Weights(Protocol):
-    """Tensors by name, read in runs. `read_into` may be called from several threads."""
+    """Tensors by name, read in chunks. `read_into` may be called from several threads."""
 
     def shape_of(self, name: str) -> torch.Size: ...
 
@@ -54,14 +54,14 @@ class Base(Weights, Protocol):
         ...
 
 
-def runs(
+def chunks(
     fill: Callable[[int, Tensor], None], dtype: torch.dtype, start: int, stop: int
 ) -> Iterator[tuple[int, Tensor]]:
     """(start, values) of elements [start, stop) in order, as `fill(start, out)` gives them; each tensor holds until the
     next one is asked for."""
-    buffer = torch.empty(min(RUN, stop - start), dtype=dtype)
-    for at in range(start, stop, RUN):
-        values = buffer[: min(RUN, stop - at)]
+    buffer = torch.empty(min(CHUNK, stop - start), dtype=dtype)
+    for at in range(start, stop, CHUNK):
+        values = buffer[: min(CHUNK, stop - at)]
         fill(at, values)
         yield at, values
 
@@ -88,8 +88,8 @@ def together(digests: Mapping[str, str]) -> str:
 
 
 class Crcs:
-    """crc32 of tensors whose bytes pass in runs: in order at no cost, in any order, from any thread. Each run counts
-    once, and those of one tensor may not overlap (a tensor whose runs do is summed again by whoever needs it)."""
+    """crc32 of tensors whose bytes pass in chunks: in order at no cost, in any order, from any thread. A chunk counts
+    once, and those of one tensor may not overlap (a tensor whose chunks do is summed again by whoever needs it)."""
 
     def __init__(self) -> None:
         self._whole: dict[str, int] = {}

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.weights import Base, runs, tensor_digest, together
+from ..checkpoint.weights import Base, chunks, tensor_digest, together
 from ..errors import CheckpointError
 from ..formats.codec import PlaneEncoder
 from ..modules.away import check_present
@@ -138,6 +138,6 @@ class Filler:
             f"parameter {piece.name!r} of the base",
         )  # fmt: skip
         read, dtype = partial(self.base.read_into, piece.name), self.base.dtype_of(piece.name)
-        for start, values in runs(read, dtype, piece.start, piece.stop):
+        for start, values in chunks(read, dtype, piece.start, piece.stop):
             encoder.put(start - piece.start, values)
         encoder.finish()
