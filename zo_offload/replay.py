@@ -39,7 +39,7 @@ from .run.opening import Opened, open_model
 from .run.session import Session, identity_of
 from .run.stepper import make_stepper
 from .stream.ingest import Base, Filler
-from .stream.slots import Window
+from .stream.slots import WindowSize
 from .stream.streamer import Streamer
 
 
@@ -159,7 +159,7 @@ class ReplayTier:
         self._layout, self._log, self._check = layout, log, check
         self._source = _BaseTier(plan, layout, opened.base)
         self._streamer = Streamer(
-            plan, layout, self._source, opened.device, log, window=Window(1, 0, frozenset(), 0),
+            plan, layout, self._source, opened.device, log, window=WindowSize(1, 0, frozenset(), 0),
             fold_every=prepared.fold_every, noise=prepared.method.noise, rounding=config.rounding, gains=gains,
             threads=config.threads,
         )  # fmt: skip

@@ -26,7 +26,7 @@ from ..plan.activations import NOT_MEASURED, Activations, ServiceOrder
 from ..plan.layout import Layout
 from ..plan.plan import Owner, Plan
 from ..stream.scratch import padded
-from ..stream.slots import Window
+from ..stream.slots import WindowSize
 from ..system.units import show_bytes
 
 
@@ -34,7 +34,7 @@ from ..system.units import show_bytes
 class MemoryPlan:
     """A window, a service order and what each term of memory will be, in bytes."""
 
-    window: Window
+    window: WindowSize
     order: ServiceOrder
     terms: Mapping[str, int]
     budget: int | None
@@ -232,7 +232,7 @@ class _Ask:
             "store": self.layout.total_bytes if self.offload == "host" else 0,
             "process": self.fixed["process"],
         }
-        window = Window(max(used, 1), ahead, pinned, self.io_threads)
+        window = WindowSize(max(used, 1), ahead, pinned, self.io_threads)
         return MemoryPlan(window, self.order, terms, self.budget, self.unknown)
 
     def with_most_pinned(self, budget: int) -> MemoryPlan:

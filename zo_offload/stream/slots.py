@@ -15,7 +15,7 @@ from ..tiers import UNKNOWN, Tier
 
 
 @dataclass(frozen=True)
-class Window:
+class WindowSize:
     """How blocks move. num_slots: places that blocks stream through; ahead: stays fetched before they are needed;
     pinned: blocks that stay in memory; io_threads: workers for fetches (0: every op runs in order on the caller)."""
 

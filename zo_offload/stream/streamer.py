@@ -36,7 +36,7 @@ from ..tiers import Tier
 from .fold_sample import FoldSample
 from .reading import Reader
 from .scratch import ScratchPool
-from .slots import Slot, Traffic, Window
+from .slots import Slot, Traffic, WindowSize
 from .window import BlockWindow
 
 
@@ -65,7 +65,7 @@ class Streamer:
         device: Device,
         log: UpdateLog,
         *,
-        window: Window,
+        window: WindowSize,
         fold_every: int,
         noise: NoiseSpec,
         rounding: Rounding = "nearest",

@@ -36,7 +36,7 @@ from ..plan.plan import Plan
 from ..system.spans import span
 from ..tiers import UNKNOWN, Tier
 from .schedule import Op, OpKey, last_visits, schedule
-from .slots import Slot, Traffic, Window
+from .slots import Slot, Traffic, WindowSize
 
 
 class BlockWindow:
@@ -54,7 +54,7 @@ class BlockWindow:
         device: Device,
         log: UpdateLog,
         *,
-        how: Window,
+        how: WindowSize,
         fold_every: int,
         settle: Callable[[Slot], None],
     ) -> None:
