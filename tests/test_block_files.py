@@ -16,14 +16,14 @@ from zo_offload.kernels import native
 from zo_offload.system import diskio
 from zo_offload.tiers import checksum as checksums
 from zo_offload.tiers import summed_io
-from zo_offload.tiers.block_file import DATA, PAGE, Shape, extents
+from zo_offload.tiers.block_file import DATA, PAGE, FileShape, extents
 from zo_offload.tiers.checksum import checksum, reference
 from zo_offload.tiers.disk import DiskTier, shapes_of
 
 SHAPES = {
-    "all trained": Shape(0, 20480, 20480, ((0, 20480),)),
-    "parts, odd sizes": Shape(0, 20480, 20480, ((64, 999), (4160, 7001), (16384, 4096))),
-    "two regions": Shape(0, 24576, 16384, ((0, 9000), (12288, 8192))),
+    "all trained": FileShape(0, 20480, 20480, ((0, 20480),)),
+    "parts, odd sizes": FileShape(0, 20480, 20480, ((64, 999), (4160, 7001), (16384, 4096))),
+    "two regions": FileShape(0, 24576, 16384, ((0, 9000), (12288, 8192))),
 }
 
 
@@ -399,7 +399,7 @@ def test_a_file_cut_while_it_is_used_is_an_error_not_a_short_block(tmp_path):
 
 
 def test_a_missing_or_foreign_file_is_named(tmp_path):
-    a, b = (Shape(i, 8192, 8192, ((0, 8192),)) for i in range(2))
+    a, b = (FileShape(i, 8192, 8192, ((0, 8192),)) for i in range(2))
     tier = DiskTier.create(tmp_path, [a, b], Alone())
     for block in (0, 1):
         tier.flush(block, content(a, block), a.spans, 0)

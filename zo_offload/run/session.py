@@ -26,7 +26,7 @@ from ..system.closing import Closing
 from ..system.lock import NAME as LOCK
 from ..system.lock import RunLock, hold
 from ..tiers import DiskTier, HostTier, ResidentTier, Tier
-from ..tiers.disk import Shape, shapes_of
+from ..tiers.disk import FileShape, shapes_of
 from .opening import Opened
 from .origin import RunOrigin
 from .prepare import Prepared
@@ -142,7 +142,7 @@ class Maker:
     def _stepper(self, log: UpdateLog, journal: Journal | None, gains: Gains) -> Stepper:
         return make_stepper(self._prepared, self.opened.device, log, journal, gains)
 
-    def _shapes(self) -> tuple[Shape, ...]:
+    def _shapes(self) -> tuple[FileShape, ...]:
         layout = self._prepared.layout
         return shapes_of(layout.block_bytes, layout.spans, layout.stream_bytes)
 

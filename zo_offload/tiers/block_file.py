@@ -61,7 +61,7 @@ HEADER_BYTES = _HEAD.size + 4
 
 
 @dataclass(frozen=True)
-class Shape:
+class FileShape:
     """What a block file of this plan must look like. spans: trained ranges, ascending, disjoint."""
 
     index: int
@@ -104,7 +104,7 @@ class Extent:
 
 
 @lru_cache(maxsize=4096)
-def extents(shape: Shape, generation: int) -> tuple[tuple[Extent, ...], tuple[Extent, ...]]:
+def extents(shape: FileShape, generation: int) -> tuple[tuple[Extent, ...], tuple[Extent, ...]]:
     """(trained, frozen) pieces of a block as this generation stores them, cut where the streamed part ends."""
     trained, packed = [], shape.second
     for offset, length in shape.spans:
@@ -130,7 +130,7 @@ class Header:
     history: int | None = 0
     chain: int = 0
 
-    def pack(self, shape: Shape) -> bytes:
+    def pack(self, shape: FileShape) -> bytes:
         body = _HEAD.pack(
             MAGIC, shape.index, self.state, 0, self.version, shape.nbytes, shape.streamed, shape.trained, *self.sums,
             self.history or 0,
@@ -154,7 +154,7 @@ class Foreign:
     trained: int
 
 
-def parse(data: bytes, shape: Shape) -> Header | Foreign | None:
+def parse(data: bytes, shape: FileShape) -> Header | Foreign | None:
     """A generation's header; None if it never was whole or is damaged (to a reader the same: use the other one)."""
     layout = _OLD_HEAD if data[:4] == OLD_MAGIC else _HEAD
     size = layout.size
@@ -169,7 +169,7 @@ def parse(data: bytes, shape: Shape) -> Header | Foreign | None:
     return Header(state, version, sums, rest[4] if magic == MAGIC else None, chain)
 
 
-def read(fd: int, shape: Shape, generation: int, header: Header, out: Tensor, start: int) -> bool:
+def read(fd: int, shape: FileShape, generation: int, header: Header, out: Tensor, start: int) -> bool:
     """Fill `out` with bytes [start, start + len(out)) of the block; False if the file ends early or a checksum fails.
 
     The parts (streamed, rest) that lie whole within the range are checked as they are read.
@@ -192,7 +192,7 @@ def read(fd: int, shape: Shape, generation: int, header: Header, out: Tensor, st
 
 
 def write(
-    fd: int, shape: Shape, generation: int, old: Header | None, data: Tensor, version: int, history: int, whole: bool
+    fd: int, shape: FileShape, generation: int, old: Header | None, data: Tensor, version: int, history: int, whole: bool
 ) -> Header:
     """Write a generation's spans (whole: the frozen bytes too) and then its header, which is returned.
 
@@ -208,13 +208,13 @@ def write(
     return write_header(fd, shape, generation, Header(WHOLE, version, total, history))
 
 
-def write_header(fd: int, shape: Shape, generation: int, header: Header) -> Header:
+def write_header(fd: int, shape: FileShape, generation: int, header: Header) -> Header:
     """Write a generation's header alone; returns it."""
     diskio.write_at(fd, header.pack(shape), generation * PAGE)
     return header
 
 
-def mark(fd: int, shape: Shape, generation: int) -> None:
+def mark(fd: int, shape: FileShape, generation: int) -> None:
     """Say that a generation is not whole."""
     diskio.write_at(fd, EMPTY.pack(shape), generation * PAGE)
 

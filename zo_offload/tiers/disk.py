@@ -29,7 +29,7 @@ from ..errors import BudgetError, CheckpointError, StorageError
 from ..system import diskio
 from ..system.units import show_bytes
 from . import block_file
-from .block_file import DATA, PAGE, WHOLE, Foreign, Header, Shape, Spans
+from .block_file import DATA, PAGE, WHOLE, FileShape, Foreign, Header, Spans
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _THEN = "The journal and the block's other generation hold the run."
 class _Block:
     """One file as this process knows it. headers: of the two generations, None = not whole or damaged."""
 
-    shape: Shape
+    shape: FileShape
     path: Path
     fd: int
     headers: list[Header | None] = field(default_factory=lambda: [None, None])
@@ -58,18 +58,18 @@ class _Block:
 
 def shapes_of(
     block_bytes: Sequence[int], spans: Sequence[Spans], streamed: Sequence[int] | None = None
-) -> tuple[Shape, ...]:
+) -> tuple[FileShape, ...]:
     """Shapes of all block files. streamed: bytes of the prefix that is fetched alone; default the whole block."""
     prefix = block_bytes if streamed is None else streamed
-    return tuple(Shape(i, n, prefix[i], tuple(spans[i])) for i, n in enumerate(block_bytes))
+    return tuple(FileShape(i, n, prefix[i], tuple(spans[i])) for i, n in enumerate(block_bytes))
 
 
-def load_shapes(directory: Path) -> tuple[Shape, ...]:
+def load_shapes(directory: Path) -> tuple[FileShape, ...]:
     """The shapes that a folder of block files was made with, for tools that have no model. CheckpointError."""
     path = directory / SHAPES
     try:
         found = [
-            Shape(i, nbytes, streamed, tuple((offset, length) for offset, length in spans))
+            FileShape(i, nbytes, streamed, tuple((offset, length) for offset, length in spans))
             for i, (nbytes, streamed, spans) in enumerate(json.loads(diskio.read_file(path)))
         ]
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -85,7 +85,7 @@ def load_shapes(directory: Path) -> tuple[Shape, ...]:
     return tuple(found)
 
 
-def _save_shapes(directory: Path, shapes: Sequence[Shape]) -> None:
+def _save_shapes(directory: Path, shapes: Sequence[FileShape]) -> None:
     text = json.dumps([[shape.nbytes, shape.streamed, shape.spans] for shape in shapes])
     diskio.replace_file(directory / SHAPES, text.encode())
 
@@ -120,7 +120,7 @@ class DiskTier:
         self._blocks = blocks
 
     @classmethod
-    def create(cls, directory: Path, shapes: Sequence[Shape], origin: Origin) -> DiskTier:
+    def create(cls, directory: Path, shapes: Sequence[FileShape], origin: Origin) -> DiskTier:
         """New block files, empty until they are first written; their space is reserved at once.
 
         Files of the same names are taken over: call it only for a run whose journal needs none of them. BudgetError if
@@ -153,7 +153,7 @@ class DiskTier:
 
     @classmethod
     def open(
-        cls, directory: Path, shapes: Sequence[Shape], origin: Origin | None = None, *, write: bool = True
+        cls, directory: Path, shapes: Sequence[FileShape], origin: Origin | None = None, *, write: bool = True
     ) -> DiskTier:
         """The files of an earlier run, each checked against its shape. A block may have no whole generation."""
         diskio.allow_open_files(len(shapes), "block files")
@@ -182,14 +182,14 @@ class DiskTier:
         return cls(directory, blocks, origin)
 
     @staticmethod
-    def is_unfinished(directory: Path, shapes: Sequence[Shape]) -> bool:
+    def is_unfinished(directory: Path, shapes: Sequence[FileShape]) -> bool:
         """Whether `create` was broken off there: its last file is missing, and so are others. Nothing was in them."""
         sizes = {shape.index: shape.file_bytes for shape in shapes}
         there = {i for i, n in sizes.items() if (p := _path(directory, i)).is_file() and p.stat().st_size == n}
         return not (directory / SHAPES).exists() and there != sizes.keys()
 
     @property
-    def shapes(self) -> tuple[Shape, ...]:
+    def shapes(self) -> tuple[FileShape, ...]:
         return tuple(block.shape for block in self._blocks)
 
     def headers(self, block: int) -> tuple[tuple[int, Header], ...]:
@@ -364,4 +364,4 @@ def _header(block: _Block, generation: int) -> Header | None:
     return found if found is not None and found.state == WHOLE else None
 
 
-__all__ = ["DATA", "DiskTier", "Shape", "shapes_of"]
+__all__ = ["DATA", "DiskTier", "FileShape", "shapes_of"]
