@@ -192,7 +192,14 @@ def read(fd: int, shape: FileShape, generation: int, header: Header, out: Tensor
 
 
 def write(
-    fd: int, shape: FileShape, generation: int, old: Header | None, data: Tensor, version: int, history: int, whole: bool
+    fd: int,
+    shape: FileShape,
+    generation: int,
+    old: Header | None,
+    data: Tensor,
+    version: int,
+    history: int,
+    whole: bool,
 ) -> Header:
     """Write a generation's spans (whole: the frozen bytes too) and then its header, which is returned.
 
