@@ -641,7 +641,8 @@ def test_own_threads_and_torchs_do_the_same():
     program = """
 import ctypes, os, sys, threading
 import torch
-from zo_offload import native, noise
+from zo_offload.kernels import native
+from zo_offload.numerics import noise
 
 library = native.library()
 lib = ctypes.CDLL(str(library.path))

@@ -105,7 +105,7 @@ def test_a_fast_math_library_is_refused_when_loaded(tmp_path):
     assert path.exists(), said
     code = f"""
 from pathlib import Path
-from zo_offload import native
+from zo_offload.kernels import native
 for isa in {native.ISAS!r}:
     try:
         native.Library(Path({str(path)!r}), isa)
@@ -132,7 +132,7 @@ def test_without_a_compiler_the_build_succeeds_and_says_so(tmp_path):
 
 def test_the_library_can_be_switched_off():
     said = python(
-        "from zo_offload import native; from zo_offload.numerics.noise import *; "
+        "from zo_offload.kernels import native; from zo_offload.numerics.noise import *; "
         "print(native.library(), native.describe(), noise(NoiseSpec(), 1, 2, 3).tolist())",
         ZO_NATIVE="0",
     )
@@ -142,8 +142,8 @@ def test_the_library_can_be_switched_off():
 
 @pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library is not built")
 def test_a_variant_can_be_forced_and_a_wrong_name_is_an_error():
-    assert "_zo_cpu.so, scalar" in python("from zo_offload import native; print(native.describe())", ZO_ISA="scalar")
-    code = "from zo_offload import native\ntry: native.library()\nexcept ValueError as e: print(e)"
+    assert "_zo_cpu.so, scalar" in python("from zo_offload.kernels import native; print(native.describe())", ZO_ISA="scalar")
+    code = "from zo_offload.kernels import native\ntry: native.library()\nexcept ValueError as e: print(e)"
     assert "choose one of" in python(code, ZO_ISA="sse9")
 
 
