@@ -212,6 +212,14 @@ class Layered(MeZO):
         return Gain(2.0, 0.125) if "self_attn" in name and len(shape) == 2 else Gain()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Still(NSPSA):
+    """Attention does not train, of the rest biases neither."""
+
+    def gain(self, name: str, shape: torch.Size) -> Gain:
+        return Gain(0.0, 0.0) if "self_attn" in name or name.endswith("bias") else Gain()
+
+
 PROOFS = {
     "sign": (SignSGD(lr=1e-3, weight_decay=0.1, batch_size=4), [(0, 1), (0, -1)], sign),
     "sign, rademacher": (SignSGD(lr=1e-3, distribution="rademacher", batch_size=4), [(0, 1), (0, -1)], sign),
@@ -221,6 +229,7 @@ PROOFS = {
     "the example": (
         LeaveOneOut(lr=1e-2, directions=3, weight_decay=0.1, batch_size=4), [(i, 1) for i in range(3)], leave_one_out
     ),
+    "gain 0": (Still(lr=1e-2, directions=3, batch_size=4), [(i, s) for i in range(3) for s in (1, -1)], nspsa),
     "gains": (Layered(lr=1e-2, weight_decay=0.1, batch_size=4), [(0, 1), (0, -1)], mezo),
 }  # fmt: skip
 PLACES = {
@@ -321,6 +330,29 @@ def test_a_gain_of_nothing_is_refused(gain):
 
     with pytest.raises(ConfigError, match=r"method 'Without' gives .* a gain of .* both must be positive"):
         Engine(tiny_opt(), method=Without())
+
+
+def test_a_gain_of_0_is_a_parameter_that_does_not_train(tmp_path):
+    def still(name: str) -> bool:
+        return "self_attn" in name or name.endswith("bias")
+
+    names = [n for n, _ in tiny_opt().named_parameters() if not still(n)]
+    with Engine(tiny_opt(), method=Still(), run_dir=tmp_path / "run", offload="disk") as engine:
+        losses = engine.fit(batches()[:2], steps=2, batch_size=4).losses
+        assert {n for n, spec in engine.plan.params.items() if spec.trainable} == set(names) and not engine.gains
+        layout = engine.layout
+    with Engine(tiny_opt(), method=NSPSA(**vars(Still())), trainable=names) as engine:
+        assert engine.fit(batches()[:2], steps=2, batch_size=4).losses == losses
+        assert engine.layout.spans == layout.spans, "nothing of it is flushed"
+    with Engine.resume(tmp_path / "run", tiny_opt(), method=Still()) as engine:
+        assert len(engine.fit(batches()[:2], steps=3, batch_size=4).losses) == 1
+
+    class Nothing(MeZO):
+        def gain(self, name: str, shape: torch.Size) -> Gain:
+            return Gain(0.0, 0.0)
+
+    with pytest.raises(ConfigError, match="gives every parameter that is to train a gain of 0"):
+        Engine(tiny_opt(), method=Nothing())
 
 
 # ---- one class a method ----------------------------------------------------------------------------------------------

@@ -70,12 +70,12 @@ def decide_gains(plan: Plan, layout: Layout, method: Method, base: Base) -> dict
 
 
 def _own_gain(method: Method, name: str, shape: torch.Size) -> Gain:
-    """What the method itself gives a parameter. Raises ConfigError if it leaves it out, which is not built."""
+    """What the method itself gives a parameter that trains. Raises ConfigError if one of the two is no gain."""
     gain = method.gain(name, shape)
     if not (0 < gain.lane < math.inf and 0 < gain.update < math.inf):
         raise ConfigError(
             f"method {method.name!r} gives {name!r} a gain of {gain.lane:g} in the lanes and {gain.update:g} in the "
-            "update: both must be positive. To leave a parameter out of training, use trainable=..."
+            "update: both must be positive, or both 0 for a parameter that is not to train"
         )
     return gain
 

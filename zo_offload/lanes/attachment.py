@@ -153,9 +153,8 @@ class Attachment:
         params, resting = tuple(self.params[n] for n in names), tuple(self._resting[n] for n in names)
         specs = [plan.params[name] for name in names]
         strides = tuple(s.strides if tuple(s.shape) == tuple(found[s.name]) else None for s in specs)
-        frozen = not any(spec.trainable for spec in specs)
         block = blocks[0] if blocks else owner.block
-        return Portion(pieces, block, len(blocks) > 1, names, params, shapes, resting, frozen, strides)
+        return Portion(pieces, block, len(blocks) > 1, names, params, shapes, resting, strides)
 
     def _compute_in_portions(self, plan: Plan) -> None:
         """Give every module whose weights are cut, and that can, a forward that computes portion by portion."""
@@ -305,6 +304,8 @@ class Attachment:
         if watch is not None:
             watch.leave(lane, frame, check=not failed)
             watch.mode.recorder = None  # what hub and source do with memory is not the model's doing
+        elif frame.is_rewritten():
+            self._control.rewritten.add(frame.served.owner.name)
         del lane.frames[-1]
         served = frame.served
         for p, rest in zip(frame.portion.params, frame.portion.resting, strict=True):

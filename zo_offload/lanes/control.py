@@ -27,6 +27,8 @@ class Control:
         """The lane that runs."""
         self.watch: WatchedRun | None = None
         """What watches the run under way."""
+        self.rewritten: set[str] = set()
+        """Owners of which a lane of the run under way changed a weight in place that others have too, unwatched."""
         self._home: greenlet.greenlet | None = None  # the hub's own greenlet, while a run is under way
         self._thread = 0  # in which lanes run
         self._modes: ModeState  # torch's modes as the run found them
@@ -42,6 +44,7 @@ class Control:
     def begin(self) -> None:
         """A run begins, in the greenlet, the thread and the modes of the caller."""
         self._thread, self._modes, self._aborting = threading.get_ident(), current_modes(), False
+        self.rewritten = set()
         self._home = greenlet.getcurrent()
 
     def launch(self, lane: LaneRun, work: Callable[[], Any]) -> None:

@@ -6,10 +6,10 @@ lets each lane through) and goes on. Lanes need not meet owners in the same orde
 
 While an owner runs in a lane its parameters hold that lane's scratch; at all other times a Parameter keeps its
 identity, shape, dtype and device, and its values are NaN. An owner whose children switch lanes has its weights
-changed with the lane. Lanes with the same perturbation (micro-batches) share scratch, and all lanes that are served
-together share that of an owner of which nothing trains. An `nn.Embedding` gets only the rows that the waiting lanes ask
-for, and remapped ids. An `nn.Linear` whose weight is cut, and stacked experts that are, get portion after portion: to
-the hub each is an owner's call of its own, so lanes are in lockstep over (call, portion).
+changed with the lane. Lanes that are served together share scratch where they have the same perturbation
+(micro-batches), and of a parameter that does not train all of them share one tensor. An `nn.Embedding` gets only the
+rows that the waiting lanes ask for, and remapped ids. An `nn.Linear` whose weight is cut, and stacked experts that are,
+get portion after portion: to the hub each is an owner's call of its own, so lanes are in lockstep over (call, portion).
 
 Orders of service (results are the same bit for bit):
     module  all lanes waiting at the earliest owner are served together; noise is made once
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import PlanError
-from ..kernels.records import STILL, Perturbation
+from ..kernels.records import Perturbation
 from ..modules.generators import Generators, drawn_from
 from ..modules.recorder import ForwardCall, Trace
 from ..modules.state import ModuleState
@@ -306,8 +306,7 @@ class Hub:
         served, portion = self._attachment.served[group[0].want], self._portion_of(group[0])
         watch = self._control.watch
         places: dict[Perturbation, int] = {}
-        wanted = [STILL if portion.frozen else lane.lane.perturbation for lane in group]
-        index = [places.setdefault(perturbation, len(places)) for perturbation in wanted]
+        index = [places.setdefault(lane.lane.perturbation, len(places)) for lane in group]
         rows = gather(served, group, self._host_of) if served.rows else None
         scratch = self.source.emit(served.owner, list(places), rows, portion.pieces, fresh=watch is not None)
         emission = Emission(scratch, len(group), self.source.release)
@@ -358,6 +357,9 @@ class Hub:
     def _settle_state(self, lanes: list[LaneRun]) -> None:
         """The modules as before the run. PlanFault if lanes shared what they had not been known to change."""
         new = self._state.end()
+        if self._control.rewritten:
+            where = ", ".join(repr(name) for name in sorted(self._control.rewritten)[:3])
+            raise self._again(f"the forward of {where} changed a weight in place, which it had not when it was watched")
         if new and self._control.watch is None and len(lanes) > 1 and self.order != "lane":
             raise self._again("the forward changed its modules, which it had not done when it was watched")
 

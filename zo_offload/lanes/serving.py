@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import greenlet
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from ..modules.tree import gathers_rows
 from ..modules.watch import Origin
 from ..plan.blocks import Piece
 from ..plan.plan import Owner
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Source(Protocol):
         fresh: bool = False,
     ) -> list[list[Tensor]]:
         """[perturbation][parameter of owner.params], in the parameters' shapes, dtypes and device.
+
+        A parameter that does not train may be one tensor for all perturbations: no lane that runs beside others changes
+        its weights in place.
 
         rows: int64 [U], only for owners with `rows`: the result is [U, D], row i that of id rows[i].
         pieces: one of the owner's portions (`Plan.portions`): only the parameters that it has pieces of, and of those
@@ -75,8 +80,6 @@ class Portion:
     shapes: tuple[tuple[int, ...], ...]
     resting: tuple[Tensor, ...]
     """What the parameters hold while the owner does not run."""
-    frozen: bool
-    """Nothing of it trains: its weights are the same in every lane."""
     strides: tuple[tuple[int, ...] | None, ...]
     """How each is to lie in memory; None: as it comes, row by row."""
 
@@ -109,21 +112,46 @@ class Emission:
 
 
 def laid_out_as(strides: Sequence[tuple[int, ...] | None], scratch: list[list[Tensor]]) -> list[list[Tensor]]:
-    """Copies of scratch weights that lie in memory as the model's own."""
-    return [
-        [w.clone() if wanted is None else laid_out(w, wanted) for w, wanted in zip(weights, strides, strict=True)]
-        for weights in scratch
-    ]
+    """Copies of scratch weights that lie in memory as the model's own; one of each tensor."""
+
+    def copy(i: int, w: Tensor) -> Tensor:
+        wanted = strides[i]
+        return w.clone() if wanted is None else laid_out(w, wanted)
+
+    return each_once(scratch, copy)
+
+
+def each_once(scratch: Sequence[Sequence[Tensor]], make: Callable[[int, Tensor], Made]) -> list[list[Made]]:
+    """`make(parameter's place, tensor)` of scratch, asked for once of a tensor that several lanes have."""
+    made: dict[int, Made] = {}
+    for weights in scratch:
+        for i, w in enumerate(weights):
+            if id(w) not in made:
+                made[id(w)] = make(i, w)
+    return [[made[id(w)] for w in weights] for weights in scratch]
 
 
 class Frame:
     """An owner that is running in a lane, with the lane's weights for it, or for this portion of it."""
 
-    __slots__ = ("emission", "origins", "portion", "served", "weights")
+    __slots__ = ("emission", "origins", "portion", "served", "weights", "writes")
 
     def __init__(self, served: Served, portion: Portion, weights: list[Tensor], emission: Emission) -> None:
         self.served, self.portion, self.weights, self.emission = served, portion, weights, emission
         self.origins: list[Origin] = []  # of the weights, in a watched run
+        self.writes = _writes(portion.params) if emission.lanes_inside > 1 else -1
+
+    def is_rewritten(self) -> bool:
+        """Whether a weight was changed in place since the lane came in, where others were served with it.
+
+        Changes through `.data` are not seen.
+        """
+        return self.writes >= 0 and self.writes != _writes(self.portion.params)
+
+
+def _writes(params: Sequence[nn.Parameter]) -> int:
+    """How often parameters have been changed in place, as torch counts; to give one other data is no change."""
+    return sum(p._version for p in params if not p.is_inference())
 
 
 class PlainState:

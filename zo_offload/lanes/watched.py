@@ -18,7 +18,7 @@ from ..modules.state import ModuleState
 from ..modules.trees import tensors_of
 from ..modules.watch import Origin
 from ..plan.plan import Plan
-from .serving import Emission, Frame, LaneRun, Portion
+from .serving import Emission, Frame, LaneRun, Portion, each_once
 
 
 class PlanFault(PlanError):
@@ -72,7 +72,7 @@ class WatchedRun:
         self._check(first.portion, emission.scratch, rows)
         origins = self._track(names, emission.scratch)
         if origins is None:
-            copies = [[t.clone() for t in row] for row in emission.scratch]
+            copies = each_once(emission.scratch, lambda _, w: w.clone())
             place = [next(i for i, row in enumerate(emission.scratch) if row is f.weights) for f in frames]
             if emission.release is not None:
                 emission.release(emission.scratch)
@@ -97,15 +97,9 @@ class WatchedRun:
         """Origins like `scratch`; None if some of its memory is shared or already known."""
         if any(w.untyped_storage().nbytes() != w.nbytes for weights in scratch for w in weights):
             return None
-        found: list[list[Origin]] = []
-        for weights in scratch:
-            found.append([])
-            for name, w in zip(names, weights, strict=True):
-                origin = self.mode.track(w, name)
-                if origin is None:
-                    return None
-                found[-1].append(origin)
-        return found
+        found = each_once(scratch, lambda i, w: self.mode.track(w, names[i]))
+        known = [[origin for origin in origins if origin is not None] for origins in found]
+        return known if [*map(len, known)] == [*map(len, found)] else None
 
     def leave(self, lane: LaneRun, frame: Frame, *, check: bool) -> None:
         """A lane leaves an owner: what it held there is retired. check: that the forward did not replace it."""

@@ -201,10 +201,11 @@ class Method(ABC):
         but weight decay; a slope or a length of the gradient by choice."""
 
     def gain(self, name: str, shape: torch.Size) -> Gain:
-        """What a parameter gets of eps and of the update, for rates a layer; neither is 0.
+        """What a parameter gets of eps and of the update, for rates a layer. A function of these two alone.
 
-        The lanes perturb it by gain.lane times as much, and w <- w - gain.update * coefficient * z. Asked for once,
-        when a run begins, and kept in its journal (`gains.py`, which adds what 16-bit lanes and trained scales need).
+        The lanes perturb it by gain.lane times as much, and w <- w - gain.update * coefficient * z. Kept in the run's
+        journal (`gains.py`, which adds what 16-bit lanes and trained scales need). Gain(0, 0): it does not train, as if
+        `trainable` had left it out.
         """
         return ONE
 

@@ -63,6 +63,11 @@ class UpdateLog:
             self.folded = self.version
         self._since.cache_clear()
 
+    def cut(self, version: int) -> None:
+        """Forget the steps from `version` on. No block may have them."""
+        del self._steps[max(0, version - self.base) :]
+        self.mend()
+
     def mend(self) -> None:
         """After an `append` or `cut` that was broken off: everything is as the list of steps says."""
         last = next((i for i in reversed(range(len(self._steps))) if any(u.fold for u in self._steps[i])), -1)

@@ -90,11 +90,6 @@ class LateLog(UpdateLog):
         """The host's copy of a launched step."""
         self._steps[step - self.base] = tuple(updates)
 
-    def cut(self, version: int) -> None:
-        """Forget the steps from `version` on. No block may have them."""
-        del self._steps[max(0, version - self.base) :]
-        self.mend()
-
     def mend(self) -> None:
         del self._first[len(self._steps) :]
         self.table.cut(self._first[-1] + len(self._steps[-1]) if self._steps else 0)

@@ -2,7 +2,8 @@
 
     window       slots x the largest streamed block, in storage bytes
     pinned       blocks that stay in the window for the whole run (what the budget can spare)
-    scratch      perturbed weights of the modules a lane is inside of, in compute bytes
+    scratch      weights of the modules that lanes are inside of, in compute bytes: of what trains a copy a lane, of the
+                 rest one for all lanes that are served together
     activations  what the running lane's forward holds and what the others hold where they wait (`activations.py`)
     store        the model itself, where the tier is memory (offload "none" or "host")
     process      what was there before: interpreter, torch, libraries, the caller's own data
@@ -85,22 +86,24 @@ class MemoryPlan:
         return [(name, nbytes) for name, nbytes in self.terms.items() if nbytes]
 
 
-def scratch_bytes(plan: Plan, order: ServiceOrder, perturbations: int, rows: int) -> int:
+def scratch_bytes(plan: Plan, order: ServiceOrder, perturbations: int, rows: int, micro_batches: int = 1) -> int:
     """Largest scratch under way at once: a module and the owners around it that are still active.
 
     rows: most rows of an embedding that one batch looks up.
     """
-    sizes = {owner.name: _owner_bytes(plan, owner, rows) for owner in plan.owners}
-    all_lanes = {
-        owner.name: sizes[owner.name] * (perturbations if _trains(plan, owner) else 1) for owner in plan.owners
-    }
-    worst = 0
+    inner, outer = dict[str, int](), dict[str, int]()
     for owner in plan.owners:
-        together = order == "module" or _spans(plan, owner)
-        around = sum(
-            sizes[other] * perturbations for other in sizes if other != owner.name and _contains(other, owner.name)
-        )
-        worst = max(worst, (all_lanes if together else sizes)[owner.name] + around)
+        if order == "module" or (order == "block" and _spans(plan, owner)):  # all lanes together
+            inner[owner.name] = outer[owner.name] = _owner_bytes(plan, owner, rows, perturbations, 1)
+            continue
+        inner[owner.name] = _owner_bytes(plan, owner, rows, 1, 1)
+        # in block order each lane comes to it alone, and may wait inside of it for the others
+        lanes = 1 if order == "lane" else perturbations * micro_batches
+        outer[owner.name] = _owner_bytes(plan, owner, rows, lanes, lanes)
+    worst = 0
+    for name, held in inner.items():
+        around = sum(nbytes for other, nbytes in outer.items() if other != name and _contains(other, name))
+        worst = max(worst, held + around)
     return worst
 
 
@@ -108,25 +111,26 @@ def _contains(outer: str, inner: str) -> bool:
     return outer == "" or inner.startswith(outer + ".")
 
 
-def _trains(plan: Plan, owner: Owner) -> bool:
-    return any(plan.params[name].trainable for name in owner.params)
-
-
 def _spans(plan: Plan, owner: Owner) -> bool:
     """Whether it has a portion in several blocks: that is served to all lanes at once in any order."""
     return any(len(plan.streamed_blocks(portion)) > 1 for portion in plan.portions(owner))
 
 
-def _owner_bytes(plan: Plan, owner: Owner, rows: int) -> int:
-    """Scratch of one perturbation, for the largest of the owner's portions."""
+def _owner_bytes(plan: Plan, owner: Owner, rows: int, trained: int, frozen: int) -> int:
+    """Scratch of the largest of an owner's portions, with so many copies of what trains and of what does not."""
     if owner.rows:
         (spec,) = (plan.params[name] for name in owner.params)
-        return padded(min(rows, spec.shape[0]) * spec.row_numel * spec.dtype.itemsize)
-    return max(_portion_bytes(plan, plan.shapes(portion)) for portion in plan.portions(owner))
-
-
-def _portion_bytes(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(padded(math.prod(shape) * plan.params[name].dtype.itemsize) for name, shape in shapes.items())
+        shapes: list[dict[str, tuple[int, ...]]] = [{spec.name: (min(rows, spec.shape[0]), spec.row_numel)}]
+    else:
+        shapes = [plan.shapes(portion) for portion in plan.portions(owner)]
+    copies = {name: trained if plan.params[name].trainable else frozen for name in owner.params}
+    return max(
+        sum(
+            copies[name] * padded(math.prod(shape) * plan.params[name].dtype.itemsize)
+            for name, shape in portion.items()
+        )
+        for portion in shapes
+    )
 
 
 def pinned_blocks(plan: Plan, count: int) -> frozenset[int]:
@@ -166,7 +170,11 @@ def plan_memory(
     smallest: MemoryPlan | None = None
     for which in orders:
         held = held_together(activations, which, perturbations, micro_batches)
-        fixed = {"scratch": scratch_bytes(plan, which, perturbations, rows), "activations": held, "process": process}
+        fixed = {
+            "scratch": scratch_bytes(plan, which, perturbations, rows, micro_batches),
+            "activations": held,
+            "process": process,
+        }
         for slots in slot_choices:
             ask = _Ask(plan, layout, offload, which, slots, ahead, io_threads, fixed, budget, activations.unknown)
             least = ask.with_pinned(frozenset(range(len(plan.blocks))) if offload == "none" else frozenset())

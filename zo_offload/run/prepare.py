@@ -22,7 +22,8 @@ from ..data.batches import most_ids
 from ..data.losses import Objective, for_a_loss
 from ..data.micro_batches import split_micro_batches
 from ..devices import PlannedDevice
-from ..errors import BudgetError
+from ..errors import BudgetError, ConfigError
+from ..kernels.records import Gain
 from ..methods import Method, check_tunes
 from ..modules.recorder import ForwardCall
 from ..modules.state import undisturbed
@@ -166,16 +167,28 @@ def prepare(
         full = make_plan(
             model, example, trainable=config.trainable, block_numel=config.block_numel, notes=notes, **traced
         )
-    check_tunes(method.tunes, method.lr, method.eps, full)
+    trains = _with_gain(full, method)
+    check_tunes(method.tunes, method.lr, method.eps, trains)
     note = ""
     if config.storage == "auto":
-        storage, note = choose_storage(full, dtype_of, config)
+        storage, note = choose_storage(trains, dtype_of, config)
         config = replace(config, storage=storage)
-    stored = decide_formats(full, config.storage, dtype_of, config.keep, method.target)
+    stored = decide_formats(trains, config.storage, dtype_of, config.keep, method.target)
     layout = make_layout(stored.plan, stored.format_of, stored.target)
     offload = choose_offload(config, layout, device) if offload is None else offload
     fold_every = choose_fold_every(config.fold_every, stored.plan, layout, offload, method.distribution, method.noises)
     return Prepared(_shadow(model), full, stored.plan, layout, config, method, device, offload, fold_every, note)
+
+
+def _with_gain(plan: Plan, method: Method) -> Plan:
+    """The plan in which what the method gives a gain of 0 does not train, as if `trainable` had left it out."""
+    still = {
+        name for name, spec in plan.params.items() if spec.trainable and method.gain(name, spec.shape) == Gain(0.0, 0.0)
+    }
+    params = {name: replace(spec, trainable=spec.trainable and name not in still) for name, spec in plan.params.items()}
+    if still and not any(spec.trainable for spec in params.values()):
+        raise ConfigError(f"method {method.name!r} gives every parameter that is to train a gain of 0: nothing trains")
+    return replace(plan, params=params) if still else plan
 
 
 def _shadow(model: nn.Module) -> nn.Module | str:

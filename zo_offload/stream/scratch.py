@@ -21,7 +21,7 @@ def padded(nbytes: int) -> int:
 
 @dataclass
 class Scratch:
-    """One owner's scratch: `tensors[perturbation][parameter]`, cut from `buffer`."""
+    """One owner's scratch: `tensors[perturbation][parameter]`, cut from `buffer`; some are the same in all lists."""
 
     buffer: Tensor | None  # None: each tensor has its own
     tensors: list[list[Tensor]]
@@ -64,25 +64,33 @@ class ScratchPool:
         return sum(buffer.memory.numel() for buffer in self._buffers)
 
     def take(
-        self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype], copies: int, *, fresh: bool = False
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        dtypes: Sequence[torch.dtype],
+        copies: int,
+        *,
+        once: Sequence[bool] = (),
+        fresh: bool = False,
     ) -> Scratch:
         """`copies` sets of tensors of the given shapes and dtypes, uninitialised.
 
+        once: of each tensor, whether all sets have the same one; none given: each set has its own.
         fresh: each in memory of its own that is not used again, so that a view kept too long can be told apart.
         """
+        once = once or [False] * len(shapes)
         if fresh:
-            pairs = list(zip(shapes, dtypes, strict=True))
             # from `alloc`, not from the heap: these go back to the system at once, where the heap would keep them
-            return Scratch(None, [[self._alone(shape, dtype) for shape, dtype in pairs] for _ in range(copies)])
+            kinds = list(zip(shapes, dtypes, strict=True))
+            return Scratch(None, _sets(copies, once, lambda i: self._alone(*kinds[i])))
         sizes = [_nbytes(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-        stride = sum(padded(n) for n in sizes)
-        buffer, place = self._place(max(_ALIGN, stride * copies))
-        key = (place, tuple(shapes), tuple(dtypes), copies)
+        total = sum(padded(n) * (1 if shared else copies) for n, shared in zip(sizes, once, strict=True))
+        buffer, place = self._place(max(_ALIGN, total))
+        key = (place, tuple(shapes), tuple(dtypes), copies, tuple(once))
         tensors = buffer.cuts.get(key)
         if tensors is None:  # views take microseconds each, and the same modules come again every step
             if len(buffer.cuts) >= _MOST_CUTS:
                 buffer.cuts.clear()
-            tensors = buffer.cuts[key] = _cut(buffer.memory[slice(*place)], shapes, dtypes, sizes, copies)
+            tensors = buffer.cuts[key] = _cut(buffer.memory[slice(*place)], shapes, dtypes, sizes, copies, once)
         scratch = Scratch(buffer.memory, tensors, place)
         buffer.taken = sorted([*buffer.taken, place])
         self._out[id(tensors)] = buffer, scratch
@@ -119,17 +127,30 @@ class ScratchPool:
 
 
 def _cut(
-    buffer: Tensor, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype], sizes: Sequence[int], copies: int
+    buffer: Tensor,
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[torch.dtype],
+    sizes: Sequence[int],
+    copies: int,
+    once: Sequence[bool],
 ) -> list[list[Tensor]]:
     """Tensors one after the other, each aligned."""
-    tensors: list[list[Tensor]] = []
     offset = 0
+
+    def piece(i: int) -> Tensor:
+        nonlocal offset
+        start, offset = offset, offset + padded(sizes[i])
+        return buffer[start : start + sizes[i]].view(dtypes[i]).view(shapes[i])
+
+    return _sets(copies, once, piece)
+
+
+def _sets(copies: int, once: Sequence[bool], make: Callable[[int], Tensor]) -> list[list[Tensor]]:
+    """`copies` lists of what `make` gives for each place; where `once` says so, all have the first one's."""
+    sets: list[list[Tensor]] = []
     for _ in range(copies):
-        tensors.append([])
-        for shape, dtype, n in zip(shapes, dtypes, sizes, strict=True):
-            tensors[-1].append(buffer[offset : offset + n].view(dtype).view(shape))
-            offset += padded(n)
-    return tensors
+        sets.append([sets[0][i] if shared and sets else make(i) for i, shared in enumerate(once)])
+    return sets
 
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

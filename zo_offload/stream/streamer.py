@@ -2,6 +2,7 @@
 
 When a module's turn comes, `emit` makes its scratch weights from the blocks' stored bytes in one fused pass a piece:
 apply the updates of the steps the piece still lacks, write back those up to the last fold, emit the perturbed weights.
+A parameter that does not train is the same for every perturbation: it is decoded once, and all lanes get that tensor.
 How blocks come and go is `window.py`'s, and reading the weights between passes `reading.py`'s.
 
 Contract: the bytes of a block at version v are a function of the base weights and the updates of steps 0..v-1 only.
@@ -46,6 +47,8 @@ class _Recipe:
 
     shapes: list[tuple[int, ...]]
     dtypes: list[torch.dtype]
+    once: list[bool]
+    """Whether a parameter does not train, so that all lanes have the same tensor."""
     parts: list[tuple[Piece, int, int]]
     """(piece, index of its parameter, its first element's place in what is there of the parameter)."""
 
@@ -174,16 +177,18 @@ class Streamer:
             recipe.shapes if rows is None else [(len(rows), *shape[1:]) for shape in recipe.shapes],
             recipe.dtypes,
             len(perturbations),
+            once=recipe.once,
             fresh=fresh,
         )
         for part, index, start_at in recipe.parts:
             slot, writes = window.acquire(self.layout.places[part].block)
-            outs = [tensors[index] for tensors in scratch.tensors]
+            lanes = perturbations[:1] if recipe.once[index] else perturbations
+            outs = [tensors[index] for tensors in scratch.tensors[: len(lanes)]]
             if rows is None and outs[0].numel() != part.numel:
                 outs = [out.view(-1)[start_at : start_at + part.numel] for out in outs]
             start = time.perf_counter()
             with span("zo_offload.stream:fused"):
-                self._emit_one(part, slot, writes, perturbations, outs, rows)
+                self._emit_one(part, slot, writes, lanes, outs, rows)
             window.traffic.fused_s += time.perf_counter() - start
         return scratch.tensors
 
@@ -196,6 +201,7 @@ class Streamer:
         return _Recipe(
             [shapes[name] for name in names],
             [self.plan.params[name].dtype for name in names],
+            [not self.plan.params[name].trainable for name in names],
             [(part, names.index(part.name), part.start - first[part.name]) for part in parts],
         )
 
