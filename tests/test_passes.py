@@ -34,14 +34,16 @@ def test_a_lane_of_a_step_that_is_not_perturbed_sees_the_same_weights_alone_as_b
 
 
 def counted(engine: Engine) -> Counter[tuple[str, int]]:
-    """(owner, lanes it was made for) -> how often, from now on."""
+    """(parameter, different copies made of it) -> how often, from now on."""
     emits: Counter[tuple[str, int]] = Counter()
     streamer = engine.active.start().streamer
     emit = streamer.emit
 
     def count(owner: Any, perturbations: Any, *args: Any, **how: Any) -> Any:
-        emits[owner.name, len(perturbations)] += 1
-        return emit(owner, perturbations, *args, **how)
+        scratch = emit(owner, perturbations, *args, **how)
+        for name, copies in zip(owner.params, zip(*scratch, strict=True), strict=True):
+            emits[name, len({id(weights) for weights in copies})] += 1
+        return scratch
 
     streamer.emit = count  # type: ignore[method-assign]
     return emits
@@ -56,8 +58,8 @@ def test_what_does_not_train_is_made_once_for_all_lanes(storage: str, micro_batc
         emits = counted(engine)
         engine.step(batch(), micro_batches=micro_batches)
     assert emits, "nothing was counted"
-    for (owner, lanes), times in emits.items():
-        assert (lanes, times) == ((9 if owner.startswith("model.layers.1.") else 1), 1), owner
+    for (name, copies), times in emits.items():
+        assert (copies, times) == ((9 if name.startswith("model.layers.1.") else 1), 1), name
 
 
 def test_what_does_not_train_is_the_same_in_every_order_and_with_rows_and_cut_weights(tmp_path: Any) -> None:
