@@ -142,7 +142,9 @@ def test_the_library_can_be_switched_off():
 
 @pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library is not built")
 def test_a_variant_can_be_forced_and_a_wrong_name_is_an_error():
-    assert "_zo_cpu.so, scalar" in python("from zo_offload.kernels import native; print(native.describe())", ZO_ISA="scalar")
+    assert "_zo_cpu.so, scalar" in python(
+        "from zo_offload.kernels import native; print(native.describe())", ZO_ISA="scalar"
+    )
     code = "from zo_offload.kernels import native\ntry: native.library()\nexcept ValueError as e: print(e)"
     assert "choose one of" in python(code, ZO_ISA="sse9")
 
