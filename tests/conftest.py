@@ -4,8 +4,10 @@ The models here are tiny, and threads that wait for each other would be most of 
 ask for them by number.
 """
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import transformers
 from zo_offload.kernels import native
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("support")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,6 +32,15 @@ def _alike() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
+    """Makes every engine of the test run on the device given, as device="cuda"."""
+    # here, because tests of kernels alone do without what an engine needs
+    from support.on_device import put_in_place
+
+    return functools.partial(put_in_place, monkeypatch)
 
 
 @pytest.fixture

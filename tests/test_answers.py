@@ -9,9 +9,9 @@ import random
 import pytest
 import torch
 import transformers as tf
-from tiny_models import BART, BERT, VOCAB, ZOO
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from support.zoo.models import BART, BERT, VOCAB, ZOO
 from zo_offload import DataError, Engine, MeZO
 from zo_offload.cli import main
 

@@ -15,9 +15,9 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import BERT, LLAMA, ZOO, Tiny, tokens
 from torch import nn
 
+from support.zoo.models import BERT, LLAMA, ZOO, Tiny, tokens
 from zo_offload.checkpoint import weights
 from zo_offload.checkpoint.checkpoint import Checkpoint, save_pretrained
 from zo_offload.checkpoint.safetensors_io import DTYPES, SafetensorsFile

@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 import torch
-from archs import ALL, build
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
+from support.zoo.archs import ALL, build
 from zo_offload import Engine, MeZO
 from zo_offload.data.losses import model_loss, weighing
 from zo_offload.modules import chunked_loss

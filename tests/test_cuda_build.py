@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cuda_simulated import compilers
 
+from support.cuda_simulated import compilers
 from zo_offload.config import EngineConfig
 from zo_offload.devices import make_device
 from zo_offload.errors import ConfigError

@@ -14,14 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_cuda import COMPUTE, DelayedCpuDevice, FakeBackend, FakeCudaDevice
 from torch import nn
-from transformers import OPTConfig, OPTForCausalLM
 
 import zo_offload.run.opening
 import zo_offload.run.wiring
-import zo_offload.stream.reading
 import zo_offload.stream.streamer
+from support import training
+from support.compare import assert_same
+from support.fake_cuda import COMPUTE, DelayedCpuDevice, FakeBackend, FakeCudaDevice
+from support.training import METHOD
+from support.zoo.small import tiny_opt
 from zo_offload import BudgetError, DivergenceError, Engine, MeZO
 from zo_offload.devices import CpuDevice, Event
 from zo_offload.devices.cuda import LIBRARY_BYTES, CudaDevice
@@ -35,51 +37,18 @@ from zo_offload.stream.window import BlockWindow
 from zo_offload.tiers import HostTier
 
 VOCAB, STEPS = 97, 5
-METHOD = MeZO(lr=1e-3, eps=1e-3, weight_decay=0.1, batch_size=4)
 
 
-def tiny_opt(dtype=torch.float32):
-    torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=4, ffn_dim=32, num_attention_heads=2,
-        max_position_embeddings=32, word_embed_proj_dim=16,
-    )  # fmt: skip
-    return OPTForCausalLM(config).to(dtype).eval()
+def small_opt(dtype=torch.float32):
+    return tiny_opt(dtype=dtype, vocab=VOCAB, hidden=16)
 
 
 def batches(n=STEPS):
-    g = torch.Generator().manual_seed(5)
-    return [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, VOCAB, (n, 4, 9), generator=g)]
-
-
-@pytest.fixture
-def use(monkeypatch):
-    """Makes every engine of the test run on the device given, as device="cuda"."""
-
-    def use_device(device):
-        monkeypatch.setattr(zo_offload.run.opening, "make_device", lambda name: device)
-        if isinstance(device, CudaDevice):
-            watch_compute(monkeypatch, device.backend)
-        return device
-
-    return use_device
-
-
-def watch_compute(monkeypatch, backend):
-    """Tell the race checker what fused passes read and write."""
-    for module, name in (("streamer", "fused_pass"), ("streamer", "fused_rows"), ("reading", "fused_pass")):
-        original = getattr(getattr(zo_offload.stream, module), name)
-
-        def watched(stored, fmt, *, original=original, name=name, **options):
-            write = options.get("write_back", False)
-            backend.access(stored, write, COMPUTE, name)
-            return original(stored, fmt, **options)
-
-        monkeypatch.setattr(getattr(zo_offload.stream, module), name, watched)
+    return training.batches(n, length=9, vocab=VOCAB)
 
 
 def train(model=None, steps=STEPS, micro_batches=1, method=METHOD, data=None, **settings):
-    with Engine(model or tiny_opt(), method=method, **settings) as engine:
+    with Engine(model or small_opt(), method=method, **settings) as engine:
         result = engine.fit(data or batches(), steps=steps, micro_batches=micro_batches, batch_size=4)
         return result.losses, dict(engine.weights())
 
@@ -89,13 +58,7 @@ def resident(dtype=torch.float32, micro_batches=1, **more):
     """What the CPU device gives with everything in memory; made before a test puts another device in its place."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zo_offload.run.opening, "make_device", lambda name: CpuDevice())
-        return train(tiny_opt(dtype), offload="none", micro_batches=micro_batches, **more)
-
-
-def assert_same(a, b):
-    assert a[0] == b[0]
-    for name in a[1]:
-        assert torch.equal(a[1][name], b[1][name]), f"{name}: {(a[1][name] != b[1][name]).sum()} values differ"
+        return train(small_opt(dtype), offload="none", micro_batches=micro_batches, **more)
 
 
 WAYS = {
@@ -125,7 +88,7 @@ def test_streams_and_late_losses_give_the_cpus_numbers(use, tmp_path, way, dtype
         settings["run_dir"] = tmp_path / "run"
     expected = resident(dtype, **more)
     device = use(FakeCudaDevice(FakeBackend(seed=hash(way) % 1000)))
-    assert_same(expected, train(tiny_opt(dtype), device="cuda", **settings))
+    assert_same(expected, train(small_opt(dtype), device="cuda", **settings))
     assert device.backend.races == []
     assert settings["offload"] == "none" or device.backend.copies > STEPS
 
@@ -213,7 +176,7 @@ def test_a_step_that_is_not_finite_is_skipped_on_the_device_too(use, tmp_path):
         if late:
             use(DelayedCpuDevice())
         with Engine(
-            tiny_opt(), method=MeZO(lr=1e-3, on_nonfinite="skip"), objective=loss_that_fails_at(2), offload="disk",
+            small_opt(), method=MeZO(lr=1e-3, on_nonfinite="skip"), objective=loss_that_fails_at(2), offload="disk",
             run_dir=tmp_path / str(late),
         ) as engine:  # fmt: skip
             losses = engine.fit(batches(), steps=STEPS, batch_size=4).losses
@@ -228,26 +191,26 @@ def test_a_step_that_is_not_finite_is_skipped_on_the_device_too(use, tmp_path):
 def test_a_run_that_stops_ends_where_it_says_and_goes_on_from_there(use, tmp_path, fold_every):
     use(DelayedCpuDevice())
     settings = dict(offload="disk", run_dir=tmp_path / "run", fold_every=fold_every)
-    with Engine(tiny_opt(torch.bfloat16), method=MeZO(lr=1e-3), objective=loss_that_fails_at(2), **settings) as engine:
+    with Engine(small_opt(torch.bfloat16), method=MeZO(lr=1e-3), objective=loss_that_fails_at(2), **settings) as engine:
         with pytest.raises(DivergenceError, match="step 2"):
             engine.fit(batches(), steps=STEPS, batch_size=4)
         after = dict(engine.weights())
     # the step that diverged is in the journal, as one that changes nothing; the one launched after it is not
     contents = read_journal((tmp_path / "run" / run_directory.JOURNAL).read_bytes())
     assert [u.coeff for u in contents.steps[2].updates] == [0.0] and len(contents.steps) == 3
-    expected = train(tiny_opt(torch.bfloat16), steps=2, method=MeZO(lr=1e-3), offload="none", fold_every=fold_every)[1]
+    expected = train(small_opt(torch.bfloat16), steps=2, method=MeZO(lr=1e-3), offload="none", fold_every=fold_every)[1]
     if fold_every == 1:
         for name in expected:
             assert torch.equal(expected[name], after[name]), name
-    with Engine.resume(tmp_path / "run", tiny_opt(torch.bfloat16), objective=loss_that_fails_at(None)) as engine:
+    with Engine.resume(tmp_path / "run", small_opt(torch.bfloat16), objective=loss_that_fails_at(None)) as engine:
         assert len(engine.fit(batches(), steps=STEPS, batch_size=4).losses) == STEPS - 3
 
 
 def test_an_update_that_would_overflow_is_refused_on_the_device_too(use):
     method = MeZO(lr=1e8, on_nonfinite="skip")
-    prompt = train(tiny_opt(torch.float16), method=method, offload="none", steps=3)
+    prompt = train(small_opt(torch.float16), method=method, offload="none", steps=3)
     use(DelayedCpuDevice())
-    late = train(tiny_opt(torch.float16), method=method, offload="none", steps=3)
+    late = train(small_opt(torch.float16), method=method, offload="none", steps=3)
     assert all(math.isnan(x) for x in prompt[0]) and all(math.isnan(x) for x in late[0])
     for name in prompt[1]:
         assert torch.equal(prompt[1][name], late[1][name])
@@ -257,9 +220,9 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(use, tmp_path):
     use(FakeCudaDevice())
     whole = train(device="cuda", offload="disk", run_dir=tmp_path / "a")
     train(steps=3, device="cuda", offload="disk", run_dir=tmp_path / "b")
-    with Engine.resume(tmp_path / "b", tiny_opt()) as engine:
+    with Engine.resume(tmp_path / "b", small_opt()) as engine:
         engine.fit(batches(), steps=STEPS, batch_size=4)
-        assert_same((None, whole[1]), (None, dict(engine.weights())))
+        assert_same(whole[1], dict(engine.weights()))
 
 
 def test_locking_that_fails_falls_back_and_says_so(use):
@@ -290,7 +253,7 @@ def test_a_start_that_fails_leaves_no_memory_locked(use, monkeypatch):
     want = train(device="cuda", offload="host", steps=2)
     real = zo_offload.run.wiring.Streamer
     monkeypatch.setattr(zo_offload.run.wiring, "Streamer", lambda *a, **k: (_ for _ in ()).throw(MemoryError()))
-    with Engine(tiny_opt(), method=METHOD, device="cuda", offload="host") as engine:
+    with Engine(small_opt(), method=METHOD, device="cuda", offload="host") as engine:
         with pytest.raises(MemoryError):
             engine.run(batches()[0])
         assert device.backend.locked == 0
@@ -405,7 +368,7 @@ def test_the_least_time_for_what_a_step_moves():
 def test_a_profile_names_what_a_step_does(use):
     """Spans cost nothing where no profiler runs, so one that runs has to be noticed."""
     use(FakeCudaDevice())
-    with Engine(tiny_opt(), method=METHOD, device="cuda", offload="host") as engine:
+    with Engine(small_opt(), method=METHOD, device="cuda", offload="host") as engine:
         engine.step(batches(1)[0])
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             engine.step(batches(1)[0])
@@ -448,7 +411,7 @@ def test_what_a_broken_off_pass_launched_is_waited_for(use, monkeypatch, when):
 
     monkeypatch.setattr(zo_offload.stream.streamer, "fused_pass", broken_off)
     losses, stopped = [], 0
-    with Engine(tiny_opt(), method=METHOD, device="cuda", offload="host", num_slots=2) as engine:
+    with Engine(small_opt(), method=METHOD, device="cuda", offload="host", num_slots=2) as engine:
         while len(losses) < STEPS:
             try:
                 losses.append(engine.step(batches()[len(losses)]).loss)

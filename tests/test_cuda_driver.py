@@ -21,7 +21,7 @@ from zo_offload.kernels.records import Perturbation
 from zo_offload.numerics import cuda_kernels
 from zo_offload.numerics.noise import NoiseSpec
 
-HERE = Path(__file__).resolve().parent
+SUPPORT = Path(__file__).resolve().parent / "support"
 
 
 def cuda_include() -> Path | None:
@@ -43,7 +43,7 @@ def library(tmp_path_factory):
         "ZO_IMAGE_ERRORS": ",".join(map(str, d.ERRORS_OF_IMAGES)),
     }  # fmt: skip
     defined = [f"-D{name}={value}" for name, value in numbers.items()]
-    source = str(HERE / "fake_libcuda.c")
+    source = str(SUPPORT / "fake_libcuda.c")
     command = [
         "gcc",
         "-std=c11",

@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_simulated import SimulatedKernels, compilers, make_ptx
-from ptx_to_c import Simulated, UnknownInstruction, translate
 
+from support.compare import assert_same
+from support.cuda_simulated import SimulatedKernels, compilers, make_ptx
+from support.ptx_to_c import Simulated, UnknownInstruction, translate
 from zo_offload.formats import CENTRED, FORMATS, format_of, get_format
 from zo_offload.formats.codec import encode_values, planes
 from zo_offload.kernels import native
@@ -154,12 +155,12 @@ def both(
     return results
 
 
-def assert_same(results) -> None:
-    (stored, residual, outs), (stored2, residual2, outs2) = results
-    assert torch.equal(stored, stored2), f"{int((stored != stored2).sum())} of {stored.numel()} stored bytes differ"
-    for j, (a, b) in enumerate(zip(residual + outs, residual2 + outs2, strict=True)):
-        same = torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-        assert same, f"output {j} ({a.dtype}): {int((a != b).sum())} of {a.numel()} values differ"
+def assert_equal(results) -> None:
+    """What the CPU library and the CUDA kernel left: the same bytes, NaN's payloads included."""
+    ours, theirs = (
+        [part.view(torch.uint8) for part in (stored, *residual, *outs)] for stored, residual, outs in results
+    )
+    assert_same(ours, theirs)
 
 
 def need(kernels, name: str, kind: str, what: str = "pass") -> None:
@@ -195,7 +196,7 @@ def test_the_pass_has_the_bits_of_the_cpu_library(kernels, name, kind, which, st
     offset = {"none": 0, "one": (1 << 34) - 128, "decay, zero, fold later": 1 << 20, "trailing": 640}[which]
     if which == "one" and not get_format(name).group:
         offset = FAR
-    assert_same(
+    assert_equal(
         both(
             kernels,
             name,
@@ -216,7 +217,7 @@ def test_scales_that_train(kernels, name, kind, which):
     results = both(
         kernels, name, 3003, offset=640, updates=UPDATES[which], spec=NoiseSpec(kind), lanes=LANES, target="scales"
     )
-    assert_same(results)
+    assert_equal(results)
 
 
 @pytest.mark.parametrize(
@@ -228,12 +229,12 @@ def test_any_size_offset_and_address(kernels, kind, numel, offset, shift):
     results = both(
         kernels, "bf16", numel, offset=offset, updates=UPDATES["one"], spec=NoiseSpec(kind), lanes=LANES, shift=shift
     )
-    assert_same(results)
+    assert_equal(results)
 
 
 def test_lanes_alone_leave_the_stored_bytes(kernels):
     results = both(kernels, "bf16", 3000, updates=UPDATES["one"], write_back=False, spec=NoiseSpec(), lanes=LANES[:2])
-    assert_same(results)
+    assert_equal(results)
     assert torch.equal(results[1][0], values(3000, "bf16")[0])
 
 
@@ -241,7 +242,7 @@ def test_lanes_alone_leave_the_stored_bytes(kernels):
 def test_more_lanes_than_a_launch_takes(kernels, updates):
     lanes = [Perturbation(20 + j // 2, EPS if j % 2 else -EPS) for j in range(37)]
     kernels.launches = 0
-    assert_same(both(kernels, "bf16", 1500, updates=UPDATES[updates], spec=NoiseSpec(), lanes=lanes))
+    assert_equal(both(kernels, "bf16", 1500, updates=UPDATES[updates], spec=NoiseSpec(), lanes=lanes))
     assert kernels.launches == 3
 
 
@@ -257,7 +258,7 @@ def test_infinities_and_nan_round_as_on_the_cpu(kernels):
         else:
             fused_pass(stored, fmt, param_id=7, numel=512, noise=NoiseSpec(), perturbations=lanes, outs=outs)
         results.append((stored, [], outs))
-    assert_same(results)
+    assert_equal(results)
 
 
 @pytest.mark.parametrize("name, kind", [(n, k) for n, k in PAIRS if FORMATS[n].group and FORMATS[n].trains])
@@ -278,7 +279,7 @@ def test_a_group_that_is_not_finite_becomes_nan(kernels, name, kind):
                 perturbations=[far], outs=[out],
             )  # fmt: skip
         results.append((stored, [] if residual is None else [residual], [out]))
-    assert_same(results)
+    assert_equal(results)
 
 
 @pytest.mark.parametrize("name, kind", PAIRS)

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import ZOO, Tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
+from support.zoo.models import ZOO, Tiny
 from zo_offload import Engine, MeZO
 from zo_offload.data.batches import Batches, batch_tokens, fingerprint, make_batches, open_rows
 from zo_offload.data.measures import OptionsLoss

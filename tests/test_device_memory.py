@@ -10,29 +10,32 @@ import math
 
 import pytest
 import torch
-from archs import ALL, build
-from fake_gpu import DEVICE, FakeGpu, Gpu, GpuTensor, HostKernels, MixedDevices, reason
-from test_cuda_device import METHOD, assert_same, batches, tiny_opt
 from transformers import OPTForCausalLM
 
 import zo_offload.run.opening
+from support import training
+from support.compare import assert_same
+from support.fake_gpu import DEVICE, FakeGpu, Gpu, GpuTensor, HostKernels, MixedDevices, reason
+from support.training import METHOD, squares
+from support.zoo.archs import ARCH, build
+from support.zoo.small import tiny_opt
 from zo_offload import Engine, MeZO
 from zo_offload.modules import tiles
 from zo_offload.numerics import cuda_kernels
 from zo_offload.replay import replayed
 
 pytestmark = pytest.mark.skipif(bool(reason()), reason=reason() or "-")
-ARCH = {arch.name: arch for arch in ALL}
 
 
-STEPS = 4
+STEPS, VOCAB = 4, 97
 
 
 def small_opt():
-    model = tiny_opt()
-    del model.model.decoder.layers[2:]
-    model.config.num_hidden_layers = 2
-    return model
+    return tiny_opt(2, vocab=VOCAB, hidden=16)
+
+
+def batches(n):
+    return training.batches(n, length=9, vocab=VOCAB)
 
 
 @pytest.fixture
@@ -109,12 +112,6 @@ def test_an_architecture_streams_as_it_runs_resident(gpu, name):
             return [*found, engine.active.finish(launched).loss]
 
     assert losses("none", block_numel=700) == losses("host", num_slots=2, block_numel=700)
-
-
-def squares(model, batch):
-    leaves = torch.utils._pytree.tree_leaves(model(**batch))
-    found = [leaf for leaf in leaves if torch.is_tensor(leaf) and leaf.is_floating_point()]
-    return torch.stack([leaf.float().square().mean() for leaf in found]).sum()
 
 
 @pytest.mark.parametrize("offload", ["none", "host", "disk"])

@@ -13,10 +13,13 @@ import time
 
 import pytest
 import torch
-from reference import run as plain_mezo
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM
 
+from support.compare import assert_same
+from support.plain_mezo import run as plain_mezo
+from support.training import METHOD, STEPS, batches, stored_weights, train
+from support.zoo.small import tiny_llama, tiny_opt
 from zo_offload import (
     BudgetError,
     CheckpointError,
@@ -30,50 +33,6 @@ from zo_offload import (
 )
 from zo_offload.stream.streamer import Streamer
 from zo_offload.tiers.disk import DATA
-
-VOCAB, STEPS = 211, 20
-METHOD = MeZO(lr=1e-3, eps=1e-3, weight_decay=0.1, batch_size=4)
-
-
-def tiny_opt(layers=4, dtype=torch.float32):
-    torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=layers, ffn_dim=64, num_attention_heads=4,
-        max_position_embeddings=64, word_embed_proj_dim=32,
-    )  # fmt: skip
-    return OPTForCausalLM(config).to(dtype).eval()
-
-
-def tiny_llama(layers=3, dtype=torch.float32):
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=layers, intermediate_size=48, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype).eval()
-
-
-def batches(n=STEPS, rows=4, length=12):
-    g = torch.Generator().manual_seed(5)
-    return [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, VOCAB, (n, rows, length), generator=g)]
-
-
-def stored_weights(engine):
-    return dict(engine.weights())
-
-
-def train(model, steps=STEPS, data=None, micro_batches=1, method=METHOD, **settings):
-    """Losses and stored weights after `steps` steps."""
-    with Engine(model, method=method, **settings) as engine:
-        result = engine.fit(data or batches(), steps=steps, micro_batches=micro_batches)
-        return result.losses, stored_weights(engine)
-
-
-def assert_same(a, b):
-    assert a[0] == b[0]
-    for name in a[1]:
-        assert torch.equal(a[1][name], b[1][name]), f"{name}: {(a[1][name] != b[1][name]).sum()} values differ"
-
 
 WAYS = [
     dict(offload="host"),
@@ -276,13 +235,14 @@ def test_any_callable_is_an_objective():
 CRASHING = """
 import sys, os, signal, torch
 sys.path.insert(0, {tests!r})
-import test_engine as t
+from support.training import METHOD, batches
+from support.zoo.small import tiny_opt
 from zo_offload import Engine
-engine = Engine(t.tiny_opt(), method=t.METHOD, storage="bf16", offload="disk", run_dir={run!r})
+engine = Engine(tiny_opt(), method=METHOD, storage="bf16", offload="disk", run_dir={run!r})
 def kill(record):
     if record.step == {at}:
         os.kill(os.getpid(), signal.SIGKILL)
-engine.fit(t.batches(), steps=12, callback=kill)
+engine.fit(batches(), steps=12, callback=kill)
 """
 
 
@@ -321,7 +281,7 @@ def test_a_damaged_block_is_brought_back_from_its_other_generation_or_the_base(b
     if both:
         damage(path, areas[1 - versions.index(9)])
     with Engine.resume(tmp_path / "run") as engine:
-        assert_same(([], want), ([], stored_weights(engine)))
+        assert_same(want, stored_weights(engine))
     assert "00002.zob: generation" in caplog.text and ("rebuilding block 2" in caplog.text) == both
 
 
@@ -366,7 +326,7 @@ def test_an_exception_in_the_objective_leaves_the_engine_usable(tmp_path):
         with pytest.raises(RuntimeError, match="user code failed"):
             engine.fit(batches(), steps=8)
         engine.fit(batches(), steps=8)
-        assert_same(([], never[1]), ([], stored_weights(engine)))
+        assert_same(never[1], stored_weights(engine))
 
 
 class Slow:
@@ -414,7 +374,7 @@ def test_a_diverging_run_stops_with_its_weights_intact(tmp_path):
     with Engine(tiny_opt(), method=METHOD, objective=objective) as engine:
         with pytest.raises(DivergenceError, match="step 3: losses nan and nan"):
             engine.fit(batches(), steps=8)
-        assert_same(([], good[1]), ([], stored_weights(engine)))
+        assert_same(good[1], stored_weights(engine))
 
 
 def test_nonfinite_steps_can_be_skipped_and_are_recorded(tmp_path):
@@ -561,4 +521,4 @@ def test_weights_read_one_by_one_may_be_interleaved_with_steps(tmp_path):
         for batch in batches(6):
             engine.step(batch)
             next(reading)
-        assert_same(([], want[1]), ([], stored_weights(engine)))
+        assert_same(want[1], stored_weights(engine))

@@ -8,22 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import archs
 import pytest
 import torch
-from archs import Arch
-from lane_helpers import (
-    MINUS,
-    OTHER,
-    PLUS,
-    DictSource,
-    assert_lanes_give,
-    assert_same,
-    experts_in_runs,
-    has_forward,
-    whole_model,
-)
-from test_tiles import squares, tiled_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
@@ -32,6 +18,21 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
+from support.compare import assert_same
+from support.lanes import (
+    MINUS,
+    OTHER,
+    PLUS,
+    DictSource,
+    assert_lanes_give,
+    experts_in_runs,
+    has_forward,
+    tiled_model,
+    whole_model,
+)
+from support.training import squares
+from support.zoo import archs
+from support.zoo.archs import Arch
 from zo_offload import Engine, MeZO
 from zo_offload.lanes.hub import Hub, Lane
 from zo_offload.modules.experts import in_runs, is_stack_of_experts, set_rows
@@ -264,14 +265,14 @@ def test_runs_are_whole_experts_on_the_grid_and_share_blocks(shapes: Any, most: 
 
 _MORE: dict[str, Any] = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24)
 ARCHS = {
-    "mixtral": archs._lm("MixtralConfig", **archs._GQA, num_local_experts=6, num_experts_per_tok=3),
-    "qwen2_moe": archs._lm("Qwen2MoeConfig", **archs._GQA, **_MORE, shared_expert_intermediate_size=24),
-    "qwen3_moe": archs._lm("Qwen3MoeConfig", **archs._HEAD, **_MORE),
-    "olmoe": archs._lm("OlmoeConfig", **archs._GQA, num_experts=6, num_experts_per_tok=3),
-    "gpt_oss": archs._lm("GptOssConfig", **dict(
-        archs._HEAD, num_local_experts=20, num_experts_per_tok=3, sliding_window=6, layer_types=archs._LAYER_TYPES
+    "mixtral": archs.lm("MixtralConfig", **archs.GQA, num_local_experts=6, num_experts_per_tok=3),
+    "qwen2_moe": archs.lm("Qwen2MoeConfig", **archs.GQA, **_MORE, shared_expert_intermediate_size=24),
+    "qwen3_moe": archs.lm("Qwen3MoeConfig", **archs.HEAD, **_MORE),
+    "olmoe": archs.lm("OlmoeConfig", **archs.GQA, num_experts=6, num_experts_per_tok=3),
+    "gpt_oss": archs.lm("GptOssConfig", **dict(
+        archs.HEAD, num_local_experts=20, num_experts_per_tok=3, sliding_window=6, layer_types=archs.LAYER_TYPES
     )),
-    "deepseek_v3": archs._lm("DeepseekV3Config", **archs._DEEPSEEK),
+    "deepseek_v3": archs.lm("DeepseekV3Config", **archs.DEEPSEEK),
 }  # fmt: skip
 LIMITS = {"gpt_oss": 20_000}  # of 8 experts the biases' rows end on the grid: runs of two blocks
 LIMIT = 5_000  # an expert or two

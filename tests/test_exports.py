@@ -15,8 +15,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_models import LLAMA, ZOO
 
+from support.zoo.models import LLAMA, ZOO
 from zo_offload import Engine, MeZO
 from zo_offload.checkpoint import publish
 from zo_offload.checkpoint.checkpoint import save_pretrained

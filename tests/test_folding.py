@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
-from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama, tiny_opt, train
 from transformers import AutoModelForCausalLM
 
+from support.compare import assert_same
+from support.training import METHOD, batches, stored_weights, train
+from support.zoo.small import tiny_llama, tiny_opt
 from zo_offload import ConfigError, Engine, JournalError, MeZO
 from zo_offload.kernels.records import Update
 from zo_offload.numerics.updates import UpdateLog, with_folds
@@ -117,7 +119,7 @@ def test_evaluation_export_and_weights_agree_between_folds(stop, tmp_path):
         assert all(engine.active.streamer.window.tier.version(b) == stop // 4 * 4 for b in engine.layout.written)
     with Engine.resume(tmp_path / "run") as engine:
         assert torch.equal(engine.run(batch).logits, want)
-        assert_same(([], weights), ([], stored_weights(engine)))
+        assert_same(weights, stored_weights(engine))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
         assert torch.equal(plain(**batch).logits, want)
@@ -132,7 +134,7 @@ def test_a_run_resumed_between_folds_is_one_never_stopped(storage, stop, tmp_pat
     first = train(tiny_opt(), stop, **settings, offload="disk", run_dir=run)
     for offload in ("host", "disk"):  # from the base by replay, then from the blocks as they are
         with Engine.resume(run, tiny_opt(), offload=offload) as engine:
-            assert_same(([], first[1]), ([], stored_weights(engine)))
+            assert_same(first[1], stored_weights(engine))
     with Engine.resume(run, tiny_opt()) as engine:
         rest = engine.fit(batches(), steps=10).losses
         assert_same(never, (first[0] + rest, stored_weights(engine)))
@@ -169,7 +171,7 @@ def test_fold_every_belongs_to_the_run_where_folds_round(tmp_path):
     train(tiny_opt(), 3, fold_every=4, offload="disk", run_dir=tmp_path / "fp32")
     with Engine.resume(tmp_path / "fp32", tiny_opt(), fold_every=2) as engine:  # float32: the numbers are the same
         engine.fit(batches(), steps=8)
-        assert_same(([], never[1]), ([], stored_weights(engine)))
+        assert_same(never[1], stored_weights(engine))
 
 
 def test_the_default_folds_every_4_steps_or_8_with_cheap_noise():

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from native_variants import each_isa, each_variant, using
 
+from support.native_variants import each_isa, each_variant, using
 from zo_offload.errors import CheckpointError, ConfigError
 from zo_offload.formats import CENTRED, FORMATS, Format, decode_values, encode_values, format_of, get_format
 from zo_offload.kernels import native

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import ZOO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from support.zoo.models import ZOO
 from zo_offload import FZOO, ConfigError, Engine, JournalError, MeZO
 from zo_offload.replay import replayed
 

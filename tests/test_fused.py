@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from native_variants import ISAS, each_isa, each_variant, using
 
+from support.compare import assert_same
+from support.native_variants import ISAS, each_isa, each_variant, using
 from zo_offload.errors import ConfigError
 from zo_offload.formats import CENTRED, FORMATS
 from zo_offload.formats.grouped import cut
@@ -78,11 +79,6 @@ def run(variant, stored, fmt, perturbations=(), dtypes=(), numel=None, residual=
         fused_pass(stored, fmt, numel=n, perturbations=perturbations, outs=outs, residual=residual,
                    **{"param_id": 5, "noise": SPEC} | kwargs)  # fmt: skip
     return [stored] + ([] if residual is None else [residual]) + [bits(out) for out in outs]
-
-
-def assert_same(got, want, note=""):
-    for index, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert torch.equal(a, b), f"{note}: result {index}, {int((a != b).sum())} of {a.numel()} differ"
 
 
 def random_case(chance: random.Random, fmt=None, target="values"):

@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
-from test_engine import VOCAB, batches, tiny_llama
 from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 
+from support.training import batches
+from support.zoo.small import VOCAB, tiny_llama
 from zo_offload import ConfigError, Engine, MeZO
 
 NEW = 6

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_models import ZOO, tokens
 from torch import Tensor, nn
 
+from support.zoo.models import ZOO, tokens
 from zo_offload import QZO, Engine, MeZO
 from zo_offload.checkpoint import weights
 from zo_offload.checkpoint.checkpoint import Checkpoint

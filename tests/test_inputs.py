@@ -9,12 +9,12 @@ import re
 import pytest
 import torch
 import transformers
-from tiny_models import BART, BERT, LLAMA, ZOO, Tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from transformers import PreTrainedTokenizerFast
 
+from support.zoo.models import BART, BERT, LLAMA, ZOO, Tiny
 from zo_offload import Engine, MeZO
 from zo_offload.cli import main
 from zo_offload.errors import DataError

@@ -12,21 +12,16 @@ import time
 
 import pytest
 import torch
-from test_engine import METHOD, assert_same, batches, stored_weights, tiny_llama, tiny_opt, train
 
+from support.compare import assert_same
+from support.training import METHOD, ROWS, batches, stored_weights, train
+from support.training import fit_rows as fit
+from support.zoo.small import tiny_llama, tiny_opt
 from zo_offload import ConfigError, DivergenceError, Engine, JournalError, MeZO, Stopped, StorageError
 from zo_offload.journal.journal import Journal
 from zo_offload.plan.blocks import BLOCK_NUMEL
 from zo_offload.run.active import Run
 from zo_offload.system.signals import stop_signals
-
-ROWS = [
-    {"input_ids": ids.tolist()} for ids in torch.randint(3, 211, (18, 9), generator=torch.Generator().manual_seed(3))
-]
-
-
-def fit(engine, steps=9, **options):
-    return engine.fit(ROWS, steps=steps, batch_size=4, **options)
 
 
 def metrics(run, key):
@@ -59,7 +54,7 @@ def test_a_signal_ends_the_run_after_the_step_and_it_goes_on_as_if_nothing_had_b
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
     with Engine.resume(tmp_path / "run", tiny_opt()) as engine:
         assert fit(engine).steps == 5
-        assert_same(([], want), ([], stored_weights(engine)))
+        assert_same(want, stored_weights(engine))
 
 
 def test_a_second_signal_stops_in_mid_step_without_a_flush_and_is_resumable(tmp_path):
@@ -79,7 +74,7 @@ def test_a_second_signal_stops_in_mid_step_without_a_flush_and_is_resumable(tmp_
     assert len(Journal.open(tmp_path / "run" / "journal.zoj").steps) == 3
     with Engine.resume(tmp_path / "run", tiny_opt(), objective=lambda model, batch: model(**batch).loss) as engine:
         fit(engine)
-        assert_same(([], want[1]), ([], stored_weights(engine)))
+        assert_same(want[1], stored_weights(engine))
 
 
 def test_signals_of_others_are_left_alone():
@@ -212,7 +207,7 @@ def test_halving_eps_is_journaled_and_goes_on_after_a_resume(tmp_path):
     with Engine.resume(tmp_path / "b", tiny_opt(), objective=objective) as engine:
         fit(engine, steps=8)
         assert engine.eps_halvings == 2
-        assert_same(([], want), ([], stored_weights(engine)))
+        assert_same(want, stored_weights(engine))
     records = Journal.open(tmp_path / "b" / "journal.zoj").steps
     assert [r.step for r in records if r.halved] == [r.step for r in records if r.skipped] == [1, 4]
     bad = range(20)
@@ -298,7 +293,7 @@ def test_user_code_that_fails_leaves_a_run_that_goes_on(tmp_path):
         fit(engine, callback=callback)
     with Engine.resume(tmp_path / "run", tiny_opt()) as engine:
         assert fit(engine).steps == 4
-        assert_same(([], want[1]), ([], stored_weights(engine)))
+        assert_same(want[1], stored_weights(engine))
 
 
 class Rows(torch.utils.data.Dataset):
@@ -346,9 +341,9 @@ def test_a_run_in_memory_resumes_from_its_snapshots(offload, storage, limit, tmp
         engine.active.start()
         versions = [engine.active.session.tier.version(b) for b in range(len(engine.plan.blocks))]
         assert all(0 < version <= 9 for version in versions), versions
-        assert_same(([], want), ([], stored_weights(engine)))
+        assert_same(want, stored_weights(engine))
     with Engine.resume(tmp_path / "run", tiny_opt(), offload="disk") as engine:
-        assert_same(([], want), ([], stored_weights(engine)))
+        assert_same(want, stored_weights(engine))
 
 
 def test_a_snapshot_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
@@ -373,7 +368,7 @@ def test_pinned_blocks_of_a_disk_run_are_snapshotted_too(tmp_path):
         assert max(versions) > 0
         engine.active.at_once = True  # no flush at the end: what a crash leaves
     with Engine.resume(tmp_path / "run", tiny_opt()) as engine:
-        assert_same(([], train(tiny_opt(), 8)[1]), ([], stored_weights(engine)))
+        assert_same(train(tiny_opt(), 8)[1], stored_weights(engine))
 
 
 def test_block_files_that_were_never_all_made_are_made_again(tmp_path):
@@ -386,7 +381,7 @@ def test_block_files_that_were_never_all_made_are_made_again(tmp_path):
     (tmp_path / "run" / "blocks" / "00002.zob").unlink()
     os.truncate(tmp_path / "run" / "blocks" / "00001.zob", 0)
     with Engine.resume(tmp_path / "run", tiny_opt(), snapshot_steps=1) as engine:
-        assert_same(([], want), ([], stored_weights(engine)))
+        assert_same(want, stored_weights(engine))
         fit(engine, steps=4)
         engine.active.session.settle()
     assert len(list((tmp_path / "run" / "blocks").glob("*.zob"))) == len(shapes)
@@ -412,7 +407,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: float(10**10 - next(jumps)))
     with Engine(tiny_opt(), method=METHOD, offload="disk", run_dir=tmp_path / "run") as engine:
         fit(engine, steps=6)
-        assert_same(([], want[1]), ([], stored_weights(engine)))
+        assert_same(want[1], stored_weights(engine))
 
 
 def test_a_data_set_smaller_than_a_batch_is_taken_whole_by_each_step(tmp_path):

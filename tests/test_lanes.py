@@ -11,22 +11,21 @@ import threading
 import weakref
 from typing import Any
 
-import archs
 import pytest
 import torch
-from archs import Arch
-from lane_helpers import MINUS, OTHER, PLUS, DictSource, assert_same, owners_of, run_settled, whole_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from support.compare import assert_same
+from support.lanes import MINUS, OTHER, PLUS, DictSource, owners_of, run_settled, whole_model
+from support.zoo import archs
+from support.zoo.archs import ARCH, Arch
 from zo_offload.errors import PlanError
 from zo_offload.kernels.records import Perturbation
 from zo_offload.lanes.hollow import hollow
 from zo_offload.lanes.hub import Hub, Lane, LanesShareState, PlanFault
 from zo_offload.modules.recorder import Trace
 from zo_offload.plan.plan import Plan, make_plan, relift
-
-ARCH = {arch.name: arch for arch in archs.ALL}
 
 
 def two_lanes(arch: Arch) -> list[Lane]:

@@ -8,9 +8,10 @@ import re
 
 import pytest
 import torch
-from test_engine import batches, tiny_llama, tiny_opt
 from torch import nn
 
+from support.training import batches
+from support.zoo.small import tiny_llama, tiny_opt
 from zo_offload import FZOO, QZO, Engine, MeZO
 from zo_offload.cli import command as cli
 from zo_offload.journal.journal import StepRecord

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from tiny_models import BERT, VOCAB, ZOO
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
 
+from support.zoo.models import BERT, VOCAB, ZOO
 from zo_offload import ConfigError, DataError, Engine, MeZO
 from zo_offload.cli import main
 

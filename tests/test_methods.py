@@ -16,12 +16,13 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from fake_cuda import DelayedCpuDevice, FakeBackend, FakeCudaDevice
-from fake_gpu import FakeGpu, Gpu, HostKernels, reason
-from test_cuda_device import use  # noqa: F401 - a fixture
-from test_engine import assert_same, batches, stored_weights, tiny_opt
 
 import zo_offload
+from support.compare import assert_same
+from support.fake_cuda import DelayedCpuDevice, FakeBackend, FakeCudaDevice
+from support.fake_gpu import FakeGpu, Gpu, HostKernels, reason
+from support.training import batches, stored_weights
+from support.zoo.small import tiny_opt
 from zo_offload import FZOO, NSPSA, QZO, ConfigError, DivergenceError, Engine, JournalError, Method, MeZO, SignSGD
 from zo_offload.cli import main
 from zo_offload.cli.method_options import find_class
@@ -243,7 +244,7 @@ DEVICES = {"late": lambda: DelayedCpuDevice(1), "cuda": lambda: FakeCudaDevice(F
 
 
 @pytest.mark.parametrize("proof", PROOFS)
-def test_steps_are_the_plain_loops_wherever_blocks_live_and_losses_are(proof, tmp_path, use):  # noqa: F811
+def test_steps_are_the_plain_loops_wherever_blocks_live_and_losses_are(proof, tmp_path, use):
     method, scales, formula = PROOFS[proof]
     model = tiny_opt()
     want = plain(copy.deepcopy(model), STEPS, method, scales, formula)
@@ -286,9 +287,9 @@ def test_a_run_resumes_replays_and_is_shown(proof, tmp_path, capsys):
     with Engine.resume(tmp_path / "b", tiny_opt(), **given) as engine:
         assert engine.method == method
         engine.fit(batches()[:STEPS], steps=STEPS, new_data=True)
-        assert_same((None, whole[1]), (None, stored_weights(engine)))
+        assert_same(whole[1], stored_weights(engine))
     with replayed(tiny_opt(), tmp_path / "a", **given) as engine:
-        assert_same((None, whole[1]), (None, stored_weights(engine)))
+        assert_same(whole[1], stored_weights(engine))
     for action in ("check", "csv", "show"):
         assert main(["journal", action, str(tmp_path / "a")]) == 0
     assert method.name in capsys.readouterr().out
@@ -531,7 +532,7 @@ class OneSided(Method, name="one-sided"):
 
 
 @pytest.mark.parametrize("device", [None, *DEVICES])
-def test_an_own_class_resumes_with_itself_or_its_fields_and_no_other(tmp_path, use, device):  # noqa: F811
+def test_an_own_class_resumes_with_itself_or_its_fields_and_no_other(tmp_path, use, device):
     method = OneSided(batch_size=4, shares=(0.5, 0.5))
     whole = run(method=method, offload="disk", run_dir=tmp_path / "a")
     run(method=method, offload="disk", run_dir=tmp_path / "b", steps=2)
@@ -551,11 +552,11 @@ def test_an_own_class_resumes_with_itself_or_its_fields_and_no_other(tmp_path, u
     for way, given in (("b", method), ("a", OneSided)):
         with Engine.resume(tmp_path / way, tiny_opt(), method=given) as engine:
             engine.fit(batches()[:STEPS], steps=STEPS, new_data=True)
-            assert_same((None, whole[1]), (None, stored_weights(engine)))
+            assert_same(whole[1], stored_weights(engine))
             assert [len(record.updates) for record in engine.journal.steps] == [2] * STEPS
     for given in (method, OneSided):
         with replayed(tiny_opt(), tmp_path / "b", method=given) as engine:
-            assert_same((None, whole[1]), (None, stored_weights(engine)))
+            assert_same(whole[1], stored_weights(engine))
 
 
 def test_records_of_an_own_class_from_before_classes_had_names():

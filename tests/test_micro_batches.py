@@ -9,10 +9,10 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from tiny_models import BART, BERT, VOCAB, ZOO
 from torch import nn
 from torch.nn import functional as F
 
+from support.zoo.models import BART, BERT, VOCAB, ZOO
 from zo_offload import ConfigError, DataError, Engine, MeZO
 from zo_offload.cli import main
 

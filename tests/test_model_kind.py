@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny_models import BART, BERT, LLAMA, TEXT, VOCAB, ZOO, Tiny
 from torch import nn
 
+from support.zoo.models import BART, BERT, LLAMA, TEXT, VOCAB, ZOO, Tiny
 from zo_offload import Engine, MeZO
 from zo_offload.errors import DataError
 from zo_offload.modules.kind import kind_of

@@ -508,7 +508,7 @@ def test_memory_that_was_not_seen_to_change_is_an_error_that_names_it_and_the_ne
 
 def test_hooks_that_a_model_puts_on_itself_are_put_back_with_their_flag():
     """transformers gives hidden states by hooks that the first forward puts on, and a flag that says so."""
-    from tiny_models import ZOO
+    from support.zoo.models import ZOO
 
     ids = torch.arange(3, 27).reshape(2, 12)
     seen = []

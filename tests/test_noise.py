@@ -11,8 +11,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from native_variants import each_variant, using
 
+from support.native_variants import each_variant, using
 from zo_offload.errors import ConfigError
 from zo_offload.kernels import float32, native, philox
 from zo_offload.numerics import noise

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ZOO
 
+from support.zoo.models import ZOO
 from zo_offload import FZOO, Engine, MeZO
 from zo_offload.kernels.records import STILL
 

@@ -5,23 +5,18 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import archs
 import pytest
 import torch
 import transformers as tf
-from lane_helpers import owners_of
 from torch import Tensor, nn
 
+from support.lanes import owners_of, plan_of
+from support.zoo import archs
+from support.zoo.archs import ARCH
 from zo_offload.errors import PlanError
 from zo_offload.modules.recorder import Trace
 from zo_offload.plan.blocks import BLOCK_NUMEL
 from zo_offload.plan.plan import Plan, make_plan, plan_digest, relift
-
-ARCH = {arch.name: arch for arch in archs.ALL}
-
-
-def plan_of(name: str, **options: Any) -> Plan:
-    return make_plan(archs.build(ARCH[name]), ARCH[name].batch(0), **options)
 
 
 def block_names(plan: Plan) -> list[str]:

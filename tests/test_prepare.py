@@ -7,9 +7,9 @@ import logging
 import numpy as np
 import pytest
 import torch
-from tiny_models import ZOO
 from torch import nn
 
+from support.zoo.models import ZOO
 from zo_offload import FZOO, QZO, BudgetError, ConfigError, Engine, MeZO
 from zo_offload.cli import main
 from zo_offload.cli.report import CONTEXT_BYTES, plan_report

@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from tiny_models import ZOO
 from torch import Tensor
 
+from support.zoo.models import ZOO
 from zo_offload.checkpoint import recipe
 from zo_offload.checkpoint.conversion import loading_groups, names_to_save, saving_groups
 from zo_offload.checkpoint.recipe import Finder, Reader, Source, Turn, Whole

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import save_tiny_llama
 
+from support.zoo.models import save_tiny_llama
 from zo_offload import ConfigError, Engine, JournalError, MeZO, StorageError, ZOError
 from zo_offload.cli import main
 from zo_offload.config import EngineConfig

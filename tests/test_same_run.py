@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_models import save_tiny_llama
 
+from support.zoo.models import save_tiny_llama
 from zo_offload import ConfigError, Engine, JournalError, MeZO, ZOError
 from zo_offload.cli import main
 from zo_offload.data.digests import RowsDigest, rows_identity

@@ -9,9 +9,9 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from tiny_models import BERT, VOCAB, ZOO
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from support.zoo.models import BERT, VOCAB, ZOO
 from zo_offload import ConfigError, Engine, MeZO
 from zo_offload.cli import main
 

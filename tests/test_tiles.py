@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import archs
 import pytest
 import torch
-from archs import Arch
-from lane_helpers import (
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from support.compare import assert_same
+from support.lanes import (
     MINUS,
     OTHER,
     PLUS,
     DictSource,
     assert_lanes_give,
-    assert_same,
-    experts_in_runs,
     has_forward,
+    tiled_model,
     whole_model,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
-
+from support.training import squares
+from support.zoo import archs
+from support.zoo.archs import ARCH, Arch
 from zo_offload import Engine, MeZO
 from zo_offload.lanes.hub import Hub, Lane, PlanFault
 from zo_offload.modules.recorder import Trace
@@ -35,7 +34,6 @@ from zo_offload.modules.tiles import tiled_linear
 from zo_offload.plan.activations import Activations, measure_activations
 from zo_offload.plan.plan import Plan, make_plan, relift
 
-ARCH = {arch.name: arch for arch in archs.ALL}
 LIMIT = 700  # elements a block: 20 rows of 32
 
 
@@ -155,37 +153,6 @@ def test_other_tensors_and_gradients_take_torchs_way() -> None:
 
 
 # ---- in lanes --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def tiled_model(model: nn.Module, plan: Plan) -> Iterator[int]:
-    """The plain model with torch's products of the pieces in its cut linear layers, and its experts in runs.
-
-    Gives how many modules that are.
-    """
-    names = {id(p): name for name, p in model.named_parameters()}
-    patched = experts_in_runs(model, plan)
-    for module in model.modules():
-        if type(module) is not nn.Linear or "forward" in vars(module):
-            continue
-        if len(plan.pieces_of(names[id(module.weight)])) == 1:
-            continue
-        cuts = [
-            slice(piece.start // module.in_features, piece.stop // module.in_features)
-            for piece in plan.pieces_of(names[id(module.weight)])
-        ]
-
-        def forward(x: Tensor, module: Any = module, cuts: Any = cuts) -> Tensor:
-            w, b = module.weight, module.bias
-            return torch.cat([F.linear(x, w[rows], None if b is None else b[rows]) for rows in cuts], dim=-1)
-
-        module.forward = forward  # type: ignore[method-assign, assignment]
-        patched.append(module)
-    try:
-        yield len(patched)
-    finally:
-        for module in patched:
-            del module.forward
 
 
 def want_of(arch: Arch, model: nn.Module, plan: Plan, source: DictSource, lanes: list[Lane]) -> list[Any]:
@@ -567,12 +534,6 @@ def test_the_same_layer_called_twice_and_shared_by_two_names() -> None:
 
 
 # ---- in the engine ---------------------------------------------------------------------------------------------------
-
-
-def squares(model: nn.Module, batch: Any) -> Tensor:
-    """A loss for whatever a model returns: the mean squares of all its floating point tensors."""
-    found = [leaf for leaf in tree_leaves(model(**batch)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return torch.stack([leaf.float().square().mean() for leaf in found]).sum()
 
 
 ENGINES = [

@@ -13,12 +13,13 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import save_tiny_llama
 from torch import nn
 from transformers import PreTrainedModel
 
 import zo_offload.stream.streamer
 from benchmarks import interrupts
+from support.compare import assert_same
+from support.zoo.models import save_tiny_llama
 from zo_offload import ConfigError, Engine, MeZO, StorageError
 from zo_offload.checkpoint.checkpoint import Checkpoint
 from zo_offload.errors import TornError
@@ -88,11 +89,6 @@ def test_opening_a_checkpoint_that_is_broken_off_leaves_torch_as_it_was(tmp_path
 
 def outcome(e):
     return [record.loss for record in e.journal.steps], dict(e.weights())
-
-
-def assert_same(a, b):
-    assert a[0] == b[0]
-    assert all(torch.equal(a[1][name], b[1][name]) for name in a[1])
 
 
 class Steps(torch.utils.data.Dataset):

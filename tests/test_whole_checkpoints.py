@@ -15,9 +15,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import BERT, LLAMA, VOCAB, ZOO, Tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from support.zoo.models import BERT, LLAMA, VOCAB, ZOO, Tiny
 from zo_offload import Engine, MeZO
 from zo_offload.checkpoint.checkpoint import Checkpoint
 from zo_offload.checkpoint.safetensors_io import SafetensorsFile

@@ -46,9 +46,8 @@ def rehearsal(monkeypatch):
     """Puts stand-ins in the place of what is on a GPU."""
     if not REHEARSAL:
         return
-    from cuda_simulated import CpuKernels
-    from fake_cuda import FakeBackend, FakeCudaDevice
-
+    from support.cuda_simulated import CpuKernels
+    from support.fake_cuda import FakeBackend, FakeCudaDevice
     from zo_offload.devices import CpuDevice
     from zo_offload.numerics import cuda_kernels
 

@@ -5,17 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from archs import ALL, Arch, build
-from torch.utils._pytree import tree_leaves
 
+from support.training import squares
+from support.zoo.archs import ALL, Arch, build
 from zo_offload import Engine, MeZO
-
-
-def squares(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """A loss for whatever a model returns: the mean squares of all its floating point tensors."""
-    found = [leaf for leaf in tree_leaves(model(**batch)) if torch.is_tensor(leaf) and leaf.is_floating_point()]
-    return torch.stack([leaf.float().square().mean() for leaf in found]).sum()
 
 
 def losses(arch: Arch, device: str, offload: str, **settings: Any) -> list[float]:

@@ -13,6 +13,8 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 import zo_offload
+from support import training
+from support.compare import assert_same
 from zo_offload import FZOO, BudgetError, Engine, MeZO
 from zo_offload.devices.link import measure_link
 from zo_offload.devices.nvml import DriverMemory
@@ -31,20 +33,13 @@ def model(hidden=64, layers=4, dtype=torch.bfloat16, vocab=VOCAB):
 
 
 def batches(n=STEPS):
-    g = torch.Generator().manual_seed(5)
-    return [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, VOCAB, (n, 2, 33), generator=g)]
+    return training.batches(n, rows=2, length=33, vocab=VOCAB)
 
 
 def train(net=None, steps=STEPS, method=METHOD, micro_batches=1, **settings):
     with Engine(net if net is not None else model(), method=method, device="cuda", **settings) as engine:
         losses = engine.fit(batches(steps), steps=steps, batch_size=2, micro_batches=micro_batches).losses
         return losses, dict(engine.weights())
-
-
-def assert_same(a, b):
-    assert a[0] == b[0]
-    for name in a[1]:
-        assert torch.equal(a[1][name], b[1][name]), f"{name}: {(a[1][name] != b[1][name]).sum()} values differ"
 
 
 # without num_slots a GPU keeps all blocks that its memory takes: of models as small as these, all of them
@@ -100,7 +95,7 @@ def test_micro_batches_and_a_resumed_run(tmp_path):
     train(run_dir=tmp_path / "b", steps=3, **disk)
     with Engine.resume(tmp_path / "b", model()) as engine:
         engine.fit(batches(), steps=STEPS, batch_size=2, micro_batches=2, new_data=True)
-        assert_same((None, whole[1]), (None, dict(engine.weights())))
+        assert_same(whole[1], dict(engine.weights()))
 
 
 @pytest.mark.parametrize("offload", ["none", "host"])

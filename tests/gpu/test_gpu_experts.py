@@ -6,15 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from archs import ALL, build
-from test_gpu_archs import squares
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from support.training import squares
+from support.zoo.archs import ARCH, build
 from zo_offload import Engine, MeZO
 from zo_offload.modules.experts import in_runs, set_rows
 
-ARCH = {arch.name: arch for arch in ALL}
 E, H, F, TOKENS = 8, 64, 96, 70
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from archs import ALL, build
-from test_gpu_archs import squares
 from torch.nn import functional as F
 
+from support.training import squares
+from support.zoo.archs import ARCH, build
 from zo_offload import Engine, MeZO
 from zo_offload.modules.tiles import tiled_linear
 
-ARCH = {arch.name: arch for arch in ALL}
 CUTS = [slice(0, 512), slice(512, 1024), slice(1024, 1349)]
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from zo_offload.errors import PlanError
 from zo_offload.kernels.records import STILL, Perturbation
 from zo_offload.lanes.hub import Hub, Lane, PlanFault
 from zo_offload.plan.blocks import Piece
-from zo_offload.plan.plan import Owner, Plan, relift
+from zo_offload.plan.plan import Owner, Plan, make_plan, relift
+
+from .compare import assert_same
+from .zoo.archs import ARCH, build
 
 PLUS, MINUS = Perturbation(1, 2**-6), Perturbation(1, -(2**-6))
 OTHER = Perturbation(2, 2**-6)
@@ -186,17 +191,35 @@ def _forward_in_runs(module: Any, runs: Sequence[range]) -> Callable[..., Tensor
     return forward
 
 
-def assert_same(got: Any, want: Any, what: str = "") -> None:
-    """Equal bit for bit in every tensor, and nowhere NaN."""
-    ours, theirs = tree_leaves(got), tree_leaves(want)
-    assert len(ours) == len(theirs), what
-    compared = 0
-    for x, y in zip(ours, theirs, strict=True):
-        if isinstance(y, Tensor):
-            assert not y.isnan().any(), f"{what}: the reference is NaN, so this compares nothing"
-            assert torch.equal(x, y), f"{what}: {(x != y).sum()} of {y.numel()} values differ"
-            compared += 1
-    assert compared, what
+@contextlib.contextmanager
+def tiled_model(model: nn.Module, plan: Plan) -> Iterator[int]:
+    """The plain model with torch's products of the pieces in its cut linear layers, and its experts in runs.
+
+    Gives how many modules that are.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    patched = experts_in_runs(model, plan)
+    for module in model.modules():
+        if type(module) is not nn.Linear or "forward" in vars(module):
+            continue
+        if len(plan.pieces_of(names[id(module.weight)])) == 1:
+            continue
+        cuts = [
+            slice(piece.start // module.in_features, piece.stop // module.in_features)
+            for piece in plan.pieces_of(names[id(module.weight)])
+        ]
+
+        def forward(x: Tensor, module: Any = module, cuts: Any = cuts) -> Tensor:
+            w, b = module.weight, module.bias
+            return torch.cat([F.linear(x, w[rows], None if b is None else b[rows]) for rows in cuts], dim=-1)
+
+        module.forward = forward  # type: ignore[method-assign, assignment]
+        patched.append(module)
+    try:
+        yield len(patched)
+    finally:
+        for module in patched:
+            del module.forward
 
 
 def has_forward(model: nn.Module) -> list[str]:
@@ -220,6 +243,11 @@ def assert_lanes_give(
         assert has_forward(model) == []
     for name, p in model.named_parameters():
         assert torch.equal(p, source.weights[name]), f"{name} is not as before"
+
+
+def plan_of(name: str, **options: Any) -> Plan:
+    """The plan of an architecture."""
+    return make_plan(build(ARCH[name]), ARCH[name].batch(0), **options)
 
 
 def owners_of(plan: Plan) -> dict[str, set[str]]:

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cuda_simulated import CpuKernels
-from fake_cuda import FakeBackend, FakeCudaDevice
 from torch import Tensor
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .cuda_simulated import CpuKernels
+from .fake_cuda import FakeBackend, FakeCudaDevice
 
 # torch notes at its first `with torch.device(...)` which functions make tensors. If that is while the stand-in's are in
 # their places, the real ones are not known to it for the rest of the process, and models meant for meta become real.

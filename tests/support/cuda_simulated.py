@@ -8,14 +8,15 @@ import subprocess
 from pathlib import Path
 
 import torch
-from ptx_to_c import Simulated
 
 from zo_offload.kernels import native, nvrtc
 from zo_offload.kernels.driver import CudaError
 from zo_offload.kernels.records import LANE
 from zo_offload.numerics import cuda_kernels
 
-ROOT = Path(__file__).resolve().parent.parent
+from .ptx_to_c import Simulated
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def compilers() -> dict[str, str]:

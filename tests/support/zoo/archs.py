@@ -76,12 +76,12 @@ _LM: dict[str, Any] = dict(
     vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
     max_position_embeddings=32, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
-_GQA: dict[str, Any] = dict(_LM, num_key_value_heads=2)
-_HEAD: dict[str, Any] = dict(_GQA, head_dim=8)
-_LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+GQA: dict[str, Any] = dict(_LM, num_key_value_heads=2)
+HEAD: dict[str, Any] = dict(GQA, head_dim=8)
+LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
-def _lm(config: str, **options: Any) -> Callable[[], nn.Module]:
+def lm(config: str, **options: Any) -> Callable[[], nn.Module]:
     return lambda: tf.AutoModelForCausalLM.from_config(getattr(tf, config)(**options))
 
 
@@ -97,65 +97,65 @@ def _clip() -> nn.Module:
     return tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
 
 
-_DEEPSEEK: dict[str, Any] = dict(
+DEEPSEEK: dict[str, Any] = dict(
     _LM, num_key_value_heads=4, moe_intermediate_size=24, n_routed_experts=8, num_experts_per_tok=2, n_group=2,
     topk_group=1, n_shared_experts=1, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8,
     qk_nope_head_dim=8, v_head_dim=8,
 )  # fmt: skip
 
 CAUSAL = [
-    Arch("opt", _lm("OPTConfig", vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=40,
+    Arch("opt", lm("OPTConfig", vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=40,
                     max_position_embeddings=32, word_embed_proj_dim=32), lm_batch),
-    Arch("opt-projected", _lm("OPTConfig", vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+    Arch("opt-projected", lm("OPTConfig", vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                               ffn_dim=40, max_position_embeddings=32, word_embed_proj_dim=16,
                               do_layer_norm_before=False), lm_batch),
-    Arch("llama", _lm("LlamaConfig", **_GQA), lm_batch),
-    Arch("llama-tied", _lm("LlamaConfig", **_GQA, tie_word_embeddings=True), lm_batch),
-    Arch("qwen2", _lm("Qwen2Config", **_GQA), lm_batch),
-    Arch("qwen3", _lm("Qwen3Config", **_HEAD), lm_batch),
-    Arch("gpt2", _lm("GPT2Config", vocab_size=V, n_embd=32, n_layer=3, n_head=4, n_positions=32), lm_batch),
-    Arch("gpt_neo", _lm("GPTNeoConfig", vocab_size=V, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=40,
+    Arch("llama", lm("LlamaConfig", **GQA), lm_batch),
+    Arch("llama-tied", lm("LlamaConfig", **GQA, tie_word_embeddings=True), lm_batch),
+    Arch("qwen2", lm("Qwen2Config", **GQA), lm_batch),
+    Arch("qwen3", lm("Qwen3Config", **HEAD), lm_batch),
+    Arch("gpt2", lm("GPT2Config", vocab_size=V, n_embd=32, n_layer=3, n_head=4, n_positions=32), lm_batch),
+    Arch("gpt_neo", lm("GPTNeoConfig", vocab_size=V, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=40,
                         attention_types=[[["global", "local"], 1]], max_position_embeddings=32), lm_batch),
-    Arch("gpt_neox", _lm("GPTNeoXConfig", **_LM), lm_batch),
-    Arch("gpt_neox_japanese", _lm("GPTNeoXJapaneseConfig", vocab_size=V, hidden_size=32, num_hidden_layers=3,
+    Arch("gpt_neox", lm("GPTNeoXConfig", **_LM), lm_batch),
+    Arch("gpt_neox_japanese", lm("GPTNeoXJapaneseConfig", vocab_size=V, hidden_size=32, num_hidden_layers=3,
                                   num_attention_heads=4, max_position_embeddings=32), lm_batch),
-    Arch("gptj", _lm("GPTJConfig", vocab_size=V, n_embd=32, n_layer=3, n_head=4, n_positions=32, rotary_dim=4),
+    Arch("gptj", lm("GPTJConfig", vocab_size=V, n_embd=32, n_layer=3, n_head=4, n_positions=32, rotary_dim=4),
          lm_batch),
-    Arch("bloom", _lm("BloomConfig", vocab_size=V, hidden_size=32, n_layer=3, n_head=4), lm_batch),
-    Arch("falcon", _lm("FalconConfig", vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4),
+    Arch("bloom", lm("BloomConfig", vocab_size=V, hidden_size=32, n_layer=3, n_head=4), lm_batch),
+    Arch("falcon", lm("FalconConfig", vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4),
          lm_batch),
-    Arch("mpt", _lm("MptConfig", vocab_size=V, d_model=32, n_layers=2, n_heads=4, max_seq_len=32), lm_batch),
-    Arch("codegen", _lm("CodeGenConfig", vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=32, rotary_dim=4),
+    Arch("mpt", lm("MptConfig", vocab_size=V, d_model=32, n_layers=2, n_heads=4, max_seq_len=32), lm_batch),
+    Arch("codegen", lm("CodeGenConfig", vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=32, rotary_dim=4),
          lm_batch),
-    Arch("phi", _lm("PhiConfig", **_LM), lm_batch),
-    Arch("phi3", _lm("Phi3Config", **_GQA), lm_batch),
-    Arch("mistral", _lm("MistralConfig", **_HEAD, sliding_window=6), lm_batch),
-    Arch("gemma", _lm("GemmaConfig", **_HEAD), lm_batch),
-    Arch("gemma2", _lm("Gemma2Config", **_HEAD, sliding_window=6, query_pre_attn_scalar=8), lm_batch),
-    Arch("gemma3", _lm("Gemma3TextConfig", **_HEAD, sliding_window=6, layer_types=_LAYER_TYPES), lm_batch),
-    Arch("stablelm", _lm("StableLmConfig", **_GQA), lm_batch),
-    Arch("starcoder2", _lm("Starcoder2Config", **_GQA), lm_batch),
-    Arch("olmo2", _lm("Olmo2Config", **_GQA), lm_batch),
-    Arch("cohere", _lm("CohereConfig", **_GQA), lm_batch),
-    Arch("granite", _lm("GraniteConfig", **_GQA), lm_batch),
-    Arch("glm", _lm("GlmConfig", **_HEAD), lm_batch),
-    Arch("smollm3", _lm("SmolLM3Config", **_GQA), lm_batch),
-    Arch("biogpt", _lm("BioGptConfig", **_LM), lm_batch),
-    Arch("xglm", _lm("XGLMConfig", vocab_size=V, d_model=32, num_layers=2, attention_heads=4, ffn_dim=40,
+    Arch("phi", lm("PhiConfig", **_LM), lm_batch),
+    Arch("phi3", lm("Phi3Config", **GQA), lm_batch),
+    Arch("mistral", lm("MistralConfig", **HEAD, sliding_window=6), lm_batch),
+    Arch("gemma", lm("GemmaConfig", **HEAD), lm_batch),
+    Arch("gemma2", lm("Gemma2Config", **HEAD, sliding_window=6, query_pre_attn_scalar=8), lm_batch),
+    Arch("gemma3", lm("Gemma3TextConfig", **HEAD, sliding_window=6, layer_types=LAYER_TYPES), lm_batch),
+    Arch("stablelm", lm("StableLmConfig", **GQA), lm_batch),
+    Arch("starcoder2", lm("Starcoder2Config", **GQA), lm_batch),
+    Arch("olmo2", lm("Olmo2Config", **GQA), lm_batch),
+    Arch("cohere", lm("CohereConfig", **GQA), lm_batch),
+    Arch("granite", lm("GraniteConfig", **GQA), lm_batch),
+    Arch("glm", lm("GlmConfig", **HEAD), lm_batch),
+    Arch("smollm3", lm("SmolLM3Config", **GQA), lm_batch),
+    Arch("biogpt", lm("BioGptConfig", **_LM), lm_batch),
+    Arch("xglm", lm("XGLMConfig", vocab_size=V, d_model=32, num_layers=2, attention_heads=4, ffn_dim=40,
                      max_position_embeddings=32), lm_batch),
 ]  # fmt: skip
 
 MOE = [
-    Arch("mixtral", _lm("MixtralConfig", **_GQA, num_local_experts=4), lm_batch),
-    Arch("qwen3_moe", _lm("Qwen3MoeConfig", **_HEAD, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
+    Arch("mixtral", lm("MixtralConfig", **GQA, num_local_experts=4), lm_batch),
+    Arch("qwen3_moe", lm("Qwen3MoeConfig", **HEAD, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
          lm_batch),
-    Arch("qwen2_moe", _lm("Qwen2MoeConfig", **_GQA, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2,
+    Arch("qwen2_moe", lm("Qwen2MoeConfig", **GQA, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2,
                           shared_expert_intermediate_size=24), lm_batch),
-    Arch("gpt_oss", _lm("GptOssConfig", **dict(_HEAD, num_local_experts=4, num_experts_per_tok=2, sliding_window=6,
-                                               layer_types=_LAYER_TYPES)), lm_batch),
-    Arch("deepseek_v3", _lm("DeepseekV3Config", **_DEEPSEEK), lm_batch),
-    Arch("olmoe", _lm("OlmoeConfig", **_GQA, num_experts=4, num_experts_per_tok=2), lm_batch),
-    Arch("granitemoe", _lm("GraniteMoeConfig", **_GQA, num_local_experts=4), lm_batch),
+    Arch("gpt_oss", lm("GptOssConfig", **dict(HEAD, num_local_experts=4, num_experts_per_tok=2, sliding_window=6,
+                                               layer_types=LAYER_TYPES)), lm_batch),
+    Arch("deepseek_v3", lm("DeepseekV3Config", **DEEPSEEK), lm_batch),
+    Arch("olmoe", lm("OlmoeConfig", **GQA, num_experts=4, num_experts_per_tok=2), lm_batch),
+    Arch("granitemoe", lm("GraniteMoeConfig", **GQA, num_local_experts=4), lm_batch),
     Arch("switch", _of("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", vocab_size=V,
                        d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4, num_experts=4, expert_capacity=8,
                        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0),
@@ -163,18 +163,18 @@ MOE = [
 ]  # fmt: skip
 
 STATE_SPACE = [
-    Arch("mamba", _lm("MambaConfig", vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4), ids_batch),
-    Arch("mamba2", _lm("Mamba2Config", vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=8,
+    Arch("mamba", lm("MambaConfig", vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4), ids_batch),
+    Arch("mamba2", lm("Mamba2Config", vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=8,
                        head_dim=8, n_groups=1, chunk_size=4), ids_batch),
-    Arch("falcon_mamba", _lm("FalconMambaConfig", vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4),
+    Arch("falcon_mamba", lm("FalconMambaConfig", vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4),
          ids_batch),
-    Arch("jamba", _lm("JambaConfig", **dict(_GQA, num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1,
+    Arch("jamba", lm("JambaConfig", **dict(GQA, num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1,
                                             expert_layer_period=2, expert_layer_offset=1, num_experts=4,
                                             mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False)), lm_batch),
-    Arch("bamba", _lm("BambaConfig", **dict(_GQA, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8,
+    Arch("bamba", lm("BambaConfig", **dict(GQA, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8,
                                             mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=4)), lm_batch),
-    Arch("rwkv", _lm("RwkvConfig", vocab_size=V, hidden_size=32, num_hidden_layers=2, context_length=32), ids_batch),
-    Arch("recurrent_gemma", _lm("RecurrentGemmaConfig", **dict(_GQA, lru_width=32, attention_window_size=8)),
+    Arch("rwkv", lm("RwkvConfig", vocab_size=V, hidden_size=32, num_hidden_layers=2, context_length=32), ids_batch),
+    Arch("recurrent_gemma", lm("RecurrentGemmaConfig", **dict(GQA, lru_width=32, attention_window_size=8)),
          ids_batch),
 ]  # fmt: skip
 
@@ -509,6 +509,7 @@ PLAIN = [
 
 TRANSFORMERS = CAUSAL + MOE + STATE_SPACE + ENCODERS + ENCODER_DECODERS + VISION_AND_SPEECH
 ALL = TRANSFORMERS + PLAIN
+ARCH = {arch.name: arch for arch in ALL}
 
 
 def build(arch: Arch) -> nn.Module:
