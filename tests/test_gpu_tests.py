@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOME = (
     "golden or images or (noise and 5003) or (fused_pass and 4097-1) or scales_that or rows or twice or "
     "(changes_nothing and more0) or resumed or does_not_wait or not_there or locked_or_not or refused or directions or "
-    "evaluation or opt or (experts and (4 or mixtral))"
+    "evaluation or (opt and not projected) or (experts and (4 or mixtral))"
 )
 
 

@@ -42,7 +42,7 @@ from zo_offload.replay import replayed
 from zo_offload.run import opening
 
 STEPS = 4
-DRAWS = 4000
+DRAWS = 1000
 
 
 # ---- the arithmetic, in floats ---------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -30,6 +32,24 @@ def train(model, steps=STEPS, data=None, micro_batches=1, method=METHOD, **setti
     with Engine(model, method=method, **settings) as engine:
         result = engine.fit(data or batches(), steps=steps, micro_batches=micro_batches)
         return result.losses, stored_weights(engine)
+
+
+@functools.cache
+def resident(make, steps, **settings):
+    """`train` with everything in memory; once for all the ways that must equal it."""
+    losses, weights = train(make(), steps, offload="none", **settings)
+    assert len(set(losses)) == steps, "the losses must move, or nothing is compared"
+    return losses, weights
+
+
+def in_words(way):
+    """A test's id from its settings."""
+    return " ".join([way["offload"], *(f"{name}={x}" for name, x in way.items() if name != "offload")])
+
+
+def placed(way, folder):
+    """The settings, with a run directory where blocks are on disk."""
+    return {**way, "run_dir": folder / "run"} if way["offload"] == "disk" else way
 
 
 ROWS = [

@@ -1,5 +1,5 @@
 """What is used of CUDA (`Backend`), and the real thing. `cuda.py` and `staging.py` ask CUDA for nothing else, so that
-the tests can run them against one that delays, reorders and checks (tests/fake_cuda.py)."""
+the tests can run them against one that delays, reorders and checks (tests/support/fake_cuda.py)."""
 
 from __future__ import annotations
 

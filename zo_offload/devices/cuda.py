@@ -13,7 +13,7 @@ Host memory of blocks is one exact slab each (`host_alloc`), page-locked behind 
 torch's own pinned allocator would round each allocation up to a power of two.
 
 Everything of CUDA that is used here goes through `Backend`, so that the tests can run this file against one that
-delays, reorders and checks (tests/fake_cuda.py). **Not run on a GPU yet.**
+delays, reorders and checks (tests/support/fake_cuda.py). **Not run on a GPU yet.**
 """
 
 from __future__ import annotations
