@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from support.zoo.small import tiny_llama
 from zo_offload import FZOO, Engine, MeZO
 from zo_offload.plan.layout import Layout
 
@@ -32,15 +32,6 @@ def module_at(path: Path):
 @pytest.fixture(scope="module")
 def reader():
     return module_at(READER)
-
-
-def tiny_llama():
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=61, hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
 
 
 def batches(count=STEPS):
@@ -74,7 +65,7 @@ RUNS = {
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_reader_of_the_page_finds_what_the_engine_knows(kind, reader, tmp_path):
-    with Engine(tiny_llama(), offload="disk", run_dir=tmp_path, **RUNS[kind]) as engine:
+    with Engine(tiny_llama(2), offload="disk", run_dir=tmp_path, **RUNS[kind]) as engine:
         engine.fit(batches(), steps=STEPS)
         weights, layout, journal = dict(engine.weights()), engine.layout, engine.journal
     header, steps, notes, names = reader.read_journal((tmp_path / "journal.zoj").read_bytes())
@@ -110,7 +101,7 @@ def test_skipped_steps_and_halved_eps_are_read(reader, tmp_path):
         return model(**batch).loss + more[-1]
 
     method = MeZO(lr=1e-2, batch_size=4, on_nonfinite="halve_eps")
-    with Engine(tiny_llama(), method=method, objective=objective, run_dir=tmp_path) as engine:
+    with Engine(tiny_llama(2), method=method, objective=objective, run_dir=tmp_path) as engine:
         for batch, value in zip(batches(3), (0.0, math.nan, 0.0), strict=True):
             more.append(value)
             engine.step(batch)
@@ -121,7 +112,7 @@ def test_skipped_steps_and_halved_eps_are_read(reader, tmp_path):
 
 
 def test_damage_and_a_crashs_tail_are_seen(reader, tmp_path):
-    with Engine(tiny_llama(), offload="disk", run_dir=tmp_path, fold_every=1, **RUNS["fp32, all trained"]) as engine:
+    with Engine(tiny_llama(2), offload="disk", run_dir=tmp_path, fold_every=1, **RUNS["fp32, all trained"]) as engine:
         engine.fit(batches(3), steps=3)
     data = (tmp_path / "journal.zoj").read_bytes()
     for cut in (1, 20, 63):
@@ -137,7 +128,7 @@ def test_damage_and_a_crashs_tail_are_seen(reader, tmp_path):
 
 
 def test_what_it_prints(tmp_path):
-    with Engine(tiny_llama(), offload="disk", run_dir=tmp_path, **RUNS["fp32, all trained"]) as engine:
+    with Engine(tiny_llama(2), offload="disk", run_dir=tmp_path, **RUNS["fp32, all trained"]) as engine:
         engine.fit(batches(2), steps=2)
         losses, blocks = [record.loss for record in engine.journal.steps], len(engine.layout.block_bytes)
     text = subprocess.run([sys.executable, READER, tmp_path], check=True, capture_output=True, text=True).stdout
