@@ -12,11 +12,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from fake_cuda import DelayedCpuDevice, FakeBackend, FakeCudaDevice
-from test_cuda_device import use  # noqa: F401 - a fixture
-from test_engine import assert_same, batches, stored_weights, tiny_llama, tiny_opt
 from torch import Tensor, nn
 
+from support.compare import assert_same
+from support.fake_cuda import DelayedCpuDevice, FakeBackend, FakeCudaDevice
+from support.training import batches, stored_weights
+from support.zoo.small import tiny_llama, tiny_opt
 from zo_offload import FZOO, Engine, MeZO
 from zo_offload.errors import PlanError
 from zo_offload.journal.journal import read_journal
@@ -102,7 +103,7 @@ DEVICES = {"late": lambda: DelayedCpuDevice(1), "cuda": lambda: FakeCudaDevice(F
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=list(DEVICES))
 @pytest.mark.parametrize("name", ["lora", "biases, cut"])
-def test_a_late_device_gives_the_same_numbers(name, device, use):  # noqa: F811
+def test_a_late_device_gives_the_same_numbers(name, device, use):
     want = run(name, "fzoo", offload="host")
     use(device())
     for order in ORDERS:
@@ -191,12 +192,12 @@ def halved(now: bool) -> nn.Module:
     return model
 
 
-def squares(model: nn.Module, batch: Any) -> Tensor:
+def mean_square(model: nn.Module, batch: Any) -> Tensor:
     return model(batch["x"]).square().mean()
 
 
 DATA = {"x": torch.linspace(-1, 1, 32).view(4, 8)}
-HALVED = dict(objective=squares, trainable="requires_grad", method=METHODS["fzoo"], example=DATA)
+HALVED = dict(objective=mean_square, trainable="requires_grad", method=METHODS["fzoo"], example=DATA)
 
 
 @pytest.mark.parametrize("order", ["auto", "lane"])
