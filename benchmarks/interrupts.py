@@ -358,6 +358,7 @@ def second_signals(
     folder: Path, wanted: int, rng: random.Random, ways: list[dict[str, Any]] | None = None
 ) -> dict[str, Any]:
     """Two SIGINTs to this very process while it is in `fit`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     made, ways = Runs(folder, rng), ways or settings()
     number = 0
     ended: Counter[str] = Counter()

@@ -6,6 +6,7 @@ ask for them by number.
 
 import functools
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,10 @@ import transformers
 from zo_offload.kernels import native
 
 torch.set_num_threads(1)
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # as a shell's background jobs get it: tests send it to themselves
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest.register_assert_rewrite("support")
 
 
