@@ -17,9 +17,8 @@ import transformers
 from zo_offload.kernels import native
 
 torch.set_num_threads(1)
-if (
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # as a shell's background jobs get it: tests send it to themselves
+# tests send themselves SIGINT, which a shell's background jobs ignore
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest.register_assert_rewrite("support")
 
