@@ -12,9 +12,9 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 def parse_bytes(value: int | float | str, what: str = "size") -> int:
     """Bytes from 6e9, "6GB" (1e9) or "6GiB" (2**30)."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e\+?[0-9]+)?)\s*([A-Za-z]*)\s*", str(value))
+    match = re.fullmatch(r"\s*(-?[0-9.]+(?:e\+?[0-9]+)?)\s*([A-Za-z]*)\s*", str(value))
     try:
-        nbytes = float(match[1]) * _UNITS[match[2].upper()] if match else -1 if str(value)[:1] == "-" else math.nan
+        nbytes = float(match[1]) * _UNITS[match[2].upper()] if match else math.nan
     except (KeyError, ValueError):
         nbytes = math.nan
     if nbytes <= 0:
