@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
+import shlex
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from zo_offload import Engine
+from zo_offload.cli import command
+from zo_offload.config import EngineConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "tests/README.md", "benchmarks/README.md"]
@@ -49,3 +57,34 @@ def test_every_word_is_defined_once():
         for word in re.findall(r"\*\*(.+?)\*\*", line)
     ]
     assert len(words) > 50 and max(Counter(words).values()) == 1
+
+
+def command_lines():
+    """(page, arguments) of each `zo-offload` line in a code block, and of each in backticks with an option in it."""
+    found = set()
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        lines = re.findall(r"^(?:    )?zo-offload (.+)$", text, re.MULTILINE) + re.findall(
+            r"`zo-offload ([^`]+ --[^`]+)`", text
+        )
+        found |= {(page, re.sub(r"\s{2,}[(#].*", "", line)) for line in lines if "..." not in line}
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("page", "line"), command_lines(), ids=lambda value: value.split(" --")[0].replace(" ", "_"))
+def test_every_command_line_is_one(page, line, monkeypatch):
+    monkeypatch.chdir(ROOT / "examples")  # a method of one's own is read from its file
+    arguments = shlex.split(line)
+    command._parser(arguments).parse_args(arguments)  # an option that is not there ends it
+
+
+def test_every_setting_in_a_python_block_is_one():
+    settings = {field.name for field in fields(EngineConfig)} | set(inspect.signature(Engine.__init__).parameters)
+    blocks = [
+        block for page in PAGES for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    ]
+    assert blocks
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Engine":
+                assert {keyword.arg for keyword in node.keywords} <= settings, block
