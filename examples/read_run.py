@@ -19,8 +19,8 @@ def read_journal(data):
     """(header, steps, notes, names); names[t]: what a block file of magic m calls the weights after t steps, by m."""
     magic, length = struct.unpack_from("<4sI", data)
     crc = zlib.crc32(data[: 8 + length])
-    assert magic in (b"ZOJ3", b"ZOJ2") and struct.unpack_from("<I", data, 8 + length) == (crc,)
-    header, steps, notes, updates, text = json.loads(data[8 : 8 + length]), [], [], [], b""
+    assert magic in (b"ZOJ4", b"ZOJ3", b"ZOJ2") and struct.unpack_from("<I", data, 8 + length) == (crc,)
+    header, steps, notes, updates, scalars, text = json.loads(data[8 : 8 + length]), [], [], [], [], b""
     named = json.dumps({key: header.get(key) for key in HISTORY}, sort_keys=True, separators=(",", ":")).encode()
     history, hashed = blake2b(named, digest_size=8).digest(), b""
     names = [{b"ZOB3": int.from_bytes(history, "little"), b"ZOB2": 0}]
@@ -34,15 +34,23 @@ def read_journal(data):
             if not flags & 4:
                 notes, text = [*notes, (step, json.loads(text))], b""
             continue
-        if not flags & 2:  # not skipped
-            updates.append((seed, coeff, decay))
-            hashed += struct.pack("<QffB", seed, coeff, decay, flags & 1)
+        part, count, found = data[at + 8 : at + 48], batch, []
+        if flags & 32:  # noises
+            found = [(*struct.unpack_from("<Qf", part, 12 * i), 1.0, flags & (i == count - 1)) for i in range(count)]
+        elif flags & 64:
+            scalars += struct.unpack_from(f"<{count}d", part)
+        else:
+            about = dict(step=step, loss=loss, grad=grad, lr=lr, flags=flags, batch=batch)
+            found = [] if flags & 2 else [(seed, coeff, decay, flags & 1)]  # 2: skipped
+        updates += [update[:3] for update in found]
+        hashed += b"".join(struct.pack("<QffB", *update) for update in found)
         if not flags & 4:  # the step's last record
-            steps.append(dict(step=step, loss=loss, grad=grad, lr=lr, flags=flags, batch=batch, updates=updates))
+            steps.append(dict(**about, updates=updates, scalars=scalars))
+            flags = about["flags"]
             head = history + struct.pack("<QB", step, flags & (2 | 8))
             history = blake2b(head + hashed, digest_size=8).digest()
             names.append({b"ZOB3": int.from_bytes(history, "little"), b"ZOB2": crc})
-            updates, hashed = [], b""
+            updates, scalars, hashed = [], [], b""
     return header, steps, notes, names
 
 

@@ -140,13 +140,14 @@ def test_it_stands_alone():
     assert "zo_offload" not in READER.read_text() and "torch" not in READER.read_text()
 
 
+@pytest.mark.parametrize("form", [2, 3])
 @pytest.mark.parametrize("name", ["mezo-fp32", "mezo-int8+8", "fzoo-host"])
-def test_files_of_the_earlier_formats_are_read_too(name, reader, tmp_path, capsys):
-    with tarfile.open(ROOT / "tests" / "data" / "runs_format2.tar.xz") as archive:
+def test_files_of_the_earlier_formats_are_read_too(name, form, reader, tmp_path, capsys):
+    with tarfile.open(ROOT / "tests" / "data" / f"runs_format{form}.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     reader.main(tmp_path / name)
     text = capsys.readouterr().out
-    assert (tmp_path / name / "journal.zoj").read_bytes()[:4] == b"ZOJ2"
+    assert (tmp_path / name / "journal.zoj").read_bytes()[:4] == b"ZOJ%d" % form
     assert "of this journal" in text and "NOT OF" not in text and "no generation" not in text
 
 

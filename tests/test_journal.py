@@ -21,28 +21,51 @@ STEPS = [
     StepRecord(2, (Update(13, -0.25, 0.5, False), Update(14, 2.0, 1.0)), 1.0, -3.0, 2e-6),
     StepRecord(3, (Update((1 << 64) - 1, 0.0, 1.0),), 0.5, 0.0, 0.0),
 ]
+PACKED = [  # what only journals of the present format hold
+    *STEPS[:2],
+    StepRecord(2, tuple(Update(i + 1, i / 4, 0.5 if i == 0 else 1.0, i == 7) for i in range(8)), 1.0, -3.0, 2e-6),
+    StepRecord(3, (Update(3, 0.5, 1.0, False), Update(4, 0.25, 1.0, False)), 0.5, 0.1, 1e-6,
+               scalars=(0.1, -math.inf, 3.0, 4.0, 5.0, 6.0)),
+    StepRecord(4, (Update(5, 0.5, 1.0, False),), 0.5, 0.1, 1e-6, scalars=(math.pi,)),
+]  # fmt: skip
+
+
+def write(path, steps):
+    journal = Journal.create(path, HEADER)
+    for step in steps:
+        journal.append(step)
+    journal.close()
+    return path
 
 
 @pytest.fixture
 def written(tmp_path):
-    journal = Journal.create(tmp_path / "run.zoj", HEADER)
-    for step in STEPS:
-        journal.append(step)
-    journal.close()
-    return tmp_path / "run.zoj"
+    return write(tmp_path / "run.zoj", STEPS)
 
 
 def same(found, wanted):
     assert len(found) == len(wanted)
     for a, b in zip(found, wanted, strict=True):
         assert (a.step, a.updates, a.skipped, a.batch_crc, a.lr) == (b.step, b.updates, b.skipped, b.batch_crc, b.lr)
+        assert a.scalars == b.scalars
         assert a.loss == b.loss or (math.isnan(a.loss) and math.isnan(b.loss))
 
 
-def test_what_was_appended_is_read_back(written):
-    journal = Journal.open(written)
+@pytest.mark.parametrize("steps", [STEPS, PACKED], ids=["steps", "packed"])
+def test_what_was_appended_is_read_back(steps, tmp_path):
+    journal = Journal.open(write(tmp_path / "run.zoj", steps))
     assert journal.header == HEADER and journal.dropped_bytes == 0
-    same(journal.steps, STEPS)
+    same(journal.steps, steps)
+
+
+def test_a_step_of_packed_records_is_whole_or_dropped(tmp_path):
+    data = write(tmp_path / "run.zoj", PACKED).read_bytes()
+    records = [len(pack_step(step)[0]) // RECORD_BYTES for step in PACKED]
+    begin = len(data) - sum(records) * RECORD_BYTES
+    for count in range(sum(records)):
+        found = read_journal(data[: begin + count * RECORD_BYTES])
+        same(found.steps, PACKED[: sum(sum(records[: i + 1]) <= count for i in range(len(records)))])
+        assert found.good == begin + sum(records[: len(found.steps)]) * RECORD_BYTES
 
 
 def test_a_reopened_journal_goes_on_where_it_ended(written):
@@ -74,15 +97,16 @@ def test_a_step_cut_between_its_records_is_dropped_whole(written):
     assert found.good == len(data) - 2 * RECORD_BYTES
 
 
-def test_every_flipped_bit_is_found_where_it_was_durable_and_harmless_in_the_tail(tmp_path):
+@pytest.mark.parametrize("steps", [STEPS, PACKED[:4]], ids=["steps", "packed"])
+def test_every_flipped_bit_is_found_where_it_was_durable_and_harmless_in_the_tail(steps, tmp_path):
     """Steps 0 and 1 were synced before the others were added: damage there is named. The rest may be a crash's tail."""
     journal = Journal.create(tmp_path / "run.zoj", HEADER, commit_s=3600)
-    journal.append(STEPS[0])
-    journal.append(STEPS[1])
+    journal.append(steps[0])
+    journal.append(steps[1])
     journal.make_durable(2)
     durable = journal.path.stat().st_size
-    journal.append(STEPS[2])
-    journal.append(STEPS[3])
+    journal.append(steps[2])
+    journal.append(steps[3])
     data = journal.path.read_bytes()
     journal.close()
     for position in range(len(data)):
@@ -91,7 +115,7 @@ def test_every_flipped_bit_is_found_where_it_was_durable_and_harmless_in_the_tai
             broken[position] ^= 1 << bit
             if position >= durable:
                 found = read_journal(bytes(broken))
-                same(found.steps, STEPS[: len(found.steps)])
+                same(found.steps, steps[: len(found.steps)])
                 assert 2 <= len(found.steps) < 4
             else:
                 with pytest.raises(JournalError):
@@ -222,3 +246,4 @@ def test_what_is_not_a_journal_is_named(tmp_path):
 def test_the_size_of_a_step_is_what_the_docstring_says():
     assert len(pack_step(STEPS[0])[0]) == RECORD_BYTES == 64
     assert len(pack_step(STEPS[2])[0]) == 2 * RECORD_BYTES
+    assert [len(pack_step(step)[0]) // RECORD_BYTES for step in PACKED] == [1, 1, 1 + 3, 1 + 1 + 2, 1 + 1]

@@ -6,6 +6,7 @@ with blocks and snapshots that lag behind; and expected.json, digests of their w
     mezo-fp32    disk, a fold a step, weight decay, linear schedule over 14 steps, two layers trained of a tied model
     mezo-bf16    disk, a fold in 4 steps, stochastic rounding       mezo-int8+8   disk, Rademacher noise, scales
     fzoo-host    four directions, snapshots of a run in memory      data-null     evaluated before its first `fit`
+data/runs_format3.tar.xz, the same base, rows and kinds of runs, made when journals were "ZOJ3": a record an update.
 """
 
 from __future__ import annotations
@@ -26,12 +27,21 @@ from zo_offload.cli import journal_tools
 from zo_offload.errors import JournalError
 from zo_offload.replay import replayed
 
-RUNS = ("mezo-fp32", "mezo-bf16", "mezo-int8+8", "fzoo-host", "data-null")
+RUNS = {
+    2: ("mezo-fp32", "mezo-bf16", "mezo-int8+8", "fzoo-host", "data-null"),
+    3: ("mezo-fp32", "mezo-int8+8", "fzoo-host"),
+}
+EACH = [pytest.param(form, name, id=f"ZOJ{form}-{name}") for form, names in RUNS.items() for name in names]
 
 
 @pytest.fixture
-def old(tmp_path: Path) -> Path:
-    with tarfile.open(Path(__file__).parent / "data" / "runs_format2.tar.xz") as archive:
+def form() -> int:
+    return 2
+
+
+@pytest.fixture
+def old(form: int, tmp_path: Path) -> Path:
+    with tarfile.open(Path(__file__).parent / "data" / f"runs_format{form}.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     return tmp_path
 
@@ -49,8 +59,9 @@ def digest(weights: Iterator[tuple[str, torch.Tensor]]) -> str:
     return found.hexdigest()[:16]
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_an_old_run_goes_on_from_the_same_bits(old: Path, expected: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize("form, name", EACH)
+def test_an_old_run_goes_on_from_the_same_bits(old: Path, expected: dict[str, Any], name: str, form: int) -> None:
+    journal = old / name / "journal.zoj"
     with Engine.resume(old / name, model=str(old / "base")) as engine:
         assert digest(engine.weights()) == expected[name]["weights"]
         assert engine.log.version == expected[name]["steps"]
@@ -62,9 +73,10 @@ def test_an_old_run_goes_on_from_the_same_bits(old: Path, expected: dict[str, An
     with Engine.resume(old / name, model=str(old / "base")) as engine:  # its blocks are of both versions by now
         assert digest(engine.weights()) == after
     assert all(sound for sound, _ in journal_tools.check(old / name))
+    assert journal.read_bytes()[:4] == b"ZOJ%d" % form
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("form, name", EACH)
 def test_an_old_journal_replays_to_the_same_bits(old: Path, expected: dict[str, Any], name: str) -> None:
     with replayed(old / "base", old / name / "journal.zoj") as engine:
         assert digest(engine.weights()) == expected[name]["weights"]

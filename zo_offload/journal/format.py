@@ -5,7 +5,8 @@ Replaying the records over the base weights rebuilds the weights of any step, so
 file is a cache. 20,000 MeZO steps are 1.3 MB.
 
 File layout, little-endian
-    0      4 bytes   b"ZOJ3" (b"ZOJ2": the same without notes, still read and gone on with)
+    0      4 bytes   b"ZOJ4" (b"ZOJ3": without noises and scalars; b"ZOJ2": without notes too; both are read and gone
+                     on with, as they are)
     4      u32       header length H in bytes
     8      H bytes   header: JSON, UTF-8 (what the run is, see identity.py)
     8+H    u32       crc32 of bytes 0 .. 8+H
@@ -28,6 +29,19 @@ File layout, little-endian
     48     u32       flags: bit 4 = a note; bit 2 = more records of the same note follow
     52     u32       bytes of text in this record
     56, 60           as above
+or, of noises (three updates a record of the step whose first record came before; decay 1, only the step's last folds)
+    0      u64       step
+    8      3 * 12    u64 seed, f32 coefficient, of each; zeros behind the last
+    44     u32       0
+    48     u32       flags: bit 5 = noises; bit 2 = more records of the same step follow; bit 0 = fold after the last
+    52     u32       how many there are
+    56, 60           as above
+or, of scalars (what a method keeps of a step beside loss and grad, for the steps after it)
+    0      u64       step
+    8      5 * 8     f64 of each; zeros behind the last
+    48     u32       flags: bit 6 = scalars; bit 2 = more records of the same step follow
+    52     u32       how many there are
+    56, 60           as above
 
 The crc of a record covers all before it (`chain`), so records cannot be swapped, left out or taken from another run.
 
@@ -49,7 +63,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,13 +72,20 @@ from ..errors import JournalError
 from ..kernels.records import Update
 from ..system import diskio
 
-MAGIC, OLD_MAGIC = b"ZOJ3", b"ZOJ2"
+MAGIC = b"ZOJ4"
+VERSIONS = {b"ZOJ2": 2, b"ZOJ3": 3, MAGIC: 4}
+"""What a journal begins with -> what its records are of."""
+TAKES_NOTES, PACKED = 3, 4
+"""From these versions on there are notes; noises and scalars."""
 RECORD_BYTES = 64
 _BODY = struct.Struct("<QQffdddIII")
-_NOTE = struct.Struct("<Q40sIII")
+_STEP, _FLAGS_AT = struct.Struct("<Q"), 48
+_NOTE = struct.Struct("<Q40sIII")  # of all records but a step's first, what is at 8 .. 47
 _NOTE_TEXT = 40
+_NOISE, _NOISES = struct.Struct("<Qf"), 3  # in one record
+_SCALAR, _SCALARS = struct.Struct("<d"), 5
 _CRC = struct.Struct("<I")
-FOLD, SKIPPED, MORE, HALVED, NOTE = 1, 2, 4, 8, 16
+FOLD, SKIPPED, MORE, HALVED, NOTE, NOISES, SCALARS = 1, 2, 4, 8, 16, 32, 64
 _STEP_FLAGS = FOLD | SKIPPED | MORE | HALVED
 _MAX_HEADER_BYTES = 1 << 24
 MAX_TAIL_BYTES = 1 << 20
@@ -87,6 +108,8 @@ class StepRecord:
     batch_crc: int = 0
     halved: bool = False
     """eps is half of what it was from the next step on (method.on_nonfinite="halve_eps")."""
+    scalars: tuple[float, ...] = ()
+    """What the method keeps of the step beside loss and grad, float64: `Method.scalars`."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +124,7 @@ class Note:
 class Contents:
     """What a journal's bytes say. begin: where the records begin; good: how many bytes hold whole steps and notes; the
     rest is a crash's tail. chain[t]: the checksum of all before step t, ends[t]: how many bytes the first t steps and
-    the notes before the last of them take."""
+    the notes before the last of them take. version: of `VERSIONS`."""
 
     header: dict[str, Any]
     steps: list[StepRecord]
@@ -110,7 +133,11 @@ class Contents:
     chain: list[int]
     notes: list[Note]
     ends: list[int]
-    takes_notes: bool
+    version: int
+
+    @property
+    def takes_notes(self) -> bool:
+        return self.version >= TAKES_NOTES
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -122,21 +149,37 @@ def pack_header(header: dict[str, Any]) -> bytes:
     return head + _CRC.pack(zlib.crc32(head))
 
 
-def pack_step(record: StepRecord, chain: int = 0, lag: int = 0) -> tuple[bytes, int]:
-    """The bytes of one step (one record an update, all but the last flagged MORE) and the chain after it."""
+def pack_step(record: StepRecord, chain: int = 0, lag: int = 0, version: int = 4) -> tuple[bytes, int]:
+    """The bytes of one step (all records but the last flagged MORE) and the chain after it. version: the journal's."""
     updates = record.updates or (Update(0, 0.0),)
-    out = bytearray()
-    for index, update in enumerate(updates):
-        flags = FOLD * update.fold | SKIPPED * record.skipped | MORE * (index < len(updates) - 1)
-        flags |= HALVED * record.halved
+    alone = updates  # updates that have a record each
+    if version >= PACKED and all(u.decay == 1.0 for u in updates[1:]) and not any(u.fold for u in updates[:-1]):
+        alone = updates[:1]
+    lag = min(lag, 0xFFFFFFFF)
+    bodies = []
+    for update in alone:
+        flags = FOLD * update.fold | SKIPPED * record.skipped | HALVED * record.halved
         seed, coeff, decay = (0, 0.0, 1.0) if record.skipped else (update.seed, update.coeff, update.decay)
-        body = _BODY.pack(
-            record.step, seed, coeff, decay, record.loss, record.grad, record.lr, flags, record.batch_crc,
-            min(lag, 0xFFFFFFFF),
-        )  # fmt: skip
+        bodies.append((record.step, seed, coeff, decay, record.loss, record.grad, record.lr, flags, record.batch_crc))
+    packed = [(_BODY.pack(*body, lag), body[-2]) for body in bodies]
+    for group in _in_groups(updates[len(alone) :], _NOISES):
+        text = b"".join(_NOISE.pack(update.seed, update.coeff) for update in group)
+        flags = NOISES | FOLD * group[-1].fold
+        packed.append((_NOTE.pack(record.step, text, flags, len(group), lag), flags))
+    for numbers in _in_groups(record.scalars, _SCALARS):
+        text = b"".join(map(_SCALAR.pack, numbers))
+        packed.append((_NOTE.pack(record.step, text, SCALARS, len(numbers), lag), SCALARS))
+    out = bytearray()
+    for index, (body, flags) in enumerate(packed):
+        if index < len(packed) - 1:
+            body = body[:_FLAGS_AT] + _CRC.pack(flags | MORE) + body[_FLAGS_AT + 4 :]
         chain = zlib.crc32(body, chain)
         out += body + _CRC.pack(chain)
     return bytes(out), chain
+
+
+def _in_groups(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 def pack_note(note: Note, chain: int = 0, lag: int = 0) -> tuple[bytes, int]:
@@ -155,46 +198,99 @@ def pack_note(note: Note, chain: int = 0, lag: int = 0) -> tuple[bytes, int]:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
+class _Reading:
+    """What the records so far came to, and the step or note that is not whole yet."""
+
+    def __init__(self, version: int, name: str) -> None:
+        self.version, self.name = version, name
+        self.steps: list[StepRecord] = []
+        self.notes: list[Note] = []
+        self.updates: list[Update] = []
+        self.scalars: list[float] = []
+        self.text = b""
+        self.first: tuple[Any, ...] | None = None  # of the open step: what its first record says
+
+    def take(self, body: memoryview, end: int) -> bool | None:
+        """One record that ends at byte `end`: None if it cannot be, else whether it ended a step (or a note)."""
+        _, part, flags, count, _ = _NOTE.unpack(body)
+        kind = flags & (NOTE | NOISES | SCALARS)
+        if kind == NOTE and self.version >= TAKES_NOTES and not flags & ~(NOTE | MORE) and self.first is None:
+            return self._note(part[:count], flags, end)
+        if self.text:
+            return None
+        if kind in (NOISES, SCALARS) and self.version >= PACKED and self.first is not None:
+            sound = self._packed(part, kind, flags, count)
+        else:
+            sound = self._update(body, flags)
+        return self._end_step(flags) if sound else None
+
+    def _note(self, text: bytes, flags: int, end: int) -> bool:
+        self.text += text
+        if flags & MORE:
+            return False
+        self.notes.append(Note(len(self.steps), _parse_note(self.text, self.name, end)))
+        self.text = b""
+        return True
+
+    def _update(self, body: memoryview, flags: int) -> bool:
+        _, seed, coeff, decay, loss, grad, lr, _, batch_crc, _ = _BODY.unpack(body)
+        if flags & ~_STEP_FLAGS or not (math.isfinite(coeff) and math.isfinite(decay)):
+            return False
+        self.first = loss, grad, lr, bool(flags & SKIPPED), batch_crc, bool(flags & HALVED)
+        if not flags & SKIPPED:
+            self.updates.append(Update(seed, coeff, decay, bool(flags & FOLD)))
+        return True
+
+    def _packed(self, part: bytes, kind: int, flags: int, count: int) -> bool:
+        if flags & ~(kind | MORE | FOLD) or not 0 < count <= (_NOISES if kind == NOISES else _SCALARS):
+            return False
+        if kind == SCALARS:
+            self.scalars += [value for (value,) in _SCALAR.iter_unpack(part[: count * _SCALAR.size])]
+            return True
+        found = list(_NOISE.iter_unpack(part[: count * _NOISE.size]))
+        if not all(math.isfinite(coeff) for _, coeff in found):
+            return False
+        last = len(found) - 1
+        self.updates += [Update(s, c, 1.0, bool(flags & FOLD) and i == last) for i, (s, c) in enumerate(found)]
+        return True
+
+    def _end_step(self, flags: int) -> bool:
+        if flags & MORE:
+            return False
+        assert self.first is not None
+        loss, grad, lr, skipped, batch_crc, halved = self.first
+        step, updates, scalars = len(self.steps), tuple(self.updates), tuple(self.scalars)
+        self.steps.append(StepRecord(step, updates, loss, grad, lr, skipped, batch_crc, halved, scalars))
+        self.updates, self.scalars, self.first = [], [], None
+        return True
+
+
 def read_journal(data: bytes, name: str = "journal", *, damaged_end: bool = False) -> Contents:
     """Everything a journal's bytes say. Raises JournalError on damage that is not a crash's tail.
 
     damaged_end: take the steps before the damage, whatever follows it.
     """
     header, offset, crc = _read_header(data, name)
-    takes_notes = data[:4] == MAGIC
-    steps: list[StepRecord] = []
-    updates: list[Update] = []
-    notes: list[Note] = []
-    text = b""
+    found = _Reading(VERSIONS[data[:4]], name)
     chain, ends, good, begin = [crc], [offset], offset, offset
     view = memoryview(data)
     while offset + RECORD_BYTES <= len(data):
         body = view[offset : offset + 60]
         crc = zlib.crc32(body, crc)
-        step, seed, coeff, decay, loss, grad, lr, flags, batch_crc, _lag = _BODY.unpack(body)
-        sound = crc == _CRC.unpack_from(view, offset + 60)[0] and step == len(steps)
-        if sound and flags & NOTE and takes_notes and not updates and not flags & ~(NOTE | MORE):
-            _, part, _, length, _ = _NOTE.unpack(body)
-            text += part[:length]
-            offset += RECORD_BYTES
-            if not flags & MORE:
-                notes.append(Note(step, _parse_note(text, name, offset)))
-                text, good, chain[-1] = b"", offset, crc
-            continue
-        if not sound or text or flags & ~_STEP_FLAGS or not (math.isfinite(coeff) and math.isfinite(decay)):
+        sound = crc == _CRC.unpack_from(view, offset + 60)[0] and _STEP.unpack_from(body)[0] == len(found.steps)
+        ended = found.take(body, offset + RECORD_BYTES) if sound else None
+        if ended is None:
             if not damaged_end:
-                _check_tail(data, offset, len(steps), name)
+                _check_tail(data, offset, len(found.steps), name)
             break
         offset += RECORD_BYTES
-        if not flags & SKIPPED:
-            updates.append(Update(seed, coeff, decay, bool(flags & FOLD)))
-        if not flags & MORE:
-            skipped, halved = bool(flags & SKIPPED), bool(flags & HALVED)
-            steps.append(StepRecord(step, tuple(updates), loss, grad, lr, skipped, batch_crc, halved))
-            updates, good = [], offset
+        if len(found.steps) == len(chain):
             chain.append(crc)
             ends.append(offset)
-    return Contents(header, steps, begin, good, chain, notes, ends, takes_notes)
+            good = offset
+        elif ended:  # a note
+            good, chain[-1] = offset, crc
+    return Contents(header, found.steps, begin, good, chain, found.notes, ends, found.version)
 
 
 def load_journal(path: Path) -> Contents:
@@ -248,7 +344,7 @@ def _check_tail(data: bytes, offset: int, step: int, name: str) -> None:
 
 
 def _read_header(data: bytes, name: str) -> tuple[dict[str, Any], int, int]:
-    if len(data) < 12 or data[:4] not in (MAGIC, OLD_MAGIC):
+    if len(data) < 12 or data[:4] not in VERSIONS:
         raise JournalError(f"{name}: not a journal (starts with {data[:4]!r}, expected {MAGIC!r})")
     length = struct.unpack_from("<I", data, 4)[0]
     if length > _MAX_HEADER_BYTES or 12 + length > len(data):

@@ -49,7 +49,7 @@ class Journal:
 
     def __init__(self, path: Path, contents: Contents, fd: int, commit_s: float = COMMIT_S) -> None:
         self.path, self.header, self.steps, self.commit_s = path, contents.header, contents.steps, commit_s
-        self.notes, self.takes_notes = contents.notes, contents.takes_notes
+        self.notes, self.takes_notes, self.version = contents.notes, contents.takes_notes, contents.version
         self.dropped_bytes = 0
         self._history = [history_start(contents.header)]  # of as many steps as were asked for
         self._history_lock = threading.Lock()
@@ -125,7 +125,7 @@ class Journal:
         assert all(math.isfinite(u.coeff) for u in record.updates)
         self._check()
         with self._write_lock:
-            data, chain = pack_step(record, self._chain[-1], len(self.steps) - self._synced)
+            data, chain = pack_step(record, self._chain[-1], len(self.steps) - self._synced, self.version)
             self._put(data)
             self._chain.append(chain)
             self.steps.append(record)

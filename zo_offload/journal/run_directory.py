@@ -26,7 +26,7 @@ from ..config import EngineConfig
 from ..errors import ConfigError, JournalError
 from ..methods import Method, method_from
 from ..system import diskio
-from .format import MAGIC, read_journal
+from .format import TAKES_NOTES, VERSIONS, read_journal
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def is_without_steps(run_dir: Path) -> bool:
 def takes_notes(run_dir: Path) -> bool:
     """Whether run_dir's journal is of the present format."""
     try:
-        return diskio.read_file(run_dir / JOURNAL)[: len(MAGIC)] == MAGIC
+        return VERSIONS.get(diskio.read_file(run_dir / JOURNAL)[:4], 0) >= TAKES_NOTES
     except OSError:
         return False
 

@@ -1,9 +1,9 @@
 """Arithmetic on a step's few float64 scalars, with the same bits on the host and on a GPU.
 
-Add, subtract, multiply, divide of two tensors, compare, abs, sign, clamp, amax and where of torch have them, element by
-element. What has not is here: a division by a number, a sum, whose order a reduction kernel is free to choose, and a
-square root, which torch's vector library on the CPU rounds the other way once in a hundred. An operation that is in
-neither list (exp, log, pow) belongs here before a method may use it.
+Add, subtract, multiply, divide of two tensors, compare, abs, sign, clamp, amax, minimum and where of torch have them,
+element by element. What has not is here: a division by a number, a sum, whose order a reduction kernel is free to
+choose, and a square root, which torch's vector library on the CPU rounds the other way once in a hundred. An operation
+that is in neither list (exp, log, pow) belongs here before a method may use it.
 """
 
 from __future__ import annotations

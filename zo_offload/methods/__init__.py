@@ -16,18 +16,21 @@ from ..errors import ConfigError
 from ..kernels.records import Perturbation, Trains
 from ..kernels.scalars import divide, sqrt, total
 from ..numerics.noise import step_seed
-from .base import METHODS, Method, Step, lr_schedule
+from .base import METHODS, Method, Step, Told, lr_schedule
+from .conservative import Conservative
 from .fzoo import FZOO
+from .meazo import MEAZO
 from .mezo import MeZO
+from .momentum import Momentum
 from .nspsa import NSPSA
 from .presets import PRESETS, check_tunes
 from .qzo import QZO, QZOShift
 from .sign import SignSGD
 
 __all__ = [
-    "DEFAULT", "FZOO", "METHODS", "NSPSA", "PRESETS", "QZO", "MeZO", "Method", "Perturbation", "QZOShift",
-    "SignSGD", "Step", "check_tunes", "divide", "known_record", "lr_schedule", "method_from", "method_training", "sqrt",
-    "step_seed", "total",
+    "DEFAULT", "FZOO", "MEAZO", "METHODS", "NSPSA", "PRESETS", "QZO", "Conservative", "MeZO", "Method", "Momentum",
+    "Perturbation", "QZOShift", "SignSGD", "Step", "Told", "check_tunes", "divide", "known_record", "lr_schedule",
+    "method_from", "method_training", "sqrt", "step_seed", "total",
 ]  # fmt: skip
 
 DEFAULT: type[MeZO] = MeZO

@@ -8,7 +8,13 @@
 The arithmetic is written once, on tensors: on the host they are float64 on the CPU; where losses are read a step late
 (`late.py`) the same operations run on the GPU, and the host checks a step later that both came to the same bits.
 `scalars.py` has the operations that torch does not do alike on both. Everything else is derived: the noises of a step
-are those of its lanes, a journal record is one update a noise, replay needs only the journal.
+are those of its lanes, the journal has one update a noise, replay needs only the journal.
+
+A method may also
+    remember           a few float64 numbers, a function of what the journal has of the steps before: `first_memory`,
+                       `remember`, and `coefficients_from` in place of `coefficients`
+    use more noises    than its lanes have, those of earlier steps say: `seeds`
+    come back          to the weights in the same step, with lanes that depend on the losses so far: `next_lanes`
 
 A class registers itself in METHODS by its name: `class MeZO(Method, name="mezo")`, or the class's own name. A class
 whose name begins with an underscore is a part for others and is not registered.
@@ -50,6 +56,7 @@ class Step:
     updates: tuple[Update, ...]
     loss: float
     grad: float
+    scalars: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,26 @@ class Outcome:
     """What a step's losses came to, where the losses are.
 
     coefficients: float32, one a noise; 0 where float32 does not hold it. sound: 0-d bool, whether it is a step at all.
+    memory: after the step, if it is one; else `skipped`.
     """
 
     coefficients: Tensor
     loss: Tensor
     grad: Tensor
+    scalars: Tensor
     sound: Tensor
+    memory: Tensor
+    skipped: Tensor
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the journal tells of a step, where the losses are: 0-d float64 tensors, and `scalars` a vector."""
+
+    loss: Tensor
+    grad: Tensor
+    scalars: Tensor
+    lr: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +120,8 @@ class Method(ABC):
     """Which part of the stored weights is perturbed and updated."""
     unit_scales: ClassVar[bool] = False
     """Whether scales are moved in units of the weights they scale: see `gains.py`."""
+    comes_back: ClassVar[bool] = False
+    """Whether `next_lanes` may give some. On a GPU the host then waits for each visit's losses."""
 
     def __init_subclass__(cls, *, name: str | None = None, **more: Any) -> None:
         super().__init_subclass__(**more)
@@ -200,6 +223,33 @@ class Method(ABC):
         """(loss, grad) of a step for its record, 0-d float64. As `coefficients`. grad: 0 iff the step changed nothing
         but weight decay; a slope or a length of the gradient by choice."""
 
+    def scalars(self, losses: Tensor) -> Tensor:
+        """What the journal keeps of a step beside loss and grad, for `remember`: float64 [any], as `coefficients`."""
+        return losses[:0]
+
+    def first_memory(self) -> tuple[float, ...]:
+        """What is remembered before step 0. Empty: nothing ever is."""
+        return ()
+
+    def remember(self, memory: Tensor, told: Told) -> Tensor:
+        """What is remembered after a step. memory: float64, as before it. As `coefficients`, and of any eps."""
+        return memory
+
+    def pass_over(self, memory: Tensor) -> Tensor:
+        """What is remembered after a step that was skipped."""
+        return memory
+
+    def coefficients_from(self, memory: Tensor, losses: Tensor, lr: float) -> Tensor:
+        """`coefficients` of a method that remembers: memory is what it was before the step."""
+        return self.coefficients(losses, lr)
+
+    def next_lanes(self, run_seed: int, step: int, losses: Sequence[float], lr: float) -> tuple[Perturbation, ...]:
+        """Lanes of a further visit of the step, on the same rows; empty: it has no more. See `comes_back`.
+
+        losses: of all lanes so far, in order. Those of all visits together are given to `coefficients`.
+        """
+        return ()
+
     def gain(self, name: str, shape: torch.Size) -> Gain:
         """What a parameter gets of eps and of the update, for rates a layer. A function of these two alone.
 
@@ -221,7 +271,7 @@ class Method(ABC):
         return float(np.float32(self.eps))
 
     def seeds(self, run_seed: int, step: int) -> tuple[int, ...]:
-        """The seeds of the step's noises, in the order in which its lanes first use them; each noise has an update."""
+        """The seeds of the noises that the step's update is made of: those of its lanes, in the order of first use."""
         return tuple(dict.fromkeys(lane.seed for lane in self.perturbations(run_seed, step) if lane.scale != 0))
 
     @property
@@ -229,15 +279,28 @@ class Method(ABC):
         """Different noises of one step."""
         return len(self.seeds(0, 0))
 
+    @property
+    def most_lanes(self) -> int:
+        """How many lanes the largest visit of a step has: memory is planned for them."""
+        return len(self.perturbations(0, 0))
+
     @final
-    def outcome(self, losses: Tensor, lr: float) -> Outcome:
-        """Losses of the lanes, float64 on any device -> coefficients as they are applied, and whether they may be."""
-        found = self.coefficients(losses, lr)
+    def outcome(self, losses: Tensor, lr: float, memory: Tensor | None = None) -> Outcome:
+        """Losses of the lanes, float64 on any device -> coefficients as they are applied, and whether they may be.
+
+        memory: before the step, there too; None: that before step 0.
+        """
+        memory = losses.new_tensor(self.first_memory()) if memory is None else memory
+        found = self.coefficients_from(memory, losses, lr)
         loss, grad = self.summary(losses)
+        scalars = self.scalars(losses)
         small = found.abs() < COEFF_LIMIT
         told = torch.isfinite(torch.stack([loss, grad])).all()
         sound = torch.isfinite(losses).all() & small.all() & told
-        return Outcome(torch.where(small, found, 0.0).to(torch.float32), loss, grad, sound)
+        return Outcome(
+            torch.where(small, found, 0.0).to(torch.float32), loss, grad, scalars, sound,
+            self.remember(memory, Told(loss, grad, scalars, lr)), self.pass_over(memory),
+        )  # fmt: skip
 
     @final
     def updates(self, run_seed: int, step: int, coefficients: Sequence[float], lr: float) -> tuple[Update, ...]:
@@ -247,19 +310,25 @@ class Method(ABC):
         return tuple(Update(seed, coeff, 1.0 if i else decay) for i, (seed, coeff) in enumerate(pairs))
 
     @final
-    def update(self, run_seed: int, step: int, losses: Sequence[float], lr: float) -> Step:
-        """Losses of the lanes -> the step's updates. Raises DivergenceError if one or a loss is not finite."""
+    def update(
+        self, run_seed: int, step: int, losses: Sequence[float], lr: float, memory: Tensor | None = None
+    ) -> Step:
+        """Losses of the lanes -> the step's updates. Raises DivergenceError if one or a loss is not finite.
+
+        memory: see `outcome`.
+        """
         values = torch.tensor(losses, dtype=torch.float64)
-        found = self.outcome(values, lr)
+        memory = torch.tensor(self.first_memory(), dtype=torch.float64) if memory is None else memory
+        found = self.outcome(values, lr, memory)
         if not found.sound:
-            largest = float(self.coefficients(values, lr).abs().max())
+            largest = float(self.coefficients_from(memory, values, lr).abs().max())
             raise DivergenceError(
                 f"step {step}: losses {_listed(losses)} give an update of {largest:g} "
                 f"(seed {self.seeds(run_seed, step)[0]}, lr {lr:g}, eps {self.eps:g}). The weights are "
                 f"as after step {step - 1}. Lower lr or eps, or set on_nonfinite='skip' or 'halve_eps'"
             )
         updates = self.updates(run_seed, step, found.coefficients.tolist(), lr)
-        return Step(updates, float(found.loss), float(found.grad))
+        return Step(updates, float(found.loss), float(found.grad), tuple(found.scalars.tolist()))
 
 
 def _listed(losses: Sequence[float]) -> str:

@@ -265,11 +265,15 @@ class Run:
         lr = self.method.lr if lr is None else lr
         with self.work():
             stepper.begin()
-            perturbations = stepper.current.perturbations(self.config.seed, self.log.version)
-            losses = parts.passes.losses(
-                batch, perturbations, micro_batches, step=self.log.version, late=stepper.late, objective=objective,
-                empty=self.method.on_nonfinite == "skip",
-            )  # fmt: skip
+            method, step = stepper.current, self.log.version
+            losses: list[Any] = []
+            lanes = method.perturbations(self.config.seed, step)
+            while lanes:
+                losses += parts.passes.losses(
+                    batch, lanes, micro_batches, step=step, late=stepper.late, objective=objective,
+                    empty=self.method.on_nonfinite == "skip",
+                )  # fmt: skip
+                lanes = method.next_lanes(self.config.seed, step, losses, lr) if method.comes_back else ()
             self._planned_bytes = max(self._planned_bytes, _part_bytes(batch, micro_batches))
             launched = stepper.launch(losses, lr, fingerprint(batch))
             if parts.session.snapshots is not None:

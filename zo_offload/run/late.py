@@ -107,17 +107,18 @@ def launch(
     outcome: Outcome,
     limit: float,
     later: Callable[[Tensor], Later],
-    before: Callable[[Later], None],
+    before: Callable[[Later, Tensor], None],
 ) -> None:
     """Send losses and coefficients to the host, and give a step's coefficients to the log.
 
     updates: as the host knows them, coefficients aside. losses: float64, on the device; outcome: what the method made
-    of them there. limit: largest value of the storage formats. before: told what is sent, before the log has the step.
+    of them there. limit: largest value of the storage formats. before: told what is sent, and whether the step applies
+    (0-d bool, on the device), before the log has the step.
     """
     exact = outcome.coefficients.double()
     applies = outcome.sound & (exact.abs() * MAX_NOISE < limit).all()
     sent = later(torch.cat([losses, exact, applies.double().reshape(1)]))
-    log.launch(updates, outcome.coefficients, applies, lambda: before(sent))
+    log.launch(updates, outcome.coefficients, applies, lambda: before(sent, applies))
 
 
 def check_same(step: int, updates: Sequence[Update], coefficients: Sequence[float], applies: bool) -> None:

@@ -68,8 +68,8 @@ class Prepared:
 
     @property
     def perturbations(self) -> int:
-        """How many a step has: lanes, before a batch is cut into parts."""
-        return len(self.method.perturbations(self.config.seed, 0))
+        """How many a visit of a step has: lanes, before a batch is cut into parts."""
+        return self.method.most_lanes
 
     def plan_memory(
         self, batch: Batch | None, *, objective: Objective, micro_batches: int = 1, process: int = 0

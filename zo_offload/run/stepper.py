@@ -33,6 +33,7 @@ from ..numerics.updates import UpdateLog, with_folds
 from . import late
 from .late import LateLog, Launched
 from .prepare import Prepared
+from .remembered import after, remembered
 
 MAX_HALVINGS = 10  # of eps, by on_nonfinite="halve_eps": a thousandth of what was asked is no longer the same method
 
@@ -51,13 +52,17 @@ class Stepper:
         limit: float,
         *,
         halvings: int = 0,
+        records: Sequence[StepRecord] = (),
     ) -> None:
+        """records: of the run's steps so far."""
         self.method, self.run_seed, self.fold_every = method, run_seed, fold_every
         self.log, self.journal, self.device, self.limit = log, journal, device, limit
         self._halvings_before = halvings
         self._halved: set[int] = set()  # steps of this engine after which eps was halved
         self._open: deque[Launched] = deque()  # launched, not settled
         self._done: dict[int, StepRecord | DivergenceError] = {}  # settled, not asked for
+        self.memory = remembered(method, records)
+        self._late_memory = self.memory.on(log.version, device.upload) if self.late else self.memory
         self._lock = threading.RLock()  # who writes blocks may ask for what is being settled
 
     @property
@@ -90,12 +95,15 @@ class Stepper:
             assert isinstance(self.log, LateLog)
             stacked = torch.stack([x for x in losses if isinstance(x, Tensor)])
             method = self.current
-            outcome = method.outcome(stacked, lr)
+            memory = self._late_memory[step]
+            outcome = method.outcome(stacked, lr, memory if memory.numel() else None)
             unknown = [0.0] * len(outcome.coefficients)
             known = with_folds(method.updates(self.run_seed, step, unknown, lr), step, self.fold_every)
             launched = Launched(step, lr, batch_crc, method, num_losses=len(losses))
 
-            def under_way(sent: Later) -> None:
+            def under_way(sent: Later, applies: Tensor) -> None:
+                if memory.numel():
+                    self._late_memory.put(step + 1, torch.where(applies, outcome.memory, outcome.skipped))
                 launched.later = sent
                 self._open.append(launched)
 
@@ -133,10 +141,12 @@ class Stepper:
         error: DivergenceError | None = None
         stop = False
         try:
-            outcome = launched.method.update(self.run_seed, step, losses, lr)
+            outcome = launched.method.update(self.run_seed, step, losses, lr, self.memory[step])
             self._check_update(step, outcome.updates)
             updates = with_folds(outcome.updates, step, self.fold_every)
-            record = StepRecord(step, updates, outcome.loss, outcome.grad, lr, False, launched.batch_crc)
+            record = StepRecord(
+                step, updates, outcome.loss, outcome.grad, lr, False, launched.batch_crc, scalars=outcome.scalars
+            )
         except DivergenceError as divergence:
             updates, error = (), divergence
             halve = self.method.on_nonfinite == "halve_eps"
@@ -146,9 +156,10 @@ class Stepper:
             record = StepRecord(step, (), math.nan, math.nan, lr, True, launched.batch_crc, halve)
             if halve:
                 self._halved.add(step)
+        if launched.later is None and error is not None and stop:
+            return error
+        self.memory.put(step + 1, after(self.method, self.memory[step], record))
         if launched.later is None:
-            if error is not None and stop:
-                return error
             self._write(record)
             self.log.append(record.updates)
             return record
@@ -176,6 +187,8 @@ class Stepper:
         with self._lock:
             self.log.mend()
             version = self.log.version
+            self.memory.cut(version)
+            self._late_memory.cut(version)
             self._halved = {step for step in self._halved if step < version}
             if self.journal is not None:
                 self.journal.mend(min(version, len(self.journal.steps)))
@@ -194,6 +207,7 @@ class Stepper:
         if isinstance(self.log, LateLog):
             with self._lock:
                 self.log.cut(step + 1)
+                self._late_memory.cut(step + 1)
                 self._open.clear()
                 self._done.clear()
 
@@ -208,8 +222,11 @@ class Stepper:
 
 
 def make_stepper(prepared: Prepared, device: Device, log: UpdateLog, journal: Journal | None, gains: Gains) -> Stepper:
-    """The stepper of a run with the steps of `log`, whose journal this is; on a device that is late its log is too."""
-    if device.late:
+    """The stepper of a run with the steps of `log`, whose journal this is; on a device that is late its log is too.
+
+    Unless the method comes back in a step for what its losses say, which the host must know then.
+    """
+    if device.late and not prepared.method.comes_back:
         factors = {gain.update for gain in gains.values()}
         log = LateLog(log, UpdateTable(device.torch_device, device.upload, factors))
     formats = [place.fmt.torch_dtype for place in prepared.layout.places.values()]
@@ -218,4 +235,5 @@ def make_stepper(prepared: Prepared, device: Device, log: UpdateLog, journal: Jo
         prepared.method, prepared.config.seed, prepared.fold_every, log, journal, device,
         largest / max((1.0, *(gain.update for gain in gains.values()))),
         halvings=sum(record.halved for record in journal.steps) if journal is not None else 0,
+        records=() if journal is None else journal.steps,
     )  # fmt: skip

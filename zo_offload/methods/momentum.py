@@ -1,0 +1,63 @@
+"""ZO-SGD with momentum, rebuilt from the slopes of the last steps instead of kept as a copy of the weights.
+
+    g_t = (L(w + eps z_t) - L(w - eps z_t)) / (2 eps)
+    w <- w - lr * sum_{k < window} beta^k g_{t-k} z_{t-k}
+
+That is SGD with momentum (m <- beta m + g z, w <- w - lr m), but for what is older than `window` steps: beta^window of
+what a direction moves the weights by in the end. No plane of momenta is stored or moved; a step applies the noises of
+`window` steps, which a CPU notices (each is made again) and a link does not. MeZO's rate is to be multiplied by
+1 - beta. Source: "ZO-SGD-MMT" of Zhang et al. 2024, arXiv 2402.11592, whose beta is 0.9.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..numerics.noise import step_seed
+from .base import Told
+from .mezo import MeZO
+
+
+@dataclass(frozen=True, kw_only=True)
+class Momentum(MeZO, name="momentum"):
+    """Zeroth-order SGD with momentum, one two-sided perturbation a step."""
+
+    lr: float = 1e-7
+    """Peak learning rate: MeZO's times 1 - beta moves as far in all."""
+    beta: float = 0.9
+    """How much of the momentum a step keeps."""
+    window: int = 16
+    """Steps that it reaches back, the present one included."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 <= self.beta < 1 and 1 <= self.window <= 256):
+            raise ConfigError(f"beta={self.beta}, window={self.window}: expected 0 <= beta < 1, and 1 to 256 steps")
+
+    def seeds(self, run_seed: int, step: int) -> tuple[int, ...]:
+        """This step's, and those of the steps before; before step 0 there are none, and their coefficients are 0."""
+        before = range(step - 1, step - self.window, -1)
+        return (
+            step_seed(run_seed, step), *(step_seed(run_seed, max(t, 0), 0 if t >= 0 else -t) for t in before)
+        )  # fmt: skip
+
+    def first_memory(self) -> tuple[float, ...]:
+        """The slopes of the steps before, the last one first."""
+        return (0.0,) * (self.window - 1)
+
+    def remember(self, memory: Tensor, told: Told) -> Tensor:
+        return torch.cat([told.grad.reshape(1), memory])[: self.window - 1]
+
+    def pass_over(self, memory: Tensor) -> Tensor:
+        return torch.cat([memory.new_zeros(1), memory])[: self.window - 1]
+
+    def coefficients_from(self, memory: Tensor, losses: Tensor, lr: float) -> Tensor:
+        found, share = [], 1.0
+        for slope in torch.cat([self.projected(losses), memory]).unbind():
+            found.append(lr * (share * slope))
+            share *= self.beta
+        return torch.stack(found)

@@ -1,0 +1,64 @@
+"""What a method remembers of the steps before (`Method.remember`): one vector of float64 numbers a step.
+
+It is a function of the journal, so a run that is resumed has it again. Where losses are read a step late there are two,
+by the same operations on the same numbers: the device's, which the next step's coefficients are made with, and the
+host's, which follows as steps are settled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ..journal.format import StepRecord
+from ..methods import Method
+from ..methods.base import Told
+
+_KEPT = 8  # versions: more than there are steps that may be taken back
+
+
+class Remembered:
+    """By version: what is remembered after so many steps. Only the last few are kept."""
+
+    def __init__(self, version: int, memory: Tensor) -> None:
+        self._after = {version: memory}
+        self._nothing = None if memory.numel() else memory
+
+    def __getitem__(self, version: int) -> Tensor:
+        return self._after[version] if self._nothing is None else self._nothing
+
+    def put(self, version: int, memory: Tensor) -> None:
+        """May be done again for the same version, with the same."""
+        if self._nothing is not None:
+            return
+        self._after[version] = memory
+        self._after.pop(version - _KEPT, None)
+
+    def cut(self, version: int) -> None:
+        """Forget what is remembered after more than `version` steps."""
+        self._after = {known: memory for known, memory in self._after.items() if known <= version}
+
+    def on(self, version: int, upload: Callable[[Tensor], Tensor]) -> Remembered:
+        """The same from `version` on, on a device that a tensor is brought to like this."""
+        return Remembered(version, upload(self[version]) if self._nothing is None else self._nothing)
+
+
+def remembered(method: Method, records: Iterable[StepRecord]) -> Remembered:
+    """From a run's steps so far, on the host."""
+    memory = torch.tensor(method.first_memory(), dtype=torch.float64)
+    found = Remembered(0, memory)
+    for record in records if memory.numel() else ():
+        memory = after(method, memory, record)
+        found.put(record.step + 1, memory)
+    return found
+
+
+def after(method: Method, memory: Tensor, record: StepRecord) -> Tensor:
+    """What is remembered after a step."""
+    if record.skipped or record.loss != record.loss:  # late, a step that changes nothing is one with no loss
+        return method.pass_over(memory)
+    loss, grad = (torch.tensor(x, dtype=torch.float64) for x in (record.loss, record.grad))
+    scalars = torch.tensor(record.scalars, dtype=torch.float64)
+    return method.remember(memory, Told(loss, grad, scalars, record.lr))
