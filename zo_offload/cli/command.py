@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ZOError
+from . import views
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -267,7 +268,9 @@ def _count(text: str) -> int:
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """argv: what is to be parsed; methods, and torch with them, are loaded for commands that take their options."""
     parser = argparse.ArgumentParser(prog="zo-offload", description="Fine-tune models far larger than the device.")
-    commands = parser.add_subparsers(required=True, metavar="fit | plan | eval | generate | export | replay | journal")
+    commands = parser.add_subparsers(
+        required=True, metavar="fit | plan | eval | generate | export | replay | plot | report | journal"
+    )
 
     fit = commands.add_parser("fit", help="fine-tune a checkpoint")
     fit.add_argument("model", help="checkpoint directory or cached hub id; with --resume, the run directory")
@@ -349,6 +352,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     replay.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base")
     _own_class(replay)
     replay.set_defaults(run=_replay)
+
+    views.add_commands(commands)
 
     journal = commands.add_parser("journal", help="show, check or cut a journal, or print it as CSV")
     journal.add_argument("action", choices=["show", "check", "cut", "csv"])

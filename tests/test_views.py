@@ -1,0 +1,155 @@
+"""`plot` and `report`: their numbers are the run's, whatever was stopped, resumed or cut; the page stands by itself."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from support.zoo.small import tiny_opt
+from zo_offload import Engine, MeZO
+from zo_offload.cli import main
+from zo_offload.cli.chart import short, ticks
+from zo_offload.cli.history import read_history
+
+ROWS = [{"input_ids": [3 + (7 * i + k) % 60 for k in range(6)]} for i in range(8)]
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of five steps in two goes, the second in the same process, with an evaluation after each second step."""
+    path = tmp_path_factory.mktemp("views") / "a <run> & more"
+    engine = Engine(tiny_opt(), method=MeZO(lr=1e-3, batch_size=2), offload="disk", run_dir=path, num_slots=2)
+    with engine:
+        for steps in (3, STEPS):
+            engine.fit(ROWS, steps=steps, eval_data=ROWS[:4], eval_every=2)
+    return path
+
+
+def call(*args):
+    return main([str(arg) for arg in args])
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_history_is_what_the_run_did(run):
+    history = read_history(run)
+    written = [line for line in lines(run) if "loss" in line]
+    assert [point.step for point in history.points] == list(range(STEPS))
+    assert [point.loss for point in history.points] == [line["loss"] for line in written]
+    assert history.points[-1].cost["forwards"] == 2 * STEPS
+    # two calls of fit, each of which counts from zero
+    assert history.fetch_bytes == written[2]["fetch_bytes"] + written[-1]["fetch_bytes"] > 0
+    assert history.seconds == pytest.approx(written[2]["seconds"] + written[-1]["seconds"])
+    assert [values["step"] for values in history.evals] == [2, 3, 4, 5]
+    assert [y for _, y in history.curve("loss", "steps")] == [values["loss"] for values in history.evals]
+    assert [x for x, _ in history.curve("loss", "forwards")] == [4, 6, 8, 10]
+
+
+class Page(HTMLParser):
+    """Tags in order, and whether each that is opened is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_page_stands_by_itself(run, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert call("report", run, "--out", out) == 0
+    assert capsys.readouterr().out == f"wrote {out}\n"
+    page = Page(out.read_text())
+    assert not page.open and sum(tag == "svg" for tag, _ in page.tags) >= 2
+    assert not [tag for tag, attrs in page.tags if tag in ("script", "link", "img") or {"src", "href"} & set(attrs)]
+    assert run.name in page.words
+    last = read_history(run).evals[-1]["loss"]
+    assert any(f"{last:.4g}" in words for words in page.words)
+
+
+def test_plots_are_svg_files_with_a_point_an_evaluation(run, tmp_path):
+    for axis in ("steps", "forwards", "bytes", "seconds"):
+        out = tmp_path / f"{axis}.svg"
+        assert call("plot", run, "--x", axis, "--out", out) == 0
+        tree = ElementTree.parse(out)
+        assert len(tree.findall(".//{*}circle")) == len(read_history(run).evals)
+
+
+def test_runs_stand_beside_each_other(run, tmp_path):
+    other = tmp_path / "other"
+    with Engine(tiny_opt(), method=MeZO(lr=1e-4, batch_size=2), run_dir=other) as engine:
+        engine.fit(ROWS, steps=1)  # no evaluation, nothing moved
+    out = tmp_path / "both.html"
+    assert call("report", run, other, "--out", out) == 0
+    page = Page(out.read_text())
+    assert "other" in page.words and "not measured" in page.words
+
+
+def test_files_of_others_are_left(run, tmp_path, capsys):
+    out = tmp_path / "mine.html"
+    out.write_text("mine")
+    assert call("report", run, "--out", out) == 2 and out.read_text() == "mine"
+    assert "--overwrite" in capsys.readouterr().err
+    assert call("report", run, "--out", out, "--overwrite") == 0 and out.read_text() != "mine"
+    ours = run / "report.html"
+    assert call("report", run) == 0 and call("report", run) == 0  # its own, of last time, is replaced
+    ours.write_text("mine")
+    assert call("report", run) == 2 and ours.read_text() == "mine"
+    ours.unlink()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["plot", "{tmp}"], "holds no run"),
+        (["plot", "{run}", "--y", "f1"], "--y f1: these runs have loss"),
+        (["report", "{run}", "--out", "{tmp}/no/page.html"], "is not a directory"),
+    ],
+    ids=["no run", "nothing of that name", "no folder"],
+)
+def test_what_cannot_be_drawn_is_said(run, tmp_path, capsys, args, said):
+    assert call(*(arg.format(run=run, tmp=tmp_path) for arg in args)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_metrics_may_be_odd_or_gone(run, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "journal.zoj").write_bytes((run / "journal.zoj").read_bytes())
+    (copy / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": nu\n[1]\n{"step": "x", "loss": 1}\n{"step": 0, "eval_loss": null}\n'
+    )
+    history = read_history(copy)
+    assert len(history.points) == STEPS and history.seconds == 0 and history.curve("loss", "steps") == []
+    assert call("report", copy, "--out", tmp_path / "odd.html") == 0
+    (copy / "metrics.jsonl").unlink()
+    assert call("plot", copy, "--out", tmp_path / "none.svg") == 0
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 0), (0, 7), (-3.2, 1e9), (0.1, 0.1), (1e-9, 2e-9), (0.6436, 0.6441)])
+def test_ticks_are_round_and_hold_the_values(low, high):
+    found = ticks(low, high)
+    assert found == sorted(set(found)) and found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8
+
+
+def test_numbers_of_an_axis_are_short():
+    assert [short(v) for v in (0, 0.25, 2000, 12000, 3.2e9)] == ["0", "0.25", "2000", "12k", "3.2G"]

@@ -1,0 +1,134 @@
+"""A run as one self-contained HTML page: what it was, what it reached, what it cost. No script, nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from ..system.units import show_bytes
+from .chart import Curve, line_chart
+from .history import AXES, History
+
+_STYLE = """
+body { font: 15px/1.5 sans-serif; max-width: 980px; margin: 2em auto; padding: 0 1em; color: #222 }
+h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
+table { border-collapse: collapse } td, th { text-align: left; padding: 2px 14px 2px 0; vertical-align: top }
+td.number { text-align: right } tr + tr { border-top: 1px solid #eee }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(430px, 1fr)); gap: 1em }
+.warning { background: #fff3cd; padding: 4px 10px } code { white-space: pre-wrap; word-break: break-word }
+"""
+
+
+def charts(runs: Sequence[History], axis: str = "steps") -> dict[str, str]:
+    """Names and <svg>s: the loss in training and on held-out rows, then each other number that was evaluated."""
+    several = len(runs) > 1
+    called = {id(run): f"{run.name}, " if several else "" for run in runs}
+    trained = [
+        Curve(f"{called[id(run)]}training", run.losses(axis), pale=True) for run in runs if not several or not run.evals
+    ]
+    held_out = [Curve(f"{called[id(run)]}held-out", run.curve("loss", axis), dots=True) for run in runs]
+    found = {"loss": line_chart([*held_out, *trained], "Loss", AXES[axis], "loss")}
+    for name in dict.fromkeys(name for run in runs for name in run.measured() if name != "loss"):
+        curves = [Curve(run.name if several else "held-out", run.curve(name, axis), dots=True) for run in runs]
+        values = [y for curve in curves for _, y in curve.pairs]
+        share = bool(values) and all(0 <= y <= 1 for y in values)
+        found[name] = line_chart(curves, name.replace("_", " ").capitalize(), AXES[axis], name, share=share)
+    return found
+
+
+def report(runs: Sequence[History]) -> str:
+    """The page of one run, or of several beside each other."""
+    names = [run.name for run in runs]
+    title = ", ".join(names)
+    body = [f"<h1>{escape(title)}</h1>"]
+    for run in runs:
+        body += [f'<p class="warning">{escape(run.name)}: {escape(text)}</p>' for text in run.warnings]
+    body += ["<h2>Reached</h2>", _table(["", *names], _reached(runs))]
+    for axis in ("steps", *(("bytes",) if any(run.points and run.points[-1].cost["bytes"] for run in runs) else ())):
+        if axis == "bytes":
+            body.append("<h2>Against bytes moved</h2>")
+        body += ['<div class="charts">', *charts(runs, axis).values(), "</div>"]
+    body += ["<h2>Cost</h2>", _table(["", *names], _cost(runs))]
+    body += ["<h2>Settings</h2>", _table(["", *names], _settings(runs))]
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="generator" content="zo_offload"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+_HEADER = (
+    "model", "method", "storage", "noise", "seed", "fold_every", "rounding", "objective", "data", "versions", "created"
+)  # fmt: skip
+
+
+def _reached(runs: Sequence[History]) -> Iterable[Sequence[str]]:
+    yield ["steps", *(f"{len(run.points)}" + f" ({run.skipped} skipped)" * bool(run.skipped) for run in runs)]
+    for name in dict.fromkeys(name for run in runs for name in run.measured()):
+        yield [f"held-out {name.replace('_', ' ')}", *(_first_and_last(run, name) for run in runs)]
+    yield ["training loss", *(_ends([y for _, y in run.losses("steps", 20)]) for run in runs)]
+
+
+def _first_and_last(run: History, name: str) -> str:
+    values = [values[name] for values in run.evals if name in values]
+    if len(values) < 3:
+        return _ends(values)
+    best = min(values) if name == "loss" else max(values)
+    return f"{_ends(values)} (best {best:.4g})"
+
+
+def _ends(values: Sequence[float]) -> str:
+    if not values:
+        return "not measured"
+    return f"{values[-1]:.4g}" if len(values) == 1 else f"{values[0]:.4g} → {values[-1]:.4g}"
+
+
+def _cost(runs: Sequence[History]) -> Iterable[Sequence[str]]:
+    steps = [max(1, len(run.points)) for run in runs]
+    forwards = [int(run.points[-1].cost["forwards"]) if run.points else 0 for run in runs]
+    yield ["forward passes", *(str(count or "not known") for count in forwards)]
+    yield [
+        "time in steps",
+        *(f"{run.seconds:.0f} s, {run.seconds / n:.3g} s a step" for run, n in zip(runs, steps, strict=True)),
+    ]
+    waited = [f"{100 * run.waited / run.seconds:.1f} %" if run.seconds else "not known" for run in runs]
+    yield ["of it compute waited for blocks", *waited]
+    for what, total in (("into the window", "fetch_bytes"), ("out of it", "flush_bytes")):
+        moved = [getattr(run, total) for run in runs]
+        yield [what, *(f"{show_bytes(n)}, {show_bytes(n / k)} a step" for n, k in zip(moved, steps, strict=True))]
+    files = [(run.path / "journal.zoj").stat().st_size for run in runs]
+    yield ["the journal, which rebuilds the weights", *map(show_bytes, files)]
+
+
+def _settings(runs: Sequence[History]) -> Iterable[Sequence[str]]:
+    for key in _HEADER:
+        found = [run.header.get(key) for run in runs]
+        if any(value is not None for value in found):
+            yield [key, *map(_plain, found)]
+    for key in ("offload", "device", "num_slots", "compute", "trainable"):
+        found = [_setting(run.settings, key) for run in runs]
+        if any(value is not None for value in found):
+            yield [key, *map(_plain, found)]
+
+
+def _setting(record: Mapping[str, Any], key: str) -> Any:
+    settings = record.get("settings")
+    return settings.get(key) if isinstance(settings, dict) else None
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items() if inner is not None)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["<table>"]
+    if len(head) > 2:
+        lines.append("<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>")
+    for first, *rest in rows:
+        cells = "".join(f"<td><code>{escape(cell)}</code></td>" for cell in rest)
+        lines.append(f"<tr><td>{escape(first)}</td>{cells}</tr>")
+    return "\n".join([*lines, "</table>"])

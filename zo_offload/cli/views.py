@@ -1,0 +1,59 @@
+"""`zo-offload plot` and `report`: runs as people look at them. Neither opens a model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+_OURS = b"zo_offload"
+"""Both kinds of file say in their first bytes who wrote them."""
+
+
+def add_commands(commands: Any) -> None:
+    for name, run, what in (
+        ("plot", _plot, "a curve of runs as an SVG file: the loss or what else was evaluated, against what it cost"),
+        ("report", _report, "runs as one HTML page: curves, cost and settings"),
+    ):
+        view = commands.add_parser(name, help=what)
+        view.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+        file = f"{name}.{'svg' if name == 'plot' else 'html'}"
+        view.add_argument("--out", help=f"the file to write ({file} in the first run's directory)")
+        view.add_argument("--overwrite", action="store_true", help="replace --out if it is there")
+        if name == "plot":
+            axes = ["steps", "forwards", "bytes", "seconds"]
+            view.add_argument("--y", default="loss", help="loss, accuracy, or what else was evaluated (%(default)s)")
+            view.add_argument("--x", default="steps", choices=axes, help="against what (%(default)s)")
+        view.set_defaults(run=run)
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from .history import read_history
+    from .page import charts
+
+    found = charts([read_history(run) for run in args.runs], args.x)
+    if args.y not in found:
+        raise ConfigError(f"--y {args.y}: these runs have {', '.join(found)}")
+    return _write(args, "plot.svg", found[args.y])
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .history import read_history
+    from .page import report
+
+    return _write(args, "report.html", report([read_history(run) for run in args.runs]))
+
+
+def _write(args: argparse.Namespace, name: str, text: str) -> int:
+    """To --out, or beside the first run's journal, where a file of the same kind that this wrote is replaced."""
+    out = Path(args.out or Path(args.runs[0], name))
+    ours = not args.out and out.is_file() and _OURS in out.read_bytes()[:400]
+    if out.exists() and not (args.overwrite or ours):
+        raise ConfigError(f"{out} exists; give another file as --out, or --overwrite")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: {out.parent} is not a directory")
+    out.write_text(text, encoding="utf-8")
+    print(f"wrote {out}")
+    return 0
