@@ -14,6 +14,7 @@ from .history import AXES, History
 _STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 980px; margin: 2em auto; padding: 0 1em; color: #222 }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
+svg { max-width: 640px }
 table { border-collapse: collapse } td, th { text-align: left; padding: 2px 14px 2px 0; vertical-align: top }
 td.number { text-align: right } tr + tr { border-top: 1px solid #eee }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(430px, 1fr)); gap: 1em }
