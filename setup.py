@@ -33,7 +33,20 @@ HEADERS = ["noise.h", "formats.h", "api.h", "fused.h", "cpu_work.h", "cpu_format
 
 CUDA_SOURCES = ["cuda.cu", "cuda_kernels.h", "cuda_formats.h", "fused.h", "api.h", "formats.h", "noise.h"]
 # A100; RTX 30; RTX 40 and L40; H100 and H200; and PTX, which the driver compiles for what comes later
-CUDA_ARCHS = os.environ.get("ZO_CUDA_ARCHS", "80,86,89,90").split(",")
+CUDA_ARCHS = "80,86,89,90"
+
+
+def cuda_archs() -> list[str]:
+    """ZO_CUDA_ARCHS, or the usual GPUs and those of this machine (a T4 is 75, an RTX 50 is 120), the newest last."""
+    if "ZO_CUDA_ARCHS" in os.environ:
+        return os.environ["ZO_CUDA_ARCHS"].split(",")
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        told = ""  # no GPU here
+    here = {line.strip().replace(".", "") for line in told.splitlines()}
+    return sorted({*CUDA_ARCHS.split(","), *(arch for arch in here if arch.isdigit())}, key=int)
 
 
 def nvcc() -> str | None:
@@ -48,8 +61,9 @@ def nvcc() -> str | None:
 
 
 def nvcc_command(compiler: str, target: Path, *extra: str) -> list[str]:
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
-    codes.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
+    archs = cuda_archs()
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     flags = ["-std=c++17", "-O3", "--threads=0", "-fatbin"]
     return [compiler, *flags, *codes, *extra, "csrc/cuda.cu", "-o", str(target)]
 

@@ -62,7 +62,7 @@ class AtOnce:
     def synchronize(self, event: Any) -> None: ...
     def drain(self, stream: Any) -> None: ...
     def lock(self, memory: Tensor) -> None: ...
-    def unlock(self, memory: Tensor) -> None: ...
+    def unlock(self, address: int) -> None: ...
     def trim(self) -> None: ...
 
     def done(self, event: Any) -> bool:
@@ -202,7 +202,7 @@ class Probe:
         try:
             ours = self._copy_rates(host)
         finally:
-            self.backend.unlock(host)
+            self.backend.unlock(host.data_ptr())
         again = self._copy_rates(host)  # it is ordinary memory again
         alone = ours["fetch_enqueue_share"] < 0.25 and ours["flush_enqueue_share"] < 0.25
         fast = all(ours[k] > 0.9 * torchs[k] for k in ("fetch_gbs", "flush_gbs"))
@@ -242,7 +242,7 @@ class Probe:
         }
         start = time.perf_counter()
         for slab in slabs:
-            self.backend.unlock(slab)
+            self.backend.unlock(slab.data_ptr())
         numbers["unlock_gbs"] = round(count * self.size / (time.perf_counter() - start) / 1e9, 2)
         return (
             None,
@@ -254,7 +254,7 @@ class Probe:
         """The way of a host that locks nothing."""
         tier = HostTier([self.size], CpuDevice().alloc)
         tier.slabs[0].fill_(3)
-        slabs, out = HostSlabs(tier, self.backend, "staged"), self.backend.empty(self.size)
+        slabs, out = HostSlabs(tier, self.backend, "staged", [0]), self.backend.empty(self.size)
         slabs.fetch(0, out)
         fetch = self.seconds(lambda: slabs.fetch(0, out))
         flush = self.seconds(lambda: slabs.flush(0, out, ((0, self.size),), 1))
@@ -329,7 +329,7 @@ class Probe:
             right += int(there[-4096:].sum(dtype=torch.int64)) == 4096 * turn
         stream.close()
         for host in hosts:
-            self.backend.unlock(host)
+            self.backend.unlock(host.data_ptr())
         return right == 20, f"{right} of 20 right", {}
 
     # ---- arithmetic

@@ -404,7 +404,20 @@ ZO_DEV void noise_kernel(const zo_cuda_noise_args& args) {
 #define ZO_FORMAT_KERNELS(NAME, CODE, NUMBER, BITS, SCALE, MINIMUM, RESIDUAL, TRAINS, SCALES) \
   ZO_PASS_KERNELS(NAME, ZO_##CODE)                                                            \
   ZO_SCALES_KERNELS_##SCALES(NAME, ZO_##CODE)
+#ifdef ZO_ONE_FORMAT  // and ZO_WANT_<name> as 1: that format's kernels alone; somebody waits for the compiler
+#define ZO_PROBE_1 ~, 1
+#define ZO_SECOND(A, B, ...) B
+#define ZO_SECOND_OF(...) ZO_SECOND(__VA_ARGS__, 0, 0)
+#define ZO_KERNELS_IF_0(...)
+#define ZO_KERNELS_IF_1(...) ZO_FORMAT_KERNELS(__VA_ARGS__)
+#define ZO_PASTE_(A, B) A##B
+#define ZO_PASTE(A, B) ZO_PASTE_(A, B)
+#define ZO_WANTED_KERNELS(NAME, ...) \
+  ZO_PASTE(ZO_KERNELS_IF_, ZO_SECOND_OF(ZO_PASTE(ZO_PROBE_, ZO_WANT_##NAME)))(NAME, __VA_ARGS__)
+ZO_FORMATS(ZO_WANTED_KERNELS)
+#else
 ZO_FORMATS(ZO_FORMAT_KERNELS)
+#endif
 
 // Asked by Python before any other launch: an image made from other sources would be handed other structs. A kernel and
 // not a variable, whose symbol is local to the image.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -145,3 +148,126 @@ def test_a_device_that_is_not_there_is_named():
         EngineConfig(device="gpu")
     with pytest.raises(ConfigError, match="matrix units"):
         EngineConfig(compute="tf32")
+
+
+def test_a_user_without_a_home_runs_all_the_same(monkeypatch):
+    """Containers run under uids that have no entry and no HOME: pathlib raises RuntimeError there."""
+
+    def nowhere(cls):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(nowhere))
+    monkeypatch.setattr(nvrtc, "find_library", lambda: Path("libnvrtc.so.13"))
+    monkeypatch.setattr(nvrtc, "Nvrtc", FakeNvrtc)
+    image, where = nvrtc.compiled("sm_89")
+    assert image == b"image for sm_89" and "no home directory" in where
+
+
+class FakeNvrtc:
+    version = (13, 0)
+    compiled: ClassVar[list[str]] = []
+
+    def __init__(self, path):
+        self.path = path
+
+    def compile(self, sources, arch, more=()):
+        self.compiled.append(" ".join([arch, *more]))
+        return f"image for {arch}".encode()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "find_library", lambda: Path("libnvrtc.so.13"))
+    monkeypatch.setattr(nvrtc, "Nvrtc", FakeNvrtc)
+    monkeypatch.setattr(FakeNvrtc, "compiled", [])
+    return tmp_path / "zo_offload"
+
+
+def test_a_cached_image_is_whole_and_the_users_own(cache):
+    """Who can write there has the GPU, and the process, run their code; half a file is no image either."""
+    first, _ = nvrtc.compiled("sm_89")
+    (path,) = cache.iterdir()
+    assert nvrtc.compiled("sm_89")[0] == first and len(FakeNvrtc.compiled) == 1
+    good = path.read_bytes()
+    for bad in (good[:-1], good[:10], b"", good[:40] + bytes([good[40] ^ 1]) + good[41:]):
+        path.write_bytes(bad)
+        before = len(FakeNvrtc.compiled)
+        assert nvrtc.compiled("sm_89")[0] == first and len(FakeNvrtc.compiled) == before + 1
+    path.chmod(0o666)
+    before = len(FakeNvrtc.compiled)
+    assert nvrtc.compiled("sm_89")[0] == first and len(FakeNvrtc.compiled) == before + 1
+    elsewhere = cache / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    assert nvrtc.compiled("sm_89")[0] == first and len(FakeNvrtc.compiled) == before + 2
+
+
+def test_an_image_of_another_user_is_not_taken(cache, monkeypatch):
+    nvrtc.compiled("sm_89")
+    monkeypatch.setattr(nvrtc.os, "getuid", lambda: 4711)
+    nvrtc.compiled("sm_89")
+    assert len(FakeNvrtc.compiled) == 2
+
+
+def test_what_compiles_says_so_and_a_format_is_compiled_alone(cache):
+    said = []
+    nvrtc.compiled("sm_75", "bf16", said.append)
+    nvrtc.compiled("sm_75", "bf16", said.append)
+    assert said == ["compiling the CUDA kernels of bf16 for sm_75 with NVRTC 13.0: some seconds, once"]
+    assert FakeNvrtc.compiled == ["sm_75 --define-macro=ZO_ONE_FORMAT --define-macro=ZO_WANT_bf16=1"]
+
+
+@pytest.mark.parametrize("root", ["CONDA_PREFIX", "CUDA_HOME"])
+def test_nvrtc_of_conda_and_of_a_toolkit_is_found(tmp_path, monkeypatch, root):
+    """conda-forge's torch, and NVIDIA's containers, bring it in no wheel."""
+    library = tmp_path / "lib" / "libnvrtc.so.12"
+    library.parent.mkdir()
+    library.touch()
+    monkeypatch.delenv("ZO_NVRTC", raising=False)
+    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv(root, str(tmp_path))
+    assert nvrtc.find_library() == library
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc on this machine")
+def test_nvrtc_of_the_systems_loader_is_found(tmp_path, monkeypatch):
+    """Installed by a distribution: on the loader's path, and nowhere that can be guessed."""
+    source = tmp_path / "fake.c"
+    source.write_text("int nvrtcVersion(int* a, int* b) { *a = 12, *b = 4; return 0; }")
+    subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(tmp_path / "libnvrtc.so.12")], check=True)
+    code = "from zo_offload.kernels import nvrtc; nvrtc._places = lambda: iter(()); print(nvrtc.find_library())"
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("ZO_NVRTC", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == str(tmp_path / "libnvrtc.so.12"), done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
+def test_one_formats_kernels_are_compiled_alone(tmp_path):
+    """By nvcc, whose preprocessor is NVRTC's: those of the format, and what belongs to none."""
+    out = tmp_path / "one.ii"
+    command = ["nvcc", "-std=c++17", "-E", "-DZO_ONE_FORMAT", "-DZO_WANT_fp8_e5m2=1"]
+    done = subprocess.run([*command, str(ROOT / "csrc" / "cuda.cu"), "-o", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = set(re.findall(r"void [^;{]*?\b(zo_(?:pass|scales|noise|cuda_abi)\w*)\s*\(const", out.read_text()))
+    assert names == {n for n in cuda_kernels.kernel_names() if cuda_kernels.part_of(n) in ("", "fp8_e5m2")}
+    assert {cuda_kernels.part_of(n) for n in cuda_kernels.kernel_names()} == {"", *cuda_kernels.KERNELS.values()}
+
+
+def test_this_machines_gpus_are_built_for(tmp_path, monkeypatch):
+    """A T4 or an RTX 50 is not among the usual ones: they compiled at first use, without a word."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 7.5\necho 12.0\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("ZO_CUDA_ARCHS", raising=False)
+    spec = importlib.util.spec_from_file_location("zo_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.cuda_archs() == ["75", "80", "86", "89", "90", "120"]
+    command = module.nvcc_command("nvcc", Path("x"))
+    assert command.count("-gencode=arch=compute_120,code=compute_120") == 1
+    monkeypatch.setenv("ZO_CUDA_ARCHS", "90")
+    assert module.cuda_archs() == ["90"]

@@ -28,9 +28,11 @@ from zo_offload import BudgetError, DivergenceError, Engine, MeZO
 from zo_offload.devices import CpuDevice, Event
 from zo_offload.devices.cuda import LIBRARY_BYTES, CudaDevice
 from zo_offload.devices.link import Link
-from zo_offload.devices.staging import HostSlabs, Ring
+from zo_offload.devices.pinned import RESERVE_BYTES
+from zo_offload.devices.staging import NUM_CHUNKS, HostSlabs, Ring
 from zo_offload.journal import run_directory
 from zo_offload.journal.journal import read_journal
+from zo_offload.kernels.driver import CudaError
 from zo_offload.lanes.rows import gather, unseen
 from zo_offload.lanes.serving import LaneRun, Portion, Served
 from zo_offload.stream.window import BlockWindow
@@ -225,25 +227,43 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(use, tmp_path):
         assert_same(whole[1], dict(engine.weights()))
 
 
-def test_locking_that_fails_falls_back_and_says_so(use):
+def refusing(backend, slabs):
+    """A driver that locks ring and reserve, and so many bytes more."""
+    real, sizes = backend.lock, []
+
+    def lock(memory):
+        if memory.numel() < RESERVE_BYTES and len(sizes) > 2 * NUM_CHUNKS and sum(sizes[7:]) + memory.numel() > slabs:
+            raise CudaError("cuMemHostRegister: CUDA_ERROR_OUT_OF_MEMORY", 2)
+        real(memory)
+        sizes.append(memory.numel())
+
+    return lock
+
+
+def test_locking_that_fails_falls_back_and_says_so(use, monkeypatch):
     expected = resident()
-    use(FakeCudaDevice(FakeBackend(fail_lock=20_000)))
-    with pytest.warns(UserWarning, match=r"cannot be page-locked.*are locked, the process may lock.*ring of pinned"):
+    device = use(FakeCudaDevice())
+    monkeypatch.setattr(device.backend, "lock", refusing(device.backend, slabs=20_000))
+    with pytest.warns(UserWarning, match=r"cannot be page-locked.* of .* are locked.*goes on through a ring"):
         assert_same(expected, train(device="cuda", offload="host"))
 
 
-def test_locking_that_fails_is_an_error_where_it_was_asked_for(use):
-    use(FakeCudaDevice(FakeBackend(fail_lock=20_000)))
-    with pytest.raises(BudgetError, match=r"block \d .*cannot be page-locked.*ulimit -l.*host_memory='staged'"):
+@pytest.mark.parametrize("slabs, what", [(20_000, r"host memory of block \d"), (None, "the ring")])
+def test_locking_that_fails_is_an_error_where_it_was_asked_for(use, monkeypatch, slabs, what):
+    device = use(FakeCudaDevice(FakeBackend(fail_lock=None if slabs else 20_000)))
+    if slabs:
+        monkeypatch.setattr(device.backend, "lock", refusing(device.backend, slabs))
+    with pytest.raises(BudgetError, match=rf"{what}.* cannot be page-locked.*host_memory='staged'"):
         train(device="cuda", offload="host", host_memory="pinned")
 
 
 def test_slabs_are_exact_and_locked_once():
     backend = FakeBackend()
     tier = HostTier([4096, 12288, 8192], FakeCudaDevice(backend).host_alloc)
-    slabs = HostSlabs(tier, backend, "auto")
+    slabs = HostSlabs(tier, backend, "auto", [2, 0, 1])
     slabs.wait_pinned()
-    assert backend.locked == slabs.pinned_bytes == 4096 + 12288 + 8192
+    assert slabs.pinned_bytes == 4096 + 12288 + 8192
+    assert backend.locked == slabs.pinned_bytes + 2 * NUM_CHUNKS * 12288  # and the rings; no reserve any more
     slabs.close()
     assert backend.locked == 0
 
@@ -287,18 +307,19 @@ def test_the_link_is_measured_once_and_before_pages_are_locked(use, monkeypatch)
     monkeypatch.setattr("zo_offload.devices.cuda.measure_link", lambda *a, **k: happened.append("measured") or link)
     device = use(FakeCudaDevice())
     monkeypatch.setattr(device, "measure_link", lambda: CudaDevice.measure_link(device))
-    monkeypatch.setattr(device.backend, "lock", lambda memory: happened.append("locked"))
+    lock = device.backend.lock
+    monkeypatch.setattr(device.backend, "lock", lambda memory: (happened.append("locked"), lock(memory)))
     for _ in range(2):
         train(device="cuda", offload="host", steps=1)
     assert happened[0] == "measured" and happened.count("measured") == 1 and "locked" in happened
 
 
 def test_a_ring_makes_no_more_pieces_than_it_may():
-    ring = Ring(FakeBackend(), 1 << 10, 2)
+    ring = Ring(FakeBackend(), 1 << 12, 2)
     for _ in range(7):
         with ring.chunk(), ring.chunk():
             pass
-    assert ring.nbytes == 2 << 10
+    assert ring.nbytes == 2 << 12
 
 
 def test_rows_of_ids_that_the_host_does_not_know():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from zo_offload.devices import nvml as nvml_module
 from zo_offload.devices.backend import TorchCuda
 from zo_offload.devices.cuda import USUAL_CONTEXT_BYTES, context_bytes
 from zo_offload.devices.nvml import DriverMemory
@@ -75,6 +76,19 @@ def test_what_means_an_image_that_cannot_be_used(library):
     assert all(library.fake_is_image_error(code) for code in driver_module.ERRORS_OF_IMAGES)
 
 
+def test_a_gpu_is_asked_for_by_its_uuid_not_by_its_number(library, monkeypatch):
+    """CUDA puts the fastest first, NVML the lowest on the bus: number 0 of one is not number 0 of the other."""
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml())
+    monkeypatch.setattr(nvml_module, "driver", lambda: Driver(library))
+    for shown in (None, "1,0", "GPU-8a,GPU-9b"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown) if shown else monkeypatch.delenv(
+            "CUDA_VISIBLE_DEVICES", False
+        )
+        assert DriverMemory(1)._handle == "name GPU-10111213-1415-1617-1819-1a1b1c1d1e1f"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1,MIG-2")
+    assert DriverMemory(1)._handle == "name MIG-2"
+
+
 def test_page_locking_goes_to_torchs_context_and_leaves_the_threads_own(library, calls):
     """A pin worker has no context; a caller may be on another GPU, and stays there."""
     driver = Driver(library)
@@ -84,7 +98,7 @@ def test_page_locking_goes_to_torchs_context_and_leaves_the_threads_own(library,
     driver.call("cuCtxSetCurrent", ctypes.c_void_p(0x123))
     library.fake_clear()
     backend.lock(memory)
-    backend.unlock(memory)
+    backend.unlock(memory.data_ptr())
     at, context = hex(memory.data_ptr()), hex(0x700000000001)
     assert calls() == [f"register {at} 4096 flags 1 context {context}", f"unregister {at} context {context}"]
     now = ctypes.c_void_p()
@@ -138,7 +152,7 @@ def test_a_launch_has_the_struct_the_grid_and_the_stream(library, kernels, calls
         stochastic=False,
     )  # fmt: skip
     kernels.run_pass(updates=None, lanes=lanes, noise=NoiseSpec("gaussian"), stream=0x7000_1234_5678, **call)
-    lines = calls()
+    lines = [line for line in calls() if not line.startswith("set current")]
     assert lines[0] == "function zo_pass_bf16_gaussian of 0x710000000000"
     # 2048 warps of 512 elements, eight warps a block
     assert lines[1].startswith("launch 0x720000000000 256,1,1 x 256,1,1 shared 0 stream 0x700012345678 extra (nil)")
@@ -153,7 +167,7 @@ def test_a_grid_has_a_limit_and_default_stream_is_null(library, kernels, calls):
     library.fake_clear()
     library.fake_params(cuda_kernels._NOISE.size)
     kernels.noise(0x1000, "rademacher", 7, 1, 2, 1 << 40, 0, 0)
-    assert calls()[1].startswith(
+    assert calls()[-1].startswith(
         f"launch 0x720000000000 {132 * cuda_kernels._WAVES},1,1 x 256,1,1 shared 0 stream (nil)"
     )
 
@@ -190,6 +204,51 @@ def test_an_image_of_other_sources_is_refused(library, monkeypatch):
     assert caught.value.code == 0
 
 
+def images(arch, only=None, say=None):
+    """NVRTC's, a part at a time."""
+    return b"\x7fELF", f"compiled for {arch}"
+
+
+def test_a_stale_image_leaves_nvrtc(library, monkeypatch, tmp_path, caplog):
+    """The package was updated and not rebuilt: NVRTC can compile the sources that are there."""
+    image = tmp_path / "image.fatbin"
+    image.write_bytes(b"P\xed\x55\xba")
+    monkeypatch.delenv("ZO_CUDA", raising=False)
+    monkeypatch.setattr(cuda_kernels, "IMAGE", image)
+    monkeypatch.setattr(cuda_kernels, "driver", lambda: Driver(library))
+    monkeypatch.setattr(cuda_kernels.nvrtc, "compiled", images)
+    monkeypatch.setattr(
+        cuda_kernels.CudaKernels, "_abi", lambda self: 7 if self.source == image.name else cuda_kernels.ABI
+    )
+    assert cuda_kernels._open(0).source == "compiled for sm_99"
+    assert "was built from other sources" in caplog.text and "NVRTC compiles" in caplog.text
+
+    def absent(self):
+        if self.source == image.name:
+            raise CudaError("kernel zo_cuda_abi: the CUDA driver says CUDA_ERROR_NOT_FOUND", 500)
+        return cuda_kernels.ABI
+
+    monkeypatch.setattr(cuda_kernels.CudaKernels, "_abi", absent)
+    assert cuda_kernels._open(0).source == "compiled for sm_99"
+
+
+def test_nvrtc_compiles_a_format_when_it_is_first_used(library, monkeypatch, tmp_path, calls):
+    asked = []
+    monkeypatch.delenv("ZO_CUDA", raising=False)
+    monkeypatch.setattr(cuda_kernels, "IMAGE", tmp_path / "none")
+    monkeypatch.setattr(cuda_kernels, "driver", lambda: Driver(library))
+    monkeypatch.setattr(
+        cuda_kernels.nvrtc, "compiled", lambda arch, only=None, say=None: asked.append(only) or images(arch)
+    )
+    monkeypatch.setattr(cuda_kernels.CudaKernels, "_abi", lambda self: cuda_kernels.ABI)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    found = cuda_kernels._open(0)
+    assert set(asked) == {"", "fp32", "bf16", "fp16"}
+    for _ in range(2):
+        found._function("zo_pass_int8_gaussian"), found._function("zo_scales_int8_gaussian")
+    assert asked.count("int8") == 1 and "function zo_scales_int8_gaussian of 0x710000000000" in calls()
+
+
 @pytest.mark.parametrize("code, falls_back", [(209, True), (222, True), (200, True), (2, False)])
 def test_an_image_that_the_driver_does_not_take_leaves_nvrtc(library, monkeypatch, tmp_path, code, falls_back):
     image = tmp_path / "image.fatbin"
@@ -197,7 +256,7 @@ def test_an_image_that_the_driver_does_not_take_leaves_nvrtc(library, monkeypatc
     monkeypatch.delenv("ZO_CUDA", raising=False)
     monkeypatch.setattr(cuda_kernels, "IMAGE", image)
     monkeypatch.setattr(cuda_kernels, "driver", lambda: Driver(library))
-    monkeypatch.setattr(cuda_kernels.nvrtc, "compiled", lambda arch: (b"\x7fELF", f"compiled for {arch}"))
+    monkeypatch.setattr(cuda_kernels.nvrtc, "compiled", images)
     monkeypatch.setattr(cuda_kernels.CudaKernels, "_abi", lambda self: cuda_kernels.ABI)
     library.fake_answer(code)
     if falls_back:

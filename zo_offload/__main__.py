@@ -43,7 +43,7 @@ def _version(name: str) -> str:
 def _copy_gb_per_s() -> float:
     import torch
 
-    source = torch.ones(1 << 26, dtype=torch.uint8)
+    source = torch.ones(1 << 26, dtype=torch.uint8, device="cpu")
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(5):
@@ -81,7 +81,7 @@ def _losses(**settings: Any) -> list[float]:
 
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
-    rows = [{"x": x} for x in torch.randn(8, 64)]
+    rows = [{"x": x} for x in torch.randn(8, 64, device="cpu")]
     with Engine(
         model, method=MeZO(lr=1e-3, batch_size=8), objective=lambda m, b: m(b["x"]).square().mean(), **settings
     ) as engine:  # fmt: skip

@@ -122,11 +122,11 @@ class _BaseTier:
 
     def __init__(self, plan: Plan, layout: Layout, base: Base) -> None:
         self._layout, self._filler = layout, Filler(plan, layout, base)
-        self.held, self.data = -1, torch.empty(0, dtype=torch.uint8)
+        self.held, self.data = -1, torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def fetch(self, block: int, out: Tensor, start: int = 0) -> None:
-        self.held, self.data = -1, torch.empty(0, dtype=torch.uint8)
-        self.data = torch.zeros(self._layout.block_bytes[block], dtype=torch.uint8)
+        self.held, self.data = -1, torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.data = torch.zeros(self._layout.block_bytes[block], dtype=torch.uint8, device="cpu")
         self._filler.fill(block, self.data)
         self.held = block
         out.copy_(self.data[start : start + out.numel()])
@@ -142,7 +142,7 @@ class _BaseTier:
         return None
 
     def close(self) -> None:
-        self.held, self.data = -1, torch.empty(0, dtype=torch.uint8)
+        self.held, self.data = -1, torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class ReplayTier:

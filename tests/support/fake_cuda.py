@@ -13,6 +13,7 @@ import queue
 import random
 import threading
 import time
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,13 +77,28 @@ class RaceError(AssertionError):
 
 
 class FakeBackend:
-    """See the module. fail_lock: page-locking fails once this many bytes are locked."""
+    """See the module.
+
+    fail_lock: page-locking fails once this many bytes are locked. pool: bytes that may be page-locked in all, by `lock`
+    and by torch's pinned allocator, which rounds up to powers of two and keeps what is freed, as on WSL2. fail_unlock:
+    unlocking fails, as every call does after a fault on the GPU.
+    """
 
     device = torch.device("cpu")
 
-    def __init__(self, seed: int = 0, longest_s: float = 2e-3, fail_lock: int | None = None) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        longest_s: float = 2e-3,
+        fail_lock: int | None = None,
+        pool: int | None = None,
+        fail_unlock: bool = False,
+    ) -> None:
         self._random = random.Random(seed)
-        self._longest, self._fail_lock = longest_s, fail_lock
+        self._longest, self._fail_lock, self.pool, self._fail_unlock = longest_s, fail_lock, pool, fail_unlock
+        self._registered: dict[int, int] = {}
+        self._cache: list[tuple[int, weakref.ref[Any]]] = []
+        self.unlocks = self.refusals = 0
         self._current = threading.local()
         self._lock = threading.Lock()
         self.compute_clock: Clock = {COMPUTE: 0}
@@ -92,7 +108,6 @@ class FakeBackend:
         self._device: set[int] = set()
         self._ranges: list[tuple[int, int]] = []
         self.tracked: list[tuple[int, int]] = []
-        self.locked = 0
         self.copies = 0
         self.races: list[str] = []
         self._keep: list[Tensor] = []
@@ -199,16 +214,42 @@ class FakeBackend:
         return memory
 
     def staging(self, nbytes: int) -> Tensor:
-        return torch.full((nbytes,), 0x5A, dtype=torch.uint8)
+        size = 1 << max(0, nbytes - 1).bit_length()
+        memory = torch.full((nbytes,), 0x5A, dtype=torch.uint8, device="cpu")
+        for i, (cached, used) in enumerate(self._cache):
+            if cached == size and used() is None:
+                self._cache[i] = size, weakref.ref(memory.untyped_storage())
+                return memory
+        if self._is_over(size):
+            self.refusals += 1
+            raise RuntimeError("CUDA error: out of memory (cudaHostAlloc)")
+        self._cache.append((size, weakref.ref(memory.untyped_storage())))
+        return memory
+
+    def _is_over(self, more: int) -> bool:
+        return self.pool is not None and self.locked + sum(size for size, _ in self._cache) + more > self.pool
+
+    @property
+    def locked(self) -> int:
+        """Bytes that are registered."""
+        return sum(self._registered.values())
 
     def lock(self, memory: Tensor) -> None:
         self._delay()
-        if self._fail_lock is not None and self.locked + memory.numel() > self._fail_lock:
+        nbytes = memory.numel()
+        if (self._fail_lock is not None and self.locked + nbytes > self._fail_lock) or self._is_over(nbytes):
+            self.refusals += 1
             raise CudaError("cuMemHostRegister: the CUDA driver says CUDA_ERROR_OUT_OF_MEMORY (out of memory)", 2)
-        self.locked += memory.numel()
+        if memory.data_ptr() in self._registered:
+            raise CudaError("cuMemHostRegister: CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED", 712)
+        self._registered[memory.data_ptr()] = nbytes
 
-    def unlock(self, memory: Tensor) -> None:
-        self.locked -= memory.numel()
+    def unlock(self, address: int) -> None:
+        self.unlocks += 1
+        if self._fail_unlock:
+            raise CudaError("cuMemHostUnregister: CUDA_ERROR_ILLEGAL_ADDRESS", 700)
+        if self._registered.pop(address, None) is None:
+            raise CudaError("cuMemHostUnregister: CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED", 713)
 
     def memory(self) -> tuple[int, int]:
         return 8 << 30, 8 << 30

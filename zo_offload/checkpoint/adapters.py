@@ -89,7 +89,7 @@ def save_adapter(
 
 
 def _read(weights: Weights, name: str) -> Tensor:
-    out = torch.empty(weights.shape_of(name), dtype=weights.dtype_of(name))
+    out = torch.empty(weights.shape_of(name), dtype=weights.dtype_of(name), device="cpu")
     weights.read_into(name, 0, out.view(-1))
     return out
 

@@ -211,7 +211,7 @@ class Checkpoint:
     def load(self, name: str) -> Tensor:
         """One parameter or persistent buffer, contiguous, in memory of its own, in the dtype of the file."""
         meta = self._meta(name)
-        out = torch.empty(meta.shape, dtype=meta.dtype)
+        out = torch.empty(meta.shape, dtype=meta.dtype, device="cpu")
         self.read_into(name, 0, out.view(-1))
         return out
 

@@ -129,7 +129,7 @@ def make_real(model: PreTrainedModel, loaded: dict[str, Tensor], fresh: Iterable
         else:
             changes[id(buffer)] = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.clone()
     on_meta = {name: model.get_parameter(name) for name in fresh}
-    real = {name: nn.Parameter(torch.zeros(p.shape), requires_grad=False) for name, p in on_meta.items()}
+    real = {name: nn.Parameter(torch.zeros(p.shape, device="cpu"), requires_grad=False) for name, p in on_meta.items()}
     changes.update({id(p): real[name] for name, p in on_meta.items()})
     replace_tensors(model, changes)
     _initialise(model, seed)

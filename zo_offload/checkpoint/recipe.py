@@ -74,7 +74,7 @@ class Recipe:
 
     def part(self, reader: Reader, start: int, count: int) -> Tensor:
         """The same, in memory of its own."""
-        out = torch.empty(count, dtype=self.dtype)
+        out = torch.empty(count, dtype=self.dtype, device="cpu")
         self.fill(reader, start, out)
         return out
 

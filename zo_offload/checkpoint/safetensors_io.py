@@ -73,7 +73,7 @@ class SafetensorsFile:
     def read(self, name: str) -> Tensor:
         """The tensor, in memory of its own."""
         entry = self.entries[name]
-        out = torch.empty(entry.shape, dtype=entry.dtype)
+        out = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         self.read_into(name, 0, out.view(-1))
         return out
 

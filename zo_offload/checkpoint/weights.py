@@ -59,7 +59,7 @@ def chunks(
 ) -> Iterator[tuple[int, Tensor]]:
     """(start, values) of elements [start, stop) in order, as `fill(start, out)` gives them; each tensor holds until the
     next one is asked for."""
-    buffer = torch.empty(min(CHUNK, stop - start), dtype=dtype)
+    buffer = torch.empty(min(CHUNK, stop - start), dtype=dtype, device="cpu")
     for at in range(start, stop, CHUNK):
         values = buffer[: min(CHUNK, stop - at)]
         fill(at, values)

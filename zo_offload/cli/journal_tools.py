@@ -81,7 +81,7 @@ def _check_blocks(directory: Path, contents: Contents) -> Iterator[tuple[bool, s
     shapes = load_shapes(directory)
     files = DiskTier.open(directory, shapes, write=False)
     try:
-        buffer = torch.empty(max(shape.nbytes for shape in shapes), dtype=torch.uint8)
+        buffer = torch.empty(max(shape.nbytes for shape in shapes), dtype=torch.uint8, device="cpu")
         history = list(histories(contents.header, contents.steps))
         for shape in shapes:
             sound = files.verify(shape.index, buffer)

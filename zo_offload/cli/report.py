@@ -158,7 +158,7 @@ def example_batch(module: Any, kind: ModelKind, batch_size: int, tokens: int) ->
     """Token ids and labels of that size; the model's own dummy inputs where it takes no token ids."""
     if getattr(module, "main_input_name", "input_ids") != "input_ids":
         return dict(module.dummy_inputs)
-    ids = torch.ones(batch_size, tokens, dtype=torch.int64)
+    ids = torch.ones(batch_size, tokens, dtype=torch.int64, device="cpu")
     batch = {"input_ids": ids}
     if kind.name in ("causal", "masked", "seq2seq"):
         batch["labels"] = ids

@@ -105,7 +105,7 @@ class RowBatches(Batches):
                           stacklevel=2)  # fmt: skip
             batch_size = len(rows)
         self.rows, self.batch_size, self.seed, self.shuffle, self.name = rows, batch_size, seed, shuffle, name
-        self._order = (-1, torch.empty(0, dtype=torch.int64))  # an epoch and its permutation
+        self._order = (-1, torch.empty(0, dtype=torch.int64, device="cpu"))  # an epoch and its permutation
         self._identity: dict[str, Any] | None = None
         self._longest = self._check_rows()
         for i in self._longest:
@@ -154,7 +154,7 @@ class RowBatches(Batches):
     def _shuffled(self, epoch: int) -> Tensor:
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
-            self._order = (epoch, torch.randperm(len(self.rows), generator=generator))
+            self._order = (epoch, torch.randperm(len(self.rows), generator=generator, device="cpu"))
         return self._order[1]
 
     def _collated(self, indices: Iterable[int], step: int | None = None) -> Batch:
@@ -259,7 +259,9 @@ class StreamBatches(Batches):
     def _open(self) -> Iterator[Any]:
         """The batches from the first on."""
         if self._persistent and self.encoder.version > 1 and self.batches.generator is None:
-            torch.empty((), dtype=torch.int64).random_()  # as a loader draws for its workers where it starts them
+            torch.empty(
+                (), dtype=torch.int64, device="cpu"
+            ).random_()  # as a loader draws for its workers where it starts them
         return iter(self.batches)
 
     def _is_short(self, batch: Any) -> bool:

@@ -85,4 +85,4 @@ def _tensor(value: Any, padding: int) -> Tensor:
         longest = max(len(inner) for inner in value)
         if any(len(inner) < longest for inner in value) and all(isinstance(i, int) for inner in value for i in inner):
             value = [[*inner, *[padding] * (longest - len(inner))] for inner in value]
-    return torch.as_tensor(value)
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")

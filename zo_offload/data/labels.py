@@ -82,7 +82,7 @@ def check_span(row: Mapping[str, Any], tokens: int, where: str) -> None:
 def whole_numbers(values: Any, where: str, column: str) -> list[int]:
     """A sequence of integers. Raises DataError for anything else."""
     try:
-        tensor = torch.as_tensor(values)
+        tensor = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{where}: column {column!r} is no list of integers: {error}.") from error
     if tensor.dim() != 1 or (len(tensor) and (tensor.is_floating_point() or tensor.dtype == torch.bool)):
@@ -93,7 +93,7 @@ def whole_numbers(values: Any, where: str, column: str) -> list[int]:
 
 
 def _vector(value: Any, kind: ModelKind, where: str, column: str) -> list[float]:
-    vector = torch.as_tensor(value).tolist()
+    vector = torch.as_tensor(value, device="cpu").tolist()
     if kind.name == "classification":
         numbers = [_number(v, where, column) for v in vector]
         single = kind.problem == "single_label_classification"

@@ -64,7 +64,7 @@ def plain_forward(model: nn.Module, batch: Batch) -> Any:
     config = getattr(unwrapped(model), "config", None)
     given = {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & set(batch)
     if getattr(config, "is_encoder_decoder", False) and not given:
-        batch = {**batch, "decoder_input_ids": torch.zeros(batch_rows(batch), 1, dtype=torch.int64)}
+        batch = {**batch, "decoder_input_ids": torch.zeros(batch_rows(batch), 1, dtype=torch.int64, device="cpu")}
     return model(**batch)
 
 

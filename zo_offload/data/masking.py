@@ -33,8 +33,8 @@ class RandomMasks:
         key = hashlib.blake2b(f"masks {draw} {ids}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
         free = [i for i, token in enumerate(ids) if token not in self._special]
-        asked, how = torch.rand(2, len(free), generator=generator).tolist() if free else ([], [])
-        others = torch.randint(self._tokens, (len(free),), generator=generator).tolist()
+        asked, how = torch.rand(2, len(free), generator=generator, device="cpu").tolist() if free else ([], [])
+        others = torch.randint(self._tokens, (len(free),), generator=generator, device="cpu").tolist()
         least = min(asked, default=0.0)
         given, labels = list(ids), [IGNORED] * len(ids)
         for place, chance, way, other in zip(free, asked, how, others, strict=True):

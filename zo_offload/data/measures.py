@@ -174,7 +174,7 @@ def _expanded(encoder: Encoder, batch: Batch, options: Sequence[Options]) -> Bat
             f"max_length={limit - (longest - int(batch['input_ids'].shape[1]))}, or choose shorter ones"
         )
     wide = encoder.collate(rows, "options")
-    wide[_RIGHT] = torch.tensor(right)
+    wide[_RIGHT] = torch.tensor(right, device="cpu")
     return {name: value.to(batch["labels"].device) for name, value in wide.items()}
 
 

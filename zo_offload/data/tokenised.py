@@ -130,7 +130,9 @@ class TokenisedRows:
             encoded["attention_mask"] = [[1] * len(ids) for ids in nested]
         for name in ("attention_mask", "token_type_ids"):
             if name in encoded:
-                encoded[name] = [torch.as_tensor(values).tolist()[: self.max_length] for values in encoded[name]]
+                encoded[name] = [
+                    torch.as_tensor(values, device="cpu").tolist()[: self.max_length] for values in encoded[name]
+                ]
         if self.kind.name == "choice" and not self.own_objective:
             if "labels" not in encoded:
                 raise DataError(f"{where} has no labels, and {self.kind.model} {WANTS['choice']}.")
@@ -186,7 +188,7 @@ def check_sizes(encoded: Encoded, kind: ModelKind, where: str) -> None:
 
 def _counts(labels: Any) -> bool:
     """Whether some of a row's labels count."""
-    return is_sequence(labels) and bool((torch.as_tensor(labels) != IGNORED).any())
+    return is_sequence(labels) and bool((torch.as_tensor(labels, device="cpu") != IGNORED).any())
 
 
 def _is_numeric(value: Any) -> bool:

@@ -32,7 +32,7 @@ class Backend(Protocol):
     def empty(self, nbytes: int) -> Tensor: ...
     def staging(self, nbytes: int) -> Tensor: ...
     def lock(self, memory: Tensor) -> None: ...
-    def unlock(self, memory: Tensor) -> None: ...
+    def unlock(self, address: int) -> None: ...
     def memory(self) -> tuple[int, int]: ...
     def trim(self) -> None: ...
 
@@ -94,9 +94,9 @@ class TorchCuda:
         with self._driver.current(self._context):
             self._driver.lock_host(memory.data_ptr(), memory.numel())
 
-    def unlock(self, memory: Tensor) -> None:
+    def unlock(self, address: int) -> None:
         with self._driver.current(self._context):
-            self._driver.unlock_host(memory.data_ptr())
+            self._driver.unlock_host(address)
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes of the device, as the driver counts them."""
@@ -105,3 +105,5 @@ class TorchCuda:
 
     def trim(self) -> None:
         torch.cuda.empty_cache()
+        # page-locked memory that torch keeps for later; the one name for it in torch 2.9 to 2.13
+        getattr(torch._C, "_host_emptyCache", lambda: None)()

@@ -64,8 +64,9 @@ class Device(PlannedDevice, Protocol):
     def host_alloc(self, nbytes: int) -> Tensor:
         """Memory for blocks that live on the host."""
 
-    def wrap(self, tier: Tier, offload: str, block_bytes: Sequence[int], pin: str = "auto") -> Tier:
-        """The tier as this device's streams need it."""
+    def wrap(self, tier: Tier, offload: str, block_bytes: Sequence[int], streamed: Sequence[int], pin: str) -> Tier:
+        """The tier as this device's streams need it. streamed: blocks that come and go at every step, in the order of
+        their visits; the others are in the window for good. pin: `EngineConfig.host_memory`."""
 
     def stream(self, name: str, threads: int) -> Stream:
         """An ordered queue: `submit(fn, after, event)` runs fn once the events in `after` are done."""

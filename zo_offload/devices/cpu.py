@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,29 @@ from .streams import Event, Later, Stream
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
+class _Mapping(mmap.mmap):
+    """An anonymous mapping, and what is to be done before it goes."""
+
+    before: tuple[Callable[[], None], ...] = ()
+
+    def __del__(self) -> None:
+        for call in self.before:
+            with contextlib.suppress(Exception):  # nobody is there to be told; a driver that fails has failed before
+                call()
+
+
+_mappings: weakref.WeakValueDictionary[int, _Mapping] = weakref.WeakValueDictionary()
+
+
+def before_unmapping(memory: Tensor, call: Callable[[], None]) -> None:
+    """Have `call` called before the memory that begins with `memory` (of `map_memory`) goes back to the system.
+
+    It must not refer to the memory. Called on whatever thread drops the last tensor.
+    """
+    mapping = _mappings[memory.data_ptr()]
+    mapping.before = (*mapping.before, call)
+
+
 def map_memory(nbytes: int, *, forked: bool = True) -> Tensor:
     """Zeroed uint8 memory of exactly nbytes, page-aligned, returned to the system when its last view dies.
 
@@ -26,14 +50,16 @@ def map_memory(nbytes: int, *, forked: bool = True) -> Tensor:
     faults and TLB misses of a window that is walked end to end. forked: processes that are forked off have it too.
     """
     if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    memory = _Mapping(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if nbytes >= 1 << 22 and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without transparent huge pages: plain ones work the same
             memory.madvise(mmap.MADV_HUGEPAGE)
     if not forked and hasattr(mmap, "MADV_DONTFORK"):
         memory.madvise(mmap.MADV_DONTFORK)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    _mappings[tensor.data_ptr()] = memory
+    return tensor
 
 
 class CpuDevice:
@@ -57,7 +83,7 @@ class CpuDevice:
         """Memory for blocks that live on the host."""
         return self.alloc(nbytes)
 
-    def wrap(self, tier: Tier, offload: str, block_bytes: Sequence[int], pin: str = "auto") -> Tier:
+    def wrap(self, tier: Tier, offload: str, block_bytes: Sequence[int], streamed: Sequence[int], pin: str) -> Tier:
         """The tier as this device's streams need it."""
         return tier
 

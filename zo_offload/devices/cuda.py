@@ -34,6 +34,7 @@ from .backend import Backend, TorchCuda
 from .cpu import map_memory
 from .link import Link, measure_link
 from .nvml import DriverMemory
+from .pinned import pinned_copy, small
 from .staging import HostSlabs, ThroughHost
 from .streams import Event, Later, Stream
 
@@ -158,7 +159,7 @@ class CudaDevice:
 
     def later(self, values: Tensor) -> Later:
         """Scalars on their way to the host: enqueued here, read when they are asked for."""
-        host = self.backend.staging(values.numel() * values.element_size()).view(values.dtype)
+        host = small(self.backend, values.numel() * values.element_size()).view(values.dtype)
         self.backend.copy(host, values.reshape(-1))
         mark = self.backend.make_event()
         self.backend.record(mark, None)
@@ -168,15 +169,14 @@ class CudaDevice:
         """A host tensor on the GPU, by way of pinned memory: a copy from pageable memory may wait for the stream."""
         if tensor.device.type != "cpu" or self.torch_device.type == "cpu":
             return tensor.to(self.torch_device)
-        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
-        return pinned.to(self.torch_device, non_blocking=True)
+        return pinned_copy(self.backend, tensor).to(self.torch_device, non_blocking=True)
 
-    def wrap(self, tier: Tier, offload: str, block_bytes: Sequence[int], pin: str = "auto") -> Tier:
+    def wrap(self, tier: Tier, offload: str, block_bytes: Sequence[int], streamed: Sequence[int], pin: str) -> Tier:
         """The tier as the streams need it: host memory page-locked, files through pinned memory."""
         if offload == "host":
             assert isinstance(tier, HostTier)
-            return HostSlabs(tier, self.backend, pin)
-        return ThroughHost(tier, self.backend, max(block_bytes)) if offload == "disk" else tier
+            return HostSlabs(tier, self.backend, pin, streamed)
+        return ThroughHost(tier, self.backend, max(block_bytes), pin) if offload == "disk" else tier
 
     def synchronize(self) -> None:
         self.backend.drain(None)

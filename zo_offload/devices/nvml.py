@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from ..kernels.driver import CudaError, driver
+
 
 class DriverMemory:
     """Memory of one GPU. Every method gives None where NVML cannot say; `reason` tells why."""
@@ -71,10 +73,15 @@ class DriverMemory:
 
 
 def _handle(nvml: Any, index: int) -> Any:
-    """NVML counts all GPUs of the machine, CUDA those that CUDA_VISIBLE_DEVICES shows, by number or by name."""
+    """NVML counts all GPUs of the machine by their place on the bus; CUDA those that CUDA_VISIBLE_DEVICES shows, and
+    the fastest first. So a GPU is asked for by its UUID, which the driver tells."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = [name.strip() for name in shown.split(",") if name.strip()]
+    if index < len(names) and names[index].startswith("MIG-"):
+        return nvml.nvmlDeviceGetHandleByUUID(names[index])
+    try:
+        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{driver().uuid(index)}")
+    except (CudaError, AttributeError):  # a driver before 11.4 has no such call
+        pass
     name = names[index] if index < len(names) else str(index)
-    if name.isdigit():
-        return nvml.nvmlDeviceGetHandleByIndex(int(name))
-    return nvml.nvmlDeviceGetHandleByUUID(name)
+    return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)

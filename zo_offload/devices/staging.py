@@ -1,24 +1,26 @@
 """Between a GPU and blocks that live in host memory or on disk.
 
-`HostSlabs`: blocks in host memory, one exact slab each. A thread of its own page-locks slab after slab while the run
-is under way already; copies of a locked slab run by themselves at the link's speed, those of one that is not locked
-(yet) go through a small ring of pinned chunks, filled by the thread that enqueues them. Where the system refuses to
-lock, the ring does for good.
+`HostSlabs`: blocks in host memory, one exact slab each. A thread of its own page-locks the slabs that stream, the next
+visited first, while the run is under way already; copies of a locked slab run by themselves at the link's speed, those
+of one that is not locked (yet) go through a small ring of pinned chunks, filled by the thread that enqueues them. Where
+the system refuses to lock, the ring does for good. It is locked before any slab is, and beside it a reserve that a
+refusal gives back: what slabs take, nobody else gets, and a step needs some pinned bytes of torch's.
 
 `ThroughHost`: blocks in files. A block is read into pinned memory whole, where its checksum is tested, and copied from
 there; two such buffers for fetches, one for flushes, are all the host memory it takes.
 
 Both are tiers; fetch and flush run on the device's fetch and flush workers, under their streams. Host code may touch
-a pinned chunk again only after the copy from or to it is done: that is the one wait of each loop, on a worker.
+a chunk again only after the copy from or to it is done: that is the one wait of each loop, on a worker.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
-import resource
 import threading
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,71 +29,111 @@ from torch import Tensor
 
 from ..errors import BudgetError
 from ..kernels.driver import CudaError
-from ..system.units import show_bytes
+from ..system.closing import Closing
 from ..tiers import UNKNOWN, HostTier, Spans, Tier
 from .backend import Backend
+from .pinned import RESERVE_BYTES, Lock, host_memory, refusal, warn_pageable
 
 CHUNK_BYTES, NUM_CHUNKS = 16 << 20, 3  # each way: 4 % of OPT-1.3B's bytes together, and every copy still a millisecond
 
 
 @dataclass
 class Chunk:
-    """Pinned memory and the last copy that touched it."""
+    """Host memory for copies and the last copy that touched it."""
 
     memory: Tensor
     mark: Any = None
 
 
 class Ring:
-    """Pinned chunks handed out one at a time; a chunk comes back with a mark behind the copy that uses it."""
+    """Chunks of host memory handed out one at a time; a chunk comes back with a mark behind the copy that uses it.
+
+    All are made with the ring, page-locked as far as the system lets; `refused` says why not all are.
+    """
 
     def __init__(self, backend: Backend, nbytes: int, count: int) -> None:
-        self._backend, self._nbytes, self._count = backend, nbytes, count
+        self._backend = backend
         self._free: queue.Queue[Chunk] = queue.Queue()
-        self._made = 0
-        self._lock = threading.Lock()
-        self.nbytes = 0
+        self._locks: list[Lock] = []
+        self.nbytes, self.refused = nbytes * count, ""
+        for _ in range(count):
+            memory, lock, refused = host_memory(backend, nbytes)
+            self._free.put(Chunk(memory))
+            self._locks += [] if lock is None else [lock]
+            self.refused = self.refused or refused
 
     @contextmanager
     def chunk(self) -> Iterator[Tensor]:
         """A chunk that no copy uses any more. What is enqueued on the current stream inside of the `with` uses it."""
-        chunk = self._take()
-        if chunk.mark is not None:
-            self._backend.synchronize(chunk.mark)
+        chunk = self.take()
+        assert chunk is not None
         try:
             yield chunk.memory
         finally:
-            chunk.mark = chunk.mark if chunk.mark is not None else self._backend.make_event()
-            self._backend.record(chunk.mark, None)
-            self._free.put(chunk)
+            try:
+                self.enqueued(chunk)
+            finally:
+                self.give(chunk)
 
-    def _take(self) -> Chunk:
-        with self._lock:
-            if self._free.empty() and self._made < self._count:
-                self._made += 1
-                self.nbytes += self._nbytes
-                return Chunk(self._backend.staging(self._nbytes))
-        return self._free.get()
+    def take(self, *, wait: bool = True) -> Chunk | None:
+        """One that no copy uses any more; if all are out, waits for one or gives None. `give` it back in any case."""
+        try:
+            chunk = self._free.get(block=wait)
+        except queue.Empty:
+            return None
+        if chunk.mark is not None:
+            self._backend.synchronize(chunk.mark)
+        return chunk
+
+    def enqueued(self, chunk: Chunk) -> None:
+        """What the current stream was given so far uses the chunk."""
+        chunk.mark = chunk.mark if chunk.mark is not None else self._backend.make_event()
+        self._backend.record(chunk.mark, None)
+
+    def give(self, chunk: Chunk) -> None:
+        """Back. Who takes it next waits for its mark."""
+        self._free.put(chunk)
+
+    def close(self) -> None:
+        """Unlock. The streams must have drained."""
+        closing = Closing()
+        for lock in self._locks:
+            closing.add(lock.release)
+        closing.close()
 
 
 class HostSlabs:
     """A `HostTier` whose slabs are page-locked in the background. pin: "auto" falls back to the ring where the system
-    refuses, "pinned" raises BudgetError at the next fetch or flush, "staged" does not lock."""
+    refuses, "pinned" raises BudgetError at the next fetch or flush, "staged" does not lock. streamed: the blocks to
+    lock, in this order; the others move once or never, through the ring."""
 
     in_memory = True
 
-    def __init__(self, tier: HostTier, backend: Backend, pin: str) -> None:
+    def __init__(self, tier: HostTier, backend: Backend, pin: str, streamed: Sequence[int]) -> None:
         self._tier, self._backend, self._pin = tier, backend, pin
-        count = len(tier.slabs)
-        self._locks = [threading.Lock() for _ in range(count)]  # a slab is not locked while a copy of it is enqueued
-        self._pinned = [False] * count
-        self._fetch_ring = Ring(backend, CHUNK_BYTES, NUM_CHUNKS)
-        self._flush_ring = Ring(backend, CHUNK_BYTES, NUM_CHUNKS)
+        self._order = list(dict.fromkeys(streamed))
+        self._slab_lock = [threading.Lock() for _ in tier.slabs]  # a slab is not locked while a copy of it is enqueued
+        self._pinned: dict[int, Lock] = {}
+        largest = max((slab.numel() for slab in tier.slabs), default=1)
+        chunk = min(CHUNK_BYTES, max(1, largest))
+        self._chunk_bytes = chunk
+        self._fetch_ring = Ring(backend, chunk, NUM_CHUNKS)
+        self._flush_ring = Ring(backend, chunk, NUM_CHUNKS)
         self._failure: BudgetError | None = None
         self._stop = threading.Event()
+        self._reserve: tuple[Tensor, Lock] | None = None
         self._worker = threading.Thread(target=self._lock_all, name="zo_offload:pin", daemon=True)
-        if pin != "staged":
-            self._worker.start()
+        refused = self._fetch_ring.refused or self._flush_ring.refused
+        if pin != "staged" and self._order:
+            if not refused:
+                memory, lock, refused = host_memory(backend, RESERVE_BYTES)
+                self._reserve = None if lock is None else (memory, lock)
+            if refused:
+                self._refused("the ring that blocks go through, and a reserve", refused)
+            else:
+                self._worker.start()
+        if self._fetch_ring.refused or self._flush_ring.refused:
+            warn_pageable("blocks", refused)
 
     # ---- tier --------------------------------------------------------------------------------------------------------
 
@@ -101,8 +143,8 @@ class HostSlabs:
             if pinned or not self._backend.is_device(out):
                 self._backend.copy(out, slab[: out.numel()])
                 return
-            for at in range(0, out.numel(), CHUNK_BYTES):
-                part = out[at : at + CHUNK_BYTES]
+            for at in range(0, out.numel(), self._chunk_bytes):
+                part = out[at : at + self._chunk_bytes]
                 with self._fetch_ring.chunk() as chunk:
                     chunk[: part.numel()].copy_(slab[at : at + part.numel()])
                     self._backend.copy(part, chunk[: part.numel()])
@@ -111,20 +153,40 @@ class HostSlabs:
         slab = self._tier.slabs[block]
         with self._copying(block) as pinned:
             self._tier.set_version(block, UNKNOWN)
-            for offset, nbytes in spans:
-                if pinned or not self._backend.is_device(data):
+            if pinned or not self._backend.is_device(data):
+                for offset, nbytes in spans:
                     self._backend.copy(slab[offset : offset + nbytes], data[offset : offset + nbytes])
-                else:
-                    self._flush_staged(slab[offset : offset + nbytes], data[offset : offset + nbytes])
+            else:
+                self._flush_staged(slab, data, spans)
         self._tier.set_version(block, version)
 
-    def _flush_staged(self, slab: Tensor, data: Tensor) -> None:
-        for start in range(0, data.numel(), CHUNK_BYTES):
-            part = data[start : start + CHUNK_BYTES]
-            with self._flush_ring.chunk() as chunk:
-                self._backend.copy(chunk[: part.numel()], part)
-                self._backend.drain(None)
-                slab[start : start + part.numel()].copy_(chunk[: part.numel()])
+    def _flush_staged(self, slab: Tensor, data: Tensor, spans: Spans) -> None:
+        """Through the ring: while a chunk is copied into the slab, the next ones are on their way from the device."""
+        step = self._chunk_bytes
+        parts = [(at, min(at + step, low + n)) for low, n in spans for at in range(low, low + n, step)]
+        under_way: deque[tuple[Chunk, Tensor]] = deque()
+
+        def land() -> None:
+            chunk, part = under_way[0]
+            assert chunk.mark is not None
+            self._backend.synchronize(chunk.mark)
+            part.copy_(chunk.memory[: part.numel()])
+            under_way.popleft()
+            self._flush_ring.give(chunk)
+
+        try:
+            for low, high in parts:
+                # who holds some must not wait for more: two flushes at once would wait for each other
+                while (chunk := self._flush_ring.take(wait=not under_way)) is None:
+                    land()
+                under_way.append((chunk, slab[low:high]))
+                self._backend.copy(chunk.memory[: high - low], data[low:high])
+                self._flush_ring.enqueued(chunk)
+            while under_way:
+                land()
+        finally:
+            for chunk, _ in under_way:
+                self._flush_ring.give(chunk)
 
     def version(self, block: int) -> int:
         return self._tier.version(block)
@@ -133,23 +195,28 @@ class HostSlabs:
         return None
 
     def close(self) -> None:
-        """Ends the locking, unlocks what was locked; the tier itself stays open. The streams must have drained."""
+        """Ends the locking, unlocks what was locked, all of it whatever fails; the tier itself stays open. The streams
+        must have drained."""
         self._stop.set()
         if self._worker.is_alive():
             self._worker.join()
-        for block, pinned in enumerate(self._pinned):
-            if pinned:
-                self._backend.unlock(self._tier.slabs[block])
-        self._pinned = [False] * len(self._pinned)
+        closing = Closing()
+        for lock in self._pinned.values():
+            closing.add(lock.release)
+        for ring in (self._fetch_ring, self._flush_ring):
+            closing.add(ring.close)
+        self._pinned = {}
+        closing.close()
 
     # ---- locking -----------------------------------------------------------------------------------------------------
 
     @property
     def pinned_bytes(self) -> int:
-        return sum(slab.numel() for slab, pinned in zip(self._tier.slabs, self._pinned, strict=False) if pinned)
+        return sum(self._tier.slabs[block].numel() for block in self._pinned)
 
     def wait_pinned(self) -> None:
-        """Until all slabs are locked or the system has refused one; for measurements that should not start before."""
+        """Until all slabs that stream are locked or the system has refused one; for measurements that should not start
+        before."""
         if self._worker.is_alive():
             self._worker.join()
 
@@ -157,43 +224,47 @@ class HostSlabs:
     def _copying(self, block: int) -> Iterator[bool]:
         if self._failure is not None and self._pin == "pinned":
             raise self._failure
-        with self._locks[block]:
-            yield self._pinned[block]
+        with self._slab_lock[block]:
+            yield block in self._pinned
 
     def _lock_all(self) -> None:
-        for block, slab in enumerate(self._tier.slabs):
-            if self._stop.is_set():
-                return
-            try:
-                with self._locks[block]:
-                    self._backend.lock(slab)
-                    self._pinned[block] = True
-            except CudaError as error:
-                self._failure = self._refusal(block, slab, error)
-                if self._pin == "auto":
-                    warnings.warn(f"{self._failure}. The run goes on through a ring of pinned chunks", stacklevel=1)
-                return
+        try:
+            for block in self._order:
+                if self._stop.is_set():
+                    return
+                slab = self._tier.slabs[block]
+                with self._slab_lock[block]:
+                    self._pinned[block] = Lock(self._backend, slab)
+        except CudaError as error:
+            self._refused(f"host memory of block {block}", str(error))
+        finally:
+            if self._reserve is not None:
+                with contextlib.suppress(CudaError):  # of a GPU that has failed: every later call says so
+                    self._reserve[1].release()
+                self._reserve = None
 
-    def _refusal(self, block: int, slab: Tensor, error: CudaError) -> BudgetError:
-        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-        shown = "unlimited" if limit == resource.RLIM_INFINITY else show_bytes(limit)
-        total = sum(s.numel() for s in self._tier.slabs)
-        return BudgetError(
-            f"host memory of block {block} ({show_bytes(slab.numel())}) cannot be page-locked: {error}. "
-            f"{show_bytes(self.pinned_bytes)} of {show_bytes(total)} are locked, the process may lock {shown} "
-            "(ulimit -l). Raise the limit, or set host_memory='staged'"
-        )
+    def _refused(self, what: str, reason: str) -> None:
+        total = sum(self._tier.slabs[block].numel() for block in self._order)
+        self._failure = refusal(what, self.pinned_bytes, total, reason)
+        if self._pin == "auto":
+            warnings.warn(f"{self._failure}. The run goes on through a ring of chunks", stacklevel=1)
 
 
 class ThroughHost:
-    """A tier that knows host memory only (files), for blocks in device memory."""
+    """A tier that knows host memory only (files), for blocks in device memory. pin: "pinned" raises BudgetError if its
+    buffers cannot be locked, else they are pageable then."""
 
     in_memory = False
 
-    def __init__(self, tier: Tier, backend: Backend, largest_block: int) -> None:
+    def __init__(self, tier: Tier, backend: Backend, largest_block: int, pin: str = "auto") -> None:
         self._tier, self._backend = tier, backend
         self._fetch_buffers = Ring(backend, largest_block, 2)
         self._flush_buffers = Ring(backend, largest_block, 1)
+        if refused := self._fetch_buffers.refused or self._flush_buffers.refused:
+            if pin == "pinned":
+                self.close()
+                raise refusal("the buffers that blocks are read into", 0, 3 * largest_block, refused)
+            warn_pageable("blocks", refused)
 
     def fetch(self, block: int, out: Tensor, start: int = 0) -> None:
         if not self._backend.is_device(out):
@@ -220,4 +291,8 @@ class ThroughHost:
         return None
 
     def close(self) -> None:
-        """The tier itself stays open."""
+        """Unlocks its buffers; the tier itself stays open. The streams must have drained."""
+        closing = Closing()
+        for ring in (self._fetch_buffers, self._flush_buffers):
+            closing.add(ring.close)
+        closing.close()

@@ -38,8 +38,10 @@ def encode_values(
     infinity and on values larger than the format can hold.
     """
     flat = values.detach().reshape(-1).contiguous()
-    stored = torch.zeros(fmt.nbytes(flat.numel()), dtype=torch.uint8)
-    residual = torch.zeros(fmt.residual_nbytes(flat.numel()), dtype=torch.uint8) if fmt.residual_bytes else None
+    stored = torch.zeros(fmt.nbytes(flat.numel()), dtype=torch.uint8, device="cpu")
+    residual = (
+        torch.zeros(fmt.residual_nbytes(flat.numel()), dtype=torch.uint8, device="cpu") if fmt.residual_bytes else None
+    )
     encoder = PlaneEncoder(stored, residual, fmt, flat.numel(), what, threads)
     encoder.put(0, flat)
     encoder.finish()
@@ -114,7 +116,7 @@ def decode_values(
         )
     library = native.library()
     if library is not None and fmt.code in library.formats:
-        out = torch.empty(numel)
+        out = torch.empty(numel, device="cpu")
         library.run_pass(
             **planes(stored, residual, fmt, numel), rows=0, numel=numel, offset=0, num_rows=0, num_updates=0,
             num_lanes=1, param_id=0, distribution="gaussian", rounds=10, write_back=False, stochastic=False,

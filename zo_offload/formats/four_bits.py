@@ -20,7 +20,7 @@ NF4_VALUES = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-_INVERSE_15 = torch.tensor(1 / 15, dtype=torch.float32)
+_INVERSE_15 = torch.tensor(1 / 15, dtype=torch.float32, device="cpu")
 
 
 class _FourBits(Format):
@@ -116,14 +116,14 @@ class NF4(_FourBits):
         return self.value(self.codes(stored, n), float_scales(self, stored, n), stored, n)
 
     def value(self, codes: Tensor, scales: Tensor, stored: Tensor, numel: int) -> Tensor:
-        return torch.tensor(NF4_VALUES)[codes] * each(scales, self.group, numel)
+        return torch.tensor(NF4_VALUES, device="cpu")[codes] * each(scales, self.group, numel)
 
     def encode(self, values: Tensor, sr_bits: Tensor | None = None, like: Tensor | None = None) -> Tensor:
         n = values.numel()
         bits = largest_bits(values, self.group)
         scales = torch.where(bits >= INFINITE, float("nan"), from_bits(bits).clamp(min=LEAST_SCALE))
         part = values * each(1.0 / scales, self.group, n)
-        table = torch.tensor(NF4_VALUES, dtype=torch.float64)
+        table = torch.tensor(NF4_VALUES, dtype=torch.float64, device="cpu")
         between = ((table[1:] + table[:-1]) / 2).float()
         codes = torch.where(part.isnan(), 0, (part.view(-1, 1) > between).sum(1))  # a value in the middle goes down
         return pack(self, n, self.pack_codes(codes), scales.view(torch.uint8))

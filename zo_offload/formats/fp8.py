@@ -61,7 +61,7 @@ class FP8E4M3(_FP8):
 
     @staticmethod
     def special(codes: Tensor) -> Tensor:
-        return torch.full(codes.shape, float("nan"), dtype=torch.float64)
+        return torch.full(codes.shape, float("nan"), dtype=torch.float64, device="cpu")
 
 
 class FP8E5M2(_FP8):

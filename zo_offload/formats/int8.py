@@ -14,7 +14,7 @@ from torch import Tensor
 from .base import Format, from_bits, sign_extended
 from .grouped import INFINITE, LEAST_SCALE, each, float_scales, largest_bits, pack, values_plane
 
-_INVERSE_127 = torch.tensor(1 / 127, dtype=torch.float32)
+_INVERSE_127 = torch.tensor(1 / 127, dtype=torch.float32, device="cpu")
 LARGEST = 32639 / 256  # in scales: still rounds to 127, and to the largest 16-bit master
 
 

@@ -100,7 +100,7 @@ def _typical(base: Base, name: str) -> float:
     look: Any = getattr(base, "peek", base.read_into)
     squares = count = 0.0
     for start in sorted({i * (numel - size) // 3 for i in range(4)}):
-        values = torch.empty(size, dtype=dtype)
+        values = torch.empty(size, dtype=dtype, device="cpu")
         look(name, start, values)
         squares, count = squares + float(values.double().square().sum()), count + size
     return math.sqrt(squares / count) if count and math.isfinite(squares) else 0.0

@@ -69,7 +69,7 @@ class UpdateTable:
         `since`, besides 1."""
         self.device = device
         self._copies = [(gain, decay) for gain in sorted({1.0, *gains}) for decay in (True, False)]
-        factors = torch.tensor([[gain] for gain, _ in self._copies], dtype=torch.float32)
+        factors = torch.tensor([[gain] for gain, _ in self._copies], dtype=torch.float32, device="cpu")
         self._factors = None if len(self._copies) == 2 else factors.to(device)
         self._upload = upload if upload is not None else lambda tensor: tensor.to(device)
         self._folds: list[bool] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from ..errors import ZOError
 # an image that this GPU or this driver cannot use: invalid image or source, no binary, PTX invalid, newer than the
 # driver, or not to be compiled here
 ERRORS_OF_IMAGES = (200, 209, 218, 221, 222, 223, 300)
+ERROR_NOT_FOUND = 500  # no such kernel in the image
 HOST_REGISTER_PORTABLE = 1  # locked for every context of the process, as torch's own pinned memory is
 ATTRIBUTE_SM_COUNT, ATTRIBUTE_ASYNC_ENGINES, ATTRIBUTE_MAJOR, ATTRIBUTE_MINOR = 16, 40, 75, 76
 
@@ -94,6 +96,14 @@ class Driver:
         self.call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
         self.call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), handle)
         return value.value
+
+    def uuid(self, device: int) -> str:
+        """The device's UUID, without the "GPU-" or "MIG-" before it: the same to CUDA, NVML and nvidia-smi, which count
+        devices in different orders."""
+        handle, data = ctypes.c_int(), ctypes.create_string_buffer(16)
+        self.call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
+        self.call("cuDeviceGetUuid_v2", data, handle)
+        return str(uuid.UUID(bytes=data.raw))
 
     def load_module(self, image: bytes) -> int:
         """A fatbin, CUBIN or PTX image in the current context."""

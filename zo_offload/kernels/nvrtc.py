@@ -11,12 +11,16 @@ import ctypes
 import hashlib
 import importlib.util
 import os
+import stat
+import sys
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .driver import CudaError
 
 SOURCES = ("cuda.cu", "cuda_kernels.h", "cuda_formats.h", "fused.h", "api.h", "formats.h", "noise.h")
+_DIGEST = 32  # bytes of SHA-256 before an image in the cache
 # __CUDACC_RTC__ code sees no host, so these are all the options there are
 OPTIONS = ("--std=c++17", "--fmad=true")
 
@@ -28,20 +32,53 @@ def source_dir() -> Path | None:
 
 
 def find_library() -> Path | None:
-    """libnvrtc: ZO_NVRTC, else the one that came with torch."""
+    """libnvrtc: ZO_NVRTC; else the one that came with torch, or a conda environment's, or a toolkit's, or wherever the
+    system's loader finds one."""
     if "ZO_NVRTC" in os.environ:
         return Path(os.environ["ZO_NVRTC"])
-    roots: list[Path] = []
+    names = ("libnvrtc.so.[0-9]*", "libnvrtc-*.so.[0-9]*")  # the second is how torch's conda builds call it
+    found = (p for root in _places() for name in names for p in sorted(root.glob(name)) if ".alt." not in p.name)
+    return next(found, None) or _of_the_loader()
+
+
+def _places() -> Iterator[Path]:
+    """Folders where it may lie, the likeliest to fit torch first."""
     spec = importlib.util.find_spec("nvidia")
     for place in (spec.submodule_search_locations or []) if spec is not None else []:
         # nvidia/cu13/lib since CUDA 13, the newest first; nvidia/cuda_nvrtc/lib before
-        roots += [*sorted(Path(place).glob("cu[0-9]*/lib"), reverse=True), Path(place, "cuda_nvrtc", "lib")]
+        yield from (*sorted(Path(place).glob("cu[0-9]*/lib"), reverse=True), Path(place, "cuda_nvrtc", "lib"))
     torch = importlib.util.find_spec("torch")
     if torch is not None and torch.origin is not None:
-        roots.append(Path(torch.origin).parent / "lib")
-    names = ("libnvrtc.so.[0-9]*", "libnvrtc-*.so.[0-9]*")  # the second is how torch's conda builds call it
-    found = (p for root in roots for name in names for p in sorted(root.glob(name)) if ".alt." not in p.name)
-    return next(found, None)
+        yield Path(torch.origin).parent / "lib"
+    roots = [os.environ.get(name) for name in ("CONDA_PREFIX", "CUDA_HOME", "CUDA_PATH")]
+    for root in [*filter(None, roots), sys.prefix, "/usr/local/cuda"]:
+        yield from (Path(root, folder) for folder in ("lib", "lib64", "targets/x86_64-linux/lib"))
+        yield Path(root, "targets/sbsa-linux/lib")
+
+
+def _of_the_loader() -> Path | None:
+    """The path of the library that the system's loader takes by this name; of torch's CUDA first, then the newest."""
+    for major in (13, 12, 11):
+        try:
+            library = ctypes.CDLL(f"libnvrtc.so.{major}")
+        except OSError:
+            continue
+        return _path_of(library) or Path(f"libnvrtc.so.{major}")
+    return None
+
+
+def _path_of(library: ctypes.CDLL) -> Path | None:
+    """The file that a library was loaded from (dladdr of one of its functions)."""
+
+    class Info(ctypes.Structure):
+        _fields_ = (
+            ("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("symbol", ctypes.c_char_p), ("at", ctypes.c_void_p),
+        )  # fmt: skip
+
+    info = Info()
+    address = ctypes.cast(library.nvrtcVersion, ctypes.c_void_p)
+    found = getattr(ctypes.CDLL(None), "dladdr", lambda *_: 0)(address, ctypes.byref(info))
+    return Path(os.fsdecode(info.file)) if found and info.file else None
 
 
 class Nvrtc:
@@ -71,7 +108,7 @@ class Nvrtc:
             text = (self._lib.nvrtcGetErrorString(code) or b"?").decode()
             raise CudaError(f"NVRTC ({self.path.name}), {what}: {text}{': ' + log if log else ''}", code)
 
-    def compile(self, sources: dict[str, str], arch: str) -> bytes:
+    def compile(self, sources: dict[str, str], arch: str, more: Sequence[str] = ()) -> bytes:
         """sources: file name -> text, the first is compiled and includes the others by name."""
         (name, text), *headers = sources.items()
         program, count = ctypes.c_void_p(), len(headers)
@@ -82,7 +119,7 @@ class Nvrtc:
         )  # fmt: skip
         self._check(code, "nvrtcCreateProgram")
         try:
-            options = [f"--gpu-architecture={arch}", *OPTIONS]
+            options = [f"--gpu-architecture={arch}", *OPTIONS, *more]
             listed = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
             code = self._lib.nvrtcCompileProgram(program, len(options), listed)
             self._check(code, f"compiling {name} for {arch}", self._log(program) if code else "")
@@ -113,30 +150,62 @@ def read_sources() -> dict[str, str]:
     return {name: (folder / name).read_text() for name in SOURCES}
 
 
-def cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zo_offload"
+def cache_dir() -> Path | None:
+    """Where compiled kernels are kept; None for a user without a home, as containers have under any uid."""
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return Path(root) / "zo_offload"
+    try:
+        return Path.home() / ".cache" / "zo_offload"
+    except RuntimeError:
+        return None
 
 
-def compiled(arch: str) -> tuple[bytes, str]:
-    """(CUBIN for arch such as "sm_90", where it came from). Compiles at most once a machine; CudaError says why not."""
+def _kept(path: Path) -> bytes | None:
+    """The image in the cache, if it is whole and this user's own: who can write it has the GPU run their code."""
+    try:
+        found = path.stat(follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+            return None
+        digest, image = (data := path.read_bytes())[:_DIGEST], data[_DIGEST:]
+    except OSError:
+        return None
+    return image if hashlib.sha256(image).digest() == digest else None
+
+
+def _keep(path: Path, image: bytes) -> None:
+    """Write image and digest, whole or not at all. OSError if it cannot be."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(hashlib.sha256(image).digest() + image)
+    os.replace(file.name, path)
+
+
+def compiled(arch: str, only: str | None = None, say: Callable[[str], None] = lambda line: None) -> tuple[bytes, str]:
+    """(CUBIN for arch such as "sm_90", where it came from). Compiles at most once a machine; CudaError says why not.
+
+    only: a storage format, whose kernels alone are in the image; "": none's; None: all. say: told before it compiles,
+    which takes seconds.
+    """
     path = find_library()
     if path is None:
         raise CudaError(
-            "no NVRTC found: torch's CUDA wheels bring it (nvidia-cuda-nvrtc). Or build with nvcc: "
-            "python setup.py build_ext --inplace"
+            "no NVRTC found: torch's CUDA wheels bring it (nvidia-cuda-nvrtc), conda has cuda-nvrtc, and ZO_NVRTC can "
+            "name one. Or build with nvcc: python setup.py build_ext --inplace"
         )
     compiler, sources = Nvrtc(path), read_sources()
-    key = hashlib.sha256(repr((compiler.version, arch, OPTIONS, sorted(sources.items()))).encode()).hexdigest()[:24]
-    cached = cache_dir() / f"cuda-{arch}-{key}.cubin"
-    label = f"NVRTC {compiler.version[0]}.{compiler.version[1]}"
-    if cached.exists():
-        return cached.read_bytes(), f"{label}, cached in {cached}"
-    image = compiler.compile(sources, arch)
+    more = [] if only is None else ["--define-macro=ZO_ONE_FORMAT", f"--define-macro=ZO_WANT_{only}=1"]
+    what = (compiler.version, arch, OPTIONS, more, sorted(sources.items()))
+    key = hashlib.sha256(repr(what).encode()).hexdigest()[:24]
+    folder, label = cache_dir(), f"NVRTC {compiler.version[0]}.{compiler.version[1]}"
+    cached = None if folder is None else folder / f"cuda-{arch}-{key}.cubin"
+    if cached is not None and (image := _kept(cached)) is not None:
+        return image, f"{label}, cached in {cached}"
+    say(f"compiling the CUDA kernels{f' of {only}' if only else ''} for {arch} with {label}: some seconds, once")
+    image = compiler.compile(sources, arch, more)
+    if cached is None:
+        return image, f"{label}, not cached (no home directory; XDG_CACHE_HOME can name one)"
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
-            file.write(image)
-        os.replace(file.name, cached)  # a reader sees a whole file or none
+        _keep(cached, image)
     except OSError as error:
         return image, f"{label}, not cached ({error})"
     return image, f"{label}, cached in {cached}"

@@ -71,7 +71,8 @@ class Hub:
         """Remarks of the last watched run."""
         self.activation_bytes = 0
         """The most that the lanes of the last watched run held at once, their batches not counted."""
-        self._host_of: Callable[[Tensor], Tensor | None] | None = None  # of the run under way
+        self._host_of: Callable[[Tensor], Tensor | None] | None = None  # of the run under way, as is this:
+        self._upload: Callable[[Tensor], Tensor] = _as_it_is
         self._control = Control()
         self._attachment = Attachment(model, self._control)
         self._installed: LaneRun | None = None  # whose weights are in the model
@@ -139,6 +140,7 @@ class Hub:
         seed: int | None = None,
         watch: bool | None = None,
         host_of: Callable[[Tensor], Tensor | None] | None = None,
+        upload: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Any]:
         """Results of `call(model, lane.batch)` (default `model(**batch)`), in lane order, under no_grad.
 
@@ -146,7 +148,7 @@ class Hub:
         one, those of the generators as they are, which end as after one forward. Every lane starts with the modules as
         they are, and they end as they were (`modules/state.py`). watch: None watches the first run of each kind of
         batch, and under each combination of the modules' modes. host_of: the host's copy of a tensor of the batches,
-        where they are on a GPU; None for one it does not have.
+        where they are on a GPU; None for one it does not have. upload: brings a host tensor to where they are.
 
         Raises what a lane raised, with a note that names lane and module; PlanFault (see there), with the generators
         as they were; PlanError for what no plan can follow. The hub can be used again after any of them.
@@ -164,7 +166,7 @@ class Hub:
         new = not kinds <= self._seen if watch is None else watch
         known = self._state.note(watching=new)
         watching = new or not known if watch is None else watch
-        self._host_of = host_of
+        self._host_of, self._upload = host_of, upload or _as_it_is
         with torch.no_grad():
             results = self._run([LaneRun(i, self._own(lane)) for i, lane in enumerate(lanes)], call, watching, seed)
         self._seen |= kinds
@@ -307,7 +309,7 @@ class Hub:
         watch = self._control.watch
         places: dict[Perturbation, int] = {}
         index = [places.setdefault(lane.lane.perturbation, len(places)) for lane in group]
-        rows = gather(served, group, self._host_of) if served.rows else None
+        rows = gather(served, group, self._host_of, self._upload) if served.rows else None
         scratch = self.source.emit(served.owner, list(places), rows, portion.pieces, fresh=watch is not None)
         emission = Emission(scratch, len(group), self.source.release)
         if rows is None and any(portion.strides):
@@ -381,6 +383,10 @@ class Hub:
                     raise self._again("the forward drew random numbers, which it had not done when it was watched")
         if self._carried:
             self._generators.set(lanes[0].rng)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _call_model(model: nn.Module, batch: Any) -> Any:

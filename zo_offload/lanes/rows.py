@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from .serving import LaneRun, Served
 
 
-def gather(served: Served, group: list[LaneRun], host_of: Callable[[Tensor], Tensor | None] | None = None) -> Tensor:
+def gather(
+    served: Served,
+    group: list[LaneRun],
+    host_of: Callable[[Tensor], Tensor | None] | None = None,
+    upload: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Tensor:
     """Rows [U] that the lanes of a group ask for; each lane's ids become places among them.
 
     F.embedding checks padding_idx against the number of rows, so there are at least padding_idx + 1 (the last ones
-    are row 0 again). Ids on a GPU are looked up on the host (`host_of`), since to look at them there is to wait. Those
-    that the host does not have (positions that the model counts out, say) are asked for one by one, repeats and all,
-    or, where that is no fewer, all rows of the embedding: the same weights, and a row that does not exist comes as NaN.
+    are row 0 again). Ids on a GPU are looked up on the host (`host_of`; `upload` brings back what was found), since to
+    look at them there is to wait. Those that the host does not have (positions that the model counts out, say) are
+    asked for one by one, repeats and all, or, where that is no fewer, all rows of the embedding: the same weights, and
+    a row that does not exist comes as NaN.
     """
     ids = [lane.ids for lane in group if lane.ids is not None]
     assert len(ids) == len(group)
@@ -30,7 +36,7 @@ def gather(served: Served, group: list[LaneRun], host_of: Callable[[Tensor], Ten
     else:
         rows, places = _unique(served, [i for i in known if i is not None])
         if device.type != "cpu":
-            rows, places = (t.pin_memory().to(device, non_blocking=True) for t in (rows, places))
+            rows, places = upload(rows), upload(places)
     start = 0
     for lane, i in zip(group, ids, strict=True):
         lane.ids = places[start : start + i.numel()].view(i.shape)

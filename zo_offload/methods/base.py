@@ -317,8 +317,8 @@ class Method(ABC):
 
         memory: see `outcome`.
         """
-        values = torch.tensor(losses, dtype=torch.float64)
-        memory = torch.tensor(self.first_memory(), dtype=torch.float64) if memory is None else memory
+        values = torch.tensor(losses, dtype=torch.float64, device="cpu")
+        memory = torch.tensor(self.first_memory(), dtype=torch.float64, device="cpu") if memory is None else memory
         found = self.outcome(values, lr, memory)
         if not found.sound:
             largest = float(self.coefficients_from(memory, values, lr).abs().max())
@@ -339,7 +339,7 @@ def _listed(losses: Sequence[float]) -> str:
 
 def lr_schedule(name: str, warmup_steps: int, steps: int) -> Callable[[int], float]:
     """transformers' schedule of that name as a function: step -> factor of the peak learning rate."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True, device="cpu")], lr=1.0)
     try:
         scheduler = hf.get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
     except (ValueError, KeyError, TypeError) as error:

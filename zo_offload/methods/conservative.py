@@ -39,7 +39,7 @@ class Conservative(MeZO, name="conservative"):
         """The weights as they are, after the step, and after the opposite one."""
         if len(losses) > 2:
             return ()
-        length = float(lr * self.projected(torch.tensor(losses, dtype=torch.float64)))
+        length = float(lr * self.projected(torch.tensor(losses, dtype=torch.float64, device="cpu")))
         sound = math.isfinite(length) and abs(length) < COEFF_LIMIT
         scale = float(np.float32(length)) if sound else 0.0  # else it is no step, whatever these lanes give
         seed = step_seed(run_seed, step)

@@ -176,7 +176,9 @@ def _share_elements(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype:
         return True
     size = a.dtype.itemsize
-    seen = torch.zeros((high - low) // size, dtype=torch.bool)  # columns of one matrix lie between each other
+    seen = torch.zeros(
+        (high - low) // size, dtype=torch.bool, device="cpu"
+    )  # columns of one matrix lie between each other
     seen.as_strided(a.shape, a.stride(), (low_a - low) // size).fill_(True)
     return bool(seen.as_strided(b.shape, b.stride(), (low_b - low) // size).any())
 

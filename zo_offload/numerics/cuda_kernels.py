@@ -1,7 +1,8 @@
 """The CUDA kernels: found or compiled, checked, launched.
 
 `_zo_cuda.fatbin` lies beside this file when setup.py found nvcc (machine code for sm_80, 86, 89 and 90, and PTX for
-what comes later). Where it does not, or has nothing for this GPU, NVRTC compiles the same sources (`nvrtc.py`). Either
+what comes later). Where it does not, or has nothing for this GPU, or is of other sources, NVRTC compiles these
+(`nvrtc.py`), a storage format at a time when it is first used. Either
 image goes through the driver into torch's own context and is launched on torch's current stream: there is no second
 CUDA runtime that could disagree with torch's, and no torch header to compile against.
 
@@ -17,10 +18,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from ..kernels.driver import (
     ATTRIBUTE_MAJOR,
     ATTRIBUTE_MINOR,
     ATTRIBUTE_SM_COUNT,
+    ERROR_NOT_FOUND,
     ERRORS_OF_IMAGES,
     CudaError,
     Driver,
@@ -43,6 +47,8 @@ from ..kernels.driver import (
 )
 from ..kernels.records import LANE, UPDATE
 from .noise import NoiseSpec
+
+_log = logging.getLogger(__name__)
 
 IMAGE = Path(__file__).parent.with_name("_zo_cuda.fatbin")
 THREADS, MAX_LANES = 256, 16
@@ -94,6 +100,12 @@ def pass_kernel(code: int, distribution: str, target_scales: bool = False) -> st
     return f"zo_{'scales' if target_scales else 'pass'}_{KERNELS[code]}_{distribution}"
 
 
+def part_of(kernel: str) -> str:
+    """The storage format that a kernel is of; "" of those that are of none."""
+    _, what, rest = kernel.split("_", 2)
+    return rest.rpartition("_")[0] if what in ("pass", "scales") else ""
+
+
 def noise_kernel(distribution: str) -> str:
     return f"zo_noise_{distribution}"
 
@@ -106,26 +118,43 @@ def kernel_names() -> set[str]:
     return passes | {noise_kernel(kind) for kind in kinds} | {"zo_cuda_abi"}
 
 
+class StaleImage(CudaError):
+    """An image of other sources than this package's."""
+
+
 class CudaKernels:
     """The kernels on one device. Launches go to torch's current stream and return at once."""
 
-    def __init__(self, library: Driver, device: int, image: bytes, source: str) -> None:
-        """Loads into torch's context; CudaError if the image is not for this GPU or these sources."""
+    def __init__(self, library: Driver, device: int, image: bytes | Callable[[str], bytes], source: str) -> None:
+        """Loads into torch's context; CudaError if the image is not for this GPU, StaleImage if not of these sources.
+
+        image: of all kernels; or what gives one of a format's by its name, and of what belongs to none by "".
+        """
         self.device, self.source = device, source
         self._driver = library
         self._image = image  # kernels are loaded from it when they are first used
         self._context = library.primary_context(device)
         self._threads = threading.local()
-        with library.current(self._context):  # torch makes its own current only when it first uses the device
-            self._module = library.load_module(image)
+        self._modules: dict[str, int] = {}
+        self._module("")
         self._functions: dict[str, int] = {}
         self._max_grid = _WAVES * library.attribute(device, ATTRIBUTE_SM_COUNT)
         found = self._abi()
         if found != ABI:
-            raise CudaError(
+            raise StaleImage(
                 f"{source} was built from other sources (interface {found:#x}, this package needs {ABI:#x}); "
                 "rebuild it: python setup.py build_ext --inplace"
             )
+
+    def _module(self, part: str) -> int:
+        """Where the kernels of a format are, or those of none."""
+        if isinstance(self._image, bytes):
+            part = ""
+        if part not in self._modules:
+            image = self._image if isinstance(self._image, bytes) else self._image(part)
+            with self._driver.current(self._context):  # torch makes its own current only when it first uses the device
+                self._modules[part] = self._driver.load_module(image)
+        return self._modules[part]
 
     def _abi(self) -> int:
         """Interface of the image, as its own kernel tells."""
@@ -156,7 +185,7 @@ class CudaKernels:
     def _function(self, name: str) -> int:
         function = self._functions.get(name)
         if function is None:
-            function = self._functions[name] = self._driver.function(self._module, name)
+            function = self._functions[name] = self._driver.function(self._module(part_of(name)), name)
         return function
 
     def run_pass(
@@ -269,7 +298,8 @@ def run_on_device(
 
 
 def _open(device: int) -> CudaKernels:
-    """The built image if it has code for this GPU, else NVRTC's. CudaError tells what was tried."""
+    """The built image if it has code for this GPU and is of these sources, else NVRTC's. CudaError tells what was
+    tried."""
     library = driver()
     choice, tried = os.environ.get("ZO_CUDA", "1"), []
     if choice == "0":
@@ -277,18 +307,37 @@ def _open(device: int) -> CudaKernels:
     if choice != "nvrtc" and IMAGE.exists():
         try:
             return CudaKernels(library, device, IMAGE.read_bytes(), IMAGE.name)
+        except StaleImage as error:
+            tried.append(str(error))
         except CudaError as error:
-            if error.code not in ERRORS_OF_IMAGES:
+            if error.code == ERROR_NOT_FOUND:
+                tried.append(f"{IMAGE.name} was built from sources before there was zo_cuda_abi: rebuild it")
+            elif error.code in ERRORS_OF_IMAGES:
+                tried.append(f"{IMAGE.name} has nothing that this GPU and its driver take ({error})")
+            else:
                 raise
-            tried.append(f"{IMAGE.name} has nothing that this GPU and its driver take ({error})")
     elif choice != "nvrtc":
         tried.append(f"{IMAGE.name} was not built (no nvcc at build time)")
     arch = f"sm_{library.attribute(device, ATTRIBUTE_MAJOR)}{library.attribute(device, ATTRIBUTE_MINOR)}"
+    for line in tried[:1]:
+        _log.warning("%s; NVRTC compiles the kernels", line)
     try:
-        image, source = nvrtc.compiled(arch)
+        images, source = _first_images(arch)
     except CudaError as error:
         raise CudaError("; ".join([*tried, str(error)])) from None
-    return CudaKernels(library, device, image, source)
+
+    def image_of(part: str) -> bytes:
+        return images[part] if part in images else nvrtc.compiled(arch, part, _log.warning)[0]
+
+    return CudaKernels(library, device, image_of, source)
+
+
+def _first_images(arch: str) -> tuple[dict[str, bytes], str]:
+    """What `kernels` checks, compiled side by side: all 33 kernels take a minute, one format's some seconds."""
+    parts = ["", *(fmt.kernel for fmt in PLAIN.values())]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        made = list(pool.map(lambda part: nvrtc.compiled(arch, part, _log.warning), parts))
+    return {part: image for part, (image, _) in zip(parts, made, strict=True)}, made[0][1]
 
 
 @functools.cache

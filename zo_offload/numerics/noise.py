@@ -104,7 +104,7 @@ def noise(spec: NoiseSpec, seed: int, param_id: int, n: int, offset: int = 0, *,
         raise ConfigError(f"seed={seed}: must be >= 0 and < 2**64")
     if n < 0 or offset < 0 or offset + n > 1 << 62:
         raise ConfigError(f"noise of elements [{offset}, {offset} + {n}): need 0 <= offset and offset + n <= 2**62")
-    out = torch.empty(n, dtype=torch.float32)
+    out = torch.empty(n, dtype=torch.float32, device="cpu")
     library = native.library()
     if library is None or spec.kind.code is None:
         spec.kind.into(out.numpy(), spec.rounds, seed, param_id, offset)

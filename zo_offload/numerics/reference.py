@@ -186,7 +186,7 @@ def fused_rows(
         if start < 0 or end > numel:
             continue
         first, last = start // unit * unit, min(-(-end // unit) * unit, numel)
-        wide = [torch.empty(last - first, dtype=out.dtype) for out in outs]
+        wide = [torch.empty(last - first, dtype=out.dtype, device="cpu") for out in outs]
         r = fmt.residual_bytes
         fused_pass(
             cut(fmt, stored, numel, first, last),

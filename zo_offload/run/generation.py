@@ -59,7 +59,7 @@ def generate_texts(
     pad = _pad_token(tokenizer, model)
     # a decoder goes on at the right, so what is missing is missing at the left, whatever the tokenizer does in training
     filled = [_filled(row, width, pad, left=not answers) for row in rows]
-    ids, mask = (torch.tensor([pair[i] for pair in filled]) for i in (0, 1))
+    ids, mask = (torch.tensor([pair[i] for pair in filled], device="cpu") for i in (0, 1))
     if options.get("stop_strings") is not None:
         options = {"tokenizer": tokenizer, **options}
     out = generate({"input_ids": ids, "attention_mask": mask}, **{"pad_token_id": pad, **options})

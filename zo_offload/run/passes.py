@@ -209,7 +209,7 @@ class Passes:
                     own_loss(self.model, self.objective, self._parts),
                     module_modes(self._modules, self._mode),
                 ):
-                    results = hub.run(lanes, call, seed=seed, host_of=placed.host_of)
+                    results = hub.run(lanes, call, seed=seed, host_of=placed.host_of, upload=self.device.upload)
                 streamer.end_pass()
             except PlanFault as fault:  # a weight was used where the plan did not have it: lift its owner, run again
                 streamer.mend()

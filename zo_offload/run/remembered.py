@@ -47,7 +47,7 @@ class Remembered:
 
 def remembered(method: Method, records: Iterable[StepRecord]) -> Remembered:
     """From a run's steps so far, on the host."""
-    memory = torch.tensor(method.first_memory(), dtype=torch.float64)
+    memory = torch.tensor(method.first_memory(), dtype=torch.float64, device="cpu")
     found = Remembered(0, memory)
     for record in records if memory.numel() else ():
         memory = after(method, memory, record)
@@ -59,6 +59,6 @@ def after(method: Method, memory: Tensor, record: StepRecord) -> Tensor:
     """What is remembered after a step."""
     if record.skipped or record.loss != record.loss:  # late, a step that changes nothing is one with no loss
         return method.pass_over(memory)
-    loss, grad = (torch.tensor(x, dtype=torch.float64) for x in (record.loss, record.grad))
-    scalars = torch.tensor(record.scalars, dtype=torch.float64)
+    loss, grad = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (record.loss, record.grad))
+    scalars = torch.tensor(record.scalars, dtype=torch.float64, device="cpu")
     return method.remember(memory, Told(loss, grad, scalars, record.lr))

@@ -35,7 +35,8 @@ def wire(
     device.trim()  # of what the base's tensors took while they were read
     # the link first: page-locking, which begins behind our back, would take part in the measurement
     link = device.measure_link() if offload != "none" else None
-    tier = device.wrap(session.tier, offload, layout.block_bytes, config.host_memory)
+    streamed = [block for block in dict.fromkeys(plan.visits) if block not in memory.window.pinned]
+    tier = device.wrap(session.tier, offload, layout.block_bytes, streamed, config.host_memory)
     if tier is not session.tier:
         closing.add(tier.close)
     streamer = Streamer(

@@ -40,7 +40,7 @@ class FoldSample:
     def share(self) -> float:
         """How many of the values looked at changed. Waits for the device they are on."""
         total = float(sum(int(count) for count in self._changed))
-        self._changed = [torch.tensor(int(total))]
+        self._changed = [torch.tensor(int(total), device="cpu")]
         return total / self.looked if self.looked else 0.0
 
     def before(self, memory: Tensor, place: Place, numel: int, fold: int) -> Look | None:

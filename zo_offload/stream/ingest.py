@@ -72,7 +72,7 @@ def load_kept(model: nn.Module, names: Iterable[str], base: Base) -> None:
         p = model.get_parameter(name)
         if not p.is_meta:
             continue
-        value = torch.empty(base.shape_of(name), dtype=base.dtype_of(name))
+        value = torch.empty(base.shape_of(name), dtype=base.dtype_of(name), device="cpu")
         base.read_into(name, 0, value.view(-1))
         real = nn.Parameter(value.to(p.dtype), requires_grad=False)
         for other, held in list(model.named_parameters(remove_duplicate=False)):
@@ -120,7 +120,7 @@ class Filler:
 
     def fill(self, index: int, buffer: Tensor) -> None:
         """One block's bytes into `buffer`, what lies between pieces zero."""
-        host = buffer if buffer.device.type == "cpu" else torch.empty(buffer.numel(), dtype=torch.uint8)
+        host = buffer if buffer.device.type == "cpu" else torch.empty(buffer.numel(), dtype=torch.uint8, device="cpu")
         host.zero_()
         for piece in self.plan.blocks[index].pieces:
             self._fill_piece(piece, host)

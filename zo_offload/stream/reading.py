@@ -64,7 +64,7 @@ class Reader:
     def read(self, name: str) -> Tensor:
         """A copy of one parameter's current value; see `read_into`."""
         spec = self._params[name]
-        out = torch.empty(spec.shape, dtype=self.dtype_of(name))
+        out = torch.empty(spec.shape, dtype=self.dtype_of(name), device="cpu")
         self.read_into(name, 0, out.view(-1))
         return out
 
@@ -109,7 +109,7 @@ class Reader:
         pending = self._lacking(piece, slot)
         if place.residual_nbytes:
             wide, at = place.fmt.residual_bytes, place.residual_offset
-            value = torch.empty(high - low, dtype=place.fmt.torch_dtype)
+            value = torch.empty(high - low, dtype=place.fmt.torch_dtype, device="cpu")
             exact_values(
                 stored.cpu(), slot.memory[at + wide * low : at + wide * high].cpu(), place.fmt, value,
                 param_id=spec.param_id, numel=high - low, offset=piece.start + low,

@@ -17,8 +17,10 @@ _RUNTIME_BYTES = 50_000_000  # thread stacks, library workspaces, page rounding:
 def process_bytes() -> int:
     """Resident bytes of this process now, and what a run adds to that whatever the model (libraries load lazily)."""
     with torch.no_grad():
-        x = torch.ones(64, 64)
-        torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, x), torch.zeros(64, dtype=torch.int64))
+        x = torch.ones(64, 64, device="cpu")
+        torch.nn.functional.cross_entropy(
+            torch.nn.functional.linear(x, x), torch.zeros(64, dtype=torch.int64, device="cpu")
+        )
     return int(psutil.Process().memory_info().rss) + _RUNTIME_BYTES
 
 

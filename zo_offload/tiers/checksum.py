@@ -92,6 +92,6 @@ def _native() -> Callable[[int, int, int], int] | None:
         return None  # a library built before there was one
     found.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64]
     found.restype = ctypes.c_uint64
-    probe = torch.arange(9001).remainder(255).to(torch.uint8)
+    probe = torch.arange(9001, device="cpu").remainder(255).to(torch.uint8)
     fast: Callable[[int, int, int], int] = found
     return fast if fast(probe.data_ptr(), probe.numel(), 64) == KNOWN else None

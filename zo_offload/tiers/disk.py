@@ -249,7 +249,11 @@ class DiskTier:
                 "do). Resume the run with its base checkpoint: the block is rebuilt from it and the journal"
             )
         log.warning("%s: rebuilding block %d from the base", entry.path, block)
-        whole = out if out.numel() == entry.shape.nbytes else torch.empty(entry.shape.nbytes, dtype=torch.uint8)
+        whole = (
+            out
+            if out.numel() == entry.shape.nbytes
+            else torch.empty(entry.shape.nbytes, dtype=torch.uint8, device="cpu")
+        )
         self._origin.rebuild(block, whole)
         self.flush(block, whole, ((0, entry.shape.nbytes),), 0)
         if whole is not out:
