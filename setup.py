@@ -18,6 +18,11 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
 # Results must not depend on the compiler's mood: no contraction of a * b + c, no reordering. The other flags only
 # drop promises about errno and floating point traps.
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
@@ -68,6 +73,13 @@ def nvcc_command(compiler: str, target: Path, *extra: str) -> list[str]:
     return [compiler, *flags, *codes, *extra, "csrc/cuda.cu", "-o", str(target)]
 
 
+class AnyPython3(bdist_wheel):
+    """A wheel's tag: native code, but no Python's own interface, so one wheel a platform serves every Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 class BuildNative(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         # loaded by ctypes or the CUDA driver, so no Python version in the name
@@ -95,6 +107,9 @@ class BuildNative(build_ext):
         compiler = nvcc()
         if compiler is None:
             print("no nvcc (or ZO_CUDA=0): the CUDA kernels are compiled on first use, by NVRTC")
+            if not self.inplace:  # what an earlier build left would be packed, whatever source it was made from
+                target.unlink(missing_ok=True)
+                target.with_suffix(".txt").unlink(missing_ok=True)
             return
         if target.exists() and all(target.stat().st_mtime > source.stat().st_mtime for source in sources):
             return
@@ -126,6 +141,7 @@ class BuildNative(build_ext):
             target.unlink(missing_ok=True)
             subprocess.run([*compiler, *LINK_FLAGS, "-o", str(target), *objects], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
+            target.unlink(missing_ok=True)  # an earlier build's is of other sources, perhaps
             warnings.warn(f"native kernels not built, the slow reference will run instead: {error}", stacklevel=1)
 
 
@@ -145,5 +161,5 @@ if __name__ == "__main__":
                 optional=True,
             ),
         ],
-        cmdclass={"build_ext": BuildNative},
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython3},
     )

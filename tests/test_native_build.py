@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,10 +125,36 @@ for isa in {native.ISAS!r}:
 def test_without_a_compiler_the_build_succeeds_and_says_so(tmp_path):
     if not (ROOT / "setup.py").exists():
         pytest.skip("needs the source tree")
+    earlier = [tmp_path / "zo_offload" / name for name in ("_zo_cpu.so", "_zo_cuda.fatbin")]
+    earlier[0].parent.mkdir()
+    for file in earlier:
+        file.write_bytes(b"of an earlier build, of other sources")
     path, said = build(tmp_path, CXX=str(tmp_path / "no-such-compiler"))
-    assert not path.exists()
+    assert path in earlier and not any(file.exists() for file in earlier)
     assert "native kernels not built" in said
     assert "no-such-compiler" in said
+
+
+def test_one_wheel_serves_every_python_3(tmp_path):
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("needs the source tree")
+    tree = tmp_path / "tree"
+    leave = shutil.ignore_patterns("*.so", "*.fatbin", "__pycache__")
+    for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "LICENSE"):
+        tree.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tree)
+    for name in ("csrc", "zo_offload"):
+        shutil.copytree(ROOT / name, tree / name, ignore=leave)
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path / "dist")]
+    environment = os.environ | {"ZO_CUDA": "0", "CXX": "false"}  # what is packed is looked at, not what is compiled
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").iterdir()
+    assert "-py3-none-" in wheel.name
+    with zipfile.ZipFile(wheel) as packed:
+        names = packed.namelist()
+    assert "zo_offload/engine.py" in names and "zo_offload/py.typed" in names
+    assert any(name.endswith("csrc/cuda.cu") for name in names) and not any(name.endswith(".so") for name in names)
 
 
 def test_the_library_can_be_switched_off():
