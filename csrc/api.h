@@ -7,7 +7,7 @@
 #define ZO_API_H
 #include "formats.h"
 
-#define ZO_ABI_VERSION 6
+#define ZO_ABI_VERSION 7
 
 enum { ZO_OK = 0, ZO_ERROR_FORMAT = 1, ZO_ERROR_NOISE = 2, ZO_ERROR_ISA = 3, ZO_ERROR_MEMORY = 4 };
 enum { ZO_SCALAR = 0, ZO_AVX2 = 1, ZO_AVX512 = 2, ZO_NUM_ISAS = 3 };
@@ -66,6 +66,8 @@ ZO_EXPORT int zo_cpu_encode(const zo_pass* pass, const void* values, zo_u32 valu
                             int threads);
 ZO_EXPORT int zo_cpu_noise(float* out, zo_u64 numel, zo_u64 offset, zo_u64 seed, zo_u32 param_id, zo_u32 distribution,
                            zo_u32 rounds, int isa, int threads);
+// z of each of the 65,536 half-words that the Gaussian is made of, out[h]: all there is of it to compare.
+ZO_EXPORT int zo_cpu_gaussian_table(float* out, int isa);
 ZO_EXPORT int zo_cpu_philox(const zo_u32* counter, const zo_u32* key, zo_u32 rounds, zo_u32* out);  // for known answers
 // Compute on the threads of this OpenMP runtime (its GOMP_parallel and omp_get_max_threads); null: on our own pool.
 ZO_EXPORT void zo_cpu_share_threads(void (*parallel)(void (*body)(void*), void* context, unsigned threads,

@@ -58,6 +58,12 @@ zo_kernels kernels_of(int isa) {
   return zo_kernels_scalar();
 }
 
+zo_u32 tag_of(zo_u32 distribution) {
+  return distribution == ZO_RADEMACHER    ? ZO_TAG_RADEMACHER
+         : distribution == ZO_BOX_MULLER ? ZO_TAG_BOX_MULLER
+                                         : ZO_TAG_GAUSSIAN;
+}
+
 void make_key(zo_key* key, zo_u64 seed, zo_u32 param_id, zo_u32 tag) {
   zo_u32 k0 = (zo_u32)seed, k1 = (zo_u32)(seed >> 32);
   for (int r = 0; r < 10; ++r) {
@@ -73,7 +79,7 @@ void make_key(zo_key* key, zo_u64 seed, zo_u32 param_id, zo_u32 tag) {
 
 // Noise, and for stochastic rounding random bits, of every update; noise of every lane whose seed is a new one.
 void make_keys(const zo_pass& pass, zo_work* work, zo_key* keys) {
-  const zo_u32 tag = pass.distribution == ZO_GAUSSIAN ? ZO_TAG_GAUSSIAN : ZO_TAG_RADEMACHER;
+  const zo_u32 tag = tag_of(pass.distribution);
   work->tag = (int)tag;
   work->update_keys = keys;
   for (zo_u32 k = 0; k < pass.num_updates; ++k) make_key(keys++, work->updates[k].seed, pass.param_id, tag);
@@ -195,7 +201,7 @@ int check(const zo_pass& pass, const zo_work& work, int isa) {
   if (!format_fits(pass, work.last_fold >= 0)) return ZO_ERROR_FORMAT;
   for (zo_u32 j = 0; j < pass.num_lanes; ++j)
     if (!zo_is_plain((int)work.lanes[j].format)) return ZO_ERROR_FORMAT;
-  if (pass.distribution > ZO_RADEMACHER || (pass.rounds != 7 && pass.rounds != 10)) return ZO_ERROR_NOISE;
+  if (pass.distribution >= ZO_NUM_NOISES || (pass.rounds != 7 && pass.rounds != 10)) return ZO_ERROR_NOISE;
   return ZO_OK;
 }
 
@@ -251,14 +257,21 @@ int zo_cpu_encode(const zo_pass* pass, const void* values, zo_u32 values_format,
 int zo_cpu_noise(float* out, zo_u64 numel, zo_u64 offset, zo_u64 seed, zo_u32 param_id, zo_u32 distribution,
                  zo_u32 rounds, int isa, int threads) {
   if (!has_isa(isa)) return ZO_ERROR_ISA;
-  if (distribution > ZO_RADEMACHER || (rounds != 7 && rounds != 10)) return ZO_ERROR_NOISE;
+  if (distribution >= ZO_NUM_NOISES || (rounds != 7 && rounds != 10)) return ZO_ERROR_NOISE;
   zo_key key;
-  make_key(&key, seed, param_id, distribution == ZO_GAUSSIAN ? ZO_TAG_GAUSSIAN : ZO_TAG_RADEMACHER);
+  make_key(&key, seed, param_id, tag_of(distribution));
   Job job = {};
   job.noise = kernels_of(isa).noise[rounds == 10];
   job.key = &key;
   job.out = out;
   run_range(job, noise_chunk, offset, numel, 1, threads);
+  return ZO_OK;
+}
+
+int zo_cpu_gaussian_table(float* out, int isa) {
+  if (!has_isa(isa)) return ZO_ERROR_ISA;
+  StandardFloat guard;
+  kernels_of(isa).gaussian_table(out);
   return ZO_OK;
 }
 

@@ -5,6 +5,19 @@
 
 namespace {
 
+// The rows in two halves, as far as one shuffle of eight looks: of exponents whose lower four bits are 6 to 13, which is
+// a >= 2^23, and of the others, which one normal in 256 needs. Both by the lower three bits.
+struct Halves {
+  zo_u32 wide[4][8], tail[4][8];
+};
+constexpr Halves halves() {
+  Halves h = {};
+  for (int k = 0; k < 4; ++k)
+    for (int row = 0; row < 16; ++row) (row >= 6 && row < 14 ? h.wide : h.tail)[k][row & 7] = ROWS.c[k][row];
+  return h;
+}
+alignas(32) constexpr Halves HALVES = halves();
+
 struct Avx2Words {  // what formats.h needs to widen 8-bit floats, in 16-bit lanes
   typedef __m128i U;
   static ZO_HD U u(zo_u32 x) { return _mm_set1_epi16((short)x); }
@@ -20,12 +33,14 @@ struct Avx2 {
   typedef Avx2Words Words;
   typedef __m256i U;
   typedef __m256 F;
-  enum { WIDTH = 8, BLOCKS = 4, GROUPS = 4 };
+  enum { WIDTH = 8, BLOCKS = 4, GROUPS = 4, REGISTERS = 16 };
   static ZO_HD U u(zo_u32 x) { return _mm256_set1_epi32((int)x); }
   static ZO_HD F f(float x) { return _mm256_set1_ps(x); }
   static ZO_HD U or_(U a, U b) { return _mm256_or_si256(a, b); }
   static ZO_HD U and_(U a, U b) { return _mm256_and_si256(a, b); }
   static ZO_HD U xor_(U a, U b) { return _mm256_xor_si256(a, b); }
+  static ZO_HD U and_or(U a, U mask, U bits) { return or_(and_(a, mask), bits); }
+  static ZO_HD U xor_and(U a, U b, U mask) { return xor_(a, and_(b, mask)); }
   static ZO_HD U add_u(U a, U b) { return _mm256_add_epi32(a, b); }
   static ZO_HD U sub_u(U a, U b) { return _mm256_sub_epi32(a, b); }
   template <int N> static ZO_HD U shl(U a) { return _mm256_slli_epi32(a, N); }
@@ -52,12 +67,30 @@ struct Avx2 {
   static ZO_HD U add64(U a, U b) { return _mm256_add_epi64(a, b); }
   static ZO_HD U mul64(U a, U b) { return _mm256_mul_epu32(a, b); }
   static ZO_HD U upper(U a) { return _mm256_srli_epi64(a, 32); }
+  static ZO_HD U lift(U a) { return _mm256_slli_epi64(a, 32); }
   static ZO_HD U xor3(U a, U b, U c) { return xor_(a, xor_(b, c)); }
   // block order of the 64-bit lanes: what unpacklo takes from each 128 bits comes first in memory
   static ZO_HD U lanes() { return _mm256_setr_epi64x(0, 2, 1, 3); }
   static ZO_HD U merge(U low, U high) { return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA); }
   static ZO_HD F zip_low(F a, F b) { return _mm256_unpacklo_ps(a, b); }
   static ZO_HD F zip_high(F a, F b) { return _mm256_unpackhi_ps(a, b); }
+  static ZO_HD U unpack64_low(U a, U b) { return _mm256_unpacklo_epi64(a, b); }
+  static ZO_HD U unpack64_high(U a, U b) { return _mm256_unpackhi_epi64(a, b); }
+  // 128 bits of a, 128 bits of b, and so on
+  static ZO_HD F zip128_low(F a, F b) { return _mm256_permute2f128_ps(a, b, 0x20); }
+  static ZO_HD F zip128_high(F a, F b) { return _mm256_permute2f128_ps(a, b, 0x31); }
+  static ZO_HD F gaussian_of(U s, F a, const zo_u32 (&rows)[4][8]) {
+    const U row = shr<23>(bits(a));  // the instruction looks at the lower three bits
+    return zo_gaussian<Avx2>(s, a, [&](int k) {
+      return value(_mm256_permutevar8x32_epi32(_mm256_load_si256((const U*)rows[k]), row));
+    });
+  }
+  static ZO_HD F gaussian(U s) {
+    const F a = zo_gaussian_argument<Avx2>(s), z = gaussian_of(s, a, HALVES.wide);
+    const F tail = _mm256_cmp_ps(a, f(8388608.0f), _CMP_LT_OQ);
+    if (__builtin_expect(_mm256_movemask_ps(tail) == 0, 1)) return z;  // but for one vector in 32
+    return _mm256_blendv_ps(z, gaussian_of(s, a, HALVES.tail), tail);
+  }
   static ZO_HD void store_blocks(zo_u32* out, U c0, U c1, U c2, U c3) {
     U a = merge(c0, c1), b = merge(c2, c3);
     _mm256_storeu_si256((__m256i*)out, _mm256_unpacklo_epi64(a, b));
@@ -66,6 +99,7 @@ struct Avx2 {
 
   static ZO_HD F load(const float* p) { return _mm256_loadu_ps(p); }
   static ZO_HD void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static ZO_HD U load_bits(const void* p) { return _mm256_loadu_si256((const U*)p); }
   static ZO_HD void store_bits(void* p, U x) { _mm256_storeu_si256((__m256i*)p, x); }
   static ZO_HD void store_past_cache(void* p, U x) { _mm256_stream_si256((__m256i*)p, x); }
   static ZO_HD U load16(const void* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }

@@ -22,12 +22,14 @@ struct Avx512 {
   typedef Avx512Words Words;
   typedef __m512i U;
   typedef __m512 F;
-  enum { WIDTH = 16, BLOCKS = 8, GROUPS = 4 };
+  enum { WIDTH = 16, BLOCKS = 8, GROUPS = 4, REGISTERS = 32 };
   static ZO_HD U u(zo_u32 x) { return _mm512_set1_epi32((int)x); }
   static ZO_HD F f(float x) { return _mm512_set1_ps(x); }
   static ZO_HD U or_(U a, U b) { return _mm512_or_si512(a, b); }
   static ZO_HD U and_(U a, U b) { return _mm512_and_si512(a, b); }
   static ZO_HD U xor_(U a, U b) { return _mm512_xor_si512(a, b); }
+  static ZO_HD U and_or(U a, U mask, U bits) { return _mm512_ternarylogic_epi32(a, mask, bits, 0xEA); }
+  static ZO_HD U xor_and(U a, U b, U mask) { return _mm512_ternarylogic_epi32(a, b, mask, 0x78); }
   static ZO_HD U add_u(U a, U b) { return _mm512_add_epi32(a, b); }
   static ZO_HD U sub_u(U a, U b) { return _mm512_sub_epi32(a, b); }
   template <int N> static ZO_HD U shl(U a) { return _mm512_slli_epi32(a, N); }
@@ -54,12 +56,31 @@ struct Avx512 {
   static ZO_HD U add64(U a, U b) { return _mm512_add_epi64(a, b); }
   static ZO_HD U mul64(U a, U b) { return _mm512_mul_epu32(a, b); }
   static ZO_HD U upper(U a) { return _mm512_srli_epi64(a, 32); }
+  static ZO_HD U lift(U a) { return _mm512_slli_epi64(a, 32); }
   static ZO_HD U xor3(U a, U b, U c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
   // block order of the 64-bit lanes: what unpacklo takes from each 128 bits comes first in memory
   static ZO_HD U lanes() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
   static ZO_HD U merge(U low, U high) { return _mm512_mask_shuffle_epi32(low, 0xAAAA, high, _MM_PERM_CCAA); }
   static ZO_HD F zip_low(F a, F b) { return _mm512_unpacklo_ps(a, b); }
   static ZO_HD F zip_high(F a, F b) { return _mm512_unpackhi_ps(a, b); }
+  static ZO_HD U unpack64_low(U a, U b) { return _mm512_unpacklo_epi64(a, b); }
+  static ZO_HD U unpack64_high(U a, U b) { return _mm512_unpackhi_epi64(a, b); }
+  // 128 bits of a, 128 bits of b, and so on
+  static ZO_HD F zip128_low(F a, F b) {
+    const U order = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    return _mm512_castpd_ps(_mm512_permutex2var_pd(_mm512_castps_pd(a), order, _mm512_castps_pd(b)));
+  }
+  static ZO_HD F zip128_high(F a, F b) {
+    const U order = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    return _mm512_castpd_ps(_mm512_permutex2var_pd(_mm512_castps_pd(a), order, _mm512_castps_pd(b)));
+  }
+  static ZO_HD F gaussian(U s) {
+    const F a = zo_gaussian_argument<Avx512>(s);
+    const U row = shr<23>(bits(a));  // the instruction looks at the lower four bits
+    return zo_gaussian<Avx512>(s, a, [&](int k) {
+      return value(_mm512_permutexvar_epi32(row, _mm512_load_si512(ROWS.c[k])));
+    });
+  }
   static ZO_HD void store_blocks(zo_u32* out, U c0, U c1, U c2, U c3) {
     U a = merge(c0, c1), b = merge(c2, c3);
     _mm512_storeu_si512(out, _mm512_unpacklo_epi64(a, b));
@@ -68,6 +89,7 @@ struct Avx512 {
 
   static ZO_HD F load(const float* p) { return _mm512_loadu_ps(p); }
   static ZO_HD void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static ZO_HD U load_bits(const void* p) { return _mm512_loadu_si512(p); }
   static ZO_HD void store_bits(void* p, U x) { _mm512_storeu_si512(p, x); }
   static ZO_HD void store_past_cache(void* p, U x) { _mm512_stream_si512((__m512i*)p, x); }
   static ZO_HD U load16(const void* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }

@@ -23,6 +23,16 @@ struct Scalar : ZoScalar {
   // elements i.. of a plane of half-bytes
   static ZO_HD zo_u32 load4(const zo_u8* p, int i) { return p[i / 2] >> (4 * (i & 1)) & 15u; }
   static ZO_HD float lookup(const float* table, zo_u32 index) { return table[index]; }
+  static ZO_HD float gaussian(zo_u32 s) {
+    const float a = zo_gaussian_argument<ZoScalar>(s);
+    const zo_u32 row = bits(a) >> 23 & 15u;
+    return zo_gaussian<ZoScalar>(s, a, [&](int k) { return value(ROWS.c[k][row]); });
+  }
+  static ZO_HD zo_u32 load_bits(const void* p) {
+    zo_u32 x;
+    __builtin_memcpy(&x, p, 4);
+    return x;
+  }
   static ZO_HD void store_bits(void* p, zo_u32 x) { __builtin_memcpy(p, &x, 4); }
   static ZO_HD void store_past_cache(void* p, zo_u32 x) { store_bits(p, x); }
   static ZO_HD zo_u32 pack16(zo_u32 a, zo_u32 b) { return a | b << 16; }

@@ -43,26 +43,14 @@ struct Wide {  // N vectors side by side, so that N dependent chains overlap; a 
 #undef ZO_EACH
 };
 
-// Philox of G groups of V::BLOCKS consecutive blocks, one block a 64-bit SIMD lane, so that the 32 x 32 -> 64 bit
-// multiply needs no shuffles. Word j of each block is the low half of its lane in c[j]; upper halves are rubbish.
-template <class V, int R, int G>
-ZO_HD void philox_groups(const zo_key& key, zo_u64 block, typename V::U (&c0)[G], typename V::U (&c1)[G],
-                         typename V::U (&c2)[G], typename V::U (&c3)[G]) {
+// Rounds FROM..TO-1 of Philox, a block a 64-bit lane.
+template <class V, int FROM, int TO, int G>
+ZO_HD void philox_rounds(const zo_key& key, typename V::U (&c0)[G], typename V::U (&c1)[G], typename V::U (&c2)[G],
+                         typename V::U (&c3)[G]) {
   typedef typename V::U U;
   const U m0 = V::u64(ZO_PHILOX_M0), m1 = V::u64(ZO_PHILOX_M1);
-  const zo_u64 first = (zo_u64)ZO_PHILOX_M1 * key.param_id;
-  const U k0 = V::u64(key.k0[0] ^ (first >> 32)), k1 = V::u64(key.k1[0] ^ key.tag), low = V::u64(first);
   ZO_UNROLL
-  for (int g = 0; g < G; ++g) {  // round 0: words 2 and 3 are the same in all lanes
-    U b = V::add64(V::u64(block + V::BLOCKS * g), V::lanes());
-    U p0 = V::mul64(m0, b);
-    c0[g] = V::xor_(V::upper(b), k0);
-    c2[g] = V::xor_(V::upper(p0), k1);
-    c1[g] = low;
-    c3[g] = p0;
-  }
-  ZO_UNROLL
-  for (int r = 1; r < R; ++r) {
+  for (int r = FROM; r < TO; ++r) {
     ZO_UNROLL
     for (int g = 0; g < G; ++g) {
       U p0 = V::mul64(m0, c0[g]), p1 = V::mul64(m1, c2[g]);
@@ -74,8 +62,77 @@ ZO_HD void philox_groups(const zo_key& key, zo_u64 block, typename V::U (&c0)[G]
   }
 }
 
+// Philox of G groups of V::BLOCKS consecutive blocks, one block a 64-bit SIMD lane, so that the 32 x 32 -> 64 bit
+// multiply needs no shuffles. `last` gets what goes into round R - 1: word j is the low half of its lane in c[j], upper
+// halves are rubbish.
+//
+// In rounds 0 to 2 most of what is multiplied is the same in all lanes (words 2 and 3 of the counter are, and word 1 is
+// unless the 2^32-th block lies inside of these), so it is multiplied once, outside of the vectors.
+template <class V, int R, int G>
+ZO_HD void philox_before_last(const zo_key& key, zo_u64 block, typename V::U (&c0)[G], typename V::U (&c1)[G],
+                              typename V::U (&c2)[G], typename V::U (&c3)[G]) {
+  typedef typename V::U U;
+  const U m0 = V::u64(ZO_PHILOX_M0), m1 = V::u64(ZO_PHILOX_M1);
+  const zo_u64 first = (zo_u64)ZO_PHILOX_M1 * key.param_id, upper = block >> 32;
+  const U tagged = V::u64(key.k1[0] ^ key.tag);
+  if (__builtin_expect(((block + V::BLOCKS * G - 1) >> 32) == upper, 1)) {
+    const zo_u64 second = (zo_u64)ZO_PHILOX_M0 * (zo_u32)((first >> 32) ^ upper ^ key.k0[0]);
+    const U x0 = V::u64((zo_u32)first ^ key.k0[1]), x2 = V::u64((second >> 32) ^ key.k1[1]),
+            x3 = V::u64((zo_u32)second ^ key.k1[2]), k0 = V::u64(key.k0[2]);
+    ZO_UNROLL
+    for (int g = 0; g < G; ++g) {
+      U p0 = V::mul64(m0, V::add64(V::u64(block + V::BLOCKS * g), V::lanes()));
+      c2[g] = V::xor_(V::upper(p0), tagged);
+      U p1 = V::mul64(m1, c2[g]);
+      c0[g] = V::xor_(V::upper(p1), x0);
+      c2[g] = V::xor_(p0, x2);
+      c1[g] = p1;
+      p0 = V::mul64(m0, c0[g]);
+      p1 = V::mul64(m1, c2[g]);
+      c0[g] = V::xor3(V::upper(p1), c1[g], k0);
+      c2[g] = V::xor_(V::upper(p0), x3);
+      c1[g] = p1;
+      c3[g] = p0;
+    }
+  } else {
+    ZO_UNROLL
+    for (int g = 0; g < G; ++g) {
+      const U b = V::add64(V::u64(block + V::BLOCKS * g), V::lanes()), p0 = V::mul64(m0, b);
+      c0[g] = V::xor_(V::upper(b), V::u64(key.k0[0] ^ (first >> 32)));
+      c2[g] = V::xor_(V::upper(p0), tagged);
+      c1[g] = V::u64(first);
+      c3[g] = p0;
+    }
+    philox_rounds<V, 1, 3, G>(key, c0, c1, c2, c3);
+  }
+  philox_rounds<V, 3, R - 1, G>(key, c0, c1, c2, c3);
+}
+
+// The words of the blocks, word j in the low halves of c[j].
+template <class V, int R, int G>
+ZO_HD void philox_groups(const zo_key& key, zo_u64 block, typename V::U (&c0)[G], typename V::U (&c1)[G],
+                         typename V::U (&c2)[G], typename V::U (&c3)[G]) {
+  philox_before_last<V, R, G>(key, block, c0, c1, c2, c3);
+  philox_rounds<V, R - 1, R, G>(key, c0, c1, c2, c3);
+}
+
+// The same words two a lane, 1 and 0 in `a`, 3 and 2 in `b`, the first in the low half.
+template <class V, int R, int G>
+ZO_HD void philox_pairs(const zo_key& key, zo_u64 block, typename V::U (&a)[G], typename V::U (&b)[G]) {
+  typedef typename V::U U;
+  U c0[G], c1[G], c2[G], c3[G];
+  philox_before_last<V, R, G>(key, block, c0, c1, c2, c3);
+  const U m0 = V::u64(ZO_PHILOX_M0), m1 = V::u64(ZO_PHILOX_M1);
+  const U k0 = V::u64(key.k0[R - 1] << 32), k1 = V::u64(key.k1[R - 1] << 32);
+  ZO_UNROLL
+  for (int g = 0; g < G; ++g) {
+    a[g] = V::xor3(V::mul64(m1, c2[g]), V::lift(c1[g]), k0);
+    b[g] = V::xor3(V::mul64(m0, c0[g]), V::lift(c3[g]), k1);
+  }
+}
+
 template <class V, int R, int G, class Sink>
-ZO_HD void vector_gaussian(const zo_key& key, zo_u64 g, int n, Sink sink) {
+ZO_HD void vector_box_muller(const zo_key& key, zo_u64 g, int n, Sink sink) {
   typedef typename V::U U;
   for (int i = 0; i < n; i += 4 * V::BLOCKS * G) {
     U c0[G], c1[G], c2[G], c3[G];
@@ -96,17 +153,83 @@ ZO_HD void vector_gaussian(const zo_key& key, zo_u64 g, int n, Sink sink) {
   }
 }
 
-// z of elements [g, g + n), both multiples of ALIGN, handed to sink(i, vector) in order.
+// z of elements [g, g + n), both multiples of ALIGN, handed to sink(i, vector) in order: the Gaussian of layout 1.
 template <class V, int R, class Sink>
-ZO_HD void gaussian(const zo_key& key, zo_u64 g, int n, Sink sink) {
+ZO_HD void box_muller(const zo_key& key, zo_u64 g, int n, Sink sink) {
   if constexpr (V::WIDTH == 1) {
     for (int i = 0; i < n; i += 4) {
       float z[4];
-      zo_gaussian_block<R>((g + i) >> 2, key.param_id, key.k0[0] | key.k1[0] << 32, z);
+      zo_box_muller_block<R>((g + i) >> 2, key.param_id, key.k0[0] | key.k1[0] << 32, z);
       for (int j = 0; j < 4; ++j) sink(i + j, z[j]);
     }
   } else {
-    vector_gaussian<V, R, V::GROUPS>(key, g, n, sink);
+    vector_box_muller<V, R, V::GROUPS>(key, g, n, sink);
+  }
+}
+
+// Coefficient k of all rows side by side.
+struct Rows {
+  zo_u32 c[4][16];
+};
+#define ZO_POWER_0(A, B, C, D) A,
+#define ZO_POWER_1(A, B, C, D) B,
+#define ZO_POWER_2(A, B, C, D) C,
+#define ZO_POWER_3(A, B, C, D) D,
+alignas(64) constexpr Rows ROWS = {{{ZO_GAUSSIAN_ROWS(ZO_POWER_0)},
+                                    {ZO_GAUSSIAN_ROWS(ZO_POWER_1)},
+                                    {ZO_GAUSSIAN_ROWS(ZO_POWER_2)},
+                                    {ZO_GAUSSIAN_ROWS(ZO_POWER_3)}}};
+
+// z of 2 vectors of blocks, a block 128 bits, its words in the order 1, 0, 3, 2.
+template <class V, class Sink>
+ZO_HD void gaussian_blocks(typename V::U words, int i, Sink sink) {
+  const typename V::F low = V::gaussian(V::template shl<16>(words)), high = V::gaussian(words);
+  sink(i, V::zip128_low(low, high));
+  sink(i + V::WIDTH, V::zip128_high(low, high));
+}
+
+// z of G groups of V::BLOCKS blocks, 8 elements each.
+template <class V, int R, int G, class Sink>
+ZO_HD void gaussian_groups(const zo_key& key, zo_u64 block, int i, Sink sink) {
+  typename V::U a[G], b[G];
+  philox_pairs<V, R, G>(key, block, a, b);
+  ZO_UNROLL
+  for (int k = 0; k < G; ++k) {
+    gaussian_blocks<V>(V::unpack64_low(a[k], b[k]), i + 8 * V::BLOCKS * k, sink);
+    gaussian_blocks<V>(V::unpack64_high(a[k], b[k]), i + 8 * V::BLOCKS * k + 2 * V::WIDTH, sink);
+  }
+}
+
+// As `box_muller`, the Gaussian of layout 2. With 16 registers, all words of a tile come first, by way of L1: words and
+// transform would not have room together.
+template <class V, int R, class Sink>
+ZO_HD void gaussian(const zo_key& key, zo_u64 g, int n, Sink sink) {
+  if constexpr (V::WIDTH == 1) {
+    for (int i = 0; i < n; i += 8) {
+      const zo_words w = zo_philox<R>((g + i) >> 3, key.param_id, key.tag, key.k0[0] | key.k1[0] << 32);
+      for (int j = 0; j < 8; ++j) sink(i + j, V::gaussian(w.w[(j & 3) ^ 1] << (16 - 16 * (j >> 2))));
+    }
+  } else if constexpr (V::REGISTERS == 16) {
+    alignas(64) zo_u32 words[TILE / 2];
+    enum { G = V::GROUPS, STEP = 8 * V::BLOCKS * G };
+    static_assert(ALIGN % STEP == 0, "whole groups");
+    for (int i = 0; i < n; i += STEP) {
+      typename V::U a[G], b[G];
+      philox_pairs<V, R, G>(key, (g + i) >> 3, a, b);
+      ZO_UNROLL
+      for (int k = 0; k < G; ++k) {
+        zo_u32* out = words + i / 2 + 4 * V::BLOCKS * k;
+        V::store_bits(out, V::unpack64_low(a[k], b[k]));
+        V::store_bits(out + V::WIDTH, V::unpack64_high(a[k], b[k]));
+      }
+    }
+    for (int i = 0; i < n; i += 2 * V::WIDTH) gaussian_blocks<V>(V::load_bits(words + i / 2), i, sink);
+  } else {
+    enum { STEP = 8 * V::BLOCKS * V::GROUPS };
+    static_assert(STEP == 2 * ALIGN, "whole groups, or half of them at the end");
+    int i = 0;
+    for (; i + STEP <= n; i += STEP) gaussian_groups<V, R, V::GROUPS>(key, (g + i) >> 3, i, sink);
+    if (i < n) gaussian_groups<V, R, V::GROUPS / 2>(key, (g + i) >> 3, i, sink);
   }
 }
 
@@ -154,14 +277,17 @@ ZO_HD void emit(int format, zo_u8* out, int n, Value value) {
 
 // Noise of one seed over one tile, ready to be added to several outputs.
 struct Noise {
-  alignas(64) float z[TILE];           // gaussian
+  alignas(64) float z[TILE];           // of either Gaussian
   alignas(64) zo_u32 signs[TILE / 32];  // rademacher: a bit an element
 };
 
 template <class V, int R>
 __attribute__((noinline)) void make_noise(const zo_key& key, zo_u64 g, int n, Noise& noise) {
+  const auto keep = [&](int i, typename V::F z) { V::store(noise.z + i, z); };
   if (key.tag == ZO_TAG_GAUSSIAN)
-    gaussian<V, R>(key, g, n, [&](int i, typename V::F z) { V::store(noise.z + i, z); });
+    gaussian<V, R>(key, g, n, keep);
+  else if (key.tag == ZO_TAG_BOX_MULLER)
+    box_muller<V, R>(key, g, n, keep);
   else
     philox_words<V, R, 1>(key, g >> 7, n / 128, noise.signs);
 }
@@ -174,10 +300,11 @@ __attribute__((noinline)) void update(float* w, const zo_update& u, const zo_key
   }
   if (u.coeff == 0.0f) return;
   const typename V::F scale = V::f(-u.coeff);
+  const auto add = [&](int i, typename V::F z) { V::store(w + i, zo_add_noise<V>(V::load(w + i), scale, z)); };
   if (key.tag == ZO_TAG_GAUSSIAN) {
-    gaussian<V, R>(key, g, n, [&](int i, typename V::F z) {
-      V::store(w + i, zo_add_noise<V>(V::load(w + i), scale, z));
-    });
+    gaussian<V, R>(key, g, n, add);
+  } else if (key.tag == ZO_TAG_BOX_MULLER) {
+    box_muller<V, R>(key, g, n, add);
   } else {
     philox_words<V, R, 1>(key, g >> 7, n / 128, noise.signs);
     for (int i = 0; i < n; i += V::WIDTH) V::store(w + i, V::add_signed(V::load(w + i), scale, noise.signs, i));
@@ -190,7 +317,7 @@ __attribute__((noinline)) void lane(const float* w, const Noise& noise, int tag,
   const typename V::F s = V::f(scale);
   if (scale == 0.0f)
     emit<V, PAST_CACHE>(format, out, n, [&](int i) { return V::load(w + i); });
-  else if (tag == ZO_TAG_GAUSSIAN)
+  else if (tag != ZO_TAG_RADEMACHER)
     emit<V, PAST_CACHE>(format, out, n,
                         [&](int i) { return zo_add_noise<V>(V::load(w + i), s, V::load(noise.z + i)); });
   else
@@ -446,12 +573,23 @@ void noise_segment(const zo_key* key, zo_u64 g, zo_u64 n, float* out) {
   }
 }
 
+// z of each of the 65,536 half-words
+template <class V>
+void gaussian_table(float* out) {
+  zo_u32 s[V::WIDTH];
+  for (int h = 0; h < 1 << 16; h += V::WIDTH) {
+    for (int i = 0; i < V::WIDTH; ++i) s[i] = (zo_u32)(h + i) << 16;
+    V::store(out + h, V::gaussian(V::load_bits(s)));
+  }
+}
+
 template <class V>
 zo_kernels kernels() {
   zo_kernels k = {{segment<V, 7>, segment<V, 10>},
                   {scales_segment<V, 7>, scales_segment<V, 10>},
                   {noise_segment<V, 7>, noise_segment<V, 10>},
-                  encode_segment<V>};
+                  encode_segment<V>,
+                  gaussian_table<V>};
   return k;
 }
 

@@ -28,6 +28,7 @@ struct zo_kernels {  // index 0: 7 rounds, 1: 10 rounds
   void (*noise[2])(const zo_key*, zo_u64 g, zo_u64 n, float* out);
   // counts what is not finite before and after
   void (*encode)(const zo_work*, zo_u64 g, zo_u64 n, zo_u64 not_finite[2]);
+  void (*gaussian_table)(float* out);
 };
 
 extern "C" {

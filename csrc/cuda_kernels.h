@@ -7,7 +7,8 @@
 // depends on the launch shape. Head, tail and addresses that are not 16-byte aligned take the same arithmetic with
 // element-wide accesses.
 //
-//   gaussian    two Philox blocks for a thread's 8 elements                                     2 chunks
+//   gaussian    a Philox block for a thread's 8 elements, coefficients looked up in shared memory  2 chunks
+//   box_muller  two Philox blocks for a thread's 8 elements: the gaussian of layout 1            2 chunks
 //   rademacher  thread L makes word L of the tile's 32 sign words, a shuffle brings it to its users  4 chunks
 //
 // Coefficients, decays and seeds of updates are read from device memory: the host need not know them when it launches.
@@ -61,18 +62,84 @@ ZO_DEV zo_words philox(zo_u64 block, zo_u32 word2, zo_u32 tag, zo_u64 seed, zo_u
   return a;
 }
 
+// The Gaussian's rows, 16 bytes each. A warp looks up 32 of them at once, so they are wanted in shared memory: from
+// constant memory it would get them one after the other.
+struct alignas(16) Row {
+  zo_u32 c[4];
+};
+#define ZO_CUDA_ROW(A, B, C, D) {{A, B, C, D}},
+static __device__ const Row ROWS[16] = {ZO_GAUSSIAN_ROWS(ZO_CUDA_ROW)};
+
+ZO_DEV Row* shared_rows() {
+  __shared__ Row rows[16];
+  return rows;
+}
+
+// z of the half-word in the upper half of s
+ZO_DEV float gaussian(zo_u32 s) {
+  const float a = zo_gaussian_argument<S>(s);
+  const Row row = shared_rows()[S::bits(a) >> 23 & 15u];
+  return zo_gaussian<S>(s, a, [&](int k) { return S::value(row.c[k]); });
+}
+
+// Every kernel's first move, by all threads of a block.
+template <class Noise>
+ZO_DEV void prepare() {
+  if constexpr (Noise::TABLE) {
+    if (threadIdx.x < 16) shared_rows()[threadIdx.x] = ROWS[threadIdx.x];
+    __syncthreads();
+  }
+}
+
 // The z of a thread's elements under one seed. g: the thread's first element in chunk 0, a multiple of 8.
 template <int N>
 struct GaussianOf {
-  enum { CHUNKS = N };
+  enum { CHUNKS = N, TABLE = 1 };
   typedef GaussianOf<1> Part;
   float z[CHUNKS][8];
   ZO_DEV void make(GaussianOf& n, zo_u64 g, zo_u64 seed, zo_u32 param_id, zo_u32 rounds) {
+    zo_words b[CHUNKS];
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+      const zo_u64 block = (g + 256 * c) >> 3;
+      b[c] = zo_words{{(zo_u32)block, (zo_u32)(block >> 32), param_id, ZO_TAG_GAUSSIAN}};
+    }
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) zo_philox_rounds<0, 7>(b[c].w, seed);
+    if (rounds == 10)
+#pragma unroll
+      for (int c = 0; c < CHUNKS; ++c) zo_philox_rounds<7, 10>(b[c].w, seed);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) n.z[c][j] = gaussian(j < 4 ? b[c].w[j ^ 1] << 16 : b[c].w[(j & 3) ^ 1]);
+  }
+  ZO_DEV void add(const GaussianOf& n, int c, float scale, const float (&w)[8], float (&out)[8]) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) out[j] = zo_add_noise<S>(w[j], scale, n.z[c][j]);
+  }
+  ZO_DEV float value(const GaussianOf& n, int c, int j) { return n.z[c][j]; }
+  // w + scale * z of element i alone
+  ZO_DEV float add_one(zo_u64 i, zo_u64 seed, zo_u32 param_id, zo_u32 rounds, float scale, float w) {
+    const zo_words b = philox(i >> 3, param_id, ZO_TAG_GAUSSIAN, seed, rounds);
+    const zo_u32 low = i & 1 ? b.w[0] : b.w[1], high = i & 1 ? b.w[2] : b.w[3], word = i & 2 ? high : low;
+    return zo_add_noise<S>(w, scale, gaussian(i & 4 ? word : word << 16));
+  }
+};
+
+typedef GaussianOf<2> Gaussian;
+
+template <int N>
+struct BoxMullerOf {
+  enum { CHUNKS = N, TABLE = 0 };
+  typedef BoxMullerOf<1> Part;
+  float z[CHUNKS][8];
+  ZO_DEV void make(BoxMullerOf& n, zo_u64 g, zo_u64 seed, zo_u32 param_id, zo_u32 rounds) {
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
       const zo_u64 block = (g + 256 * c) >> 2, next = block + 1;
-      zo_words a = {{(zo_u32)block, (zo_u32)(block >> 32), param_id, ZO_TAG_GAUSSIAN}};
-      zo_words b = {{(zo_u32)next, (zo_u32)(next >> 32), param_id, ZO_TAG_GAUSSIAN}};
+      zo_words a = {{(zo_u32)block, (zo_u32)(block >> 32), param_id, ZO_TAG_BOX_MULLER}};
+      zo_words b = {{(zo_u32)next, (zo_u32)(next >> 32), param_id, ZO_TAG_BOX_MULLER}};
       philox2(a, b, seed, rounds);
       zo_gaussian_pair<S>(a.w[0], a.w[1], n.z[c][0], n.z[c][1]);
       zo_gaussian_pair<S>(a.w[2], a.w[3], n.z[c][2], n.z[c][3]);
@@ -80,18 +147,25 @@ struct GaussianOf {
       zo_gaussian_pair<S>(b.w[2], b.w[3], n.z[c][6], n.z[c][7]);
     }
   }
-  ZO_DEV void add(const GaussianOf& n, int c, float scale, const float (&w)[8], float (&out)[8]) {
+  ZO_DEV void add(const BoxMullerOf& n, int c, float scale, const float (&w)[8], float (&out)[8]) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) out[j] = zo_add_noise<S>(w[j], scale, n.z[c][j]);
   }
-  ZO_DEV float value(const GaussianOf& n, int c, int j) { return n.z[c][j]; }
+  ZO_DEV float value(const BoxMullerOf& n, int c, int j) { return n.z[c][j]; }
+  ZO_DEV float add_one(zo_u64 i, zo_u64 seed, zo_u32 param_id, zo_u32 rounds, float scale, float w) {
+    const zo_words b = philox(i >> 2, param_id, ZO_TAG_BOX_MULLER, seed, rounds);
+    float z0, z1;
+    const bool second = i & 2;
+    zo_gaussian_pair<S>(second ? b.w[2] : b.w[0], second ? b.w[3] : b.w[1], z0, z1);
+    return zo_add_noise<S>(w, scale, i & 1 ? z1 : z0);
+  }
 };
 
-typedef GaussianOf<2> Gaussian;
+typedef BoxMullerOf<2> BoxMuller;
 
 template <int N>
 struct RademacherOf {
-  enum { CHUNKS = N };
+  enum { CHUNKS = N, TABLE = 0 };
   typedef RademacherOf<1> Part;
   zo_u32 signs[CHUNKS];  // 8 bits each
   ZO_DEV zo_u32 pick(const zo_words& b, zo_u32 i) {
@@ -117,6 +191,10 @@ struct RademacherOf {
   }
   ZO_DEV float value(const RademacherOf& n, int c, int j) {
     return S::value(0x3f800000u | (n.signs[c] << (31 - j) & 0x80000000u));
+  }
+  ZO_DEV float add_one(zo_u64 i, zo_u64 seed, zo_u32 param_id, zo_u32 rounds, float scale, float w) {
+    const zo_words b = philox(i >> 7, param_id, ZO_TAG_RADEMACHER, seed, rounds);
+    return zo_add_sign<S>(w, scale, pick(b, (zo_u32)(i >> 5)) >> (zo_u32)(i & 31) << 31);
   }
 };
 
@@ -286,27 +364,13 @@ ZO_DEV void walk(const zo_cuda_args& args, const zo_u64 TILE, Tile tile) {
 
 template <int FORMAT, class Noise>
 ZO_DEV void pass_kernel(const zo_cuda_args& args) {
+  prepare<Noise>();
   walk(args, 256 * Noise::CHUNKS, [&](const Run& run, zo_u64 start) {
     tile<FORMAT, Noise>(args, run, start, aligned<FORMAT>(args, run));
   });
 }
 
 // ---- scales as what trains
-
-// z of one element of a stream
-template <class Noise>
-ZO_DEV float one_noise(zo_u64 i, zo_u64 seed, zo_u32 param_id, zo_u32 rounds, float scale, float w) {
-  if constexpr (Noise::CHUNKS == 2) {  // gaussian
-    const zo_words b = philox(i >> 2, param_id, ZO_TAG_GAUSSIAN, seed, rounds);
-    float z0, z1;
-    const bool second = i & 2;
-    zo_gaussian_pair<S>(second ? b.w[2] : b.w[0], second ? b.w[3] : b.w[1], z0, z1);
-    return zo_add_noise<S>(w, scale, i & 1 ? z1 : z0);
-  } else {
-    const zo_words b = philox(i >> 7, param_id, ZO_TAG_RADEMACHER, seed, rounds);
-    return zo_add_sign<S>(w, scale, Noise::pick(b, (zo_u32)(i >> 5)) >> (zo_u32)(i & 31) << 31);
-  }
-}
 
 // 256 elements: a thread's 8 lie in one group, whose scale it moves by itself.
 template <int FORMAT, class Noise>
@@ -331,7 +395,7 @@ ZO_DEV void scales_tile(const zo_cuda_args& args, const Run& run, zo_u64 start) 
   for (zo_u32 k = 0; k < pass.num_updates; ++k) {
     const zo_update& u = pass.updates[k];
     if (u.decay != 1.0f) scale = S::mul(scale, u.decay);
-    if (u.coeff != 0.0f) scale = one_noise<Noise>(index, u.seed, pass.param_id, pass.rounds, -u.coeff, scale);
+    if (u.coeff != 0.0f) scale = Noise::add_one(index, u.seed, pass.param_id, pass.rounds, -u.coeff, scale);
     scale = zo_trained_scale(scale);
     if ((pass.flags & ZO_WRITE_BACK) && (zo_i32)k == args.last_fold && run.valid && (e.at & (pass.group - 1)) == 0)
       ((float*)pass.scales)[group_of(pass, e.at)] = scale;
@@ -340,7 +404,7 @@ ZO_DEV void scales_tile(const zo_cuda_args& args, const Run& run, zo_u64 start) 
   for (zo_u32 j = 0; j < args.num_lanes; ++j) {
     const zo_lane& lane = args.lanes[j];
     const float by = args.scales ? args.scales[j] : lane.scale;
-    const float moved = by == 0.0f ? scale : one_noise<Noise>(index, lane.seed, pass.param_id, pass.rounds, by, scale);
+    const float moved = by == 0.0f ? scale : Noise::add_one(index, lane.seed, pass.param_id, pass.rounds, by, scale);
     group.scale = S::value(zo_fp32_round<S>(moved));
     if (s.lo >= s.hi) continue;
     float out[8];
@@ -352,6 +416,7 @@ ZO_DEV void scales_tile(const zo_cuda_args& args, const Run& run, zo_u64 start) 
 
 template <int FORMAT, class Noise>
 ZO_DEV void scales_kernel(const zo_cuda_args& args) {
+  prepare<Noise>();
   const zo_u64 TILE = 256 * Noise::CHUNKS;
   walk(args, TILE, [&](const Run& run, zo_u64 start) {
 #pragma unroll 1
@@ -361,6 +426,7 @@ ZO_DEV void scales_kernel(const zo_cuda_args& args) {
 
 template <class Noise>
 ZO_DEV void noise_kernel(const zo_cuda_noise_args& args) {
+  prepare<Noise>();
   const zo_u64 TILE = 256 * Noise::CHUNKS, last = args.offset + args.numel;
   const zo_u64 tiles = tiles_of(args.offset, last, TILE), base = args.offset / TILE;
   const zo_u64 warps = (zo_u64)gridDim.x * (ZO_CUDA_THREADS / 32);
@@ -388,12 +454,18 @@ ZO_DEV void noise_kernel(const zo_cuda_noise_args& args) {
   ZO_KERNEL zo_pass_##NAME##_gaussian(const zo_cuda_args args) {                          \
     zo_cuda::pass_kernel<FORMAT, zo_cuda::Gaussian>(args);                                \
   }                                                                                       \
+  ZO_KERNEL zo_pass_##NAME##_box_muller(const zo_cuda_args args) {                        \
+    zo_cuda::pass_kernel<FORMAT, zo_cuda::BoxMuller>(args);                               \
+  }                                                                                       \
   ZO_KERNEL zo_pass_##NAME##_rademacher(const zo_cuda_args args) {                        \
     zo_cuda::pass_kernel<FORMAT, zo_cuda::Rademacher>(args);                              \
   }
 #define ZO_SCALES_KERNELS(NAME, FORMAT)                                                   \
   ZO_KERNEL zo_scales_##NAME##_gaussian(const zo_cuda_args args) {                        \
     zo_cuda::scales_kernel<FORMAT, zo_cuda::Gaussian>(args);                              \
+  }                                                                                       \
+  ZO_KERNEL zo_scales_##NAME##_box_muller(const zo_cuda_args args) {                      \
+    zo_cuda::scales_kernel<FORMAT, zo_cuda::BoxMuller>(args);                             \
   }                                                                                       \
   ZO_KERNEL zo_scales_##NAME##_rademacher(const zo_cuda_args args) {                      \
     zo_cuda::scales_kernel<FORMAT, zo_cuda::Rademacher>(args);                            \
@@ -427,6 +499,14 @@ ZO_KERNEL zo_cuda_abi(const zo_cuda_noise_args args) {
 }
 
 ZO_KERNEL zo_noise_gaussian(const zo_cuda_noise_args args) { zo_cuda::noise_kernel<zo_cuda::Gaussian>(args); }
+ZO_KERNEL zo_noise_box_muller(const zo_cuda_noise_args args) { zo_cuda::noise_kernel<zo_cuda::BoxMuller>(args); }
 ZO_KERNEL zo_noise_rademacher(const zo_cuda_noise_args args) { zo_cuda::noise_kernel<zo_cuda::Rademacher>(args); }
+
+// out[h] = z of half-word h, for all numel = 65,536 of them
+ZO_KERNEL zo_gaussian_table(const zo_cuda_noise_args args) {
+  zo_cuda::prepare<zo_cuda::Gaussian>();
+  for (zo_u32 h = blockIdx.x * ZO_CUDA_THREADS + threadIdx.x; h < args.numel; h += gridDim.x * ZO_CUDA_THREADS)
+    args.out[h] = zo_cuda::gaussian(h << 16);
+}
 
 #endif

@@ -19,7 +19,7 @@ from zo_offload.formats import CENTRED, FORMATS, format_of, get_format
 from zo_offload.formats.codec import encode_values, planes
 from zo_offload.kernels import native
 from zo_offload.kernels.device_updates import UpdateTable
-from zo_offload.kernels.distributions import DISTRIBUTIONS
+from zo_offload.kernels.distributions import BOX_MULLER, all_kinds, gaussian_table
 from zo_offload.kernels.records import Perturbation, Update
 from zo_offload.numerics import cuda_kernels
 from zo_offload.numerics.fused import fused_pass, fused_rows
@@ -27,7 +27,7 @@ from zo_offload.numerics.fused_kernels import Mark, OnGpu, PassCall
 from zo_offload.numerics.noise import NoiseSpec, noise
 
 REASONS = compilers()
-KINDS = tuple(DISTRIBUTIONS)
+KINDS = tuple(kind.name for kind in all_kinds())
 TRAINED = [name for name, fmt in FORMATS.items() if fmt.trains]
 # Compiling what each kernel became takes seconds, so by default these; ZO_ALL_KERNELS=1 takes all of them.
 ALL = os.environ.get("ZO_ALL_KERNELS") == "1"
@@ -37,6 +37,7 @@ FEW = [
     ("fp16", "gaussian"),
     ("fp8_e5m2", "rademacher"),
     ("nf4", "gaussian"),
+    ("bf16", "box_muller"),
 ]
 FEW += [("int8+8", "gaussian"), ("bf16+8", "rademacher")]
 PAIRS = [(n, k) for n in FORMATS for k in KINDS] if ALL else FEW
@@ -48,8 +49,13 @@ def kernel_of(name: str, kind: str, what: str = "pass") -> str:
     return cuda_kernels.pass_kernel(get_format(name).code, kind, what == "scales")
 
 
+def spec_of(kind: str, rounds=10) -> NoiseSpec:
+    """The noise that kernels of that name make."""
+    return NoiseSpec("gaussian", rounds, 1) if kind == BOX_MULLER.name else NoiseSpec(kind, rounds)
+
+
 PASSES = [kernel_of(*pair) for pair in PAIRS] + [kernel_of(*pair, "scales") for pair in SCALES]
-NOISES = [cuda_kernels.noise_kernel(kind) for kind in KINDS]
+NOISES = [*(cuda_kernels.noise_kernel(kind) for kind in KINDS), "zo_gaussian_table"]
 FINGERPRINTED = [
     f"zo_pass_{name}_gaussian" for name in ("fp32", "bf16", "fp16")
 ]  # what `native.fingerprint` asks of a library
@@ -108,7 +114,7 @@ def run_simulated(
     kernels.touch = [t for t in (stored, residual, rows, given.records, *outs) if t is not None]
     kernels.run_pass(
         **planes(stored, residual, fmt, options.pop("plane_numel", numel)), numel=numel, updates=given, param_id=7,
-        noise=NoiseSpec(kind, rounds), stream=0, rows=0 if rows is None else rows.data_ptr(),
+        noise=spec_of(kind, rounds), stream=0, rows=0 if rows is None else rows.data_ptr(),
         num_rows=0 if rows is None else rows.numel(),
         lanes=[(p.seed, o.data_ptr(), p.scale, format_of(o.dtype).code) for p, o in zip(lanes, outs, strict=True)],
         **{"stochastic": False, **options},
@@ -141,7 +147,7 @@ def both(
         outs = [out_like(numel, DTYPES[j % len(DTYPES)], shift * 4) for j in range(len(lanes))]
         if simulate:
             run_simulated(
-                kernels, stored, residual, fmt, numel, updates, lanes, outs, kind=spec.distribution,
+                kernels, stored, residual, fmt, numel, updates, lanes, outs, kind=spec.kind.name,
                 rounds=spec.rounds, offset=offset, write_back=write_back, stochastic=stochastic,
                 target_scales=target == "scales",
             )  # fmt: skip
@@ -192,7 +198,7 @@ LANES = [Perturbation(11, EPS), Perturbation(11, -EPS), Perturbation(12, EPS), P
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_the_pass_has_the_bits_of_the_cpu_library(kernels, name, kind, which, stochastic):
     need(kernels, name, kind)
-    spec = NoiseSpec(kind, 7 if which == "one" else 10)
+    spec = spec_of(kind, 7 if which == "one" else 10)
     offset = {"none": 0, "one": (1 << 34) - 128, "decay, zero, fold later": 1 << 20, "trailing": 640}[which]
     if which == "one" and not get_format(name).group:
         offset = FAR
@@ -215,7 +221,7 @@ def test_the_pass_has_the_bits_of_the_cpu_library(kernels, name, kind, which, st
 def test_scales_that_train(kernels, name, kind, which):
     need(kernels, name, kind, "scales")
     results = both(
-        kernels, name, 3003, offset=640, updates=UPDATES[which], spec=NoiseSpec(kind), lanes=LANES, target="scales"
+        kernels, name, 3003, offset=640, updates=UPDATES[which], spec=spec_of(kind), lanes=LANES, target="scales"
     )
     assert_equal(results)
 
@@ -227,7 +233,7 @@ def test_scales_that_train(kernels, name, kind, which):
 def test_any_size_offset_and_address(kernels, kind, numel, offset, shift):
     need(kernels, "bf16", kind)
     results = both(
-        kernels, "bf16", numel, offset=offset, updates=UPDATES["one"], spec=NoiseSpec(kind), lanes=LANES, shift=shift
+        kernels, "bf16", numel, offset=offset, updates=UPDATES["one"], spec=spec_of(kind), lanes=LANES, shift=shift
     )
     assert_equal(results)
 
@@ -275,7 +281,7 @@ def test_a_group_that_is_not_finite_becomes_nan(kernels, name, kind):
             run_simulated(kernels, stored, residual, fmt, 512, updates, [far], [out], kind=kind, write_back=True)
         else:
             fused_pass(
-                stored, fmt, param_id=7, numel=512, updates=updates, noise=NoiseSpec(kind), residual=residual,
+                stored, fmt, param_id=7, numel=512, updates=updates, noise=spec_of(kind), residual=residual,
                 perturbations=[far], outs=[out],
             )  # fmt: skip
         results.append((stored, [] if residual is None else [residual], [out]))
@@ -295,7 +301,7 @@ def test_gathered_rows(kernels, name, kind, width):
     expected = [torch.zeros(5, width, dtype=d) for d in DTYPES]
     fused_rows(
         stored, fmt, param_id=7, row_numel=width, numel=count * width, rows=rows, updates=updates,
-        noise=NoiseSpec(kind), perturbations=lanes, outs=expected, residual=second if folds else None,
+        noise=spec_of(kind), perturbations=lanes, outs=expected, residual=second if folds else None,
     )  # fmt: skip
     asked = torch.cat([rows, torch.tensor([count, -1])])
     found = [out_like(7 * width, d).view(7, width) for d in DTYPES]
@@ -320,7 +326,7 @@ def test_gathered_rows_of_a_piece(kernels, name, kind, width):
     expected = [torch.full((7, width), -3.0, dtype=d) for d in DTYPES]
     fused_rows(
         stored, fmt, param_id=7, row_numel=width, numel=count * width, rows=rows, first_row=first, total_rows=total,
-        updates=updates, noise=NoiseSpec(kind), perturbations=lanes, outs=expected, residual=second if folds else None,
+        updates=updates, noise=spec_of(kind), perturbations=lanes, outs=expected, residual=second if folds else None,
     )  # fmt: skip
     assert [bool((row == -3.0).all()) for row in expected[0]] == [False, True, False, True, True, True, False]
     asked = torch.cat([rows, torch.tensor([total, -1])])
@@ -335,14 +341,21 @@ def test_gathered_rows_of_a_piece(kernels, name, kind, width):
 
 
 @pytest.mark.parametrize("rounds", [7, 10])
-@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("numel, offset", [(5000, FAR), (1, 0), (129, 127)])
 def test_noise(kernels, kind, rounds, numel, offset):
     z = torch.full((numel,), float("nan"))
     kernels.touch = [z]
     kernels.noise(z.data_ptr(), kind, rounds, 0x0123456789ABCDEF, 0xDEADBEEF, numel, offset, 0)
-    expected = noise(NoiseSpec(kind, rounds), 0x0123456789ABCDEF, 0xDEADBEEF, numel, offset)
+    expected = noise(spec_of(kind, rounds), 0x0123456789ABCDEF, 0xDEADBEEF, numel, offset)
     assert torch.equal(z.view(torch.int32), expected.view(torch.int32))
+
+
+def test_the_gaussian_of_every_half_word(kernels):
+    z = torch.full((1 << 16,), float("nan"))
+    kernels.touch = [z]
+    kernels.gaussian_table(z.data_ptr(), 0)
+    assert z.numpy().tobytes() == gaussian_table().tobytes()  # whose hash test_noise.py has
 
 
 def test_the_kernels_are_asked_who_they_are_as_on_a_gpu(kernels, monkeypatch):

@@ -343,7 +343,7 @@ def test_what_the_library_does_not_know_the_reference_runs(isa, monkeypatch):
     def uniform(w):
         return ((w >> 8).astype("f4") - 2.0**23).reshape(-1) * np.float32(2.0**-23)
 
-    monkeypatch.setitem(DISTRIBUTIONS, "uniform", Distribution("uniform", 17, 4, uniform, fold_every=4))
+    monkeypatch.setitem(DISTRIBUTIONS, "uniform", Distribution("uniform", 17, 4, uniform, 1.0, fold_every=4))
     given = dict(updates=[Update(3, 2.0**-4)], perturbations=[Perturbation(5, 0.5)], dtypes=[torch.float32])
     stored = weights(BF16, 1000)
     assert_same(run(isa, stored, Own(), **given), run("reference", stored, BF16, **given))

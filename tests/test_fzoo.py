@@ -162,6 +162,6 @@ def test_fewer_folds_where_a_step_has_more_noises():
 
 
 def test_options_are_checked():
-    assert method_from({"name": "fzoo", "directions": 3}) == FZOO(directions=3)
+    assert method_from({"name": "fzoo", "directions": 3}) == FZOO(directions=3, noise_layout=1)
     with pytest.raises(ConfigError, match="directions=1"):
         FZOO(directions=1)

@@ -19,7 +19,7 @@ import torch
 
 from zo_offload.formats import FORMATS
 from zo_offload.kernels import native
-from zo_offload.kernels.distributions import DISTRIBUTIONS
+from zo_offload.kernels.distributions import gaussian_table, row
 from zo_offload.numerics import reference
 from zo_offload.numerics.noise import NoiseSpec
 
@@ -50,7 +50,10 @@ class ReferenceLibrary:
     """The reference behind the interface of native.Library, to make the fingerprint from."""
 
     def noise(self, out, distribution, rounds, seed, param_id, numel, offset, threads):
-        DISTRIBUTIONS[distribution].into(self._floats(out, numel), rounds, seed, param_id, offset)
+        row(distribution).into(self._floats(out, numel), rounds, seed, param_id, offset)
+
+    def gaussian_table(self, out):
+        self._floats(out, 1 << 16)[:] = gaussian_table()
 
     def run_pass(self, *, stored, numel, offset, num_updates, num_lanes, format, tail, **options):
         by_code = {fmt.code: fmt for fmt in FORMATS.values()}

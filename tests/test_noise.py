@@ -6,20 +6,27 @@ import hashlib
 import itertools
 import math
 import random
+import re
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import noise as benchmark
 from support.native_variants import each_variant, using
 from zo_offload.errors import ConfigError
 from zo_offload.kernels import float32, native, philox
+from zo_offload.kernels.distributions import DISTRIBUTIONS, GAUSSIAN_ROWS, gaussian_table
 from zo_offload.numerics import noise
 from zo_offload.numerics.noise import NoiseSpec, assign_param_ids, param_id, step_seed
 
-SPECS = [NoiseSpec(d, r) for d, r in itertools.product(("gaussian", "rademacher"), (7, 10))]
-each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.distribution}{s.rounds}")
+SPECS = [
+    NoiseSpec(d, r, layout)
+    for (d, layout), r in itertools.product((("gaussian", 2), ("rademacher", 2), ("gaussian", 1)), (7, 10))
+]
+each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kind.name}{s.rounds}")
 
 # counter, key -> words; Random123 1.14, tests/kat_vectors
 KNOWN = {
@@ -38,11 +45,15 @@ KNOWN = {
 # SHA-256 of 100,003 values of seed 2**63 + 12345, parameter 7, from element 2**34 - 50,001. Never to change without
 # a new LAYOUT_VERSION: every journal written so far replays through these bits.
 GOLDEN = {
-    ("gaussian", 7): "afb9c4037d4263d3aa09dfbeb89de445a46c5acff55bc35ad4d79772b3ddfdce",
-    ("gaussian", 10): "c75ab2e51289f90c35f1f310e0c2c51bbec98d5d4cf22a6bbfb122552933e00c",
+    ("gaussian", 7): "42620bc0acddc444d6e0dc0fb7c64e0934d1e5ebf17b1a4088b9ac844140b1f9",
+    ("gaussian", 10): "b45d0c92bd3e644d2b105e7fd88cd1109dfff77f5f1569bde0e13e1cf277345f",
+    ("box_muller", 7): "afb9c4037d4263d3aa09dfbeb89de445a46c5acff55bc35ad4d79772b3ddfdce",
+    ("box_muller", 10): "c75ab2e51289f90c35f1f310e0c2c51bbec98d5d4cf22a6bbfb122552933e00c",
     ("rademacher", 7): "5da9a7d6644cb6d55856efaa19c861fcea7872fb022b28334f0cc6909cacf82d",
     ("rademacher", 10): "8361fbc429815d82eabdaf2e531bde7a6d26161c87720254ea9ebb01e1cc6c5f",
 }
+# SHA-256 of the Gaussian of all 65,536 half-words: nothing else goes into layout 2
+GOLDEN_TABLE = "20e5098bc71d692d819c32864c655f4c624a8500defc522b0e26f9f788f363df"
 
 
 @pytest.mark.parametrize(("rounds", "counter", "key"), KNOWN, ids=str)
@@ -62,7 +73,25 @@ def test_philox_known_answers(rounds, counter, key):
 def test_z_has_its_golden_hash(variant, spec):
     with using(variant):
         z = noise.noise(spec, (1 << 63) + 12345, 7, 100_003, (1 << 34) - 50_001)
-    assert hashlib.sha256(z.numpy().tobytes()).hexdigest() == GOLDEN[spec.distribution, spec.rounds]
+    assert hashlib.sha256(z.numpy().tobytes()).hexdigest() == GOLDEN[spec.kind.name, spec.rounds]
+
+
+@each_variant
+def test_the_gaussian_of_every_half_word_has_its_golden_hash(variant):
+    with using(variant):
+        library = native.library()
+        table = np.empty(1 << 16, np.float32)
+        if library is None:
+            table[:] = gaussian_table()
+        else:
+            library.gaussian_table(table.ctypes.data)
+    assert hashlib.sha256(table.tobytes()).hexdigest() == GOLDEN_TABLE
+
+
+def test_the_rows_are_those_of_the_kernels():
+    text = (Path(__file__).parent.parent / "csrc" / "noise.h").read_text()
+    rows = re.findall(r"ROW\((0x\w+), (0x\w+), (0x\w+), (0x\w+)\)", text)
+    assert tuple(tuple(int(word, 16) for word in row) for row in rows) == GAUSSIAN_ROWS
 
 
 @each_variant
@@ -122,7 +151,7 @@ def _round_float32(exact: Fraction) -> float:
     return float(rounded) if abs(rounded) < Fraction(2) ** 128 else math.copysign(math.inf, rounded)
 
 
-def test_gaussian_is_box_muller():
+def test_the_gaussian_of_layout_1_is_box_muller():
     """The float32 transform against float64 on words from everywhere, corners included."""
     chance = np.random.default_rng(1)
     a = np.concatenate([chance.integers(0, 1 << 32, 200_000), np.arange(64), (1 << 32) - 1 - np.arange(64),
@@ -155,6 +184,51 @@ def test_moments_and_independence(spec):
     }  # fmt: skip
     for what, other in others.items():
         assert abs((z * other).mean()) < 5 / n**0.5, what
+
+
+def test_the_law_of_the_gaussian():
+    """By all of its 65,536 inputs. An estimate by perturbations has its mean from the second moment and its spread from
+    the fourth; the rest says how far from a normal the tails are, which no estimate asks for."""
+    (law,) = benchmark.exact(True)
+    assert law["symmetric"] and law["distinct"] == law["inputs"] == 1 << 16
+    assert abs(law["moments"]["2"] - 1) < 2e-8
+    assert abs(law["moments"]["4"] - 3) < 2e-7
+    assert abs(law["moments"]["6"] - 15) < 0.003
+    assert abs(law["moments"]["8"] - 105) < 0.2
+    assert 0 < law["least"] < 3e-5 and 4.4 < law["largest"] <= DISTRIBUTIONS["gaussian"].largest
+    assert law["quantile_error_below_2"] < 3e-4 and law["kolmogorov"] < 1e-4
+    for found, normal in law["tails"].values():
+        assert abs(found / normal - 1) < 0.04
+
+
+def test_no_distribution_passes_its_bound():
+    """Where every value is seen: 65,536, or two."""
+    assert float(np.abs(gaussian_table()).max()) <= DISTRIBUTIONS["gaussian"].largest
+    assert float(noise.noise(NoiseSpec("rademacher"), 1, 2, 999).abs().max()) == DISTRIBUTIONS["rademacher"].largest
+    assert {NoiseSpec(d, layout=1).kind.largest for d in DISTRIBUTIONS} == {6.6}  # what such runs were held to
+
+
+@each_spec
+def test_samples_lags_seeds_and_parameters(spec):
+    """Six standard errors, of a few dozen numbers from fixed seeds."""
+    moments, worst = benchmark.deviations(spec, 1 << 20)
+    count, largest = benchmark.correlations(spec, 1 << 17)
+    assert len(moments) == 8 and worst < 6
+    assert count >= 22 and largest < 6
+
+
+@pytest.mark.parametrize("rounds", [7, 10])
+def test_the_half_words_are_even(rounds):
+    assert all(abs(z) < 6 for z in benchmark.bits(rounds, 1 << 19).values())
+
+
+def test_an_estimate_on_a_quadratic():
+    """E (z'g)^2 = |g|^2, and z'Hz has the trace of H as its mean: within six standard errors of 2000 draws."""
+    for found in benchmark.quadratic(True):
+        assert abs(found["slope_squared"] - 1) < 6 * found["slope_squared_error"], found
+        error = max(found["curvature_deviation"], 1e-6) / found["draws"] ** 0.5
+        assert abs(found["curvature"] - found["trace"]) < 6 * error + 1e-6 * found["trace"], found
+        assert 0.7 < found["bias_squared_over_expected"] < 1.3, found
 
 
 def test_param_ids_are_what_they_were():
@@ -196,7 +270,7 @@ def test_step_seed_names_the_bad_argument(bad):
 
 
 def test_bad_specs_and_ranges_are_refused():
-    for kwargs in ({"distribution": "normal"}, {"rounds": 8}):
+    for kwargs in ({"distribution": "normal"}, {"distribution": "box_muller"}, {"rounds": 8}, {"layout": 3}):
         with pytest.raises(ConfigError, match=str(next(iter(kwargs.values())))):
             NoiseSpec(**kwargs)
     for seed, n, offset in ((-1, 1, 0), (1 << 64, 1, 0), (0, -1, 0), (0, 1, -1), (0, 1, 1 << 62)):

@@ -21,10 +21,11 @@ from typing import Any
 import pytest
 import torch
 
-from zo_offload import Engine
+from zo_offload import Engine, MeZO, SignSGD
 from zo_offload.cli import command as cli
 from zo_offload.cli import journal_tools
 from zo_offload.errors import JournalError
+from zo_offload.journal import run_directory
 from zo_offload.replay import replayed
 
 RUNS = {
@@ -98,3 +99,48 @@ def test_an_old_journal_is_cut_and_goes_on(old: Path, expected: dict[str, Any]) 
     assert cli.main(["journal", "cut", str(old / "mezo-bf16"), "--to", "3"]) == 0
     with Engine.resume(old / "mezo-bf16", model=str(old / "base")) as engine:
         assert digest(engine.weights()) == expected["mezo-bf16"]["weights_at_3"]
+
+
+def test_a_run_keeps_the_layout_of_its_noise(old: Path, tmp_path: Path) -> None:
+    """Layout 1 can be asked for, is another run than the newest, and is kept by whatever goes on with it."""
+    rows, found = old / "rows.jsonl", {}
+    for layout in (1, 2):
+        run_dir = tmp_path / f"layout{layout}"
+        with Engine(old / "base", method=MeZO(lr=1e-2, noise_layout=layout), offload="disk", run_dir=run_dir) as engine:
+            engine.fit(rows, steps=3, batch_size=4)
+            whole = digest(engine.weights())
+        with replayed(old / "base", run_dir) as engine:
+            assert engine.method.noise.layout == layout
+            assert digest(engine.weights()) == whole
+        with Engine.resume(run_dir) as engine:
+            assert engine.method.noise.layout == layout
+            engine.fit(steps=5)
+            found[layout] = digest(engine.weights())
+        with Engine(old / "base", method=MeZO(lr=1e-2, noise_layout=layout), offload="host") as engine:
+            engine.fit(rows, steps=5, batch_size=4)
+            assert digest(engine.weights()) == found[layout]
+    assert found[1] != found[2]
+
+
+def test_a_method_that_is_passed_again_takes_the_runs_layout(old: Path, tmp_path: Path) -> None:
+    given = SignSGD(lr=1e-2)
+    with Engine.resume(old / "mezo-bf16", model=str(old / "base")) as engine:
+        was = engine.method
+    assert was.noise_layout == 1
+    record = run_directory.method_of(was)
+    assert run_directory.make_method(record, given).noise_layout == 1
+    del record["noise_layout"]  # as runs of version 0.1 have it
+    assert run_directory.make_method(record, given).noise_layout == 1
+    record["noise_layout"] = 2
+    assert run_directory.make_method(record, given).noise_layout == 2
+    assert run_directory.make_method(record, SignSGD(lr=1e-2, noise_layout=1)).noise_layout == 1, "and is then refused"
+
+
+def test_the_layout_is_an_option_of_the_command_line(old: Path, tmp_path: Path, capsys: Any) -> None:
+    options = ["--steps", "2", "--batch-size", "4", "--offload", "disk", "--noise-layout", "1", "--quiet"]
+    run_dir = str(tmp_path / "run")
+    assert cli.main(["fit", str(old / "base"), "--data", str(old / "rows.jsonl"), "--run-dir", run_dir, *options]) == 0
+    with replayed(old / "base", run_dir) as engine:
+        assert engine.method.noise.layout == 1
+    assert cli.main(["fit", "--resume", run_dir, "--data", str(old / "rows.jsonl"), "--noise-layout", "2"]) == 2
+    assert "--noise-layout" in capsys.readouterr().err

@@ -189,7 +189,7 @@ def as_before(run_dir):
 
 
 def test_a_method_in_units_that_are_not_known_is_refused():
-    assert method_from({"name": "qzo", "units": "weights", "lr": 1e-4}) == QZO(lr=1e-4)
+    assert method_from({"name": "qzo", "units": "weights", "lr": 1e-4}) == QZO(lr=1e-4, noise_layout=1)
     with pytest.raises(ConfigError, match="units of 'furlongs'"):
         method_from({"name": "qzo", "units": "furlongs"})
 

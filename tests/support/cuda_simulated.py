@@ -88,12 +88,17 @@ class CpuKernels:
         assert library is not None
         library.noise(out, distribution, rounds, seed, param_id, numel, offset, 1)
 
+    def gaussian_table(self, out, stream) -> None:
+        library = native.library()
+        assert library is not None
+        library.gaussian_table(out)
+
     def run_pass(self, *, updates, lanes, noise, stream, **call) -> None:
         library = native.library()
         assert library is not None
         listed = [] if updates is None else updates.read()
         tail = [u.packed for u in listed] + [LANE.pack(*lane) for lane in lanes]
         library.run_pass(
-            num_updates=len(listed), num_lanes=len(lanes), distribution=noise.distribution, rounds=noise.rounds,
+            num_updates=len(listed), num_lanes=len(lanes), distribution=noise.kind.name, rounds=noise.rounds,
             tail=b"".join(tail), threads=1, num_rows=0, **call,
         )  # fmt: skip

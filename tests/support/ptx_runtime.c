@@ -66,6 +66,12 @@ static void die(const char* what, u64 a, int line) {
 #define MAX_RANGES 64
 static u64 range_at[MAX_RANGES], range_size[MAX_RANGES];
 static int ranges;
+static u64 own_at[4], own_size[4];  // of the module itself
+static int owns;
+static void own(u64 at, u64 size) {
+  if (owns == 4) die("more tables than there is room for", at, 0);
+  own_at[owns] = at, own_size[owns++] = size;
+}
 void zo_ranges(int n, const u64* at, const u64* size) {
   ranges = n;
   for (int i = 0; i < n; i++) range_at[i] = at[i], range_size[i] = size[i];
@@ -74,6 +80,8 @@ static void check(u64 a, u64 size, int line) {
   if (a % size) die("misaligned access", a, line);
   for (int i = 0; i < ranges; i++)
     if (a >= range_at[i] && a + size <= range_at[i] + range_size[i]) return;
+  for (int i = 0; i < owns; i++)
+    if (a >= own_at[i] && a + size <= own_at[i] + own_size[i]) return;
   die("access outside of every range", a, line);
 }
 

@@ -5,7 +5,10 @@ nearest even. What this cannot show is ptxas, the hardware and timing.
 
 A kernel becomes one C function a thread. Threads of a warp run as coroutines and meet at each shuffle, which aborts if
 they do not all arrive at the same one: divergence is an error here, not a hang. Every access of global memory is
-checked for alignment and against the ranges the caller declared, so a stray read or write aborts too.
+checked for alignment and against the ranges the caller declared and the module's own tables, so a stray read or write
+aborts too. A block's warps run one after the other: a barrier is where a warp waits for its own threads, and what a
+block shares is what the warps before left there. So a kernel may only hand things to later warps; ours fill a table in
+the first one.
 
 Instructions we have not met are an error that names them; nothing is guessed.
 """
@@ -18,6 +21,13 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+_SHARED = """
+static u64 at_shared(u64 a, u64 size, int line) {
+  if (a % size) die("misaligned access of shared memory", a, line);
+  if (a + size > sizeof shared) die("access outside of shared memory", a, line);
+  return (u64)shared + a;
+}
+"""
 _PRELUDE = Path(__file__).with_name("ptx_runtime.c").read_text()
 
 _C_TYPE = {
@@ -66,9 +76,32 @@ def _bits(kind: str) -> str:
     return re.sub(r"\D", "", kind)
 
 
+_ARRAY = re.compile(r"^\.(global|shared) \.align (\d+) \.b8 (\w+)\[(\d+)\](?: = \{([\d, ]*)\})?;", re.M)
+
+
+class _Arrays:
+    """The module's tables in global memory, and what a block shares: 32-bit addresses that begin at 0."""
+
+    def __init__(self, ptx: str) -> None:
+        self.address: dict[str, str] = {}
+        self.code, shared = [], 0
+        for space, align, name, size, values in _ARRAY.findall(ptx):
+            if space == "global":
+                self.code.append(
+                    f"static const u8 t_{name}[{size}] __attribute__((aligned({align}))) = {{{values or 0}}};\n"
+                    f"__attribute__((constructor)) static void at_{name}(void) {{ own((u64)t_{name}, {size}); }}"
+                )
+                self.address[name] = f"(u64)t_{name}"
+            else:
+                shared += -shared % int(align)
+                self.address[name] = f"{shared}u"
+                shared += int(size)
+        self.code.append(f"static u8 shared[{max(shared, 1)}] __attribute__((aligned(16)));")
+
+
 class _Kernel:
-    def __init__(self, name: str, params: list[str], text: str) -> None:
-        self.name, self.params, self.text = name, params, text
+    def __init__(self, name: str, params: list[str], text: str, arrays: _Arrays) -> None:
+        self.name, self.params, self.text, self.arrays = name, params, text, arrays
         self.registers: list[str] = []
         self.code: list[str] = []
         self.shuffles = False
@@ -84,6 +117,8 @@ class _Kernel:
             return f"_{x[1:]}"
         if x in self.params:
             return "(u64)args"
+        if x in self.arrays.address:
+            return self.arrays.address[x]
         if x[:2] in ("0f", "0F"):
             return f"0x{x[2:]}u"
         return f"((u64)({x}ll))" if x.startswith("-") else f"({x}ull)"
@@ -160,7 +195,7 @@ class _Kernel:
     def _ld(self, p: list[str], a: list[str], n: int) -> str:
         width = _WIDTH[_bits(p[-1])]
         names = a[0].strip("{}").split(",")
-        checked = "" if "param" in p else f"check(a, {width * len(names)}, {n}); "
+        checked = "" if "param" in p else f"{self._checked(p)}(a, {width * len(names)}, {n}); "
         sign = f"s{width * 8}" if p[-1][0] == "s" else f"u{width * 8}"
         loads = [
             f"{{ u{width * 8} t; memcpy(&t, (char*)a + {i * width}, {width}); {self.value(x)} = ({sign})t; }}"
@@ -175,7 +210,12 @@ class _Kernel:
             f"{{ u{width * 8} t = (u{width * 8}){self.value(x)}; memcpy((char*)a + {i * width}, &t, {width}); }}"
             for i, x in enumerate(names)
         ]
-        return f"u64 a = {self.address(a[0])}; check(a, {width * len(names)}, {n}); {' '.join(stores)}"
+        checked = f"{self._checked(p)}(a, {width * len(names)}, {n})"
+        return f"u64 a = {self.address(a[0])}; {checked}; {' '.join(stores)}"
+
+    @staticmethod
+    def _checked(p: list[str]) -> str:
+        return "a = at_shared" if "shared" in p else "check"
 
     def _mul(self, p: list[str], a: list[str], n: int) -> str | None:
         out, t = self.value(a[0]), p[-1]
@@ -357,7 +397,7 @@ class _Kernel:
         return None
 
     def _bar(self, p: list[str], a: list[str], n: int) -> str | None:
-        if p[1:] != ["warp", "sync"]:
+        if p[1:] not in (["warp", "sync"], ["sync"]):
             return None
         self.shuffles = True
         return f"shfl(0, 0, 0, {n})"  # a shuffle nobody reads: all threads arrive before any goes on
@@ -374,12 +414,13 @@ class _Kernel:
 
 def translate(ptx: str, kernels: Iterable[str]) -> str:
     """C source with a function `NAME(args, threads, grid)` for each kernel; UnknownInstruction names what it lacks."""
-    out = [_PRELUDE]
+    arrays = _Arrays(ptx)
+    out = [_PRELUDE, *arrays.code, _SHARED]
     for name in kernels:
         m = re.search(rf"\.entry {name}\((.*?)\)(.*?)\n\}}", ptx, re.S)
         if not m:
             raise ValueError(f"no kernel {name} in this PTX")
-        out.append(_Kernel(name, re.findall(rf"({name}_param_\d+)", m[1]), m[2]).translate())
+        out.append(_Kernel(name, re.findall(rf"({name}_param_\d+)", m[1]), m[2], arrays).translate())
     return "\n".join(out)
 
 

@@ -21,7 +21,6 @@ from ..errors import CheckpointError, JournalError
 from ..hf import transformers
 from ..kernels.records import Gains
 from ..methods import METHODS, Method, known_record
-from ..numerics.noise import NoiseSpec
 from ..plan.layout import Layout
 from ..plan.plan import Plan
 from ..plan.storage import is_lossless
@@ -78,7 +77,7 @@ def identity(
         "rounding": config.rounding,
         "mode": modes,
         "seed": config.seed,
-        "noise": {"distribution": method.distribution, "rounds": method.rounds, "layout": NoiseSpec.layout_version},
+        "noise": {"distribution": method.distribution, "rounds": method.rounds, "layout": method.noise_layout},
         "method": {
             k: v
             for k, v in run_directory.method_of(method).items()

@@ -24,7 +24,8 @@ from typing import IO, Any
 
 from ..config import EngineConfig
 from ..errors import ConfigError, JournalError
-from ..methods import Method, method_from
+from ..methods import Method, known_record, method_from
+from ..numerics.noise import LAYOUT_VERSION
 from ..system import diskio
 from .format import TAKES_NOTES, VERSIONS, read_journal
 
@@ -197,10 +198,13 @@ def check_settings(settings: dict[str, Any], where: str) -> None:
 def make_method(record: dict[str, Any], given: Method | type[Method] | None = None) -> Method:
     """The method that `method_of` or a journal's header describes. JournalError on options it does not have.
 
-    given: by the caller, for a method that is a class of their own; a class is given the run's fields.
+    given: by the caller, for a method that is a class of their own; a class is given the run's fields. The layout of
+    the noise is the run's, unless another than the newest was asked for: that is not this run.
     """
     if isinstance(given, Method):
-        return given
+        if given.noise_layout != LAYOUT_VERSION:
+            return given
+        return given.with_options(noise_layout=known_record(record)["noise_layout"])
     if given is None and "class" in record:
         raise JournalError(
             f"the run was made with a method of your own, {record['class']!r}: pass it again as it was, "

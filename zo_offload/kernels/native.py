@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import ConfigError, ZOError
-from .distributions import DISTRIBUTIONS
+from .distributions import all_kinds, row
 from .records import LANE, UPDATE
 
 LIBRARY = Path(__file__).parent.with_name("_zo_cpu.so")
-ABI_VERSION, LAYOUT_VERSION = 6, 1
+ABI_VERSION, LAYOUT_VERSION = 7, 2
 ISAS = ("scalar", "avx2", "avx512")
 
 _ERRORS = {
@@ -44,7 +44,7 @@ _FACTS = struct.Struct("<6I")
 _MOST_FORMATS = 256  # a library is asked for codes below this
 
 # SHA-256 of what `fingerprint` makes; from reference.py, and a test keeps the two together
-FINGERPRINT = "de81ae7d055ef1348d10ea8268703cd5ca7162c9d4e4397600f2cc59bfd6f6d0"
+FINGERPRINT = "444205b3f3397237575827f057667f7fcc15c2fadf23ec91f13a29f832c64f47"
 
 
 def pack_pass(
@@ -72,10 +72,11 @@ def pack_pass(
     master: bool = False,
     centred: bool = False,
 ) -> bytes:
-    """struct zo_pass. updates: their address, or 0 if they follow the struct. total: default `numel`."""
+    """struct zo_pass. updates: their address, or 0 if they follow the struct. total: default `numel`. distribution: the
+    name of a row of `distributions.all_kinds`."""
     return _PASS.pack(
         stored, scales, minima, residual, rows, updates, 0, numel, offset, num_rows, numel if total is None else total,
-        num_updates, num_lanes, format, group, param_id, DISTRIBUTIONS[distribution].code, rounds,
+        num_updates, num_lanes, format, group, param_id, row(distribution).code, rounds,
         write_back | stochastic << 1 | target_scales << 2 | master << 3 | centred << 4,
     )  # fmt: skip
 
@@ -126,6 +127,8 @@ class Library:
         self._encode = lib.zo_cpu_encode
         self._encode.argtypes = [ctypes.c_char_p, ctypes.c_void_p, u32, ctypes.POINTER(u64), ctypes.c_int, ctypes.c_int]
         self._noise.argtypes = [ctypes.c_void_p, u64, u64, u64, u32, u32, u32, ctypes.c_int, ctypes.c_int]
+        self._gaussian_table = lib.zo_cpu_gaussian_table
+        self._gaussian_table.argtypes = [ctypes.c_void_p, ctypes.c_int]
         self._philox = lib.zo_cpu_philox
         self._philox.argtypes = [ctypes.c_char_p, ctypes.c_char_p, u32, ctypes.c_char_p]
         self._format = lib.zo_cpu_format
@@ -168,10 +171,15 @@ class Library:
         self, out: int, distribution: str, rounds: int, seed: int, param_id: int, numel: int, offset: int, threads: int
     ) -> None:
         """zo_cpu_noise into `numel` floats at address `out`."""
-        code = DISTRIBUTIONS[distribution].code
+        code = row(distribution).code
         error = self._noise(out, numel, offset, seed, param_id, code, rounds, self._isa_code, threads)
         if error:
             raise NativeError(f"{self.path.name}: the noise asks for {_ERRORS.get(error, f'error {error}')}")
+
+    def gaussian_table(self, out: int) -> None:
+        """zo_cpu_gaussian_table: `distributions.gaussian_table` as these instructions compute it, at address `out`."""
+        if error := self._gaussian_table(out, self._isa_code):
+            raise NativeError(f"{self.path.name}: the Gaussian's table asks for {_ERRORS.get(error, f'error {error}')}")
 
     def philox(self, counter: tuple[int, ...], key: tuple[int, ...], rounds: int) -> tuple[int, ...]:
         """One Philox4x32 block, for known answers."""
@@ -205,10 +213,14 @@ def share_threads(lib: ctypes.CDLL) -> str:
 
 
 def fingerprint(library: Any) -> str:
-    """SHA-256 over noise of each kind, and weights and lanes of a few fused passes, across tile and block borders."""
+    """SHA-256 over the Gaussian of every half-word, noise of each kind, and weights and lanes of a few fused passes,
+    across tile and block borders."""
     digest = hashlib.sha256()
+    table = ctypes.create_string_buffer(4 << 16)
+    library.gaussian_table(ctypes.addressof(table))
+    digest.update(table.raw)
     count, offset, seed, param_id = 333, (1 << 34) - 77, 0x0123456789ABCDEF, 0xDEADBEEF
-    for distribution in (kind.name for kind in DISTRIBUTIONS.values() if kind.code is not None):
+    for distribution in (kind.name for kind in all_kinds() if kind.code is not None):
         for rounds in (7, 10):
             z = ctypes.create_string_buffer(4 * count)
             library.noise(ctypes.addressof(z), distribution, rounds, seed, param_id, count, offset, 1)

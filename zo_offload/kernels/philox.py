@@ -19,7 +19,7 @@ from .float32 import F32, fma, polynomial
 U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
 
-TAG_GAUSSIAN, TAG_RADEMACHER, TAG_ROUNDING, TAG_SEED = range(4)
+TAG_BOX_MULLER, TAG_RADEMACHER, TAG_ROUNDING, TAG_SEED, TAG_GAUSSIAN = range(5)
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -59,7 +59,8 @@ def words(seed: int, param_id: int, tag: int, rounds: int, first_block: int, num
 
 
 def gaussian_pair(a: U32, b: U32) -> tuple[F32, F32]:
-    """Box-Muller: two normals from two 32-bit words. The error of the transform is below 2e-6 of the radius."""
+    """Box-Muller, the Gaussian of layout 1: two normals from two 32-bit words. The error of the transform is below 2e-6
+    of the radius."""
     # radius r = sqrt(-2 ln u), u = |f| * 2**-31 in [2**-31, 1]; f is odd before rounding, so never 0
     f = (a | np.uint32(0x80000001)).view(np.int32).astype(np.float32)
     bits = f.view(np.uint32)

@@ -41,8 +41,9 @@ for _module in iter_modules(__path__):
 
 
 def known_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A method's fields as a run kept them, as this version would: "qzo" without units is what is now "qzo-shift"."""
-    fields = dict(record)
+    """A method's fields as a run kept them, as this version would: "qzo" without units is what is now "qzo-shift", and
+    before the noise had layouts to choose from it had the first."""
+    fields = {"noise_layout": 1, **record}
     if fields.get("name") == "qzo" and "units" not in fields:
         fields["name"] = "qzo-shift"
     return fields

@@ -38,7 +38,7 @@ from .. import hf
 from ..errors import ConfigError, DivergenceError
 from ..kernels.distributions import DISTRIBUTIONS
 from ..kernels.records import ONE, Gain, Perturbation, Trains, Update
-from ..numerics.noise import NoiseSpec
+from ..numerics.noise import LAYOUT_VERSION, Layout, NoiseSpec
 from .presets import recipe
 
 METHODS: dict[str, type[Method]] = {}
@@ -104,6 +104,9 @@ class Method(ABC):
     """The noise's distribution: a name of `distributions.DISTRIBUTIONS`."""
     rounds: Literal[7, 10] = 10
     """Philox rounds of the noise. Part of the run's identity."""
+    noise_layout: Layout = LAYOUT_VERSION
+    """Layout of the noise: 1 has the Gaussian of runs before version 2 of it, half as fast. A run keeps the one it was
+    begun with, whatever is given when it is resumed."""
     on_nonfinite: Literal["stop", "skip", "halve_eps"] = "stop"
     """A NaN or infinite loss or update ends the run with an error; or skips the step; or skips it and halves eps from
     the next step on, ten times at most. Recorded in the journal, so a resumed run goes on with the same eps."""
@@ -163,7 +166,7 @@ class Method(ABC):
             )
         if self.on_nonfinite not in ("stop", "skip", "halve_eps"):
             raise ConfigError(f"on_nonfinite={self.on_nonfinite!r}: expected 'stop', 'skip' or 'halve_eps'")
-        NoiseSpec(self.distribution, self.rounds)  # checks both
+        NoiseSpec(self.distribution, self.rounds, self.noise_layout)  # checks them
         lr_schedule(self.schedule, self.warmup_steps, max(self.steps, self.warmup_steps))
 
     def _check_kinds(self) -> None:
@@ -263,7 +266,7 @@ class Method(ABC):
 
     @property
     def noise(self) -> NoiseSpec:
-        return NoiseSpec(self.distribution, self.rounds)
+        return NoiseSpec(self.distribution, self.rounds, self.noise_layout)
 
     @property
     def eps32(self) -> float:

@@ -34,7 +34,7 @@ from ..errors import ConfigError
 from ..formats import FORMATS, PLAIN
 from ..kernels import native, nvrtc
 from ..kernels.device_updates import RECORD_BYTES, DeviceUpdates
-from ..kernels.distributions import DISTRIBUTIONS
+from ..kernels.distributions import all_kinds, row
 from ..kernels.driver import (
     ATTRIBUTE_MAJOR,
     ATTRIBUTE_MINOR,
@@ -87,7 +87,7 @@ def pack_noise(out: int, numel: int, offset: int, seed: int, param_id: int, roun
 
 def tiles(distribution: str, numel: int, offset: int, num_rows: int = 0) -> int:
     """How many warps' worth of work a pass is."""
-    size = DISTRIBUTIONS[distribution].warp
+    size = row(distribution).warp
     if size is None:
         raise ConfigError(f"distribution={distribution!r}: the CUDA kernels do not make it; train on the CPU")
     if num_rows:
@@ -112,10 +112,10 @@ def noise_kernel(distribution: str) -> str:
 
 def kernel_names() -> set[str]:
     """All kernels that an image has."""
-    kinds = [kind.name for kind in DISTRIBUTIONS.values() if kind.warp is not None]
+    kinds = [kind.name for kind in all_kinds() if kind.warp is not None]
     passes = {pass_kernel(code, kind) for code in KERNELS for kind in kinds}
     passes |= {pass_kernel(fmt.code, kind, True) for fmt in FORMATS.values() if fmt.trains_scales for kind in kinds}
-    return passes | {noise_kernel(kind) for kind in kinds} | {"zo_cuda_abi"}
+    return passes | {noise_kernel(kind) for kind in kinds} | {"zo_gaussian_table", "zo_cuda_abi"}
 
 
 class StaleImage(CudaError):
@@ -208,8 +208,9 @@ class CudaKernels:
 
         fields: others of `native.pack_pass`, with device addresses.
         """
-        name = pass_kernel(format, noise.distribution, target_scales)
-        warps = tiles(noise.distribution, numel, offset, num_rows)
+        kind = noise.kind.name
+        name = pass_kernel(format, kind, target_scales)
+        warps = tiles(kind, numel, offset, num_rows)
         first = True
         while first or lanes:
             count = 0 if updates is None else len(updates)
@@ -217,7 +218,7 @@ class CudaKernels:
             args = pack_args(
                 updates=updates.address if count and updates is not None else 0, numel=numel, offset=offset,
                 num_rows=num_rows, total_rows=total_rows, num_updates=count, last_fold=last_fold, format=format,
-                distribution=noise.distribution, rounds=noise.rounds, write_back=write_back,
+                distribution=kind, rounds=noise.rounds, write_back=write_back,
                 target_scales=target_scales, lanes=lanes[:MAX_LANES], **fields,
             )  # fmt: skip
             self._launch(name, args, warps, stream)
@@ -232,6 +233,10 @@ class CudaKernels:
         args = pack_noise(out, numel, offset, seed, param_id, rounds)
         self._launch(noise_kernel(distribution), args, tiles(distribution, numel, offset), stream)
 
+    def gaussian_table(self, out: int, stream: int) -> None:
+        """The Gaussian of every half-word into 65,536 floats at device address `out`."""
+        self._launch("zo_gaussian_table", pack_noise(out, 1 << 16, 0, 0, 0, 0), 1 << 11, stream)
+
 
 class _OnDevice:
     """The kernels behind the interface of `native.Library`, host memory in and out: for the fingerprint."""
@@ -245,6 +250,11 @@ class _OnDevice:
         z = torch.full((numel,), float("nan"), device=self.kernels.where)
         stream = self.kernels.stream()
         self.kernels.noise(z.data_ptr(), distribution, rounds, seed, param_id, numel, offset, stream)
+        copy_out(out, z)
+
+    def gaussian_table(self, out: int) -> None:
+        z = torch.full((1 << 16,), float("nan"), device=self.kernels.where)
+        self.kernels.gaussian_table(z.data_ptr(), self.kernels.stream())
         copy_out(out, z)
 
     def run_pass(self, **call: Any) -> None:

@@ -136,7 +136,7 @@ class OnCpu:
             mark.codes, **planes(call.stored, call.residual, call.fmt, call.numel),
             rows=0 if rows is None else rows.data_ptr(), num_rows=0 if rows is None else rows.numel(),
             numel=call.computed, offset=call.offset, total=call.numel, num_updates=len(updates),
-            num_lanes=len(call.outs), param_id=call.param_id, distribution=call.noise.distribution,
+            num_lanes=len(call.outs), param_id=call.param_id, distribution=call.noise.kind.name,
             rounds=call.noise.rounds, write_back=call.write_back, stochastic=call.stochastic,
             target_scales=call.target_scales, tail=tail,
             threads=torch.get_num_threads() if call.threads is None else call.threads,

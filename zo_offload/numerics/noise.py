@@ -6,14 +6,17 @@ Philox4x32 (Salmon et al. 2011) is keyed by a 64-bit seed; its counter is
 
 so any slice of any parameter, in any order, at any later time and on any device, has the same z. Streams:
 
-    tag 0  gaussian    4 elements a block; Box-Muller on word pairs (0, 1) and (2, 3)
-    tag 1  rademacher  128 signs a block: element i is bit i & 31 of word (i >> 5) & 3; a set bit means -1
-    tag 2  rounding    8 x 16 random bits a block, low half of a word first
-    tag 3  seeds       the seed of a step, keyed by the run's seed
+    tag 0  gaussian of layout 1   4 elements a block; Box-Muller on word pairs (0, 1) and (2, 3)
+    tag 1  rademacher             128 signs a block: element i is bit i & 31 of word (i >> 5) & 3; a set bit means -1
+    tag 2  rounding               8 x 16 random bits a block, low half of a word first
+    tag 3  seeds                  the seed of a step, keyed by the run's seed
+    tag 4  gaussian               8 elements a block: j = i & 7 is the low (j < 4) or high half of word (j & 3) ^ 1
 
-Only integer operations and IEEE-754 binary32 mul, add, fma, sqrt and int -> float take part (csrc/noise.h), so every
-implementation gives the same bits; `philox.py` and `distributions.py` are the slow one to read. Anything that changes z
-changes `LAYOUT_VERSION`, which belongs to the identity of a run: a journal replayed with another z is another model.
+Only integer operations, look-ups and IEEE-754 binary32 mul, add, fma, int -> float (and in layout 1 sqrt) take part
+(csrc/noise.h), so every implementation gives the same bits; `philox.py` and `distributions.py` are the slow one.
+
+Anything that changes z is a new layout, and the layout belongs to the identity of a run: a journal replayed with
+another z is another model. New runs take LAYOUT_VERSION; one that is resumed or replayed has the layout it began with.
 """
 
 from __future__ import annotations
@@ -21,18 +24,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..kernels import native, philox
-from ..kernels.distributions import Distribution, get_distribution
-
-LAYOUT_VERSION = 1
+from ..kernels.distributions import Distribution, get_distribution, kind_of
 
 Rounds = Literal[7, 10]
+Layout = Literal[1, 2]
+
+LAYOUT_VERSION: Layout = 2
+"""The newest."""
 
 _U64 = 1 << 64
 
@@ -42,23 +47,26 @@ class NoiseSpec:
     """What z is drawn from; part of the identity of a run."""
 
     distribution: str = "gaussian"
-    """A name of `distributions.DISTRIBUTIONS`. Gaussian (|z| <= 6.56) as in MeZO, or +-1 with equal chance
-    (rademacher): as good a direction and several times cheaper."""
+    """A name of `distributions.DISTRIBUTIONS`. Gaussian (|z| <= 4.41; in layout 1 6.56) as in MeZO, or +-1 with equal
+    chance (rademacher): as good a direction and cheaper still."""
 
     rounds: Rounds = 10
     """Philox rounds: 10 is the usual choice, 7 the fewest known to pass BigCrush and about a fifth faster."""
 
-    layout_version: ClassVar[int] = LAYOUT_VERSION
+    layout: Layout = LAYOUT_VERSION
+    """Of the streams. In 1 a Gaussian is made by Box-Muller from 32 bits a normal: another z, and half as fast."""
 
     def __post_init__(self) -> None:
         get_distribution(self.distribution)  # or it says which there are
         if self.rounds not in get_args(Rounds):
             raise ConfigError(f"rounds={self.rounds!r}: choose one of {get_args(Rounds)}")
+        if self.layout not in get_args(Layout):
+            raise ConfigError(f"noise_layout={self.layout!r}: choose one of {get_args(Layout)}")
 
     @property
     def kind(self) -> Distribution:
-        """The table's row of `distribution`."""
-        return get_distribution(self.distribution)
+        """What `distribution` stands for in this layout."""
+        return kind_of(self.distribution, self.layout)
 
 
 def param_id(name: str) -> int:
@@ -110,5 +118,5 @@ def noise(spec: NoiseSpec, seed: int, param_id: int, n: int, offset: int = 0, *,
         spec.kind.into(out.numpy(), spec.rounds, seed, param_id, offset)
     else:
         threads = torch.get_num_threads() if threads is None else threads
-        library.noise(out.data_ptr(), spec.distribution, spec.rounds, seed, param_id, n, offset, threads)
+        library.noise(out.data_ptr(), spec.kind.name, spec.rounds, seed, param_id, n, offset, threads)
     return out

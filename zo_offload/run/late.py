@@ -26,8 +26,6 @@ from ..methods import Method
 from ..methods.base import Outcome
 from ..numerics.updates import UpdateLog
 
-MAX_NOISE = 6.6  # |z| <= 6.556
-
 
 @dataclass
 class Launched:
@@ -106,17 +104,19 @@ def launch(
     losses: Tensor,
     outcome: Outcome,
     limit: float,
+    largest: float,
     later: Callable[[Tensor], Later],
     before: Callable[[Later, Tensor], None],
 ) -> None:
     """Send losses and coefficients to the host, and give a step's coefficients to the log.
 
     updates: as the host knows them, coefficients aside. losses: float64, on the device; outcome: what the method made
-    of them there. limit: largest value of the storage formats. before: told what is sent, and whether the step applies
-    (0-d bool, on the device), before the log has the step.
+    of them there. limit: what |coefficient| * max |z| must stay below, for the storage formats to hold the update;
+    largest: max |z|. before: told what is sent, and whether the step applies (0-d bool, on the device), before the log
+    has the step.
     """
     exact = outcome.coefficients.double()
-    applies = outcome.sound & (exact.abs() * MAX_NOISE < limit).all()
+    applies = outcome.sound & (exact.abs() * largest < limit).all()
     sent = later(torch.cat([losses, exact, applies.double().reshape(1)]))
     log.launch(updates, outcome.coefficients, applies, lambda: before(sent, applies))
 

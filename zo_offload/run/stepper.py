@@ -107,7 +107,8 @@ class Stepper:
                 launched.later = sent
                 self._open.append(launched)
 
-            late.launch(self.log, known, stacked, outcome, self.limit, self.device.later, under_way)
+            largest = self.method.noise.kind.largest
+            late.launch(self.log, known, stacked, outcome, self.limit, largest, self.device.later, under_way)
             return launched
         self._open.append(launched)
         return launched
@@ -213,7 +214,7 @@ class Stepper:
 
     def _check_update(self, step: int, updates: Sequence[Update]) -> None:
         """An update that would overflow a 16-bit float format is refused before it reaches any weight."""
-        largest = max((abs(update.coeff) for update in updates), default=0.0) * late.MAX_NOISE
+        largest = max((abs(update.coeff) for update in updates), default=0.0) * self.method.noise.kind.largest
         if largest >= self.limit:
             raise DivergenceError(
                 f"step {step}: an update of {largest:g} would overflow the storage format (largest value "
