@@ -124,6 +124,10 @@ class EngineConfig:
     trust_remote_code: bool = False
     """Whether code that comes with a checkpoint may run: the classes of config, model and tokenizer are its own then. A
     run keeps this; a journal does not, so `replay` is to be told again."""
+    adapter: Any = None
+    """An adapter of peft's to train on a checkpoint whose own weights stay as they are: the directory of one, a config
+    such as LoraConfig(r=16), its fields as a dict, or "r=16", "prefix=5" (`checkpoint/adapter_configs.py`). A new one
+    is made from the seed as peft makes it after torch.manual_seed(seed). It is kept in float32 on the device."""
     config_overrides: Mapping[str, Any] | None = None
     """Settings of a checkpoint's config.json to replace, such as {"num_labels": 5, "attn_implementation": "eager"}."""
 

@@ -39,7 +39,7 @@ def adapter_names(model: Any) -> set[str]:
     canonical = _canonical(model)
     for adapter in model.peft_config:
         if not model.peft_config[adapter].is_prompt_learning:
-            taken = _chosen(model, metas, adapter)
+            taken = chosen(model, metas, adapter)
             found.update(canonical[name_of[id(t)]] for t in taken.values() if name_of.get(id(t)) in canonical)
     return found
 
@@ -106,7 +106,8 @@ def _canonical(model: nn.Module) -> dict[str, str]:
     return {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
 
 
-def _chosen(model: Any, state: dict[str, Tensor], adapter: str) -> dict[str, Tensor]:
+def chosen(model: Any, state: dict[str, Tensor], adapter: str) -> dict[str, Tensor]:
+    """What peft saves of one adapter, by the names in its files, out of a state dict. Raises CheckpointError."""
     from peft import get_peft_model_state_dict
 
     try:

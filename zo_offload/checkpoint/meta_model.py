@@ -149,7 +149,7 @@ def _initialise(model: PreTrainedModel, seed: int) -> None:
             torch.default_generator.manual_seed(_module_seed(seed, path))
             owner._initialize_weights(module)
 
-    in_contexts((_default_generator_kept(), hf_init.guard_torch_init_functions()), lambda: visit(model, "", model))
+    in_contexts((default_generator_kept(), hf_init.guard_torch_init_functions()), lambda: visit(model, "", model))
 
 
 def _module_seed(seed: int, path: str) -> int:
@@ -157,7 +157,7 @@ def _module_seed(seed: int, path: str) -> int:
 
 
 @contextlib.contextmanager
-def _default_generator_kept() -> Iterator[None]:
+def default_generator_kept() -> Iterator[None]:
     state = torch.default_generator.get_state()
     try:
         yield

@@ -38,16 +38,16 @@ def _fit(args: argparse.Namespace) -> int:
     _check_out(args.out)
     if args.resume:
         own = _own_method(args)
-        _refuse(args, "preset", *args.method_options, *_IDENTITY, "run_dir")
+        _refuse(args, "preset", "lora", *args.method_options, *_IDENTITY, "run_dir")
         engine = Engine.resume(
-            args.model, args.base, **own, **_given(args, *_MOVABLE, "model_class"), **_tokenizer(args)
+            args.model, args.base, **own, **_given(args, *_MOVABLE, "model_class", "adapter"), **_tokenizer(args)
         )
     else:
         if args.base is not None:
             raise ConfigError(f"--base {args.base} says where the base of a run is now: give it with --resume")
         if args.data is None:
             raise ConfigError("--data is missing: a .jsonl or .csv file to train on")
-        settings = _given(args, *_SETTINGS, *_MOVABLE, "run_dir")
+        settings = {**_given(args, *_SETTINGS, *_MOVABLE, "run_dir"), **_adapter(args)}
         engine = Engine(
             args.model, method=make_method(args), model_class=args.model_class, **settings, **_overrides(args),
             **_tokenizer(args),
@@ -82,7 +82,7 @@ def _plan(args: argparse.Namespace) -> int:
     for line in plan_report(
         args.model, method=make_method(args), tokens=args.tokens, batch_size=args.batch_size,
         micro_batches=args.micro_batches, model_class=args.model_class, link_gb_per_s=args.link,
-        **_given(args, *_SETTINGS, *_MOVABLE), **_overrides(args),
+        **_given(args, *_SETTINGS, *_MOVABLE), **_adapter(args), **_overrides(args),
     ):  # fmt: skip
         print(line)
     return 0
@@ -121,7 +121,7 @@ def _replay(args: argparse.Namespace) -> int:
         _check_out(args.out)
     files = replay(args.base, args.journal, args.out, to=args.to, max_shard_bytes=args.max_shard,
                    overwrite=args.overwrite, trust_remote_code=args.trust_remote_code,
-                   **_own_method(args))  # fmt: skip
+                   **_given(args, "adapter"), **_own_method(args))  # fmt: skip
     print(f"wrote {len(files)} files to {args.out}")
     return 0
 
@@ -162,23 +162,26 @@ def _own_method(args: argparse.Namespace) -> dict[str, Any]:
 
 def _open(args: argparse.Namespace) -> Any:
     """An engine on a run directory (as its journal left it) or on a checkpoint."""
+    from ..checkpoint.adapter_configs import is_adapter
     from ..engine import Engine
     from ..formats import FORMATS
     from ..journal import run_directory
     from ..methods import method_training
 
     if (Path(args.model) / run_directory.JOURNAL).exists():
-        _refuse(args, *_IDENTITY, "run_dir")
-        given = {**_own_method(args), **_given(args, *_MOVABLE, "model_class")}
+        _refuse(args, "lora", *_IDENTITY, "run_dir")
+        given = {**_own_method(args), **_given(args, *_MOVABLE, "model_class", "adapter")}
         return Engine.resume(args.model, args.base, **given, **_tokenizer(args))
     if args.base is not None:
         raise ConfigError(f"--base {args.base} says where the base of a run is now, and {args.model} is not a run")
     if args.method is not None:
         raise ConfigError(f"--method {args.method} says what a run was made with, and {args.model} is not a run")
-    frozen = args.storage in FORMATS and not FORMATS[args.storage].trains
+    adapter = _adapter(args)
+    adapts = bool(adapter) or is_adapter(Path(args.model))
+    frozen = args.storage in FORMATS and not FORMATS[args.storage].trains and not adapts
     # nothing is trained here: the values as the format has them will do
     method = method_training("shifts") if frozen else None
-    given = _given(args, *_SETTINGS, *_MOVABLE, "run_dir")
+    given = {**_given(args, *_SETTINGS, *_MOVABLE, "run_dir"), **adapter}
     return Engine(
         args.model, method=method, model_class=args.model_class, **given, **_overrides(args), **_tokenizer(args)
     )
@@ -236,6 +239,13 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     """What of the checkpoint's config.json is to be another."""
     given = _given(args, "num_labels")
     return {"config_overrides": given} if given else {}
+
+
+def _adapter(args: argparse.Namespace) -> dict[str, Any]:
+    """The adapter that is asked for, as the engine's setting."""
+    if args.lora is not None and args.adapter is not None:
+        raise ConfigError(f"--lora {args.lora} makes a new adapter, and --adapter {args.adapter} names one: give one")
+    return {"adapter": f"r={args.lora}"} if args.lora is not None else _given(args, "adapter")
 
 
 def _tokenizer(args: argparse.Namespace) -> dict[str, Any]:
@@ -350,6 +360,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     replay.add_argument("--max-shard", default="5GB")
     replay.add_argument("--overwrite", action="store_true", help="write into a directory that is not empty")
     replay.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base")
+    replay.add_argument("--adapter", metavar="DIR", help="the adapter that the run began with, if it was moved")
     _own_class(replay)
     replay.set_defaults(run=_replay)
 
@@ -399,6 +410,12 @@ def _storage(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device-memory", help="budget such as 6GB")
     command.add_argument("--block-numel", type=_count, help="most elements of a block, the unit that streams")
     command.add_argument("--model-class", help="such as AutoModelForSequenceClassification")
+    command.add_argument("--lora", metavar="RANK", type=int, help="train a new LoRA adapter; the rest stays as it is")
+    command.add_argument(
+        "--adapter",
+        metavar="DIR|SETTINGS",
+        help="a peft adapter's directory, or a new one: r=16,target_modules=q_proj+v_proj, prefix=5, prompt=10",
+    )
     command.add_argument("--num-labels", type=_count, help="classes of a new head, instead of config.json's")
     command.add_argument(
         "--tokenizer", help="directory or cached hub id, where the checkpoint has none or another is meant"

@@ -25,6 +25,7 @@ from ..plan.layout import Layout
 from ..plan.plan import Plan
 from ..run.auto import Rates, compare, rates
 from ..run.memory import MemoryPlan, step_bytes
+from ..run.opening import built, with_adapter
 from ..run.prepare import Prepared, prepare
 from ..system.units import parse_bytes, show_bytes
 
@@ -80,10 +81,13 @@ def plan_report(
     """
     method = method if method is not None else DEFAULT()
     config = EngineConfig(**{"run_dir": "-", **settings})
+    given, config = with_adapter(model, config)
+    model = str(given)
     checkpoint = open_config(model, trust_remote_code=config.trust_remote_code, overrides=config.config_overrides)
     device = _device(config)
     dtype = _compute_dtype(config.compute, device, checkpoint, config.storage)
-    module = checkpoint.build_model(dtype, model_class)
+    model_built = built(checkpoint, dtype, model_class, config, None)
+    module, base = model_built.model, model_built.base
     kind = kind_of(module)
     limit = kind.positions
     if tokens is not None and limit is not None and tokens > limit:
@@ -91,7 +95,7 @@ def plan_report(
     tokens = tokens if tokens is not None else min(512, limit or 512)
     batch = example_batch(module, kind, batch_size, tokens)
     prepared = prepare(
-        module, checkpoint.dtype_of, config, method, device, example=batch, call=_forward, notes=checkpoint.notes
+        module, base.dtype_of, config, method, device, example=batch, call=_forward, notes=model_built.notes
     )
     objective = model_loss if "labels" in batch else _forward
     memory = prepared.plan_memory(batch, objective=objective, micro_batches=micro_batches)
@@ -106,7 +110,7 @@ def plan_report(
     yield from _lifts(plan)
     yield from _memory(prepared, memory, f"{batch_size} x {tokens} tokens", micro_batches)
     yield from _traffic(plan, layout, memory, prepared.fold_every)
-    yield from _compared(prepared, checkpoint.dtype_of, rates(config.device, link_gb_per_s))
+    yield from _compared(prepared, base.dtype_of, rates(config.device, link_gb_per_s))
 
 
 def _forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:

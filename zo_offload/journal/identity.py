@@ -86,11 +86,14 @@ def identity(
     }
 
 
-def about_base(model: nn.Module | None, directory: Path | None, config: EngineConfig) -> dict[str, Any]:
+def about_base(
+    model: nn.Module | None, directory: Path | None, config: EngineConfig, adapter: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What a base is beside its weights: the class that computes with them, and what its config.json says.
 
     directory: of a checkpoint; None for a module in memory, which has the config that it carries, if any, and whose
-    class is the caller's own to keep. Raises CheckpointError.
+    class is the caller's own to keep. adapter: the settings of one that was put on a checkpoint; its weights are the
+    base's. Raises CheckpointError.
     """
     if directory is not None:
         path = directory / "config.json"
@@ -99,7 +102,8 @@ def about_base(model: nn.Module | None, directory: Path | None, config: EngineCo
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         overrides = dict(getattr(config, "config_overrides", None) or {})
-        return {"model_type": type(model).__name__, "config": _of_numbers({**found, **overrides})}
+        about = {"model_type": type(model).__name__, "config": _of_numbers({**found, **overrides})}
+        return about if adapter is None else {**about, "adapter": dict(adapter)}
     carried = getattr(model, "config", None)
     to_dict = getattr(carried, "to_dict", None)
     found = None if to_dict is None else {k: v for k, v in to_dict().items() if k not in _OF_FILES}

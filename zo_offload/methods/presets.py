@@ -57,7 +57,8 @@ def check_tunes(tunes: str | None, lr: float, eps: float, plan: Plan) -> None:
     if tunes != "all" and plan.trainable_numel * WHOLE > plan.numel:
         raise ConfigError(
             f"the preset's lr={lr:g} and eps={eps:g} are rates for {_OF[tunes]}, but {share}. "
-            "Give a PEFT model and trainable='requires_grad', or take a preset for whole models"
+            "Train an adapter: adapter='r=8' (--lora 8) on a checkpoint, or a PEFT model and "
+            "trainable='requires_grad'. Or take a preset for whole models"
         )
     if tunes == "all" and plan.trainable_numel * SMALL < plan.numel:
         warnings.warn(

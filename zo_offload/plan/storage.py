@@ -4,7 +4,7 @@
     norms and biases (fewer than two dimensions)       float32 where `storage` is quantized or split, else as the others
     parameters that `keep` selects                     the base's own format; float32 if they train
     what trains in a format that is never rewritten    float32 (LoRA adapters, norms, ... on an int4 base)
-    a small trained part of a frozen model             float32, in a block of its own that stays on the device: nothing
+    an adapter, a small trained part of a frozen model float32, in a block of its own that stays on the device: nothing
                                                        is then flushed during the run
 "Small" is at most a 16th of the model's parameters.
 """
@@ -50,8 +50,11 @@ def decide_formats(
     dtype_of: Callable[[str], torch.dtype],
     keep: Any = None,
     target: Trains = "values",
+    *,
+    resident: bool = False,
 ) -> Stored:
-    """Formats by the module's rule. storage None: each parameter in the base's own dtype.
+    """Formats by the module's rule. storage None: each parameter in the base's own dtype. resident: what trains is
+    kept on the device, however large a part of the model it is.
 
     target: "scales" trains the group scales of quantized parameters, and nothing else, about the groups' centres;
     "shifts" trains them as the format keeps groups. Raises ConfigError if the format cannot train what was asked.
@@ -59,9 +62,9 @@ def decide_formats(
     wanted = None if storage is None else get_format(storage)
     kept = select_names(plan.tree, keep, "keep") if keep is not None else set()
     plan = _scales_only(plan, wanted, kept) if target != "values" else plan
-    if target == "values" and wanted is not None and not wanted.trains:
+    if target == "values" and wanted is not None and not wanted.trains and not resident:
         _check_trainable(plan, wanted)
-    small = _small_part(plan) if target == "values" else frozenset()
+    small = _small_part(plan, resident) if target == "values" else frozenset()
     formats = {
         name: _format(spec, wanted, dtype_of(name), name in kept, name in small, target)
         for name, spec in plan.params.items()
@@ -121,10 +124,10 @@ def _check_trainable(plan: Plan, wanted: Format) -> None:
         )
 
 
-def _small_part(plan: Plan) -> frozenset[str]:
-    """The trained parameters, if they are a small part of a model whose rest is frozen."""
+def _small_part(plan: Plan, resident: bool) -> frozenset[str]:
+    """The trained parameters, if they are a small part of a model whose rest is frozen, or are to be taken for one."""
     trained = frozenset(name for name, spec in plan.params.items() if spec.trainable)
-    return trained if trained and plan.trainable_numel * SMALL <= plan.numel else frozenset()
+    return trained if trained and (resident or plan.trainable_numel * SMALL <= plan.numel) else frozenset()
 
 
 def is_lossless(plan: Plan, layout: Layout) -> bool:

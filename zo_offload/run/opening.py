@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..checkpoint import adapter_configs
+from ..checkpoint.adapted import Built, adapt
 from ..checkpoint.adapters import beside_adapter
 from ..checkpoint.checkpoint import Checkpoint
 from ..config import DTYPES, EngineConfig
@@ -51,6 +55,8 @@ class Opened:
     gains: Gains | None = None
     """The gains that a new run begins with: see `gains.py`. None: the run is resumed and takes its journal's."""
     checkpoint: Checkpoint | None = None
+    adapter: Mapping[str, Any] | None = None
+    """The settings of the adapter that was put on a checkpoint, as far as numbers depend on them."""
     given: nn.Module | None = None
     """A module in memory as it was passed."""
     ties: tuple[Tied, ...] = ()
@@ -100,7 +106,8 @@ def open_model(
             run_directory.check_fresh(run_dir)
     before = process_bytes()
     device = make_device(config.device)
-    checkpoint, given = None, None
+    model, config = with_adapter(model, config)
+    checkpoint, given, adapted = None, None, None
     ties: tuple[Tied, ...] = ()
     if isinstance(model, nn.Module):
         if config.config_overrides:
@@ -114,14 +121,16 @@ def open_model(
         )
         own = device.default_compute(checkpoint.dtype)
         compute = DTYPES[config.compute] if config.compute is not None else own
-        base, module = checkpoint, checkpoint.build_model(compute, model_class, seed=config.seed)
+        adapted = built(checkpoint, compute, model_class, config, _absolute(model))
+        base, module = adapted.base, adapted.model
     kind = kind_of(module)
     prepared = prepare(
         module, base.dtype_of, config, method, device, example=example, offload=offload,
-        notes=() if checkpoint is None else checkpoint.notes,
+        notes=() if adapted is None else adapted.notes,
     )  # fmt: skip
     opened = Opened(
-        module, base, kind, device, prepared, None, checkpoint, given, ties,
+        module, base, kind, device, prepared, None, checkpoint, given=given, ties=ties,
+        adapter=None if adapted is None else adapted.config,
         name=None if isinstance(model, nn.Module) else _absolute(model),
         model_class=model_class if isinstance(model_class, str) else getattr(model_class, "__name__", None),
         process_bytes=before,
@@ -129,6 +138,39 @@ def open_model(
     if wrong := opened.cannot_be_saved():
         _log.warning("%s; save_pretrained will refuse", wrong)
     return replace(opened, gains=decide_gains(prepared.plan, prepared.layout, method, base)) if fresh else opened
+
+
+def with_adapter(model: str | Path | nn.Module, config: EngineConfig) -> tuple[str | Path | nn.Module, EngineConfig]:
+    """Model and settings with the adapter as a run keeps it, and an adapter's directory given as the model as what it
+    is: its base, with that adapter. Raises ConfigError, CheckpointError."""
+    adapter = adapter_configs.plain(config.adapter)
+    if isinstance(model, nn.Module):
+        if adapter is not None:
+            raise ConfigError(
+                "adapter= is for a checkpoint's directory: a module in memory takes one by peft.get_peft_model(module, "
+                "config), and trainable='requires_grad'"
+            )
+        return model, config
+    directory = Path(model).expanduser()
+    if directory.is_dir() and adapter_configs.is_adapter(directory):
+        if adapter is not None:
+            raise ConfigError(
+                f"{model} is an adapter itself, and adapter= names another: give one of them, and the base as the model"
+            )
+        adapter, model = str(directory), adapter_configs.base_of(directory)
+    if isinstance(adapter, str):
+        adapter = str(Path(adapter).expanduser().absolute())
+    return model, replace(config, adapter=adapter)
+
+
+def built(
+    checkpoint: Checkpoint, compute: torch.dtype, model_class: Any, config: EngineConfig, name: str | None
+) -> Built:
+    """A checkpoint's model on meta, with the adapter that the settings ask for."""
+    model = checkpoint.build_model(compute, model_class, seed=config.seed)
+    if config.adapter is None:
+        return Built(model, checkpoint, checkpoint.notes)
+    return adapt(checkpoint, model, config.adapter, seed=config.seed, named=name)
 
 
 def _absolute(model: str | Path) -> str:

@@ -173,7 +173,8 @@ def prepare(
     if config.storage == "auto":
         storage, note = choose_storage(trains, dtype_of, config)
         config = replace(config, storage=storage)
-    stored = decide_formats(trains, config.storage, dtype_of, config.keep, method.target)
+    adapts = config.adapter is not None
+    stored = decide_formats(trains, config.storage, dtype_of, config.keep, method.target, resident=adapts)
     layout = make_layout(stored.plan, stored.format_of, stored.target)
     offload = choose_offload(config, layout, device) if offload is None else offload
     fold_every = choose_fold_every(config.fold_every, stored.plan, layout, offload, method.distribution, method.noises)

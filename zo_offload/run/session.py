@@ -299,7 +299,8 @@ class Maker:
 def identity_of(opened: Opened, base_digest: str) -> dict[str, Any]:
     """What a run of this model, stored and trained like this, is compared with: see `identity.py`."""
     prepared = opened.prepared
+    about = about_base(opened.model, opened.directory, prepared.config, opened.adapter)
     return identity(
-        prepared.plan, prepared.layout, prepared.config, prepared.method, prepared.fold_every, base_digest,
-        about_base(opened.model, opened.directory, prepared.config), modes_of(opened.model, prepared.config.mode),
+        prepared.plan, prepared.layout, prepared.config, prepared.method, prepared.fold_every, base_digest, about,
+        modes_of(opened.model, prepared.config.mode),
     )  # fmt: skip

@@ -1,0 +1,281 @@
+"""An adapter of peft's on a checkpoint's path: what peft would make in memory, trained on a streamed base, saved as
+peft saves it, and refused by name where it does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from support.compare import assert_same
+from support.zoo.models import ZOO
+from zo_offload import Engine, MeZO
+from zo_offload.cli import main
+from zo_offload.errors import CheckpointError, ConfigError, JournalError
+from zo_offload.replay import replay
+
+pytestmark = [pytest.mark.usefixtures("quiet_transformers"), pytest.mark.filterwarnings("ignore")]
+
+IDS = torch.arange(3, 21).reshape(2, 9)
+BATCH = {"input_ids": IDS, "labels": IDS}
+METHOD = MeZO(lr=1e-2, eps=1e-2, batch_size=2)
+SEED = 7
+CAUSAL = dict(task_type="CAUSAL_LM")
+KINDS = {
+    "lora": lambda: peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **CAUSAL),
+    "rslora": lambda: peft.LoraConfig(r=4, use_rslora=True, target_modules="all-linear", **CAUSAL),
+    "bias": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only", lora_bias=False, **CAUSAL),
+    "whole-head": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], **CAUSAL),
+    "embedding": lambda: peft.LoraConfig(r=2, target_modules=["embed_tokens"], **CAUSAL),
+    "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, **CAUSAL),
+    "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, **CAUSAL),
+    "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, **CAUSAL),
+    "ia3": lambda: peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], **CAUSAL),
+    "loha": lambda: peft.LoHaConfig(r=2, target_modules=["q_proj"], **CAUSAL),
+    "vera": lambda: peft.VeraConfig(r=2, target_modules=["q_proj"], **CAUSAL),
+}
+
+
+@pytest.fixture
+def base(tmp_path):
+    ZOO["llama"].build().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def in_memory(config):
+    """The model with a new adapter, as peft makes it of the seed."""
+    model = ZOO["llama"].build()
+    torch.manual_seed(SEED)
+    return peft.get_peft_model(model, config).eval()
+
+
+def losses_and_logits(engine, steps=3):
+    losses = [engine.step(BATCH).loss for _ in range(steps)]
+    return losses, engine.run(BATCH).logits.clone()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_what_peft_makes_in_memory_and_trains_to_the_same_bits(base, tmp_path, kind):
+    with Engine(
+        in_memory(KINDS[kind]()), method=METHOD, offload="none", trainable="requires_grad", seed=SEED
+    ) as engine:
+        want = losses_and_logits(engine)
+        engine.save_pretrained(tmp_path / "theirs")
+    with Engine(
+        base, adapter=KINDS[kind](), method=METHOD, offload="disk", run_dir=tmp_path / "run", seed=SEED
+    ) as engine:
+        assert all(p.is_meta or p.numel() < 4096 for p in engine.model.parameters())
+        got = losses_and_logits(engine)
+        engine.save_pretrained(tmp_path / "ours")
+    assert_same(got, want, kind)
+    ours, theirs = (tmp_path / name for name in ("ours", "theirs"))
+    assert {p.name for p in ours.iterdir()} == {p.name for p in theirs.iterdir()}
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (ours, theirs)]
+    assert_same(weights[0], weights[1], kind)
+    again = peft.PeftModel.from_pretrained(ZOO["llama"].build(), ours).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**BATCH).logits, got[1])
+    with Engine(base, adapter=ours, method=METHOD, offload="none") as engine:
+        assert torch.equal(engine.run(BATCH).logits, got[1]), "an adapter that was saved is gone on with"
+
+
+# ---- a run with an adapter -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["int4", "nf4", "int8", "bf16", "fp8_e4m3"])
+def test_the_base_is_frozen_in_any_storage_and_the_adapter_is_in_float32_on_the_device(base, tmp_path, storage):
+    with Engine(
+        base, adapter="r=2", method=METHOD, storage=storage, offload="disk", run_dir=tmp_path / "run"
+    ) as engine:
+        formats = {name: fmt.name for name, fmt in engine.layout.formats.items()}
+        trained = {name for name, spec in engine.plan.params.items() if spec.trainable}
+        assert trained and all("lora_" in name and formats[name] == "fp32" for name in trained)
+        assert {formats[name] for name in formats if name.endswith("q_proj.base_layer.weight")} == {storage}
+        (resident,) = engine.plan.resident
+        assert set(engine.plan.blocks[resident].params) == trained
+        losses = [engine.step(BATCH).loss for _ in range(4)]
+        want = engine.run(BATCH).logits.clone()
+        assert engine.active.streamer.traffic.flush_bytes == 0
+    assert len(set(losses)) == 4
+    with Engine.resume(tmp_path / "run") as engine:
+        assert torch.equal(engine.run(BATCH).logits, want) and engine.step(BATCH).step == 4
+
+
+def test_a_run_is_resumed_replayed_evaluated_and_exported(base, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in (IDS % 90).tolist() * 4))
+    made = ["--lora", 4, "--lr", "1e-2", "--eps", "1e-2", "--seed", SEED, "--batch-size", 2, "--quiet"]
+
+    def call(*args):
+        assert main([str(arg) for arg in args]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    call("fit", base, "--data", rows, *made, "--offload", "disk", "--run-dir", tmp_path / "whole", "--steps", 6,
+         "--out", tmp_path / "out")  # fmt: skip
+    run = tmp_path / "run"
+    call("fit", base, "--data", rows, *made, "--offload", "disk", "--run-dir", run, "--steps", 3)
+    call("fit", run, "--resume", "--steps", 6, "--quiet", "--out", tmp_path / "resumed")
+    call("replay", base, run / "journal.zoj", "--out", tmp_path / "replayed")
+    call("export", run, "--out", tmp_path / "exported")
+    want = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any("lora_B" in name and t.any() for name, t in want.items())
+    for name in ("resumed", "replayed", "exported"):
+        assert_same(load_file(tmp_path / name / "adapter_model.safetensors"), want, name)
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    losses = [
+        json.loads(call("eval", *which, "--data", rows, "--batch-size", 2))["loss"]
+        for which in ([run], [base, "--adapter", tmp_path / "out"], [tmp_path / "out"], [base])
+    ]
+    assert losses[0] == losses[1] == losses[2] != losses[3]
+    with Engine.resume(run) as engine:
+        got = engine.generate({"input_ids": IDS}, max_new_tokens=3, do_sample=False)
+    model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    assert torch.equal(got, model.eval().generate(input_ids=IDS, max_new_tokens=3, do_sample=False))
+    assert "LORA adapter of " in call("plan", base, "--lora", 4)
+
+
+def test_a_run_from_an_adapters_directory_knows_it_wherever_it_is(base, tmp_path):
+    first = tmp_path / "first"
+    with Engine(base, adapter="r=2", method=METHOD, offload="none") as engine:
+        engine.step(BATCH)
+        engine.save_pretrained(first)
+    run = tmp_path / "run"
+    with Engine(base, adapter=first, method=METHOD, offload="disk", run_dir=run) as engine:
+        for _ in range(3):
+            engine.step(BATCH)
+        engine.save_pretrained(tmp_path / "out")
+    shutil.move(first, tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="there is no such directory.*moved: where it is now"):
+        Engine.resume(run)
+    with Engine.resume(run, adapter=tmp_path / "moved") as engine:
+        assert engine.step(BATCH).step == 3
+    replay(base, run, tmp_path / "replayed", to=3, adapter=tmp_path / "moved")
+    both = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "replayed")]
+    assert_same(both[0], both[1], "replayed")
+    weights = tmp_path / "moved" / "adapter_model.safetensors"
+    save_file({n: t + 1 for n, t in load_file(weights).items()}, weights)
+    with pytest.raises(JournalError):
+        replay(base, run, tmp_path / "other", adapter=tmp_path / "moved")
+    with pytest.raises(JournalError, match="adapter.lora_alpha|base"):
+        replay(base, run, tmp_path / "other", adapter={"r": 2, "lora_alpha": 3})
+
+
+def test_an_adapters_directory_in_the_place_of_a_model_finds_its_base(base, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    with Engine(base, adapter="r=2", method=METHOD, offload="none") as engine:
+        engine.step(BATCH)
+        want = engine.run(BATCH).logits.clone()
+        engine.save_pretrained(adapter)
+    with Engine(adapter, method=METHOD, offload="none") as engine:
+        assert torch.equal(engine.run(BATCH).logits, want)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/gone"}))
+    with pytest.raises(CheckpointError, match="its base, 'org/gone', is not a local folder.*--adapter"):
+        Engine(adapter)
+    assert main(["plan", str(adapter)]) == 2 and "org/gone" in capsys.readouterr().err
+    with Engine(base, adapter=adapter, method=METHOD, offload="none") as engine:
+        assert torch.equal(engine.run(BATCH).logits, want)
+    with pytest.raises(ConfigError, match="is an adapter itself"):
+        Engine(adapter, adapter="r=2")
+
+
+def test_a_preset_for_adapters_refuses_the_whole_model(base, capsys, tmp_path):
+    with pytest.raises(ConfigError, match=r"rates for LoRA adapters.*--lora 8"):
+        Engine(base, method=MeZO.preset("opt-lora"))
+    Engine(base, method=MeZO.preset("opt-lora"), adapter="r=1,target_modules=q_proj").close()
+
+
+# ---- what does not fit -----------------------------------------------------------------------------------------------
+
+WRONG = {
+    "rank-0": ("r=0", "r=0; a rank is a whole number from 1"),
+    "huge-rank": ("r=99999999", "a rank is a whole number from 1"),
+    "no-such-module": ("r=2,target_modules=kw_proj+nothing", "peft cannot put it on LlamaForCausalLM.*not found"),
+    "no-such-field": ("r=2,rank=3", "LoraConfig of peft .* has no field 'rank'"),
+    "no-such-type": ({"peft_type": "HOLOGRAM"}, "peft_type 'HOLOGRAM' is not known to peft"),
+    "no-such-place": ("nowhere", "there is no such directory"),
+    "no-sense": ("r=", "as a text it is read as name=value"),
+    "number": (16, "expected an adapter's directory, a config of peft's"),
+    "pissa": ({"r": 2, "init_lora_weights": "pissa"}, "init_lora_weights='pissa' begins from the base's weights"),
+    "dora": ({"r": 2, "use_dora": True}, "would make .*lora_magnitude_vector.* use_dora=True"),
+    "text-prompt": (
+        {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"}, "SAMPLE_VOCAB"
+    ),
+    "tokens": ({"r": 2, "trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_peft_cannot_make_is_told_before_anything_is_written(base, tmp_path, what):
+    adapter, said = WRONG[what]
+    state = torch.default_generator.get_state()
+    with pytest.raises((ConfigError, CheckpointError), match=said):
+        Engine(base, adapter=adapter, offload="disk", run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists() and torch.equal(state, torch.default_generator.get_state())
+
+
+def test_adapters_of_another_base_or_not_whole_are_refused_by_name(base, tmp_path):
+    adapter = tmp_path / "adapter"
+    with Engine(base, adapter="r=2", offload="none") as engine:
+        engine.save_pretrained(adapter)
+    ZOO["opt"].build().save_pretrained(tmp_path / "opt")
+    with pytest.raises(CheckpointError, match="of this|of another base"):
+        Engine(tmp_path / "opt", adapter=adapter)
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    for change, said in (
+        ({n: t for n, t in tensors.items() if n != name}, "they lack 1"),
+        ({**tensors, "base_model.model.more": torch.zeros(2)}, "1 have no place, such as 'base_model.model.more'"),
+        ({**tensors, name: torch.zeros(3, 5)}, r"is \[3, 5\], and"),
+    ):
+        save_file(change, weights)
+        with pytest.raises(CheckpointError, match=said):
+            Engine(base, adapter=adapter)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="no adapter_model.safetensors in it, and no adapter_model.bin"):
+        Engine(base, adapter=adapter)
+    torch.save(tensors, adapter / "adapter_model.bin")
+    Engine(base, adapter=adapter).close()
+    (adapter / "adapter_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="a JSON list"):
+        Engine(base, adapter=adapter)
+
+
+def test_a_module_in_memory_takes_its_adapter_from_peft():
+    with pytest.raises(ConfigError, match="peft.get_peft_model"):
+        Engine(ZOO["llama"].build(), adapter="r=2")
+
+
+def test_a_new_head_is_saved_with_the_adapter(tmp_path):
+    ZOO["bert"].build().base_model.save_pretrained(tmp_path / "base")
+    batch = {"input_ids": IDS, "labels": torch.tensor([0, 2])}
+    settings = dict(
+        model_class="AutoModelForSequenceClassification", config_overrides={"num_labels": 3}, adapter="r=2", seed=SEED
+    )
+    with Engine(tmp_path / "base", method=METHOD, offload="none", **settings) as engine:
+        engine.step(batch)
+        want = engine.run(batch).logits.clone()
+        engine.save_pretrained(tmp_path / "out")
+        trained = {n for n, s in engine.plan.params.items() if s.trainable}
+        assert any("classifier.modules_to_save" in name for name in trained)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    with torch.no_grad():
+        assert torch.equal(peft.PeftModel.from_pretrained(model, tmp_path / "out").eval()(**batch).logits, want)
+
+
+def test_dora_from_a_directory_trains_and_is_exported(base, tmp_path):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, **CAUSAL)
+    peft.get_peft_model(ZOO["llama"].build(), config).save_pretrained(tmp_path / "dora")
+    with Engine(base, adapter=tmp_path / "dora", method=METHOD, offload="disk", run_dir=tmp_path / "run") as engine:
+        _, want = losses_and_logits(engine)
+        engine.save_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        model = peft.PeftModel.from_pretrained(ZOO["llama"].build(), tmp_path / "out").eval()
+        assert torch.equal(model(**BATCH).logits, want)
