@@ -190,6 +190,60 @@ def test_a_preset_for_adapters_refuses_the_whole_model(base, capsys, tmp_path):
     Engine(base, method=MeZO.preset("opt-lora"), adapter="r=1,target_modules=q_proj").close()
 
 
+# ---- merged ----------------------------------------------------------------------------------------------------------
+
+MERGED = ("lora", "rslora", "bias", "whole-head", "embedding", "ia3", "loha", "vera")
+
+
+@pytest.mark.parametrize("kind", MERGED)
+def test_merged_it_is_the_model_that_peft_merges(base, tmp_path, kind):
+    torch.manual_seed(3)
+    model = in_memory(KINDS[kind]())
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    want = model.merge_and_unload()
+    with Engine(base, adapter=tmp_path / "adapter", offload="disk", run_dir=tmp_path / "run") as engine:
+        engine.save_pretrained(tmp_path / "merged", merge=True, max_shard_bytes=9000)
+        assert engine.step(BATCH).step == 0, "the engine goes on"
+    got = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_same(dict(got.named_parameters()), dict(want.named_parameters()), kind)
+
+
+def test_a_run_is_exported_merged_and_a_bf16_one_rounded_once(tmp_path, capsys):
+    ZOO["llama"].build(torch.bfloat16).save_pretrained(tmp_path / "base")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in IDS.tolist()))
+    made = ["--lora", "4", "--lr", "1e-1", "--batch-size", "2", "--quiet", "--steps", "2", "--run-dir"]
+    assert main(["fit", str(tmp_path / "base"), "--data", str(rows), *made, str(tmp_path / "run")]) == 0
+    for name, more in (("adapter", []), ("merged", ["--merge"])):
+        assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / name), *more]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    want = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
+    got = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert got.dtype == torch.bfloat16
+    assert_same(dict(got.named_parameters()), {n: p.bfloat16() for n, p in want.named_parameters()}, "merged")
+
+
+def test_a_peft_model_in_memory_is_merged_too(tmp_path):
+    model = in_memory(KINDS["lora"]())
+    with Engine(model, method=METHOD, offload="none", trainable="requires_grad") as engine:
+        engine.step(BATCH)
+        engine.save_pretrained(tmp_path / "merged", merge=True)
+        want = engine.restore().merge_and_unload()
+    got = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_same(dict(got.named_parameters()), dict(want.named_parameters()), "merged")
+
+
+@pytest.mark.parametrize("adapter, said", [(None, "has none"), ("prefix=3", "PREFIX_TUNING is no change of weights")])
+def test_what_cannot_be_merged_is_refused_before_anything_is_written(base, tmp_path, adapter, said):
+    with Engine(base, adapter=adapter, offload="none") as engine, pytest.raises(ConfigError, match=said):
+        engine.save_pretrained(tmp_path / "out", merge=True)
+    assert not (tmp_path / "out").exists()
+
+
 # ---- what does not fit -----------------------------------------------------------------------------------------------
 
 WRONG = {

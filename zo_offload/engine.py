@@ -259,20 +259,30 @@ class Engine:
 
     @entry
     def save_pretrained(
-        self, directory: str | Path, *, max_shard_bytes: int | float | str = 5e9, overwrite: bool = False
+        self,
+        directory: str | Path,
+        *,
+        max_shard_bytes: int | float | str = 5e9,
+        overwrite: bool = False,
+        merge: bool = False,
     ) -> list[Path]:
         """Write the current weights as a checkpoint that plain transformers loads, a block in memory at a time.
 
         Configs and tokenizer go along. overwrite: into a directory that is not empty; see `export.save_pretrained`. Of
-        a PeftModel the adapter is written, for `PeftModel.from_pretrained`; ConfigError if more than it was trained.
+        a model with an adapter that is written, for `PeftModel.from_pretrained`; ConfigError if more than it was
+        trained. merge: the whole model instead, with the adapter in its weights; an adapted layer at a time is then
+        whole in memory.
         """
-        if wrong := self.active.opened.cannot_be_saved():
+        if wrong := self.active.opened.cannot_be_saved(merge):
             raise ConfigError(wrong)
         self.active.flush()
         with self.active.work() as parts:
+            whole = self.active.merged(parts.streamer.reader) if merge else None
+            names = list(self.plan.params) if whole is None else whole.names
             return save_pretrained(
-                Path(directory), model=self.model, names=list(self.plan.params), weights=parts.streamer.reader,
-                checkpoint=self.checkpoint, max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")),
+                Path(directory), model=self.model if whole is None else whole.model, names=names,
+                weights=whole or parts.streamer.reader, checkpoint=self.checkpoint,
+                max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")),
                 overwrite=overwrite, tokenizer=self.batching.given,
                 run=lambda call: parts.passes.forward([Lane(STILL, {})], lambda *_: call(), exact=True)[0],
             )  # fmt: skip

@@ -58,15 +58,16 @@ def replay(
     to: int | None = None,
     max_shard_bytes: int | float | str = 5e9,
     overwrite: bool = False,
+    merge: bool = False,
     **options: Any,
 ) -> list[Path]:
     """Write the weights after `to` steps (default: all) as a checkpoint for plain transformers; returns its files.
 
-    options: of `replayed`. Raises JournalError if the base is not the journal's: a sample of its tensors is compared
-    first, all of it before anything appears under `out`.
+    merge: of a run with an adapter, see `Engine.save_pretrained`. options: of `replayed`. Raises JournalError if the
+    base is not the journal's: a sample of its tensors is compared first, all of it before anything appears under `out`.
     """
     with replayed(base, journal, to=to, **options) as engine:
-        return engine.save_pretrained(out, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
+        return engine.save_pretrained(out, max_shard_bytes=max_shard_bytes, overwrite=overwrite, merge=merge)
 
 
 def replayed(base: str | Path | nn.Module, journal: str | Path, *, to: int | None = None, **options: Any) -> Engine:

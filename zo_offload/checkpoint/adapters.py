@@ -52,7 +52,7 @@ def beside_adapter(model: nn.Module, trained: set[str]) -> str:
     return (
         f"{len(lost)} trained parameters of this PeftModel are its base's, not its adapter's ({lost[0]}, ...), and an "
         "exported adapter would not hold what they learn. Give trainable='requires_grad', or take the whole model out "
-        "with restore()"
+        "with restore() or save_pretrained(merge=True)"
     )
 
 

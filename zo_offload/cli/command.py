@@ -61,7 +61,7 @@ def _fit(args: argparse.Namespace) -> int:
             new_data=args.new_data, **_data_options(args),
         )  # fmt: skip
         if args.out:
-            engine.save_pretrained(args.out)
+            engine.save_pretrained(args.out, merge=args.merge)
     print(
         f"{result.steps} steps, {result.tokens_per_s:.0f} tokens/s, resident weights "
         f"{result.resident_bytes / 1e6:.1f} MB of {result.model_bytes / 1e6:.1f} MB"
@@ -109,7 +109,7 @@ def _generate(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     _check_out(args.out)
     with _open(args) as engine:
-        files = engine.save_pretrained(args.out, max_shard_bytes=args.max_shard)
+        files = engine.save_pretrained(args.out, max_shard_bytes=args.max_shard, merge=args.merge)
     print(f"wrote {len(files)} files to {args.out}")
     return 0
 
@@ -120,7 +120,7 @@ def _replay(args: argparse.Namespace) -> int:
     if not args.overwrite:
         _check_out(args.out)
     files = replay(args.base, args.journal, args.out, to=args.to, max_shard_bytes=args.max_shard,
-                   overwrite=args.overwrite, trust_remote_code=args.trust_remote_code,
+                   overwrite=args.overwrite, merge=args.merge, trust_remote_code=args.trust_remote_code,
                    **_given(args, "adapter"), **_own_method(args))  # fmt: skip
     print(f"wrote {len(files)} files to {args.out}")
     return 0
@@ -298,6 +298,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         "--resume", action="store_true", help="continue the run in MODEL; what is not given (data, steps) is as it was"
     )
     fit.add_argument("--out", help="export the tuned checkpoint here")
+    _merge(fit)
     _step_options(fit)
     fit.add_argument("--quiet", action="store_true", help="no progress bar")
     _storage(fit)
@@ -347,6 +348,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _base(export)
     _own_class(export)
     export.add_argument("--out", required=True)
+    _merge(export)
     export.add_argument("--max-shard", default="5GB")
     export.add_argument("--run-dir", help="fresh directory for the blocks of a checkpoint, with --offload disk")
     _storage(export)
@@ -357,6 +359,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     replay.add_argument("journal", help="journal.zoj, or the run directory")
     replay.add_argument("--to", type=int, help="steps to take (all)")
     replay.add_argument("--out", required=True)
+    _merge(replay)
     replay.add_argument("--max-shard", default="5GB")
     replay.add_argument("--overwrite", action="store_true", help="write into a directory that is not empty")
     replay.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base")
@@ -395,6 +398,10 @@ def _add_methods(command: argparse.ArgumentParser, name: str, argv: Sequence[str
 
 def _own_class(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", metavar="FILE.py:CLASS", help="of a run: your own class that it was made with")
+
+
+def _merge(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--merge", action="store_true", help="of an adapter: export the whole model, with it in it")
 
 
 def _base(command: argparse.ArgumentParser) -> None:

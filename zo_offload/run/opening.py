@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import adapter_configs
+from ..checkpoint import adapter_configs, merging
 from ..checkpoint.adapted import Built, adapt
 from ..checkpoint.adapters import beside_adapter
 from ..checkpoint.checkpoint import Checkpoint
@@ -77,8 +77,10 @@ class Opened:
         run_dir = self.prepared.config.run_dir
         return None if run_dir is None else Path(run_dir)
 
-    def cannot_be_saved(self) -> str | None:
-        """Why `save_pretrained` refuses this model, in words."""
+    def cannot_be_saved(self, merge: bool = False) -> str | None:
+        """Why `save_pretrained` refuses this model, in words. merge: with its adapter in its weights."""
+        if merge:
+            return merging.why_not(self.model)
         trained = {name for name, spec in self.prepared.plan.params.items() if spec.trainable}
         return beside_adapter(self.model, trained)
 
