@@ -277,7 +277,7 @@ class Engine:
             raise ConfigError(wrong)
         self.active.flush()
         with self.active.work() as parts:
-            whole = self.active.merged(parts.streamer.reader) if merge else None
+            whole = self.active.opened.merged(parts.streamer.reader) if merge else None
             names = list(self.plan.params) if whole is None else whole.names
             return save_pretrained(
                 Path(directory), model=self.model if whole is None else whole.model, names=names,

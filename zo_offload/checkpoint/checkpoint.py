@@ -40,6 +40,7 @@ from .conversion import Group, loading_groups
 from .export import save_pretrained
 from .files import carried_files, find_weights, resolve_path
 from .meta_model import MAX_REGISTRATIONS, construct, keep_in_fp32, make_real
+from .pickled_io import open_weights
 from .recipe import Reader, Recipe
 from .safetensors_io import SafetensorsFile, files_by_tensor
 from .weights import Crcs, chunks, entry_digest, tensor_digest, together
@@ -112,7 +113,7 @@ class Checkpoint:
                 f"{directory}: its weights are quantized ({how}), which is not supported. Load it in transformers "
                 "with a quantization config that dequantizes, save_pretrained it, and use that directory."
             )
-        files = [SafetensorsFile(file) for file in find_weights(directory)] if weights else []
+        files = [open_weights(file) for file in find_weights(directory)] if weights else []
         return cls(config, directory, files, carried_files(directory, code=trust_remote_code), trust_remote_code)
 
     @property

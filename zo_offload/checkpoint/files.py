@@ -14,6 +14,7 @@ from ..errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 CONFIG = "config.json"
 
 _CARRIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -22,6 +23,7 @@ _NOT_CARRIED = {CONFIG, "adapter_config.json", "trainer_state.json", "all_result
                 "quantize_config.json", "quant_config.json", "hf_quant_config.json"}  # fmt: skip
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)(\.index\.json)?$")
 _PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt)$")
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\..+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -59,16 +61,23 @@ def is_run(directory: Path) -> bool:
 
 
 def find_weights(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in the index's order, all present. Raises CheckpointError."""
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
-    if (directory / INDEX).is_file():
-        return _shards(directory)
+    """The files of a checkpoint's weights, in the index's order, all present. Raises CheckpointError.
+
+    The usual names first, safetensors before pickled ones; then files of other names, if one reading of them is
+    possible: one index, one file, or all parts of one set.
+    """
+    for single, index in ((SINGLE, INDEX), (PICKLED, PICKLED_INDEX)):
+        if (directory / single).is_file():
+            return [directory / single]
+        if (directory / index).is_file():
+            return _shards(directory, index)
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        if found := _of_other_names(directory, pattern):
+            return found
     if any(_PICKLED.fullmatch(p.name) for p in directory.iterdir()):
         raise CheckpointError(
-            f"{directory}: only pickled weights ({_listing(directory)}), which can run code when read and are refused. "
-            "If you trust them: AutoModel.from_pretrained(path).save_pretrained(new_path) with the right auto class "
-            "writes safetensors."
+            f"{directory}: no safetensors, and of pickled files only {PICKLED} and its shards are read. Found: "
+            f"{_listing(directory)}. Rename it, or save_pretrained the model in transformers, which writes safetensors."
         )
     raise CheckpointError(
         f"{directory}: no {SINGLE} and no {INDEX}. Found: {_listing(directory)}. To plan without weights, open it "
@@ -76,16 +85,54 @@ def find_weights(directory: Path) -> list[Path]:
     )
 
 
-def _shards(directory: Path) -> list[Path]:
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds files that look like a model's weights."""
+    patterns = ("*.safetensors", "pytorch_model*.bin")
+    return any(_is_of_model(path) for pattern in patterns for path in directory.glob(pattern))
+
+
+def _is_of_model(path: Path) -> bool:
+    return path.is_file() and not path.name.startswith((".", "adapter_model", "optimizer"))
+
+
+def _of_other_names(directory: Path, pattern: str) -> list[Path]:
+    """Weights by other names than the usual: a variant's (model.fp16.safetensors), consolidated.safetensors, parts
+    without an index. Nothing if there are none."""
+    files = sorted(path for path in directory.glob(pattern) if _is_of_model(path))
+    indices = sorted(path for path in directory.glob(f"{pattern}.index*.json") if _is_of_model(path))
+    if len(indices) == 1:
+        return _shards(directory, indices[0].name)
+    parts = [_PART.fullmatch(file.name) for file in files]
+    sets = {(part["stem"], int(part["count"]), part["end"]) for part in parts if part is not None}
+    if len(sets) == 1 and all(parts):
+        ((_, count, _),) = sets
+        numbers = [int(part["number"]) for part in parts if part is not None]
+        if numbers == list(range(1, count + 1)):
+            return files
+        lacking = sorted(set(range(1, count + 1)) - set(numbers))
+        raise CheckpointError(
+            f"{directory}: {files[0].name} and {len(files) - 1} more are not the {count} parts that their names speak "
+            f"of{f' (part {lacking[0]} is missing)' if lacking else ''}. Download or copy it again."
+        )
+    if len(files) <= 1:
+        return files
+    names = ", ".join(path.name for path in (indices or files)[:6])
+    raise CheckpointError(
+        f"{directory}: several files may be its weights ({names}), none has the usual name ({SINGLE}), and no index "
+        "says which are meant. Leave one of them, or one set with its index, in the directory."
+    )
+
+
+def _shards(directory: Path, index: str) -> list[Path]:
     try:
-        weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
+        weight_map = json.loads((directory / index).read_text())["weight_map"]
         names = list(dict.fromkeys(weight_map.values()))
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         kind = type(error).__name__
-        raise CheckpointError(f"{directory / INDEX}: not a safetensors index ({kind}: {error}).") from error
+        raise CheckpointError(f"{directory / index}: not an index of shards ({kind}: {error}).") from error
     for name in names:
         if not isinstance(name, str) or name in ("", ".", "..") or len(name) > 255 or re.search(r"[/\\:\0]", name):
-            raise CheckpointError(f"{directory / INDEX}: shard name {name!r} is not a plain file name; refused.")
+            raise CheckpointError(f"{directory / index}: shard name {name!r} is not a plain file name; refused.")
         if not (directory / name).is_file():
             owned = [key for key, shard in weight_map.items() if shard == name]
             raise CheckpointError(

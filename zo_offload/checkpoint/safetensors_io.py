@@ -82,7 +82,10 @@ class SafetensorsFile:
 
         CheckpointError if the file ends before them.
         """
-        entry = self.entries[name]
+        self._read(self.entries[name], start, out)
+
+    def _read(self, entry: Entry, start: int, out: Tensor) -> None:
+        name = entry.name
         assert out.dtype == entry.dtype, f"{name}: {entry.dtype} into {out.dtype}"
         begin, nbytes = entry.begin + start * entry.dtype.itemsize, out.nbytes
         assert begin + nbytes <= entry.end, f"{name}: elements from {start}, {len(out)} of them"

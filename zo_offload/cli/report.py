@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.files import has_weights
 from ..checkpoint.opt_sizes import OPT_SHAPES, opt_config
 from ..config import DTYPES, EngineConfig
 from ..data.losses import model_loss
@@ -151,7 +152,7 @@ def open_config(
     if model.lower() in OPT_SHAPES and not os.path.exists(model):
         return Checkpoint.open(opt_config(model))
     path = Path(model)
-    weights = path.name != "config.json" and any(path.glob("*.safetensors"))
+    weights = path.name != "config.json" and path.is_dir() and has_weights(path)
     return Checkpoint.open(
         path.parent if path.name == "config.json" else model, weights=weights, trust_remote_code=trust_remote_code,
         overrides=overrides,

@@ -19,8 +19,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checkpoint.merging import Merged
-from ..checkpoint.weights import Weights
 from ..data.batches import Batches, fingerprint
 from ..data.encode import ENCODING
 from ..data.losses import Batch, Objective, model_loss, plain_forward, weighing
@@ -321,13 +319,6 @@ class Run:
         """A parameter's current value, in the storage dtype."""
         with self.work() as parts:
             return parts.streamer.reader.read(name)
-
-    def merged(self, weights: Weights) -> Merged:
-        """The model with its adapter in its weights, a layer at a time. Raises ConfigError where peft cannot."""
-        shadow = self.prepared.shadow
-        if isinstance(shadow, str):
-            raise ConfigError(f"merge=True needs a copy of the modules: {shadow}")
-        return Merged(self.opened.model, shadow, weights, set(self.plan.params))
 
     @property
     def streamer(self) -> Streamer:

@@ -24,6 +24,7 @@ from ..checkpoint import adapter_configs, merging
 from ..checkpoint.adapted import Built, adapt
 from ..checkpoint.adapters import beside_adapter
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.weights import Weights
 from ..config import DTYPES, EngineConfig
 from ..data.losses import Batch
 from ..devices import Device, make_device
@@ -76,6 +77,13 @@ class Opened:
     def run_dir(self) -> Path | None:
         run_dir = self.prepared.config.run_dir
         return None if run_dir is None else Path(run_dir)
+
+    def merged(self, weights: Weights) -> merging.Merged:
+        """The model with its adapter in its weights, a layer at a time. Raises ConfigError where peft cannot."""
+        shadow = self.prepared.shadow
+        if isinstance(shadow, str):
+            raise ConfigError(f"merge=True needs a copy of the modules: {shadow}")
+        return merging.Merged(self.model, shadow, weights, set(self.prepared.plan.params))
 
     def cannot_be_saved(self, merge: bool = False) -> str | None:
         """Why `save_pretrained` refuses this model, in words. merge: with its adapter in its weights."""
