@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from .checkpoint.checkpoint import save_pretrained
+from .checkpoint.load_options import as_settings
 from .config import EngineConfig
 from .data.losses import Batch, Objective, model_loss
 from .devices.placing import as_inputs, input_dtype
@@ -61,8 +62,9 @@ class Engine:
     first use; `restore` puts the trained ones back, after `close` alone its parameters hold NaN. objective: (model,
     batch) -> scalar, default `model(**batch).loss`; it may be non-differentiable. example: a batch to trace with,
     where the model has no dummy inputs of its own. base: first weights of a module on meta. settings: fields of
-    `EngineConfig`. Every error a setting can cause is raised here, before weights are read or anything is written;
-    what depends on the batch, at the first `fit`, before memory is taken.
+    `EngineConfig`, and what is meant by from_pretrained's arguments (num_labels, attn_implementation, dtype, revision).
+    Every error a setting can cause is raised here, before weights are read or anything is written; what depends on the
+    batch, at the first `fit`, before memory is taken.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Engine:
         config: EngineConfig | None = None,
         **settings: Any,
     ) -> None:
+        model, settings = as_settings(model, settings)
         config = config if config is not None else EngineConfig(**settings)
         method = method if method is not None else DEFAULT()
         objective = objective if objective is not None else model_loss

@@ -24,19 +24,23 @@ _NOT_CARRIED = {CONFIG, "adapter_config.json", "trainer_state.json", "all_result
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)(\.index\.json)?$")
 _PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt)$")
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\..+)")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
 def resolve_path(path: str | os.PathLike[str], *, weights: bool, code: bool = False) -> Path:
-    """The directory meant by a path or a hub id; it holds a config.json. Raises CheckpointError."""
+    """The directory meant by a path or a hub id (org/name, org/name@revision); it holds a config.json.
+
+    Raises CheckpointError.
+    """
     given = os.fspath(path)
     directory = Path(given).expanduser()
     if directory.is_file():
         raise CheckpointError(f"{given} is a file; give the checkpoint directory that holds it and its config.json.")
     if not directory.exists():
-        if not _HUB_ID.fullmatch(given):
+        hub = _HUB_ID.fullmatch(given)
+        if hub is None:
             raise CheckpointError(f"{given} does not exist. Give a directory with config.json and *.safetensors.")
-        directory = _from_hub(given, weights=weights, code=code)
+        directory = _from_hub(hub["repo"], hub["revision"], weights=weights, code=code)
     if is_run(directory):
         raise CheckpointError(
             f"{given} is a run, not a checkpoint. Go on with it: Engine.resume({given!r}) (fit --resume); or export it."
@@ -162,16 +166,18 @@ def _is_carried(name: str) -> bool:
     return Path(name).suffix in _CARRIED_SUFFIXES or name.upper().startswith(_CARRIED_NAMES)
 
 
-def _from_hub(repo: str, *, weights: bool, code: bool) -> Path:
+def _from_hub(repo: str, revision: str | None, *, weights: bool, code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*"]
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns + ["*.safetensors"] * weights + ["*.py"] * code))
+        patterns += ["*.safetensors"] * weights + ["*.py"] * code
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:
+        named = repo if revision is None else f"{repo}@{revision}"
         raise CheckpointError(
-            f"{repo!r} is neither a directory nor in the local Hugging Face cache, and the hub cannot be reached. "
+            f"{named!r} is neither a directory nor in the local Hugging Face cache, and the hub cannot be reached. "
             "Download it where there is a network, or give a directory."
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:

@@ -218,8 +218,11 @@ _IDENTITY = (  # what numbers depend on
     "trainable",
     "seed",
     "num_labels",
+    "attn_implementation",
 )
-_SETTINGS = tuple(name for name in _IDENTITY if name != "num_labels")  # fields of EngineConfig
+_SETTINGS = tuple(
+    name for name in _IDENTITY if name not in ("num_labels", "attn_implementation")
+)  # fields of EngineConfig
 _MOVABLE = (
     "offload",
     "device",
@@ -237,7 +240,7 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     """What of the checkpoint's config.json is to be another."""
-    given = _given(args, "num_labels")
+    given = _given(args, "num_labels", "attn_implementation")
     return {"config_overrides": given} if given else {}
 
 
@@ -423,6 +426,7 @@ def _storage(command: argparse.ArgumentParser) -> None:
         metavar="DIR|SETTINGS",
         help="a peft adapter's directory, or a new one: r=16,target_modules=q_proj+v_proj, prefix=5, prompt=10",
     )
+    command.add_argument("--attn-implementation", help="such as eager or sdpa, instead of the model's own choice")
     command.add_argument("--num-labels", type=_count, help="classes of a new head, instead of config.json's")
     command.add_argument(
         "--tokenizer", help="directory or cached hub id, where the checkpoint has none or another is meant"

@@ -1,0 +1,156 @@
+"""What users of from_pretrained pass, and modules as they come: as in transformers, or refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+
+from support.compare import assert_same
+from support.zoo.models import ZOO
+from zo_offload import Engine, MeZO
+from zo_offload.checkpoint.load_options import REFUSED
+from zo_offload.cli import main
+from zo_offload.errors import CheckpointError, ConfigError
+
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
+IDS = torch.arange(3, 21).reshape(2, 9)
+BATCH = {"input_ids": IDS, "labels": IDS}
+METHOD = MeZO(lr=1e-3)
+
+
+@pytest.fixture
+def base(tmp_path):
+    ZOO["llama"].build().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def logits(model, **settings):
+    with Engine(model, method=METHOD, offload="none", **settings) as engine:
+        return engine.run(BATCH).logits.clone()
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "float32"], ids=str)
+def test_a_dtype_is_that_of_weights_and_forward(base, name, dtype):
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+    with torch.no_grad():
+        want = model(**BATCH).logits
+    assert_same(logits(base, **{name: dtype}), want)
+
+
+def test_settings_of_the_config_may_stand_by_themselves(base, tmp_path, capsys):
+    with Engine(base, attn_implementation="eager", method=METHOD, offload="none") as engine:
+        assert engine.model.config._attn_implementation == "eager"
+    ZOO["bert"].build().base_model.save_pretrained(tmp_path / "bert")
+    with Engine(tmp_path / "bert", model_class="AutoModelForSequenceClassification", num_labels=5, offload="none") as e:
+        assert e.run({"input_ids": IDS}).logits.shape == (2, 5)
+    with pytest.raises(ConfigError, match="num_labels is given twice"):
+        Engine(base, num_labels=3, config_overrides={"num_labels": 4})
+    with pytest.raises(CheckpointError, match="no_such_attention"):
+        Engine(base, attn_implementation="no_such_attention")
+    assert main(["plan", str(base), "--attn-implementation", "eager"]) == 0
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_place_here_is_refused_with_what_has(base, name):
+    with pytest.raises(ConfigError, match=f"{name}= is an argument of from_pretrained that has no place here: "):
+        Engine(base, **{name: None})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, "int8", 3], ids=str)
+def test_dtypes_that_nothing_is_stored_in_are_refused(base, dtype):
+    with pytest.raises(ConfigError, match="dtype=.*weights are stored by storage="):
+        Engine(base, dtype=dtype)
+
+
+def test_a_revision_is_that_of_a_hub_id(base, monkeypatch):
+    asked = []
+
+    def download(repo, **options):
+        asked.append((repo, options["revision"]))
+        return str(base)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    want = logits(base)
+    assert_same(logits("org/name", revision="v2"), want)
+    assert_same(logits("org/name@v2"), want)
+    assert_same(logits("org/name"), want)
+    assert asked == [("org/name", "v2"), ("org/name", "v2"), ("org/name", None)]
+    with pytest.raises(ConfigError, match="revision='v2' is of a hub id"):
+        Engine(base, revision="v2")
+
+
+def test_a_tokenizer_of_ones_own_and_one_in_old_files_are_exported(base, tmp_path):
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(90))]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    own = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")
+    with Engine(base, tokenizer=own, method=METHOD, offload="none") as engine:
+        engine.save_pretrained(tmp_path / "own")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "own")
+    assert again("w1 w5").input_ids == own("w1 w5").input_ids
+    (base / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(["<|endoftext|>", "a", "b", "ab"])}))
+    (base / "merges.txt").write_text("#version: 0.2\na b\n")
+    old = transformers.GPT2Tokenizer.from_pretrained(base)
+    with Engine(base, method=METHOD, offload="none") as engine:
+        engine.save_pretrained(tmp_path / "old")
+    assert transformers.GPT2Tokenizer.from_pretrained(tmp_path / "old")("ab").input_ids == old("ab").input_ids == [3]
+
+
+# ---- modules as they come --------------------------------------------------------------------------------------------
+
+
+class FourBitLinear(nn.Module):
+    """A linear layer as bitsandbytes has it: two codes a byte in a frozen uint8 parameter, decoded in its forward."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        w = inner.weight.detach()
+        self.absmax = nn.Parameter(w.abs().amax().double(), requires_grad=False)
+        codes = ((w / self.absmax.float() + 1) * 7.5).round().to(torch.uint8).view(-1, 2)
+        self.weight = nn.Parameter((codes[:, 0] << 4 | codes[:, 1])[:, None].contiguous(), requires_grad=False)
+        self.shape = w.shape
+
+    def forward(self, x):
+        codes = torch.cat([self.weight >> 4, self.weight & 15], dim=1).view(self.shape)
+        return x @ ((codes.float() / 7.5 - 1) * self.absmax.float()).T
+
+
+def four_bits(model):
+    for layer in model.model.layers:
+        for name in ("q_proj", "down_proj"):
+            holder = layer.self_attn if name == "q_proj" else layer.mlp
+            setattr(holder, name, FourBitLinear(getattr(holder, name)))
+    return model
+
+
+def test_packed_linears_stay_as_they_are_and_the_rest_trains(tmp_path):
+    model = four_bits(ZOO["llama"].build())
+    want = {n: p.detach().clone() for n, p in model.named_parameters() if "absmax" in n or p.dtype == torch.uint8}
+    with torch.no_grad():
+        before = model(**BATCH).logits.clone()
+    with Engine(model, method=MeZO(lr=1e-2), offload="disk", run_dir=tmp_path / "run") as engine:
+        assert_same(engine.run(BATCH).logits, before)
+        losses = [engine.step(BATCH).loss for _ in range(3)]
+        engine.restore()
+    assert len(set(losses)) == 3
+    assert_same({n: p.detach() for n, p in model.named_parameters() if n in want}, want)
+
+
+def test_a_model_with_hooks_of_accelerate_and_its_weights_there_is_served(tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    with torch.no_grad():
+        want = ZOO["llama"].build()(**BATCH).logits
+    model = ZOO["llama"].build()
+    accelerate.hooks.add_hook_to_module(model, accelerate.hooks.AlignDevicesHook("cpu", place_submodules=True), True)
+    assert hasattr(model, "_hf_hook")
+    with Engine(model, method=METHOD, offload="disk", run_dir=tmp_path / "run") as engine:
+        assert_same(engine.run(BATCH).logits, want)
+        assert engine.step(BATCH).step == 0

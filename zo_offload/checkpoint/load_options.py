@@ -1,0 +1,70 @@
+"""Arguments that users of transformers' `from_pretrained` pass: taken as they are meant there, or refused with what
+stands here in their place. None is passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+
+OVERRIDES = ("num_labels", "id2label", "label2id", "problem_type", "attn_implementation")
+"""Settings of a checkpoint's config.json."""
+_STORED = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_STREAMED = "weights stream through a small window: offload='disk', device_memory='6GB' say where and how much"
+_CODES = "a frozen low-bit base is storage='int4', 'nf4' or 'int8'"
+_CACHE = "give the directory (huggingface_hub.snapshot_download), or set HF_HOME"
+REFUSED = {
+    "device_map": _STREAMED, "max_memory": _STREAMED, "offload_folder": _STREAMED, "offload_state_dict": _STREAMED,
+    "low_cpu_mem_usage": f"no model is ever whole in memory here; leave it out ({_STREAMED})",
+    "load_in_4bit": _CODES, "load_in_8bit": _CODES, "quantization_config": _CODES,
+    "cache_dir": _CACHE, "token": _CACHE, "use_auth_token": _CACHE, "proxies": _CACHE, "force_download": _CACHE,
+    "local_files_only": "set HF_HUB_OFFLINE=1, or give a directory",
+    "subfolder": "give the directory itself", "gguf_file": "give the directory of a checkpoint in safetensors",
+    "variant": "leave one variant's files in the directory: it is found by its name",
+    "use_safetensors": "safetensors are taken where there are any, else pytorch_model.bin",
+    "ignore_mismatched_sizes": "a checkpoint is used whole; for another head give num_labels and a body without a head",
+    "tp_plan": "one device computes", "device_mesh": "one device computes",
+    "peft_config": "adapter= takes it", "adapter_kwargs": "adapter= takes a directory",
+}  # fmt: skip
+"""Arguments that nothing here is like, and what there is."""
+
+
+def as_settings(model: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(model, settings of the engine) of a call with some of from_pretrained's arguments. Raises ConfigError.
+
+    num_labels and the like become config_overrides, dtype storage and compute, revision a part of the hub id.
+    """
+    settings = dict(given)
+    for name, instead in REFUSED.items():
+        if name in settings:
+            raise ConfigError(f"{name}= is an argument of from_pretrained that has no place here: {instead}")
+    overrides = {name: settings.pop(name) for name in OVERRIDES if name in settings}
+    if overrides:
+        written = dict(settings.get("config_overrides") or {})
+        if twice := sorted(overrides.keys() & written.keys()):
+            raise ConfigError(f"{twice[0]} is given twice, by itself and in config_overrides: leave one out")
+        settings["config_overrides"] = {**written, **overrides}
+    dtypes = [(name, settings.pop(name)) for name in ("dtype", "torch_dtype") if name in settings]
+    for name, dtype in dtypes:
+        if dtype in (None, "auto"):
+            continue
+        asked: Any = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        stored = _STORED.get(asked)
+        if stored is None:
+            raise ConfigError(
+                f"{name}={dtype!r}: weights are stored by storage= and computed with by compute=; as one setting for "
+                f"both there are {', '.join(map(str, _STORED))} and 'auto'"
+            )
+        settings = {"storage": stored, "compute": stored, **settings}
+    revision = settings.pop("revision", None)
+    if revision is not None:
+        if not isinstance(model, (str, Path)) or Path(model).expanduser().exists():
+            raise ConfigError(
+                f"revision={revision!r} is of a hub id, and the model given is here already: leave it out"
+            )
+        model = f"{model}@{revision}"
+    return model, settings
