@@ -8,7 +8,7 @@
 // element-wide accesses.
 //
 //   gaussian    a Philox block for a thread's 8 elements, coefficients looked up in shared memory  2 chunks
-//   box_muller  two Philox blocks for a thread's 8 elements: the gaussian of layout 1            2 chunks
+//   boxmuller   two Philox blocks for a thread's 8 elements: the gaussian of layout 1            2 chunks
 //   rademacher  thread L makes word L of the tile's 32 sign words, a shuffle brings it to its users  4 chunks
 //
 // Coefficients, decays and seeds of updates are read from device memory: the host need not know them when it launches.
@@ -454,7 +454,7 @@ ZO_DEV void noise_kernel(const zo_cuda_noise_args& args) {
   ZO_KERNEL zo_pass_##NAME##_gaussian(const zo_cuda_args args) {                          \
     zo_cuda::pass_kernel<FORMAT, zo_cuda::Gaussian>(args);                                \
   }                                                                                       \
-  ZO_KERNEL zo_pass_##NAME##_box_muller(const zo_cuda_args args) {                        \
+  ZO_KERNEL zo_pass_##NAME##_boxmuller(const zo_cuda_args args) {                         \
     zo_cuda::pass_kernel<FORMAT, zo_cuda::BoxMuller>(args);                               \
   }                                                                                       \
   ZO_KERNEL zo_pass_##NAME##_rademacher(const zo_cuda_args args) {                        \
@@ -464,7 +464,7 @@ ZO_DEV void noise_kernel(const zo_cuda_noise_args& args) {
   ZO_KERNEL zo_scales_##NAME##_gaussian(const zo_cuda_args args) {                        \
     zo_cuda::scales_kernel<FORMAT, zo_cuda::Gaussian>(args);                              \
   }                                                                                       \
-  ZO_KERNEL zo_scales_##NAME##_box_muller(const zo_cuda_args args) {                      \
+  ZO_KERNEL zo_scales_##NAME##_boxmuller(const zo_cuda_args args) {                       \
     zo_cuda::scales_kernel<FORMAT, zo_cuda::BoxMuller>(args);                             \
   }                                                                                       \
   ZO_KERNEL zo_scales_##NAME##_rademacher(const zo_cuda_args args) {                      \
@@ -499,7 +499,7 @@ ZO_KERNEL zo_cuda_abi(const zo_cuda_noise_args args) {
 }
 
 ZO_KERNEL zo_noise_gaussian(const zo_cuda_noise_args args) { zo_cuda::noise_kernel<zo_cuda::Gaussian>(args); }
-ZO_KERNEL zo_noise_box_muller(const zo_cuda_noise_args args) { zo_cuda::noise_kernel<zo_cuda::BoxMuller>(args); }
+ZO_KERNEL zo_noise_boxmuller(const zo_cuda_noise_args args) { zo_cuda::noise_kernel<zo_cuda::BoxMuller>(args); }
 ZO_KERNEL zo_noise_rademacher(const zo_cuda_noise_args args) { zo_cuda::noise_kernel<zo_cuda::Rademacher>(args); }
 
 // out[h] = z of half-word h, for all numel = 65,536 of them

@@ -37,7 +37,7 @@ FEW = [
     ("fp16", "gaussian"),
     ("fp8_e5m2", "rademacher"),
     ("nf4", "gaussian"),
-    ("bf16", "box_muller"),
+    ("bf16", "boxmuller"),
 ]
 FEW += [("int8+8", "gaussian"), ("bf16+8", "rademacher")]
 PAIRS = [(n, k) for n in FORMATS for k in KINDS] if ALL else FEW

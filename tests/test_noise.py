@@ -47,8 +47,8 @@ KNOWN = {
 GOLDEN = {
     ("gaussian", 7): "42620bc0acddc444d6e0dc0fb7c64e0934d1e5ebf17b1a4088b9ac844140b1f9",
     ("gaussian", 10): "b45d0c92bd3e644d2b105e7fd88cd1109dfff77f5f1569bde0e13e1cf277345f",
-    ("box_muller", 7): "afb9c4037d4263d3aa09dfbeb89de445a46c5acff55bc35ad4d79772b3ddfdce",
-    ("box_muller", 10): "c75ab2e51289f90c35f1f310e0c2c51bbec98d5d4cf22a6bbfb122552933e00c",
+    ("boxmuller", 7): "afb9c4037d4263d3aa09dfbeb89de445a46c5acff55bc35ad4d79772b3ddfdce",
+    ("boxmuller", 10): "c75ab2e51289f90c35f1f310e0c2c51bbec98d5d4cf22a6bbfb122552933e00c",
     ("rademacher", 7): "5da9a7d6644cb6d55856efaa19c861fcea7872fb022b28334f0cc6909cacf82d",
     ("rademacher", 10): "8361fbc429815d82eabdaf2e531bde7a6d26161c87720254ea9ebb01e1cc6c5f",
 }
@@ -270,7 +270,7 @@ def test_step_seed_names_the_bad_argument(bad):
 
 
 def test_bad_specs_and_ranges_are_refused():
-    for kwargs in ({"distribution": "normal"}, {"distribution": "box_muller"}, {"rounds": 8}, {"layout": 3}):
+    for kwargs in ({"distribution": "normal"}, {"distribution": "boxmuller"}, {"rounds": 8}, {"layout": 3}):
         with pytest.raises(ConfigError, match=str(next(iter(kwargs.values())))):
             NoiseSpec(**kwargs)
     for seed, n, offset in ((-1, 1, 0), (1 << 64, 1, 0), (0, -1, 0), (0, 1, -1), (0, 1, 1 << 62)):

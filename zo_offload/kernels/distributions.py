@@ -63,6 +63,7 @@ class Distribution:
     """One kind of noise."""
 
     name: str
+    """Without an underscore: kernels are called by format and this."""
     tag: int
     """Word 3 of Philox's counter."""
     block: int
@@ -113,7 +114,7 @@ DISTRIBUTIONS: dict[str, Distribution] = {distribution.name: distribution for di
 """What a method may name."""
 
 _BOUND_1 = 6.6  # of layout 1, whatever the distribution: a run must refuse what it refused
-BOX_MULLER = Distribution("box_muller", TAG_BOX_MULLER, 4, _box_muller, _BOUND_1, fold_every=4, code=0, warp=512)
+BOX_MULLER = Distribution("boxmuller", TAG_BOX_MULLER, 4, _box_muller, _BOUND_1, fold_every=4, code=0, warp=512)
 """What "gaussian" was in layout 1: a normal from 64 random bits, twice as dear."""
 
 
