@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -298,3 +300,25 @@ def test_scales_of_a_quantized_checkpoint_are_trained(files, tmp_path, capsys):
     assert "not known to qzo: there are llama" in capsys.readouterr().err
     assert call("fit", run, "--resume", "--data", files / "train.jsonl", "--method", "qzo") == 2
     assert "leave out --method" in capsys.readouterr().err
+
+
+def test_torchrun_starts_ranks_that_write_what_one_process_writes(files, tmp_path):
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "zo_offload", "fit", files / "base"]
+    options = ["--data", files / "train.jsonl", *FIT, "--steps", 2, "--run-dir", tmp_path / "run", "--out"]
+    done = subprocess.run(
+        [sys.executable, *map(str, [*command, *options, tmp_path / "tuned"])], capture_output=True, text=True,
+        timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 steps,") == 1, "one rank prints"
+    assert fit(files, "--steps", 2, "--run-dir", tmp_path / "one", "--out", tmp_path / "of one") == 0
+    two, one = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("tuned", "of one"))
+    assert two == one
+
+
+@pytest.mark.parametrize("rank,printed", [(0, "loss"), (1, "")])
+def test_what_is_not_training_is_done_by_rank_0_alone(rank, printed, trained, capsys, monkeypatch):
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    assert call("eval", trained / "run", "--data", trained / "dev.jsonl") == 0
+    assert printed in capsys.readouterr().out if printed else not capsys.readouterr().out

@@ -32,6 +32,8 @@ _HOMES = {
     "JournalError": "errors",
     "StorageError": "errors",
     "DivergenceError": "errors",
+    "RankError": "errors",
+    "Group": "ranks.find",
 }
 
 if TYPE_CHECKING:
@@ -45,9 +47,11 @@ if TYPE_CHECKING:
     from .errors import DivergenceError as DivergenceError
     from .errors import JournalError as JournalError
     from .errors import PlanError as PlanError
+    from .errors import RankError as RankError
     from .errors import StorageError as StorageError
     from .errors import ZOError as ZOError
     from .methods import *  # noqa: F403 - see methods/__init__.py
+    from .ranks.find import Group as Group
     from .run.training import FitResult as FitResult
     from .system.signals import Stopped as Stopped
 

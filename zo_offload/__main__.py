@@ -1,4 +1,7 @@
-"""The doctor: `python -m zo_offload` shows what was found here and runs one tiny step. Exit status 0 if all is well."""
+"""The doctor: `python -m zo_offload` shows what was found here and runs one tiny step. Exit status 0 if all is well.
+
+With arguments it is the command line: `torchrun --nproc-per-node 2 -m zo_offload fit ...`.
+"""
 
 from __future__ import annotations
 
@@ -95,5 +98,11 @@ def _one_step() -> str:
     return "" if resident == disk else f"losses differ: {resident} resident, {disk} from disk"
 
 
+def _command() -> int:
+    from .cli.command import main as command
+
+    return command()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_command() if len(sys.argv) > 1 else main())

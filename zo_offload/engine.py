@@ -19,7 +19,9 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
+from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +35,7 @@ from .devices.placing import as_inputs, input_dtype
 from .errors import CheckpointError, ConfigError, JournalError
 from .journal import run_directory
 from .journal.calls import FitCall
+from .journal.format import read_journal
 from .journal.identity import objective_name
 from .journal.journal import Journal, StepRecord
 from .kernels.records import STILL, Gains
@@ -40,6 +43,8 @@ from .lanes.hub import Lane
 from .methods import DEFAULT, Method
 from .numerics.updates import UpdateLog
 from .plan.plan import Plan
+from .ranks.find import Ranks, find
+from .ranks.team import Alone
 from .run.active import Run
 from .run.batching import Batching
 from .run.generation import check_generates, generate_texts
@@ -61,7 +66,9 @@ class Engine:
     model: a checkpoint directory, a cached hub id, or an nn.Module. A module's weights move into the engine at its
     first use; `restore` puts the trained ones back, after `close` alone its parameters hold NaN. objective: (model,
     batch) -> scalar, default `model(**batch).loss`; it may be non-differentiable. example: a batch to trace with,
-    where the model has no dummy inputs of its own. base: first weights of a module on meta. settings: fields of
+    where the model has no dummy inputs of its own. base: first weights of a module on meta. ranks: processes that train
+    together, each of which makes this engine: "auto" those that torchrun or accelerate launched, or of an initialised
+    process group; `Group(...)` the same with settings; None: this process alone (docs/ranks.md). settings: fields of
     `EngineConfig`, and what is meant by from_pretrained's arguments (num_labels, attn_implementation, dtype, revision).
     Every error a setting can cause is raised here, before weights are read or anything is written; what depends on the
     batch, at the first `fit`, before memory is taken.
@@ -78,13 +85,16 @@ class Engine:
         example: Batch | None = None,
         base: Base | None = None,
         config: EngineConfig | None = None,
+        ranks: Ranks = "auto",
         **settings: Any,
     ) -> None:
-        model, settings = as_settings(model, settings)
-        config = config if config is not None else EngineConfig(**settings)
-        method = method if method is not None else DEFAULT()
-        objective = objective if objective is not None else model_loss
-        opened = open_model(model, method, config, model_class=model_class, example=example, base=base)
+        team = find(ranks)
+        with team.together("opening"):
+            model, settings = as_settings(model, settings)
+            config = config if config is not None else EngineConfig(**settings)
+            method = method if method is not None else DEFAULT()
+            objective = objective if objective is not None else model_loss
+            opened = open_model(model, method, config, model_class=model_class, example=example, base=base, ranks=team)
         begin = Maker(opened, objective_name(objective, model_loss)).start
         self._hold(Run(opened, objective, begin, example=example), tokenizer)
 
@@ -112,20 +122,28 @@ class Engine:
         model: str | Path | nn.Module | None = None,
         *,
         method: Method | type[Method] | None = None,
+        ranks: Ranks = "auto",
         **changes: Any,
     ) -> Engine:
         """The engine of an earlier run, continued where its journal ends; bit-equal to one that never stopped.
 
         model: where the base is now, if it was moved; the same module again, with its first weights, if the run was
         made from one in memory. method: of a class of the caller's own, as it was, or the class. changes: settings that
-        do not alter the numbers (offload, window, threads), and `objective`, `tokenizer`. A run that ended before its
+        do not alter the numbers (offload, window, threads), and `objective`, `tokenizer`. ranks: as in `Engine`, and as
+        many as there are now, whatever the run had before. A run that ended before its
         first weights were in place has no journal; it is begun anew.
         Raises JournalError if run_dir is not a run, or names what differs from it.
         """
-        run_dir = Path(run_dir).absolute()
-        record = run_directory.load_config(run_dir)
-        if not (run_dir / run_directory.JOURNAL).exists() and (run_dir / run_directory.METRICS).exists():
-            raise JournalError(f"{run_dir}: {run_directory.JOURNAL} is missing, and it is the run. Restore it")
+        team = find(ranks)
+        with team.together("opening"):
+            return cls._resume(Path(run_dir).absolute(), model, method, changes, team)
+
+    @classmethod
+    def _resume(
+        cls, run_dir: Path, model: Any, method: Method | type[Method] | None, changes: dict[str, Any], team: Alone
+    ) -> Engine:
+        record, told = team.first("resuming", lambda: run_directory.resumed(run_dir, tells=team.world > 1))
+        data = None if told is None or team.leads else b64decode(told)
         where = record["model"] if model is None else model
         if where is None:
             raise ConfigError(f"{run_dir} was made from a module in memory: pass it again, resume(run_dir, model)")
@@ -142,9 +160,10 @@ class Engine:
         made = run_directory.make_method(record["method"], method)
         opened = open_model(
             where, made, config, model_class=passed["model_class"] or record.get("model_class"),
-            example=passed["example"], base=passed["base"], fresh=False,
+            example=passed["example"], base=passed["base"], fresh=False, ranks=team,
         )  # fmt: skip
-        begin = Maker(opened, objective_name(objective, model_loss), fresh=False).start
+        opened = opened if data is None else replace(opened, header=read_journal(data).header)
+        begin = Maker(opened, objective_name(objective, model_loss), fresh=False, told=data).start
         run = Run(opened, objective, begin, example=passed["example"], resumes=True, last_fit=record.get("fit"))
         return cls.of(run, passed["tokenizer"])
 
@@ -174,6 +193,11 @@ class Engine:
     def journal(self) -> Journal | None:
         """None without a run_dir, and before the run is under way."""
         return self.active.journal
+
+    @property
+    def ranks(self) -> Alone:
+        """The processes that train together: `rank`, `world`; `leads` on the one that writes and prints."""
+        return self.active.ranks
 
     @property
     def evals(self) -> list[dict[str, float]]:
@@ -222,12 +246,19 @@ class Engine:
 
     @entry
     def step(self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1) -> StepRecord:
-        """One step on one batch: lanes, update, journal. The update reaches each block at its next visit."""
-        return self.active.finish(self.active.launch(batch, lr, micro_batches=micro_batches))
+        """One step on one batch: lanes, update, journal. The update reaches each block at its next visit.
+
+        With several ranks each of them calls it, with the same batch.
+        """
+        with self.active.ranks.telling():
+            return self.active.finish(self.active.launch(batch, lr, micro_batches=micro_batches))
 
     @entry
     def evaluate(self, data: Any, *, batch_size: int | None = None, **data_options: Any) -> dict[str, float]:
-        """Mean loss, and accuracy where the data defines it, at the current weights. See `make_batches`."""
+        """Mean loss, and accuracy where the data defines it, at the current weights. See `make_batches`.
+
+        Of several ranks each that calls it computes all of it; those that do not are not waited for.
+        """
         rows = self.method.batch_size if batch_size is None else batch_size
         batches = self.batching.batches(data, rows, data_options, shuffle=False)
         self.active.start(batches.first(), objective=self.batching.objective_of(batches))
@@ -235,7 +266,9 @@ class Engine:
             self.active.check_objective(self.journal)
         except JournalError as error:
             _log.warning("this evaluation is of another loss than the run's: %s", error)
-        return self.active.measure(batches)
+        found = self.active.measure(batches)
+        assert found is not None, "nothing stops an evaluation outside of fit"
+        return found
 
     def run(self, batch: Batch, call: Callable[[nn.Module, Batch], Any] | None = None) -> Any:
         """One forward at the current weights: `call(model, batch)`, default `model(**batch)`. For logits, say."""
@@ -274,8 +307,10 @@ class Engine:
         Configs and tokenizer go along. overwrite: into a directory that is not empty; see `export.save_pretrained`. Of
         a model with an adapter that is written, for `PeftModel.from_pretrained`; ConfigError if more than it was
         trained. merge: the whole model instead, with the adapter in its weights; an adapted layer at a time is then
-        whole in memory.
+        whole in memory. Of several ranks, rank 0 writes; on the others this does nothing, and nobody is waited for.
         """
+        if not self.ranks.leads:
+            return []
         if wrong := self.active.opened.cannot_be_saved(merge):
             raise ConfigError(wrong)
         self.active.flush()

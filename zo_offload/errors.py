@@ -48,3 +48,7 @@ class StorageError(OSError, ZOError):
 
 class TornError(ZOError):
     """Weights in memory were half written when something broke in. The engine must be reopened; the run is whole."""
+
+
+class RankError(ZOError):
+    """Another rank of this run failed, ended or does not come, or ranks differ; what was journaled is not lost."""

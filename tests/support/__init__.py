@@ -4,6 +4,7 @@ zoo               tiny models of many architectures, and inputs for them
 training          a method, batches, a run of a few steps; what it gives
 compare           bit-equality, the one way to compare tensors and losses
 plain_mezo        MeZO in a few lines, in memory: what the engine must equal
+ranks             several processes that train one run together
 lanes             a source of weights from a dict, and what lanes must equal
 native_variants   a test under the reference and every instruction set of the native library
 fake_cuda         streams that run late and in any allowed order, with a race checker

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, ZOError
+from ..errors import ConfigError, RankError, ZOError
+from ..ranks.launcher import launched
 from . import views
 
 
@@ -18,13 +22,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = _parser(argv).parse_args(argv)
+        if args.run is not _fit and launched()[0] > 0:
+            return 0  # of several processes one does what is not training
         return int(args.run(args))
     except (ZOError, OSError) as error:
-        print("zo-offload:", " ".join(str(error).split()), file=sys.stderr)
+        text = " ".join(str(error).split())
+        _tell_launcher(text)
+        print("zo-offload:", text, file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"zo-offload: {str(stop) or 'stopped'}", file=sys.stderr)
         return 128 + int(getattr(stop, "signum", signal.SIGINT))
+
+
+def _tell_launcher(text: str) -> None:
+    """The error where torchrun looks for it: it shows the first that one of its processes had."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and not isinstance(sys.exc_info()[1], RankError):  # that is another's, which tells it
+        about = {"py_callstack": "", "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": about}}))
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -40,8 +56,9 @@ def _fit(args: argparse.Namespace) -> int:
         own = _own_method(args)
         _refuse(args, "preset", "lora", *args.method_options, *_IDENTITY, "run_dir")
         engine = Engine.resume(
-            args.model, args.base, **own, **_given(args, *_MOVABLE, "model_class", "adapter"), **_tokenizer(args)
-        )
+            args.model, args.base, **own, **_given(args, *_MOVABLE, "model_class", "adapter"), **_tokenizer(args),
+            ranks=_ranks(args),
+        )  # fmt: skip
     else:
         if args.base is not None:
             raise ConfigError(f"--base {args.base} says where the base of a run is now: give it with --resume")
@@ -50,9 +67,9 @@ def _fit(args: argparse.Namespace) -> int:
         settings = {**_given(args, *_SETTINGS, *_MOVABLE, "run_dir"), **_adapter(args)}
         engine = Engine(
             args.model, method=make_method(args), model_class=args.model_class, **settings, **_overrides(args),
-            **_tokenizer(args),
+            **_tokenizer(args), ranks=_ranks(args),
         )  # fmt: skip
-        if engine.storage_note:
+        if engine.storage_note and engine.ranks.leads:
             print(f"storage auto takes {engine.config.storage}: {engine.storage_note}")
     with engine:
         result = engine.fit(
@@ -62,6 +79,8 @@ def _fit(args: argparse.Namespace) -> int:
         )  # fmt: skip
         if args.out:
             engine.save_pretrained(args.out, merge=args.merge)
+    if not engine.ranks.leads:
+        return 0
     print(
         f"{result.steps} steps, {result.tokens_per_s:.0f} tokens/s, resident weights "
         f"{result.resident_bytes / 1e6:.1f} MB of {result.model_bytes / 1e6:.1f} MB"
@@ -171,7 +190,7 @@ def _open(args: argparse.Namespace) -> Any:
     if (Path(args.model) / run_directory.JOURNAL).exists():
         _refuse(args, "lora", *_IDENTITY, "run_dir")
         given = {**_own_method(args), **_given(args, *_MOVABLE, "model_class", "adapter")}
-        return Engine.resume(args.model, args.base, **given, **_tokenizer(args))
+        return Engine.resume(args.model, args.base, **given, **_tokenizer(args), ranks=None)
     if args.base is not None:
         raise ConfigError(f"--base {args.base} says where the base of a run is now, and {args.model} is not a run")
     if args.method is not None:
@@ -183,8 +202,18 @@ def _open(args: argparse.Namespace) -> Any:
     method = method_training("shifts") if frozen else None
     given = {**_given(args, *_SETTINGS, *_MOVABLE, "run_dir"), **adapter}
     return Engine(
-        args.model, method=method, model_class=args.model_class, **given, **_overrides(args), **_tokenizer(args)
-    )
+        args.model, method=method, model_class=args.model_class, **given, **_overrides(args), **_tokenizer(args),
+        ranks=None,
+    )  # fmt: skip
+
+
+def _ranks(args: argparse.Namespace) -> Any:
+    """The processes that this one was launched with: they train together."""
+    if args.patience is None:
+        return "auto"
+    from ..ranks.find import Group
+
+    return Group(patience=args.patience)
 
 
 def _check_out(out: str | None) -> None:
@@ -302,6 +331,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     fit.add_argument("--out", help="export the tuned checkpoint here")
     _merge(fit)
+    fit.add_argument("--patience", type=float, help="under torchrun: seconds to wait for another rank (learnt)")
     _step_options(fit)
     fit.add_argument("--quiet", action="store_true", help="no progress bar")
     _storage(fit)

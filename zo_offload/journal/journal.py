@@ -185,6 +185,10 @@ class Journal:
         del self.notes[notes:]
         with self._history_lock:
             del self._history[len(self.steps) + 1 :]
+        self._cut_file()
+        self._writing = False
+
+    def _cut_file(self) -> None:
         try:
             diskio.cut(self._fd, self._size)
         except OSError as error:
@@ -192,7 +196,6 @@ class Journal:
                 raise
             self._fail(error)
             self._check()
-        self._writing = False
 
     def _check_size(self) -> None:
         """Raise StorageError, now and always, if somebody else has written to the file or cut it."""

@@ -5,6 +5,7 @@
     metrics.jsonl    one line a step or evaluation, for people and plots
     blocks/          the blocks of offload="disk", or the snapshots of a run in memory; see tiers/block_file.py
     lock             held by the process that uses the directory, see lock.py
+    ranks/N/         of a run over several processes: blocks/ and lock of rank N, from 1 on
 
 Nothing here is ever unpickled, and nothing is deleted by this package but a run of no steps that is begun again. A run
 is not begun in a directory that holds anything of somebody else's under these names, or a checkpoint.
@@ -17,6 +18,7 @@ import json
 import logging
 import math
 import os
+from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +33,7 @@ from .format import TAKES_NOTES, VERSIONS, read_journal
 
 _log = logging.getLogger(__name__)
 
-CONFIG, JOURNAL, METRICS, BLOCKS = "config.json", "journal.zoj", "metrics.jsonl", "blocks"
+CONFIG, JOURNAL, METRICS, BLOCKS, RANKS = "config.json", "journal.zoj", "metrics.jsonl", "blocks", "ranks"
 PREDICATE = "<predicate>"
 
 
@@ -181,6 +183,18 @@ def load_config(run_dir: Path) -> dict[str, Any]:
     check_settings({k: v for k, v in record["settings"].items() if k != "trust_remote_code"}, str(path))
     record["settings"] = with_mode(record["settings"], record["model"])
     return record
+
+
+def resumed(run_dir: Path, *, tells: bool) -> tuple[dict[str, Any], str | None]:
+    """(config.json, the journal's bytes in base64) of a run that is to go on. tells: other ranks are to have the bytes;
+    None for them where the run is begun anew. Raises JournalError if run_dir holds no run."""
+    record = load_config(run_dir)
+    path = run_dir / JOURNAL
+    if not path.exists() and (run_dir / METRICS).exists():
+        raise JournalError(f"{run_dir}: {JOURNAL} is missing, and it is the run. Restore it")
+    if not tells or not path.exists() or (is_without_steps(run_dir) and not takes_notes(run_dir)):
+        return record, None
+    return record, b64encode(diskio.read_file(path)).decode()
 
 
 def with_mode(settings: dict[str, Any], model: str | None) -> dict[str, Any]:

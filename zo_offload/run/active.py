@@ -33,7 +33,7 @@ from ..journal.journal import Journal, StepRecord
 from ..journal.learning_watch import LearningWatch
 from ..kernels.records import STILL, Gains
 from ..lanes.hub import Lane
-from ..modules.trees import tensor_bytes
+from ..modules.trees import part_bytes
 from ..numerics.updates import UpdateLog
 from ..plan.plan import Plan
 from ..stream.ingest import ModuleBase
@@ -43,6 +43,7 @@ from ..system.signals import Lookout, StopRequest
 from .late import Launched
 from .memory import MemoryPlan
 from .opening import Opened
+from .ranked import Ranked
 from .session import Session
 from .vacated import Vacated
 from .whole import Door, Parts, Whole, entry
@@ -53,10 +54,6 @@ _log = logging.getLogger(__name__)
 Begin = Callable[[Callable[[Journal], None]], Session]
 """Makes the session; given what raises if a journal that is reopened cannot go on as is asked, before weights are
 read."""
-
-
-def _part_bytes(batch: Batch, micro_batches: int) -> int:
-    return tensor_bytes([batch]) // micro_batches
 
 
 class Run:
@@ -80,7 +77,8 @@ class Run:
     ) -> None:
         self.opened, self.prepared, self.objective = opened, opened.prepared, objective
         self.method, self.config, self.device = self.prepared.method, self.prepared.config, opened.device
-        self.run_dir, self.last_fit = opened.run_dir, last_fit
+        self.run_dir, self.last_fit, self.ranks = opened.run_dir, last_fit, opened.ranks
+        self._ranked = Ranked(opened.ranks, [block.name for block in self.prepared.plan.blocks])
         self._begin_session, self._resumes, self._replays = begin, resumes, replays
         self.gains: Gains | None = opened.gains
         """The gains of parameters that have one other than 1, once they are decided: see `gains.py`."""
@@ -91,8 +89,7 @@ class Run:
         self.evals: list[dict[str, float]] = []
         self.horizon: int | None = None
         """Steps that the learning rate was begun for, where it depends on them: `binding.py`."""
-        self.at_once = False
-        """Whether the end is left to the journal, without a flush."""
+        self.at_once = False  # whether the end is left to the journal, without a flush
         self.door, self.closing = Door(), Closing()
         self.session: Session | None = None
         self.parts: Parts | None = None
@@ -130,7 +127,7 @@ class Run:
             return self.parts
         if batch is not None:
             self.memory = self._plan_memory(batch, micro_batches, objective)
-            self._planned_bytes = _part_bytes(batch, micro_batches)
+            self._planned_bytes = part_bytes(batch, micro_batches)
         else:
             self.memory = self.prepared.plan_blindly(process=self.opened.process_bytes)
         if self.session is None:
@@ -212,11 +209,12 @@ class Run:
         )
 
     def _asked(self, objective: Objective | None) -> Objective:
-        """The objective of one call, the run's where it has none of its own."""
+        """The run's objective where a call has none of its own."""
         return self.objective if objective is None else objective
 
     def _path(self, name: str) -> Path | None:
-        return None if self.run_dir is None else self.run_dir / name
+        """Of a file that this process writes."""
+        return self.run_dir / name if self.run_dir is not None and self.ranks.leads else None
 
     # ---- what it is bound to -----------------------------------------------------------------------------------------
 
@@ -228,10 +226,10 @@ class Run:
     def encoding(self) -> int:
         """Number of the encoding of rows that the run was begun with; the present one where none was begun."""
         path = self._path(run_directory.JOURNAL)
-        if path is None or not self._resumes or not path.exists():
-            return ENCODING
-        header = self.journal.header if self.journal is not None else load_header(path)
-        return int(header.get("encoding", 1))
+        header = self.opened.header if self.journal is None else self.journal.header
+        if header is None and path is not None and self._resumes and path.exists():
+            header = load_header(path)
+        return ENCODING if header is None else int(header.get("encoding", 1))
 
     def bind(self, binding: Binding, call: FitCall, batches: Batches) -> None:
         """Keep what a call of `fit` binds the run to, and how it was called. Raises JournalError, ConfigError."""
@@ -239,7 +237,8 @@ class Run:
         self.horizon = binding.horizon if self.horizon is None else self.horizon
         if self.journal is not None and self.run_dir is not None:
             self.horizon = binding.bind(self.journal)
-            run_directory.save_fit(self.run_dir, call.record())
+            if self.ranks.leads:
+                run_directory.save_fit(self.run_dir, call.record())
         if self._check_data and not binding.new_data:
             assert self.journal is not None
             check_same_data(batches, self.journal.steps[bound_from(self.journal) :])
@@ -263,8 +262,11 @@ class Run:
         self._keep_budget(parts, batch, micro_batches, objective)
         stepper = parts.stepper
         lr = self.method.lr if lr is None else lr
+        self._ranked.meet(parts.session)
+        batch_crc = fingerprint(batch)
         with self.work():
             stepper.begin()
+            self._ranked.before_step(parts, self.log.version, lr, batch_crc, micro_batches)
             method, step = stepper.current, self.log.version
             losses: list[Any] = []
             lanes = method.perturbations(self.config.seed, step)
@@ -274,8 +276,8 @@ class Run:
                     empty=self.method.on_nonfinite == "skip",
                 )  # fmt: skip
                 lanes = method.next_lanes(self.config.seed, step, losses, lr) if method.comes_back else ()
-            self._planned_bytes = max(self._planned_bytes, _part_bytes(batch, micro_batches))
-            launched = stepper.launch(losses, lr, fingerprint(batch))
+            self._planned_bytes = max(self._planned_bytes, part_bytes(batch, micro_batches))
+            launched = stepper.launch(losses, lr, batch_crc)
             if parts.session.snapshots is not None:
                 parts.session.snapshots.tick(self.log.version, parts.streamer.window)
         return launched
@@ -286,33 +288,32 @@ class Run:
         with self.work() as parts:
             record = parts.stepper.settle(launched)
             parts.watch.see(record)
+            self._ranked.after_step(record)
             return record
 
     def _keep_budget(self, parts: Parts, batch: Batch, micro_batches: int, objective: Objective | None) -> None:
         """A batch larger than any before is within the memory budget, or BudgetError says so before its step."""
-        if self.memory.budget is None or _part_bytes(batch, micro_batches) <= self._planned_bytes:
+        if self.memory.budget is None or part_bytes(batch, micro_batches) <= self._planned_bytes:
             return
         if self.memory.unknown:
-            parts.passes.watch_next()
-        else:
-            asked = self._asked(objective)
-            self.prepared.check_batch(self.memory, batch, objective=asked, micro_batches=micro_batches)
+            return parts.passes.watch_next()
+        self.prepared.check_batch(self.memory, batch, objective=self._asked(objective), micro_batches=micro_batches)
 
     # ---- looking at it -----------------------------------------------------------------------------------------------
 
     @entry
-    def measure(self, batches: Batches, between: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Means over `batches` at the current weights. between: called before each batch."""
+    def measure(self, batches: Batches, **options: Any) -> dict[str, float] | None:
+        """Means over `batches` at the current weights; options: of `Passes.measure`."""
         with self.work() as parts:
-            return parts.passes.measure(batches, between)
+            return parts.passes.measure(batches, **options)
 
     @entry
     def forward(self, batch: Batch, call: Callable[[nn.Module, Batch], Any] | None = None) -> Any:
         """`call(model, batch)` at the current weights, default `model(**batch)`."""
         self.start(batch, objective=plain_forward)  # no loss is asked for
         with self.work() as parts:
-            lane = Lane(STILL, batch)
-            return parts.passes.forward([lane], call or (lambda model, inputs: model(**inputs)), exact=True)[0]
+            call = call or (lambda model, inputs: model(**inputs))
+            return parts.passes.forward([Lane(STILL, batch)], call, exact=True)[0]
 
     @entry
     def read(self, name: str) -> Tensor:
@@ -335,6 +336,7 @@ class Run:
     def heed(self, stop: StopRequest | None) -> None:
         """Look at `stop` before each owner's weights are made, and end there if it says so; None: at nothing."""
         self._lookout.stop = stop
+        self.ranks.heed(stop)
 
     def work(self) -> Whole:
         """`with run.work() as parts:` around all that is done with the parts, which are made first; see `whole.py`."""
@@ -395,4 +397,4 @@ class Run:
         except TornError as torn:  # nothing that can be flushed; what can be done is done when it is reopened
             _log.warning("%s", torn)
         finally:
-            self.closing.close()
+            self.closing.close(last=self.ranks.leave)

@@ -61,9 +61,14 @@ class Choice:
         return self.fetch_bytes + self.flush_bytes
 
 
-def choose_storage(plan: Plan, dtype_of: Callable[[str], torch.dtype], config: EngineConfig) -> tuple[str, str]:
-    """(format, why) that storage="auto" stands for. Raises BudgetError if none that trains everything fits."""
-    free = available_bytes()
+def choose_storage(
+    plan: Plan, dtype_of: Callable[[str], torch.dtype], config: EngineConfig, sharers: int = 1
+) -> tuple[str, str]:
+    """(format, why) that storage="auto" stands for. Raises BudgetError if none that trains everything fits.
+
+    sharers: processes that each want as much of this host's memory.
+    """
+    free = available_bytes() // sharers
     if config.device_memory is not None and config.offload == "none":
         free = min(free, parse_bytes(config.device_memory, "device_memory"))
     sizes = {name: _layout(plan, dtype_of, name, config.keep).total_bytes for name in (RESIDENT, STREAMED)}

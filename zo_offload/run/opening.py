@@ -11,9 +11,9 @@ is noted. Every error that a setting can cause is raised here.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from ..methods import Method
 from ..modules.compiled import without_wrapper
 from ..modules.kind import ModelKind, kind_of
 from ..modules.parameters import Tied, tie
+from ..ranks.team import Alone
 from ..stream.ingest import Base, ModuleBase
 from ..system.host_memory import process_bytes
 from .prepare import Prepared, prepare
@@ -67,6 +68,10 @@ class Opened:
     model_class: str | None = None
     process_bytes: int = 0
     """What the process took before the model was opened."""
+    ranks: Alone = field(default_factory=Alone)
+    """The processes that train this run together, as this one sees them."""
+    header: Mapping[str, Any] | None = None
+    """Of the journal that goes on, where another rank opens it."""
 
     @property
     def directory(self) -> Path | None:
@@ -77,6 +82,13 @@ class Opened:
     def run_dir(self) -> Path | None:
         run_dir = self.prepared.config.run_dir
         return None if run_dir is None else Path(run_dir)
+
+    @property
+    def home(self) -> Path | None:
+        """Where this process keeps its blocks: the run directory, or of another rank than 0 its folder there."""
+        if self.run_dir is None or self.ranks.leads:
+            return self.run_dir
+        return self.run_dir / run_directory.RANKS / str(self.ranks.rank)
 
     def merged(self, weights: Weights) -> merging.Merged:
         """The model with its adapter in its weights, a layer at a time. Raises ConfigError where peft cannot."""
@@ -103,19 +115,22 @@ def open_model(
     base: Base | None = None,
     fresh: bool = True,
     offload: str | None = None,
+    ranks: Alone | None = None,
 ) -> Opened:
     """Open a checkpoint or take a module, and prepare it. See `Engine` for model, model_class, example and base.
 
     fresh: a run is to begin, so its run_dir must hold none. offload: a tier that is known already, as `prepare` has it.
+    ranks: that all open it now; what "auto" leaves open is decided for all of them.
     """
-    _refuse_ranks()
+    ranks = Alone() if ranks is None else ranks
     if config.run_dir is not None:  # absolute once and for all: the process may change its directory
         run_dir = Path(config.run_dir).absolute()
         config = replace(config, run_dir=run_dir)
         if fresh:
             run_directory.check_fresh(run_dir)
     before = process_bytes()
-    device = make_device(config.device)
+    one_each = config.device == "cuda" and ranks.world > 1
+    device = make_device(f"cuda:{ranks.local_rank}" if one_each else config.device)
     model, config = with_adapter(model, config)
     checkpoint, given, adapted = None, None, None
     ties: tuple[Tied, ...] = ()
@@ -134,16 +149,20 @@ def open_model(
         adapted = built(checkpoint, compute, model_class, config, _absolute(model))
         base, module = adapted.base, adapted.model
     kind = kind_of(module)
-    prepared = prepare(
-        module, base.dtype_of, config, method, device, example=example, offload=offload,
-        notes=() if adapted is None else adapted.notes,
+    make = partial(
+        prepare, module, base.dtype_of, method=method, device=device, example=example,
+        notes=() if adapted is None else adapted.notes, sharers=ranks.local_world,
     )  # fmt: skip
+    prepared = make(config, offload=offload)
+    agreed = _agreed(config, prepared, ranks)
+    if agreed != (prepared.config.storage, prepared.offload):
+        prepared = make(replace(config, storage=agreed[0]), offload=agreed[1])
     opened = Opened(
         module, base, kind, device, prepared, None, checkpoint, given=given, ties=ties,
         adapter=None if adapted is None else adapted.config,
         name=None if isinstance(model, nn.Module) else _absolute(model),
         model_class=model_class if isinstance(model_class, str) else getattr(model_class, "__name__", None),
-        process_bytes=before,
+        process_bytes=before, ranks=ranks,
     )  # fmt: skip
     if wrong := opened.cannot_be_saved():
         _log.warning("%s; save_pretrained will refuse", wrong)
@@ -188,11 +207,17 @@ def _absolute(model: str | Path) -> str:
     return str(Path(model).resolve()) if Path(model).exists() else str(model)
 
 
-def _refuse_ranks() -> None:
-    """A launcher of several processes would train the same thing several times, or fight for one run directory."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world.isdigit() and int(world) > 1:
-        raise ConfigError(
-            f"WORLD_SIZE={world}: several processes are not supported yet. Start one process (without torchrun or "
-            "accelerate launch), or unset WORLD_SIZE if each is to train on its own"
-        )
+def _agreed(config: EngineConfig, prepared: Prepared, ranks: Alone) -> tuple[str | None, str]:
+    """Storage and tier for all ranks: of "auto" the storage that rank 0 found, and the tier that takes least memory.
+
+    Both decide how often updates are folded, and so the numbers. What was named stays as it was; that it is the same
+    everywhere is looked at when the ranks begin to train.
+    """
+    mine = {"storage": prepared.config.storage, "offload": prepared.offload}
+    rows = ranks.gather("opening", mine)
+    storage, offload = prepared.config.storage, prepared.offload
+    if config.storage == "auto":
+        storage = rows[0]["storage"]
+    if config.offload == "auto":
+        offload = max((str(row["offload"]) for row in rows), key=("none", "host", "disk").index)
+    return storage, offload

@@ -31,6 +31,7 @@ from ..modules.modes import module_modes
 from ..modules.trees import tensor_bytes
 from ..plan.activations import ServiceOrder
 from ..plan.plan import Plan, relift
+from ..ranks.team import Alone
 from ..stream.streamer import Streamer
 
 _MAX_CORRECTIONS = 8  # of the plan, by watched runs; each adds a use, so a few are enough
@@ -45,9 +46,10 @@ class Passes:
 
     order: in which lanes are served; fixed: and no other, even if the model needs lanes one after another. compute:
     "tf32" for float32 products on the matrix units. mode: of the modules while they run (`modes.module_modes`). seed:
-    of the run, for the random numbers of forwards (`generators.py`). whole: see `split_micro_batches`. on_measured:
-    told the bytes of activations that a watched pass held, batches included; may raise, and the pass then has no
-    results. `plan` is the one that holds now: as given, or corrected.
+    of the run, for the random numbers of forwards (`generators.py`). whole: see `split_micro_batches`. ranks: processes
+    that share the lanes of a step, and evaluations where that is asked for. on_measured: told the bytes of activations
+    that a watched pass held, batches included; may raise, and the pass then has no results. `plan` is the one that
+    holds now: as given, or corrected.
     """
 
     def __init__(
@@ -64,12 +66,13 @@ class Passes:
         mode: str,
         seed: int,
         whole: Collection[str] | None = None,
+        ranks: Alone,
         on_measured: Callable[[int], None],
     ) -> None:
         self.model, self.plan, self.streamer, self.device, self.objective = model, plan, streamer, device, objective
         self._fixed, self._compute, self._on_measured = fixed, compute, on_measured
         self._mode, self._seed, self._modules = mode, seed, list(model.modules())
-        self._parts, self._whole = language_models(model), whole
+        self._parts, self._whole, self._ranks = language_models(model), whole, ranks
         self._own_weighing = weighing(model, objective)
         self._input_dtype = input_dtype(model)
         self._hub = self._attach(order)
@@ -117,37 +120,62 @@ class Passes:
         lanes = [Lane(perturbation, part) for perturbation in perturbations for part in parts]
         with without_cache(self.model, objective, self._parts):
             call = partial(self._late_loss if late else self._loss, objective)
-            losses = self.forward(lanes, call, exact=False, seed=lane_seed(self._seed, "step", step))
+            losses: list[Any] = self._shared(lanes, call, step, late)
         if len(parts) == 1:
             return losses
         of_each = (losses[i : i + len(parts)] for i in range(0, len(losses), len(parts)))
         return [weigh.together(these, weights, _divide) for these in of_each]
 
-    def measure(self, batches: Batches, between: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def _shared(
+        self, lanes: Sequence[Lane], call: Callable[[nn.Module, Batch], Any], step: int, late: bool
+    ) -> list[Any]:
+        """The lanes' losses: of all, or of those that are this rank's, and the others' as they tell them.
+
+        Each lane's random numbers and loss are its own, whatever lanes run beside it.
+        """
+        mine = self._ranks.cells(len(lanes))
+        seed = lane_seed(self._seed, "step", step)
+        found = self.forward([lanes[i] for i in mine], call, exact=False, seed=seed) if mine else []
+        if self._ranks.world == 1:
+            return found
+        losses = self._ranks.losses(step, [float(loss) for loss in found])
+        device = self.device.torch_device
+        return list(torch.tensor(losses, dtype=torch.float64, device=device)) if late else losses
+
+    def measure(
+        self, batches: Batches, between: Callable[[], None] = lambda: None, *, at: str | None = None
+    ) -> dict[str, float] | None:
         """Weighted means of what `batches` measure, over one epoch. between: called before each batch.
 
-        Batches in which nothing counts are left out. Raises DataError where that is all of them.
+        at: where the run is: all ranks come here, and each takes some of the batches; None if a stop was asked for
+        meanwhile. Without it this process takes all of them. Batches in which nothing counts are left out. Raises
+        DataError where that is all of them.
         """
         objective = self.objective if batches.objective is None else batches.objective
         weigh, counts = self._weighing(objective), []
-        sums: dict[str, float] = {}
-        weights: dict[str, float] = {}
+        ranks = Alone() if at is None else self._ranks
+        mine: dict[int, dict[str, Any]] = {}
+        any_counts = False
         for i, batch in enumerate(batches.epoch()):
             between()
+            if ranks.is_stopping():
+                break
             counts.append(weigh.counts(batch))
             if not (of_batch := weigh(batch)):
                 last = batch
+                continue
+            any_counts = True
+            if i % ranks.world != ranks.rank:
                 continue
             options = getattr(batch, "options", None)
             call = partial(self._values_of, batches, partial(self._loss, objective), of_batch, options)
             with without_cache(self.model, objective, self._parts):
                 seed = lane_seed(self._seed, "evaluation", i)
-                values = self.forward([Lane(STILL, batch)], call, exact=True, seed=seed)[0]
-            for name, (value, weight) in values.items():
-                is_sum = weigh.summed and name == "loss"
-                sums[name] = sums.get(name, 0.0) + value * (1.0 if is_sum else weight)
-                weights[name] = weights.get(name, 0.0) + weight
-        if not weights:
+                mine[i] = self.forward([Lane(STILL, batch)], call, exact=True, seed=seed)[0]
+        found = ranks.split("evaluation" if at is None else f"evaluation {at}", mine)
+        if found is None:
+            return None
+        if not any_counts:
             raise DataError(f"nothing to evaluate: {nothing_counts([last])}")
         if not agree(counts):
             warnings.warn(
@@ -155,6 +183,16 @@ class Passes:
                 f"over {', '.join(map(repr, list(counts[0])[1:]))}, and then it depends a little on batch_size",
                 stacklevel=2,
             )
+        return self._means([found[i] for i in sorted(found)], weigh.summed)
+
+    def _means(self, found: Sequence[dict[str, Any]], is_sum: bool) -> dict[str, float]:
+        """Means of (value, weight) by name, batch after batch. is_sum: the loss is one already, not a mean."""
+        sums: dict[str, float] = {}
+        weights: dict[str, float] = {}
+        for values in found:
+            for name, (value, weight) in values.items():
+                sums[name] = sums.get(name, 0.0) + value * (1.0 if is_sum and name == "loss" else weight)
+                weights[name] = weights.get(name, 0.0) + weight
         return {name: sums[name] / weights[name] for name in sums if weights[name]}
 
     def _values_of(

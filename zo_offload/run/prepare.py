@@ -154,12 +154,13 @@ def prepare(
     call: ForwardCall | None = None,
     offload: str | None = None,
     notes: tuple[str, ...] = (),
+    sharers: int = 1,
 ) -> Prepared:
     """Decide how a model is cut, stored and streamed. Reads no weights.
 
     dtype_of: of a parameter of the base, by name. example: a batch to trace the forward with, and call how; otherwise
     the model's dummy inputs are used. offload: a tier that is known already, whatever the settings say. notes: of the
-    model, to be the plan's first. Raises
+    model, to be the plan's first. sharers: processes that each want as much of this host's memory. Raises
     ConfigError for settings that do not go together, BudgetError if a memory tier cannot hold the model.
     """
     traced = {} if call is None else {"call": call}
@@ -171,12 +172,12 @@ def prepare(
     check_tunes(method.tunes, method.lr, method.eps, trains)
     note = ""
     if config.storage == "auto":
-        storage, note = choose_storage(trains, dtype_of, config)
+        storage, note = choose_storage(trains, dtype_of, config, sharers)
         config = replace(config, storage=storage)
     adapts = config.adapter is not None
     stored = decide_formats(trains, config.storage, dtype_of, config.keep, method.target, resident=adapts)
     layout = make_layout(stored.plan, stored.format_of, stored.target)
-    offload = choose_offload(config, layout, device) if offload is None else offload
+    offload = choose_offload(config, layout, device, sharers) if offload is None else offload
     fold_every = choose_fold_every(config.fold_every, stored.plan, layout, offload, method.distribution, method.noises)
     return Prepared(_shadow(model), full, stored.plan, layout, config, method, device, offload, fold_every, note)
 
@@ -199,13 +200,14 @@ def _shadow(model: nn.Module) -> nn.Module | str:
         return f"the module cannot be copied: {type(error).__name__}: {error}"[:200]
 
 
-def choose_offload(config: EngineConfig, layout: Layout, device: PlannedDevice) -> str:
+def choose_offload(config: EngineConfig, layout: Layout, device: PlannedDevice, sharers: int = 1) -> str:
     """`offload`, with "auto" decided: none if the stored model takes at most half of the free memory, else disk.
 
     On a GPU: none if it takes at most half of the GPU's free memory, else host if the host can hold it, else disk.
+    sharers: processes that each want as much of the host's memory.
     Raises BudgetError if a memory tier cannot hold the model.
     """
-    need, free = layout.total_bytes, available_bytes()
+    need, free = layout.total_bytes, available_bytes() // sharers
     if device.own_memory:
         return _choose_beside_gpu(config, need, free, device.free_bytes())
     if config.offload == "auto":

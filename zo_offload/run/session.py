@@ -14,9 +14,10 @@ from typing import Any
 from ..errors import CheckpointError, ConfigError, JournalError, StorageError
 from ..journal import run_directory
 from ..journal.format import history_start
-from ..journal.gains import decide_gains, gains_of
+from ..journal.gains import decide_gains, gains_of, record_of
 from ..journal.identity import about_base, check_identity, check_sample, header_of, identity, warn_of_versions
 from ..journal.journal import Journal
+from ..journal.mirror import Mirror
 from ..kernels.records import Gains
 from ..modules.modes import modes_of
 from ..numerics.updates import UpdateLog
@@ -48,6 +49,8 @@ class Session:
     lock: RunLock | None = None
     snapshots: Snapshots | None = None
     reopened: bool = False
+    identity: dict[str, Any] | None = None
+    """What ranks compare; None: it is in the journal's header, or nobody asks."""
 
     def settle(self) -> None:
         """Wait for the background snapshot, before somebody else writes the blocks."""
@@ -72,12 +75,14 @@ class Session:
 class Maker:
     """Begins a session, or opens the one that the run directory holds. objective: its name; None: the model's own loss.
 
-    fresh: whether a new run was asked for; else what run_dir holds is to go on.
+    fresh: whether a new run was asked for; else what run_dir holds is to go on. told: on other ranks than 0, the bytes
+    of the journal that goes on; None there: a run is begun.
     """
 
     opened: Opened
     objective: str | None = None
     fresh: bool = True
+    told: bytes | None = None
 
     def start(self, admit: Callable[[Journal], None] = lambda journal: None) -> Session:
         """Fill a tier from the base and begin a run, or reopen an earlier run's tier, log and journal.
@@ -90,9 +95,14 @@ class Maker:
         if run_dir is None:
             tier, gains = self._memory_tier(), self._first_gains()
             self._ingest(tier)
-            return Session(tier, self._stepper(UpdateLog(), None, gains), gains)
+            known = None
+            if self.opened.ranks.world > 1:  # before a module's weights are let go
+                known = {**self._identity(self._base.digest()), "gains": record_of(gains), "objective": self.objective}
+            return Session(tier, self._stepper(UpdateLog(), None, gains), gains, identity=known)
+        home = self.opened.home
+        assert home is not None
         try:
-            return self._start_in(run_dir, admit)
+            return self._start_in(home, admit) if self._leads else self._follow_in(home, admit)
         except StorageError:
             raise
         except OSError as error:
@@ -114,6 +124,27 @@ class Maker:
             session = self._reopen(run_dir, lock, undo, admit) if reopens else self._begin(run_dir, lock, undo)
             undo.pop_all()
             return session
+
+    def _follow_in(self, home: Path, admit: Callable[[Journal], None]) -> Session:
+        """On another rank than 0: the run that rank 0 begins or goes on with, with blocks of one's own in `home`."""
+        home.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as undo:
+            lock = RunLock.take(home)
+            undo.callback(lock.release)
+            begins = self.told is None
+            session = self._begin(home, lock, undo) if begins else self._reopen(home, lock, undo, admit)
+            undo.pop_all()
+            return session
+
+    @property
+    def _leads(self) -> bool:
+        return self.opened.ranks.leads
+
+    @property
+    def _path(self) -> Path:
+        """Of the run's journal."""
+        assert self.opened.run_dir is not None
+        return self.opened.run_dir / run_directory.JOURNAL
 
     @property
     def _base(self) -> Base:
@@ -166,10 +197,12 @@ class Maker:
             os.close(held)
 
     def _begin(self, run_dir: Path, lock: RunLock, undo: ExitStack) -> Session:
-        self._clear(run_dir)
         opened, prepared, origin = self.opened, self._prepared, RunOrigin(self.opened)
+        if self._leads:
+            self._clear(run_dir)
         gains = self._first_gains()
-        run_directory.save_config(run_dir, opened.name, opened.model_class, prepared.config, prepared.method)
+        if self._leads:
+            run_directory.save_config(run_dir, opened.name, opened.model_class, prepared.config, prepared.method)
         files = None
         if prepared.offload == "disk":
             files = DiskTier.create(run_dir / run_directory.BLOCKS, self._shapes(), origin)
@@ -185,7 +218,7 @@ class Maker:
             raise ConfigError(f"{run_dir}: its file {LOCK!r} was removed while the run began. Begin it again")
         if files is not None:
             files.bind(history_start(header))  # before there is a journal: a run's blocks say what they are of
-        journal = Journal.create(run_dir / run_directory.JOURNAL, header)
+        journal = Journal.create(self._path, header) if self._leads else Mirror.begun(self._path, header)
         undo.callback(journal.close)
         stepper = self._stepper(UpdateLog(), journal, gains)
         origin.begin(journal, stepper)
@@ -193,7 +226,7 @@ class Maker:
 
     def _reopen(self, run_dir: Path, lock: RunLock, undo: ExitStack, admit: Callable[[Journal], None]) -> Session:
         prepared, origin = self._prepared, RunOrigin(self.opened)
-        journal = Journal.open(run_dir / run_directory.JOURNAL, alone=True)
+        journal = Journal.open(self._path, alone=True) if self.told is None else Mirror(self._path, self.told)
         undo.callback(journal.close)
         if journal.dropped_bytes:
             _log.warning("%s: dropped the unfinished last %d bytes", journal.path, journal.dropped_bytes)
@@ -244,7 +277,10 @@ class Maker:
         undo.callback(files.close)
         for block in range(len(layout.block_bytes)):
             for generation, header in files.headers(block):
-                if header.history == 0:  # a power cut fell between the block and the word of what it is
+                of_this = header.version <= len(journal.steps) and header.is_of(journal.chain, journal.history)
+                if header.history == 0 or not (self._leads or of_this):
+                    # a power cut fell between the block and the word of what it is; or, on another rank than 0, between
+                    # the block and rank 0's journal, or the run went on without this rank, from an earlier step
                     files.forget(block, generation)
                     continue
                 version = header.version

@@ -26,6 +26,9 @@ from .batching import Batching
 from .late import Launched
 from .progress import Progress
 
+ECHO_S = 5.0
+"""Launchers of ranks pass a terminal's signal on, seconds after the terminal has sent it to all."""
+
 
 @dataclass(frozen=True)
 class FitResult:
@@ -61,6 +64,18 @@ def train(
     callback: Callable[[StepRecord], None] | None = None,
 ) -> FitResult:
     """One call of `fit`; what it leaves out is as it was in the run's last one. See `Engine.fit`."""
+    with run.ranks.together("fit"):
+        return _train(run, batching, call, new_data, progress, callback)
+
+
+def _train(
+    run: Run,
+    batching: Batching,
+    call: FitCall,
+    new_data: bool,
+    progress: bool,
+    callback: Callable[[StepRecord], None] | None,
+) -> FitResult:
     call, method = call.after(run.last_fit), run.method
     call.check()
     steps = method.steps if call.steps is None else call.steps
@@ -76,6 +91,10 @@ def train(
         batches.batch(0), micro_batches, batching.objective_of(batches), largest=batches.largest(), admit=binding.check
     )
     run.bind(binding, replace(call, steps=steps, batch_size=rows), batches)
+    if run.ranks.world > 1:
+        asked = {"data": binding.data, "steps": steps, "eval_every": call.eval_every}
+        run.ranks.same("fit", {**asked, "eval_data": evaluation and evaluation.identity()})
+    run.evals[:] = run.ranks.first("fit, its evaluations", lambda: run.evals)
     factor = lr_schedule(method.schedule, method.warmup_steps, run.horizon or steps)
     return Training(
         run, batches, evaluation, steps, lambda step: method.lr * factor(step), micro_batches, call.eval_every,
@@ -103,11 +122,11 @@ class Training:
         losses: list[float] = []
         tokens, begin, first = 0, time.perf_counter(), run.log.version
         traffic = streamer.count_anew()
-        path = None if run.run_dir is None else run.run_dir / run_directory.METRICS
+        path = None if run.run_dir is None or not run.ranks.leads else run.run_dir / run_directory.METRICS
         with (
-            Progress(self.progress, first, self.steps) as bar,
+            Progress(self.progress and run.ranks.leads, first, self.steps) as bar,
             run_directory.Metrics(path) as metrics,
-            stop_signals() as stop,
+            stop_signals(ECHO_S if run.ranks.world > 1 else 0.0) as stop,
         ):
             try:
                 run.heed(stop)
@@ -180,13 +199,19 @@ class Training:
     def _evaluate(self, metrics: run_directory.Metrics, stop: StopRequest) -> None:
         assert self.evaluation is not None
         step = self.run.log.version
-        values = {"step": step, **self.run.measure(self.evaluation, lambda: self._check_stop(stop))}
+        found = self.run.measure(self.evaluation, between=lambda: self._check_stop(stop), at=f"after {step} steps")
+        if found is None:  # a stop that all ranks have agreed on
+            self._check_stop(stop)
+            return
+        values = {"step": step, **found}
         self.run.evals[:] = [known for known in self.run.evals if known["step"] != step] + [values]
         metrics.write(**{("step" if k == "step" else f"eval_{k}"): v for k, v in values.items()})
 
     def _check_stop(self, stop: StopRequest) -> None:
+        """Raise Stopped, on all ranks after the same step, where one of them was sent a signal."""
         stop.look()
-        if stop.signum is not None:
+        signum = self.run.ranks.stopped_by()
+        if signum is not None:
             run_dir = self.run.run_dir
             where = "the run has no run_dir and cannot be resumed" if run_dir is None else f"resume it from {run_dir}"
-            raise Stopped(stop.signum, self.run.log.version, where)
+            raise Stopped(signum, self.run.log.version, where)

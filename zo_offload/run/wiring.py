@@ -47,7 +47,7 @@ def wire(
     passes = Passes(
         opened.model, plan, streamer, device, objective=objective, order=memory.order, fixed=config.order != "auto",
         compute=config.compute, mode=config.mode, seed=config.seed, whole=config.whole,
-        on_measured=memory.check_reserve,
+        ranks=opened.ranks, on_measured=memory.check_reserve,
     )  # fmt: skip
     closing.add(passes.close)
     watch = LearningWatch(streamer.changes, _warns(session.journal))

@@ -145,13 +145,13 @@ class BlockWindow:
         """Whether a block lives in memory for the whole run: its tier is memory, or it is pinned."""
         return block in self._how.pinned or self.tier.in_memory
 
-    def copy_block(self, block: int, out: Tensor) -> int:
-        """Copy such a block, between steps, for a snapshot; its version."""
+    def copy_block(self, block: int, out: Tensor, start: int = 0) -> int:
+        """Copy such a block, or its bytes from `start` on, between steps; its version."""
         if block in self._pinned:
-            out.copy_(self._pinned[block].memory[: out.numel()])
+            out.copy_(self._pinned[block].memory[start : start + out.numel()])
             return self._uniform_version(self._pinned[block])
         self._flush_stream.drain()
-        self.tier.fetch(block, out)
+        self.tier.fetch(block, out, start)
         return self.tier.version(block)
 
     @property
@@ -363,8 +363,8 @@ class BlockWindow:
 
     def _uniform_version(self, slot: Slot) -> int:
         versions = {slot.version[p] for p in self.plan.blocks[slot.block].pieces if self.plan.params[p.name].trainable}
-        assert len(versions) == 1, f"block {slot.block} would be flushed at versions {sorted(versions)}"
-        return versions.pop()
+        assert len(versions) < 2, f"block {slot.block} would be flushed at versions {sorted(versions)}"
+        return versions.pop() if versions else 0  # nothing in it trains
 
     # ---- one block -----------------------------------------------------------------------------------------------
 

@@ -19,8 +19,8 @@ class Closing:
         """release: may be called again after it was broken off. Newest first."""
         self._left.append(release)
 
-    def close(self, down_to: int = 0) -> None:
-        """Release all but the oldest `down_to`. Raises the first error once all is done."""
+    def close(self, down_to: int = 0, last: Callable[[], Any] = lambda: None) -> None:
+        """Release all but the oldest `down_to`, then `last`. Raises the first error once all is done."""
         errors: list[Exception] = []
         while len(self._left) > down_to:
             for _ in range(2):  # what failed may have been a signal handler's exception: the second time it is done
@@ -30,6 +30,7 @@ class Closing:
                 except Exception as error:
                     errors.append(error)
             self._left.pop()
+        last()
         for later in errors[1:]:
             errors[0].add_note(f"zo_offload: and then, {type(later).__name__}: {later}")
         if errors:

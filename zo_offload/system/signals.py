@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -30,7 +31,8 @@ class Stopped(KeyboardInterrupt):
 class StopRequest:
     """What the handlers have seen. `signum`: the first signal, None before; `at_once`: there was a second one."""
 
-    def __init__(self) -> None:
+    def __init__(self, echo_s: float = 0.0) -> None:
+        self._echo_s, self._first = echo_s, 0.0
         self.signum: int | None = None
         self.second: int | None = None
         self.ended = False
@@ -45,7 +47,9 @@ class StopRequest:
             signal.signal(signum, _DEFAULTS[signal.Signals(signum)])
             signal.raise_signal(signum)
         elif self.signum is None:
-            self.signum = signum
+            self.signum, self._first = signum, time.monotonic()
+        elif time.monotonic() - self._first < self._echo_s:
+            pass  # the first one again, from whoever passes signals on
         elif self.second is None:
             self.second = signum
         else:
@@ -72,13 +76,16 @@ class Lookout:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[StopRequest]:
+def stop_signals(echo_s: float = 0.0) -> Iterator[StopRequest]:
     """Handlers for the time of the block, then those of before again.
+
+    echo_s: a second signal that comes within so many seconds counts as the first: a launcher passes on what the
+    terminal has sent to all processes already.
 
     Only on the main thread (elsewhere Python allows none), and only in place of the defaults: a handler that somebody
     installed keeps its signal.
     """
-    request = StopRequest()
+    request = StopRequest(echo_s)
     mine: list[signal.Signals] = []
     if threading.current_thread() is threading.main_thread():
         mine = [number for number, default in _DEFAULTS.items() if signal.getsignal(number) == default]

@@ -1,0 +1,90 @@
+"""The ranks that this process was started with: by torchrun, accelerate launch, or a process group of the caller's.
+
+ranks="auto"       several, where torch.distributed is initialised with several or WORLD_SIZE says so; else alone
+ranks=Group(...)   the same, with settings
+ranks=None         alone, whatever launched this process
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as _distributed
+
+from ..errors import ConfigError, RankError
+from .exchange import StoreExchange
+from .launcher import variable
+from .team import Alone, Team
+
+MEET_S = 300.0
+"""How long a rank waits for the store that all ranks meet in."""
+
+dist: Any = _distributed  # much of it is not declared
+_engines = itertools.count()  # each engine of this process has keys of its own
+_store: Any = None  # met once a process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Ranks that were launched together. patience: seconds to wait for the others; None: learnt from what was seen."""
+
+    patience: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.patience is not None and not self.patience > 0:
+            raise ConfigError(f"patience={self.patience}: expected seconds, more than 0")
+
+
+Ranks = Group | str | None
+"""What `Engine(ranks=...)` takes: "auto", a Group, or None."""
+
+
+def find(ranks: Ranks) -> Alone:
+    """This process among its ranks; `Alone` where there is one. Waits until all ranks make their engine.
+
+    Raises ConfigError where the launcher's variables make no sense, RankError where the others do not come.
+    """
+    if ranks is None:
+        return Alone()
+    if not (ranks == "auto" or isinstance(ranks, Group)):
+        raise ConfigError(f"ranks={ranks!r}: expected 'auto', a Group, or None (this process alone)")
+    patience = ranks.patience if isinstance(ranks, Group) else None
+    initialised = dist.is_available() and dist.is_initialized()
+    if initialised:
+        rank, world = dist.get_rank(), dist.get_world_size()
+    else:
+        rank, world = variable("RANK", 0), variable("WORLD_SIZE", 1)
+    if world == 1:
+        return Alone()
+    if not 0 <= rank < world:
+        raise ConfigError(f"RANK={rank} with WORLD_SIZE={world}: expected 0 .. {world - 1}")
+    index = next(_engines)
+    store = dist.PrefixStore(f"zo_offload/{index}", _meet(rank, world, initialised))
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return Team(StoreExchange(store, rank, world), index=index, serves=serves, patience=patience)
+
+
+def _meet(rank: int, world: int, initialised: bool) -> Any:
+    """The store that all ranks share: the process group's, or the launcher's."""
+    global _store
+    if initialised:
+        return dist.distributed_c10d._get_default_store()
+    if _store is None:
+        lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if lacking:
+            raise ConfigError(
+                f"WORLD_SIZE={world}, and {', '.join(lacking)} is not set: start ranks with torchrun or accelerate "
+                "launch, or unset WORLD_SIZE; ranks=None if each process is to train on its own"
+            )
+        try:
+            _store = next(dist.rendezvous("env://", rank, world, timeout=timedelta(seconds=MEET_S)))[0]
+        except (RuntimeError, OSError, ValueError) as error:
+            raise RankError(
+                f"rank {rank} of {world}: nobody answers at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, "
+                f"where ranks meet ({str(error).splitlines()[0][:150]})"
+            ) from None
+    return _store

@@ -1,0 +1,64 @@
+"""What a run tells the other ranks, so that unlike ones are refused by name: once before its first step, and in each.
+
+Once: the code's version, the run's identity with the digest of its base, and how far it is. In each step: the batch,
+the learning rate, the history of the weights so far, and the checksum of one block (`audit.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import __version__
+from ..journal.format import history_after, history_start
+from ..journal.journal import StepRecord
+from ..ranks.team import Alone
+from .audit import audit
+from .session import Session
+from .whole import Parts
+
+_NOT_COMPARED = frozenset({"created", "settings", "model", "model_class", "versions"})
+"""Of a journal's header: when and where it was written, what may differ, and what the identity says more exactly."""
+HINT = "Give all ranks the same model, method, data and settings; fold_every too, where their tiers differ"
+
+
+class Ranked:
+    """One run among its ranks; does nothing where there is one. names: of the blocks."""
+
+    def __init__(self, ranks: Alone, names: list[str]) -> None:
+        self._ranks, self._names = ranks, names
+        self._has_met = ranks.world == 1
+        self._history: int | None = None  # of a run without a journal
+
+    def meet(self, session: Session) -> None:
+        """Raise RankError unless all ranks are about to take the same step of the same run. Once."""
+        if self._has_met:
+            return
+        journal, known = session.journal, session.identity
+        if known is None:
+            assert journal is not None
+            known = {key: value for key, value in journal.header.items() if key not in _NOT_COMPARED}
+        if journal is None and self._history is None:
+            self._history = history_start(known)
+        values = {"zo_offload": __version__, "run": known, "steps": session.stepper.log.version}
+        self._ranks.same("the first step", {**values, "history": self._told(session)}, HINT)
+        self._has_met = True
+
+    def before_step(self, parts: Parts, step: int, lr: float, batch_crc: int, micro_batches: int) -> None:
+        """Say what the losses to come are of."""
+        if self._ranks.world == 1:
+            return
+        values = {
+            "batch": f"{batch_crc:08x}", "micro_batches": micro_batches, "lr": float(lr).hex(),
+            "history": self._told(parts.session),
+        }  # fmt: skip
+        tier, window, layout = parts.session.tier, parts.streamer.window, parts.streamer.layout
+        self._ranks.about(values, audit(step, self._names, layout, tier, window))
+
+    def after_step(self, record: StepRecord) -> None:
+        if self._history is not None:
+            self._history = history_after(self._history, record)
+
+    def _told(self, session: Session) -> str:
+        journal = session.journal
+        history: Any = self._history if journal is None else journal.history(len(journal.steps))
+        return f"{history:016x}"
