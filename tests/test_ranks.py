@@ -6,21 +6,25 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import time
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from support.compare import assert_same
 from support.ranks import Ranks, errors_on_ranks, on_ranks
 from support.training import METHOD, batches, stored_weights
 from support.zoo.small import tiny_llama, tiny_opt
-from zo_offload import FZOO, NSPSA, QZO, Engine, MeZO, SignSGD
+from zo_offload import FZOO, MEAZO, NSPSA, QZO, Conservative, Engine, MeZO, SignSGD
 from zo_offload.data.losses import model_loss
 from zo_offload.journal.format import load_journal
 from zo_offload.ranks.find import Group
 from zo_offload.ranks.team import cells
 from zo_offload.replay import replayed
+from zo_offload.system.signals import StopRequest
 
 STEPS = 3
 
@@ -65,6 +69,10 @@ WAYS = {
     ),
     "sign": dict(method=SignSGD(lr=1e-4, batch_size=4), storage="fp32", offload="host", micro=2),
     "qzo on scales": dict(method=QZO(lr=1e-3, batch_size=4), storage="int4", offload="host", micro=2),
+    "a second visit in each step": dict(
+        method=Conservative(lr=1e-3, batch_size=4), storage="fp32", offload="host", micro=2
+    ),
+    "remembers earlier steps": dict(method=MEAZO(lr=1e-3, batch_size=4), storage="bf16", offload="host", micro=2),
     "dropout": dict(method=METHOD, storage="fp32", offload="host", micro=3, mode="train", make=with_dropout),
 }  # fmt: skip
 
@@ -324,6 +332,46 @@ def test_ranks_that_do_not_make_the_same_calls_are_told_where_they_are():
 
     for error in errors_on_ranks(2, body):
         assert "do not make the same calls" in error and "rank 0 has 'fit'" in error, error
+
+
+# ---- how they are launched -------------------------------------------------------------------------------------------
+
+
+def test_a_process_group_of_the_callers_is_found():
+    def body(rank):
+        dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+        try:
+            return fit(rank, steps=2)
+        finally:
+            dist.destroy_process_group()
+
+    assert on_ranks(2, body) == [fit(0, steps=2)] * 2
+
+
+def test_the_rank_that_keeps_the_store_waits_for_the_others_at_its_end():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def body(rank):
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+        with Engine(tiny_opt(layers=2), method=METHOD, offload="host") as engine:
+            losses = engine.fit(batches(), steps=2).losses
+            if rank == 1:
+                time.sleep(1)
+        return losses
+
+    assert on_ranks(2, body) == [fit(0, steps=2)] * 2
+
+
+def test_a_launchers_echo_of_a_signal_is_not_a_second_one():
+    stop = StopRequest(echo_s=0.2)
+    for _ in range(3):
+        stop.handle(signal.SIGINT, None)
+    assert stop.signum == signal.SIGINT and not stop.at_once
+    time.sleep(0.25)
+    stop.handle(signal.SIGINT, None)
+    assert stop.at_once
 
 
 # ---- beside training -------------------------------------------------------------------------------------------------
