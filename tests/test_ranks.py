@@ -348,6 +348,14 @@ def test_a_process_group_of_the_callers_is_found():
     assert on_ranks(2, body) == [fit(0, steps=2)] * 2
 
 
+def test_ranks_that_a_launcher_starts_again_do_not_read_what_those_before_have_left(one_run, tmp_path):
+    run_dir = tmp_path / "run"
+    before = Ranks(2, fit_to(8, run_dir, kill=(1, 3)))
+    assert before.results()[1] is None
+    for rank in Ranks(2, fit_to(8, run_dir), again=before).results():
+        assert rank["value"]["weights"] == one_run["weights"]
+
+
 def test_the_rank_that_keeps_the_store_waits_for_the_others_at_its_end():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

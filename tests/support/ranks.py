@@ -23,14 +23,19 @@ class Failed(AssertionError):
 
 
 class Ranks:
-    """`world` processes, each of which runs body(rank). results: what it returned, or its error as (class, text)."""
+    """`world` processes, each of which runs body(rank). results: what it returned, or its error as (class, text).
 
-    def __init__(self, world: int, body: Callable[[int], Any]) -> None:
-        self._store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    again: those that a launcher starts these in place of; they meet in the same store.
+    """
+
+    def __init__(self, world: int, body: Callable[[int], Any], again: Ranks | None = None) -> None:
+        new = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False) if again is None else None
+        self._store: Any = new if again is None else again._store
+        self._attempt = 0 if again is None else again._attempt + 1
         self._pipes, self.processes = [], []
         for rank in range(world):
             here, there = FORK.Pipe(duplex=False)
-            process = FORK.Process(target=_child, args=(there, rank, world, self._store.port, body), daemon=True)
+            process = FORK.Process(target=_child, args=(there, rank, self, world, body), daemon=True)
             process.start()
             there.close()
             self._pipes.append(here)
@@ -73,10 +78,11 @@ def errors_on_ranks(world: int, body: Callable[[int], Any], seconds: float = 120
     return ["killed" if r is None else r.get("error", "") for r in Ranks(world, body).results(seconds)]
 
 
-def _child(pipe: Any, rank: int, world: int, port: int, body: Callable[[int], Any]) -> None:
+def _child(pipe: Any, rank: int, ranks: Ranks, world: int, body: Callable[[int], Any]) -> None:
     os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(ranks._store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": str(ranks._attempt),
     }  # fmt: skip
     try:
         answer: dict[str, Any] = {"value": body(rank)}

@@ -63,7 +63,8 @@ def find(ranks: Ranks) -> Alone:
     if not 0 <= rank < world:
         raise ConfigError(f"RANK={rank} with WORLD_SIZE={world}: expected 0 .. {world - 1}")
     index = next(_engines)
-    store = dist.PrefixStore(f"zo_offload/{index}", _meet(rank, world, initialised))
+    attempt = variable("TORCHELASTIC_RESTART_COUNT", 0)  # torchrun's store outlives the ranks that it starts again
+    store = dist.PrefixStore(f"zo_offload/{attempt}/{index}", _meet(rank, world, initialised))
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     return Team(StoreExchange(store, rank, world), index=index, serves=serves, patience=patience)
 
