@@ -88,3 +88,9 @@ def test_every_setting_in_a_python_block_is_one():
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Engine":
                 assert {keyword.arg for keyword in node.keywords} <= settings, block
+
+
+def test_the_page_of_methods_has_the_table_that_is_printed(capsys):
+    assert command.main(["methods"]) == 0
+    table = capsys.readouterr().out.partition("\n\n")[0]
+    assert table in (ROOT / "docs" / "methods.md").read_text(), "zo-offload methods prints another table by now"

@@ -28,14 +28,19 @@ from zo_offload import (
     MEAZO,
     NSPSA,
     QZO,
+    SPSA15,
     ConfigError,
     Conservative,
     DivergenceError,
     Engine,
+    FZOOLeaveOneOut,
+    FZOOReuse,
     JournalError,
     Method,
     MeZO,
     Momentum,
+    RankSGD,
+    SeedPool,
     SignSGD,
 )
 from zo_offload.cli import main
@@ -143,7 +148,64 @@ class LeastOfThree:
         return [[0.0, -step, -opposite][least]], (losses[0] + losses[1]) / 2, 0.0
 
 
-FORMULAS = {MeZO: mezo, QZO: qzo, SignSGD: sign, FZOO: fzoo, NSPSA: nspsa}
+def fzoo_loo(losses, lr, eps, method):
+    n, mean = method.directions, in_order(losses) / len(losses)
+    spread = math.sqrt(in_order((x - mean) * (x - mean) for x in losses) / (n - 1))
+    found = [0.0] * n if spread == 0 else [lr * (x - mean) / (n - 1) / spread for x in losses]
+    return found, mean, spread / f32(eps)
+
+
+def tenth_root(x):
+    y = math.sqrt(math.sqrt(math.sqrt(x)))
+    for _ in range(32):
+        y = (9.0 * y + x / (y * y * (y * y) * (y * y * (y * y)) * y)) / 10.0
+    assert abs(y / x**0.1 - 1) < 1e-14
+    return y
+
+
+def spsa15(losses, lr, eps, method):
+    still, n, eps = losses[0], method.directions, f32(eps)
+    pairs = list(zip(losses[1::2], losses[2::2], strict=True))
+    slopes = [(plus - minus) / (2 * eps) for plus, minus in pairs]
+    curved = [abs((plus - still) + (minus - still)) / eps / eps for plus, minus in pairs]
+    held = [tenth_root(min(max(x, 1.0), 1e30)) for x in curved]
+    found = [lr * (slope / hold) / n for slope, hold in zip(slopes, held, strict=True)]
+    return found, still, math.sqrt(in_order(slope * slope for slope in slopes) / n)
+
+
+def rank(losses, lr, eps, method):
+    n, k = len(losses), method.top or len(losses)
+    order = sorted(range(n), key=losses.__getitem__)
+    edges = [(i, j) for i in order for j in order if losses[i] < losses[j] and sum(x < losses[i] for x in losses) < k]
+    found = [float(sum(j == i for _, j in edges) - sum(j == i for j, _ in edges)) for i in range(n)]
+    pairs = k * (k - 1) / 2 + k * (n - k)
+    return [lr * x / pairs for x in found], in_order(losses) / n, max(losses) - min(losses)
+
+
+def seed_pool(losses, lr, eps, method):
+    grad = (losses[0] - losses[1]) / (2 * f32(eps))
+    clipped = abs(losses[0] - losses[1]) > method.grad_clip
+    return [0.0 if clipped else lr * grad], (losses[0] + losses[1]) / 2, grad
+
+
+class Reused:
+    """Of one run: the differences of the step before."""
+
+    def __init__(self):
+        self.old = []
+
+    def __call__(self, losses, lr, eps, method):
+        new = [x - losses[0] for x in losses[1:]]
+        found, self.old = new + self.old, new
+        n, mean = len(found), in_order(found) / len(found)
+        spread = math.sqrt(in_order((x - mean) * (x - mean) for x in found) / (n - 1))
+        return [lr * x / (n * spread) for x in found], losses[0], None
+
+
+FORMULAS = {
+    MeZO: mezo, QZO: qzo, SignSGD: sign, FZOO: fzoo, NSPSA: nspsa, FZOOLeaveOneOut: fzoo_loo, SPSA15: spsa15,
+    RankSGD: rank, SeedPool: seed_pool,
+}  # fmt: skip
 
 
 def draw(rng, lanes):
@@ -165,7 +227,8 @@ def test_the_bits_are_those_of_the_formulas(kind):
     steps = 0
     for _ in range(DRAWS):
         lr, eps = 10 ** rng.uniform(-9, -1), 10 ** rng.uniform(-6, 0)
-        more = {"directions": rng.choice([2, 3, 8, 33])} if kind in (FZOO, NSPSA) else {}
+        more = {"directions": rng.choice([2, 3, 8, 33])} if hasattr(kind, "directions") else {}
+        more |= {"top": rng.choice([0, 1, more["directions"]])} if kind is RankSGD else {}
         method = object.__new__(kind)  # without its checks, which take a hundred times as long
         for name, value in {**vars(CHECKED[kind]), "eps": eps, **more}.items():
             object.__setattr__(method, name, value)
@@ -231,6 +294,8 @@ def plain(model, steps, method, scales, formula):
     for step in range(steps):
         w = {name: p.detach().clone() for name, p in model.named_parameters()}
         seeds = [step_seed(0, step, i) for i in range(1 + max(i for i, _ in scales))]
+        if isinstance(method, SeedPool):
+            seeds = [step_seed(0, step_seed(0, step, 1 << 21) % method.pool, 1 << 20)]
         z = [{n: noise(method.noise, s, ids[n], p.numel()).view(p.shape) for n, p in w.items()} for s in seeds]
         losses, lanes = [], [(direction, sign_of * method.eps) for direction, sign_of in scales]
         while lanes:
@@ -294,6 +359,16 @@ PROOFS = {
     ),
     "momentum": (Momentum(lr=1e-3, window=3, weight_decay=0.1, batch_size=4), [(0, 1), (0, -1)], Slopes),
     "conservative": (Conservative(lr=1e-2, weight_decay=0.1, batch_size=4), [(0, 1), (0, -1)], LeastOfThree),
+    "fzoo-loo": (
+        FZOOLeaveOneOut(lr=1e-3, directions=3, weight_decay=0.1, batch_size=4), [(i, 1) for i in range(3)], fzoo_loo
+    ),
+    "fzoo-r": (FZOOReuse(lr=1e-3, directions=4, batch_size=4), [(0, 0), (0, 1), (1, 1)], Reused),
+    "spsa-1.5": (
+        SPSA15(lr=1e-3, eps=1e-3, directions=2, batch_size=4),
+        [(0, 0), *((i, s) for i in range(2) for s in (1, -1))], spsa15,
+    ),
+    "rank": (RankSGD(lr=1e-2, directions=4, top=2, batch_size=4), [(i, 1) for i in range(4)], rank),
+    "seed-pool": (SeedPool(lr=1e-2, pool=3, batch_size=4), [(0, 1), (0, -1)], seed_pool),
     "gain 0": (Still(lr=1e-2, directions=3, batch_size=4), [(i, s) for i in range(3) for s in (1, -1)], nspsa),
     "gains": (Layered(lr=1e-2, weight_decay=0.1, batch_size=4), [(0, 1), (0, -1)], mezo),
 }  # fmt: skip
@@ -377,9 +452,9 @@ def checkpoint(tmp_path_factory):
 def test_every_method_is_planned_by_its_name(name, checkpoint, capsys):
     kind = METHODS[name]
     storage = ["--storage", "int4"] if kind.target != "values" else []
-    few = ["--directions", "3"] if hasattr(kind, "directions") else []
+    few = ["--directions", "4" if name == "fzoo-r" else "3"] if hasattr(kind, "directions") else []
     assert main(["plan", str(checkpoint), "--method", name, "--tokens", "8", *storage, *few]) == 0
-    lanes = {"fzoo": 4, "nspsa": 6, "meazo": 6, "conservative": 3}.get(name, 2)
+    lanes = {"fzoo": 4, "nspsa": 6, "meazo": 6, "conservative": 3, "fzoo-loo": 3, "rank": 3, "spsa-1.5": 7}.get(name, 2)
     assert f", {lanes} lanes in " in capsys.readouterr().out
 
 

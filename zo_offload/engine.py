@@ -20,13 +20,14 @@ import logging
 import warnings
 import weakref
 from base64 import b64decode
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from .checkpoint.basis import Basis
 from .checkpoint.checkpoint import save_pretrained
 from .checkpoint.load_options import as_settings
 from .config import EngineConfig
@@ -46,6 +47,7 @@ from .plan.plan import Plan
 from .ranks.find import Ranks, find
 from .ranks.team import Alone
 from .run.active import Run
+from .run.basis import activation_basis
 from .run.batching import Batching
 from .run.generation import check_generates, generate_texts
 from .run.memory import MemoryPlan
@@ -226,6 +228,7 @@ class Engine:
         eval_data: Any = None,
         eval_every: int | None = None,
         micro_batches: int | None = None,
+        brake: bool | None = None,
         progress: bool = False,
         callback: Callable[[StepRecord], None] | None = None,
         new_data: bool = False,
@@ -236,12 +239,13 @@ class Engine:
         train_data: a DataLoader or other iterable of dicts of tensors, a dataset or list of dicts, or a path to JSONL
         or CSV; see `make_batches` for data_options. micro_batches: parts a batch is cut into, each a lane of its
         own (gradient accumulation: same weights, same step). eval_every: also at the end. callback: after each step.
+        brake: halve the learning rate from where the loss rises (`journal/rising.py`), as often as it does.
         A resumed run repeats what is not given as it was: files, sizes, options, steps (eval_data=False: none).
         new_data: a run may go on with other data than it was begun with; otherwise that is an error.
         SIGINT and SIGTERM end it after the step with `Stopped` (a KeyboardInterrupt), a second one at once.
         Raises DataError, DivergenceError, StorageError; whatever happens, the journal holds every finished step.
         """
-        call = FitCall(train_data, eval_data, steps, batch_size, micro_batches, eval_every, data_options)
+        call = FitCall(train_data, eval_data, steps, batch_size, micro_batches, eval_every, brake, data_options)
         return train(self.active, self.batching, call, new_data=new_data, progress=progress, callback=callback)
 
     @entry
@@ -273,6 +277,15 @@ class Engine:
     def run(self, batch: Batch, call: Callable[[nn.Module, Batch], Any] | None = None) -> Any:
         """One forward at the current weights: `call(model, batch)`, default `model(**batch)`. For logits, say."""
         return self.active.forward(batch, call)
+
+    def activation_basis(self, batch: Batch, rank: int = 4, *, layers: str | Collection[str] | None = None) -> Basis:
+        """A basis of `rank` directions for each linear layer, from the inputs that `batch` gives it; one forward.
+
+        layers: a glob on parameters' names, or several, of the layers meant ("model.layers"); default all but the head
+        on the vocabulary. `Basis.save` makes an adapter's directory of it, for a new engine: adapter=DIRECTORY,
+        trainable=["lora_B"], keep=["lora_A"]. Raises ConfigError if the batch has too few tokens for it.
+        """
+        return activation_basis(self.active, batch, rank, layers=layers)
 
     @entry
     def generate(self, prompts: Any, **options: Any) -> Any:

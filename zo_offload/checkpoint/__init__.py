@@ -1,5 +1,6 @@
 """transformers checkpoints, read and written a run of elements at a time."""
 
+from .basis import Basis
 from .checkpoint import Checkpoint, save_pretrained
 
-__all__ = ["Checkpoint", "save_pretrained"]
+__all__ = ["Basis", "Checkpoint", "save_pretrained"]

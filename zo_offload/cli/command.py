@@ -1,4 +1,7 @@
-"""The command line: zo-offload fit | plan | eval | generate | export | replay | journal. Only it prints."""
+"""The command line: zo-offload fit | plan | methods | rate | basis | eval | generate | export | ... .
+
+Only it prints.
+"""
 
 from __future__ import annotations
 
@@ -74,6 +77,7 @@ def _fit(args: argparse.Namespace) -> int:
     with engine:
         result = engine.fit(
             args.data, eval_data=args.eval_data, eval_every=args.eval_every, micro_batches=args.micro_batches,
+            brake=args.brake,
             steps=args.steps, batch_size=args.batch_size, progress=not args.quiet,
             new_data=args.new_data, **_data_options(args),
         )  # fmt: skip
@@ -104,6 +108,53 @@ def _plan(args: argparse.Namespace) -> int:
         **_given(args, *_SETTINGS, *_MOVABLE), **_adapter(args), **_overrides(args),
     ):  # fmt: skip
         print(line)
+    return 0
+
+
+def _rate(args: argparse.Namespace) -> int:
+    from ..engine import Engine
+    from .method_options import make_method
+    from .rates import FACTORS, best, try_rates
+
+    method = make_method(args)
+    rates = args.rates or [factor * method.lr for factor in FACTORS]
+    settings = {**_given(args, *_SETTINGS, *_MOVABLE), **_adapter(args)}
+
+    def make(changed: Any) -> Any:
+        folder = {} if args.run_dir is None else {"run_dir": Path(args.run_dir) / f"lr-{changed.lr:g}"}
+        more = {**settings, **folder, **_overrides(args), **_tokenizer(args)}
+        return Engine(args.model, method=changed, model_class=args.model_class, **more)
+
+    fit = {"train_data": args.data, "batch_size": args.batch_size, "micro_batches": args.micro_batches}
+    trials = []
+    for trial in try_rates(make, method, {**fit, **_data_options(args)}, rates, args.steps):
+        trials.append(trial)
+        print(f"lr {trial.lr:<10.3g} loss {trial.first:.4f}, then {trial.last:.4f}  {trial.what}", flush=True)
+    found = best(trials)
+    if found is None:
+        raise ConfigError("none of these rates went through: try smaller ones, --rates")
+    print(f"best of these in {args.steps} steps: --lr {found.lr:.3g}. A long run may need half of it, or a decay")
+    return 0
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from .methods_table import presets, table
+
+    for line in table():
+        print(line)
+    print("\nrecipes, for fit and plan:")
+    for line in presets():
+        print(f"  --method {line}")
+    return 0
+
+
+def _basis(args: argparse.Namespace) -> int:
+    with _open(args) as engine:
+        batch = engine.batching.batches(args.data, args.batch_size, _data_options(args)).first()
+        basis = engine.activation_basis(batch, args.rank, layers=args.layers)
+    basis.save(args.out)
+    print(f"{len(basis.vectors)} layers, rank {basis.rank}. Train in it:")
+    print(f"  --adapter {args.out} --trainable lora_B --keep lora_A")
     return 0
 
 
@@ -311,7 +362,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """argv: what is to be parsed; methods, and torch with them, are loaded for commands that take their options."""
     parser = argparse.ArgumentParser(prog="zo-offload", description="Fine-tune models far larger than the device.")
     commands = parser.add_subparsers(
-        required=True, metavar="fit | plan | eval | generate | export | replay | plot | report | journal"
+        required=True,
+        metavar="fit | plan | methods | rate | basis | eval | generate | export | replay | plot | report | journal",
     )
 
     fit = commands.add_parser("fit", help="fine-tune a checkpoint")
@@ -324,6 +376,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     fit.add_argument("--batch-size", type=_count)
     fit.add_argument("--micro-batches", type=_count, help="parts a batch is cut into (1)")
     fit.add_argument("--run-dir", help="journal, metrics and blocks")
+    fit.add_argument("--brake", action="store_true", default=None, help="halve the rate whenever the loss rises")
     fit.add_argument("--new-data", action="store_true", help="go on with other data than the run was begun with")
     fit.add_argument("--snapshot-minutes", type=float, help="every block to the disk once in so long (10)")
     fit.add_argument(
@@ -353,6 +406,37 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _storage(plan)
     _add_methods(plan, "plan", argv)
     plan.set_defaults(run=_plan)
+
+    rate = commands.add_parser("rate", help="a few steps at each of several learning rates; trains nothing to keep")
+    rate.add_argument("model", help="checkpoint directory or cached hub id")
+    rate.add_argument("--data", required=True, help="training data: .jsonl or .csv")
+    rate.add_argument("--rates", type=float, nargs="+", help="learning rates (a tenth to ten times the method's)")
+    rate.add_argument("--steps", type=_count, default=20, help="steps at each rate (20)")
+    rate.add_argument("--batch-size", type=_count)
+    rate.add_argument("--micro-batches", type=_count, help="parts a batch is cut into (1)")
+    rate.add_argument("--run-dir", help="fresh directory for the trials' blocks, with --offload disk")
+    _step_options(rate)
+    _storage(rate)
+    _data(rate)
+    _add_methods(rate, "rate", argv)
+    rate.set_defaults(run=_rate)
+
+    methods = commands.add_parser("methods", help="what each method costs a step, and the recipes there are")
+    methods.set_defaults(run=_methods)
+
+    basis = commands.add_parser("basis", help="directions that a model's layers are given inputs in, for --adapter")
+    basis.add_argument("model", help="checkpoint directory or cached hub id, or a run directory")
+    _base(basis)
+    _own_class(basis)
+    basis.add_argument("--data", required=True, help="rows of the task: the first batch of them is looked at")
+    basis.add_argument("--batch-size", type=_count, default=16)
+    basis.add_argument("--rank", type=_count, default=4, help="directions a layer (4)")
+    basis.add_argument("--layers", nargs="+", help="globs of the layers meant (all but the head on the vocabulary)")
+    basis.add_argument("--out", required=True, help="fresh directory for it: an adapter of peft's that is 0 yet")
+    basis.add_argument("--run-dir", help="fresh directory for the blocks of a checkpoint, with --offload disk")
+    _storage(basis)
+    _data(basis)
+    basis.set_defaults(run=_basis)
 
     evaluate = commands.add_parser("eval", help="loss and accuracy of a checkpoint or a run")
     evaluate.add_argument("model", help="checkpoint or run directory")

@@ -25,6 +25,7 @@ class FitCall:
     batch_size: int | None = None
     micro_batches: int | None = None
     eval_every: int | None = None
+    brake: bool | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def after(self, record: Mapping[str, Any] | None) -> FitCall:

@@ -3,6 +3,7 @@
     skipped     more than half of the steps were skipped
     lanes       the losses of a step's lanes were equal: the perturbation does not reach the loss
     constant    the loss was the same, step after step
+    rising      the mean loss is far above what it was (`rising.py`)
     vanishing   updates were folded, but next to none of the stored values changed (`FoldSample`)
 
 All but the last follow from a journal's records, so `journal show` and `journal check` say them too. Each is told
@@ -16,6 +17,8 @@ from collections.abc import Callable, Sequence
 
 from ..stream.fold_sample import FoldSample
 from .journal import StepRecord
+from .rising import WINDOW as RISING
+from .rising import LossWatch, Rise
 
 WINDOW = 20  # steps: so many are looked at
 LEAST = 4  # a run that ends earlier is looked at if it took so many
@@ -34,6 +37,9 @@ class LearningWatch:
         self._sample, self._tell = sample, tell
         self._last: deque[StepRecord] = deque(maxlen=WINDOW)
         self._steps = self._skipped = self._equal = self._same = self._most_same = 0
+        self._loss = LossWatch()
+        self._rise: Rise | None = None
+        self._rise_at = 0
         self._found: list[str] = []  # kinds, in the order they were found in
 
     def see(self, record: StepRecord) -> None:
@@ -45,6 +51,10 @@ class LearningWatch:
         self._equal += _lanes_were_equal(record)
         self._same = self._same + 1 if before is not None and record.loss == before.loss else 1
         self._most_same = max(self._most_same, self._same)
+        rise = self._loss.see(record)
+        if rise is not None and self._rise is None:
+            self._rise, self._rise_at = rise, record.step
+            self._find("rising")
         if len(self._last) == WINDOW:
             self._look(self._steps % WINDOW == 0)
 
@@ -72,9 +82,13 @@ class LearningWatch:
             "vanishing": at_folds and self._vanishes(),
         }
         for kind, found in kinds.items():
-            if found and kind not in self._found:
-                self._found.append(kind)
-                self._tell(kind, self._text(kind))
+            if found:
+                self._find(kind)
+
+    def _find(self, kind: str) -> None:
+        if kind not in self._found:
+            self._found.append(kind)
+            self._tell(kind, self._text(kind))
 
     def _vanishes(self) -> bool:
         updated = sum(any(update.coeff != 0.0 for update in record.updates) for record in self._last)
@@ -87,6 +101,13 @@ class LearningWatch:
         n = self._steps
         if kind == "skipped":
             return f"{self._skipped} of {n} steps were skipped: losses or updates were not finite. Lower lr or eps"
+        if kind == "rising":
+            assert self._rise is not None
+            return (
+                f"the loss rises: {self._rise.now:.4g} in the {RISING} steps up to {self._rise_at}, and "
+                f"{self._rise.best:.4g} at best: the rate is past its limit. Begin again with half of it or less, or "
+                "with a schedule that decays; brake=True (--brake) halves it whenever this happens"
+            )
         if kind == "lanes":
             return (
                 f"{self._equal} of {n} steps had equal losses in all lanes: the perturbation does not reach the loss, "

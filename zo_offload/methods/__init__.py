@@ -19,18 +19,24 @@ from ..numerics.noise import step_seed
 from .base import METHODS, Method, Step, Told, lr_schedule
 from .conservative import Conservative
 from .fzoo import FZOO
+from .fzoo_loo import FZOOLeaveOneOut
+from .fzoo_reuse import FZOOReuse
 from .meazo import MEAZO
 from .mezo import MeZO
 from .momentum import Momentum
 from .nspsa import NSPSA
 from .presets import PRESETS, check_tunes
 from .qzo import QZO, QZOShift
+from .rank import RankSGD
+from .seed_pool import SeedPool
 from .sign import SignSGD
+from .spsa15 import SPSA15
 
 __all__ = [
-    "DEFAULT", "FZOO", "MEAZO", "METHODS", "NSPSA", "PRESETS", "QZO", "Conservative", "MeZO", "Method", "Momentum",
-    "Perturbation", "QZOShift", "SignSGD", "Step", "Told", "check_tunes", "divide", "known_record", "lr_schedule",
-    "method_from", "method_training", "sqrt", "step_seed", "total",
+    "DEFAULT", "FZOO", "MEAZO", "METHODS", "NSPSA", "PRESETS", "QZO", "SPSA15", "Conservative", "FZOOLeaveOneOut",
+    "FZOOReuse", "MeZO", "Method", "Momentum", "Perturbation", "QZOShift", "RankSGD", "SeedPool", "SignSGD", "Step",
+    "Told", "check_tunes", "divide", "known_record", "lr_schedule", "method_from", "method_training", "sqrt",
+    "step_seed", "total",
 ]  # fmt: skip
 
 DEFAULT: type[MeZO] = MeZO

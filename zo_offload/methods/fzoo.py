@@ -60,6 +60,9 @@ class FZOO(Method, name="fzoo"):
         return losses[0], divide(self._spread(losses), self.eps32)
 
     def _spread(self, losses: Tensor) -> Tensor:
-        others, n = losses[1:], self.directions
+        return self._spread_of(losses[1:])
+
+    def _spread_of(self, others: Tensor) -> Tensor:
+        n = self.directions
         away = others - divide(total(others), n)
         return sqrt(divide(total(away * away), n - 1))

@@ -27,6 +27,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "fzoo": {
         "opt": dict(lr=5e-5, eps=1e-4, directions=8, tunes="all", schedule="constant", batch_size=16),
         "opt-script": dict(lr=1e-5, eps=1e-3, directions=8, tunes="all", schedule="constant", batch_size=16),
+        # measured here, `benchmarks.learning`: an adapter in a basis of the inputs; a constant rate stalls
+        "basis": dict(lr=6e-2, eps=1e-3, directions=32, tunes="lora", schedule="linear", batch_size=16, steps=60),
     },
     # Shang et al. 2025: lr 1e-5, eps 1e-3 and clip 100 in units of scales
     "qzo": {

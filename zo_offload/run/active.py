@@ -31,6 +31,7 @@ from ..journal.format import load_header
 from ..journal.identity import check_objective, objective_name
 from ..journal.journal import Journal, StepRecord
 from ..journal.learning_watch import LearningWatch
+from ..journal.rising import Brake
 from ..kernels.records import STILL, Gains
 from ..lanes.hub import Lane
 from ..modules.trees import part_bytes
@@ -86,6 +87,7 @@ class Run:
         self._planned_bytes = 0  # of the largest part of a batch that the memory plan has seen
         self.log = UpdateLog()
         self.journal: Journal | None = None
+        self.brake = Brake()  # sees all steps of the run
         self.evals: list[dict[str, float]] = []
         self.horizon: int | None = None
         """Steps that the learning rate was begun for, where it depends on them: `binding.py`."""
@@ -166,6 +168,7 @@ class Run:
             self._session_closings = len(self.closing)  # what is newer is of the parts
             self.log, self.journal, self.gains = session.stepper.log, session.journal, session.gains
             self._check_data = session.reopened
+            self.brake = Brake(() if self.journal is None else self.journal.steps)
             if session.reopened and self.journal is not None:
                 found = run_directory.evaluations(self._path(run_directory.METRICS))
                 # the journal may have been cut since
@@ -260,16 +263,13 @@ class Run:
         parts = self.start_steps(batch, micro_batches, objective)
         self.check_objective(self.journal)
         self._keep_budget(parts, batch, micro_batches, objective)
-        stepper = parts.stepper
-        lr = self.method.lr if lr is None else lr
+        stepper, lr, batch_crc = parts.stepper, self.method.lr if lr is None else lr, fingerprint(batch)
         self._ranked.meet(parts.session)
-        batch_crc = fingerprint(batch)
         with self.work():
             stepper.begin()
             self._ranked.before_step(parts, self.log.version, lr, batch_crc, micro_batches)
             method, step = stepper.current, self.log.version
-            losses: list[Any] = []
-            lanes = method.perturbations(self.config.seed, step)
+            losses, lanes = list[Any](), method.perturbations(self.config.seed, step)
             while lanes:
                 losses += parts.passes.losses(
                     batch, lanes, micro_batches, step=step, late=stepper.late, objective=objective,
@@ -289,6 +289,7 @@ class Run:
             record = parts.stepper.settle(launched)
             parts.watch.see(record)
             self._ranked.after_step(record)
+            self.brake.follow([record] if self.journal is None else self.journal.steps)
             return record
 
     def _keep_budget(self, parts: Parts, batch: Batch, micro_batches: int, objective: Objective | None) -> None:

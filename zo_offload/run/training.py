@@ -96,9 +96,10 @@ def _train(
         run.ranks.same("fit", {**asked, "eval_data": evaluation and evaluation.identity()})
     run.evals[:] = run.ranks.first("fit, its evaluations", lambda: run.evals)
     factor = lr_schedule(method.schedule, method.warmup_steps, run.horizon or steps)
+    brake = run.brake.factor if call.brake else lambda step: 1.0
     return Training(
-        run, batches, evaluation, steps, lambda step: method.lr * factor(step), micro_batches, call.eval_every,
-        progress, callback,
+        run, batches, evaluation, steps, lambda step: method.lr * factor(step) * brake(step), micro_batches,
+        call.eval_every, progress, callback,
     ).run_steps()  # fmt: skip
 
 

@@ -1,0 +1,48 @@
+"""`zo-offload methods`: what each method costs a step, from the methods themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ..journal.format import StepRecord, pack_step
+from ..kernels.records import Update
+from ..methods import METHODS, PRESETS, Method
+
+HEAD = ("method", "forwards", "visits", "noises", "remembers", "journal", "what it is")
+
+
+def table() -> Iterator[str]:
+    """A line a method, as GitHub's tables have them."""
+    made: list[Callable[[], Method]] = [METHODS[name] for name in sorted(METHODS) if METHODS[name].own()]
+    rows = [HEAD, *(_row(method()) for method in made)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
+    for index, row in enumerate(rows):
+        yield "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
+        if index == 0:
+            yield "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+
+
+def presets() -> Iterator[str]:
+    """A line a recipe."""
+    for name, recipes in sorted(PRESETS.items()):
+        for recipe, fields in recipes.items():
+            told = (
+                f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items()
+            )
+            yield f"{name} --preset {recipe}: {', '.join(told)}"
+
+
+def _row(method: Method) -> tuple[str, ...]:
+    lanes = len(method.perturbations(0, 0))
+    more = method.next_lanes(0, 0, [0.0] * lanes, method.lr) if method.comes_back else ()
+    scalars = method.scalars(torch.zeros(lanes + len(more), dtype=torch.float64))
+    updates = tuple(Update(i + 1, 0.5, 1.0, i == method.noises - 1) for i in range(method.noises))
+    record = StepRecord(0, updates, 0.0, 0.0, 0.0, scalars=tuple(scalars.tolist()))
+    told = (type(method).__doc__ or "").partition("\n")[0].partition(": ")[0].rstrip(".")
+    return (
+        method.name, str(lanes + len(more)), "2" if more else "1", str(method.noises),
+        f"{len(method.first_memory())} numbers" if method.first_memory() else "-",
+        f"{len(pack_step(record)[0])} B", told,
+    )  # fmt: skip

@@ -1,0 +1,84 @@
+"""FZOO-R: half of a step's directions are new, the other half are those of the step before, with the losses of then.
+
+    d_i = l_i - l_0 of the step in which direction i was new, i = 1..N     s: the standard deviation of d_1..d_N
+    w <- w - lr / (N s) * sum_i d_i u_i
+
+N / 2 + 1 forwards a step. The first step, and one after a step that was skipped, has the N / 2 new ones only. What is
+remembered is each loss' difference from its own l_0, since a loss of another batch says nothing by itself. Source:
+"FZOO-R" of arXiv 2506.09034; the paper's repository has the losses of a step before at hand and never uses them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..kernels.records import Perturbation
+from ..kernels.scalars import divide, sqrt, total
+from ..numerics.noise import step_seed
+from .base import Told
+from .fzoo import FZOO
+
+
+@dataclass(frozen=True, kw_only=True)
+class FZOOReuse(FZOO, name="fzoo-r"):
+    """FZOO in which every direction is used in two steps."""
+
+    directions: int = 8
+    """Perturbations that a step goes along, N: half of them are new. Even, 4 or more."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.directions % 2 or self.directions < 4:
+            raise ConfigError(f"directions={self.directions}: expected an even number from 4 on, half of them are new")
+
+    @property
+    def _new(self) -> int:
+        return self.directions // 2
+
+    def perturbations(self, run_seed: int, step: int) -> tuple[Perturbation, ...]:
+        """The weights themselves, and each new direction."""
+        return super().perturbations(run_seed, step)[: 1 + self._new]
+
+    def seeds(self, run_seed: int, step: int) -> tuple[int, ...]:
+        """The new ones, then those of the step before; before step 0 they have a coefficient of 0."""
+        old = [
+            step_seed(run_seed, step - 1, i) if step else step_seed(run_seed, 0, self._new + i)
+            for i in range(self._new)
+        ]
+        return (*super().seeds(run_seed, step), *old)
+
+    def first_memory(self) -> tuple[float, ...]:
+        """How many differences there are of the step before, and they."""
+        return (0.0,) * (1 + self._new)
+
+    def scalars(self, losses: Tensor) -> Tensor:
+        """The new differences."""
+        return losses[1:] - losses[0]
+
+    def remember(self, memory: Tensor, told: Told) -> Tensor:
+        return torch.cat([torch.full_like(memory[:1], self._new), told.scalars])
+
+    def pass_over(self, memory: Tensor) -> Tensor:
+        return torch.zeros_like(memory)
+
+    def coefficients_from(self, memory: Tensor, losses: Tensor, lr: float) -> Tensor:
+        found, there, count = self._all(memory, losses)
+        away = (found - total(found) / count) * there
+        spread = sqrt(total(away * away) / (count - 1.0))
+        along = (lr * found) / (count * spread)
+        return torch.where(spread == 0, 0.0, torch.where(torch.isfinite(spread), along, torch.nan))
+
+    def summary(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """l_0, and the standard deviation of the new losses / eps, about the length of the gradient."""
+        away = losses[1:] - divide(total(losses[1:]), self._new)
+        return losses[0], divide(sqrt(divide(total(away * away), self._new - 1)), self.eps32)
+
+    def _all(self, memory: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Every difference, 1 for each that is there and 0 for the others, and how many those are."""
+        new = self.scalars(losses)
+        there = torch.cat([torch.ones_like(new), torch.where(memory[0] > 0, torch.ones_like(new), 0.0 * memory[1:])])
+        return torch.cat([new, memory[1:]]), there, memory[0] + float(self._new)
