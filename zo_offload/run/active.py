@@ -87,12 +87,11 @@ class Run:
         self._planned_bytes = 0  # of the largest part of a batch that the memory plan has seen
         self.log = UpdateLog()
         self.journal: Journal | None = None
-        self.brake = Brake()  # sees all steps of the run
         self.evals: list[dict[str, float]] = []
         self.horizon: int | None = None
         """Steps that the learning rate was begun for, where it depends on them: `binding.py`."""
         self.at_once = False  # whether the end is left to the journal, without a flush
-        self.door, self.closing = Door(), Closing()
+        self.door, self.closing, self.brake = Door(), Closing(), Brake()
         self.session: Session | None = None
         self.parts: Parts | None = None
         self._whole: Whole | None = None
