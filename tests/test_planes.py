@@ -81,7 +81,7 @@ def counted(monkeypatch, steps, **settings):
 
     Counting.seen = []
     monkeypatch.setattr(session, "HostTier", Counting)
-    engine = Engine(tiny_llama(), method=METHOD, offload="host", **settings)
+    engine = Engine(tiny_llama(), method=METHOD, offload="host", num_slots=3, **settings)
     with engine:
         result = engine.fit(batches(), steps=steps)
     return Counting.seen, engine, result
@@ -181,3 +181,20 @@ def test_reading_all_weights_fetches_each_block_once(make, limit, monkeypatch, t
             Counting.seen = []
             look(engine)
             assert len(Counting.seen) <= len(engine.plan.blocks)
+
+
+def test_blocks_in_host_memory_are_used_where_they_lie(tmp_path):
+    """On a CPU nothing is copied, unless a window is asked for; with one, without, and in memory: the same bits."""
+    found = {}
+    asked = dict(window=dict(num_slots=2), budget=dict(device_memory="1GB"), apart=dict(overlap=False))
+    for name, settings in (asked | dict(host={}, none=dict(offload="none"))).items():
+        settings = dict(offload="host", storage="bf16+16", fold_every=2, run_dir=tmp_path / name) | settings
+        with Engine(tiny_llama(), method=METHOD, **settings) as engine:
+            result = engine.fit(batches(), steps=5)
+            assert (result.fetch_bytes > 0) == (name in asked), name
+            found[name] = {key: tensor.clone() for key, tensor in engine.weights()}
+            assert (engine.memory.terms["window"] > 0) == (name in ("window", "apart")), name
+    for name in (*asked, "host"):
+        assert_same(found["none"], found[name])
+    with Engine.resume(tmp_path / "host", tiny_llama(), num_slots=2) as engine:
+        assert_same(found["none"], dict(engine.weights()))

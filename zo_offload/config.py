@@ -56,6 +56,7 @@ class EngineConfig:
 
     offload: Offload = "auto"
     """Where blocks live: "none" in the device's memory, "host" in host memory behind a window, "disk" in files.
+    On a CPU "host" is "none" unless a window is asked for (device_memory, num_slots, prefetch, overlap=False).
     "auto": none if the stored model fits in half of the free memory, else disk."""
     storage: str | None = None
     """Format that weights are stored and updated in, a name of `formats.FORMATS`: fp32, bf16, fp16, int8+8, int4, ...

@@ -67,6 +67,21 @@ class Prepared:
     """Why storage="auto" took its format; empty if a format was named."""
 
     @property
+    def in_place(self) -> bool:
+        """Whether blocks are computed with where they lie, all of them: no window, and nothing is copied.
+
+        On a CPU that is so of host memory too, which is the device's own, unless the settings ask for a window (or for
+        less memory than the model takes): then it is what a GPU would have, to try that.
+        """
+        asked = (self.config.device_memory, self.config.num_slots, self.config.prefetch)
+        return self.offload == "none" or (
+            self.offload == "host"
+            and not self.device.own_memory
+            and asked == (None, None, None)
+            and self.config.overlap
+        )
+
+    @property
     def perturbations(self) -> int:
         """How many a visit of a step has: lanes, before a batch is cut into parts."""
         return self.method.most_lanes
@@ -136,7 +151,8 @@ class Prepared:
     ) -> MemoryPlan:
         config = self.config
         return plan_memory(
-            self.plan, self.layout, offload=self.offload, budget=budget, num_slots=config.num_slots,
+            self.plan, self.layout, offload="none" if self.in_place else self.offload, budget=budget,
+            num_slots=config.num_slots,
             perturbations=self.perturbations, micro_batches=micro_batches,
             order=config.order, ahead=config.prefetch, io_threads=config.io_threads if config.overlap else 0,
             rows=rows, activations=activations, process=process,

@@ -162,7 +162,7 @@ class Maker:
 
     def _memory_tier(self) -> Tier:
         block_bytes, device = self._prepared.layout.block_bytes, self.opened.device
-        if self._prepared.offload == "none":
+        if self._prepared.in_place:
             return ResidentTier(block_bytes, device.alloc)
         return HostTier(block_bytes, device.host_alloc)
 

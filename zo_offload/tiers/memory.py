@@ -1,4 +1,4 @@
-"""Blocks in memory: on the device itself (`none`), or in host memory behind a window (`host`)."""
+"""Blocks in memory: on the device itself (`none`, and `host` on a CPU), or in host memory behind a window (`host`)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class HostTier:
 
 
 class ResidentTier(HostTier):
-    """Blocks on the device for the whole run: nothing moves, updates happen in place."""
+    """Blocks where they are computed with, for the whole run: nothing moves, updates happen in place."""
 
     def view(self, block: int) -> Tensor | None:
         return self._blocks[block]
