@@ -39,7 +39,7 @@ WAYS: dict[str, tuple[type[Method], dict[str, Any], dict[str, Any]]] = {
     "mezo": (MeZO, dict(lr=3e-4, schedule="linear"), dict(storage="bf16+16")),
     "fzoo": (FZOO, dict(lr=1e-2, eps=1e-3, directions=8, schedule="linear"), dict(storage="bf16+16")),
     "basis": (FZOO, dict(lr=6e-2, eps=1e-3, directions=32, schedule="linear"), dict(storage="fp32")),
-    "basis int4": (FZOO, dict(lr=6e-2, eps=1e-3, directions=32, schedule="linear"), dict(storage="int4")),
+    "basis int4": (FZOO, dict(lr=0.12, eps=1e-3, directions=32, schedule="linear"), dict(storage="int4")),
     "basis loo": (FZOOLeaveOneOut, dict(lr=6e-2, eps=1e-3, directions=32, schedule="linear"), dict(storage="int4")),
 }
 RATES = (0.5, 1.0, 2.0)  # times a way's own, for --tune
