@@ -61,7 +61,8 @@ class EngineConfig:
     storage: str | None = None
     """Format that weights are stored and updated in, a name of `formats.FORMATS`: fp32, bf16, fp16, int8+8, int4, ...
     Default: the checkpoint's (or module's) own dtype. "auto": the one that moves the least and keeps its updates
-    (`auto.py`). `storage.py` has the rule for norms, biases and the like."""
+    (`auto.py`). "kept": a quantized checkpoint's own codes, where a format holds them.
+    `storage.py` has the rule for norms, biases and the like."""
     keep: Any = None
     """Glob or globs of parameters that a quantized storage leaves in 16 or 32 bits, such as "embed_tokens"."""
     compute: str | None = None
@@ -140,8 +141,8 @@ class EngineConfig:
         ):  # fmt: skip
             if getattr(self, name) not in get_args(choices):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(get_args(choices))}")
-        if self.storage is not None and self.storage not in ("auto", *FORMATS):
-            raise ConfigError(f"storage={self.storage!r}: choose one of auto, {', '.join(FORMATS)}")
+        if self.storage is not None and self.storage not in ("auto", "kept", *FORMATS):
+            raise ConfigError(f"storage={self.storage!r}: choose one of auto, kept, {', '.join(FORMATS)}")
         if self.compute is not None and self.compute not in DTYPES:
             raise ConfigError(f"compute={self.compute!r}: choose one of {', '.join(DTYPES)}")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):

@@ -334,7 +334,7 @@ class Engine:
                 Path(directory), model=self.model if whole is None else whole.model, names=names,
                 weights=whole or parts.streamer.reader, checkpoint=self.checkpoint,
                 max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")),
-                overwrite=overwrite, tokenizer=self.batching.given,
+                overwrite=overwrite, tokenizer=self.batching.to_export(),
                 run=lambda call: parts.passes.forward([Lane(STILL, {})], lambda *_: call(), exact=True)[0],
             )  # fmt: skip
 

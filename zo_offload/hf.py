@@ -25,6 +25,9 @@ _INTERNAL = {
     "LOSS_MAPPING": "loss.loss_utils",
     "ForCausalLMLoss": "loss.loss_utils",
     "ForMaskedLMLoss": "loss.loss_utils",
+    "get_gguf_hf_weights_map": "modeling_gguf_pytorch_utils",
+    "TENSOR_PROCESSORS": "modeling_gguf_pytorch_utils",
+    "TensorProcessor": "modeling_gguf_pytorch_utils",
     "patch_output_recorders": "monkey_patching",
 }
 _MODULES = {"transformers": "", "initialization": ".initialization", "modeling_auto": ".models.auto.modeling_auto"}
@@ -49,6 +52,9 @@ if TYPE_CHECKING:
     from transformers.loss.loss_utils import LOSS_MAPPING as LOSS_MAPPING
     from transformers.loss.loss_utils import ForCausalLMLoss as ForCausalLMLoss
     from transformers.loss.loss_utils import ForMaskedLMLoss as ForMaskedLMLoss
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS as TENSOR_PROCESSORS
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor as TensorProcessor
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map as get_gguf_hf_weights_map
     from transformers.models.auto import modeling_auto as modeling_auto
     from transformers.monkey_patching import patch_output_recorders as patch_output_recorders
 

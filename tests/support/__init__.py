@@ -5,6 +5,8 @@ training          a method, batches, a run of a few steps; what it gives
 compare           bit-equality, the one way to compare tensors and losses
 plain_mezo        MeZO in a few lines, in memory: what the engine must equal
 ranks             several processes that train one run together
+quantized_models   writers of quantized checkpoints, from the published layouts
+record_quantized   makes data/quantized.safetensors of what the libraries write
 lanes             a source of weights from a dict, and what lanes must equal
 native_variants   a test under the reference and every instruction set of the native library
 fake_cuda         streams that run late and in any allowed order, with a race checker

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CheckpointError, ConfigError
+from ..formats import Format
 from ..hf import PreTrainedModel
 from ..modules.away import shapes_only
 from ..modules.kind import kind_of
@@ -77,6 +78,12 @@ class AdaptedBase:
             self.read_into(name, start, out)
         else:
             self._base.peek(self._named(name), start, out)
+
+    def kept_format(self, name: str) -> Format | None:
+        return None if name in self._values else self._base.kept_format(self._named(name))
+
+    def kept_part(self, name: str, start: int, count: int) -> Tensor:
+        return self._base.kept_part(self._named(name), start, count)
 
     def digest_of(self, name: str) -> str:
         if name in self._values:

@@ -34,11 +34,15 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..hf import PreTrainedModel, transformers
+from ..quantized.base import Settings
 from . import completeness
 from .architecture import find_class, read_config, read_generation_config, sibling_classes
 from .conversion import Group, loading_groups
+from .dequantized import TensorFile, dequantized, settings_of, without_settings
 from .export import save_pretrained
 from .files import carried_files, find_weights, resolve_path
+from .gguf import find_gguf, open_gguf
+from .kept import KeepsCodes
 from .meta_model import MAX_REGISTRATIONS, construct, keep_in_fp32, make_real
 from .pickled_io import open_weights
 from .recipe import Reader, Recipe
@@ -64,23 +68,21 @@ class _Layout:
     differences: completeness.Differences = field(default_factory=completeness.Differences)
 
 
-class Checkpoint:
+class Checkpoint(KeepsCodes):
     """See the module. Reading may be done from several threads; building is for one."""
 
     def __init__(
-        self,
-        config: Any,
-        path: Path | None,
-        files: list[SafetensorsFile],
-        carried: list[Path],
-        trust_remote_code: bool = False,
-    ):
+        self, config: Any, path: Path | None, files: list[SafetensorsFile], carried: list[Path],
+        trust_remote_code: bool = False, gguf: Path | None = None,
+    ) -> None:  # fmt: skip
         """Use `open`."""
         self.config = config  # as read; never modified
         self.path = path
         self.trust_remote_code = trust_remote_code
         self.carried = carried  # tokenizer, generation config, chat template, ...: to go along with an export
-        self._file_of = files_by_tensor(files)
+        self._file_of: dict[str, TensorFile] = dict(files_by_tensor(files))
+        self.gguf = gguf  # the file that its tokenizer is in, of a GGUF model that has one
+        self.settings: Settings = {}  # how its files say that they are quantized
         self._layout: _Layout | None = None
         self._crcs = Crcs()
         self._reader = Reader(self._read_into)
@@ -94,7 +96,7 @@ class Checkpoint:
         trust_remote_code: bool = False,
         overrides: Mapping[str, Any] | None = None,
     ) -> Checkpoint:
-        """Opens a directory, a hub id ("org/name") or a transformers config object; reads headers only.
+        """Opens a directory, a GGUF file, a hub id ("org/name") or a transformers config object; reads headers only.
 
         weights=False, or a config object: no weights are looked for; such a checkpoint can be built and planned with,
         not loaded from. A hub id goes through `huggingface_hub.snapshot_download` with its default settings (cache,
@@ -104,17 +106,22 @@ class Checkpoint:
         """
         if isinstance(path, transformers.PretrainedConfig):
             return cls(copy.deepcopy(path), None, [], [])
+        if gguf := find_gguf(path):
+            read = open_gguf(gguf, trust_remote_code=trust_remote_code, overrides=overrides)
+            checkpoint = cls(read.config, gguf[0].parent, [], read.carried, trust_remote_code, read.tokenizer)
+            return checkpoint._holding(dict.fromkeys(read.tensors.entries, read.tensors) if weights else {})
         directory = resolve_path(path, weights=weights, code=trust_remote_code)
         config = read_config(directory, trust_remote_code=trust_remote_code, overrides=overrides)
-        quantization = getattr(config, "quantization_config", None)
-        if quantization is not None and weights:
-            how = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise CheckpointError(
-                f"{directory}: its weights are quantized ({how}), which is not supported. Load it in transformers "
-                "with a quantization config that dequantizes, save_pretrained it, and use that directory."
-            )
+        settings = settings_of(config, directory)
+        without_settings(config)
         files = [open_weights(file) for file in find_weights(directory)] if weights else []
-        return cls(config, directory, files, carried_files(directory, code=trust_remote_code), trust_remote_code)
+        checkpoint = cls(config, directory, files, carried_files(directory, code=trust_remote_code), trust_remote_code)
+        checkpoint.settings = settings
+        return checkpoint._holding(dequantized(checkpoint._file_of, settings, checkpoint.dtype, directory))
+
+    def _holding(self, file_of: dict[str, TensorFile]) -> Checkpoint:
+        self._file_of = file_of
+        return self
 
     @property
     def has_weights(self) -> bool:
@@ -130,7 +137,7 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path}: config.json has dtype {configured!r}, which torch does not have.")
             return found
         entries = (file.entries[name] for name, file in self._file_of.items())
-        return next((e.dtype for e in entries if e.dtype.is_floating_point), torch.float32)
+        return next((e.dtype for e in entries if e.dtype.is_floating_point and e.dtype.itemsize > 1), torch.float32)
 
     def build_model(
         self,
@@ -238,6 +245,9 @@ class Checkpoint:
             layout.recipes[name].fill(self._reader, start, out)
         else:
             out.copy_(fresh.reshape(-1)[start : start + len(out)])
+
+    def _recipe_of(self, name: str) -> Recipe | None:
+        return self._built().recipes.get(self._built().canonical.get(name, name))
 
     def digest_of(self, name: str) -> str:
         """16 hex digits over one's name, dtype, shape and content; reads it if not all of it was read before."""

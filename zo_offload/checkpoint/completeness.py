@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..hf import PreTrainedModel
+from ..quantized.table import supported
 
 Siblings = Callable[[], tuple[PreTrainedModel | None, list[PreTrainedModel]]]
 """On meta: the model of the class that config.json names, if there is one, and those of other classes of its config."""
@@ -113,11 +114,11 @@ def check_quantized(names: Iterable[str], path: Path | None) -> None:
         kind = next((kind for pattern, kind in QUANTIZED if re.search(pattern, name)), None)
         if kind is not None:
             beside = [file for file in _SETTINGS if path is not None and (path / file).exists()]
-            also = f", as {beside[0]} says" if beside else ""
+            also = f", beside {beside[0]}" if beside else ""
             raise CheckpointError(
-                f"{path}: its weights are quantized ({kind}: {name!r}{also}), which is not supported, though "
-                "config.json does not say so. Dequantize them in the library that made them, save_pretrained the "
-                "result, and use that directory."
+                f"{path}: its weights are quantized ({kind}: {name!r}{also}) in a way that is not supported, or "
+                f"tensors beside them are missing. Supported: {supported()}. Complete the files, or dequantize "
+                "them in the library that made them, save_pretrained the result, and use that directory."
             )
 
 

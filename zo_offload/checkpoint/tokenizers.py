@@ -56,9 +56,15 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a directory or a cached hub id. Raises CheckpointError; asks nothing and runs nothing."""
+    """The tokenizer of a directory, a cached hub id or a GGUF file. Raises CheckpointError; asks nothing and runs
+    nothing."""
+    place, options = path, dict[str, Any]()
+    if Path(path).suffix == ".gguf" and Path(path).is_file():
+        place, options = Path(path).parent, {"gguf_file": Path(path).name}
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            place, local_files_only=True, trust_remote_code=trust_remote_code, **options
+        )
     except Exception as error:  # whatever transformers makes of a stranger's files
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise CheckpointError(

@@ -17,6 +17,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..formats import Format
+
 CHUNK = 1 << 20
 """Elements that are read, converted and written at a time: they stay in a core's cache. A multiple of every group."""
 
@@ -40,6 +42,22 @@ class Placed(Weights, Protocol):
     def place_of(self, name: str, element: int) -> int:
         """The block of an element: who reads in this order fetches each once."""
         ...
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """Weights of which some are in the codes of a storage format already."""
+
+    def kept_format(self, name: str) -> Format | None: ...
+
+    def kept_part(self, name: str, start: int, count: int) -> Tensor:
+        """Elements [start, start + count) as that format's streamed part, from a multiple of its group on."""
+        ...
+
+
+def kept_of(base: object) -> Callable[[str], Format | None]:
+    """Of a base's names: the format that has their codes already; None of all of a base that keeps nothing."""
+    return base.kept_format if isinstance(base, Keeping) else lambda name: None
 
 
 class Base(Weights, Protocol):

@@ -15,6 +15,7 @@ from torch import nn
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import has_weights
 from ..checkpoint.opt_sizes import OPT_SHAPES, opt_config
+from ..checkpoint.weights import kept_of
 from ..config import DTYPES, EngineConfig
 from ..data.losses import model_loss
 from ..devices import PlannedDevice, make_device
@@ -24,6 +25,8 @@ from ..methods import DEFAULT, Method
 from ..modules.kind import ModelKind, kind_of
 from ..plan.layout import Layout
 from ..plan.plan import Plan
+from ..quantized.sizes import file_bytes
+from ..quantized.table import method_of
 from ..run.auto import Rates, compare, rates
 from ..run.memory import MemoryPlan, step_bytes
 from ..run.opening import built, with_adapter
@@ -96,12 +99,22 @@ def plan_report(
     tokens = tokens if tokens is not None else min(512, limit or 512)
     batch = example_batch(module, kind, batch_size, tokens)
     prepared = prepare(
-        module, base.dtype_of, config, method, device, example=batch, call=_forward, notes=model_built.notes
+        module,
+        base.dtype_of,
+        config,
+        method,
+        device,
+        example=batch,
+        call=_forward,
+        notes=model_built.notes,
+        kept_of=kept_of(base),
     )
     objective = model_loss if "labels" in batch else _forward
     memory = prepared.plan_memory(batch, objective=objective, micro_batches=micro_batches)
     plan, layout = prepared.plan, prepared.layout
     yield f"{type(module).__name__}: {_number(plan.numel)} parameters, {_number(plan.trainable_numel)} trainable"
+    if (nbytes := file_bytes(checkpoint.settings, ((n, tuple(p.shape)) for n, p in plan.params.items()))) is not None:
+        yield f"the files are quantized ({method_of(checkpoint.settings)}): about {show_bytes(nbytes)} on the disk"
     yield f"stored as {_formats(layout)}: {show_bytes(layout.total_bytes)} in {len(plan.blocks)} blocks"
     if prepared.storage_note:
         yield f"storage auto takes {prepared.config.storage}: {prepared.storage_note}"

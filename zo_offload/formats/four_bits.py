@@ -23,7 +23,7 @@ NF4_VALUES = (
 _INVERSE_15 = torch.tensor(1 / 15, dtype=torch.float32, device="cpu")
 
 
-class _FourBits(Format):
+class FourBits(Format):
     torch_dtype: ClassVar[torch.dtype] = torch.bfloat16
     value_bits: ClassVar[int] = 4
     scale_bytes: ClassVar[int] = 4
@@ -40,7 +40,7 @@ class _FourBits(Format):
         return (even[:, 0] | even[:, 1] << 4).to(torch.uint8)
 
 
-class Int4(_FourBits):
+class Int4(FourBits):
     """0.547 bytes a parameter (group 64: 0.594): codes 0..15 times a float32 scale, plus a bfloat16 minimum.
 
     Error up to half a scale: a 30th of the group's largest less its smallest value (10 % rms of normal weights; group
@@ -99,7 +99,7 @@ class Int4(_FourBits):
         return pack(self, n, self.pack_codes(codes), scales.view(torch.uint8), minima)
 
 
-class NF4(_FourBits):
+class NF4(FourBits):
     """0.5625 bytes a parameter: sixteen quantiles of a normal distribution times a float32 scale for each 64.
 
     The scale is the group's largest magnitude, as in bitsandbytes. 9.2 % rms error of normal weights, at most 15 % of

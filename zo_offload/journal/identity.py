@@ -95,7 +95,7 @@ def about_base(
     class is the caller's own to keep. adapter: the settings of one that was put on a checkpoint; its weights are the
     base's. Raises CheckpointError.
     """
-    if directory is not None:
+    if directory is not None and (directory / "config.json").exists():  # a GGUF file has none, but what it holds
         path = directory / "config.json"
         try:
             found = json.loads(diskio.read_file(path))

@@ -27,6 +27,7 @@ from .blocks import ParamSpec
 from .layout import Layout
 from .plan import Plan, keep_resident
 
+KEPT = "kept"
 SMALL = 16
 """A trained part of at most 1 / SMALL of the model is kept on the device."""
 
@@ -52,13 +53,17 @@ def decide_formats(
     target: Trains = "values",
     *,
     resident: bool = False,
+    kept_of: Callable[[str], Format | None] = lambda name: None,
 ) -> Stored:
-    """Formats by the module's rule. storage None: each parameter in the base's own dtype. resident: what trains is
-    kept on the device, however large a part of the model it is.
+    """Formats by the module's rule. storage None: each parameter in the base's own dtype. "kept": a quantized one in
+    the format that `kept_of` says has its codes, the others in the base's own dtype. resident: what trains is kept on
+    the device, however large a part of the model it is.
 
     target: "scales" trains the group scales of quantized parameters, and nothing else, about the groups' centres;
     "shifts" trains them as the format keeps groups. Raises ConfigError if the format cannot train what was asked.
     """
+    if storage == KEPT:
+        return _keep_codes(plan, dtype_of, target, kept_of, resident)
     wanted = None if storage is None else get_format(storage)
     kept = select_names(plan.tree, keep, "keep") if keep is not None else set()
     plan = _scales_only(plan, wanted, kept) if target != "values" else plan
@@ -71,6 +76,35 @@ def decide_formats(
     }
     plan = keep_resident(plan, small) if small else plan
     return Stored(plan, formats, "values" if target == "values" else "scales")
+
+
+def _keep_codes(
+    plan: Plan,
+    dtype_of: Callable[[str], torch.dtype],
+    target: Trains,
+    kept_of: Callable[[str], Format | None],
+    resident: bool,
+) -> Stored:
+    if target != "values":
+        raise ConfigError("storage='kept' trains no scales; name the format: storage='int8', 'int4' or 'nf4'")
+    held = {name: fmt for name in plan.params if (fmt := kept_of(name)) is not None}
+    if not held:
+        raise ConfigError(
+            "storage='kept': the base has no quantized weights whose codes a storage format holds "
+            "(docs/quantized.md has which do); leave storage out, or name a format"
+        )
+    for name, fmt in held.items():
+        if plan.params[name].trainable and not resident:
+            _check_trainable(plan, fmt)
+    small = _small_part(plan, resident)
+    fp32 = get_format("fp32")
+    formats = {
+        name: fp32
+        if name in small or (spec.trainable and name in held)
+        else held.get(name) or format_of(dtype_of(name))
+        for name, spec in plan.params.items()
+    }
+    return Stored(keep_resident(plan, small) if small else plan, formats)
 
 
 def _format(

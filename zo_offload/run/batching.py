@@ -46,10 +46,18 @@ class Batching:
             raise ConfigError("loss='options' and objective= are two losses: leave one of them out")
         return batches.objective
 
+    def to_export(self) -> Any:
+        """The tokenizer that is to be written with the model; None: the checkpoint's files are, as they are."""
+        checkpoint = self._opened.checkpoint
+        in_file = checkpoint is not None and checkpoint.gguf is not None and not has_tokenizer(checkpoint.gguf.parent)
+        return self.tokenizer() if in_file else self.given
+
     def tokenizer(self) -> Any:
         """The one that was given, else the checkpoint's own, if it has one."""
-        path = self._opened.directory
-        if self.given is not None or path is None or not has_tokenizer(path):
+        path, checkpoint = self._opened.directory, self._opened.checkpoint
+        if self.given is None and path is not None and not has_tokenizer(path) and checkpoint is not None:
+            path = checkpoint.gguf
+        if self.given is not None or path is None or (path.is_dir() and not has_tokenizer(path)):
             return self.given
         if self._own is None:
             trusted = self._opened.prepared.config.trust_remote_code

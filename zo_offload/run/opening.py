@@ -24,7 +24,7 @@ from ..checkpoint import adapter_configs, merging
 from ..checkpoint.adapted import Built, adapt
 from ..checkpoint.adapters import beside_adapter
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.weights import Weights
+from ..checkpoint.weights import Weights, kept_of
 from ..config import DTYPES, EngineConfig
 from ..data.losses import Batch
 from ..devices import Device, make_device
@@ -151,7 +151,7 @@ def open_model(
     kind = kind_of(module)
     make = partial(
         prepare, module, base.dtype_of, method=method, device=device, example=example,
-        notes=() if adapted is None else adapted.notes, sharers=ranks.local_world,
+        notes=() if adapted is None else adapted.notes, sharers=ranks.local_world, kept_of=kept_of(base),
     )  # fmt: skip
     prepared = make(config, offload=offload)
     agreed = _agreed(config, prepared, ranks)

@@ -23,6 +23,7 @@ from ..data.losses import Objective, for_a_loss
 from ..data.micro_batches import split_micro_batches
 from ..devices import PlannedDevice
 from ..errors import BudgetError, ConfigError
+from ..formats import Format
 from ..kernels.records import Gain
 from ..methods import Method, check_tunes
 from ..modules.recorder import ForwardCall
@@ -171,12 +172,14 @@ def prepare(
     offload: str | None = None,
     notes: tuple[str, ...] = (),
     sharers: int = 1,
+    kept_of: Callable[[str], Format | None] = lambda name: None,
 ) -> Prepared:
     """Decide how a model is cut, stored and streamed. Reads no weights.
 
-    dtype_of: of a parameter of the base, by name. example: a batch to trace the forward with, and call how; otherwise
-    the model's dummy inputs are used. offload: a tier that is known already, whatever the settings say. notes: of the
-    model, to be the plan's first. sharers: processes that each want as much of this host's memory. Raises
+    dtype_of: of a parameter of the base, by name; kept_of: the format that has its own codes. example: a batch to trace
+    the forward with, and call how; otherwise the model's dummy inputs are used. offload: a tier that is known already,
+    whatever the settings say. notes: of the model, to be the plan's first. sharers: processes that each want as much of
+    this host's memory. Raises
     ConfigError for settings that do not go together, BudgetError if a memory tier cannot hold the model.
     """
     traced = {} if call is None else {"call": call}
@@ -191,7 +194,9 @@ def prepare(
         storage, note = choose_storage(trains, dtype_of, config, sharers)
         config = replace(config, storage=storage)
     adapts = config.adapter is not None
-    stored = decide_formats(trains, config.storage, dtype_of, config.keep, method.target, resident=adapts)
+    stored = decide_formats(
+        trains, config.storage, dtype_of, config.keep, method.target, resident=adapts, kept_of=kept_of
+    )
     layout = make_layout(stored.plan, stored.format_of, stored.target)
     offload = choose_offload(config, layout, device, sharers) if offload is None else offload
     fold_every = choose_fold_every(config.fold_every, stored.plan, layout, offload, method.distribution, method.noises)

@@ -13,9 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.weights import Base, chunks, tensor_digest, together
+from ..checkpoint.weights import CHUNK, Base, Keeping, chunks, tensor_digest, together
 from ..errors import CheckpointError
 from ..formats.codec import PlaneEncoder
+from ..formats.grouped import paste
 from ..modules.away import check_present
 from ..plan.blocks import Piece
 from ..plan.layout import Layout
@@ -133,6 +134,12 @@ class Filler:
         place = self.layout.places[piece]
         stored = buffer[place.offset : place.offset + place.nbytes]
         residual = buffer[place.residual_offset : place.residual_offset + place.residual_nbytes]
+        if place.fmt.group and isinstance(self.base, Keeping) and self.base.kept_format(piece.name) is place.fmt:
+            for at in range(piece.start, piece.stop, CHUNK):  # its own codes are in this format
+                count = min(CHUNK, piece.stop - at)
+                part = self.base.kept_part(piece.name, at, count)
+                paste(place.fmt, stored, piece.numel, at - piece.start, part, count)
+            return
         encoder = PlaneEncoder(
             stored, residual if place.residual_nbytes else None, place.fmt, piece.numel,
             f"parameter {piece.name!r} of the base",

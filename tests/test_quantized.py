@@ -1,0 +1,404 @@
+"""Quantized checkpoints are read as their libraries decode them, streamed; what does not fit together is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import replace
+from functools import partial
+from random import Random
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from support.compare import assert_same
+from support.quantized_models import (
+    WRITERS,
+    awq,
+    fp8_blocks,
+    gptq,
+    nf4,
+    pack_quantized,
+    quantize_checkpoint,
+    write_gguf,
+)
+from support.record_quantized import FILE
+from support.training import batches
+from support.zoo.models import ZOO, tokens
+from zo_offload import Engine, MeZO
+from zo_offload.checkpoint.checkpoint import Checkpoint
+from zo_offload.errors import CheckpointError, ConfigError
+from zo_offload.formats import decode_values
+from zo_offload.quantized.files import Files, Spec
+from zo_offload.quantized.gguf_blocks import BLOCKS
+from zo_offload.quantized.gguf_file import GGUFFile
+from zo_offload.quantized.table import find
+from zo_offload.stream.ingest import Filler
+
+ROWS_BATCH = tokens()
+
+
+def records() -> dict[str, dict]:
+    """Case -> settings, dtype, stored and expected tensors, as libraries wrote them (support/record_quantized.py)."""
+    found = {}
+    with safe_open(FILE, "pt") as file:
+        for case, text in sorted(file.metadata().items()):
+            parts = {kind: {} for kind in ("stored", "expected")}
+            for name in file.keys():  # noqa: SIM118  # not a dict
+                owner, kind, tensor = name.split("/")
+                if owner == case:
+                    parts[kind][tensor] = file.get_tensor(name)
+            found[case] = json.loads(text) | parts
+    return found
+
+
+RECORDS = records()
+
+
+def in_memory(tensors: dict[str, torch.Tensor]) -> Files:
+    def read_into(name, start, out):
+        out.copy_(tensors[name].reshape(-1)[start : start + len(out)])
+
+    return Files({name: Spec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}, read_into)
+
+
+@pytest.mark.parametrize("case", [case for case in RECORDS if case.startswith("gguf")])
+def test_blocks_are_decoded_as_ggml_decodes_them(case):
+    record = RECORDS[case]
+    kind = BLOCKS[record["settings"]["type"]]
+    assert (kind.numel, kind.nbytes) == (record["expected"]["blocks"].shape[1], record["stored"]["blocks"].shape[1])
+    assert_same(kind.decode(record["stored"]["blocks"]), record["expected"]["blocks"])
+
+
+@pytest.mark.parametrize("case", [case for case in RECORDS if not case.startswith("gguf")])
+def test_decoded_as_the_library_decodes(case):
+    record = RECORDS[case]
+    files = in_memory(record["stored"])
+    weights, hidden = find(files, record["settings"], getattr(torch, record["dtype"]))
+    assert {w.name for w in weights} == set(record["expected"])
+    assert hidden == set(record["stored"])
+    for weight in weights:
+        expected = record["expected"][weight.name]
+        assert weight.shape == tuple(expected.shape) and weight.dtype == expected.dtype
+        for step in (expected.numel(), 1000, 77):  # whole, and in runs that begin and end inside of rows and groups
+            out = torch.empty(expected.numel(), dtype=weight.dtype)
+            for start in range(0, len(out), step):
+                weight.read_into(files, start, out[start : start + step])
+            assert_same(out.view(expected.shape), expected)
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------
+
+MODELS = [
+    ("llama", "fp8"), ("llama", "gptq"), ("llama", "awq"), ("llama", "compressed-tensors"), ("llama", "nvfp4"),
+    ("llama", "nf4"), ("llama", "int8"), ("gpt-oss", "mxfp4"), ("mixtral", "fp8"), ("deepseek-v3", "fp8"),
+    ("qwen3-moe", "awq"), ("mixtral", "gptq"),
+]  # fmt: skip
+
+
+def written(folder, model, scheme, hidden=64, inner=96, writer=None):
+    """(quantized, plain) checkpoints of a tiny model, and the decoded weights by their names in the files."""
+    tiny = ZOO[model]
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "moe_intermediate_size": 32}
+    options = tiny.options | {name: size for name, size in sizes.items() if name in tiny.options}
+    replace(tiny, options=options).build(torch.bfloat16).save_pretrained(folder / "source")
+    decoded = quantize_checkpoint(folder / "source", folder / "quantized", scheme, folder / "plain", writer)
+    assert decoded, "nothing is quantized"
+    return folder / "quantized", folder / "plain", decoded
+
+
+@pytest.mark.parametrize(("model", "scheme"), MODELS, ids=lambda value: value)
+def test_trained_from_disk_as_the_decoded_checkpoint_is(tmp_path, model, scheme):
+    quantized, plain, _ = written(tmp_path, model, scheme)
+    found = {}
+    for path in (quantized, plain):
+        settings = dict(offload="disk", run_dir=tmp_path / f"run-{path.name}", storage="bf16+16", block_numel=2048)
+        with Engine(path, method=MeZO(lr=1e-3, batch_size=2), **settings) as engine:
+            losses = engine.fit(batches(3, vocab=96), steps=3).losses
+            engine.save_pretrained(tmp_path / f"out-{path.name}")
+            found[path.name] = losses, dict(engine.weights())
+            logits = engine.run(ROWS_BATCH).logits
+    assert_same(found["quantized"], found["plain"])
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out-quantized", dtype=torch.float32)
+    with torch.no_grad():
+        assert_same(loaded(**ROWS_BATCH).logits, logits)
+    assert "quantization_config" not in json.loads((tmp_path / "out-quantized" / "config.json").read_text())
+
+
+# ---- GGUF ------------------------------------------------------------------------------------------------------------
+
+GGUFS = {
+    "llama": ("llama", {"attn_q": "Q4_0", "attn_k": "Q5_1", "ffn_down": "Q8_0", "token_embd": "F16"}, "Q4_1", 1),
+    "llama-tied": ("llama", {"attn_v": "F32", "ffn_up": "Q5_0"}, "BF16", 3),
+    "qwen3": ("qwen3", {"attn_q": "Q8_0", "ffn_down": "MXFP4"}, "Q4_0", 1),
+}
+"""Model -> architecture, types, files."""
+GGUF_ROWS = [{"text": text} for text in ("ABCDEF", "GHIABC", "JKLMNO", "OPQRST")] * 3
+
+
+@pytest.fixture(params=GGUFS)
+def gguf_model(request, tmp_path):
+    """The path of a GGUF model that the package gguf wrote."""
+    pytest.importorskip("gguf", reason="the package gguf writes the files of this test")
+    arch, kinds, default, parts = GGUFS[request.param]
+    tiny = ZOO[request.param]
+    options = dict(hidden_size=64, intermediate_size=96, head_dim=128 if arch == "qwen3" else 16)
+    model = replace(tiny, options=tiny.options | options).build()
+    write_gguf(tmp_path / "tiny.gguf", model, arch, kinds, default, parts)
+    return next(tmp_path.glob("tiny*.gguf"))
+
+
+def test_gguf_is_what_transformers_makes_of_it(gguf_model):
+    checkpoint = Checkpoint.open(gguf_model)
+    model = checkpoint.build_model()
+    if len(list(gguf_model.parent.glob("*.gguf"))) > 1:
+        assert len(checkpoint.names) > 10
+        return  # transformers does not read models that are split
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(gguf_model.parent, gguf_file=gguf_model.name)
+    expected = dict(loaded.named_parameters())
+    assert set(expected) == set(checkpoint.names)
+    assert type(model) is type(loaded)
+    for name in checkpoint.names:
+        assert_same(checkpoint.load(name).float(), expected[name].detach(), name)
+        out = torch.empty(7, dtype=checkpoint.dtype_of(name))
+        checkpoint.read_into(name, 5, out)
+        assert_same(out.float(), expected[name].detach().reshape(-1)[5:12], name)
+
+
+def test_gguf_is_trained_from_disk_and_exported_with_its_tokenizer(gguf_model, tmp_path):
+    run = tmp_path / "run"
+    settings = dict(offload="disk", run_dir=run, storage="bf16+16", block_numel=2048)
+    with Engine(gguf_model, method=MeZO(lr=1e-3, batch_size=2), **settings) as engine:
+        losses = engine.fit(GGUF_ROWS, steps=3, batch_size=2).losses
+        assert len(set(losses)) == 3
+        logits = engine.run(ROWS_BATCH).logits
+        engine.save_pretrained(tmp_path / "out")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        assert_same(loaded(**ROWS_BATCH).logits, logits)
+    own = transformers.AutoTokenizer.from_pretrained(gguf_model.parent, gguf_file=gguf_model.name)
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert exported("ABCXYZ").input_ids == own("ABCXYZ").input_ids
+    with Engine.resume(run) as engine:
+        assert len(engine.fit(GGUF_ROWS, steps=4, batch_size=2).losses) == 1
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+Q = "model.layers.0.self_attn.q_proj."
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(Q + name)
+
+
+def cut(name):
+    return lambda tensors: tensors.update({Q + name: tensors[Q + name][:-1].clone()})
+
+
+def put(name, value):
+    return lambda tensors: tensors.update({Q + name: value})
+
+
+def with_nan(tensors):
+    tensors[Q + "weight_scale_inv"][0, 0] = float("nan")
+
+
+WRONG = [
+    ("fp8", drop("weight_scale_inv"), r"q_proj.weight' is float8_e4m3fn \[64, 64\], and its scales are missing"),
+    ("fp8", put("weight_scale_inv", torch.ones(3, 1)), r"float32 \[3, 1\], which does not fit .*blocks of 128 x 128"),
+    ("fp8", put("weight_scale_inv", torch.ones(1, 1, dtype=torch.int32)), "one of float32, bfloat16"),
+    ("gptq", drop("scales"), "q_proj.scales', which it cannot be decoded without, is missing"),
+    ("gptq", drop("qzeros"), "q_proj.qzeros', which it cannot be decoded without, is missing"),
+    ("gptq", cut("qzeros"), r"qzeros' is int32 \[3, 8\], which does not fit .* 4 groups"),
+    ("gptq", cut("g_idx"), r"g_idx' is int32 \[63\]; \[64\] is expected"),
+    ("gptq", put("g_idx", torch.full((64,), 4, dtype=torch.int32)), r"names groups 4 .. 4; there are 4"),
+    ("gptq", put("g_idx", torch.full((64,), -1, dtype=torch.int32)), r"names groups -1"),
+    ("gptq", put("weight", torch.ones(32, 64)), "q_proj.weight' is in the files twice"),
+    ("awq", cut("qzeros"), r"qzeros' is int32 \[3, 8\]; \[4, 8\] is expected"),
+    ("awq", put("scales", torch.ones(4, 9)), "neither GPTQ nor AWQ's GEMM layout"),
+    ("compressed-tensors", drop("weight_shape"), "weight_shape', which it cannot be decoded without, is missing"),
+    ("compressed-tensors", put("weight_shape", torch.tensor([2**40, 64])), r"weight_shape' says \[1099511627776, 64\]"),
+    ("compressed-tensors", put("weight_shape", torch.tensor([64, 33])), "8 words for 33 codes of .4. bits fit none"),
+    ("compressed-tensors", cut("weight_scale"), r"weight_scale' is bfloat16 \[63, 4\], which does not fit"),
+    ("nvfp4", cut("weight_scale"), r"weight_scale' is float8_e4m3fn \[63, 4\]; \[64, 4\] is expected"),
+    ("nvfp4", put("weight_scale_2", torch.ones(2)), r"\[2\]; one number is expected"),
+    ("nf4", drop("weight.absmax"), "absmax', which it cannot be decoded without, is missing"),
+    ("nf4", cut("weight"), r"says \[64, 64\], and .* is uint8 \[2047, 1\]: 2048 bytes expected"),
+    ("nf4", put("weight.quant_state.bitsandbytes__nf4", torch.tensor([123, 5], dtype=torch.uint8)), "description"),
+    ("int8", cut("SCB"), r"SCB' is float32 \[63\]; \[64\] is expected"),
+    ("int8", put("weight_format", torch.tensor(1, dtype=torch.uint8)), "permuted for a kernel"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("scheme", "change", "told"), WRONG, ids=[f"{s}: {told[:40]}" for s, _, told in WRONG])
+def test_what_does_not_fit_is_told_before_a_weight_is_read(tmp_path, scheme, change, told):
+    path, _, _ = written(tmp_path, "llama", scheme)
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=told) as caught:
+        Engine(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_mixture_of_schemes_is_refused(tmp_path):
+    path, _, _ = written(tmp_path, "llama", "gptq")
+    tensors = load_file(path / "model.safetensors")
+    stored, _ = awq("model.layers.0.mlp.up_proj.weight", torch.randn(96, 64))
+    for part in ("qweight", "qzeros", "scales", "g_idx"):
+        tensors.pop(f"model.layers.0.mlp.up_proj.{part}")
+    save_file(tensors | {n: t.contiguous() for n, t in stored.items()}, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="in several schemes, which nobody writes together .gptq: .*; awq: "):
+        Engine(path)
+
+
+def test_values_that_are_not_finite_name_the_weight(tmp_path):
+    path, _, _ = written(tmp_path, "llama", "fp8")
+    tensors = load_file(path / "model.safetensors")
+    with_nan(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with Engine(path, offload="none") as engine, pytest.raises(CheckpointError, match="q_proj.weight.*NaN or infinite"):
+        engine.fit(batches(1, vocab=96), steps=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "layout 'marlin' is not supported"),
+        ({"quant_method": "gptq", "bits": 8}, "zero points of 4 bits; the settings say 8"),
+        ({"quant_method": "gptq", "bits": 4, "sym": True}, "the settings say sym, and zero points are not all 8"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"(": {}}}, "no expression"),
+        ({"quant_method": "hqq"}, r"quantized \(hqq\), which is not supported. Supported: .*gptq"),
+        ({"quant_method": ["x"]}, "not supported"), ("int4", "cannot use it"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_contradict_the_tensors(tmp_path, settings, told):
+    path, _, _ = written(tmp_path, "llama", "gptq")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    with pytest.raises(CheckpointError, match=told):
+        Engine(path, offload="none").fit(batches(1, vocab=96), steps=1)
+
+
+@pytest.mark.parametrize("scheme", ["gptq", "nf4", "fp8"])
+def test_quantized_without_a_word_in_config_json(tmp_path, scheme):
+    path, plain, _ = written(tmp_path, "llama", scheme)
+    (path / "config.json").write_text((plain / "config.json").read_text())
+    quantized, expected = Checkpoint.open(path), Checkpoint.open(plain)
+    quantized.build_model(), expected.build_model()
+    assert quantized.digest() == expected.digest()
+
+
+def test_tied_weights_of_a_quantized_checkpoint_stay_tied(tmp_path):
+    path, plain, _ = written(tmp_path, "llama-tied", "awq")
+    quantized, expected = Checkpoint.open(path), Checkpoint.open(plain)
+    model = quantized.build_model()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    expected.build_model()
+    assert quantized.digest() == expected.digest()
+
+
+def test_a_gguf_file_that_is_damaged_is_an_error_of_ours(tmp_path):
+    pytest.importorskip("gguf", reason="the package gguf writes the file of this test")
+    write_gguf(tmp_path / "whole.gguf", ZOO["llama"].build(), "llama", {}, "F16")
+    raw = (tmp_path / "whole.gguf").read_bytes()
+    Checkpoint.open(tmp_path / "whole.gguf").close()
+    random, path = Random(0), tmp_path / "sub" / "hurt.gguf"
+    path.parent.mkdir()
+    for count in range(60):
+        if count % 2:
+            hurt = raw[: random.randrange(len(raw))]
+        else:  # a byte of what the header is made of
+            at = random.randrange(2000)
+            hurt = raw[:at] + bytes([raw[at] ^ 1 << random.randrange(8)]) + raw[at + 1 :]
+        path.write_bytes(hurt)
+        with contextlib.suppress(CheckpointError):
+            GGUFFile(path).close()
+    path.write_bytes(raw[:-100])
+    with pytest.raises(CheckpointError, match="was cut short"):
+        Checkpoint.open(path)
+    (path.parent / "other.gguf").write_bytes(raw)
+    with pytest.raises(CheckpointError, match="holds 2 GGUF models .*give the path of one"):
+        Checkpoint.open(path.parent)
+
+
+# ---- kept ------------------------------------------------------------------------------------------------------------
+
+KEPT = {
+    "fp8": (lambda name, w: fp8_powers(name, w), WRITERS["fp8"][1], "fp8_e4m3"),
+    "gptq": (partial(gptq, group=128, order=False), WRITERS["gptq"][1] | {"group_size": 128}, "int8"),
+    "awq": (partial(awq, group=128), WRITERS["awq"][1] | {"group_size": 128}, "int8"),
+    "compressed-tensors": (partial(pack_quantized, group=64), WRITERS["compressed-tensors"][1], "int4_g64"),
+    "nf4": (nf4, WRITERS["nf4"][1], "nf4"),
+}  # fmt: skip
+
+
+def fp8_powers(name, w):
+    """Scales rounded up to powers of two."""
+    stored, _ = fp8_blocks(name, w)
+    scale = torch.exp2(stored[f"{name}_scale_inv"].log2().ceil())
+    each = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: w.shape[0], : w.shape[1]]
+    codes = (w.float() / each).to(torch.float8_e4m3fn)
+    return {name: codes, f"{name}_scale_inv": scale}, (codes.float() * each).bfloat16()
+
+
+def as_stored(engine):
+    """What lanes see of each parameter, float32 and flat."""
+    filler, found = Filler(engine.plan, engine.layout, engine.base), {}
+    for block in engine.plan.blocks:
+        buffer = torch.empty(engine.layout.block_bytes[block.index], dtype=torch.uint8)
+        filler.fill(block.index, buffer)
+        for piece in block.pieces:
+            place = engine.layout.places[piece]
+            stored = buffer[place.offset : place.offset + place.nbytes]
+            found.setdefault(piece.name, []).append(decode_values(stored, None, place.fmt, piece.numel))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("model", ["llama", "mixtral"])
+@pytest.mark.parametrize("scheme", KEPT)
+def test_kept_codes_decode_to_what_the_library_rounds(tmp_path, monkeypatch, scheme, model):
+    """Also where experts are merged on the way, and where a block ends inside of a weight."""
+    writer, settings, name_of_format = KEPT[scheme]
+    monkeypatch.setitem(WRITERS, scheme, (writer, settings))
+    path, plain, _ = written(tmp_path, model, scheme, hidden=128, inner=256)
+    expected = Checkpoint.open(plain)
+    expected.build_model()
+    trained = dict(trainable="*norm*", method=MeZO(lr=1e-2, batch_size=2))
+    settings = dict(offload="disk", run_dir=tmp_path / "run", storage="kept", block_numel=1 << 14)
+    with Engine(path, **trained, **settings) as engine:
+        losses = engine.fit(batches(3, vocab=96), steps=3).losses
+        assert len(set(losses)) == 3
+        held = [name for name, fmt in engine.layout.formats.items() if fmt.name == name_of_format]
+        assert len(held) >= 8 and any("mlp" in name for name in held)
+        weights = dict(engine.weights())
+        found = as_stored(engine)
+        for name in held:
+            want = expected.load(name)
+            assert_same(found[name].to(want.dtype).view(want.shape), want, name)
+        stored = engine.layout.total_bytes
+        engine.save_pretrained(tmp_path / "out")
+    assert set(weights) >= set(held)
+    assert stored < 0.8 * sum(2 * t.numel() for t in weights.values())
+    with Engine.resume(tmp_path / "run") as engine:
+        assert_same(dict(engine.weights()), weights)
+
+
+def test_nothing_to_keep_is_an_error_that_says_so(tmp_path):
+    _, plain, _ = written(tmp_path, "llama", "fp8")
+    with pytest.raises(ConfigError, match="no quantized weights whose codes a storage format holds"):
+        Engine(plain, storage="kept")
+    with pytest.raises(ConfigError, match=r"storage='int\d.* never rewritten"):
+        Engine(kept_llama(tmp_path / "again"), storage="kept")
+
+
+def kept_llama(folder):
+    folder.mkdir()
+    return written(
+        folder, "llama", "compressed-tensors", hidden=128, inner=256, writer=partial(pack_quantized, group=64)
+    )[0]

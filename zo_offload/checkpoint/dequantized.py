@@ -1,0 +1,107 @@
+"""A checkpoint's quantized tensors as if its files held the weights that they stand for, decoded as they are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..quantized.base import Decoded, Settings
+from ..quantized.files import Files, Spec
+from ..quantized.table import find
+from .meta_model import config_parts
+from .safetensors_io import Entry
+
+_SETTINGS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""GPTQ's, AWQ's and Model Optimizer's own, beside config.json."""
+_MOST = 32 << 20
+
+
+class TensorFile(Protocol):
+    """What holds tensors and reads elements of them: `safetensors_io.SafetensorsFile`, and what is seen as one."""
+
+    @property
+    def entries(self) -> Mapping[str, Entry]: ...
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Dequantized:
+    """Decoded weights by the name that they have where a model is not quantized."""
+
+    def __init__(self, weights: list[Decoded], files: Files) -> None:
+        self.weights = {weight.name: weight for weight in weights}
+        self.files = files
+        self.entries = {w.name: _entry(w.name, w.dtype, w.shape) for w in weights}
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Elements [start, start + len(out)) of a weight into `out`, 1-D, of its dtype."""
+        self.weights[name].read_into(self.files, start, out)
+
+    def close(self) -> None:
+        """Nothing is open here: the tensors' files are closed by whoever opened them."""
+
+
+def dequantized(
+    file_of: Mapping[str, TensorFile], settings: Settings, dtype: torch.dtype, where: Path
+) -> dict[str, TensorFile]:
+    """Which file each tensor is in, with decoded weights in the place of the tensors they are made of. dtype: of the
+    model; where: the checkpoint, for errors. CheckpointError: see `quantized.table.find`."""
+    specs = {name: Spec(file.entries[name].dtype, file.entries[name].shape) for name, file in file_of.items()}
+    files = Files(specs, lambda name, start, out: file_of[name].read_into(name, start, out))
+    try:
+        weights, hidden = find(files, settings, dtype)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    plain = {name: file for name, file in file_of.items() if name not in hidden}
+    decoded = Dequantized(weights, files)
+    return {**plain, **dict.fromkeys(decoded.entries, decoded)}
+
+
+def settings_of(config: Any, directory: Path) -> Settings:
+    """How a checkpoint says that it is quantized; {} if it does not. CheckpointError: nothing that could say so."""
+    for part in config_parts(config):
+        found = getattr(part, "quantization_config", None)
+        if found is None:
+            continue
+        if hasattr(found, "to_dict"):
+            found = found.to_dict()
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{directory}: config.json has quantization_config={found!r:.60}; expected settings.")
+        return found
+    for name in _SETTINGS:
+        if (directory / name).is_file():
+            return _read(directory / name)
+    return {}
+
+
+def without_settings(config: Any) -> None:
+    """Takes quantization_config out of a config: what is built and exported from it is not quantized."""
+    for part in config_parts(config):
+        if hasattr(part, "quantization_config"):
+            delattr(part, "quantization_config")
+
+
+def _read(path: Path) -> Settings:
+    try:
+        if path.stat().st_size > _MOST:
+            raise ValueError(f"{path.stat().st_size} bytes")
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("no settings by name")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be used: {type(error).__name__}: {error}") from error
+    if isinstance(value.get("quantization"), dict):  # Model Optimizer's
+        return {"quant_method": "modelopt", **value["quantization"]}
+    return value
+
+
+def _entry(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Entry:
+    return Entry(name, dtype, shape, 0, Spec(dtype, shape).nbytes)

@@ -1,0 +1,125 @@
+"""What a scheme of quantization is here, and what it gives: weights by name, decoded a run of elements at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .files import Files, Spec
+
+RUN = 1 << 20
+"""Elements that are decoded at a time."""
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+Settings = Mapping[str, Any]
+"""config.json's quantization_config, or what lies beside it in a file of the library's own."""
+
+Decoder = Callable[[Files, int, int], Tensor]
+"""(files, start, count): elements [start, start + count), 1-D: of the weight's dtype, or to be rounded to it."""
+
+
+Codes = tuple[Tensor, Tensor, Tensor | None]
+"""Of each element, 1-D: its code (uint8), its group's scale (float32; of fp8 the exponent's byte) and minimum."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A weight's own codes, as a storage format has them: what they decode to is the weight before it is rounded."""
+
+    format: str
+    """Its name in `formats.FORMATS`."""
+    run: Callable[[Files, int, int], Codes]
+    """(files, start, count)"""
+    fits: Callable[[Files], bool] = lambda files: True
+    """Whether the format can hold all of its scales; reads them."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One weight as a model that is not quantized has it, made of `uses`: tensors of the files."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    """What the library of the scheme gives."""
+    uses: tuple[str, ...]
+    run: Decoder
+    kept: Kept | None = None
+    """None: no format of ours holds its codes."""
+
+    def read_into(self, files: Files, start: int, out: Tensor) -> None:
+        """Elements [start, start + len(out)) into `out`, 1-D and of `dtype`. Memory: a few RUNs."""
+        for at in range(0, len(out), RUN):
+            part = out[at : at + RUN]
+            part.copy_(self.run(files, start + at, len(part)))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a scheme is told beside the tensors."""
+
+    settings: Settings
+    dtype: torch.dtype
+    """Of the model, for schemes whose library decodes to whatever that is."""
+
+
+class Scheme(Protocol):
+    """One way in which a library writes quantized weights. Stateless."""
+
+    name: ClassVar[str]
+    methods: ClassVar[tuple[str, ...]]
+    """Values of quant_method that mean this one."""
+
+    def find(self, files: Files, wanted: Wanted) -> Iterator[Decoded]:
+        """The weights that tensors of this scheme are there for. CheckpointError: names both tensors and what is
+        wrong with them; reads headers, and small tensors only."""
+        ...
+
+
+def by_rows(width: int, rows: Callable[[Files, int, int], Tensor], align: int = 1) -> Decoder:
+    """A decoder that is asked for whole rows of `width` elements, from a multiple of `align` on."""
+
+    def run(files: Files, start: int, count: int) -> Tensor:
+        first = start // width // align * align
+        values = rows(files, first, -(-(start + count) // width)).reshape(-1)
+        begin = start - first * width
+        return values[begin : begin + count]
+
+    return run
+
+
+def kept_rows(
+    width: int, rows: Callable[[Files, int, int], Codes], align: int = 1
+) -> Callable[[Files, int, int], Codes]:
+    """The same of codes; a scale or minimum may be one a row, or one a group of it."""
+
+    def run(files: Files, start: int, count: int) -> Codes:
+        first = start // width // align * align
+        begin = start - first * width
+
+        def cut(plane: Tensor) -> Tensor:
+            return plane.repeat_interleave(width // plane.shape[1], 1).reshape(-1)[begin : begin + count]
+
+        codes, scales, minima = rows(files, first, -(-(start + count) // width))
+        return cut(codes), cut(scales), None if minima is None else cut(minima)
+
+    return run
+
+
+def need(files: Files, name: str, of: str, shape: tuple[int, ...] | None = None, *dtypes: torch.dtype) -> Spec:
+    """The tensor that `of` cannot be decoded without. CheckpointError: missing, another shape or dtype."""
+    spec = files.get(name)
+    if spec is None:
+        raise CheckpointError(f"{of!r} is quantized, and {name!r}, which it cannot be decoded without, is missing.")
+    if shape is not None and spec.shape != shape:
+        raise CheckpointError(f"{name!r} is {spec}; {list(shape)} is expected beside {of!r} ({files.specs[of]}).")
+    if dtypes and spec.dtype not in dtypes:
+        known = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise CheckpointError(f"{name!r} is {spec}; beside {of!r} one of {known} is expected.")
+    return spec

@@ -1,0 +1,169 @@
+"""compressed-tensors (llm-compressor): integers of 1 to 8 bits packed along the inputs, and what other layouts it has.
+
+    weight_packed      int32 [out, words]     each row a little-endian stream of code + 2 ** (bits - 1)
+    weight_scale       [out, in / group] or [out, 1]
+    weight_zero_point  int32 [words of out, in / group]: packed along the outputs, + 2 ** (bits - 1); or int8, plain
+    weight_shape       [2]: out, in           weight_g_idx  int32 [in], the group of each input
+
+    weight[n, k] = RN((code - zero) * scale), in the dtype of the scales
+
+Up to version 0.17 codes of 3, 5, 6 and 7 bits fill words of which the upper bits are unused; the number of words tells.
+`weight` in int8 or fp8 with `weight_scale` is in scaled.py, 4-bit floats are in packed_float.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .base import FLOATS, Codes, Decoded, Kept, Wanted, by_rows, kept_rows, need
+from .bits import padded_words, stream
+from .files import Files
+from .packed_float import packed_float
+from .scaled import scaled
+
+_REFUSED = ("marlin-24", "sparse-24-bitmask", "sparse-bitmask", "mxfp6-pack-quantized")
+
+
+class CompressedTensors:
+    name: ClassVar[str] = "compressed-tensors"
+    methods: ClassVar[tuple[str, ...]] = ("compressed-tensors", "compressed_tensors", "auto-round", "intel/auto-round")
+
+    def find(self, files: Files, wanted: Wanted) -> Iterator[Decoded]:
+        groups = _weights_of_groups(wanted.settings)
+        for layout in {wanted.settings.get("format"), *(group.get("format") for group in groups)} & {*_REFUSED}:
+            raise CheckpointError(f"compressed-tensors' format {layout!r} is not supported.")
+        for name, spec in files.specs.items():
+            stem, scale = name.removesuffix("_packed"), f"{name.removesuffix('_packed')}_scale"
+            if name.endswith("weight_packed") and spec.dtype == torch.int32:
+                yield _packed(files, stem, groups)
+            elif name.endswith("weight_packed") and spec.dtype == torch.uint8:
+                whole = f"{stem}_global_scale"
+                yield packed_float(files, name, stem, whole if whole in files else None)
+            elif name.endswith("weight") and (
+                (spec.dtype == torch.int8 and scale in files) or (spec.dtype == torch.float8_e4m3fn and groups)
+            ):
+                yield _plain(files, name, groups)
+
+
+def _weights_of_groups(settings: Any) -> list[dict[str, Any]]:
+    given = settings.get("config_groups")
+    found = []
+    for group in given.values() if isinstance(given, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict):
+            found.append({**weights, "format": group.get("format")})
+    return found
+
+
+def _plain(files: Files, name: str, groups: list[dict[str, Any]]) -> Decoded:
+    scale = f"{name}_scale"
+    spec = need(files, scale, name)
+    zero = f"{name}_zero_point"
+    blocks = [g["block_structure"] for g in groups if isinstance(g.get("block_structure"), (list, str))]
+    given = blocks[0].split("x") if blocks and isinstance(blocks[0], str) else blocks[0] if blocks else (128, 128)
+    try:
+        block = int(given[0]), int(given[1])
+        assert min(block) > 0
+    except (ValueError, TypeError, IndexError, AssertionError):
+        raise CheckpointError(
+            f"quantization_config: block_structure={blocks[0]!r:.60}; expected [rows, columns]."
+        ) from None
+    dtype = spec.dtype if spec.dtype in FLOATS else torch.bfloat16
+    return scaled(files, name, scale, dtype, block, zero=zero if zero in files else None)
+
+
+def _packed(files: Files, name: str, groups: list[dict[str, Any]]) -> Decoded:
+    codes, scale, zero, index = (f"{name}_{part}" for part in ("packed", "scale", "zero_point", "g_idx"))
+    spec = files.specs[codes]
+    if len(spec.shape) != 2:
+        raise CheckpointError(f"{codes!r} is {spec}; a matrix of int32 is expected.")
+    need(files, f"{name}_shape", codes, (2,), torch.int64, torch.int32)
+    outputs, inputs = (int(n) for n in files.small(f"{name}_shape"))
+    if outputs != spec.shape[0] or not 0 < inputs <= 32 * spec.shape[1]:
+        raise CheckpointError(f"'{name}_shape' says {[outputs, inputs]}, and {codes!r} is {spec}.")
+    bits, dense = _bits(codes, spec.shape[1], inputs, groups)
+    scales = need(files, scale, codes, None, *FLOATS)
+    many = scales.shape[-1] if len(scales.shape) == 2 and scales.shape[0] == outputs else 0
+    if not many or inputs % many:
+        raise CheckpointError(f"{scale!r} is {scales}, which does not fit {[outputs, inputs]} of {codes!r}.")
+    place = _places(files, index, codes, inputs, many)
+    middle = 1 << bits - 1
+
+    def zeros(files: Files, first: int, last: int) -> Tensor:
+        """[last - first, many]"""
+        if files.specs[zero].dtype == torch.int8:
+            return files.rows(zero, first, last).to(torch.int16)
+        each = 32 if dense else 32 // bits  # outputs in `bits` words, in a word
+        words = bits if dense else 1
+        low, high = first // each * words, min(-(-last // each) * words, files.specs[zero].shape[0])
+        packed = files.rows(zero, low, high).T
+        unpacked = stream(packed, bits) if dense else padded_words(packed, bits)
+        begin = first % each
+        return unpacked[:, begin : begin + last - first].T - middle
+
+    def parts(files: Files, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """codes less zero points [n, inputs], scales [n, many]"""
+        packed = files.rows(codes, first, last)
+        unpacked = (stream(packed, bits) if dense else padded_words(packed, bits))[:, :inputs] - middle
+        factor = files.rows(scale, first, last).float()
+        if zero in files:
+            unpacked = unpacked - zeros(files, first, last)[:, place]
+        return unpacked, factor
+
+    def rows(files: Files, first: int, last: int) -> Tensor:
+        away, factor = parts(files, first, last)
+        return factor[:, place].mul_(away).to(scales.dtype)
+
+    group = inputs // many
+    is_int4 = bits == 4 and zero not in files and scales.dtype == torch.bfloat16 and group % 64 == 0
+
+    def kept(files: Files, first: int, last: int) -> Codes:
+        away, factor = parts(files, first, last)
+        if is_int4:
+            return (away + 8).to(torch.uint8), factor, -8 * factor
+        return away.to(torch.int8).view(torch.uint8), factor, None
+
+    keeps = None
+    if bool((place == torch.arange(inputs) // group).all()) and inputs % (64 if is_int4 else 128) == 0:
+        if is_int4:
+            keeps = Kept("int4" if group % 128 == 0 else "int4_g64", kept_rows(inputs, kept))
+        elif group % 128 == 0 and (bits <= 4 or zero not in files):
+            keeps = Kept("int8", kept_rows(inputs, kept))
+    if zero in files:
+        given = files.specs[zero]
+        words = -(-outputs * bits // 32) if dense else -(-outputs // (32 // bits))
+        need(files, zero, codes, (words if given.dtype == torch.int32 else outputs, many), torch.int32, torch.int8)
+    uses = tuple(part for part in (codes, scale, zero, index, f"{name}_shape") if part in files)
+    return Decoded(name, (outputs, inputs), scales.dtype, uses, by_rows(inputs, rows), keeps)
+
+
+def _bits(codes: str, words: int, inputs: int, groups: list[dict[str, Any]]) -> tuple[int, bool]:
+    """(bits, whether the stream is dense), of those the settings name. CheckpointError: none fits, or several do."""
+    named = {g["num_bits"] for g in groups if isinstance(g.get("num_bits"), int) and 1 <= g["num_bits"] <= 8}
+    fits = set()
+    for bits in named or {4, 8}:
+        fits |= {(bits, True)} if words == -(-inputs * bits // 32) else set()
+        if 32 % bits and words == -(-inputs // (32 // bits)):
+            fits.add((bits, False))
+    if len(fits) != 1:
+        what = "fit both ways of packing" if fits else "fit none"
+        raise CheckpointError(f"{codes!r}: {words} words for {inputs} codes of {sorted(named or {4, 8})} bits {what}.")
+    return fits.pop()
+
+
+def _places(files: Files, index: str, codes: str, inputs: int, many: int) -> Tensor:
+    """The group of each input."""
+    if index not in files:
+        return torch.arange(inputs) // (inputs // many)
+    need(files, index, codes, (inputs,), torch.int32, torch.int64)
+    found = files.small(index).long()
+    if bool((found == -1).all()):
+        return torch.arange(inputs) // (inputs // many)
+    if bool((found < 0).any()) or bool((found >= many).any()):
+        raise CheckpointError(f"{index!r} names groups {int(found.min())} .. {int(found.max())}; there are {many}.")
+    return found

@@ -1,0 +1,106 @@
+"""Tensors of a checkpoint's files as decoders read them: a range of rows, or of columns, of one of them.
+
+What is packed along its rows' outputs (GPTQ, AWQ, gpt-oss) is read by columns, and those of a file lie apart. So a slab
+of neighbouring columns is read at a time and held; what decoders ask for next is mostly in it. Memory: SLABS of
+SLAB_BYTES, whatever the tensors' sizes.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+SLAB_BYTES = 8 << 20
+SLABS = 3
+SMALL = 1 << 20
+"""Most elements of a tensor that is read whole: group indices, tables, descriptions."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a file's header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+class Files:
+    """All tensors of a checkpoint. Reading may be done from several threads.
+
+    read_into: (name, start, out): elements [start, start + len(out)) of a tensor, flattened, into the 1-D `out`.
+    """
+
+    def __init__(self, specs: Mapping[str, Spec], read_into: Callable[[str, int, Tensor], None]) -> None:
+        self.specs = specs
+        self._read_into = read_into
+        self._slabs: OrderedDict[tuple[str, int], tuple[int, Tensor]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.specs
+
+    def get(self, name: str) -> Spec | None:
+        return self.specs.get(name)
+
+    def part(self, name: str, start: int, count: int) -> Tensor:
+        """Elements [start, start + count), 1-D."""
+        out = torch.empty(count, dtype=self.specs[name].dtype)
+        self._read_into(name, start, out)
+        return out
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows [first, last) of a tensor seen as a matrix [., shape[-1]]."""
+        width = self.specs[name].shape[-1] if self.specs[name].shape else 1
+        return self.part(name, first * width, (last - first) * width).view(last - first, width)
+
+    def small(self, name: str) -> Tensor:
+        """A whole tensor of at most SMALL elements. CheckpointError: more."""
+        spec = self.specs[name]
+        if spec.numel > SMALL:
+            raise CheckpointError(f"{name!r} is {spec}; at most {SMALL} elements are expected in it.")
+        return self.part(name, 0, spec.numel).view(spec.shape)
+
+    def columns(self, name: str, first: int, last: int, *, matrix: int = 0) -> Tensor:
+        """Columns [first, last) of a matrix: the tensor, or one of those stacked in it; [rows, last - first].
+
+        A column is all that lies behind the second of the matrix's dimensions: of [E, A, B, C] with matrix=e, B columns
+        of C elements each for A rows. The result must not be written to.
+        """
+        spec = self.specs[name]
+        rows, columns, inner = (*spec.shape[-2:], 1) if len(spec.shape) < 4 else spec.shape[-3:]
+        key = (name, matrix)
+        with self._lock:
+            held = self._slabs.get(key)
+            if held is None or first < held[0] or last > held[0] + held[1].shape[1] // inner:
+                self._slabs.pop(key, None)
+                while len(self._slabs) >= SLABS:
+                    self._slabs.popitem(last=False)
+                fitting = SLAB_BYTES // max(1, rows * inner * spec.dtype.itemsize)
+                end = min(columns, max(last, first + fitting))
+                slab = torch.empty(rows, (end - first) * inner, dtype=spec.dtype)
+                origin = matrix * rows * columns * inner
+                for row in range(rows):
+                    self._read_into(name, origin + (row * columns + first) * inner, slab[row])
+                held = self._slabs[key] = (first, slab)
+            else:
+                self._slabs.move_to_end(key)
+            return held[1][:, (first - held[0]) * inner : (last - held[0]) * inner]

@@ -1,0 +1,65 @@
+"""4-bit floats along the inputs, two a byte: NVFP4 of compressed-tensors and of Model Optimizer, mxfp4 of the former.
+
+weight_packed (Model Optimizer: weight)  uint8 [out, in / 2]   element 2 i is the low half of byte i
+weight_scale                    nvfp4: e4m3 [out, in / 16]; mxfp4: uint8 [out, in / 32], e: 2 ** (e - 127)
+weight_global_scale (compressed-tensors)   float32, divides
+weight_scale_2 (Model Optimizer)           float32, multiplies
+
+weight = RN(e2m1 * RN32(scale / global))    or    RN(e2m1 * RN32(scale * scale_2)),    RN to bf16
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .base import Decoded, Wanted, by_rows, need
+from .bits import E2M1, nibbles, powers
+from .files import Files
+
+
+class ModelOptimizer:
+    """NVFP4 in the names of NVIDIA's Model Optimizer."""
+
+    name: ClassVar[str] = "modelopt nvfp4"
+    methods: ClassVar[tuple[str, ...]] = ("modelopt", "modelopt_fp4", "nvfp4")
+
+    def find(self, files: Files, wanted: Wanted) -> Iterator[Decoded]:
+        for name, spec in files.specs.items():
+            if name.endswith(".weight") and spec.dtype == torch.uint8 and f"{name}_scale_2" in files:
+                if f"{name.removesuffix('weight')}pre_quant_scale" in files:
+                    raise CheckpointError(f"{name!r}: AWQ scales of the inputs (pre_quant_scale) are not supported.")
+                yield packed_float(files, name, name, f"{name}_scale_2")
+
+
+def packed_float(files: Files, codes: str, name: str, whole: str | None) -> Decoded:
+    """The weight `name`; whole: the scale of all of it. CheckpointError: shapes that do not fit."""
+    spec, scale = files.specs[codes], f"{name}_scale"
+    if len(spec.shape) not in (2, 3):
+        raise CheckpointError(f"{codes!r} is {spec}; [outputs, inputs / 2] is expected of 4-bit floats.")
+    group = 16 if whole is not None else 32
+    width = 2 * spec.shape[-1]
+    if width % group:
+        raise CheckpointError(f"{codes!r} is {spec}: {width} inputs are not in groups of {group}.")
+    dtype = torch.float8_e4m3fn if whole is not None else torch.uint8
+    need(files, scale, codes, (*spec.shape[:-1], width // group), dtype)
+    if whole is not None and need(files, whole, codes, None, torch.float32).numel != 1:
+        raise CheckpointError(f"{whole!r} is {files.specs[whole]}; one number is expected.")
+    divides = whole is not None and whole.endswith("global_scale")
+
+    def rows(files: Files, first: int, last: int) -> Tensor:
+        values = E2M1[nibbles(files.rows(codes, first, last))].view(last - first, -1, group)
+        raw = files.rows(scale, first, last)
+        if whole is None:
+            factor = powers(raw)
+        else:
+            all_of_it = files.part(whole, 0, 1)
+            factor = raw.float() / all_of_it if divides else raw.float() * all_of_it
+        return values.mul_(factor.unsqueeze(2)).view(last - first, width).to(torch.bfloat16)
+
+    uses = (codes, scale) + ((whole,) if whole is not None else ())
+    return Decoded(name, (*spec.shape[:-1], width), torch.bfloat16, uses, by_rows(width, rows))

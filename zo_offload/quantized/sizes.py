@@ -1,0 +1,77 @@
+"""How many bytes a quantized model's files have, from its settings alone: what a plan says before they are there."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .base import Settings
+from .table import method_of
+
+_UNQUANTIZED = re.compile(r"embed|lm_head|\bgate\.weight$|router|norm|score|wte|wpe")
+"""Embeddings, heads and routers: every scheme leaves them as they are, unless told otherwise."""
+
+
+def file_bytes(settings: Settings, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> int | None:
+    """Bytes of the tensors of these names and shapes, those that are not quantized in 16 bits; None if the settings do
+    not say. An estimate: what is quantized is guessed by rank and name, and by the lists in the settings."""
+    each = bytes_a_weight(settings)
+    if each is None:
+        return None
+    total = 0.0
+    for name, shape in shapes:
+        numel = 1
+        for size in shape:
+            numel *= size
+        total += numel * (each if _is_quantized(name, shape, settings) else 2)
+    return int(total)
+
+
+def bytes_a_weight(settings: Settings) -> float | None:
+    """Bytes in the files a quantized weight, scales included."""
+    if not settings:
+        return None
+    method = method_of(settings)
+    group = _number(settings.get("group_size")) or 0
+    if method in ("gptq", "awq", "auto-round", "intel/auto-round"):
+        bits = _number(settings.get("bits", settings.get("w_bit"))) or 4
+        return bits / 8 + ((2 + bits / 8) / group if group > 0 else 0)
+    if method in ("fp8", "fbgemm_fp8"):
+        return 1.0
+    if method == "mxfp4":
+        return 0.5 + 1 / 32
+    if method in ("modelopt", "modelopt_fp4", "nvfp4"):
+        return 0.5 + 1 / 16 if "FP4" in str(settings.get("quant_algo", "NVFP4")) else 1.0
+    if method == "bitsandbytes":
+        nested = settings.get("bnb_4bit_use_double_quant")
+        return (0.5 + (1 if nested else 4) / 64) if settings.get("load_in_4bit") else 1.0
+    weights = _first_group(settings)
+    if weights is not None:
+        bits, size = _number(weights.get("num_bits")) or 8, _number(weights.get("group_size")) or 0
+        return bits / 8 + ((1 if bits == 4 and weights.get("type") == "float" else 2) / size if size > 0 else 0)
+    return None
+
+
+def _is_quantized(name: str, shape: tuple[int, ...], settings: Settings) -> bool:
+    if len(shape) < 2 or _UNQUANTIZED.search(name):
+        return False
+    skipped = settings.get("modules_to_not_convert") or settings.get("ignore") or settings.get("llm_int8_skip_modules")
+    for entry in skipped if isinstance(skipped, (list, tuple)) else ():
+        if isinstance(entry, str) and (entry in name or fnmatch.fnmatch(name, f"{entry}*")):
+            return False
+    return True
+
+
+def _first_group(settings: Settings) -> Mapping[str, Any] | None:
+    groups = settings.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        if isinstance(group, dict) and isinstance(group.get("weights"), dict):
+            weights: Mapping[str, Any] = group["weights"]
+            return weights
+    return None
+
+
+def _number(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
