@@ -35,6 +35,7 @@ from zo_offload.formats import decode_values
 from zo_offload.quantized.files import Files, Spec
 from zo_offload.quantized.gguf_blocks import BLOCKS
 from zo_offload.quantized.gguf_file import GGUFFile
+from zo_offload.quantized.sizes import file_bytes
 from zo_offload.quantized.table import find
 from zo_offload.stream.ingest import Filler
 
@@ -402,3 +403,37 @@ def kept_llama(folder):
     return written(
         folder, "llama", "compressed-tensors", hidden=128, inner=256, writer=partial(pack_quantized, group=64)
     )[0]
+
+
+def test_lora_on_kept_codes_is_trained_from_disk(tmp_path):
+    path = kept_llama(tmp_path / "base")
+    settings = dict(offload="disk", run_dir=tmp_path / "run", storage="kept", block_numel=1 << 14, adapter="r=4")
+    with Engine(path, method=MeZO(lr=1e-2, batch_size=2), **settings) as engine:
+        losses = engine.fit(batches(3, vocab=96), steps=3).losses
+        assert len(set(losses)) == 3
+        assert sum(fmt.name == "int4_g64" for fmt in engine.layout.formats.values()) == 14
+        logits = engine.run(ROWS_BATCH).logits
+    with Engine.resume(tmp_path / "run") as engine:
+        assert_same(engine.run(ROWS_BATCH).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "gigabytes"),
+    [
+        ("DeepseekV3Config", WRITERS["fp8"][1], 673),
+        ("GptOssConfig", WRITERS["mxfp4"][1] | {"modules_to_not_convert": ["model.layers.*.self_attn"]}, 65.2),
+        ("LlamaConfig", WRITERS["gptq"][1] | {"group_size": 128}, 3.9),
+    ],
+)
+def test_a_plan_says_what_the_files_take(tmp_path, config, settings, gigabytes):
+    """From a config alone; DeepSeek-V3's and gpt-oss-120b's published files have 688 and 65 GB, the first with a layer
+    more."""
+    real = getattr(transformers, config)()
+    real.architectures = [config.replace("Config", "ForCausalLM")]
+    real.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"quantization_config": settings}))
+    checkpoint = Checkpoint.open(tmp_path, weights=False)
+    model = checkpoint.build_model(torch.bfloat16)
+    nbytes = file_bytes(checkpoint.settings, ((name, tuple(p.shape)) for name, p in model.named_parameters()))
+    assert nbytes == pytest.approx(gigabytes * 1e9, rel=0.02)
