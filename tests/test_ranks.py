@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from support.compare import assert_same
+from support.fake_cuda import FakeBackend, FakeCudaDevice
+from support.on_device import put_in_place
 from support.ranks import Ranks, errors_on_ranks, on_ranks
 from support.training import METHOD, batches, stored_weights
 from support.zoo.small import tiny_llama, tiny_opt
@@ -100,6 +102,20 @@ def test_any_number_of_ranks_has_the_bits_of_one_process(world, names, one_proce
 
     for rank, found in enumerate(on_ranks(world, body)):
         assert_same(found, {name: one_process[name] for name in names}, f"rank {rank}")
+
+
+def test_losses_that_the_host_reads_late_are_shared_too(one_process, monkeypatch, tmp_path):
+    """On a stand-in for a GPU, whose streams run late: a step is settled after the next one's launch."""
+    names = list(WAYS)[:4:3]
+
+    def body(rank):
+        device = put_in_place(monkeypatch, FakeCudaDevice(FakeBackend(rank)))
+        found = {name: train_way({**WAYS[name], "device": "cuda"}, tmp_path) for name in names}
+        return found, device.late, device.backend.races
+
+    for found, late, races in on_ranks(2, body):
+        assert late and races == []
+        assert_same(found, {name: one_process[name] for name in names})
 
 
 @pytest.mark.parametrize("count,world", [(8, 3), (2, 3), (4, 4), (1, 2), (7, 2)])

@@ -8,6 +8,7 @@ ranks=None         alone, whatever launched this process
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,8 @@ from ..errors import ConfigError, RankError
 from .exchange import StoreExchange
 from .launcher import variable
 from .team import Alone, Team
+
+_log = logging.getLogger(__name__)
 
 MEET_S = 300.0
 """How long a rank waits for the store that all ranks meet in."""
@@ -66,7 +69,19 @@ def find(ranks: Ranks) -> Alone:
     attempt = variable("TORCHELASTIC_RESTART_COUNT", 0)  # torchrun's store outlives the ranks that it starts again
     store = dist.PrefixStore(f"zo_offload/{attempt}/{index}", _meet(rank, world, initialised))
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    return Team(StoreExchange(store, rank, world), index=index, serves=serves, patience=patience)
+    team = Team(StoreExchange(store, rank, world), index=index, serves=serves, patience=patience)
+    _tell_of_threads(team)
+    return team
+
+
+def _tell_of_threads(team: Team) -> None:
+    """torchrun gives each process one thread unless it is told otherwise, on a host with many cores too."""
+    cores = len(os.sched_getaffinity(0)) // team.local_world
+    if team.leads and team.index == 0 and cores > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        _log.warning(
+            "OMP_NUM_THREADS=1, which is torchrun's default: each rank computes on one thread. This host has %d cores "
+            "a rank: OMP_NUM_THREADS=%d torchrun ...", cores, cores,
+        )  # fmt: skip
 
 
 def _meet(rank: int, world: int, initialised: bool) -> Any:

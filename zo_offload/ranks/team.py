@@ -214,7 +214,7 @@ class Team(Alone):
 
     def _who(self, ranks: Sequence[int]) -> str:
         if not self._homes:
-            return "it never came: are all ranks started, and do all make an engine?"
+            return "it never came: are all started, and do all make an engine? ranks=None: this process alone"
         return ", ".join("process {pid} on {name}".format(**self._homes[rank]["home"]) for rank in ranks)
 
     def _is_gone(self, rank: int) -> bool:
