@@ -13,7 +13,10 @@ PACKAGE = ROOT / "zo_offload"
 LAZY = ("__init__", "__main__", "cli")
 """These load others when they are first asked for, so that a command starts at once."""
 
-LONG = {"cli.command": "every command's options and what it prints, each a function of its own"}
+LONG = {
+    "engine": "the facade: every call of a user with what it promises, most of it docstrings",
+    "cli.command": "what every command does and prints, a function each",
+}
 """Modules over 400 lines, and why."""
 
 

@@ -12,8 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from zo_offload import __main__ as doctor
-from zo_offload.cli import main
+from zo_offload.cli import doctor, main
 from zo_offload.kernels import native
 
 POSITIONS = 64
@@ -79,7 +78,7 @@ def test_fit_writes_a_run_and_a_checkpoint(files, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
     assert fit(files, "--steps", 4, "--run-dir", run, "--out", out, "--eval-data", files / "dev.jsonl",
                "--eval-every", 2) == 0  # fmt: skip
-    summary, *evals, last = capsys.readouterr().out.splitlines()
+    summary, *evals, _, last = capsys.readouterr().out.splitlines()
     assert summary.startswith("4 steps, ") and last == f"exported to {out}"
     evals = [json.loads(line) for line in evals]
     assert [values["step"] for values in evals] == [2, 4]
@@ -217,7 +216,7 @@ WRONG = {
     "little memory": ([*BASE, *DATA, *DISK, "--device-memory", "10KB"], "device_memory=10.0 kB is too small"),
     "little memory to plan": (["plan", "{}/base", "--device-memory", "10KB"], "device_memory=10.0 kB is too small"),
     "size": (["export", "{}/run", "--out", "{}/never", "--max-shard", "big"], "max_shard_bytes='big'"),
-    "directions of mezo": ([*BASE, *DATA, "--directions", "4"], "4 is an option of --method fzoo, nspsa, not of mezo"),
+    "directions of mezo": ([*BASE, *DATA, "--directions", "4"], "4 is an option of --method fzoo, nspsa, meazo, "),
     "preset": ([*BASE, *DATA, "--preset", "opus"], "preset 'opus' is not known to mezo: there are opt"),
     "out in use": ([*BASE, *DATA, *DISK, "--out", "{}/tuned"], "{}/tuned is not empty"),
     "out under a file": (["export", "{}/run", "--out", "{}/dev.jsonl/x"], "{}/dev.jsonl is a file"),
@@ -256,7 +255,7 @@ def test_numbers_below_one_are_refused(files, capsys):
 
 
 def test_doctor(capsys):
-    assert doctor.main() == 0
+    assert doctor.examine() == 0
     text = capsys.readouterr().out
     assert f"native       {native.describe()}\n" in text and "one step     ok" in text
 

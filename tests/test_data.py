@@ -288,7 +288,7 @@ def test_jsonl_and_csv(tmp_path, tokenizer):
         ("a.csv", b'text,label\n"a,1\n', "a.csv after line 1: unexpected end"),
         ("a.csv", b"text,label\n\xff,1\n", "a.csv after line"),
         ("a.csv", b"text,label\n", "holds no rows"),
-        ("a.txt", b"x", r"\.txt is not read; give \.jsonl, "),
+        ("a.doc", b"x", r"\.doc is not read; give \.jsonl, "),
         ("a.jsonl", None, "does not exist"),
     ],
 )

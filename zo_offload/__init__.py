@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Engine": "engine",
     "EngineConfig": "config",
-    "FitResult": "run.training",
+    "FitResult": "run.result",
     "Stopped": "system.signals",
     "Method": "methods",
     "PRESETS": "methods",
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from .errors import ZOError as ZOError
     from .methods import *  # noqa: F403 - see methods/__init__.py
     from .ranks.find import Group as Group
-    from .run.training import FitResult as FitResult
+    from .run.result import FitResult as FitResult
     from .system.signals import Stopped as Stopped
 
 

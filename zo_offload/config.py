@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
@@ -15,6 +15,7 @@ from .errors import ConfigError
 from .formats import FORMATS
 from .kernels.records import Rounding
 from .plan.blocks import BLOCK_NUMEL
+from .system.nearest import did_you_mean
 from .system.units import parse_bytes
 
 Offload = Literal["auto", "none", "host", "disk"]
@@ -214,3 +215,50 @@ class EngineConfig:
         if not self.overlap:
             return 0
         return self.prefetch if self.prefetch is not None else (self.num_slots or 3) - 1
+
+
+class EngineSettings(TypedDict, total=False):
+    """The fields of `EngineConfig` as keywords, for type checkers and completion; and arguments of from_pretrained that
+    `checkpoint/load_options.py` makes fields of."""
+
+    offload: Offload
+    storage: str | None
+    keep: Any
+    compute: str | None
+    mode: Mode
+    rounding: Rounding
+    fold_every: int | None
+    device: str
+    host_memory: HostMemory
+    device_memory: int | float | str | None
+    block_numel: int
+    num_slots: int | None
+    prefetch: int | None
+    overlap: bool
+    io_threads: int
+    threads: int | None
+    order: Order
+    whole: Collection[str] | None
+    trainable: Any
+    seed: int
+    run_dir: str | Path | None
+    snapshot_minutes: float | None
+    snapshot_steps: int | None
+    trust_remote_code: bool
+    adapter: Any
+    config_overrides: Mapping[str, Any] | None
+    num_labels: int
+    attn_implementation: str
+    dtype: Any
+    torch_dtype: Any
+    revision: str
+
+
+def check_settings(given: Iterable[str]) -> None:
+    """Raise ConfigError for a name that is no setting of an engine."""
+    known = [field.name for field in fields(EngineConfig)]
+    own = ["method", "objective", "tokenizer", "model_class", "example", "base", "config"]  # of Engine itself
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, [*known, *own], "{}=") or f" There are {', '.join(sorted(known))}."
+            raise ConfigError(f"{name}= is no setting of Engine.{hint}")

@@ -17,30 +17,31 @@ The engine is what a caller sees: it opens a model (`opening.py`), and hands eac
 from __future__ import annotations
 
 import logging
-import warnings
 import weakref
 from base64 import b64decode
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Unpack
 
 from torch import Tensor, nn
 
 from .checkpoint.basis import Basis
-from .checkpoint.checkpoint import save_pretrained
 from .checkpoint.load_options import as_settings
-from .config import EngineConfig
+from .config import EngineConfig, EngineSettings, check_settings
+from .data.batches import check_options
+from .data.encode import DataOptions
 from .data.losses import Batch, Objective, model_loss
+from .data.metrics import ComputeMetrics
+from .data.survey import examples, survey
 from .devices.placing import as_inputs, input_dtype
 from .errors import CheckpointError, ConfigError, JournalError
 from .journal import run_directory
-from .journal.calls import FitCall
+from .journal.calls import OPTIONS, FitCall
 from .journal.format import read_journal
 from .journal.identity import objective_name
 from .journal.journal import Journal, StepRecord
-from .kernels.records import STILL, Gains
-from .lanes.hub import Lane
+from .kernels.records import Gains
 from .methods import DEFAULT, Method
 from .numerics.updates import UpdateLog
 from .plan.plan import Plan
@@ -48,16 +49,17 @@ from .ranks.find import Ranks, find
 from .ranks.team import Alone
 from .run.active import Run
 from .run.basis import activation_basis
-from .run.batching import Batching
+from .run.batching import Batching, Shots
+from .run.evaluation import evaluated
 from .run.generation import check_generates, generate_texts
 from .run.memory import MemoryPlan
 from .run.opening import open_model
+from .run.result import FitResult
+from .run.saving import Which, at_step, save, step_of
 from .run.session import Maker
-from .run.training import FitResult, train
-from .run.whole import Door, entry
+from .run.training import train
+from .run.whole import entry, release_dropped
 from .stream.ingest import Base
-from .system.closing import Closing
-from .system.units import parse_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -88,12 +90,14 @@ class Engine:
         base: Base | None = None,
         config: EngineConfig | None = None,
         ranks: Ranks = "auto",
-        **settings: Any,
+        **settings: Unpack[EngineSettings],
     ) -> None:
         team = find(ranks)
         with team.together("opening"):
-            model, settings = as_settings(model, settings)
-            config = config if config is not None else EngineConfig(**settings)
+            model, given = as_settings(model, {**settings})
+            if config is None:
+                check_settings(given)
+                config = EngineConfig(**given)
             method = method if method is not None else DEFAULT()
             objective = objective if objective is not None else model_loss
             opened = open_model(model, method, config, model_class=model_class, example=example, base=base, ranks=team)
@@ -115,7 +119,7 @@ class Engine:
         self.config, self.method = prepared.config, prepared.method
         self.layout, self.offload, self.fold_every = prepared.layout, prepared.offload, prepared.fold_every
         self.storage_note, self.device, self.run_dir = prepared.storage_note, opened.device, run.run_dir
-        weakref.finalize(self, _release_dropped, run.closing, run.door, str(run.run_dir or "no run_dir"))
+        weakref.finalize(self, release_dropped, run.closing, run.door, str(run.run_dir or "no run_dir"))
 
     @classmethod
     def resume(
@@ -229,24 +233,61 @@ class Engine:
         eval_every: int | None = None,
         micro_batches: int | None = None,
         brake: bool | None = None,
+        epochs: float | None = None,
+        train_rows: int | None = None,
+        eval_rows: int | None = None,
+        metric: str | None = None,
+        keep_best: bool | None = None,
+        early_stopping: int | None = None,
+        save_every: int | None = None,
+        save_dir: str | Path | None = None,
+        log_every: int | None = None,
+        report_to: str | None = None,
         progress: bool = False,
-        callback: Callable[[StepRecord], None] | None = None,
+        callback: Callable[[StepRecord], Any] | None = None,
+        callbacks: Iterable[Any] = (),
+        compute_metrics: ComputeMetrics | None = None,
         new_data: bool = False,
-        **data_options: Any,
+        **data_options: Unpack[DataOptions],
     ) -> FitResult:
         """Train until `steps` steps have been taken in all (a resumed run counts from its journal).
 
         train_data: a DataLoader or other iterable of dicts of tensors, a dataset or list of dicts, or a path to JSONL
         or CSV; see `make_batches` for data_options. micro_batches: parts a batch is cut into, each a lane of its
-        own (gradient accumulation: same weights, same step). eval_every: also at the end. callback: after each step.
-        brake: halve the learning rate from where the loss rises (`journal/rising.py`), as often as it does.
+        own (gradient accumulation: same weights, same step). `FitCall` says what each of the others is. progress: show
+        where it is, on standard error. callback: a function of each step's record; callbacks: more of them, or
+        transformers' TrainerCallbacks (classes or objects). `engine.stop()` in one of them ends it after the step.
+        compute_metrics: as Trainer's, of an evaluation's predictions (`data/metrics.py`).
         A resumed run repeats what is not given as it was: files, sizes, options, steps (eval_data=False: none).
         new_data: a run may go on with other data than it was begun with; otherwise that is an error.
         SIGINT and SIGTERM end it after the step with `Stopped` (a KeyboardInterrupt), a second one at once.
         Raises DataError, DivergenceError, StorageError; whatever happens, the journal holds every finished step.
         """
-        call = FitCall(train_data, eval_data, steps, batch_size, micro_batches, eval_every, brake, data_options)
-        return train(self.active, self.batching, call, new_data=new_data, progress=progress, callback=callback)
+        check_options(data_options, OPTIONS)
+        call = FitCall(
+            train_data, eval_data, steps=steps, epochs=epochs, batch_size=batch_size, train_rows=train_rows,
+            eval_rows=eval_rows, micro_batches=micro_batches, eval_every=eval_every, brake=brake, metric=metric,
+            keep_best=keep_best, early_stopping=early_stopping, save_every=save_every,
+            save_dir=None if save_dir is None else str(save_dir), log_every=log_every, report_to=report_to,
+            options={**data_options},
+        )  # fmt: skip
+        told = [*callbacks] if callback is None else [callback, *callbacks]
+        return train(
+            self.active, self.batching, call, new_data=new_data, progress=progress, callbacks=told,
+            compute_metrics=compute_metrics,
+        )  # fmt: skip
+
+    def stop(self, why: str = "") -> None:
+        """From a callback, or another thread: `fit` ends after the step that is under way, and returns its result."""
+        self.active.stopping = why or "engine.stop() was called"
+
+    def preview(
+        self, data: Any, *, rows: int = 3, batch_size: int | None = None, **options: Unpack[DataOptions]
+    ) -> str:
+        """What `fit` would make of the data: a line of what it holds, and its first rows as the model will see them,
+        with what is learned in »«. No weights are read."""
+        batches = self.batching.batches(data, batch_size or self.method.batch_size, {**options})
+        return "\n".join([survey(batches), *examples(batches, rows)])
 
     @entry
     def step(self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1) -> StepRecord:
@@ -258,19 +299,29 @@ class Engine:
             return self.active.finish(self.active.launch(batch, lr, micro_batches=micro_batches))
 
     @entry
-    def evaluate(self, data: Any, *, batch_size: int | None = None, **data_options: Any) -> dict[str, float]:
-        """Mean loss, and accuracy where the data defines it, at the current weights. See `make_batches`.
+    def evaluate(
+        self, data: Any, *, batch_size: int | None = None, eval_rows: int | None = None,
+        shots: int = 0, demonstrations: Any = None, compute_metrics: ComputeMetrics | None = None,
+        **data_options: Unpack[DataOptions],
+    ) -> dict[str, float]:  # fmt: skip
+        """Mean loss, accuracy where the data defines it, EM and F1 of a task whose answers are generated, and your own
+        metrics, at the current weights. See `make_batches` and `fit`.
 
+        shots: so many demonstrations before each prompt, rows with their answers chosen by the run's seed of
+        `demonstrations` (a file or rows; of a task's folder its train split).
         Of several ranks each that calls it computes all of it; those that do not are not waited for.
         """
         rows = self.method.batch_size if batch_size is None else batch_size
-        batches = self.batching.batches(data, rows, data_options, shuffle=False)
+        few = Shots(shots, data if demonstrations is None else demonstrations, self.config.seed)
+        batches = self.batching.batches(
+            data, rows, {**data_options}, shuffle=False, rows=eval_rows, compute_metrics=compute_metrics, shots=few
+        )
         self.active.start(batches.first(), objective=self.batching.objective_of(batches))
         try:
             self.active.check_objective(self.journal)
         except JournalError as error:
             _log.warning("this evaluation is of another loss than the run's: %s", error)
-        found = self.active.measure(batches)
+        found = evaluated(self.active, batches, self.batching.tokenizer)
         assert found is not None, "nothing stops an evaluation outside of fit"
         return found
 
@@ -311,32 +362,37 @@ class Engine:
         self,
         directory: str | Path,
         *,
+        step: Which | None = None,
         max_shard_bytes: int | float | str = 5e9,
         overwrite: bool = False,
         merge: bool = False,
     ) -> list[Path]:
-        """Write the current weights as a checkpoint that plain transformers loads, a block in memory at a time.
+        """Write the weights as a checkpoint that plain transformers loads, a block in memory at a time.
 
-        Configs and tokenizer go along. overwrite: into a directory that is not empty; see `export.save_pretrained`. Of
-        a model with an adapter that is written, for `PeftModel.from_pretrained`; ConfigError if more than it was
-        trained. merge: the whole model instead, with the adapter in its weights; an adapted layer at a time is then
-        whole in memory. Of several ranks, rank 0 writes; on the others this does nothing, and nobody is waited for.
+        Configs and tokenizer go along. step: of an earlier step, or "best"; see `at`. overwrite: into a directory that
+        is not empty; see `export.save_pretrained`. Of a model with an adapter that is written, for
+        `PeftModel.from_pretrained`; ConfigError if more than it was trained. merge: the whole model instead, with the
+        adapter in its weights; an adapted layer at a time is then whole in memory. Of several ranks, rank 0 writes; on
+        the others this does nothing, and nobody is waited for.
         """
         if not self.ranks.leads:
             return []
-        if wrong := self.active.opened.cannot_be_saved(merge):
-            raise ConfigError(wrong)
-        self.active.flush()
-        with self.active.work() as parts:
-            whole = self.active.opened.merged(parts.streamer.reader) if merge else None
-            names = list(self.plan.params) if whole is None else whole.names
-            return save_pretrained(
-                Path(directory), model=self.model if whole is None else whole.model, names=names,
-                weights=whole or parts.streamer.reader, checkpoint=self.checkpoint,
-                max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")),
-                overwrite=overwrite, tokenizer=self.batching.to_export(),
-                run=lambda call: parts.passes.forward([Lane(STILL, {})], lambda *_: call(), exact=True)[0],
-            )  # fmt: skip
+        is_now = self.active.parts is not None and step is not None and step_of(self.active, step) == self.log.version
+        if step is not None and not is_now:
+            with self.at(step) as then:
+                return then.save_pretrained(
+                    directory, max_shard_bytes=max_shard_bytes, overwrite=overwrite, merge=merge
+                )
+        return save(
+            self.active, Path(directory), self.batching.to_export(), max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite, merge=merge,
+        )  # fmt: skip
+
+    @entry
+    def at(self, step: Which) -> Engine:
+        """An engine at the weights of an earlier step, or of the "best" evaluated one by `metric`, made from the base
+        and the journal. It evaluates, generates and exports; it does not train. Raises ConfigError."""
+        return Engine.of(at_step(self.active, step), self.batching.given)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(canonical name, current value in the storage dtype) of every parameter, one in memory at a time."""
@@ -360,6 +416,13 @@ class Engine:
         """
         self.active.close()
 
+    def __repr__(self) -> str:
+        where = f", run_dir={str(self.run_dir)!r}" if self.run_dir is not None else ""
+        return (
+            f"Engine({type(self.model).__name__}, {self.plan.numel:,} parameters, {self.method.name}, "
+            f"offload={self.offload!r}, {self.log.version} steps{where})"
+        )
+
     def __enter__(self) -> Engine:
         return self
 
@@ -371,14 +434,3 @@ class Engine:
             "an engine has threads, files and memory of its own and can be neither copied nor pickled: save_pretrained "
             "keeps its weights, and Engine.resume(run_dir) opens its run again"
         )
-
-
-def _release_dropped(closing: Closing, door: Door, where: str) -> None:
-    """An engine was dropped: release what it has, if `close` was not called."""
-    if not len(closing) or door.is_forked:
-        return
-    warnings.warn(f"an engine ({where}) was dropped without close(): use `with Engine(...)`", ResourceWarning, 2)
-    try:
-        closing.close()
-    except Exception as error:  # nobody is there to raise to
-        _log.warning("an engine (%s) that was dropped without close(): %s", where, error)

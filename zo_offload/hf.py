@@ -10,7 +10,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_PUBLIC = ("AutoConfig", "AutoTokenizer", "GenerationConfig", "OPTConfig", "PreTrainedModel", "get_scheduler")
+_PUBLIC = (
+    "AutoConfig", "AutoTokenizer", "EvalPrediction", "GenerationConfig", "OPTConfig", "PreTrainedModel",
+    "TrainerControl", "TrainerState", "TrainingArguments", "get_scheduler",
+)  # fmt: skip
 
 # where models are built and initialised, weights renamed and converted, losses found: may move with any release
 _INTERNAL = {
@@ -28,6 +31,7 @@ _INTERNAL = {
     "get_gguf_hf_weights_map": "modeling_gguf_pytorch_utils",
     "TENSOR_PROCESSORS": "modeling_gguf_pytorch_utils",
     "TensorProcessor": "modeling_gguf_pytorch_utils",
+    "get_reporting_integration_callbacks": "integrations.integration_utils",
     "patch_output_recorders": "monkey_patching",
 }
 _MODULES = {"transformers": "", "initialization": ".initialization", "modeling_auto": ".models.auto.modeling_auto"}
@@ -36,9 +40,13 @@ if TYPE_CHECKING:
     import transformers as transformers
     from transformers import AutoConfig as AutoConfig
     from transformers import AutoTokenizer as AutoTokenizer
+    from transformers import EvalPrediction as EvalPrediction
     from transformers import GenerationConfig as GenerationConfig
     from transformers import OPTConfig as OPTConfig
     from transformers import PreTrainedModel as PreTrainedModel
+    from transformers import TrainerControl as TrainerControl
+    from transformers import TrainerState as TrainerState
+    from transformers import TrainingArguments as TrainingArguments
     from transformers import get_scheduler as get_scheduler
     from transformers import initialization as initialization
     from transformers.conversion_mapping import get_model_conversion_mapping as get_model_conversion_mapping
@@ -49,6 +57,9 @@ if TYPE_CHECKING:
     from transformers.core_model_loading import dot_natural_key as dot_natural_key
     from transformers.core_model_loading import rename_source_key as rename_source_key
     from transformers.dynamic_module_utils import get_class_from_dynamic_module as get_class_from_dynamic_module
+    from transformers.integrations.integration_utils import (
+        get_reporting_integration_callbacks as get_reporting_integration_callbacks,
+    )
     from transformers.loss.loss_utils import LOSS_MAPPING as LOSS_MAPPING
     from transformers.loss.loss_utils import ForCausalLMLoss as ForCausalLMLoss
     from transformers.loss.loss_utils import ForMaskedLMLoss as ForMaskedLMLoss

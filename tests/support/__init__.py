@@ -1,6 +1,7 @@
 """What tests share: tiny models (`zoo`), training and comparing, and stand-ins for what a machine may not have.
 
 zoo               tiny models of many architectures, and inputs for them
+texts             a tiny language model whose tokenizer knows every byte
 training          a method, batches, a run of a few steps; what it gives
 compare           bit-equality, the one way to compare tensors and losses
 plain_mezo        MeZO in a few lines, in memory: what the engine must equal

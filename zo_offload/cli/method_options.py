@@ -1,29 +1,25 @@
 """Methods on the command line: options from the fields of their classes, and classes from a user's own file.
 
-A field of a method's dataclass is an option: its type and default are the field's, its help is the first sentence of
-the docstring under it. A field's metadata may say otherwise: "help", "choices" (the values it may have), and
-"option": False, which keeps it off the command line.
+A field of a method's dataclass is an option, as `fields.py` has it.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
+import functools
 import importlib
 import importlib.util
-import inspect
-import itertools
 import sys
-import textwrap
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError
+from ..journal.run_directory import make_method as method_of_record
 from ..methods import DEFAULT, METHODS, PRESETS, Method
+from ..system.nearest import did_you_mean
+from .fields import Option, docstrings, options_of
 
 OWN = "FILE.py:CLASS"
 
@@ -36,7 +32,8 @@ def find_class(text: str | None) -> type[Method]:
         return METHODS[text]
     place, colon, name = text.rpartition(":")
     if not colon:
-        raise ConfigError(f"method {text!r} is not known: there are {', '.join(_own())}, and your own as {OWN}")
+        hint = did_you_mean(text, _own())
+        raise ConfigError(f"method {text!r} is not known: there are {', '.join(_own())}, and your own as {OWN}.{hint}")
     kind = getattr(_module(place), name, None)
     if not (isinstance(kind, type) and issubclass(kind, Method)):
         raise ConfigError(f"--method {text}: {place} has no class {name!r} that is a Method")
@@ -69,8 +66,9 @@ def _own() -> list[str]:
     return [name for name, kind in METHODS.items() if kind.own()]
 
 
-def add_options(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """--method, --preset and an option a field of any method. argv: a class of a user's own in it has its options too.
+def add_options(command: argparse.ArgumentParser, argv: Sequence[str], method: str | None = None) -> None:
+    """--method, --preset and an option a field of any method. argv, method: a class of a user's own in the one, or of a
+    config file as the other, has its options too.
 
     The parsed arguments have `method_options`, the names of all of them but --method and --preset.
     """
@@ -80,7 +78,7 @@ def add_options(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     group.add_argument("--preset", help=f"a published recipe of the method: {_presets()}")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--method")
-    chosen = find_class(early.parse_known_args(list(argv))[0].method)
+    chosen = find_class(early.parse_known_args(list(argv))[0].method or method)
     kinds = [chosen, *(METHODS[name] for name in _own() if METHODS[name] is not chosen)]
     found: dict[str, list[type[Method]]] = {}
     for kind in kinds:
@@ -99,8 +97,13 @@ def add_options(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 def make_method(args: argparse.Namespace) -> Method:
-    """The method that parsed options name. Raises ConfigError for an option that it does not have."""
-    kind = find_class(args.method)
+    """The method that parsed options name, or that a run's config.json has, with those options in the place of its own.
+    Raises ConfigError for an option that it does not have."""
+    record = getattr(args, "method_record", None)
+    kept = None
+    if record is not None and not args.preset and (args.method is None or "class" in record):
+        kept = method_of_record(record, find_class(args.method) if args.method is not None else None)
+    kind = find_class(args.method) if kept is None else type(kept)
     given = {name: getattr(args, name) for name in args.method_options if getattr(args, name) is not None}
     options = _options_of(kind)
     for name, value in given.items():
@@ -109,6 +112,8 @@ def make_method(args: argparse.Namespace) -> Method:
             raise ConfigError(
                 f"--{name.replace('_', '-')} {value} is an option of --method {', '.join(having)}, not of {kind.name}"
             )
+    if kept is not None:
+        return dataclasses.replace(kept, **given)
     return kind.preset(args.preset, **given) if args.preset else kind(**given)
 
 
@@ -121,66 +126,19 @@ def _presets() -> str:
     return "; ".join(f"{', '.join(recipes)} ({method})" for method, recipes in PRESETS.items())
 
 
-@dataclass(frozen=True)
-class _Option:
-    parsed: dict[str, Any]
-    """How argparse reads it."""
-    default: Any
-    help: str
-
-
-def _options_of(kind: type[Method]) -> dict[str, _Option]:
-    """The fields of a method that a command line can give, by name."""
-    hints, told = get_type_hints(kind), _docstrings(kind)
-    found = {}
-    for part in dataclasses.fields(kind):
-        parsed = _parsed(hints[part.name])
-        if parsed is not None and "choices" in part.metadata:
-            parsed["choices"] = part.metadata["choices"]
-        if part.init and part.metadata.get("option", True) and parsed is not None:
-            found[part.name] = _Option(parsed, part.default, part.metadata.get("help", told.get(part.name, "")))
-    return found
-
-
-def _parsed(hint: Any) -> dict[str, Any] | None:
-    """argparse's words for a type; None for one that is no single word."""
-    if get_origin(hint) in (Union, types.UnionType):
-        inner = [part for part in get_args(hint) if part is not type(None)]
-        return _parsed(inner[0]) if len(inner) == 1 else None
-    if get_origin(hint) is Literal:
-        values = get_args(hint)
-        return {"choices": values, "type": type(values[0])}
-    if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    return {"type": hint} if hint in (int, float, str) else None
+@functools.cache
+def _options_of(kind: type[Method]) -> dict[str, Option]:
+    return options_of(kind, lists=False)
 
 
 def _help(option: str, having: Sequence[type[Method]]) -> str:
     """Its first sentence, and its defaults by method where they differ or not all methods have it."""
     defaults = {kind.name: _options_of(kind)[option].default for kind in having}
     general = option in {part.name for part in dataclasses.fields(Method)}
-    text = (_docstrings(Method) if general else {}).get(option) or _options_of(having[0])[option].help
+    text = (docstrings(Method) if general else {}).get(option) or _options_of(having[0])[option].help
     if len(set(map(str, defaults.values()))) > 1 or not general:
         values = {name: "none" if value is dataclasses.MISSING else value for name, value in defaults.items()}
         text += f" ({', '.join(f'{name} {value}' for name, value in values.items())})"
     else:
         text += f" ({next(iter(defaults.values()))})"
     return text.strip().replace("%", "%%")
-
-
-def _docstrings(kind: type) -> dict[str, str]:
-    """The first sentence under each field of a class and its bases; nothing where the source is not at hand."""
-    found: dict[str, str] = {}
-    for cls in reversed(kind.__mro__[:-1]):
-        try:
-            body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-        except (OSError, TypeError, SyntaxError):
-            continue
-        lines = body.body if isinstance(body, ast.ClassDef) else []
-        for part, below in itertools.pairwise(lines):
-            if not (isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)):
-                continue
-            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
-            if isinstance(text, str):
-                found[part.target.id] = " ".join(text.split()).split(". ")[0].removesuffix(".")
-    return found

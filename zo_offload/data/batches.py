@@ -11,12 +11,10 @@ the journal keeps to tell when that went wrong.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import heapq
 import itertools
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -29,13 +27,18 @@ from torch.utils.data import DataLoader
 from ..errors import DataError
 from ..modules.generators import own_random_numbers, read_apart
 from ..modules.kind import UNKNOWN, ModelKind
+from ..system.nearest import did_you_mean
 from .digests import encoder_identity, legacy_rows_identity, rows_identity, stream_identity
 from .encode import ENCODING, Batch, Encoder, Row
 from .files import open_file
-from .measures import OptionsLoss, measure
-from .micro_batches import RowBatch, batch_rows
+from .made import MadeBatch, batch_tokens, fingerprint, most_ids
+from .measures import Keep, OptionsLoss, measure
+from .metrics import Metrics
+from .order import bucketed
+from .packing import PackedRows
 from .row_file import LONGEST_KEPT, RowFile, open_rows
-from .sources import Chunks, as_tensor_batch, named_values, open_source, rows_of_texts, with_own_workers
+from .sources import Chunks, as_tensor_batch, open_source, rows_of_texts, with_own_workers
+from .tasks import Scoring, sampled
 
 __all__ = [
     "Batch", "Batches", "Encoder", "RowBatches", "StreamBatches", "batch_tokens", "fingerprint", "make_batches",
@@ -50,6 +53,10 @@ class Batches:
         self.encoder = encoder
         self.objective: Callable[[Any, Any], Any] | None = OptionsLoss(encoder) if encoder.loss == "options" else None
         """In place of the engine's."""
+        self.metrics: Metrics | None = None
+        """The caller's own, of an evaluation."""
+        self.scoring: Scoring | None = None
+        """How generated texts are scored, in an evaluation of a task that says so."""
 
     def batch(self, step: int) -> Batch:
         """The batch of a training step, 0-based."""
@@ -75,11 +82,16 @@ class Batches:
         """The same as runs of the earlier format have it; None where those know nothing."""
         return None
 
+    def steps_per_epoch(self) -> int | None:
+        """None where it is not known."""
+        return None
+
     def measure(
-        self, model: Any, batch: Batch, loss: Callable[[Any, Batch], float], weight: float, options: Any = None
-    ) -> dict[str, tuple[float, float]]:
+        self, model: Any, batch: Batch, loss: Callable[[Any, Batch], float], weight: float, options: Any = None,
+        keep: Keep | None = None,
+    ) -> dict[str, tuple[float, float]]:  # fmt: skip
         """name -> (value, weight) of one batch, from one forward; see `measures.measure`."""
-        return measure(self.encoder, model, batch, loss, weight, options)
+        return measure(self.encoder, model, batch, loss, weight, options, keep)
 
 
 class RowBatches(Batches):
@@ -107,6 +119,7 @@ class RowBatches(Batches):
         self.rows, self.batch_size, self.seed, self.shuffle, self.name = rows, batch_size, seed, shuffle, name
         self._order = (-1, torch.empty(0, dtype=torch.int64, device="cpu"))  # an epoch and its permutation
         self._identity: dict[str, Any] | None = None
+        self._row_sizes: Tensor | None = None
         self._longest = self._check_rows()
         for i in self._longest:
             encoder(rows[i], f"{name} row {i}", "")
@@ -114,6 +127,9 @@ class RowBatches(Batches):
     def __len__(self) -> int:
         """Whole batches in an epoch."""
         return len(self.rows) // self.batch_size
+
+    def steps_per_epoch(self) -> int | None:
+        return len(self)
 
     def batch(self, step: int) -> Batch:
         if len(self) == 0:
@@ -145,7 +161,7 @@ class RowBatches(Batches):
 
     def largest(self) -> Batch | None:
         """The longest row among as many others as a batch has: what is padded to its length."""
-        if not isinstance(self.rows, RowFile) and self._longest == [0]:
+        if not isinstance(self.rows, (RowFile, PackedRows)) and self._longest == [0]:
             return None
         others = (i for i in range(self.batch_size + len(self._longest)) if i not in self._longest)
         rows = itertools.islice(itertools.chain(self._longest, others), self.batch_size)
@@ -154,8 +170,18 @@ class RowBatches(Batches):
     def _shuffled(self, epoch: int) -> Tensor:
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
-            self._order = (epoch, torch.randperm(len(self.rows), generator=generator, device="cpu"))
+            order = torch.randperm(len(self.rows), generator=generator, device="cpu")
+            if self.encoder.length_buckets:
+                order = bucketed(order, self._sizes(), self.batch_size, generator)
+            self._order = (epoch, order)
         return self._order[1]
+
+    def _sizes(self) -> Tensor:
+        """Of each row: bytes of text, or tokens."""
+        if self._row_sizes is None:
+            found = (self.encoder.check(self.rows[i], f"{self.name} row {i}") for i in range(len(self.rows)))
+            self._row_sizes = torch.tensor(list(found), device="cpu")
+        return self._row_sizes
 
     def _collated(self, indices: Iterable[int], step: int | None = None) -> Batch:
         """The rows as a batch; step: what random masks are drawn for, None for evaluation, where they stay the same."""
@@ -163,7 +189,9 @@ class RowBatches(Batches):
         rows = [self.encoder(self.rows[i], f"{self.name} row {i}", f"{self.seed} {step} {i}") for i in indices]
         options = [self.encoder.options_of(self.rows[i], f"{self.name} row {i}") for i in indices]
         own = [its for its in options if its is not None]
-        return RowBatch(self.encoder.collate(rows, f"{self.name} rows {indices[0]}, ..."), own or None)
+        return MadeBatch(
+            self.encoder.collate(rows, f"{self.name} rows {indices[0]}, ..."), of_rows=True, options=own or None
+        )
 
     def _check_rows(self) -> list[int]:
         """Raise now what a row would raise at some step; the places of the longest rows, where they are cheap to read.
@@ -171,7 +199,7 @@ class RowBatches(Batches):
         Of a dataset that computes its rows (a torch Dataset), the first is looked at; the others when they are drawn.
         """
         name, rows = self.name, self.rows
-        if isinstance(rows, RowFile):  # looked at when it was opened
+        if isinstance(rows, (RowFile, PackedRows)):  # looked at when it was opened
             return rows.longest
         if not isinstance(rows, Sequence) and not hasattr(rows, "column_names"):
             return [0]
@@ -200,6 +228,9 @@ class StreamBatches(Batches):
         self._once = isinstance(batches.rows if isinstance(batches, Chunks) else batches, Iterator)
         self._epoch, self._next_step = -1, 0
         self._iterator: Iterator[Any] | None = None
+
+    def steps_per_epoch(self) -> int | None:
+        return len(self.batches) if hasattr(self.batches, "__len__") else None
 
     def batch(self, step: int) -> Batch:
         if self._iterator is None or step < self._next_step:
@@ -272,9 +303,9 @@ class StreamBatches(Batches):
         """A ready batch as it is; rows, or a loader's columns of texts, encoded."""
         rows = batch if isinstance(self.batches, Chunks) else rows_of_texts(batch)
         if rows is None:
-            return as_tensor_batch(batch, where, own_objective=self.encoder.own_objective)
+            return MadeBatch(as_tensor_batch(batch, where, own_objective=self.encoder.own_objective))
         encoded = [self.encoder(row, f"{where} row {i}", f"{draw} {i}") for i, row in enumerate(rows)]
-        return RowBatch(self.encoder.collate(encoded, where))
+        return MadeBatch(self.encoder.collate(encoded, where), of_rows=True)
 
 
 def make_batches(
@@ -287,62 +318,55 @@ def make_batches(
     seed: int = 0,
     shuffle: bool = True,
     batched: bool | None = None,
+    rows: int | None = None,
+    name: str | None = None,
     **encoding: Any,
 ) -> Batches:
     """Batches from a path, a dataset, DataFrame or list of dicts, a stream of them, or an iterable of ready batches.
 
     kind: of the model that is to have them; where it is not said, only labels that are given or asked for by `task` are
-    taken. batched: whether the elements are ready batches, where `sources.py` would not see it. encoding: fields of
-    `Encoder` (tokenizer, template, verbalizers, max_length, ...), for rows. Ready batches keep their own size.
+    taken. batched: whether the elements are ready batches, where `sources.py` would not see it. rows: so many of them,
+    chosen by the seed. name: for messages. encoding: fields of `Encoder` (tokenizer, template, verbalizers, max_length,
+    ...), for rows. Ready batches keep their own size.
     `Batches` given as such are returned. Raises DataError.
     """
     if isinstance(data, Batches):
         return data
-    known = {f.name for f in fields(Encoder) if not f.name.startswith("_")} - {"kind", "own_objective", "version"}
-    for name in encoding.keys() - known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"Did you mean {near[0]}=?" if near else f"There are {', '.join(sorted(known))}."
-        raise DataError(f"{name}= is no option of fit, evaluate or their data. {hint}")
+    check_options(encoding)
     encoder = Encoder(kind, own_objective, version, **encoding)
     if isinstance(data, (str, Path)):
         name, numbers = Path(data).name, itertools.count()
-        rows = open_file(data, lambda row: encoder.check(row, f"{name} row {next(numbers)}"))
-        return RowBatches(rows, encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=name)
+        # a text that is packed may be of any length
+        check = (lambda row: 0) if encoder.packing else lambda row: encoder.check(row, f"{name} row {next(numbers)}")
+        found = open_file(data, check)
+        chosen = _packed(sampled(found, rows, seed, f"rows of {name}"), encoder, name)
+        return RowBatches(chosen, encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=name)
     # what an iterator gives now is used later: it draws what it would draw then
     with contextlib.nullcontext() if isinstance(data, Iterator) else own_random_numbers(_mix(seed, -1)):
         source = open_source(data, kind, own_objective=own_objective, batched=batched, version=version)
+        name = name or source.name
         if source.form == "rows":
-            return RowBatches(source.data, encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=source.name)
+            chosen = _packed(sampled(source.data, rows, seed, f"rows of {name}"), encoder, name)
+            return RowBatches(chosen, encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=name)
+    if encoder.packing or encoder.length_buckets:
+        raise DataError(f"{name} is read in order: packing and length_buckets are for a file, a list or a dataset.")
+    if rows is not None:
+        raise DataError(f"rows={rows}: {name} is read in order, and rows cannot be chosen of it.")
     ready = source.data if source.form == "batches" else Chunks(source.data, batch_size)
     return StreamBatches(ready, encoder, seed=seed, name=source.name)
 
 
-def fingerprint(batch: Any) -> int:
-    """crc32 over a batch's names, dtypes, shapes and contents."""
-    crc = 0
-    for key, value in sorted(named_values(batch), key=lambda pair: pair[0]):
-        if isinstance(value, Tensor):
-            crc = zlib.crc32(f"{key} {value.dtype} {list(value.shape)}".encode(), crc)
-            crc = zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
-        else:
-            crc = zlib.crc32(f"{key} {value!r}".encode(), crc)
-    return crc
+def _packed(rows: Any, encoder: Encoder, name: str) -> Any:
+    return PackedRows((rows[i] for i in range(len(rows))), encoder, name) if encoder.packing else rows
 
 
-def batch_tokens(batch: Any) -> int:
-    """Tokens a batch makes the model read: attended ones, else input ids; rows where there are none."""
-    named = dict(named_values(batch))
-    mask, ids = named.get("attention_mask"), named.get("input_ids")
-    if isinstance(mask, Tensor):
-        return int((mask != 0).sum())
-    return ids.numel() if isinstance(ids, Tensor) else batch_rows(named)
-
-
-def most_ids(batch: Any) -> int:
-    """Most rows of an embedding that a batch can ask for: padding is looked up too."""
-    named = dict(named_values(batch))
-    tensors = [value for value in named.values() if isinstance(value, Tensor)]
-    return max((t.numel() for t in tensors if not t.is_floating_point()), default=0) or batch_rows(named)
+def check_options(given: Iterable[str], also: Iterable[str] = ()) -> None:
+    """Raise DataError for a name that is no option of the data. also: the names of other options there."""
+    known = [f.name for f in fields(Encoder) if not f.name.startswith("_")]
+    known = sorted({*known, *also} - {"kind", "own_objective", "version"})
+    for name in sorted(set(given) - {f.name for f in fields(Encoder)}):
+        hint = did_you_mean(name, known, "{}=") or f" There are {', '.join(known)}."
+        raise DataError(f"{name}= is no option of fit, evaluate or their data.{hint}")
 
 
 def _mix(seed: int, epoch: int) -> int:

@@ -13,17 +13,19 @@ Everything else is refused, with the row, the column and the value. The answer i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from ..errors import DataError
 from ..modules.kind import IGNORED, ModelKind
 from .collate import Batch, Collator
 from .first_encoding import FirstEncoding
+from .instructions import has_conversation, instruction_template, is_instruction, messages_of
 from .labels import class_label
 from .masking import RandomMasks
 from .prompts import Completion, Prompt, Template, check_kind
+from .tasks import KINDS, find_task
 from .texts import as_text, check_not_empty, encoded_text, text_ids
 from .tokenised import WANTS, TokenisedRows, check_sizes, next_tokens
 
@@ -33,6 +35,26 @@ Row = Mapping[str, Any]
 Task = Literal["auto", "lm", "classification", "prompt"]
 ENCODING = 2
 """Number of the present encoding; a run keeps the one that it was begun with. 1: see first_encoding.py."""
+
+
+class DataOptions(TypedDict, total=False):
+    """What `fit` and `evaluate` take of how rows are encoded: the fields of `Encoder`, for type checkers.
+    preprocess_logits_for_metrics: (logits, labels) -> what compute_metrics gets of the logits."""
+
+    tokenizer: Any
+    task: str
+    template: str | None
+    verbalizers: Sequence[str] | Mapping[Any, str] | None
+    text_column: str | Sequence[str]
+    label_column: str
+    target_column: str | None
+    prefix: str
+    max_length: int | None
+    packing: bool
+    length_buckets: bool
+    pad_to_multiple_of: int
+    loss: Literal["model", "options"]
+    preprocess_logits_for_metrics: Callable[[Any, Any], Any]
 
 
 @dataclass
@@ -45,18 +67,31 @@ class Encoder:
     version: int
     """The encoding's number, see ENCODING."""
     tokenizer: Any = None
-    task: Task = "auto"
+    task: str = "auto"
+    """A task of the papers or your own FILE.toml (docs/data_and_tasks.md), or what a text is learned as: lm (next
+    tokens), classification, prompt, or auto, as the model and the columns say."""
     template: str | None = None
+    """Prompt with columns in braces, such as 'Review: {text}\\nSentiment:'; with {mask} for a masked model."""
     verbalizers: Sequence[str] | Mapping[Any, str] | None = None
+    """One word a label, such as ' negative' ' positive', or columns: {choice1} {choice2}."""
     text_column: str | Sequence[str] = "text"
+    """Column of the text; two make a pair."""
     label_column: str = "label"
+    """Column of the label."""
     target_column: str | None = None
     """A text column that answers the prompt; without a template, the text column is the prompt."""
+    prefix: str = ""
+    """Text before every prompt, such as demonstrations."""
     max_length: int | None = None
-    """Longer texts are cut to this; None: they are an error if the model cannot take them."""
+    """Longer texts are cut to so many tokens. Default: they are an error if the model cannot take them."""
+    packing: bool = False
+    """Texts one after another, cut into rows of max_length tokens: nothing is padded or lost."""
+    length_buckets: bool = False
+    """Rows of similar length come in one batch: less padding, in an order that is still the seed's."""
     pad_to_multiple_of: int = 1
+    """Batches are padded to a multiple of this."""
     loss: Literal["model", "options"] = "model"
-    """options: cross-entropy among the verbalizers alone."""
+    """The model's own over the whole vocabulary, or the cross-entropy among the verbalizers alone."""
     _prompt: Prompt | None = field(default=None, repr=False)
     _first: FirstEncoding | None = field(default=None, repr=False)
 
@@ -65,6 +100,9 @@ class Encoder:
             raise DataError(f"max_length={self.max_length}: expected at least 1")
         if self.max_length is not None and self.kind.positions is not None and self.max_length > self.kind.positions:
             raise DataError(f"max_length={self.max_length}, but the model takes at most {self.kind.positions} tokens.")
+        if self.task not in KINDS:
+            find_task(self.task)  # says what there is, if it is none
+            raise DataError(f"task={self.task!r} reads files of its own: pass it to fit or evaluate")
         if self.loss not in ("model", "options"):
             raise DataError(f"loss={self.loss!r}: choose 'model' (its own), or 'options' (among the verbalizers)")
         self._texts = [self.text_column] if isinstance(self.text_column, str) else list(self.text_column)
@@ -84,6 +122,8 @@ class Encoder:
     def _set_task(self) -> None:
         if self.verbalizers is not None and self.target_column is not None:
             raise DataError("verbalizers= and target_column= are two ways to answer a prompt: give one of them")
+        if self.packing and self.task == "auto":
+            self.task = "lm"
         answered = self.verbalizers is not None or self.target_column is not None
         if (self.template is not None and not answered) or (self.template is None and self.verbalizers is not None):
             raise DataError(
@@ -96,13 +136,17 @@ class Encoder:
             assert self.template is not None
             self.task = "prompt"
             given = self.verbalizers
-            pairs = given.items() if isinstance(given, Mapping) else enumerate(given)
+            pairs = (
+                given.items() if isinstance(given, Mapping) else enumerate([given] if isinstance(given, str) else given)
+            )
             words = {str(label): str(word) for label, word in pairs}
             if self.version == 1:
                 self._first = FirstEncoding(self, words)
             else:
-                self._prompt = Prompt(self.kind, self.tokenizer, self.template, words, self.label_column,
-                                      checked=not self.own_objective)  # fmt: skip
+                # a text by itself, and a list of one on the command line, names the column that lists options
+                alone = next(iter(words.values())) if len(words) == 1 and not isinstance(given, Mapping) else None
+                self._prompt = Prompt(self.kind, self.tokenizer, self.template, alone or words, self.label_column,
+                                      checked=not self.own_objective, prefix=self.prefix)  # fmt: skip
         elif self.task == "prompt":
             raise DataError("task='prompt' needs a template and verbalizers")
         elif self.version == 1:
@@ -138,6 +182,15 @@ class Encoder:
             return self._first.words
         return [] if self._prompt is None else [word.text for word in self._prompt.words.values()]
 
+    def shown(self, row: Row, where: str) -> str:
+        """A row as a demonstration for other rows' prompts. Raises DataError for rows that are no prompts."""
+        prompt = self._prompt or self._completion(row)
+        if prompt is None:
+            raise DataError("demonstrations are prompts with their answers: pass template= and verbalizers=, or "
+                            "target_column=")  # fmt: skip
+        self._columns(row, where)
+        return prompt.shown(row, where)
+
     # ---- rows --------------------------------------------------------------------------------------------------------
 
     def __call__(self, row: Row, where: str, draw: str) -> dict[str, Any]:
@@ -155,7 +208,7 @@ class Encoder:
 
     def check(self, row: Row, where: str) -> int:
         """Raise DataError for what can be wrong with a row, without tokenising a text that surely fits; its size."""
-        if not isinstance(row, Mapping) or self._first is not None or not self._is_text(row) or "messages" in row:
+        if not isinstance(row, Mapping) or self._first is not None or not self._is_text(row) or self._is_chat(row):
             encoded = self(row, where, "")
             return len(encoded.get("input_ids", ()))
         self._check_tokenizer(row, where)
@@ -177,7 +230,7 @@ class Encoder:
         if "input_ids" in row:
             return False
         strings = any(isinstance(value, str) for name, value in row.items() if name != self.label_column)
-        chat = isinstance(row.get("messages"), (list, tuple))
+        chat = has_conversation(row)
         named = any(name in row and not hasattr(row[name], "dtype") for name in self._texts)  # None, NaN, a number
         return strings or chat or named
 
@@ -187,6 +240,8 @@ class Encoder:
         prompt = self._prompt or completion
         names = prompt.columns if prompt is not None else self._texts
         labels = [self.label_column] if self._prompt is not None or self._needs_class() else []
+        if self._prompt is not None and self._prompt.listed is not None:
+            labels.append(self._prompt.listed)
         if absent := [name for name in (*names, *labels) if name not in row]:
             if len(row) == 1 and ";" in (header := next(iter(row))):
                 raise DataError(f"{where} has one column, {header!r}: write .csv with commas, or .tsv with tabs.")
@@ -205,7 +260,7 @@ class Encoder:
 
     def _text(self, row: Row, where: str, draw: str) -> dict[str, Any]:
         self._check_tokenizer(row, where)
-        if "messages" in row and self._prompt is None and self.target_column is None:
+        if self._is_chat(row):
             return self._chat(row, where)
         names = self._columns(row, where)
         if self._prompt is not None:
@@ -225,16 +280,25 @@ class Encoder:
             return None
         if target is None and {"prompt", "completion"} <= set(row) and self._texts[0] not in row:
             target, template = "completion", "{prompt}"
+        elif target is None and template is None and is_instruction(row) and self._texts[0] not in row:
+            target, template = "output", instruction_template(row)
         elif target is None and kind.name == "seq2seq" and isinstance(row.get("target"), str):
             target = "target"
         if target is None:
             return None
         text = Template(template if template is not None else " ".join(f"{{{t}}}" for t in self._texts), "template")
-        return Completion(kind, self.tokenizer, text, target, checked=not self.own_objective)
+        return Completion(kind, self.tokenizer, text, target, checked=not self.own_objective, prefix=self.prefix)
+
+    def _is_chat(self, row: Row) -> bool:
+        """Whether the row is a conversation, or an instruction that the tokenizer has a template for."""
+        if self._prompt is not None or self.target_column is not None or self.task not in ("auto", "prompt"):
+            return False
+        asked = is_instruction(row) and self._texts[0] not in row and self.template is None
+        return has_conversation(row) or (asked and getattr(self.tokenizer, "chat_template", None) is not None)
 
     def _chat(self, row: Row, where: str) -> dict[str, Any]:
         """A conversation: the loss is on its last message, which is the assistant's."""
-        messages, template = row["messages"], getattr(self.tokenizer, "chat_template", None)
+        messages, template = messages_of(row), getattr(self.tokenizer, "chat_template", None)
         if template is None:
             raise DataError(f"{where} holds messages, and the tokenizer has no chat template: set its chat_template.")
         said = isinstance(messages, (list, tuple)) and all(isinstance(m, Mapping) and "role" in m for m in messages)

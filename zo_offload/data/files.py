@@ -1,9 +1,16 @@
-"""Files of rows: .jsonl, .csv and .tsv are read where they lie (`row_file.py`); .json, .parquet and .gz into memory."""
+"""Files of rows: .jsonl, .csv, .tsv and .txt are read where they lie (`row_file.py`), a folder that `datasets` saved
+through its memory map; .json, .parquet and compressed files into memory.
+
+The text formats are read here and not by `datasets`, which brings pandas and pyarrow (200 MB), copies what it reads
+into a cache of its own, and does not name the line of what is wrong.
+"""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -13,18 +20,25 @@ from typing import Any
 from ..errors import DataError
 from .row_file import FileRow, JsonlFile, open_rows
 
-_READ = ".jsonl, .ndjson, .csv, .tsv, .json (a list of objects), .parquet, or one of the text files with .gz"
+_READ = (
+    ".jsonl, .ndjson, .csv, .tsv, .txt (a text a line), .json (a list of objects), .parquet, a text file with .gz, "
+    ".bz2 or .xz, or a folder that datasets saved"
+)
+_PACKED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
 
 
 def open_file(path: str | Path, check: Callable[[FileRow], int]) -> Sequence[FileRow]:
     """The rows of a file. check: sees each row of one that is read where it lies. Raises DataError with the line."""
     path = Path(path).expanduser()
+    if path.is_dir():
+        saved: Sequence[FileRow] = _saved(path)
+        return saved
     if not path.is_file():
         raise DataError(f"{path} does not exist or is not a file.")
     suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson", ".csv", ".tsv"):
+    if suffix in (".jsonl", ".ndjson", ".csv", ".tsv", ".txt"):
         return open_rows(path, check)
-    if suffix == ".gz":
+    if suffix in _PACKED:
         return _unpacked(path)
     rows: Sequence[FileRow]
     if suffix == ".json":
@@ -42,9 +56,9 @@ def _unpacked(path: Path) -> list[FileRow]:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.stem
         try:
-            copy.write_bytes(gzip.decompress(path.read_bytes()))
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path} is no gzip file, or is cut short: {error}.") from error
+            copy.write_bytes(_PACKED[path.suffix.lower()](path.read_bytes()))
+        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+            raise DataError(f"{path} is no {path.suffix} file, or is cut short: {error}.") from error
         try:
             return list(open_file(copy, lambda row: 0))
         except DataError as error:
@@ -75,3 +89,18 @@ def _parquet(path: Path) -> list[Any]:
         return list(parquet.read_table(path).to_pylist())
     except (ArrowException, OSError) as error:
         raise DataError(f"{path} is not read as parquet: {error}.") from error
+
+
+def _saved(path: Path) -> Any:
+    """A dataset as `save_to_disk` leaves it."""
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(child.name for child in path.iterdir() if child.is_dir())
+        raise DataError(f"{path} is a DatasetDict of {', '.join(splits)}: give one of them, {path / splits[0]}.")
+    if not (path / "state.json").is_file():
+        raise DataError(f"{path} is a folder, and no dataset that datasets saved. Give {_READ}, or --task for a folder "
+                        "of a task's files.")  # fmt: skip
+    try:
+        from datasets import load_from_disk
+    except ImportError as error:
+        raise DataError(f"{path}: reading a saved dataset needs datasets (pip install datasets).") from error
+    return load_from_disk(str(path))

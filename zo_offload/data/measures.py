@@ -7,6 +7,7 @@ stands; virtual tokens (peft's prompt tuning) lie before both, and have logits b
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from .prompts import continued
 Options = Sequence[list[int]]
 """Tokens of each verbalizer, in the order of the labels."""
 
+Keep = Callable[[Tensor, Tensor], None]
+
 _RIGHT = "right_option"  # in a batch with a row for each option: the index of the right one, one for each row before
 _WORDS = "words_of_options"  # in a batch of verbalizers of one token each: [rows, options]
 
@@ -32,17 +35,18 @@ def measure(
     loss: Callable[[Any, Batch], float],
     weight: float,
     options: Sequence[Options] | None = None,
+    keep: Keep | None = None,
 ) -> dict[str, tuple[float, float]]:
     """{"loss": (mean, weight), "accuracy": (share, rows)} of one batch, from a single forward.
 
     Accuracy where the data defines it: over the verbalizers for prompts, over classes for class labels; rows whose
     label does not count have none. If some verbalizer has several tokens, each row runs with each of them, scored by
     the mean log-probability of its tokens, and the loss is that of the right ones. options: those of each row, where
-    rows have their own.
+    rows have their own. keep: given what is compared, scores and which is right; see metrics.py.
     """
     options = options if options is not None or not encoder.options else [encoder.options] * len(batch["labels"])
     if options is not None and not _are_single(options):
-        return _measure_options(encoder, model, batch, options)
+        return _measure_options(encoder, model, batch, options, keep)
     with _last_output(model) as last:
         values = {"loss": (float(loss(model, batch)), weight)}
     logits, labels = logits_of(last.get("output")), batch.get("labels")
@@ -50,8 +54,13 @@ def measure(
         return values
     if options is not None:
         chosen, right = _option_logits(encoder, _words(options, labels.device), logits, labels)
+        if keep is not None:
+            keep(chosen, right)
         values["accuracy"] = (float((chosen.argmax(-1) == right).double().mean()), float(len(right)))
-    elif labels.dim() == 1 and logits.dim() == 2 and logits.shape[1] > 1 and bool((counted := labels != IGNORED).any()):
+        return values
+    if keep is not None:
+        keep(logits, labels)
+    if labels.dim() == 1 and logits.dim() == 2 and logits.shape[1] > 1 and bool((counted := labels != IGNORED).any()):
         right = logits.argmax(-1)[counted] == labels[counted]
         values["accuracy"] = (float(right.double().mean()), float(len(right)))
     return values
@@ -81,8 +90,9 @@ class OptionsLoss:
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         wide = self.prepared(dict(batch))
         if _RIGHT in wide:
-            totals, counts = _scores(self.encoder, model, wide, len(self.encoder.options))
-            return nn.functional.cross_entropy(totals / counts, wide[_RIGHT])
+            totals, counts = _scores(self.encoder, model, wide)
+            means = (totals / counts).view(-1, len(self.encoder.options))
+            return nn.functional.cross_entropy(means, wide[_RIGHT])
         chosen, right = _option_logits(self.encoder, wide[_WORDS], _logits(self.encoder, model, wide), wide["labels"])
         return nn.functional.cross_entropy(chosen.float(), right)
 
@@ -129,13 +139,16 @@ def lined_up(logits: Tensor, labels: Tensor, shift: int) -> Tensor:
 
 
 def _measure_options(
-    encoder: Encoder, model: nn.Module, batch: Batch, options: Sequence[Options]
+    encoder: Encoder, model: nn.Module, batch: Batch, options: Sequence[Options], keep: Keep | None
 ) -> dict[str, tuple[float, float]]:
     wide = batch if _RIGHT in batch else _expanded(encoder, batch, options)
-    totals, counts = _scores(encoder, model, wide, len(options[0]))
-    truth = wide[_RIGHT][:, None]
-    means = totals / counts
+    totals, counts = _scores(encoder, model, wide)
+    truth, sizes = wide[_RIGHT][:, None], [len(its) for its in options]
+    means = _table(totals / counts, sizes, -math.inf)
+    totals, counts = _table(totals, sizes, 0.0), _table(counts, sizes, 0)
     rows = float(len(truth))
+    if keep is not None:
+        keep(means, truth[:, 0])
     accuracy = (float((means.argmax(1) == truth[:, 0]).double().mean()), rows)
     if encoder.loss == "options":
         return {"loss": (float(nn.functional.cross_entropy(means, truth[:, 0])), rows), "accuracy": accuracy}
@@ -143,13 +156,20 @@ def _measure_options(
     return {"loss": (-float(totals.gather(1, truth).sum()) / tokens, tokens), "accuracy": accuracy}
 
 
-def _scores(encoder: Encoder, model: nn.Module, wide: Batch, options: int) -> tuple[Tensor, Tensor]:
-    """[rows, options] sums of the log-probabilities of each option's tokens, and how many those are."""
+def _table(values: Tensor, sizes: Sequence[int], missing: float) -> Tensor:
+    """[rows, most options] of a value an option, one row's after the other's."""
+    if len(set(sizes)) == 1:
+        return values.view(-1, sizes[0])
+    return nn.utils.rnn.pad_sequence(list(torch.split(values, list(sizes))), batch_first=True, padding_value=missing)
+
+
+def _scores(encoder: Encoder, model: nn.Module, wide: Batch) -> tuple[Tensor, Tensor]:
+    """Sums of the log-probabilities of each option's tokens, row by row, and how many those are."""
     labels, shift = wide["labels"], encoder.kind.shift
     logits, labels = lined_up(_logits(encoder, model, wide), labels, shift).float(), labels[:, shift:]
     scored = labels != IGNORED
     picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * scored
-    return picked.sum(1).view(-1, options), scored.sum(1).view(-1, options)
+    return picked.sum(1), scored.sum(1)
 
 
 def _expanded(encoder: Encoder, batch: Batch, options: Sequence[Options]) -> Batch:

@@ -26,17 +26,6 @@ _FIRST = ("input_ids", "inputs_embeds", "labels", "pixel_values", "input_feature
 _ONE_A_ROW = ("labels", "label", "target", "targets", "y")  # by name, also as numbers of one dimension
 
 
-class RowBatch(dict[str, Any]):
-    """A batch made of rows by us: the first dimension of every tensor is the row.
-
-    options: tokens of each row's verbalizers, where rows have their own.
-    """
-
-    def __init__(self, batch: Mapping[str, Any], options: Sequence[Sequence[list[int]]] | None = None) -> None:
-        super().__init__(batch)
-        self.options = options
-
-
 # ---- weights -----------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +164,7 @@ def split_micro_batches(batch: Mapping[str, Any], parts: int, whole: Collection[
             f"return_loss is in the batch: such a loss compares its {rows} rows with one another, so parts do not add "
             "up to it. Use micro_batches=1"
         )
-    if isinstance(batch, RowBatch):
+    if getattr(batch, "of_rows", False):  # made of rows by us
         whole = whole or ()
     return [
         {name: _part(name, value, rows, parts, i, whole) for name, value in batch.items()} for i in range(parts)

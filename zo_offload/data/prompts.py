@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import DataError
 from ..modules.kind import IGNORED, ModelKind
-from .texts import as_text, check_not_empty, continuation, open_ids, text_ids
+from .texts import as_text, check_not_empty, continuation, is_sequence, open_ids, text_ids
 
 MASK = "mask"  # the name in a template, {mask}, of the place that a masked model fills in
 
@@ -40,6 +40,11 @@ class Template:
         return string.Formatter().vformat(self.text, (), values)
 
     @property
+    def text_alone(self) -> str:
+        """The text of one without columns."""
+        return self.fill({})
+
+    @property
     def last_words(self) -> str:
         """What the text ends with, whatever is filled in."""
         return self.literals[-1] if self.literals and self.ends_open else ""
@@ -56,36 +61,55 @@ class Prompt:
         kind: ModelKind,
         tokenizer: Any,
         template: str,
-        words: Mapping[str, str],
+        words: Mapping[str, str] | str,
         label_column: str,
         *,
         checked: bool,
+        prefix: str = "",
     ):
         if tokenizer is None:
             raise DataError("template and verbalizers need a tokenizer: pass tokenizer=")
         if checked:
             check_kind(kind, "a template with verbalizers")
         self.kind, self.tokenizer, self.label_column = kind, tokenizer, label_column
-        self.template = Template(template, "template")
-        self.words = {label: Template(word, "verbalizers") for label, word in words.items()}
+        self.template, self.prefix = Template(template, "template"), prefix
+        self._each = Template(words, "verbalizers") if isinstance(words, str) else None
+        self.words = {} if isinstance(words, str) else {k: Template(word, "verbalizers") for k, word in words.items()}
         texts = [word.text for word in self.words.values()]
-        if len(texts) < 2 or len(set(texts)) < len(texts):
+        if self._each is not None and len(self._each.columns) != 1:
+            raise DataError(
+                f"verbalizers={words!r}: give at least two, or the column that lists a row's own, {{column}}"
+            )
+        if self._each is None and (len(texts) < 2 or len(set(texts)) < len(texts)):
             raise DataError(f"verbalizers={texts}: give at least two different ones")
         self.masks = self._masks_in_template() if kind.name == "masked" else 0
-        self.by_row = any(word.columns for word in self.words.values())
+        self.by_row = self._each is not None or any(word.columns for word in self.words.values())
         if label_column in self.template.columns:
             raise DataError(f"template={template!r} holds the answer: {label_column!r} is the label's column.")
-        self._fixed = None if self.by_row else self._options({}, "verbalizers")
+        self._fixed = None if self.by_row else self._options([word.text_alone for word in self.words.values()],
+                                                             "verbalizers")  # fmt: skip
+
+    @property
+    def listed(self) -> str | None:
+        """The column that lists a row's own options, as many as there are."""
+        return self._each.columns[0] if self._each is not None else None
 
     @property
     def columns(self) -> list[str]:
-        """Columns that a row must have, the label's aside."""
+        """Columns of text that a row must have, the label's aside."""
         named = [c for t in (self.template, *self.words.values()) for c in t.columns]
         return [c for c in dict.fromkeys(named) if c != MASK or self.kind.name != "masked"]
 
     def answer_of(self, row: Mapping[str, Any], where: str) -> int:
         """Which of the verbalizers is the row's, by its label."""
         label, known = row.get(self.label_column), list(self.words)
+        if self._each is not None:
+            known = self._listed(row, where)
+            if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(known):
+                return label
+            if label not in known:
+                raise DataError(f"{where}: {self.label_column}={label!r} is none of {self.listed!r}: {known}.")
+            return known.index(str(label))
         names = [str(label), str(label).strip(), *_as_whole_number(label)]
         found = next((name for name in names if name in self.words), None)
         if found is None:
@@ -96,13 +120,37 @@ class Prompt:
 
     def options(self, row: Mapping[str, Any], where: str) -> list[list[int]]:
         """The tokens of each verbalizer, filled in from the row where they name columns."""
-        return self._fixed if self._fixed is not None else self._options(self._values(row, where), where)
+        if self._fixed is not None:
+            return self._fixed
+        values = self._values(row, where)
+        return self._options([word.fill(values) for word in self._templates(row, where)], where)
+
+    def shown(self, row: Mapping[str, Any], where: str) -> str:
+        """The row as a demonstration: its prompt, and its answer."""
+        values = self._values(row, where)
+        return self.template.fill(values) + self._templates(row, where)[self.answer_of(row, where)].fill(values)
+
+    def _templates(self, row: Mapping[str, Any], where: str) -> list[Template]:
+        """The verbalizers, of which a row may list its own."""
+        if self._each is None:
+            return list(self.words.values())
+        braces = {ord("{"): "{{", ord("}"): "}}"}
+        around = self._each.text.replace(f"{{{self.listed}}}", "{}")
+        return [Template(around.format(text.translate(braces)), "verbalizers") for text in self._listed(row, where)]
+
+    def _listed(self, row: Mapping[str, Any], where: str) -> list[str]:
+        found: Any = row.get(self.listed or "")
+        texts = [as_text(text, where, str(self.listed)) for text in found] if is_sequence(found) else []
+        if len(texts) < 2 or len(set(texts)) < len(texts):
+            raise DataError(f"{where}: column {self.listed!r} is {found!r}; expected a list of two or more different "
+                            "texts.")  # fmt: skip
+        return texts
 
     def encode(self, row: Mapping[str, Any], where: str, room: int | None) -> dict[str, Any]:
         """Inputs and labels of one row in at most `room` tokens; the template's text is cut, never the answer."""
         values = self._values(row, where)
         answer = self.options(row, where)[self.answer_of(row, where)]
-        text = self.template.fill(values)
+        text = self.prefix + self.template.fill(values)
         if self.kind.name == "masked":
             return self._masked(text, answer, where, room)
         if self.kind.name == "seq2seq":
@@ -118,11 +166,10 @@ class Prompt:
         check_not_empty(list(values.values()) or ["-"], where, list(values))
         return {**values, MASK: self.tokenizer.mask_token} if self.masks else values
 
-    def _options(self, values: Mapping[str, str], where: str) -> list[list[int]]:
-        words = {label: word.fill(values) for label, word in self.words.items()}
-        options = [self._word_ids(word) for word in words.values()]
+    def _options(self, words: Sequence[str], where: str) -> list[list[int]]:
+        options = [self._word_ids(word) for word in words]
         unknown = getattr(self.tokenizer, "unk_token_id", None)
-        for word, ids in zip(words.values(), options, strict=True):
+        for word, ids in zip(words, options, strict=True):
             if not ids or (unknown is not None and unknown in self._bare(word)):
                 raise DataError(f"{where}: {word!r} is not in the tokenizer's vocabulary. Choose another word.")
             if self.masks and len(ids) != self.masks:
@@ -132,9 +179,8 @@ class Prompt:
                 )
         for i, ids in enumerate(options):
             if (first := options.index(ids)) < i:
-                alike = list(words.values())
                 raise DataError(
-                    f"{where}: {alike[first]!r} and {alike[i]!r} are the same tokens {ids}: no answer could be told "
+                    f"{where}: {words[first]!r} and {words[i]!r} are the same tokens {ids}: no answer could be told "
                     "from the other. Choose other words."
                 )
         return options
@@ -189,7 +235,10 @@ class Prompt:
 class Completion:
     """Rows with a prompt and, in a column, the text that is to be answered."""
 
-    def __init__(self, kind: ModelKind, tokenizer: Any, prompt: Template, target_column: str, *, checked: bool):
+    def __init__(
+        self, kind: ModelKind, tokenizer: Any, prompt: Template, target_column: str, *, checked: bool, prefix: str = ""
+    ):
+        self.prefix = prefix
         if tokenizer is None:
             raise DataError(f"{target_column!r} is text: pass tokenizer=")
         if kind.name == "masked":
@@ -210,11 +259,16 @@ class Completion:
         check_not_empty(list(values.values()) or ["-"], where, list(values))
         target = as_text(row.get(self.target_column), where, self.target_column)
         check_not_empty([target], where, [self.target_column])
-        text = self.prompt.fill(values)
+        text = self.prefix + self.prompt.fill(values)
         if self.kind.name == "seq2seq":
             ids, answer = text_ids(self.tokenizer, text)[:room], text_ids_of_answer(self.tokenizer, target)
             return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": answer[:room]}
         return self.continued(text, target, room, where)
+
+    def shown(self, row: Mapping[str, Any], where: str) -> str:
+        """The row as a demonstration: its prompt, and its answer."""
+        values = {column: as_text(row.get(column), where, column) for column in self.columns}
+        return self.prompt.fill(values) + values[self.target_column]
 
     def continued(
         self, text: str, target: str, room: int | None, where: str, *, rendered: bool = False

@@ -1,4 +1,4 @@
-"""Rows of a .jsonl or .csv file, read when they are asked for: in memory is where each begins, 8 bytes a row.
+"""Rows of a .jsonl, .csv, .tsv or .txt file, read when they are asked for: in memory is where each begins, 8 bytes.
 
 Opening reads the file once and checks every row, so what is wrong with one is said at once, with its line. A row is
 then read from its place and parsed again. A file that changes after it was opened is an error at the next row, so that
@@ -117,6 +117,24 @@ class JsonlFile(RowFile):
         return row
 
 
+class TextFile(RowFile):
+    """A text a line, in column "text"; empty lines are passed over."""
+
+    def _scan(self) -> Iterator[tuple[int, FileRow]]:
+        begin = 0
+        with open(os.dup(self._fd), "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        yield begin, self._parse(line)
+                    except UnicodeDecodeError as error:
+                        raise DataError(f"{self.path} line {number} is not UTF-8: {error}.") from error
+                begin += len(line)
+
+    def _parse(self, data: bytes) -> FileRow:
+        return {"text": data.split(b"\n", 1)[0].removesuffix(b"\r").decode()}
+
+
 class CsvFile(RowFile):
     """A header, then a record a row; a record may be of several lines where quotes say so. Fields are of any length."""
 
@@ -178,7 +196,8 @@ def open_rows(path: str | Path, size_of: Callable[[FileRow], int] = lambda row: 
     path = Path(path).expanduser()
     if not path.is_file():
         raise DataError(f"{path} does not exist or is not a file.")
-    kinds: dict[str, type[RowFile]] = {".jsonl": JsonlFile, ".ndjson": JsonlFile, ".csv": CsvFile, ".tsv": TsvFile}
+    kinds: dict[str, type[RowFile]] = {".jsonl": JsonlFile, ".ndjson": JsonlFile, ".csv": CsvFile, ".tsv": TsvFile,
+                                     ".txt": TextFile}  # fmt: skip
     kind = kinds.get(path.suffix.lower())
     if kind is None:
         raise DataError(f"{path}: {path.suffix or 'no suffix'} is not read; give .jsonl or .csv, or a list of dicts.")

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.batches import Batches, fingerprint
+from ..data.batches import Batches
+from ..data.made import as_made
 from ..errors import ConfigError, JournalError
 from ..methods import Method, lr_schedule
 from .identity import differences
@@ -97,7 +98,7 @@ def check_same_data(batches: Batches, records: list[StepRecord]) -> None:
     for record in (records[0], records[-1]) if records else ():
         if not record.batch_crc:
             continue
-        found = fingerprint(batches.batch(record.step))
+        found = as_made(batches.batch(record.step)).fingerprint
         if found != record.batch_crc:
             raise JournalError(
                 f"the data is not the run's: the batch of step {record.step} has fingerprint {found:08x}, the journal "

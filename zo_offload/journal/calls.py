@@ -14,18 +14,50 @@ from typing import Any
 
 from ..errors import ConfigError
 
+_PATHS = ("data", "eval_data", "save_dir")
+
 
 @dataclass(frozen=True)
 class FitCall:
-    """The arguments of one call of `fit`; None: not given. eval_data=False: none, whatever there was before."""
+    """The arguments of one call of `fit`; None: not given. Each is an option of the command line and a key of a config
+    file, with the first sentence under it as its help. eval_data=False: none, whatever there was before."""
 
     data: Any = None
+    """Training data: a file or folder (docs/data_and_tasks.md); for a resumed run, what it was begun with."""
     eval_data: Any = None
+    """Evaluation data, of the same form."""
     steps: int | None = None
+    """Steps in all, those before a resume included. Default: the method's."""
+    epochs: float | None = None
+    """Passes over the data in all, in place of steps."""
     batch_size: int | None = None
+    """Rows a step. Default: the method's."""
+    train_rows: int | None = None
+    """So many rows of the data, chosen by the seed. Default: all."""
+    eval_rows: int | None = None
+    """So many rows of the evaluation data, chosen by the seed. Default: all."""
     micro_batches: int | None = None
+    """Parts that a batch is cut into, each a lane of its own. Default: 1."""
     eval_every: int | None = None
+    """Steps between two evaluations; there is always one at the end."""
     brake: bool | None = None
+    """Halve the learning rate from where the loss rises, as often as it does."""
+    metric: str | None = None
+    """What evaluations are compared by: loss, accuracy, or a name that compute_metrics gives. Default: accuracy where
+    the data defines it, else loss."""
+    keep_best: bool | None = None
+    """The run's result is its best evaluated step by `metric`, not its last: what --out exports. A step is a number in
+    the journal; nothing is copied. A model that was given in memory is exported to save_dir/best when it improves."""
+    early_stopping: int | None = None
+    """Stop when so many evaluations in a row brought no better `metric`; 0: never. Default: never."""
+    save_every: int | None = None
+    """Steps between two exports, to save_dir/step-N. (Any step can be had from the journal later: these cost disk.)"""
+    save_dir: str | None = None
+    """Where save_every, and keep_best of a model in memory, export to. Default: saved/ in the run directory."""
+    log_every: int | None = None
+    """Steps between two lines of the log. Default: a progress bar on a terminal, else a line in half a minute."""
+    report_to: str | None = None
+    """Trackers that get losses and metrics: tensorboard, wandb, ... (transformers' names, with commas between)."""
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def after(self, record: Mapping[str, Any] | None) -> FitCall:
@@ -34,26 +66,50 @@ class FitCall:
         options = known.get("options")
         call = replace(self, options={**(options if isinstance(options, Mapping) else {}), **self.options})
         missing: dict[str, Any] = {f.name: known.get(f.name) for f in fields(self) if getattr(self, f.name) is None}
+        if self.epochs is not None:
+            missing["steps"] = self.steps  # the earlier call's are not meant
         call = replace(call, **missing)
         return replace(call, eval_data=None) if call.eval_data is False else call
 
     def record(self) -> dict[str, Any]:
-        """The part of this call that can be kept, as JSON."""
+        """The part of this call that can be kept, as JSON. Its epochs are steps by now."""
         kept = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("data", "eval_data"):
+        for name in _PATHS:
             path = kept[name]
             kept[name] = str(Path(path).expanduser().absolute()) if isinstance(path, (str, Path)) else None
         kept["options"] = {name: value for name, value in self.options.items() if _is_json(value)}
-        return kept
+        kept["epochs"] = None
+        return {name: value for name, value in kept.items() if value is not None or name in _ALWAYS}
 
     def check(self) -> None:
-        """Raise ConfigError on numbers that cannot be, or if there is no data."""
-        for name in ("steps", "batch_size", "micro_batches", "eval_every"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ConfigError(f"{name}={value!r}: expected a number of at least 1")
+        """Raise ConfigError on what cannot be, or if there is no data."""
+        for name in ("steps", "batch_size", "micro_batches", "eval_every", "save_every", "log_every", "early_stopping",
+                     "train_rows", "eval_rows"):  # fmt: skip
+            value, least = getattr(self, name), 0 if name == "early_stopping" else 1
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ConfigError(f"{name}={value!r}: expected a number of at least {least}")
+        epochs = self.epochs
+        if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not epochs > 0):
+            raise ConfigError(f"epochs={epochs!r}: expected more than 0")
+        if epochs is not None and self.steps is not None:
+            raise ConfigError(f"steps={self.steps} and epochs={epochs}: give one of them")
+        for name in ("metric", "report_to"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a name")
         if self.data is None:
             raise ConfigError("fit needs train_data: a run remembers only files that it was given by their path")
+        if (self.keep_best or self.early_stopping) and self.eval_data is None:
+            wants = "keep_best" if self.keep_best else "early_stopping"
+            raise ConfigError(f"{wants} compares evaluations: pass eval_data= (--eval-data)")
+        if self.early_stopping and self.eval_every is None:
+            raise ConfigError(f"early_stopping={self.early_stopping} counts evaluations: pass eval_every= too")
+
+
+OPTIONS = ("train_data", *(f.name for f in fields(FitCall)[1:-1]), "progress", "callback", "callbacks",
+           "compute_metrics", "preprocess_logits_for_metrics", "new_data")  # fmt: skip
+"""Keywords of `fit` beside those of the data."""
+
+_ALWAYS = ("data", "eval_data", "steps", "batch_size", "micro_batches", "eval_every", "options")
 
 
 def _is_json(value: Any) -> bool:

@@ -19,9 +19,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..data.batches import Batches, fingerprint
+from ..data.batches import Batches
 from ..data.encode import ENCODING
 from ..data.losses import Batch, Objective, model_loss, plain_forward, weighing
+from ..data.made import as_made
 from ..data.micro_batches import split_micro_batches
 from ..errors import ConfigError, TornError
 from ..journal import run_directory
@@ -34,7 +35,6 @@ from ..journal.learning_watch import LearningWatch
 from ..journal.rising import Brake
 from ..kernels.records import STILL, Gains
 from ..lanes.hub import Lane
-from ..modules.trees import part_bytes
 from ..numerics.updates import UpdateLog
 from ..plan.plan import Plan
 from ..stream.ingest import ModuleBase
@@ -53,8 +53,7 @@ from .wiring import wire
 _log = logging.getLogger(__name__)
 
 Begin = Callable[[Callable[[Journal], None]], Session]
-"""Makes the session; given what raises if a journal that is reopened cannot go on as is asked, before weights are
-read."""
+"""Makes the session; given what raises, before weights are read, if a reopened journal cannot go on as asked."""
 
 
 class Run:
@@ -88,8 +87,7 @@ class Run:
         self.log = UpdateLog()
         self.journal: Journal | None = None
         self.evals: list[dict[str, float]] = []
-        self.horizon: int | None = None
-        """Steps that the learning rate was begun for, where it depends on them: `binding.py`."""
+        self.horizon: int | None = None  # steps that the rate was begun for, where it depends on them: `binding.py`
         self.at_once = False  # whether the end is left to the journal, without a flush
         self.door, self.closing, self.brake = Door(), Closing(), Brake()
         self.session: Session | None = None
@@ -99,6 +97,7 @@ class Run:
         self._vacated = Vacated(opened)
         self._restoring: dict[str, Tensor] | None = None  # read for `restore`, not put back yet
         self._session_closings = 0
+        self.stopping: str | None = None  # why `fit` is to end after the step that is under way
         self._check_data = self._closed = False
 
     # ---- getting under way -------------------------------------------------------------------------------------------
@@ -128,7 +127,7 @@ class Run:
             return self.parts
         if batch is not None:
             self.memory = self._plan_memory(batch, micro_batches, objective)
-            self._planned_bytes = part_bytes(batch, micro_batches)
+            self._planned_bytes = as_made(batch).nbytes // micro_batches
         else:
             self.memory = self.prepared.plan_blindly(process=self.opened.process_bytes)
         if self.session is None:
@@ -215,7 +214,6 @@ class Run:
         return self.objective if objective is None else objective
 
     def _path(self, name: str) -> Path | None:
-        """Of a file that this process writes."""
         return self.run_dir / name if self.run_dir is not None and self.ranks.leads else None
 
     # ---- what it is bound to -----------------------------------------------------------------------------------------
@@ -241,6 +239,7 @@ class Run:
             self.horizon = binding.bind(self.journal)
             if self.ranks.leads:
                 run_directory.save_fit(self.run_dir, call.record())
+        self.last_fit = call.record()
         if self._check_data and not binding.new_data:
             assert self.journal is not None
             check_same_data(batches, self.journal.steps[bound_from(self.journal) :])
@@ -259,14 +258,15 @@ class Run:
         """
         if self._replays:
             raise ConfigError("a replayed engine does not train: export this step, or resume its run")
+        batch = as_made(batch)
         parts = self.start_steps(batch, micro_batches, objective)
         self.check_objective(self.journal)
         self._keep_budget(parts, batch, micro_batches, objective)
-        stepper, lr, batch_crc = parts.stepper, self.method.lr if lr is None else lr, fingerprint(batch)
+        stepper, lr = parts.stepper, self.method.lr if lr is None else lr
         self._ranked.meet(parts.session)
         with self.work():
             stepper.begin()
-            self._ranked.before_step(parts, self.log.version, lr, batch_crc, micro_batches)
+            self._ranked.before_step(parts, self.log.version, lr, batch.fingerprint, micro_batches)
             method, step = stepper.current, self.log.version
             losses, lanes = list[Any](), method.perturbations(self.config.seed, step)
             while lanes:
@@ -275,8 +275,8 @@ class Run:
                     empty=self.method.on_nonfinite == "skip",
                 )  # fmt: skip
                 lanes = method.next_lanes(self.config.seed, step, losses, lr) if method.comes_back else ()
-            self._planned_bytes = max(self._planned_bytes, part_bytes(batch, micro_batches))
-            launched = stepper.launch(losses, lr, batch_crc)
+            self._planned_bytes = max(self._planned_bytes, as_made(batch).nbytes // micro_batches)
+            launched = stepper.launch(losses, lr, batch.fingerprint)
             if parts.session.snapshots is not None:
                 parts.session.snapshots.tick(self.log.version, parts.streamer.window)
         return launched
@@ -293,7 +293,7 @@ class Run:
 
     def _keep_budget(self, parts: Parts, batch: Batch, micro_batches: int, objective: Objective | None) -> None:
         """A batch larger than any before is within the memory budget, or BudgetError says so before its step."""
-        if self.memory.budget is None or part_bytes(batch, micro_batches) <= self._planned_bytes:
+        if self.memory.budget is None or as_made(batch).nbytes // micro_batches <= self._planned_bytes:
             return
         if self.memory.unknown:
             return parts.passes.watch_next()

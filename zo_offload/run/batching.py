@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..checkpoint.tokenizers import check_saves, has_tokenizer, load_tokenizer
-from ..data.batches import Batches, StreamBatches, make_batches
+from ..data.batches import Batches, RowBatches, StreamBatches, make_batches
 from ..data.losses import Objective, model_loss
 from ..data.measures import OptionsLoss
+from ..data.metrics import ComputeMetrics, Metrics
 from ..data.sources import as_given
+from ..data.tasks import sampled, task_of
 from ..errors import ConfigError
 from .opening import Opened
+
+
+@dataclass(frozen=True)
+class Shots:
+    """Demonstrations before each prompt: how many, of which rows, chosen by which seed."""
+
+    count: int
+    data: Any
+    seed: int = 0
 
 
 class Batching:
@@ -26,17 +39,53 @@ class Batching:
         if tokenizer is not None:
             check_saves(tokenizer)
 
-    def batches(self, data: Any, batch_size: int, options: dict[str, Any], shuffle: bool = True) -> Batches:
-        """Data as batches; options: of `make_batches`. Text without a tokenizer given uses the checkpoint's."""
+    def batches(
+        self, data: Any, batch_size: int, options: Mapping[str, Any], shuffle: bool = True, *,
+        rows: int | None = None, compute_metrics: ComputeMetrics | None = None, shots: Shots | None = None,
+    ) -> Batches:  # fmt: skip
+        """Data as batches; options: of `make_batches`. Text without a tokenizer given uses the checkpoint's.
+
+        shuffle: for training, on a task's train split; else for evaluation, on its dev split. rows: so many, chosen by
+        the run's seed. shots: demonstrations before each prompt.
+        """
         options = {"tokenizer": self.tokenizer(), **options}
+        preprocess, named = options.pop("preprocess_logits_for_metrics", None), options.get("task")
+        task = task_of(named)
+        seed = self._opened.prepared.config.seed
+        if task is not None:
+            options = {**task.prompt, **options, "task": "auto"}
+            if isinstance(data, (str, Path)):
+                data = task.rows(data, "train" if shuffle else "dev")
         own_objective = self._objective is not model_loss
         batches = make_batches(
             data, batch_size=batch_size, kind=self._opened.kind, own_objective=own_objective, version=self._encoding(),
-            seed=self._opened.prepared.config.seed, shuffle=shuffle, **options,
+            seed=seed, shuffle=shuffle, rows=rows, name=None if task is None else task.name, **options,
         )  # fmt: skip
+        if shots is not None and shots.count:
+            demonstrations = self._demonstrations(shots, {**options, "task": named or "auto"}, batches)
+            options |= {
+                "prefix": demonstrations + options.get("prefix", ""),
+                "preprocess_logits_for_metrics": preprocess,
+            }
+            batches = self.batches(data, batch_size, options, shuffle, rows=rows, compute_metrics=compute_metrics)
+        batches.scoring = None if task is None else task.scoring
         if own_objective and isinstance(batches, StreamBatches):  # it may give tuples
             batches.objective = as_given(self._objective)
+        batches.metrics = None if compute_metrics is None else Metrics(compute_metrics, preprocess)
         return batches
+
+    def _demonstrations(self, shots: Shots, options: dict[str, Any], batches: Batches) -> str:
+        """So many rows with their answers, chosen by the seed among those that are not evaluated."""
+        rows = shots.data
+        if isinstance(rows, (str, Path)):
+            known = self.batches(rows, 1, options)
+            rows = known.rows if isinstance(known, RowBatches) else None
+        if rows is None or not hasattr(rows, "__iter__"):
+            raise ConfigError("shots are rows of other data: pass demonstrations=, a file or rows")
+        evaluated = {repr(row) for row in batches.rows} if isinstance(batches, RowBatches) else set()
+        others = [row for row in rows if repr(row) not in evaluated]
+        chosen = sampled(others, shots.count, shots.seed, "demonstrations that are not evaluated themselves")
+        return "".join(f"{batches.encoder.shown(row, f'demonstration {i}')}\n\n" for i, row in enumerate(chosen))
 
     def objective_of(self, batches: Batches) -> Objective:
         """The objective that the data asks for, else the run's; both would be one too many."""

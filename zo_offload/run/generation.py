@@ -50,6 +50,15 @@ def generate_texts(
     single = isinstance(prompts, str) or _is_conversation(prompts)
     answers = kind_of(model).name == "seq2seq"
     rows = [prompt_ids(tokenizer, prompt, closed=answers) for prompt in ([prompts] if single else _listed(prompts))]
+    texts = texts_after(model, tokenizer, rows, generate, **options)
+    return texts[0] if single and len(texts) == 1 else texts
+
+
+def texts_after(
+    model: nn.Module, tokenizer: Any, rows: Sequence[list[int]], generate: Callable[..., Any], **options: Any
+) -> list[str]:
+    """What the model says after each row of token ids; see `generate_texts`."""
+    answers = kind_of(model).name == "seq2seq"
     empty = [i for i, row in enumerate(rows) if not row]
     if empty or not rows:
         raise ConfigError(f"prompt {empty[0]} has no tokens" if empty else "no prompt was given")
@@ -64,8 +73,7 @@ def generate_texts(
         options = {"tokenizer": tokenizer, **options}
     out = generate({"input_ids": ids, "attention_mask": mask}, **{"pad_token_id": pad, **options})
     said = (out if isinstance(out, torch.Tensor) else out.sequences)[:, 0 if answers else width :]
-    texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in said]
-    return texts[0] if single and len(texts) == 1 else texts
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in said]
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt, *, closed: bool) -> list[int]:

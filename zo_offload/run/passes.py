@@ -155,7 +155,9 @@ class Passes:
         weigh, counts = self._weighing(objective), []
         ranks = Alone() if at is None else self._ranks
         mine: dict[int, dict[str, Any]] = {}
-        any_counts = False
+        any_counts, metrics = False, batches.metrics
+        if metrics is not None:
+            metrics.begin()
         for i, batch in enumerate(batches.epoch()):
             between()
             if ranks.is_stopping():
@@ -171,7 +173,10 @@ class Passes:
             call = partial(self._values_of, batches, partial(self._loss, objective), of_batch, options)
             with without_cache(self.model, objective, self._parts):
                 seed = lane_seed(self._seed, "evaluation", i)
-                mine[i] = self.forward([Lane(STILL, batch)], call, exact=True, seed=seed)[0]
+                mine[i], seen = self.forward([Lane(STILL, batch)], call, exact=True, seed=seed)[0]
+            for scores, right in seen:
+                if metrics is not None:
+                    metrics.see(scores, right)
         found = ranks.split("evaluation" if at is None else f"evaluation {at}", mine)
         if found is None:
             return None
@@ -183,7 +188,8 @@ class Passes:
                 f"over {', '.join(map(repr, list(counts[0])[1:]))}, and then it depends a little on batch_size",
                 stacklevel=2,
             )
-        return self._means([found[i] for i in sorted(found)], weigh.summed)
+        means = self._means([found[i] for i in sorted(found)], weigh.summed)
+        return means if metrics is None else {**means, **metrics.values()}
 
     def _means(self, found: Sequence[dict[str, Any]], is_sum: bool) -> dict[str, float]:
         """Means of (value, weight) by name, batch after batch. is_sum: the loss is one already, not a mean."""
@@ -198,8 +204,11 @@ class Passes:
     def _values_of(
         self, batches: Batches, loss: Callable[[nn.Module, Batch], float], weight: float, options: Any,
         model: nn.Module, batch: Batch,
-    ) -> dict[str, tuple[float, float]]:  # fmt: skip
-        return batches.measure(model, dict(batch), loss, weight, options)
+    ) -> tuple[dict[str, tuple[float, float]], list[tuple[Tensor, Tensor]]]:  # fmt: skip
+        """What a batch measures, and what its metrics are made of: nothing is kept of a pass that is run again."""
+        seen: list[tuple[Tensor, Tensor]] = []
+        keep = None if batches.metrics is None else lambda scores, right: seen.append((scores, right))
+        return batches.measure(model, dict(batch), loss, weight, options, keep), seen
 
     def _weighing(self, objective: Objective) -> Weighing:
         return self._own_weighing if objective is self.objective else weighing(self.model, objective)

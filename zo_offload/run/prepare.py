@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from ..config import EngineConfig
-from ..data.batches import most_ids
 from ..data.losses import Objective, for_a_loss
+from ..data.made import as_made
 from ..data.micro_batches import split_micro_batches
 from ..devices import PlannedDevice
 from ..errors import BudgetError, ConfigError
@@ -98,7 +98,7 @@ class Prepared:
         activations, rows = NOT_MEASURED, 0
         if batch is not None:
             activations = self._activations(split_micro_batches(batch, micro_batches, self.config.whole)[0], objective)
-            rows = most_ids(batch)
+            rows = as_made(batch).most_ids
         memory = self._within_budget(micro_batches, rows, activations, process)
         for note in memory.notes:
             _log.warning("%s", note)

@@ -1,57 +1,44 @@
 """The loop of `Engine.fit`: steps, evaluations and metrics in order, and an end that leaves a run that can go on.
 
-Whatever ends the loop (the last step, an error, a signal, an exception in user code) the blocks are flushed and the
-journal is synced, unless a second signal asked for an end at once: then the journal alone holds the last steps. Signals
-are looked at between steps, and the second one between blocks too.
+Whatever ends the loop (the last step, a callback, an error, a signal, an exception in user code) the blocks are flushed
+and the journal is synced, unless a second signal asked for an end at once: then the journal alone holds the last steps.
+Signals are looked at between steps, and the second one between blocks too.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from ..data.batches import Batches, batch_tokens
+from ..data.batches import Batches
 from ..data.losses import Batch
+from ..data.made import as_made
+from ..data.metrics import ComputeMetrics
+from ..errors import ConfigError
 from ..journal import run_directory
 from ..journal.binding import Binding
 from ..journal.calls import FitCall
 from ..journal.journal import StepRecord
+from ..journal.selection import Selection
 from ..methods import lr_schedule
 from ..system.signals import Stopped, StopRequest, stop_signals
 from .active import Run
 from .batching import Batching
+from .callbacks import About, Callbacks, is_trainer_callback, trackers
+from .evaluation import evaluated, with_defaults
 from .late import Launched
 from .progress import Progress
+from .result import FitResult
+from .saving import save
 
 ECHO_S = 5.0
 """Launchers of ranks pass a terminal's signal on, seconds after the terminal has sent it to all."""
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What `fit` did: losses of the steps it ran, evaluations by step, and the run's rates."""
-
-    steps: int
-    losses: list[float]
-    evals: list[dict[str, float]] = field(default_factory=list)
-    """All evaluations of the run, those before it was resumed included."""
-    tokens_per_s: float = 0.0
-    seconds: float = 0.0
-    wait_share: float = 0.0
-    """Share of the time that compute waited for blocks: near 0, compute binds; near 1, fetches do. On a GPU, the share
-    of the time that the measured link needs for the bytes that were moved."""
-    resident_bytes: int = 0
-    model_bytes: int = 0
-    fetch_bytes: int = 0
-    """Bytes of weights that came into the window, in all of this call's steps and evaluations."""
-    flush_bytes: int = 0
-    """Bytes of weights that were written back: about 1 / fold_every of what is trained, a step."""
-    warnings: list[str] = field(default_factory=list)
-    """Where the steps taught the model nothing: most of them skipped, lanes that do not differ, a constant loss,
-    updates that vanish in the storage format (`learning_watch.py`)."""
 
 
 def train(
@@ -61,11 +48,12 @@ def train(
     *,
     new_data: bool = False,
     progress: bool = False,
-    callback: Callable[[StepRecord], None] | None = None,
+    callbacks: Iterable[Any] = (),
+    compute_metrics: ComputeMetrics | None = None,
 ) -> FitResult:
     """One call of `fit`; what it leaves out is as it was in the run's last one. See `Engine.fit`."""
     with run.ranks.together("fit"):
-        return _train(run, batching, call, new_data, progress, callback)
+        return _train(run, batching, call, new_data, progress, list(callbacks), compute_metrics)
 
 
 def _train(
@@ -74,16 +62,28 @@ def _train(
     call: FitCall,
     new_data: bool,
     progress: bool,
-    callback: Callable[[StepRecord], None] | None,
+    callbacks: list[Any],
+    compute_metrics: ComputeMetrics | None,
 ) -> FitResult:
-    call, method = call.after(run.last_fit), run.method
+    call, method = with_defaults(call.after(run.last_fit), run), run.method
+    if run.ranks.world > 1 and (compute_metrics is not None or any(map(is_trainer_callback, callbacks))):
+        raise ConfigError(
+            f"compute_metrics and TrainerCallbacks are not there for several ranks ({run.ranks.world}) yet: callbacks "
+            "that are functions are, and report_to, and engine.evaluate(..., compute_metrics=...) on one of them"
+        )
     call.check()
-    steps = method.steps if call.steps is None else call.steps
+    save_dir = _save_dir(run, call)
+    told = [*callbacks, *(trackers(call.report_to) if run.ranks.leads else [])]
     rows, micro_batches = call.batch_size or method.batch_size, call.micro_batches or 1
-    batches = batching.batches(call.data, rows, dict(call.options))
+    batches = batching.batches(call.data, rows, call.options, rows=call.train_rows)
     evaluation = None
     if call.eval_data is not None:
-        evaluation = batching.batches(call.eval_data, rows, dict(call.options), shuffle=False)
+        evaluation = batching.batches(
+            call.eval_data, rows, call.options, shuffle=False, rows=call.eval_rows, compute_metrics=compute_metrics
+        )
+    steps = _steps(call, batches, method.steps)
+    shown = Progress(progress and run.ranks.leads, run.log.version, steps, call.log_every)
+    shown.found(batches)
     binding = Binding.of(batches, micro_batches, method, steps, new_data=new_data)
     if run.journal is not None:
         binding.check(run.journal)
@@ -92,123 +92,171 @@ def _train(
     )
     run.bind(binding, replace(call, steps=steps, batch_size=rows), batches)
     if run.ranks.world > 1:
-        asked = {"data": binding.data, "steps": steps, "eval_every": call.eval_every}
+        ends = {"metric": call.metric, "early_stopping": call.early_stopping, "callbacks": len(callbacks)}
+        asked = {"data": binding.data, "steps": steps, "eval_every": call.eval_every, **ends}
         run.ranks.same("fit", {**asked, "eval_data": evaluation and evaluation.identity()})
     run.evals[:] = run.ranks.first("fit, its evaluations", lambda: run.evals)
     factor = lr_schedule(method.schedule, method.warmup_steps, run.horizon or steps)
     brake = run.brake.factor if call.brake else lambda step: 1.0
+    selection = Selection(call.metric, call.early_stopping or 0)
+    about = About(
+        run.opened.model, batching.tokenizer() if any(map(is_trainer_callback, told)) else None,
+        str(run.run_dir or "trainer_output"), steps, rows, batches.steps_per_epoch(), method.lr, method.weight_decay,
+        run.config.seed, selection, bool(call.keep_best), call.eval_every, call.save_every, call.log_every,
+    )  # fmt: skip
     return Training(
-        run, batches, evaluation, steps, lambda step: method.lr * factor(step) * brake(step), micro_batches,
-        call.eval_every, progress, callback,
+        run, batches, evaluation, steps, lambda step: method.lr * factor(step) * brake(step), micro_batches, call,
+        selection,
+        Callbacks(told, about, run.evals), save_dir,
+        None if save_dir is None else batching.to_export(), batching.tokenizer, shown,
+        agrees=run.ranks.world > 1 and bool(callbacks),
     ).run_steps()  # fmt: skip
+
+
+def _steps(call: FitCall, batches: Batches, default: int) -> int:
+    """Steps in all, of epochs where they are said."""
+    if call.epochs is None:
+        return default if call.steps is None else call.steps
+    an_epoch = batches.steps_per_epoch()
+    if not an_epoch:
+        raise ConfigError(f"epochs={call.epochs}: how many steps an epoch of this data has is not known; pass steps=")
+    return max(1, math.ceil(call.epochs * an_epoch))
+
+
+def _save_dir(run: Run, call: FitCall) -> Path | None:
+    """Where exports on the way go; None if there are none. Raises ConfigError if there is no place for them."""
+    in_memory = run.opened.name is None
+    if not (call.save_every or (call.keep_best and in_memory)):
+        return None
+    if wrong := run.opened.cannot_be_saved():
+        raise ConfigError(wrong)
+    if call.save_dir is not None:
+        return Path(call.save_dir).expanduser().absolute()
+    if run.run_dir is None:
+        why = "save_every exports" if call.save_every else "keep_best of a model in memory exports its best step"
+        raise ConfigError(f"{why}: pass save_dir=, or a run_dir=")
+    return run.run_dir / "saved"
 
 
 @dataclass(frozen=True)
 class Training:
-    """One call of `fit`. lr(step): the learning rate; evaluation: None for none; see `Engine.fit` for the others."""
+    """One call of `fit`. lr(step): the learning rate; evaluation: None for none; save_dir: None if nothing is exported
+    on the way; see `Engine.fit` for the others."""
 
     run: Run
     batches: Batches
     evaluation: Batches | None
     steps: int
     lr: Callable[[int], float]
-    micro_batches: int = 1
-    eval_every: int | None = None
-    progress: bool = False
-    callback: Callable[[StepRecord], None] | None = None
+    micro_batches: int
+    call: FitCall
+    selection: Selection
+    callbacks: Callbacks
+    save_dir: Path | None = None
+    given_tokenizer: Any = None
+    tokenizer: Callable[[], Any] = lambda: None
+    progress: Progress = field(default_factory=lambda: Progress(False, 0, 0))
+    agrees: bool = False
+    """Whether ranks ask rank 0 before each step if its callbacks want to end."""
 
     def run_steps(self) -> FitResult:
         run, parts = self.run, self.run.start()
         streamer = parts.streamer
-        losses: list[float] = []
+        history: list[dict[str, float]] = []
         tokens, begin, first = 0, time.perf_counter(), run.log.version
         traffic = streamer.count_anew()
         path = None if run.run_dir is None or not run.ranks.leads else run.run_dir / run_directory.METRICS
         with (
-            Progress(self.progress and run.ranks.leads, first, self.steps) as bar,
+            self.progress.begun(first) as shown,
             run_directory.Metrics(path) as metrics,
             stop_signals(ECHO_S if run.ranks.world > 1 else 0.0) as stop,
         ):
+            look = _Look(self, metrics, shown, stop, history)
             try:
                 run.heed(stop)
-                self._evaluate_what_was_missed(first, metrics, stop)
+                run.stopping = None
+                look.at_missed_evaluation(first)
+                self._consider_end()
+                self.callbacks.begin(first)
                 for record, batch in self._take_steps(first):
-                    step = record.step
-                    losses.append(record.loss)
-                    tokens += batch_tokens(batch)
+                    tokens += as_made(batch).tokens
                     seconds = time.perf_counter() - begin
                     wait = parts.wait_share(traffic, seconds)
+                    done = record.step + 1 - first
+                    history.append(_kept(record))
                     metrics.write(
-                        step=step, loss=record.loss, grad=record.grad, lr=record.lr, skipped=record.skipped,
-                        tokens=tokens, seconds=round(seconds, 3), wait_share=round(wait, 4),
+                        **history[-1], tokens=tokens, seconds=round(seconds, 3), wait_share=round(wait, 4),
                         fetch_bytes=traffic.fetch_bytes, flush_bytes=traffic.flush_bytes,
                     )  # fmt: skip
-                    done = step + 1 - first
-                    bar.step(
-                        record.loss, tokens / seconds, wait, traffic.fetch_bytes / done, traffic.flush_bytes / done,
-                        parts.watch.short,
+                    shown.step(
+                        record.loss, record.lr, tokens / seconds, wait, traffic.fetch_bytes / done,
+                        traffic.flush_bytes / done, record.step + 1, parts.watch.short,
                     )  # fmt: skip
-                    if self.callback is not None:
-                        self.callback(record)
-                    self._check_stop(stop)
-                    if self._is_due(step + 1):
-                        self._evaluate(metrics, stop)
-                if self.evaluation is not None:
-                    self._evaluate(metrics, stop)
-                self._check_stop(stop)
+                    self.callbacks.step(record, tokens)
+                    self.check_stop(stop)
+                    look.after_step(record.step + 1)
+                look.at_the_end()
+                self.check_stop(stop)
                 parts.watch.finish()
                 found = parts.watch.warnings
             finally:
                 run.settle(at_once=stop.at_once)
                 run.heed(None)
+        self.callbacks.end()
         seconds = time.perf_counter() - begin
+        losses = [row["loss"] for row in history if "grad" in row]
         return FitResult(
             steps=len(losses), losses=losses, evals=list(run.evals), tokens_per_s=tokens / seconds, seconds=seconds,
             wait_share=parts.wait_share(traffic, seconds), resident_bytes=streamer.resident_bytes,
             model_bytes=run.prepared.layout.total_bytes, fetch_bytes=traffic.fetch_bytes,
-            flush_bytes=traffic.flush_bytes, warnings=found,
+            flush_bytes=traffic.flush_bytes, warnings=found, history=history, last_step=run.log.version,
+            best=self.selection.best(run.evals), metric=self.call.metric, stopped=run.stopping,
         )  # fmt: skip
 
     def _take_steps(self, first: int) -> Iterator[tuple[StepRecord, Batch]]:
         """Steps from `first` on: records and batches as they are settled; on a GPU, each after the next one's launch.
 
-        Before an evaluation all that was launched is settled.
+        Before an evaluation all that was launched is settled, and at an early end.
         """
         waiting: deque[tuple[Launched, Any]] = deque()
         late = self.run.start().stepper.late
         for step in range(first, self.steps):
+            if self._is_to_stop(step):
+                break
             batch: Batch = self.batches.batch(step)
             launched = self.run.launch(
                 batch, self.lr(step), micro_batches=self.micro_batches, objective=self.batches.objective
             )
             waiting.append((launched, batch))
-            ahead = 1 if late and step + 1 < self.steps and not self._is_due(step + 1) else 0
+            ahead = 1 if late and step + 1 < self.steps and not self._is_looked_at(step + 1) else 0
             while len(waiting) > ahead:
                 launched, its_batch = waiting.popleft()
                 yield self.run.finish(launched), its_batch
+        for launched, its_batch in waiting:
+            yield self.run.finish(launched), its_batch
 
-    def _is_due(self, step: int) -> bool:
+    def _is_to_stop(self, step: int) -> bool:
+        if self.agrees:
+            self.run.stopping = self.run.ranks.first(f"stopping before step {step}", lambda: self.run.stopping)
+        return self.run.stopping is not None
+
+    def is_due(self, step: int) -> bool:
         """Whether `step` steps in, an evaluation comes before the next one. The one at the end is not counted here."""
-        due = self.evaluation is not None and self.eval_every is not None and step % self.eval_every == 0
+        every = self.call.eval_every
+        due = self.evaluation is not None and every is not None and step % every == 0
         return due and 0 < step < self.steps
 
-    def _evaluate_what_was_missed(self, first: int, metrics: run_directory.Metrics, stop: StopRequest) -> None:
-        """A run that ended between a step and its evaluation makes up for it, so that the schedule is the same."""
-        if self._is_due(first) and all(values["step"] != first for values in self.run.evals):
-            self._evaluate(metrics, stop)
+    def is_saved(self, step: int) -> bool:
+        return self.call.save_every is not None and step % self.call.save_every == 0
 
-    def _evaluate(self, metrics: run_directory.Metrics, stop: StopRequest) -> None:
-        assert self.evaluation is not None
-        step = self.run.log.version
-        found = self.run.measure(self.evaluation, between=lambda: self._check_stop(stop), at=f"after {step} steps")
-        if found is None:  # a stop that all ranks have agreed on
-            self._check_stop(stop)
-            return
-        values = {"step": step, **found}
-        self.run.evals[:] = [known for known in self.run.evals if known["step"] != step] + [values]
-        metrics.write(**{("step" if k == "step" else f"eval_{k}"): v for k, v in values.items()})
+    def _is_looked_at(self, step: int) -> bool:
+        return self.is_due(step) or self.is_saved(step)
 
-    def _check_stop(self, stop: StopRequest) -> None:
+    def _consider_end(self) -> None:
+        """Ask for the end where the evaluations say that it is time."""
+        self.run.stopping = self.run.stopping or self.selection.why_over(self.run.evals) or None
+
+    def check_stop(self, stop: StopRequest) -> None:
         """Raise Stopped, on all ranks after the same step, where one of them was sent a signal."""
         stop.look()
         signum = self.run.ranks.stopped_by()
@@ -216,3 +264,76 @@ class Training:
             run_dir = self.run.run_dir
             where = "the run has no run_dir and cannot be resumed" if run_dir is None else f"resume it from {run_dir}"
             raise Stopped(signum, self.run.log.version, where)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What is done between steps: evaluations, exports, and what callbacks ask for."""
+
+    training: Training
+    metrics: run_directory.Metrics
+    shown: Progress
+    stop: StopRequest
+    history: list[dict[str, float]]
+
+    def at_missed_evaluation(self, first: int) -> None:
+        """A run that ended between a step and its evaluation makes up for it, so that the schedule is the same."""
+        if self.training.is_due(first) and all(values["step"] != first for values in self.training.run.evals):
+            self._evaluate()
+
+    def after_step(self, step: int) -> None:
+        """`step` steps are done."""
+        training, callbacks = self.training, self.training.callbacks
+        asked = callbacks.wants("evaluate") and training.evaluation is not None
+        if training.is_due(step) or asked:
+            self._evaluate()
+            training._consider_end()
+        if training.is_saved(step):
+            self._save(f"step-{step}")
+        if callbacks.wants("save"):
+            training.run.flush()
+            callbacks.saved()
+        if callbacks.wants("training_stop"):
+            training.run.stopping = training.run.stopping or "a callback asked for it"
+
+    def at_the_end(self) -> None:
+        training = self.training
+        known = {values["step"] for values in training.run.evals} if training.run.stopping is not None else set()
+        if training.evaluation is not None and training.run.log.version not in known:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        training, run = self.training, self.training.run
+        assert training.evaluation is not None
+        step = run.log.version
+        between = partial(training.check_stop, self.stop)
+        found = evaluated(run, training.evaluation, training.tokenizer, between, at=f"after {step} steps")
+        if found is None:  # a stop that all ranks have agreed on
+            training.check_stop(self.stop)
+            return
+        values = {"step": step, **found}
+        run.evals[:] = [known for known in run.evals if known["step"] != step] + [values]
+        named = {("step" if k == "step" else f"eval_{k}"): v for k, v in values.items()}
+        self.metrics.write(**named)
+        self.history.append(named)
+        best = training.selection.best(run.evals)
+        is_best = best is not None and best["step"] == step
+        self.shown.evaluated(values, is_best)
+        training.callbacks.evaluated(values)
+        if is_best and training.call.keep_best and run.opened.name is None:
+            self._save("best")
+
+    def _save(self, name: str) -> None:
+        training = self.training
+        assert training.save_dir is not None
+        path = training.save_dir / name
+        if not training.run.ranks.leads:
+            return
+        if name == "best" or not path.exists():  # a step that was exported before a resume is the same
+            training.save_dir.mkdir(parents=True, exist_ok=True)
+            save(training.run, path, training.given_tokenizer, overwrite=name == "best")
+        training.callbacks.saved()
+
+
+def _kept(record: StepRecord) -> dict[str, float]:
+    return {"step": record.step, "loss": record.loss, "grad": record.grad, "lr": record.lr, "skipped": record.skipped}

@@ -17,8 +17,10 @@ says so at every call.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +32,12 @@ from ..journal.learning_watch import LearningWatch
 from ..modules.modes import modes_kept
 from ..stream.slots import Traffic
 from ..stream.streamer import Streamer
+from ..system.closing import Closing
 from .passes import Passes
 from .session import Session
 from .stepper import Stepper
+
+_log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -167,3 +172,14 @@ class Whole:
             f"{what} in memory. The run is whole: close this engine and reopen it, "
             f"Engine.resume({str(self._run_dir)!r})"
         )
+
+
+def release_dropped(closing: Closing, door: Door, where: str) -> None:
+    """An engine was dropped: release what it has, if `close` was not called."""
+    if not len(closing) or door.is_forked:
+        return
+    warnings.warn(f"an engine ({where}) was dropped without close(): use `with Engine(...)`", ResourceWarning, 2)
+    try:
+        closing.close()
+    except Exception as error:  # nobody is there to raise to
+        _log.warning("an engine (%s) that was dropped without close(): %s", where, error)

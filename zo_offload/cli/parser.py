@@ -1,0 +1,306 @@
+"""What the command line takes: commands, their options, and config files. `command.py` has what they do.
+
+Most options are fields of dataclasses: `FitCall` (the run), `EngineConfig` (the engine), `Encoder` (the data), and the
+methods. They are read when their command is asked for: their classes import torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from ..errors import ConfigError
+from ..system.nearest import did_you_mean
+from . import views
+from .config_file import ConfigFile, read_config
+from .fields import Option, add_options_of, as_option, count, json_object, options_of, which_step
+
+IDENTITY = (
+    "storage", "keep", "compute", "mode", "rounding", "fold_every", "block_numel", "trainable", "seed", "num_labels",
+    "config_overrides",
+    "attn_implementation",
+)  # fmt: skip
+"""What numbers depend on: a run keeps it."""
+NOT_SETTINGS = ("num_labels", "attn_implementation")  # no field of EngineConfig
+_MODEL_ONLY = ("rounding", "fold_every", "order", "trainable", "snapshot_minutes", "snapshot_steps")  # of training
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, with the nearest name; nothing is abbreviated."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} ({self.prog} --help lists all)", file=sys.stderr)
+        sys.exit(2)
+
+    def known(self) -> dict[str, argparse.Action]:
+        """Options and arguments by their names in a config file."""
+        return {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
+
+    def unknown(self, extras: Sequence[str]) -> NoReturn:
+        """Refuse what was not understood."""
+        name = next((extra for extra in extras if extra.startswith("-")), extras[0]).partition("=")[0]
+        self.error(f"{name} is no option of it.{did_you_mean(name, self._option_string_actions)}")
+
+    def take(self, config: ConfigFile) -> None:
+        """The file's values in the place of what is not given. Raises ConfigError."""
+        known = self.known()
+        for name in config.values:
+            if name not in known:
+                raise ConfigError(f"{config.path}: {name!r} is no option of {self.prog}.{did_you_mean(name, known)}")
+        values = {name: as_option(known[name], value, f"{config.path}: {name}")
+                  for name, value in config.values.items()}  # fmt: skip
+        self.set_defaults(**values, method_record=config.method)
+
+
+def parse(argv: Sequence[str], run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.Namespace:
+    """The arguments of a command, with what runs it. run: by the command's name."""
+    from .. import __version__
+
+    parser = Parser(prog="zo-offload", description="Fine-tune models far larger than the device.")
+    parser.add_argument("--version", action="version", version=f"zo-offload {__version__}")
+    commands = parser.add_subparsers(
+        required=True, metavar=" | ".join([*_COMMANDS, "plot", "report"]), parser_class=Parser
+    )
+    asked = next(iter(argv), None)
+    chosen = parser
+    views.add_commands(commands)
+    for name, (about, add) in _COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about, usage=f"zo-offload {name} {_USAGE[name]}")
+        command.set_defaults(run=run[name])
+        if name == asked:
+            chosen, config = command, _config_of(argv)
+            add(command, argv, config)
+            if config is not None:
+                command.take(config)
+    if asked is not None and not asked.startswith("-") and asked not in commands.choices:
+        parser.error(f"{asked!r} is no command.{did_you_mean(asked, commands.choices)}")
+    args, extras = parser.parse_known_args(argv)
+    if extras:
+        chosen.unknown(extras)
+    for name, action in chosen.known().items():
+        if action.nargs == "?" and not action.option_strings and getattr(args, name) is None:
+            chosen.error(f"{action.metavar or name} is missing: {action.help}")
+    return args
+
+
+def _config_of(argv: Sequence[str]) -> ConfigFile | None:
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    path = early.parse_known_args(list(argv))[0].config
+    return None if path is None else read_config(path)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+_Add = Callable[[Parser, Sequence[str], ConfigFile | None], None]
+
+
+def _fit(fit: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
+    from ..journal.calls import FitCall
+
+    _model(fit, "checkpoint directory or cached hub id; with --resume, the run directory")
+    _base(fit)
+    fit.add_argument("--resume", action="store_true", default=None,
+                     help="continue the run in MODEL; what is not given (data, steps) is as it was")  # fmt: skip
+    fit.add_argument("--new-data", action="store_true", default=None,
+                     help="go on with other data than the run was begun with")  # fmt: skip
+    dry = "show what the data holds, and its first rows as the model will see them; no step"
+    fit.add_argument("--dry-run", action="store_true", default=None, help=dry)
+    fit.add_argument("--out", help="export the tuned checkpoint here: the last step, with --keep-best the best")
+    _merge(fit)
+    fit.add_argument("--patience", type=float, help="under torchrun: seconds to wait for another rank (learnt)")
+    fit.add_argument("--quiet", action="store_true", default=None, help="show no progress")
+    run = fit.add_argument_group("run", "how long, how it is evaluated, and what is kept")
+    add_options_of(run, options_of(FitCall, {"data": {"type": str}, "eval_data": {"type": str}} | _COUNTS, lists=False))
+    _engine(fit)
+    _data(fit)
+    _methods(fit, argv, config)
+
+
+def _plan(plan: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
+    _model(plan, "checkpoint directory, config.json, or a size such as opt-175b")
+    plan.add_argument("--tokens", type=count, help="tokens a row: 512, or as many as the model takes")
+    plan.add_argument("--batch-size", type=count, default=1, help="rows (default: 1)")
+    plan.add_argument("--micro-batches", type=count, default=1, help="parts a batch is cut into (default: 1)")
+    link = "GB/s that blocks move at (default: measured; of a GPU that is not here, 25 each way)"
+    plan.add_argument("--link", type=float, help=link)
+    _engine(plan)
+    _methods(plan, argv, config)
+
+
+def _rate(rate: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
+    _model(rate, "checkpoint directory or cached hub id")
+    rate.add_argument("--data", help="training data, as fit takes it")
+    rates = "learning rates (default: a tenth to ten times the method's)"
+    rate.add_argument("--rates", type=float, nargs="+", help=rates)
+    rate.add_argument("--steps", type=count, default=20, help="steps at each rate (default: 20)")
+    rate.add_argument("--batch-size", type=count, help="rows a step (default: the method's)")
+    rate.add_argument("--micro-batches", type=count, help="parts a batch is cut into (default: 1)")
+    _engine(rate)
+    _data(rate)
+    _methods(rate, argv, config)
+
+
+def _basis(basis: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
+    _opens(basis)
+    basis.add_argument("--data", help="rows of the task: the first batch of them is looked at")
+    basis.add_argument("--batch-size", type=count, default=16, help="rows of that batch (default: 16)")
+    basis.add_argument("--rank", type=count, default=4, help="directions a layer (default: 4)")
+    basis.add_argument("--layers", nargs="+", help="globs of the layers meant (default: all but the vocabulary's head)")
+    basis.add_argument("--out", help="fresh directory for it: an adapter of peft's that is 0 yet")
+    _data(basis)
+
+
+def _eval(evaluate: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
+    _opens(evaluate)
+    evaluate.add_argument("--data", help="what to evaluate on; of a run that has --eval-data, that")
+    evaluate.add_argument("--batch-size", type=count, help="rows at a time (default: a run's, else 16)")
+    evaluate.add_argument("--eval-rows", type=count, help="so many rows, chosen by the seed (default: all)")
+    evaluate.add_argument("--step", type=which_step, help="of a run: this step, or best (default: the last)")
+    shots = "a table: with so many demonstrations before each prompt; of a run, its base too"
+    evaluate.add_argument("--shots", type=int, nargs="+", metavar="N", help=shots)
+    evaluate.add_argument("--demonstrations", help="where they are from (default: a task's train split, a run's data)")
+    _data(evaluate)
+
+
+def _generate(generate: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
+    _opens(generate)
+    generate.add_argument("--prompt", nargs="+", help="texts to be continued")
+    generate.add_argument("--max-new-tokens", type=count, default=32, help="at most so many (default: 32)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token each time")
+
+
+def _export(export: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
+    _opens(export)
+    export.add_argument("--out", help="directory to write")
+    _merge(export)
+    export.add_argument("--step", type=which_step, help="of a run: this step, or best (default: the last)")
+    export.add_argument("--max-shard", default="5GB", help="bytes a file at most (default: 5GB)")
+
+
+def _replay(replay: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
+    replay.add_argument("base", nargs="?", help="the checkpoint that the run began with")
+    replay.add_argument("journal", nargs="?", help="journal.zoj, or the run directory")
+    replay.add_argument("--to", type=int, help="steps to take (default: all)")
+    replay.add_argument("--out", help="directory to write")
+    _merge(replay)
+    replay.add_argument("--adapter", metavar="DIR", help="the adapter that the run began with, if it was moved")
+    replay.add_argument("--max-shard", default="5GB", help="bytes a file at most (default: 5GB)")
+    replay.add_argument("--overwrite", action="store_true", help="write into a directory that is not empty")
+    replay.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base")
+    _own_class(replay)
+    _config(replay)
+
+
+def _journal(journal: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
+    journal.add_argument("action", nargs="?", choices=["show", "check", "cut", "csv"], help="show, check, cut or csv")
+    journal.add_argument("path", nargs="?", help="journal.zoj, or the run directory (its blocks are seen to then)")
+    journal.add_argument("--last", type=int, default=10, help="show: how many steps (default: 10)")
+    journal.add_argument("--to", type=int, help="cut: how many steps to keep")
+
+
+def _nothing(command: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
+    """No options."""
+
+
+_COMMANDS: dict[str, tuple[str, _Add]] = {
+    "fit": ("fine-tune a checkpoint, or go on with a run", _fit),
+    "plan": ("what a run would take: blocks, memory, traffic; reads no weights", _plan),
+    "methods": ("what each method costs a step, and the recipes there are", _nothing),
+    "rate": ("a few steps at each of several learning rates; trains nothing to keep", _rate),
+    "basis": ("directions that a model's layers are given inputs in, for --adapter", _basis),
+    "eval": ("loss and accuracy of a checkpoint or a run", _eval),
+    "generate": ("text from a checkpoint or a run; one pass of the weights a token", _generate),
+    "export": ("a run's weights as a checkpoint for plain transformers", _export),
+    "replay": ("the weights of any step, from the base and a journal alone", _replay),
+    "journal": ("show, check or cut a journal, or print it as CSV", _journal),
+    "doctor": ("what is installed here, and whether a tiny step works", _nothing),
+}
+
+
+_USAGE = {
+    "fit": "MODEL --data FILE [--run-dir DIR] [options]", "plan": "MODEL [options]",
+    "methods": "", "rate": "MODEL --data FILE [options]", "basis": "MODEL --data FILE --out DIR [options]",
+    "eval": "MODEL --data FILE [options]", "generate": "MODEL --prompt TEXT ... [options]",
+    "export": "RUN --out DIR [options]", "replay": "BASE JOURNAL --out DIR [options]",
+    "journal": "show | check | cut | csv JOURNAL [options]", "doctor": "",
+}  # fmt: skip
+
+
+# ---- options that commands share -------------------------------------------------------------------------------------
+
+_COUNTS = {name: {"type": count} for name in ("steps", "batch_size", "micro_batches", "eval_every", "save_every",
+                                              "log_every")}  # fmt: skip
+
+
+def _model(command: Parser, text: str) -> None:
+    command.add_argument("model", nargs="?", metavar="MODEL", help=text)
+    _config(command)
+
+
+def _config(command: Parser) -> None:
+    command.add_argument("--config", metavar="FILE", help="options by name, in YAML or JSON, or a run's config.json")
+
+
+def _opens(command: Parser) -> None:
+    """A checkpoint or a run that is opened, and not trained."""
+    _model(command, "checkpoint or run directory")
+    _base(command)
+    _own_class(command)
+    _engine(command, without=_MODEL_ONLY)
+
+
+def _engine(command: Parser, without: Sequence[str] = ()) -> None:
+    from ..config import EngineConfig
+
+    group = command.add_argument_group("engine", "where weights live, and how they are stored and computed")
+    given: dict[str, dict[str, Any]] = {
+        "keep": {"nargs": "+"}, "trainable": {"nargs": "+"},
+        "config_overrides": {"type": json_object, "metavar": "JSON"},
+        "adapter": {"type": str, "metavar": "DIR|SETTINGS"},
+        **{name: {"type": count} for name in ("fold_every", "num_slots", "block_numel", "io_threads", "threads",
+                                              "snapshot_steps")},
+    }  # fmt: skip
+    options: dict[str, Option] = options_of(EngineConfig, given)
+    add_options_of(group, {name: option for name, option in options.items() if name not in without})
+    group.add_argument("--model-class", help="such as AutoModelForSequenceClassification")
+    group.add_argument("--lora", metavar="RANK", type=int, help="train a new LoRA adapter; the rest stays as it is")
+    attention = "such as eager or sdpa, instead of the model's own choice"
+    group.add_argument("--attn-implementation", help=attention)
+    group.add_argument("--num-labels", type=count, help="classes of a new head, instead of config.json's")
+    tokenizer = "directory or cached hub id, where the checkpoint has none or another is meant"
+    group.add_argument("--tokenizer", help=tokenizer)
+
+
+def _data(command: Parser) -> None:
+    from ..data.encode import Encoder
+
+    group = command.add_argument_group("data", "what rows become")
+    options = options_of(Encoder, {"max_length": {"type": count}})
+    hidden = ("own_objective", "version")
+    add_options_of(group, {name: option for name, option in options.items() if name not in hidden})
+
+
+def _methods(command: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
+    from .method_options import add_options
+
+    method = None if config is None else config.values.get("method")
+    add_options(command, argv, method if isinstance(method, str) else None)
+
+
+def _own_class(command: Parser) -> None:
+    command.add_argument("--method", metavar="FILE.py:CLASS", help="of a run: your own class that it was made with")
+
+
+def _merge(command: Parser) -> None:
+    text = "of an adapter: export the whole model, with it in it"
+    command.add_argument("--merge", action="store_true", default=None, help=text)
+
+
+def _base(command: Parser) -> None:
+    command.add_argument("--base", help="of a run: where its base checkpoint is now, if it was moved")

@@ -1,0 +1,235 @@
+"""Tasks: what a data set's files hold, the prompt that is made of a row, and how answers are scored, in one TOML file.
+
+    about = "..."
+    [files]                         # by split: names looked for in the folder, in order
+    train = ["train.jsonl"]
+    dev = ["val.jsonl", "dev.jsonl"]
+    [read]
+    format = "jsonl"                # jsonl, json, tsv, csv, trees, trec; default: by the file's suffix
+    each = ["passage.questions"]    # a row for each element of this list in a record, and of the next one in that
+    skip = { gold_label = ["-"] }   # records that are left out
+    [columns]                       # of a row: where in the record they stand; default: the record's own
+    text = "passage.text"
+    label = ["label", "answer"]     # the first of these that is there
+    link = { path = "question", map = { cause = "because", effect = "so" } }
+    [prompt]                        # options of the data, as `fit` takes them: template, verbalizers, loss, ...
+    [score]                         # generate = true: texts are generated and compared with those in column `answers`
+
+The papers' tasks are in papers/; a task of one's own is a path to such a file. A name is found in the innermost element
+of `each` that has it; "answers.0.text" is the first one's, "answers.*.text" a list of all.
+"""
+
+from __future__ import annotations
+
+import random
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..system.nearest import did_you_mean
+from .task_files import FORMATS, read_records
+
+PAPERS = Path(__file__).parent / "papers"
+_SECTIONS: dict[str, set[str] | None] = {
+    "about": None, "files": None, "columns": None, "read": {"format", "each", "skip"},
+    "prompt": {"template", "verbalizers", "label_column", "target_column", "loss", "max_length", "text_column"},
+    "score": {"generate", "answers", "max_new_tokens"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Texts are generated, greedily, and compared with the row's answers by exact match and F1 over words."""
+
+    answers: str
+    """Column of the right answers, a text or a list of them."""
+    max_new_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class DataTask:
+    """A task's file. See the module's docstring."""
+
+    name: str
+    about: str
+    files: Mapping[str, Sequence[str]]
+    prompt: Mapping[str, Any]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    format: str | None = None
+    each: Sequence[str] = ()
+    skip: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    scoring: Scoring | None = None
+
+    def rows(self, path: str | Path, split: str) -> list[dict[str, Any]]:
+        """The rows of one split of a folder, or of a file. Raises DataError with the file and the row."""
+        file = self._file(Path(path).expanduser(), split)
+        rows: list[dict[str, Any]] = []
+        for number, record in enumerate(read_records(file, self.format)):
+            where = f"{file} record {number}"
+            for scope in _elements(record, list(self.each), where):
+                if not any(_look(scope, name, where) in values for name, values in self.skip.items()):
+                    rows.append(self._row(scope, where))
+        if not rows:
+            raise DataError(f"{file} holds no rows for task {self.name!r}.")
+        return rows
+
+    def has(self, path: str | Path, split: str) -> bool:
+        """Whether a folder has that split."""
+        folder = Path(path).expanduser()
+        return folder.is_dir() and any((folder / name).is_file() for name in self.files.get(split, ()))
+
+    def _file(self, path: Path, split: str) -> Path:
+        if path.is_file():
+            return path
+        if not path.is_dir():
+            raise DataError(f"{path} does not exist: task {self.name!r} reads a folder with its files, or one of them.")
+        names = list(self.files.get(split, ()))
+        if not names:
+            raise DataError(f"task {self.name!r} has no {split} split: there are {', '.join(self.files)}.")
+        found = next((path / name for name in names if (path / name).is_file()), None)
+        if found is None:
+            raise DataError(f"{path} has no {' or '.join(names)}, which task {self.name!r} reads as {split}.")
+        return found
+
+    def _row(self, scope: list[Any], where: str) -> dict[str, Any]:
+        if not self.columns:
+            return dict(scope[-1])
+        return {name: _column(scope, place, where) for name, place in self.columns.items()}
+
+
+def find_task(name: str) -> DataTask:
+    """A paper's task by its name, or one's own by the path of its file. Raises DataError."""
+    path = Path(name).expanduser()
+    if path.suffix != ".toml":
+        path = PAPERS / f"{name}.toml"
+        if not path.is_file():
+            known = task_names()
+            raise DataError(f"task={name!r} is not known.{did_you_mean(name, [*known, *KINDS])} There are "
+                            f"{', '.join(KINDS)}, {', '.join(known)}, and your own as FILE.toml.")  # fmt: skip
+    try:
+        found = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise DataError(f"task={name!r} cannot be read: {error}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"task={name!r} is not TOML: {error}.") from error
+    return _made(path, found)
+
+
+KINDS = ("auto", "lm", "classification", "prompt")
+"""What `task` may say besides a task's name: what a text is learned as."""
+
+
+def task_of(task: str | None) -> DataTask | None:
+    """The data task that an option `task` names; None where it says what a text is learned as."""
+    return None if task is None or task in KINDS else find_task(task)
+
+
+def task_names() -> list[str]:
+    return sorted(path.stem for path in PAPERS.glob("*.toml"))
+
+
+def _made(path: Path, found: Mapping[str, Any]) -> DataTask:
+    for section, values in found.items():
+        if section not in _SECTIONS:
+            raise DataError(f"{path}: [{section}] is no part of a task.{did_you_mean(section, _SECTIONS)}")
+        known = _SECTIONS[section]
+        for key in () if known is None else values:
+            if known is not None and key not in known:
+                raise DataError(f"{path}: [{section}] has no {key!r}.{did_you_mean(key, known)}")
+    read, score = found.get("read", {}), found.get("score", {})
+    if (form := read.get("format")) is not None and form not in FORMATS:
+        raise DataError(f"{path}: format={form!r}: choose one of {', '.join(FORMATS)}.{did_you_mean(form, FORMATS)}")
+    for section in ("files", "prompt"):
+        if not isinstance(found.get(section), Mapping):
+            raise DataError(f"{path}: [{section}] is missing.")
+    scoring = Scoring(score["answers"], score.get("max_new_tokens", 32)) if score.get("generate") else None
+    files = {split: [names] if isinstance(names, str) else list(names) for split, names in found["files"].items()}
+    return DataTask(
+        path.stem, found.get("about", ""), files, found["prompt"], found.get("columns", {}), form,
+        read.get("each", ()), read.get("skip", {}), scoring,
+    )  # fmt: skip
+
+
+def sampled(rows: Sequence[Any], count: int | None, seed: int, what: str = "rows") -> Sequence[Any]:
+    """So many of the rows, chosen by the seed, in their own order; None: all. Raises DataError if there are fewer."""
+    if count is None or count == len(rows):
+        return rows
+    if not 0 < count <= len(rows):
+        raise DataError(f"{count} {what} were asked for, and there are {len(rows)}.")
+    chosen = random.Random(f"{what} {seed}").sample(range(len(rows)), count)
+    return [rows[i] for i in sorted(chosen)]
+
+
+# ---- records into rows -----------------------------------------------------------------------------------------------
+
+
+def _elements(record: Any, each: list[str], where: str, scope: tuple[Any, ...] = ()) -> Iterator[list[Any]]:
+    """The record with one element of each list in it, innermost last."""
+    scope = (*scope, record)
+    if not each:
+        yield list(scope)
+        return
+    found = record if each[0] == "*" else _look(list(scope), each[0], where)
+    for element in found.values() if isinstance(found, Mapping) else found:
+        yield from _elements(element, each[1:], where, scope)
+
+
+_ABSENT = object()
+
+
+def _look(scope: Sequence[Any], path: str, where: str) -> Any:
+    """What stands at a path in the innermost element that has it. Raises DataError."""
+    for element in reversed(scope):
+        found = _at(element, path.split("."))
+        if found is not _ABSENT:
+            return found
+    names = sorted({str(name) for element in scope if isinstance(element, Mapping) for name in element})
+    raise DataError(f"{where} has no {path!r}: there are {', '.join(names)}.")
+
+
+def _at(value: Any, parts: Sequence[str]) -> Any:
+    if not parts:
+        return value
+    part, rest = parts[0], parts[1:]
+    if part == "*" and isinstance(value, list):
+        return [_at(item, rest) for item in value]
+    if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+        return _at(value[int(part)], rest)
+    return _at(value[part], rest) if isinstance(value, Mapping) and part in value else _ABSENT
+
+
+def _column(scope: list[Any], place: Any, where: str) -> Any:
+    """A column's value: at a path, at the first of several, or as a table says."""
+    if isinstance(place, str):
+        return _look(scope, place, where)
+    if isinstance(place, list):
+        for path in place[:-1]:
+            if any(_at(element, path.split(".")) is not _ABSENT for element in scope):
+                return _look(scope, path, where)
+        return _look(scope, place[-1], where)
+    of_drop = "drop_answer" in place
+    found = _look(scope, place["drop_answer" if of_drop else "path"], where)
+    value: Any = _drop_answer(found) if of_drop else found
+    if "slice_of" in place:  # characters from start to end, the last one included
+        text = _look(scope, place["slice_of"], where)
+        value = list(dict.fromkeys(text[span["start"] : span["end"] + 1] for span in value))
+    if "minus" in place:  # what is right too must not count as wrong
+        others = _look(scope, place["minus"], where)
+        value = [item for item in value if item not in others[1:] or item == others[0]]
+    if "map" in place:
+        if str(value) not in place["map"]:
+            raise DataError(f"{where}: {place['path']}={value!r}, and the task knows {', '.join(place['map'])}.")
+        value = place["map"][str(value)]
+    if "prefix" in place:  # an answer goes on where its prompt ends
+        value = f"{place['prefix']}{value}"
+    return [value] if place.get("list") else value
+
+
+def _drop_answer(answer: Mapping[str, Any]) -> str:
+    """DROP's number, spans or date as a text."""
+    date = answer.get("date") or {}
+    parts = [date.get(name) or "" for name in ("day", "month", "year")]
+    return answer.get("number") or ", ".join(answer.get("spans") or ()) or " ".join(part for part in parts if part)

@@ -1,0 +1,67 @@
+"""Which of a run's evaluations is the best, and whether it is time to stop: functions of the evaluations alone.
+
+So a resumed run has the best step, and stops, where one that was never stopped would.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+
+_SMALLER = ("loss", "perplexity", "error", "wer", "cer", "mse", "rmse", "mae")  # what a name ends with
+
+Values = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """metric: its name, with or without "eval_"; None: accuracy where there is one, else loss. patience: evaluations
+    without a better one before `why_over` says so; 0: never."""
+
+    metric: str | None = None
+    patience: int = 0
+
+    def name(self, values: Values) -> str:
+        """The metric among those of an evaluation. ConfigError if it is none of them."""
+        names = [name for name in values if name != "step"]
+        wanted = None if self.metric is None else self.metric.removeprefix("eval_")
+        if wanted is None:
+            return "accuracy" if "accuracy" in names else "loss"
+        if wanted not in names:
+            near = difflib.get_close_matches(wanted, names, 1)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"metric={self.metric!r}: an evaluation gives {', '.join(names)}. {hint}The run can be "
+                              "resumed with another metric")  # fmt: skip
+        return wanted
+
+    def best(self, evals: Sequence[Values]) -> Values | None:
+        """The best evaluation, of equal ones the first; None where there is none that is a number."""
+        best: Values | None = None
+        for values in evals:
+            name = self.name(values)
+            if values[name] == values[name] and (best is None or self.is_better(name, values, best)):
+                best = values
+        return best
+
+    @staticmethod
+    def is_better(name: str, values: Values, than: Values) -> bool:
+        larger = larger_is_better(name)
+        return values[name] > than[name] if larger else values[name] < than[name]
+
+    def why_over(self, evals: Sequence[Values]) -> str:
+        """Why the run should stop now; "" if it should not."""
+        best = self.best(evals)
+        if not self.patience or best is None:
+            return ""
+        since = sum(values["step"] > best["step"] for values in evals)
+        if since < self.patience:
+            return ""
+        name = self.name(best)
+        return f"no {name} better than {best[name]:.4g}, of step {int(best['step'])}, in {since} evaluations"
+
+
+def larger_is_better(name: str) -> bool:
+    return not name.endswith(_SMALLER)

@@ -1,0 +1,103 @@
+"""An evaluation: what the lanes measure, and for tasks whose answers are generated, how those compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..data.answers import exact_match, f1
+from ..data.batches import Batches, RowBatches
+from ..data.encode import IGNORED
+from ..data.tasks import Scoring, task_of
+from ..devices.placing import as_inputs, input_dtype
+from ..errors import DataError
+from ..journal.calls import FitCall
+from .active import Run
+from .generation import check_generates, texts_after
+
+
+def evaluated(
+    run: Run, batches: Batches, tokenizer: Callable[[], Any], between: Callable[[], None] = lambda: None, *,
+    at: str | None = None,
+) -> dict[str, float] | None:  # fmt: skip
+    """Loss, accuracy and metrics of `batches`; "em" and "f1" too where texts are generated. between: called before each
+    batch; at: see `Passes.measure`, which says when there is None."""
+    values = run.measure(batches, between=between, at=at)
+    if values is None or batches.scoring is None:
+        return values
+    return {**values, **_generated(run, batches, batches.scoring, tokenizer(), between)}
+
+
+def _generated(
+    run: Run, batches: Batches, scoring: Scoring, tokenizer: Any, between: Callable[[], None]
+) -> dict[str, float]:
+    """Exact match and F1, means over the rows, of what the model says greedily up to the end of a line."""
+    check_generates(run.opened.model)
+    assert isinstance(batches, RowBatches)
+    model: Any = run.opened.model
+
+    def generate(inputs: dict[str, Any], **options: Any) -> Any:
+        placed = as_inputs(inputs, input_dtype(model))
+        return run.forward(placed, lambda _, batch: model.generate(**batch, **options))
+
+    sums = {"em": 0.0, "f1": 0.0}
+    for begin in range(0, len(batches.rows), batches.batch_size):
+        between()
+        rows = [batches.rows[i] for i in range(begin, min(begin + batches.batch_size, len(batches.rows)))]
+        prompts = [_prompt_of(batches, row, f"{batches.name} row {begin + i}") for i, row in enumerate(rows)]
+        said = texts_after(model, tokenizer, prompts, generate, max_new_tokens=scoring.max_new_tokens, do_sample=False)
+        for i, (text, row) in enumerate(zip(said, rows, strict=True)):
+            answers = row.get(scoring.answers)
+            answers = [answers] if isinstance(answers, str) else answers
+            if not answers:
+                raise DataError(f"{batches.name} row {begin + i} has no answers in {scoring.answers!r}.")
+            line = next((line for line in text.split("\n") if line.strip()), "")
+            sums["em"] += exact_match(line, answers)
+            sums["f1"] += f1(line, answers)
+    return {name: value / len(batches.rows) for name, value in sums.items()}
+
+
+def _prompt_of(batches: RowBatches, row: Any, where: str) -> list[int]:
+    """A row's tokens without its answer, as they are in training."""
+    encoded = batches.encoder(row, where, "")
+    ids: list[int] = list(encoded["input_ids"])
+    if batches.encoder.kind.name == "seq2seq":
+        return ids
+    answer = sum(label != IGNORED for label in encoded["labels"])
+    return ids[: len(ids) - answer]
+
+
+def with_defaults(call: FitCall, run: Run) -> FitCall:
+    """A new run's call of `fit`, with what a task or a published recipe asks for and the call does not say.
+
+    A task of a folder is evaluated on its dev split. Of both the best step is kept, where there is an evaluation and a
+    base to make it from; a recipe's loss is over the verbalizers, if those are the same for all rows. Raises DataError.
+    """
+    task, options = task_of(call.options.get("task")), dict(call.options)
+    if task is not None and str(options["task"]).endswith(".toml"):  # the process may change its directory
+        options["task"] = str(Path(options["task"]).expanduser().absolute())
+    if run.last_fit is not None:
+        return replace(call, options=options)
+    is_recipe = run.method.tunes is not None
+    if (
+        task is not None
+        and call.eval_data is None
+        and isinstance(call.data, (str, Path))
+        and task.has(call.data, "dev")
+    ):
+        call = replace(call, eval_data=call.data)
+    if is_recipe and task is None and _are_fixed(options.get("verbalizers")):
+        options.setdefault("loss", "options")
+    can_keep = run.opened.name is not None and run.run_dir is not None and call.eval_data not in (None, False)
+    if (is_recipe or task is not None) and can_keep and call.keep_best is None:
+        metric = call.metric or ("f1" if task is not None and task.scoring is not None else None)
+        call = replace(call, keep_best=True, metric=metric)
+    return replace(call, options=options)
+
+
+def _are_fixed(verbalizers: Any) -> bool:
+    """Whether verbalizers are given, and name no columns."""
+    words = verbalizers.values() if isinstance(verbalizers, Mapping) else verbalizers
+    return words is not None and not isinstance(words, str) and not any("{" in str(word) for word in words)

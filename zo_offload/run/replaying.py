@@ -1,0 +1,153 @@
+"""The weights of an earlier step, from the base and a journal: a run whose blocks are made when they are asked for.
+
+A block is read from the base and brought to the last fold in one pass over it; nothing is written. Memory: two blocks
+and what one forward takes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import EngineConfig
+from ..data.losses import model_loss
+from ..errors import ConfigError, JournalError
+from ..journal import run_directory
+from ..journal.format import Contents
+from ..journal.gains import gains_of
+from ..journal.identity import check_identity, check_sample
+from ..journal.journal import Journal
+from ..kernels.records import Gains
+from ..numerics.updates import UpdateLog
+from ..plan.layout import Layout
+from ..plan.plan import Plan
+from ..stream.ingest import Base, Filler
+from ..stream.slots import WindowSize
+from ..stream.streamer import Streamer
+from .active import Run
+from .opening import Opened, open_model
+from .session import Session, identity_of
+from .stepper import make_stepper
+
+
+def replayed_run(
+    base: str | Path | nn.Module, contents: Contents, where: str, *, to: int | None = None, **options: Any
+) -> Run:
+    """A run at the weights after `to` steps of a journal's contents (default: all). See `replay.replayed`."""
+    header, steps = contents.header, contents.steps
+    to = len(steps) if to is None else to
+    if not 0 <= to <= len(steps):
+        raise ConfigError(f"step {to} was asked for; {where} holds {len(steps)}")
+    if not isinstance(header.get("settings"), dict) or not isinstance(header.get("method"), dict):
+        raise JournalError(f"{where}: the header lacks settings or method")
+    run_directory.check_settings(header["settings"], where)
+    settings = run_directory.with_mode(header["settings"], header.get("model"))
+    settings |= {"offload": "auto", "device_memory": None, "num_slots": None, "prefetch": None}
+    passed: dict[str, Any] = {k: options.pop(k, None) for k in ("objective", "example", "method")}
+    opened = open_model(
+        base, run_directory.make_method(header["method"], passed["method"]),
+        EngineConfig(**{**settings, **options, "run_dir": None}), example=passed["example"],
+        model_class=None if isinstance(base, nn.Module) else header.get("model_class"), fresh=False, offload="disk",
+    )  # fmt: skip
+    log = UpdateLog()
+    for record in steps[:to]:
+        log.append(record.updates)
+    objective = model_loss if passed["objective"] is None else passed["objective"]
+    begin = partial(_begin, opened, header, log, where)
+    return Run(opened, objective, begin, example=passed["example"], replays=True)
+
+
+def _begin(
+    opened: Opened, header: dict[str, Any], log: UpdateLog, where: str, admit: Callable[[Journal], None]
+) -> Session:
+    """The session of a replay: nothing is written, and blocks are made of the base as they are asked for."""
+    check_identity(identity_of(opened, str(header.get("base"))), header)
+    check_sample(opened.base, header)
+    gains = gains_of(header, opened.prepared.plan, where)
+
+    def check() -> None:
+        check_identity({"base": opened.base.digest()}, header)
+
+    return Session(
+        ReplayTier(opened, log, gains, check), make_stepper(opened.prepared, opened.device, log, None, gains), gains
+    )
+
+
+class _BaseTier:
+    """Blocks as the base has them, at version 0; keeps the one that was brought up to date last."""
+
+    in_memory = False
+
+    def __init__(self, plan: Plan, layout: Layout, base: Base) -> None:
+        self._layout, self._filler = layout, Filler(plan, layout, base)
+        self.held, self.data = -1, torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def fetch(self, block: int, out: Tensor, start: int = 0) -> None:
+        self.held, self.data = -1, torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.data = torch.zeros(self._layout.block_bytes[block], dtype=torch.uint8, device="cpu")
+        self._filler.fill(block, self.data)
+        self.held = block
+        out.copy_(self.data[start : start + out.numel()])
+
+    def flush(self, block: int, data: Tensor, spans: tuple[tuple[int, int], ...], version: int) -> None:
+        assert block == self.held
+        self.data.copy_(data)
+
+    def version(self, block: int) -> int:
+        return 0
+
+    def view(self, block: int) -> Tensor | None:
+        return None
+
+    def close(self) -> None:
+        self.held, self.data = -1, torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+class ReplayTier:
+    """A tier whose blocks are made when they are fetched, at the log's last fold. Read-only.
+
+    check: called once all blocks have been made, so the base has been read: raises if it was not the journal's.
+    """
+
+    in_memory = False
+
+    def __init__(self, opened: Opened, log: UpdateLog, gains: Gains, check: Callable[[], None]) -> None:
+        prepared = opened.prepared
+        plan, layout, config = prepared.plan, prepared.layout, prepared.config
+        self._layout, self._log, self._check = layout, log, check
+        self._source = _BaseTier(plan, layout, opened.base)
+        self._streamer = Streamer(
+            plan, layout, self._source, opened.device, log, window=WindowSize(1, 0, frozenset(), 0),
+            fold_every=prepared.fold_every, noise=prepared.method.noise, rounding=config.rounding, gains=gains,
+            threads=config.threads,
+        )  # fmt: skip
+        self._made: set[int] = set()
+        self._lock = threading.Lock()
+
+    def fetch(self, block: int, out: Tensor, start: int = 0) -> None:
+        with self._lock:
+            if self._source.held != block:
+                self._streamer.bring(block)
+                self._made.add(block)
+                if len(self._made) == len(self._layout.block_bytes):
+                    self._check()
+            out.copy_(self._source.data[start : start + out.numel()])
+
+    def flush(self, block: int, data: Tensor, spans: tuple[tuple[int, int], ...], version: int) -> None:
+        raise AssertionError("nothing changes a replayed block")
+
+    def version(self, block: int) -> int:
+        return self._log.folded if block in self._layout.written else 0
+
+    def view(self, block: int) -> Tensor | None:
+        return None
+
+    def close(self) -> None:
+        self._streamer.close()
+        self._source.close()

@@ -1,0 +1,78 @@
+"""A run's weights as a checkpoint for plain transformers, and which of its steps they are of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from ..checkpoint.checkpoint import save_pretrained
+from ..errors import ConfigError
+from ..journal import run_directory
+from ..journal.format import load_journal
+from ..journal.selection import Selection
+from ..kernels.records import STILL
+from ..lanes.hub import Lane
+from ..system.units import parse_bytes
+from .active import Run
+from .replaying import replayed_run
+
+Which = int | Literal["best"]
+
+
+def save(
+    run: Run, directory: Path, tokenizer: Any, *, max_shard_bytes: int | float | str = 5e9, overwrite: bool = False,
+    merge: bool = False,
+) -> list[Path]:  # fmt: skip
+    """Write the current weights; see `Engine.save_pretrained`."""
+    if wrong := run.opened.cannot_be_saved(merge):
+        raise ConfigError(wrong)
+    run.flush()
+    with run.work() as parts:
+        whole = run.opened.merged(parts.streamer.reader) if merge else None
+        names = list(run.plan.params) if whole is None else whole.names
+        return save_pretrained(
+            directory, model=run.opened.model if whole is None else whole.model, names=names,
+            weights=whole or parts.streamer.reader, checkpoint=run.opened.checkpoint,
+            max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")), overwrite=overwrite,
+            tokenizer=tokenizer,
+            run=lambda call: parts.passes.forward([Lane(STILL, {})], lambda *_: call(), exact=True)[0],
+        )  # fmt: skip
+
+
+def known_evals(run: Run) -> list[dict[str, float]]:
+    """All evaluations so far, of a run that is not under way too."""
+    if run.session is not None or run.run_dir is None:
+        return run.evals
+    return run_directory.evaluations(run.run_dir / run_directory.METRICS)
+
+
+def step_of(run: Run, which: Which) -> int:
+    """A step by its number, or the best evaluated one. Raises ConfigError."""
+    if which != "best":
+        return which
+    evals = known_evals(run)
+    best = Selection((run.last_fit or {}).get("metric")).best(evals)
+    if best is None:
+        raise ConfigError(f"step='best': {run.run_dir or 'the run'} has no evaluations; fit with eval_data=")
+    return int(best["step"])
+
+
+def at_step(run: Run, which: Which) -> Run:
+    """The same run at an earlier step, made from its base and journal; it does not train. Raises ConfigError."""
+    step = step_of(run, which)
+    if run.opened.name is None:
+        raise ConfigError(
+            "a model that was given in memory has no base to make an earlier step from: fit(keep_best=True, "
+            "save_dir=...) exports its best step when it is there"
+        )
+    if run.run_dir is None:
+        raise ConfigError("an earlier step is made from the journal, and the run has no run_dir=")
+    if run.parts is not None:
+        run.flush()
+    path, config = run.run_dir / run_directory.JOURNAL, run.config
+    method = None if run.method.own() else run.method
+    return replayed_run(
+        run.opened.name, load_journal(path), str(path), to=step, objective=run.objective, method=method,
+        **({"adapter": config.adapter} if config.adapter is not None else {}), device=config.device,
+        threads=config.threads, trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
