@@ -77,7 +77,8 @@ def test_in_16_bits_folding_keeps_more_of_small_updates():
 def test_flushes_drop_by_the_factor(offload, tmp_path):
     def flushed(fold_every):
         run_dir = tmp_path / f"{offload}{fold_every}"
-        with Engine(tiny_llama(), method=METHOD, offload=offload, run_dir=run_dir, fold_every=fold_every) as engine:
+        settings = dict(offload=offload, num_slots=3, run_dir=run_dir, fold_every=fold_every)
+        with Engine(tiny_llama(), method=METHOD, **settings) as engine:
             result = engine.fit(batches(), steps=16)
             lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
             assert lines[-1]["fetch_bytes"] <= result.fetch_bytes and lines[-1]["flush_bytes"] <= result.flush_bytes
