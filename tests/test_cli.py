@@ -143,7 +143,7 @@ def test_plan_of_a_directory_and_of_a_config(name, files, capsys):
 
 
 def test_plan_of_a_size(capsys):
-    assert call("plan", "opt-175b", "--storage", "bf16", "--tokens", 256) == 0
+    assert call("plan", "opt-175b", "--storage", "bf16", "--tokens", 256, "--batch-size", 1) == 0
     text = capsys.readouterr().out
     assert "174.604 G parameters" in text and "stored as bf16: 349.21 GB in 3084 blocks" in text
     (layers,) = [line.split() for line in text.splitlines() if line.startswith("model.decoder.layers.0 .. 95 ")]
@@ -164,7 +164,9 @@ def test_plan_for_a_gpu_that_is_not_there(capsys):
     """16-bit activations, half of the CPU's, and the context by its name."""
     texts = {}
     for device in ("cpu", "cuda"):
-        assert call("plan", "opt-1.3b", "--storage", "bf16", "--tokens", 2048, "--device", device) == 0
+        assert (
+            call("plan", "opt-1.3b", "--storage", "bf16", "--tokens", 2048, "--batch-size", 1, "--device", device) == 0
+        )
         texts[device] = capsys.readouterr().out
     on_cpu, on_gpu = (activations_in(texts[device]) for device in ("cpu", "cuda"))
     assert on_cpu.endswith("MB") and on_gpu.endswith("MB") and 1.4 < float(on_cpu[:-3]) / float(on_gpu[:-3]) < 2.1

@@ -108,10 +108,22 @@ def test_an_architecture_streams_as_it_runs_resident(gpu, name):
             found = [engine.step(arch.batch(0)).loss]
             gpu.waits.clear()
             launched = engine.active.launch(arch.batch(1))
-            assert ours(gpu.waits) == []
+            # float32 products of experts wait in torch anyway: there their rows are looked at, once a call
+            assert [where for where in ours(gpu.waits) if "experts.py" not in where] == []
             return [*found, engine.active.finish(launched).loss]
 
     assert losses("none", block_numel=700) == losses("host", num_slots=2, block_numel=700)
+
+
+def test_evaluation_of_a_split_format_stays_on_the_gpu(gpu):
+    """Both planes of every piece went to the host and back, at every batch."""
+    settings = dict(method=METHOD, device="cuda", offload="host", num_slots=2, storage="int8+8", fold_every=2)
+    with Engine(small_opt(), **settings) as engine:
+        engine.fit(batches(3), steps=3, batch_size=4)
+        engine.evaluate(batches(1), batch_size=4)
+        gpu.waits.clear()
+        engine.evaluate(batches(1), batch_size=4)
+        assert not [wait for wait in gpu.waits if "streamer.py" in wait or "exact.py" in wait]
 
 
 @pytest.mark.parametrize("offload", ["none", "host", "disk"])

@@ -9,9 +9,13 @@ from transformers import AutoModelForCausalLM
 from support.compare import assert_same
 from support.training import METHOD, batches, in_words, placed, resident, stored_weights, train
 from support.zoo.small import tiny_llama, tiny_opt
-from zo_offload import Engine, MeZO
-from zo_offload.formats import get_format
-from zo_offload.numerics.fused import fused_pass
+from zo_offload import ConfigError, Engine, MeZO
+from zo_offload.formats import FORMATS, get_format
+from zo_offload.formats.codec import encode_values
+from zo_offload.kernels.records import STILL, Update
+from zo_offload.numerics.exact import exact_values
+from zo_offload.numerics.fused import fused_pass, fused_rows
+from zo_offload.numerics.noise import NoiseSpec
 from zo_offload.numerics.updates import with_folds
 from zo_offload.plan.blocks import BLOCK_NUMEL
 from zo_offload.plan.layout import PARAM_ALIGN
@@ -198,3 +202,31 @@ def test_blocks_in_host_memory_are_used_where_they_lie(tmp_path):
         assert_same(found["none"], found[name])
     with Engine.resume(tmp_path / "host", tiny_llama(), num_slots=2) as engine:
         assert_same(found["none"], dict(engine.weights()))
+
+
+@pytest.mark.parametrize("name", ["bf16+16", "bf16+8", "int8+8", "fp8+8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_over_both_planes_is_the_exact_values(name, dtype):
+    """`exact_values` is the slow, clear one: planes joined, pending updates applied, rounded once."""
+    fmt, numel, row = FORMATS[name], 64 * 40, 64
+    torch.manual_seed(3)
+    stored, residual = encode_values(torch.randn(numel) * 0.02, fmt)
+    pending, noise = (Update(5, 2.0**-9, 0.5, False), Update(6, -(2.0**-10), 1.0, False)), NoiseSpec()
+    want, found = torch.empty(numel, dtype=dtype), torch.empty(numel, dtype=dtype)
+    common = dict(param_id=7, numel=numel)
+    exact_values(stored, residual, fmt, want, **common, offset=6400, pending=pending, noise=noise)
+    fused_pass(
+        stored, fmt, **common, offset=6400, updates=pending, write_back=False, noise=noise, perturbations=[STILL],
+        outs=[found], residual=residual, master=True,
+    )  # fmt: skip
+    assert torch.equal(want, found)
+    rows = torch.tensor([103, 100, 2, 139, 103])  # of a parameter of which rows 100 .. 139 are here
+    some = torch.zeros(5, row, dtype=dtype)
+    fused_rows(
+        stored, fmt, **common, row_numel=row, rows=rows, first_row=100, total_rows=200, updates=pending, noise=noise,
+        perturbations=[STILL], outs=[some], residual=residual, master=True,
+    )  # fmt: skip
+    whole = want.view(-1, row)
+    assert torch.equal(some[[0, 1, 3, 4]], whole[[3, 0, 39, 3]]) and not some[2].any()
+    with pytest.raises(ConfigError, match="decodes both parts"):
+        fused_pass(stored, fmt, **common, noise=noise, perturbations=[STILL], outs=[found], master=True)

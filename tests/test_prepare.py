@@ -12,7 +12,8 @@ from torch import nn
 from support.zoo.models import ZOO
 from zo_offload import FZOO, QZO, BudgetError, ConfigError, Engine, MeZO
 from zo_offload.cli import main
-from zo_offload.cli.report import CONTEXT_BYTES, plan_report
+from zo_offload.cli.hardware import CONTEXT_BYTES
+from zo_offload.cli.report import plan_report
 from zo_offload.system.units import show_bytes
 
 TOKENS, ROWS = 24, 4
@@ -71,7 +72,23 @@ def test_a_plan_is_that_of_the_run(checkpoint, tmp_path, make, settings, offload
 
 
 def test_the_command_line_plans_any_method(checkpoint, capsys):
-    assert main(["plan", str(checkpoint), "--method", "fzoo", "--directions", "3", "--micro-batches", "2"]) == 2
+    assert (
+        main(
+            [
+                "plan",
+                str(checkpoint),
+                "--method",
+                "fzoo",
+                "--directions",
+                "3",
+                "--batch-size",
+                "1",
+                "--micro-batches",
+                "2",
+            ]
+        )
+        == 2
+    )
     assert "a batch of 1 rows cannot be cut into 2" in capsys.readouterr().err
     assert main(["plan", str(checkpoint), "--method", "fzoo", "--directions", "3", "--tokens", "8"]) == 0
     assert ", 4 lanes in module order" in capsys.readouterr().out

@@ -251,6 +251,8 @@ class Gpu(TorchDispatchMode):  # type: ignore[misc]
             if any(not isinstance(i, GpuTensor) for i in indices) and there:
                 self._wait(func)
             here = [t for t in here if not any(t is i for i in indices)]
+        if name == "_grouped_mm" and there and there[0].dtype is not torch.bfloat16:
+            self._wait(func)  # torch's fallback copies the offsets to the host
         if name in WAITS and not (name == "repeat_interleave" and kwargs.get("output_size") is not None):
             self._wait(func)
         if there and any(t.dim() > 0 for t in here):

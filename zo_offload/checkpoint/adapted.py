@@ -275,7 +275,7 @@ def _load(model: Any, values: Mapping[str, Tensor], directory: Path, where: str)
     taken = {name for name, p in named.items() if p.requires_grad} | values.keys() | adapter_names(model)
     real = {}
     for name in taken:
-        start = values[name].clone() if name in values else torch.zeros(named[name].shape)
+        start = values[name].clone() if name in values else torch.zeros(named[name].shape, device="cpu")
         real[name] = nn.Parameter(start, requires_grad=named[name].requires_grad and start.is_floating_point())
     replace_tensors(model, {id(named[name]): p for name, p in real.items()})
     try:

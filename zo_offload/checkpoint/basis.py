@@ -80,7 +80,7 @@ class Basis:
         for path, rows in self.vectors.items():
             name = f"base_model.model.{path}"
             found[f"{name}.lora_A.{last}"] = rows.contiguous()
-            found[f"{name}.lora_B.{last}"] = torch.zeros(self.outs[path], len(rows))
+            found[f"{name}.lora_B.{last}"] = torch.zeros(self.outs[path], len(rows), device="cpu")
             if self.biased:
-                found[f"{name}.lora_B.{last.replace('weight', 'bias')}"] = torch.zeros(self.outs[path])
+                found[f"{name}.lora_B.{last.replace('weight', 'bias')}"] = torch.zeros(self.outs[path], device="cpu")
         return found

@@ -103,7 +103,7 @@ class Merged:
         memo: dict[int, Any] = dict(self._buffers)
         for p in layer.parameters():
             name = self._name_of[id(p)]
-            value = torch.empty(self._weights.shape_of(name), dtype=self._weights.dtype_of(name))
+            value = torch.empty(self._weights.shape_of(name), dtype=self._weights.dtype_of(name), device="cpu")
             self._weights.read_into(name, 0, value.view(-1))
             memo[id(p)] = nn.Parameter(value.float(), requires_grad=False)
         real: Any = copy.deepcopy(layer, memo)

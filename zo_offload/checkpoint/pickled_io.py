@@ -87,7 +87,7 @@ class PickledFile(SafetensorsFile):
             tensor, entry = self._strided[name], self.entries[name]
             last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
             around = Entry(name, entry.dtype, (last + 1,), entry.begin, entry.begin + (last + 1) * entry.dtype.itemsize)
-            flat = torch.empty(last + 1, dtype=entry.dtype)
+            flat = torch.empty(last + 1, dtype=entry.dtype, device="cpu")
             self._read(around, 0, flat)
             held = (name, flat.as_strided(tensor.shape, tensor.stride()).reshape(-1))
             with self._lock:

@@ -136,13 +136,9 @@ def _print_result(result: Any, run_dir: Path | None) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from .method_options import make_method
-    from .report import plan_report
+    from .planning import plan_lines
 
-    for line in plan_report(
-        args.model, method=make_method(args), tokens=args.tokens, batch_size=args.batch_size,
-        micro_batches=args.micro_batches, model_class=args.model_class, link_gb_per_s=args.link, **_settings(args),
-    ):  # fmt: skip
+    for line in plan_lines(args, _settings(args)):
         print(line)
     return 0
 

@@ -123,13 +123,22 @@ def _fit(fit: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
 
 
 def _plan(plan: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
-    _model(plan, "checkpoint directory, config.json, or a size such as opt-175b")
-    plan.add_argument("--tokens", type=count, help="tokens a row: 512, or as many as the model takes")
-    plan.add_argument("--batch-size", type=count, default=1, help="rows (default: 1)")
+    _model(plan, "checkpoint or run directory, a config's file, or a name such as llama-3-70b")
+    plan.add_argument("--tokens", type=count, help="tokens a row (default: 512, or as many as the model takes)")
+    plan.add_argument("--batch-size", type=count, help="rows (default: fit's)")
     plan.add_argument("--micro-batches", type=count, default=1, help="parts a batch is cut into (default: 1)")
-    link = "GB/s that blocks move at (default: measured; of a GPU that is not here, 25 each way)"
-    plan.add_argument("--link", type=float, help=link)
-    _engine(plan)
+    plan.add_argument("--steps", type=count, help="steps in all, for hours and wear")
+    plan.add_argument("--gpu", help="such as rtx-4090, t4, a100, h200: planned for with its public rates")
+    plan.add_argument("--host-memory", dest="machine_memory", help="of that machine, such as 128GB")
+    plan.add_argument("--host-bandwidth", type=float, help="GB/s that its memory reads, where it could bind")
+    plan.add_argument("--disk", help="nvme-gen3, nvme-gen4, nvme-gen4-qlc, nvme-gen5, nvme-datacenter, or GB/s")
+    plan.add_argument(
+        "--disk-size", type=float, default=2.0, metavar="TB", help="of the drive, for its wear (default: 2)"
+    )
+    plan.add_argument("--link", help="GB/s that blocks move at, or pcie4-x8 (default: the GPU's, or measured)")
+    plan.add_argument("--compare", choices=["gpus", "disks"], help="a table over all GPUs or drives that are known")
+    plan.add_argument("--timeline", metavar="FILE", help="what one step would do when, for ui.perfetto.dev")
+    _engine(plan, without=["host_memory"])  # how memory is locked: here the flag says how much there is
     _methods(plan, argv, config)
 
 
@@ -210,7 +219,7 @@ def _nothing(command: Parser, argv: Sequence[str], config: ConfigFile | None) ->
 
 _COMMANDS: dict[str, tuple[str, _Add]] = {
     "fit": ("fine-tune a checkpoint, or go on with a run", _fit),
-    "plan": ("what a run would take: blocks, memory, traffic; reads no weights", _plan),
+    "plan": ("what a run would take, on hardware here or named; reads no weights", _plan),
     "methods": ("what each method costs a step, and the recipes there are", _nothing),
     "rate": ("a few steps at each of several learning rates; trains nothing to keep", _rate),
     "basis": ("directions that a model's layers are given inputs in, for --adapter", _basis),

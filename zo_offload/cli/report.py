@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,17 @@ from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import has_weights
-from ..checkpoint.opt_sizes import OPT_SHAPES, opt_config
 from ..checkpoint.weights import kept_of
 from ..config import DTYPES, EngineConfig
 from ..data.losses import model_loss
+from ..data.micro_batches import split_micro_batches
 from ..devices import PlannedDevice, make_device
-from ..errors import BudgetError, ConfigError
+from ..errors import ConfigError
 from ..formats import FORMATS
+from ..journal import run_directory
 from ..methods import DEFAULT, Method
 from ..modules.kind import ModelKind, kind_of
+from ..plan.activations import Activations
 from ..plan.layout import Layout
 from ..plan.plan import Plan
 from ..quantized.sizes import file_bytes
@@ -32,39 +33,40 @@ from ..run.memory import MemoryPlan, step_bytes
 from ..run.opening import built, with_adapter
 from ..run.prepare import Prepared, prepare
 from ..system.units import parse_bytes, show_bytes
-
-CONTEXT_BYTES = 500_000_000
-"""Device memory of a CUDA context and the matrix libraries' workspaces, where there is no GPU to ask."""
+from . import named_models as models
+from .hardware import CONTEXT_BYTES, AbsentGpu
 
 
 @dataclass(frozen=True)
-class AbsentGpu:
-    """A GPU that is not here, as a plan sees it: of its memory nothing is known but what `device_memory` says."""
+class Planned:
+    """A step that was planned, and what it was planned with."""
 
-    memory_bytes: int | None
+    model: str
+    checkpoint: Checkpoint
+    base: Any
+    """Where weights come from: the checkpoint, or it and an adapter."""
+    module: Any
+    prepared: Prepared
+    plan_of_memory: MemoryPlan | None
+    """None: left out."""
+    batch_size: int
+    tokens: int
+    micro_batches: int
+    batch: Mapping[str, torch.Tensor]
+    objective: Callable[[nn.Module, Any], Any]
+    activations: Activations
 
     @property
-    def kind(self) -> str:
-        return "cuda"
+    def memory(self) -> MemoryPlan:
+        assert self.plan_of_memory is not None
+        return self.plan_of_memory
 
-    @property
-    def own_memory(self) -> bool:
-        return True
-
-    def default_compute(self, own: torch.dtype) -> torch.dtype:
-        return own
-
-    def free_bytes(self) -> int:
-        """What blocks could take; 0 if nothing was said, so that "auto" plans to stream."""
-        return max(0, (self.memory_bytes or 0) - CONTEXT_BYTES)
-
-    def budget(self, asked: int | None, *, chosen: bool = False) -> int | None:
-        if asked is not None and asked <= CONTEXT_BYTES:
-            raise BudgetError(
-                f"device_memory={show_bytes(asked)} is too small: the CUDA context and libraries take about "
-                f"{show_bytes(CONTEXT_BYTES)}"
-            )
-        return None if asked is None else asked - CONTEXT_BYTES
+    def with_memory(self, prepared: Prepared) -> Planned:
+        """The same step, its model stored in another way. Raises BudgetError if that does not fit."""
+        memory = prepared.plan_memory(
+            self.batch, objective=self.objective, micro_batches=self.micro_batches, activations=self.activations
+        )
+        return replace(self, prepared=prepared, plan_of_memory=memory)
 
 
 def plan_report(
@@ -83,12 +85,36 @@ def plan_report(
     settings: those of `EngineConfig`, decided as a run with a run directory decides them (`prepare.py`). tokens: a row;
     default 512, or as many as the model takes. A GPU need not be there. Raises ZOError, as the run would.
     """
+    planned = plan_step(
+        model, method=method, tokens=tokens, batch_size=batch_size, micro_batches=micro_batches,
+        model_class=model_class, **settings,
+    )  # fmt: skip
+    yield from details(planned, lambda: rates(planned.prepared.config.device, link_gb_per_s))
+
+
+def plan_step(
+    model: str,
+    *,
+    method: Method | None = None,
+    tokens: int | None = None,
+    batch_size: int = 1,
+    micro_batches: int = 1,
+    model_class: str | None = None,
+    on: PlannedDevice | None = None,
+    blind: bool = False,
+    **settings: Any,
+) -> Planned:
+    """Everything that is decided before a step, of a model whose weights nobody reads. See `plan_report`.
+
+    on: a device in place of the one that `settings` name. blind: leave memory
+    out, for `Planned.with_memory`, and take files for the tier: the host is not this one.
+    """
     method = method if method is not None else DEFAULT()
     config = EngineConfig(**{"run_dir": "-", **settings})
     given, config = with_adapter(model, config)
     model = str(given)
     checkpoint = open_config(model, trust_remote_code=config.trust_remote_code, overrides=config.config_overrides)
-    device = _device(config)
+    device = _device(config) if on is None else on
     dtype = _compute_dtype(config.compute, device, checkpoint, config.storage)
     model_built = built(checkpoint, dtype, model_class, config, None)
     module, base = model_built.model, model_built.base
@@ -99,22 +125,33 @@ def plan_report(
     tokens = tokens if tokens is not None else min(512, limit or 512)
     batch = example_batch(module, kind, batch_size, tokens)
     prepared = prepare(
-        module,
-        base.dtype_of,
-        config,
-        method,
-        device,
-        example=batch,
-        call=_forward,
-        notes=model_built.notes,
-        kept_of=kept_of(base),
-    )
+        module, base.dtype_of, config, method, device, example=batch, call=_forward, notes=model_built.notes,
+        kept_of=kept_of(base), offload="disk" if blind else None,
+    )  # fmt: skip
+    part = split_micro_batches(batch, micro_batches, config.whole)[0]
     objective = model_loss if "labels" in batch else _forward
-    memory = prepared.plan_memory(batch, objective=objective, micro_batches=micro_batches)
-    plan, layout = prepared.plan, prepared.layout
-    yield f"{type(module).__name__}: {_number(plan.numel)} parameters, {_number(plan.trainable_numel)} trainable"
-    if (nbytes := file_bytes(checkpoint.settings, ((n, tuple(p.shape)) for n, p in plan.params.items()))) is not None:
-        yield f"the files are quantized ({method_of(checkpoint.settings)}): about {show_bytes(nbytes)} on the disk"
+    activations = prepared.activations(part, objective)
+    memory = (
+        None
+        if blind
+        else prepared.plan_memory(batch, objective=objective, micro_batches=micro_batches, activations=activations)
+    )
+    return Planned(
+        model, checkpoint, base, module, prepared, memory, batch_size, tokens, micro_batches, batch, objective,
+        activations,
+    )  # fmt: skip
+
+
+def details(planned: Planned, rate: Callable[[], Rates]) -> Iterator[str]:
+    """Blocks, memory by term, traffic, and every format at these rates."""
+    prepared, memory = planned.prepared, planned.memory
+    plan, layout, config = prepared.plan, prepared.layout, prepared.config
+    yield (
+        f"{type(planned.module).__name__}: {_number(plan.numel)} parameters, {_number(plan.trainable_numel)} trainable"
+    )
+    settings = planned.checkpoint.settings
+    if (nbytes := file_bytes(settings, ((n, tuple(p.shape)) for n, p in plan.params.items()))) is not None:
+        yield f"the files are quantized ({method_of(settings)}): about {show_bytes(nbytes)} on the disk"
     yield f"stored as {_formats(layout)}: {show_bytes(layout.total_bytes)} in {len(plan.blocks)} blocks"
     if prepared.storage_note:
         yield f"storage auto takes {prepared.config.storage}: {prepared.storage_note}"
@@ -122,9 +159,9 @@ def plan_report(
     yield f"offload {prepared.offload}{' (auto)' * (config.offload == 'auto')}: blocks live in {lives}"
     yield from _blocks(plan, layout)
     yield from _lifts(plan)
-    yield from _memory(prepared, memory, f"{batch_size} x {tokens} tokens", micro_batches)
+    yield from _memory(prepared, memory, f"{planned.batch_size} x {planned.tokens} tokens", planned.micro_batches)
     yield from _traffic(plan, layout, memory, prepared.fold_every)
-    yield from _compared(prepared, base.dtype_of, rates(config.device, link_gb_per_s))
+    yield from _compared(prepared, planned.base.dtype_of, rate())
 
 
 def _forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
@@ -160,11 +197,21 @@ def _formats(layout: Layout) -> str:
 def open_config(
     model: str, *, trust_remote_code: bool = False, overrides: Mapping[str, Any] | None = None
 ) -> Checkpoint:
-    """A checkpoint to plan with: a directory, a config.json (weights beside it are not looked for) or a known size. Of
-    weight files the headers are read, so what `fit` would refuse is refused here."""
-    if model.lower() in OPT_SHAPES and not os.path.exists(model):
-        return Checkpoint.open(opt_config(model))
+    """A checkpoint to plan with: a directory, a config's own file, a known name, or a run directory (its base). Of
+    weight files the headers are read, so what `fit` would refuse is refused here; those beside a file are not looked
+    for."""
     path = Path(model)
+    if not path.exists() and models.is_named(model):
+        return Checkpoint.open(models.named_config(model))
+    if (path / run_directory.JOURNAL).exists():
+        base = run_directory.load_config(path)["model"]
+        if base is None:
+            raise ConfigError(f"{path} is a run of a module in memory, of which no configuration is known")
+        return open_config(base, trust_remote_code=trust_remote_code, overrides=overrides)
+    if path.is_file() and path.name != "config.json":
+        return Checkpoint.open(models.config_of_file(path))
+    if not path.exists() and "/" not in model:
+        raise models.unknown(model)
     weights = path.name != "config.json" and path.is_dir() and has_weights(path)
     return Checkpoint.open(
         path.parent if path.name == "config.json" else model, weights=weights, trust_remote_code=trust_remote_code,

@@ -12,7 +12,9 @@ Which tokens a run gets:
     masked    all of them, with the choices outside of the run sent to an expert after the last one with weight 0, as
               transformers' expert parallelism does. Nothing is looked at; the grouped product skips those rows
 
-On a GPU "grouped_mm", transformers' default, takes masked tokens. Everything else takes rows: on the CPU to look costs
+"grouped_mm", transformers' default, takes masked tokens where torch's grouped product does not wait either: bf16 on
+compute capability 9 and 10. Elsewhere it copies its offsets to the host, twice a run (`_grouped_mm_fallback` in torch's
+GroupedMMUtils.h), where rows are looked at once a call. Everything else takes rows: on the CPU to look costs
 nothing, "eager" looks at the routing itself and knows no expert after the last one in transformers 5.17, and
 "batched_mm" gathers a weight for every row it is given.
 """
@@ -71,7 +73,7 @@ def in_runs(
     forward = type(module).forward
     x, index, weights = inspect.signature(forward).bind(module, *args, **kwargs).args[1:]
     if masked is None:
-        masked = x.device.type != "cpu" and _implementation(module) in _MASKED
+        masked = _implementation(module) in _MASKED and products_run_ahead(x.device, next(module.parameters()).dtype)
     picked = None if masked else _Picked(x, index, weights, runs[-1].stop)
     out: Tensor | None = None
     dtype = x.dtype
@@ -91,6 +93,13 @@ def in_runs(
             picked.add(run, part, out)
         del part  # nothing of a run is kept while the lane waits for the next one
     return torch.zeros_like(x) if out is None else out.to(dtype)
+
+
+def products_run_ahead(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's grouped product asks the host for nothing there."""
+    if device.type != "cuda" or dtype is not torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _implementation(module: Any) -> str | None:

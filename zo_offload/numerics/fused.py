@@ -57,6 +57,7 @@ def fused_pass(
     outs: Sequence[Tensor] = (),
     residual: Tensor | None = None,
     target: Target = "values",
+    master: bool = False,
     threads: int | None = None,
     mark: Mark | None = None,
 ) -> None:
@@ -69,6 +70,7 @@ def fused_pass(
             are counted from the parameter's first element: a multiple of `fmt.group`.
         residual: of a split format, uint8, `fmt.residual_nbytes(numel)` long; changed with `stored`. May be left out
             if no update folds: then it is neither read nor written.
+        master: outs are of both parts of a split format (evaluation), and no update may fold; needs `residual`.
         outs: one contiguous tensor a perturbation, `numel` elements of float32, bfloat16 or float16; may not overlap
             `stored` or each other. Consecutive perturbations of one seed share one z.
         threads: of the native library; default torch.get_num_threads(). Does not change the result.
@@ -85,11 +87,11 @@ def fused_pass(
     for out in outs:
         if out.numel() != numel:
             raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold the {numel} elements of this pass")
-    residual = _residual(residual, fmt, numel, updates, target, stored.device)
+    residual = _residual(residual, fmt, numel, updates, target, stored.device, master)
     call = PassCall(
         stored=stored, residual=residual, fmt=fmt, numel=numel, offset=offset, param_id=param_id, updates=updates,
         write_back=write_back, stochastic=rounding == "stochastic", noise=noise, perturbations=perturbations, outs=outs,
-        target_scales=target == "scales", threads=threads,
+        target_scales=target == "scales", threads=threads, master=master,
     )  # fmt: skip
     kernels_for(stored, fmt, noise).run_pass(call, mark if mark is not None else Mark())
 
@@ -111,6 +113,7 @@ def fused_rows(
     outs: Sequence[Tensor],
     residual: Tensor | None = None,
     target: Target = "values",
+    master: bool = False,
     threads: int | None = None,
 ) -> None:
     """The same arithmetic for gathered rows of a parameter; nothing is written back. For embeddings.
@@ -151,13 +154,14 @@ def fused_rows(
     for out in outs:
         if out.numel() != count * row_numel:
             raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold {count} rows of {row_numel} elements")
-    residual = _residual(residual, fmt, numel, updates, target, stored.device)
+    residual = _residual(residual, fmt, numel, updates, target, stored.device, master)
     if count == 0:
         return
     call = PassCall(
         stored=stored, residual=residual, fmt=fmt, numel=numel, offset=offset, param_id=param_id, updates=updates,
         write_back=False, stochastic=rounding == "stochastic", noise=noise, perturbations=perturbations, outs=outs,
-        target_scales=target == "scales", threads=threads, rows=rows, row_numel=row_numel, total_rows=total_rows,
+        target_scales=target == "scales", threads=threads, master=master, rows=rows, row_numel=row_numel,
+        total_rows=total_rows,
     )  # fmt: skip
     kernels_for(stored, fmt, noise).run_pass(call, Mark())
 
@@ -178,21 +182,26 @@ def _residual(
     updates: Sequence[Update] | DeviceUpdates,
     target: str,
     device: torch.device,
+    master: bool,
 ) -> Tensor | None:
     """The residual part if this pass uses it, else None; ConfigError if it is needed and not there, or not right."""
     folds = any(updates.folds if isinstance(updates, DeviceUpdates) else (update.fold for update in updates))
     if target not in _TARGETS:
         raise ConfigError(f"target={target!r}: choose one of {_TARGETS}")
+    if master and folds:
+        raise ConfigError("master: an update that folds changes the stored bytes; fold first, in a pass of its own")
+    folds = folds or master
     if target == "scales":
         if not fmt.trains_scales:
             raise ConfigError(f"target='scales': {fmt.name} has no float32 scales to train")
         return None
-    if folds and not fmt.trains:
+    if folds and not master and not fmt.trains:
         raise ConfigError(f"{fmt.name} values are never rewritten: an update of them cannot fold")
     size = fmt.residual_nbytes(numel)
     if residual is None:
         if size and folds:
-            raise ConfigError(f"{fmt.name} folds an update into both parts of a weight: give its residual too")
+            does = "decodes" if master else "folds an update into"
+            raise ConfigError(f"{fmt.name} {does} both parts of a weight: give its residual too")
         return None
     if (residual.dtype, residual.dim(), residual.numel()) != (torch.uint8, 1, size) or residual.device != device:
         raise ConfigError(

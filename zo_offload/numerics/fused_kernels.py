@@ -7,14 +7,14 @@ what the kernels there make of the format and the noise; a further device has it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..formats import Format, format_of
+from ..formats import Format, format_of, get_format
 from ..formats.codec import planes
 from ..kernels import native
 from ..kernels.device_updates import DeviceUpdates, UpdateTable
@@ -62,6 +62,8 @@ class PassCall:
     outs: Sequence[Tensor]
     target_scales: bool
     threads: int | None
+    master: bool = False
+    """Outputs are of both parts of a split format; no update folds."""
     rows: Tensor | None = None
     """int64 [U], at least one: indices in the whole parameter. None: all elements, in order."""
     row_numel: int = 0
@@ -106,6 +108,9 @@ class Reference:
     def run_pass(self, call: PassCall, mark: Mark) -> None:
         call.check_rows()
         mark.in_parts = True
+        if call.master and call.residual is not None:
+            values = call.fmt.join(call.stored, call.residual, call.numel)
+            call = replace(call, stored=values.view(torch.uint8), fmt=get_format("fp32"), residual=None, master=False)
         updates, target = call.host_updates(), "scales" if call.target_scales else "values"
         if call.rows is None:
             reference.fused_pass(
@@ -138,7 +143,7 @@ class OnCpu:
             numel=call.computed, offset=call.offset, total=call.numel, num_updates=len(updates),
             num_lanes=len(call.outs), param_id=call.param_id, distribution=call.noise.kind.name,
             rounds=call.noise.rounds, write_back=call.write_back, stochastic=call.stochastic,
-            target_scales=call.target_scales, tail=tail,
+            target_scales=call.target_scales, master=call.master, tail=tail,
             threads=torch.get_num_threads() if call.threads is None else call.threads,
         )  # fmt: skip
 
@@ -157,7 +162,7 @@ class OnGpu:
             rows=0 if rows is None else rows.data_ptr(), num_rows=0 if rows is None else rows.numel(),
             total_rows=call.total_rows, numel=call.computed, offset=call.offset, total=call.numel,
             param_id=call.param_id, noise=call.noise, write_back=call.write_back, stochastic=call.stochastic,
-            target_scales=call.target_scales, stream=self._kernels.stream(),
+            target_scales=call.target_scales, master=call.master, stream=self._kernels.stream(),
         )  # fmt: skip
 
 

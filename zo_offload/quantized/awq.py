@@ -20,7 +20,7 @@ from .base import FLOATS, Codes, Decoded, Kept, Wanted, by_rows, kept_rows, need
 from .bits import stream
 from .files import Files
 
-ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7], device="cpu")
 
 
 class AWQ:

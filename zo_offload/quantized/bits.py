@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], device="cpu")
 """Values of the 4-bit float of the OCP microscaling formats (MX v1.0, 5.3.3)."""
 
 
@@ -16,7 +16,7 @@ def stream(words: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return raw.to(torch.int16)
     if bits in (2, 4):
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device="cpu")
         return (raw.unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2).to(torch.int16)
     single = np.unpackbits(raw.numpy(), axis=-1, bitorder="little")
     count = single.shape[-1] // bits
@@ -27,7 +27,7 @@ def stream(words: Tensor, bits: int) -> Tensor:
 def padded_words(words: Tensor, bits: int) -> Tensor:
     """The same where each 32-bit word holds 32 // bits codes and its upper bits are unused."""
     each = 32 // bits
-    shifts = torch.arange(each, dtype=torch.int64) * bits
+    shifts = torch.arange(each, dtype=torch.int64, device="cpu") * bits
     return (words.to(torch.int64).unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2).to(torch.int16)
 
 

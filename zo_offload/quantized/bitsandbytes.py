@@ -73,7 +73,10 @@ def _four_bits(files: Files, name: str, state_name: str) -> Decoded:
     need(files, table, name, (16,), torch.float32)
     is_nested = need(files, absmax, name, (blocks,), torch.float32, torch.uint8).dtype == torch.uint8
     nested, nested_table = f"{name}.nested_absmax", f"{name}.nested_quant_map"
-    step, offset = state.get("nested_blocksize", 1), torch.tensor(state.get("nested_offset", 0.0), dtype=torch.float32)
+    step, offset = (
+        state.get("nested_blocksize", 1),
+        torch.tensor(state.get("nested_offset", 0.0), dtype=torch.float32, device="cpu"),
+    )
     if is_nested:
         need(files, nested, name, (-(-blocks // step),), torch.float32)
         need(files, nested_table, name, (256,), torch.float32)
@@ -84,7 +87,7 @@ def _four_bits(files: Files, name: str, state_name: str) -> Decoded:
         codes = files.part(absmax, first, last - first)
         if not is_nested:
             return codes
-        groups = torch.arange(first, last).div(step, rounding_mode="floor")
+        groups = torch.arange(first, last, device="cpu").div(step, rounding_mode="floor")
         low = int(groups[0])
         values = files.part(nested, low, int(groups[-1]) + 1 - low)
         return files.small(nested_table)[codes.long()] * values[groups - low] + offset
@@ -96,7 +99,7 @@ def _four_bits(files: Files, name: str, state_name: str) -> Decoded:
         codes = nibbles(raw, high_first=True)[start - low * 2 * itemsize :][:count]
         first = start // size
         values = largest(files, first, -(-(start + count) // size))
-        block = torch.arange(start, start + count).div(size, rounding_mode="floor") - first
+        block = torch.arange(start, start + count, device="cpu").div(size, rounding_mode="floor") - first
         return codes.to(torch.uint8), values[block], None
 
     def run(files: Files, start: int, count: int) -> Tensor:
@@ -104,7 +107,7 @@ def _four_bits(files: Files, name: str, state_name: str) -> Decoded:
         return (files.small(table)[codes.long()] * values).to(dtype)
 
     def is_ours(files: Files) -> bool:
-        return bool((files.small(table) == torch.tensor(NF4_VALUES)).all())
+        return bool((files.small(table) == torch.tensor(NF4_VALUES, device="cpu")).all())
 
     uses = (name, state_name, absmax, table) + ((nested, nested_table) if is_nested else ())
     keeps = Kept("nf4", kept, is_ours) if size % 64 == 0 and shape[-1] % 64 == 0 else None

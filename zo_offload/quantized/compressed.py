@@ -129,7 +129,7 @@ def _packed(files: Files, name: str, groups: list[dict[str, Any]]) -> Decoded:
         return away.to(torch.int8).view(torch.uint8), factor, None
 
     keeps = None
-    if bool((place == torch.arange(inputs) // group).all()) and inputs % (64 if is_int4 else 128) == 0:
+    if bool((place == torch.arange(inputs, device="cpu") // group).all()) and inputs % (64 if is_int4 else 128) == 0:
         if is_int4:
             keeps = Kept("int4" if group % 128 == 0 else "int4_g64", kept_rows(inputs, kept))
         elif group % 128 == 0 and (bits <= 4 or zero not in files):
@@ -159,11 +159,11 @@ def _bits(codes: str, words: int, inputs: int, groups: list[dict[str, Any]]) -> 
 def _places(files: Files, index: str, codes: str, inputs: int, many: int) -> Tensor:
     """The group of each input."""
     if index not in files:
-        return torch.arange(inputs) // (inputs // many)
+        return torch.arange(inputs, device="cpu") // (inputs // many)
     need(files, index, codes, (inputs,), torch.int32, torch.int64)
     found = files.small(index).long()
     if bool((found == -1).all()):
-        return torch.arange(inputs) // (inputs // many)
+        return torch.arange(inputs, device="cpu") // (inputs // many)
     if bool((found < 0).any()) or bool((found >= many).any()):
         raise CheckpointError(f"{index!r} names groups {int(found.min())} .. {int(found.max())}; there are {many}.")
     return found

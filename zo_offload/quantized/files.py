@@ -63,7 +63,7 @@ class Files:
 
     def part(self, name: str, start: int, count: int) -> Tensor:
         """Elements [start, start + count), 1-D."""
-        out = torch.empty(count, dtype=self.specs[name].dtype)
+        out = torch.empty(count, dtype=self.specs[name].dtype, device="cpu")
         self._read_into(name, start, out)
         return out
 
@@ -96,7 +96,7 @@ class Files:
                     self._slabs.popitem(last=False)
                 fitting = SLAB_BYTES // max(1, rows * inner * spec.dtype.itemsize)
                 end = min(columns, max(last, first + fitting))
-                slab = torch.empty(rows, (end - first) * inner, dtype=spec.dtype)
+                slab = torch.empty(rows, (end - first) * inner, dtype=spec.dtype, device="cpu")
                 origin = matrix * rows * columns * inner
                 for row in range(rows):
                     self._read_into(name, origin + (row * columns + first) * inner, slab[row])

@@ -35,7 +35,7 @@ def _halves(qs: Tensor) -> Tensor:
 
 def _ones(raw: Tensor) -> Tensor:
     """[n, k] bytes -> their bits, the lowest first, [n, 8 k]"""
-    return (raw.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)
+    return (raw.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8, device="cpu") & 1).flatten(1)
 
 
 def _q4_0(b: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def _q8_0(b: Tensor) -> Tensor:
 
 def _crumbs(qs: Tensor) -> Tensor:
     """[n, 64] bytes -> [n, 256] codes of 2 bits: element e at byte 32 (e // 128) + e % 32, shift 2 (e % 128 // 32)"""
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8).view(1, 1, 4, 1)
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device="cpu").view(1, 1, 4, 1)
     return (qs.view(-1, 2, 1, 32) >> shifts & 3).reshape(-1, 256)
 
 
@@ -76,9 +76,11 @@ def _q2_k(b: Tensor) -> Tensor:
 def _q3_k(b: Tensor) -> Tensor:
     packed = b[:, 96:108]
     low = torch.cat([packed[:, :8] & 15, packed[:, :8] >> 4], 1)
-    high = packed[:, 8:].unsqueeze(1) >> torch.arange(0, 8, 2, dtype=torch.uint8).view(1, 4, 1) & 3
+    high = packed[:, 8:].unsqueeze(1) >> torch.arange(0, 8, 2, dtype=torch.uint8, device="cpu").view(1, 4, 1) & 3
     scales = (low | high.reshape(-1, 16) << 4).float() - 32
-    upper = (b[:, :32].unsqueeze(1) >> torch.arange(8, dtype=torch.uint8).view(1, 8, 1) & 1).reshape(-1, 256)
+    upper = (b[:, :32].unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device="cpu").view(1, 8, 1) & 1).reshape(
+        -1, 256
+    )
     codes = _crumbs(b[:, 32:96]).float() - 4 * (1 - upper.float())
     return _each(_half(b[:, 108:110]) * scales, 16) * codes
 
@@ -93,7 +95,7 @@ def _scales_k(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 def _nibbles_k(qs: Tensor) -> Tensor:
     """[n, 128] bytes -> [n, 256]: of each 32 bytes the low halves, then the high ones"""
-    parts = qs.view(-1, 4, 1, 32) >> torch.tensor([0, 4], dtype=torch.uint8).view(1, 1, 2, 1) & 15
+    parts = qs.view(-1, 4, 1, 32) >> torch.tensor([0, 4], dtype=torch.uint8, device="cpu").view(1, 1, 2, 1) & 15
     return parts.reshape(-1, 256)
 
 
@@ -106,13 +108,17 @@ def _q4_k(b: Tensor) -> Tensor:
 def _q5_k(b: Tensor) -> Tensor:
     scale, least = _scales_k(b[:, 4:16])
     scale, least = _half(b[:, :2]) * scale, _half(b[:, 2:4]) * least
-    upper = (b[:, 16:48].unsqueeze(1) >> torch.arange(8, dtype=torch.uint8).view(1, 8, 1) & 1).reshape(-1, 256)
+    upper = (b[:, 16:48].unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device="cpu").view(1, 8, 1) & 1).reshape(
+        -1, 256
+    )
     return _each(scale, 32) * (_nibbles_k(b[:, 48:]) | upper << 4).float() - _each(least, 32)
 
 
 def _q6_k(b: Tensor) -> Tensor:
-    low = b[:, :128].view(-1, 2, 1, 64) >> torch.tensor([0, 4], dtype=torch.uint8).view(1, 1, 2, 1) & 15
-    high = b[:, 128:192].view(-1, 2, 1, 32) >> torch.arange(0, 8, 2, dtype=torch.uint8).view(1, 1, 4, 1) & 3
+    low = b[:, :128].view(-1, 2, 1, 64) >> torch.tensor([0, 4], dtype=torch.uint8, device="cpu").view(1, 1, 2, 1) & 15
+    high = (
+        b[:, 128:192].view(-1, 2, 1, 32) >> torch.arange(0, 8, 2, dtype=torch.uint8, device="cpu").view(1, 1, 4, 1) & 3
+    )
     codes = low.reshape(-1, 256) | high.reshape(-1, 256) << 4
     scales = _half(b[:, 208:210]) * b[:, 192:208].contiguous().view(torch.int8).float()
     return _each(scales, 16) * (codes.float() - 32)

@@ -67,7 +67,7 @@ class GGUFFile:
         for at in range(0, len(out), _RUN):
             part = out[at : at + _RUN]
             first, last = (start + at) // size, -(-(start + at + len(part)) // size)
-            raw = torch.empty((last - first) * tensor.kind.nbytes, dtype=torch.uint8)
+            raw = torch.empty((last - first) * tensor.kind.nbytes, dtype=torch.uint8, device="cpu")
             self._pread(name, tensor.begin + first * tensor.kind.nbytes, raw)
             values = tensor.kind.decode(raw.view(last - first, -1)).reshape(-1)
             part.copy_(values[start + at - first * size :][: len(part)])

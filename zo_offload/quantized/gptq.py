@@ -96,7 +96,10 @@ def _weight(files: Files, module: str, settings: Mapping[str, Any]) -> Decoded:
         return (codes - zero[:, index]).to(torch.int8).view(torch.uint8), scale, None
 
     uses = tuple(f"{module}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx") if f"{module}.{part}" in files)
-    keeps, in_order = None, inputs % groups == 0 and bool((index == torch.arange(inputs) // (inputs // groups)).all())
+    keeps, in_order = (
+        None,
+        inputs % groups == 0 and bool((index == torch.arange(inputs, device="cpu") // (inputs // groups)).all()),
+    )
     if in_order and (inputs // groups) % 128 == 0 and (bits <= 4 or symmetric):
         keeps = Kept("int8", kept_rows(inputs, kept, _ALIGN))
     return Decoded(f"{module}.weight", (outputs, inputs), dtype, uses, by_rows(inputs, rows, _ALIGN), keeps)
@@ -118,7 +121,7 @@ def _groups(files: Files, module: str, inputs: int, groups: int, settings: Mappi
         size = inputs // groups if size is None and inputs % groups == 0 else inputs
     if -(-inputs // size) != groups:
         raise CheckpointError(f"'{module}.scales' has {groups} groups; {inputs} inputs in groups of {size} are others.")
-    return torch.arange(inputs) // size
+    return torch.arange(inputs, device="cpu") // size
 
 
 def _is_v2(settings: Mapping[str, Any]) -> bool:

@@ -88,7 +88,7 @@ def scaled(
         need(files, zero, name, grid.shape, torch.int8)
 
     def of_rows(files: Files, first: int, last: int) -> Tensor:
-        index = torch.arange(first, last)
+        index = torch.arange(first, last, device="cpu")
         index = index.div(rows, rounding_mode="floor") * up + index.remainder(rows).div(tall, rounding_mode="floor")
         if lead * up * across == 1:
             index = torch.zeros_like(index)
@@ -96,7 +96,7 @@ def scaled(
         codes = files.rows(name, first, last).float()
         for start in range(0, width, _COLUMNS):  # no grid of scales as large as the weight
             stop = min(start + _COLUMNS, width)
-            column = torch.arange(start, stop).div(wide, rounding_mode="floor")
+            column = torch.arange(start, stop, device="cpu").div(wide, rounding_mode="floor")
             part = codes[:, start:stop]
             if zero is not None:
                 part -= (
@@ -109,7 +109,7 @@ def scaled(
         return codes.to(dtype)
 
     def kept(files: Files, first: int, last: int) -> Codes:
-        index = torch.arange(first, last)
+        index = torch.arange(first, last, device="cpu")
         index = index.div(rows, rounding_mode="floor") * up + index.remainder(rows).div(tall, rounding_mode="floor")
         if lead * up * across == 1:
             index = torch.zeros_like(index)

@@ -27,7 +27,7 @@ def audit(step: int, names: Sequence[str], layout: Layout, tier: Tier, window: B
     if window.is_in_memory(block):
         nbytes, total, versions = layout.block_bytes[block], 0, set()
         for start in range(0, nbytes, PART_BYTES):
-            part = torch.empty(min(PART_BYTES, nbytes - start), dtype=torch.uint8)
+            part = torch.empty(min(PART_BYTES, nbytes - start), dtype=torch.uint8, device="cpu")
             versions.add(window.copy_block(block, part, start))
             total += checksum(part, start)
         version, where = versions.pop() if len(versions) == 1 else -1, "memory"

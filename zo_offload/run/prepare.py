@@ -88,21 +88,49 @@ class Prepared:
         return self.method.most_lanes
 
     def plan_memory(
-        self, batch: Batch | None, *, objective: Objective, micro_batches: int = 1, process: int = 0
+        self,
+        batch: Batch | None,
+        *,
+        objective: Objective,
+        micro_batches: int = 1,
+        process: int = 0,
+        activations: Activations | None = None,
     ) -> MemoryPlan:
         """Window and order of lanes for a step on `batch`, every term in bytes; without a batch, activations are 0.
 
-        process: bytes that the process took before. Raises BudgetError, with the terms, if `device_memory` is less than
+        process: bytes that the process took before. activations: measured before, on the same batch.
+        Raises BudgetError, with the terms, if `device_memory` is less than
         the least that works.
         """
-        activations, rows = NOT_MEASURED, 0
+        found, rows = NOT_MEASURED, 0
         if batch is not None:
-            activations = self._activations(split_micro_batches(batch, micro_batches, self.config.whole)[0], objective)
+            part = split_micro_batches(batch, micro_batches, self.config.whole)[0]
+            found = self.activations(part, objective) if activations is None else activations
             rows = as_made(batch).most_ids
-        memory = self._within_budget(micro_batches, rows, activations, process)
+        memory = self._within_budget(micro_batches, rows, found, process)
         for note in memory.notes:
             _log.warning("%s", note)
         return memory
+
+    def stored_as(
+        self,
+        dtype_of: Callable[[str], torch.dtype],
+        *,
+        storage: str | None,
+        offload: str,
+        device_memory: Any = None,
+        kept_of: Callable[[str], Format | None] = lambda name: None,
+    ) -> Prepared:
+        """The same model and method, stored in another format or another tier. Raises as `prepare`, but for what the
+        host's memory holds: it need not be this host."""
+        config = replace(self.config, storage=storage, device_memory=device_memory or self.config.device_memory)
+        stored = decide_formats(
+            _with_gain(self.full_plan, self.method), storage, dtype_of, config.keep, self.method.target
+        )
+        layout = make_layout(stored.plan, stored.format_of, stored.target)
+        method = self.method
+        every = choose_fold_every(config.fold_every, stored.plan, layout, offload, method.distribution, method.noises)
+        return replace(self, plan=stored.plan, layout=layout, config=config, offload=offload, fold_every=every)
 
     def plan_blindly(self, *, process: int = 0) -> MemoryPlan:
         """As `plan_memory`, for a run that is under way before its first batch: what a budget leaves is in reserve."""
@@ -111,7 +139,7 @@ class Prepared:
     def check_batch(self, memory: MemoryPlan, batch: Batch, *, objective: Objective, micro_batches: int) -> None:
         """Raise BudgetError if a batch takes more than the budget leaves beside the window that `memory` laid out."""
         part = split_micro_batches(batch, micro_batches, self.config.whole)[0]
-        activations = self._activations(part, objective)
+        activations = self.activations(part, objective)
         if memory.budget is None or activations.unknown:
             return
         held = held_together(activations, memory.order, self.perturbations, micro_batches)
@@ -137,7 +165,7 @@ class Prepared:
                 f"device_memory={show_bytes(asked)}"
             ) from None
 
-    def _activations(self, part: Batch, objective: Objective) -> Activations:
+    def activations(self, part: Batch, objective: Objective) -> Activations:
         call: ForwardCall = objective
         if isinstance(self.shadow, str):
             return Activations(inputs=tensor_bytes([part]), unknown=self.shadow)

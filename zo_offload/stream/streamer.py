@@ -25,7 +25,6 @@ from ..devices import Device
 from ..kernels.device_updates import DeviceUpdates
 from ..kernels.float32 import scaled
 from ..kernels.records import ONE, STILL, Gains, Perturbation, Rounding, Update
-from ..numerics.exact import exact_values
 from ..numerics.fused import fused_pass, fused_rows
 from ..numerics.noise import NoiseSpec
 from ..numerics.updates import UpdateLog
@@ -270,19 +269,22 @@ class Streamer:
             if not writes:  # an early visit of a block that a later one of this pass will write: fold into a copy
                 slot = replace(slot, memory=slot.memory.clone(), version=dict(slot.version), streamed={})
             self._fused(piece, slot, True, (), ())
-        pending = self._lacking(piece, slot)
+        end = place.residual_offset + place.residual_nbytes
         stored = slot.memory[place.offset : place.offset + place.nbytes]
-        residual = slot.memory[place.residual_offset : place.residual_offset + place.residual_nbytes]
-        for out in outs:
-            value = out.cpu()  # evaluation: the host's kernels do; what other pieces of the rows wrote comes along
-            exact_values(
-                stored.cpu(), residual.cpu(), place.fmt, value, param_id=spec.param_id, numel=piece.numel,
-                offset=piece.start,
-                pending=pending.read() if isinstance(pending, DeviceUpdates) else pending,
-                noise=self.noise, rows=None if rows is None else rows.cpu(), threads=self.threads,
+        residual = slot.memory[place.residual_offset : end]
+        still, updates = [STILL] * len(outs), self._lacking(piece, slot)
+        if rows is None:
+            fused_pass(
+                stored, place.fmt, param_id=spec.param_id, numel=piece.numel, offset=piece.start, updates=updates,
+                write_back=False, noise=self.noise, perturbations=still, outs=outs, residual=residual, master=True,
+                threads=self.threads,
             )  # fmt: skip
-            if value is not out:
-                out.copy_(value)
+            return
+        fused_rows(
+            stored, place.fmt, param_id=spec.param_id, numel=piece.numel, row_numel=spec.row_numel, rows=rows,
+            first_row=piece.start // spec.row_numel, total_rows=spec.shape[0], updates=updates, noise=self.noise,
+            perturbations=still, outs=outs, residual=residual, master=True, threads=self.threads,
+        )  # fmt: skip
 
     def _fused(
         self, piece: Piece, slot: Slot, writes: bool, perturbations: Sequence[Perturbation], outs: Sequence[Tensor]

@@ -1,0 +1,190 @@
+"""`zo-offload plan` for hardware that is not here: what people ask before they buy, rent or begin."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+
+import pytest
+
+from support import training
+from support.training import METHOD
+from support.zoo.small import tiny_opt
+from zo_offload import Engine
+from zo_offload.checkpoint.checkpoint import Checkpoint
+from zo_offload.cli import hardware
+from zo_offload.cli import named_models as models
+from zo_offload.cli.answer import Machine, answer
+from zo_offload.cli.command import RUN, main
+from zo_offload.cli.costs import Work, step_seconds
+from zo_offload.cli.hardware import Link, backprop_gb, find_drive, find_gpu, find_link
+from zo_offload.cli.parser import parse
+from zo_offload.cli.timeline import simulate
+from zo_offload.formats import FORMATS
+from zo_offload.plan.layout import make_layout
+from zo_offload.plan.plan import make_plan
+from zo_offload.stream.slots import WindowSize
+
+
+def plan(capsys, *words):
+    code = main(["plan", *map(str, words)])
+    told = capsys.readouterr()
+    assert code == 0, told.err
+    return told.out.splitlines()
+
+
+def one(lines, start):
+    (found,) = [line for line in lines if line.startswith(start)]
+    return found
+
+
+SMALL = ("--tokens", 64, "--batch-size", 2)
+
+
+def test_the_answer_comes_first_and_the_command_last(capsys):
+    lines = plan(capsys, "smollm2-360m", "--gpu", "RTX 4060", "--host-memory", "16GB", "--steps", 5000, *SMALL)
+    assert lines[0].startswith(
+        "smollm2-360m, 0.36 billion parameters, on rtx-4060 (8 GB, pcie4-x8 at 12.5 GB/s each way)"
+    )
+    assert lines[1].startswith("5000 steps of 2 x 64 tokens: about ") and lines[1].endswith(" binds")
+    assert "fit in half of the GPU's memory" in one(lines, "--offload none")
+    assert "FITS this GPU" in one(lines, "better: ")
+    words = shlex.split(lines[-1])
+    assert words[:3] == ["zo-offload", "fit", "checkpoints/smollm2-360m"]
+    args = parse(words[1:], RUN)  # `fit` takes every option of it
+    assert (args.steps, args.batch_size, args.max_length, args.offload) == (5000, 2, 64, "none")
+
+
+def test_the_tier_follows_from_host_memory_and_the_storage_from_what_binds(capsys):
+    words = ("opt-2.7b", "--gpu", "rtx-4060", "--host-memory", "8GB", "--disk", "nvme-gen4", "--num-slots", 3, *SMALL)
+    scarce = plan(capsys, *words)
+    assert one(scarce, "--offload").startswith(
+        "--offload disk --storage int8+8: of 8.00 GB host memory 1.36 GB may hold"
+    )
+    assert "of the rated life of a 2 TB nvme-gen4 (1200 TB written)" in one(scarce, "wear: ")
+    assert "the drive binds" in scarce[1] and "idles" in one(scarce, "rows: ")
+    options = dict(tokens=64, batch_size=2, num_slots=3)
+    gpu = find_gpu("rtx-4060")
+    ample = answer("opt-2.7b", Machine(gpu, gpu.link, 64 * 10**9), method=METHOD, **options)
+    assert ample.planned.prepared.offload == "host" and ample.step.binds == "the link"
+    assert ample.planned.prepared.config.storage == "int8+8" and "keeps small updates" in ample.why
+    made = ample.planned
+    large = answer("opt-2.7b", Machine(find_gpu("h200"), gpu.link), method=METHOD, made=made, **options)
+    assert large.planned.prepared.offload == "none" and large.step.binds == "the GPU"
+    options |= dict(offload="disk", storage="fp16")
+    kept = answer("opt-2.7b", Machine(gpu, gpu.link, 64 * 10**9), method=METHOD, made=made, **options)
+    assert kept.why == "--offload disk was asked for" and kept.planned.prepared.config.storage == "fp16"
+
+
+def test_what_is_slow_or_cannot_be_is_warned_of(capsys):
+    lines = plan(capsys, "smollm2-135m", "--gpu", "t4", "--host-memory", "16GB", *SMALL)
+    assert "t4 has no bf16" in "\n".join(lines) and "can leave x4" in "\n".join(lines)
+    assert main(["plan", "smollm2-135m", "--gpu", "voodoo-2"]) == 2
+    assert "known are rtx-3060" in capsys.readouterr().err
+    assert main(["plan", "llama-3-71b"]) == 2
+    assert "names like it are llama-3-70b" in capsys.readouterr().err
+    assert main(["plan", "smollm2-135m", "--disk", "nvme-gen4"]) == 2
+    assert "name it, --gpu" in capsys.readouterr().err
+
+
+def test_a_config_of_any_name_and_a_run(capsys, tmp_path):
+    model = tiny_opt(2, vocab=97, hidden=16)
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "config.json").rename(tmp_path / "mine.json")
+    text = "\n".join(plan(capsys, tmp_path / "mine.json", "--tokens", 8))
+    assert "memory, 16 x 8 tokens" in text  # 16 rows, as fit
+    model.save_pretrained(tmp_path / "base")
+    run = tmp_path / "run"
+    with Engine(tmp_path / "base", method=METHOD, run_dir=run, storage="int8+8", offload="disk") as engine:
+        engine.fit(training.batches(1, length=9, vocab=97), steps=1, batch_size=4)
+    lines = plan(capsys, run, "--tokens", 8)
+    assert one(lines, "stored as int8+8") and "--storage int8+8" in lines[-1]
+    (tmp_path / "no.json").write_text("{}")
+    assert main(["plan", str(tmp_path / "no.json")]) == 2
+    assert "is no config.json of a model" in capsys.readouterr().err
+
+
+def test_tables_over_gpus_and_drives(capsys):
+    lines = plan(capsys, "smollm2-135m", "--compare", "gpus", "--host-memory", "32GB", *SMALL)
+    assert {line.split()[0] for line in lines[1:-1]} == set(hardware.gpu_names())
+    words = ("smollm2-135m", "--gpu", "rtx-4060", "--offload", "disk", "--storage", "bf16", "--num-slots", 3)
+    lines = plan(capsys, *words, "--compare", "disks", *SMALL)
+    seconds = {line.split()[0]: float(line.split()[3]) for line in lines[1:-1]}
+    assert seconds["nvme-gen3"] > seconds["nvme-gen4"] > seconds["nvme-gen5"]
+
+
+@pytest.mark.parametrize(
+    "name", ["opt-350m", "llama-3.2-1b", "qwen3-0.6b", "gemma-3-270m", "phi-4-mini", "gpt-oss-20b"]
+)
+def test_named_models_have_the_parameters_that_are_published(name):
+    published = {
+        "opt-350m": 0.331, "llama-3.2-1b": 1.236, "qwen3-0.6b": 0.596, "gemma-3-270m": 0.268, "phi-4-mini": 3.836,
+        "gpt-oss-20b": 20.9,
+    }  # fmt: skip
+    model = Checkpoint.open(models.named_config(name)).build_model(FORMATS["bf16"].torch_dtype)
+    count = sum(p.numel() for p in model.parameters()) / 1e9
+    assert count == pytest.approx(published[name], rel=4e-3)
+
+
+def test_names_numbers_and_what_is_between_them():
+    assert find_gpu("NVIDIA GeForce RTX 4090").memory_gb == 24 and find_gpu("h200").link.gb_per_s > 50
+    assert find_link("pcie4-x8").gb_per_s == 12.5 and find_link("20", find_link("pcie5-x16")).flush_cost == 0.1
+    assert find_drive("7").read_gb_per_s == 7.0
+    assert backprop_gb("qlora", 8) == 6 and 35 < backprop_gb("qlora", 60) < 41 and backprop_gb("lora", 1) < 8
+
+
+def work(**more):
+    base = dict(
+        fetched=24e9, flushed=6e9, forward_flops=1e12, elements=12e9, streamed_bytes=24e9, lanes=2, fold_every=4,
+        distribution="gaussian", noises=1, tokens=2048,
+    )  # fmt: skip
+    return Work(**(base | more))
+
+
+def test_the_formula_of_a_step():
+    gpu = find_gpu("rtx-4090")
+    step = step_seconds(work(), gpu, Link("x", 24.0, 0.5))
+    assert step.binds == "the link" and step.seconds == pytest.approx(24 / 24 + 0.5 * 6 / 24)
+    files = step_seconds(work(), gpu, gpu.link, drive=find_drive("nvme-gen4"), host_gb_per_s=10)
+    assert files.parts["the drive"] == pytest.approx(24 / 6.5 + 6 / 1.5) and files.binds == "the drive"
+    assert files.parts["host memory"] == pytest.approx(3.0)
+    long = step_seconds(work(forward_flops=1e16), gpu, gpu.link)
+    assert long.binds == "the GPU" and long.forwards == pytest.approx(1e16 / (0.65 * 165.2e12))
+
+
+def test_a_timeline_is_of_the_ops_that_run(capsys, tmp_path):
+    """No slot is fetched into while it is computed with or flushed, and a block is computed with once it is there."""
+    model = tiny_opt(6, vocab=97, hidden=16)
+    made = make_plan(model, None)
+    layout = make_layout(made, lambda spec: FORMATS["bf16"])
+    window = WindowSize(3, 2, frozenset())
+    fetched = sum(layout.stream_bytes)
+    link = Link("x", fetched / 1e9, 0.5)  # a second a pass
+    step = step_seconds(work(fetched=fetched, flushed=fetched / 4, forward_flops=0.0), find_gpu("rtx-4090"), link)
+    found = simulate(made, layout, window, work(fetched=fetched), step, link, offload="host")
+    assert step.seconds == pytest.approx(1 + 0.5 / 4) and found.step_s == pytest.approx(step.seconds, rel=0.1)
+    for stream in ("fetch", "flush", "compute"):
+        spans = [s for s in found.spans if s.stream == stream]
+        assert spans and all(a.start + a.seconds <= b.start + 1e-9 for a, b in itertools.pairwise(spans))
+    busy = work(fetched=fetched, flushed=fetched / 4, forward_flops=1e15)
+    slow = step_seconds(busy, find_gpu("rtx-4090"), link)
+    bound = simulate(made, layout, window, busy, slow, link, offload="host")
+    assert bound.step_s == pytest.approx(slow.seconds, rel=0.02)  # the copies hide behind the compute
+    path = tmp_path / "step.json"
+    lines = plan(
+        capsys,
+        "smollm2-360m",
+        "--gpu",
+        "rtx-4060",
+        "--offload",
+        "host",
+        "--storage",
+        "bf16",
+        "--timeline",
+        path,
+        *SMALL,
+    )
+    assert one(lines, "timeline: ")
+    events = json.loads(path.read_text())["traceEvents"]
+    assert {event["ph"] for event in events} == {"M", "X"} and all(e.get("dur", 1) > 0 for e in events)

@@ -1,0 +1,65 @@
+"""Configurations of well-known models by their usual names (`models.json`): to plan with, without a download.
+
+A layer's shapes and counts are as published; what shapes no weight is transformers' default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import hf
+from ..errors import CheckpointError, ConfigError
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(__file__).with_name("models.json").read_text())
+    return found
+
+
+def model_names() -> list[str]:
+    return list(_table())
+
+
+def is_named(model: str) -> bool:
+    return model.lower() in _table()
+
+
+def named_config(model: str) -> Any:
+    """transformers' config of a known name. CheckpointError if this transformers has no such architecture."""
+    row = _table()[model.lower()]
+    try:
+        config = hf.AutoConfig.for_model(row["model_type"], **row["config"])
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{model}: this transformers does not know {row['model_type']!r}: {error}") from error
+    config.architectures, config.dtype = [row["architecture"]], row["dtype"]
+    return config
+
+
+def published_as(model: str) -> str:
+    """What its published files are stored in, where that is not 16 bits; "" else."""
+    return str(_table().get(model.lower(), {}).get("published_as", ""))
+
+
+def config_of_file(path: Path) -> Any:
+    """The config in a JSON file of any name."""
+    try:
+        fields = json.loads(path.read_text())
+        kind = fields.pop("model_type")
+        return hf.AutoConfig.for_model(kind, **fields)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no config.json of a model: {type(error).__name__}: {error}") from error
+
+
+def unknown(model: str) -> ConfigError:
+    """No directory, file or known name: what is near."""
+    near = difflib.get_close_matches(model.lower(), model_names(), 4, 0.4)
+    like = f"; names like it are {', '.join(near)}" if near else f"; such as {', '.join(model_names()[::12])}"
+    return ConfigError(
+        f"{model} does not exist, and is no name that is known{like}. Give a directory with config.json, or a config's "
+        "own file"
+    )

@@ -1,0 +1,111 @@
+"""`zo-offload plan`: the answer for hardware that is named, the details, and at the end the `fit` it planned for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..journal import run_directory
+from ..methods import Method, method_from
+from ..run.auto import rates
+from ..system.units import parse_bytes
+from . import timeline
+from .answer import Answer, Machine, answer, command, compare, lines, machines, named_rates
+from .hardware import find_drive, find_gpu, find_link
+from .method_options import make_method
+from .report import details, plan_step
+
+USUAL_STEPS = 20_000
+"""Of the paper's recipe, where --steps says nothing."""
+
+
+def plan_lines(args: argparse.Namespace, settings: dict[str, Any]) -> Iterator[str]:
+    """Lines of the report. settings: of the engine, as they were given."""
+    method = make_method(args)
+    if (Path(args.model) / run_directory.JOURNAL).exists():
+        method, settings = _of_run(Path(args.model), args, settings)
+    options: dict[str, Any] = dict(
+        tokens=args.tokens, batch_size=args.batch_size or method.batch_size, micro_batches=args.micro_batches,
+        model_class=args.model_class, **settings,
+    )  # fmt: skip
+    if args.gpu is None and args.compare != "gpus":
+        flags = {
+            "host-memory": args.machine_memory,
+            "disk": args.disk,
+            "compare": args.compare,
+            "timeline": args.timeline,
+        }
+        if given := [flag for flag, value in flags.items() if value]:
+            raise ConfigError(f"--{given[0]} plans for a GPU: name it, --gpu rtx-4090")
+        yield from _here(args, method, options)
+        return
+    options.pop("device", None)
+    machine = _machine(args)
+    found = answer(args.model, machine, method=method, **options)
+    steps = args.steps or USUAL_STEPS
+    if args.compare is not None:
+        made = found.planned
+        yield from compare(
+            "GPU" if args.compare == "gpus" else "drive", machines(args.compare, machine), steps,
+            lambda other: answer(args.model, other, method=method, made=made, **options),
+        )  # fmt: skip
+        yield "public rates, nothing was measured: docs/planning.md"
+        return
+    yield from lines(found, args.steps, USUAL_STEPS)
+    yield ""
+    yield from details(found.planned, lambda: named_rates(found))
+    if args.timeline:
+        yield _write_timeline(found, Path(args.timeline))
+    yield command(found.planned, args.steps, _method_words(args))
+
+
+def _here(args: argparse.Namespace, method: Method, options: dict[str, Any]) -> Iterator[str]:
+    """On the device that `settings` name: measured where it is there."""
+    rate = None if args.link is None else find_link(args.link).gb_per_s
+    made = plan_step(args.model, method=method, **options)
+    yield from details(made, lambda: rates(made.prepared.config.device, rate))
+    yield command(made, args.steps, _method_words(args), made.prepared.config.device)
+
+
+def _machine(args: argparse.Namespace) -> Machine:
+    gpu = find_gpu(args.gpu or "rtx-4090")
+    link = gpu.link if args.link is None else find_link(args.link, gpu.link)
+    host = None if args.machine_memory is None else parse_bytes(args.machine_memory, "--host-memory")
+    drive = None if args.disk is None else find_drive(args.disk)
+    return Machine(gpu, link, host, args.host_bandwidth, drive, args.disk_size)
+
+
+def _of_run(path: Path, args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Method, dict[str, Any]]:
+    """Method and settings of a run, under those that were given."""
+    record = run_directory.load_config(path)
+    known = {
+        name: value
+        for name, value in record["settings"].items()
+        if value is not None and name not in ("run_dir", "trust_remote_code")
+    }
+    method = make_method(args) if args.method or args.preset else method_from(record["method"])
+    return method, {**known, **settings}
+
+
+def _method_words(args: argparse.Namespace) -> list[str]:
+    """The method's options as they were given."""
+    words: list[str] = []
+    for name in ("method", "preset", *args.method_options, "trainable", "fold_every", "compute", "seed"):
+        value = getattr(args, name, None)
+        if value is None or value is False:
+            continue
+        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return words
+
+
+def _write_timeline(found: Answer, path: Path) -> str:
+    made = found.planned
+    trace = timeline.simulate(
+        made.prepared.plan, made.prepared.layout, made.memory.window, found.work, found.step, found.machine.link,
+        offload=made.prepared.offload, drive=found.machine.drive,
+    )  # fmt: skip
+    trace.write(path)
+    return f"timeline: {path}, one step of {trace.step_s:.2f} s: open it in ui.perfetto.dev"
