@@ -184,6 +184,18 @@ def test_an_adapters_directory_in_the_place_of_a_model_finds_its_base(base, tmp_
         Engine(adapter, adapter="r=2")
 
 
+def test_a_folder_with_a_model_and_an_adapter_is_not_taken_for_one_of_them(base, tmp_path, capsys):
+    with Engine(base, adapter="r=2", method=METHOD, offload="none") as engine:
+        engine.save_pretrained(tmp_path / "adapter")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "adapter" / name, base)
+    with pytest.raises(ConfigError, match="holds a model and an adapter"):
+        Engine(base, method=METHOD)
+    assert main(["plan", str(base)]) == 2 and "--adapter" in capsys.readouterr().err
+    with Engine(base, adapter=base, method=METHOD, offload="none") as engine:
+        assert any("lora_" in name for name, _ in engine.weights())
+
+
 def test_a_preset_for_adapters_refuses_the_whole_model(base, capsys, tmp_path):
     with pytest.raises(ConfigError, match=r"rates for LoRA adapters.*--lora 8"):
         Engine(base, method=MeZO.preset("opt-lora"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import re
 import shlex
@@ -95,3 +96,12 @@ def test_the_page_of_methods_has_the_table_that_is_printed(capsys):
     assert command.main(["methods"]) == 0
     table = capsys.readouterr().out.partition("\n\n")[0]
     assert table in (ROOT / "docs" / "methods.md").read_text(), "zo-offload methods prints another table by now"
+
+
+def test_the_api_page_is_what_the_docstrings_say():
+    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
+    make_api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_api)
+    made = make_api.page()
+    assert made == make_api.PAGE.read_text(), "python docs/make_api.py --write"
+    assert all(f"### {name}" in made for name in ("Engine", "MeZO", "FZOO", "FitResult"))

@@ -131,7 +131,7 @@ def open_model(
     before = process_bytes()
     one_each = config.device == "cuda" and ranks.world > 1
     device = make_device(f"cuda:{ranks.local_rank}" if one_each else config.device)
-    model, config = with_adapter(model, config)
+    model, config = with_adapter(model, config, fresh)
     checkpoint, given, adapted = None, None, None
     ties: tuple[Tied, ...] = ()
     if isinstance(model, nn.Module):
@@ -169,9 +169,11 @@ def open_model(
     return replace(opened, gains=decide_gains(prepared.plan, prepared.layout, method, base)) if fresh else opened
 
 
-def with_adapter(model: str | Path | nn.Module, config: EngineConfig) -> tuple[str | Path | nn.Module, EngineConfig]:
+def with_adapter(
+    model: str | Path | nn.Module, config: EngineConfig, fresh: bool = True
+) -> tuple[str | Path | nn.Module, EngineConfig]:
     """Model and settings with the adapter as a run keeps it, and an adapter's directory given as the model as what it
-    is: its base, with that adapter. Raises ConfigError, CheckpointError."""
+    is: its base, with that adapter. fresh: not for a run that has decided it. Raises ConfigError, CheckpointError."""
     adapter = adapter_configs.plain(config.adapter)
     if isinstance(model, nn.Module):
         if adapter is not None:
@@ -187,6 +189,11 @@ def with_adapter(model: str | Path | nn.Module, config: EngineConfig) -> tuple[s
                 f"{model} is an adapter itself, and adapter= names another: give one of them, and the base as the model"
             )
         adapter, model = str(directory), adapter_configs.base_of(directory)
+    elif fresh and adapter is None and (directory / adapter_configs.CONFIG_NAME).is_file():
+        raise ConfigError(
+            f"{model} holds a model and an adapter ({adapter_configs.CONFIG_NAME}). For the adapter on that model give "
+            f"adapter={str(model)!r} (--adapter {model}); for the model alone, move the adapter's files elsewhere"
+        )
     if isinstance(adapter, str):
         adapter = str(Path(adapter).expanduser().absolute())
     return model, replace(config, adapter=adapter)
