@@ -218,7 +218,7 @@ WRONG = {
     "little memory": ([*BASE, *DATA, *DISK, "--device-memory", "10KB"], "device_memory=10.0 kB is too small"),
     "little memory to plan": (["plan", "{}/base", "--device-memory", "10KB"], "device_memory=10.0 kB is too small"),
     "size": (["export", "{}/run", "--out", "{}/never", "--max-shard", "big"], "max_shard_bytes='big'"),
-    "directions of mezo": ([*BASE, *DATA, "--directions", "4"], "4 is an option of --method fzoo, nspsa, meazo, "),
+    "directions of mezo": ([*BASE, *DATA, "--directions", "4"], "4 is an option of --method fzoo, "),
     "preset": ([*BASE, *DATA, "--preset", "opus"], "preset 'opus' is not known to mezo: there are opt"),
     "out in use": ([*BASE, *DATA, *DISK, "--out", "{}/tuned"], "{}/tuned is not empty"),
     "out under a file": (["export", "{}/run", "--out", "{}/dev.jsonl/x"], "{}/dev.jsonl is a file"),
