@@ -115,10 +115,10 @@ def test_an_evaluation_that_a_crash_prevented_is_made_up_for(tmp_path, monkeypat
         never = fit(engine, steps=7, **options).evals
     real = Run.measure
 
-    def crash(self, *args):
+    def crash(self, *args, **options):
         if self.log.version == 4:
             raise Crash
-        return real(self, *args)
+        return real(self, *args, **options)
 
     monkeypatch.setattr(Run, "measure", crash)
     with pytest.raises(Crash), Engine(tiny_opt(), **settings) as engine:

@@ -454,7 +454,16 @@ def test_every_method_is_planned_by_its_name(name, checkpoint, capsys):
     storage = ["--storage", "int4"] if kind.target != "values" else []
     few = ["--directions", "4" if name == "fzoo-r" else "3"] if hasattr(kind, "directions") else []
     assert main(["plan", str(checkpoint), "--method", name, "--tokens", "8", *storage, *few]) == 0
-    lanes = {"fzoo": 4, "nspsa": 6, "meazo": 6, "conservative": 3, "fzoo-loo": 3, "rank": 3, "spsa-1.5": 7}.get(name, 2)
+    lanes = {
+        "fzoo": 4,
+        "fzoo-r": 3,
+        "nspsa": 6,
+        "meazo": 6,
+        "conservative": 3,
+        "fzoo-loo": 3,
+        "rank": 3,
+        "spsa-1.5": 7,
+    }.get(name, 2)
     assert f", {lanes} lanes in " in capsys.readouterr().out
 
 
