@@ -36,6 +36,17 @@ def commit(checkout: Path = ROOT) -> str:
         return "unknown"
 
 
+def opt_config(name: str) -> Any:
+    """transformers' OPTConfig of that size, of no dtype. Raises ConfigError, with names like it, if there is none."""
+    from zo_offload.cli import named_models
+
+    if not named_models.is_named(name):
+        raise named_models.unknown(name)
+    config = named_models.named_config(name)
+    config.dtype = None
+    return config
+
+
 def about(benchmark: str) -> dict[str, Any]:
     """The fields that are the same in every result of a run."""
     import torch

@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import about, emit, quantile
-from zo_offload.checkpoint.opt_sizes import opt_config
+from benchmarks.common import about, emit, opt_config, quantile
 from zo_offload.devices.link import Link, measure_link
 from zo_offload.devices.nvml import DriverMemory
 from zo_offload.formats import FORMATS

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import ROOT, about, emit
+from benchmarks.common import ROOT, about, emit, opt_config
 
 
 class RandomBase:
@@ -66,8 +66,6 @@ def high_water_bytes() -> int:
 def random_opt(name: str, layers: int | None) -> tuple[Any, RandomBase]:
     """An OPT on meta, and random weights for it."""
     from transformers import OPTForCausalLM
-
-    from zo_offload.checkpoint.opt_sizes import opt_config
 
     config = opt_config(name)
     if layers:

@@ -26,9 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common import about, emit, quantile
+from benchmarks.common import about, emit, opt_config, quantile
 from zo_offload import FZOO, Engine, MeZO
-from zo_offload.checkpoint.opt_sizes import opt_config
 from zo_offload.plan.blocks import BLOCK_NUMEL
 
 Work = Callable[[], Any]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from support.planning import plan_report
 from zo_offload import BudgetError, Engine, MeZO
-from zo_offload.cli.report import plan_report
 from zo_offload.plan.activations import Activations, Segment
 from zo_offload.run.memory import pinned_blocks, plan_memory
 from zo_offload.stream.scratch import ScratchPool
@@ -96,7 +96,7 @@ def test_scratch_is_used_again():
 
 
 def test_paper_sizes_are_planned_without_weights():
-    lines = list(plan_report("opt-175b", storage="bf16", tokens=256))
+    lines = plan_report("opt-175b", storage="bf16", tokens=256)
     text = "\n".join(lines)
     assert "174.604 G parameters" in text and "x 96" in text and "349.21 GB" in text
     assert "tied, stored and perturbed once" in text

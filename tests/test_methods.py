@@ -21,6 +21,7 @@ import zo_offload
 from support.compare import assert_same
 from support.fake_cuda import DelayedCpuDevice, FakeBackend, FakeCudaDevice
 from support.fake_gpu import FakeGpu, Gpu, HostKernels, reason
+from support.planning import plan_report
 from support.training import batches, stored_weights
 from support.zoo.small import tiny_opt
 from zo_offload import (
@@ -45,7 +46,6 @@ from zo_offload import (
 )
 from zo_offload.cli import main
 from zo_offload.cli.method_options import find_class
-from zo_offload.cli.report import plan_report
 from zo_offload.journal import run_directory
 from zo_offload.journal.identity import check_identity
 from zo_offload.kernels import scalars
@@ -719,6 +719,6 @@ def test_records_of_an_own_class_from_before_classes_had_names():
 
 
 def test_a_plan_has_the_lanes_of_an_own_class(checkpoint):
-    lines = list(plan_report(str(checkpoint), method=OneSided(shares=(0.2, 0.3, 0.5)), tokens=8))
+    lines = plan_report(str(checkpoint), method=OneSided(shares=(0.2, 0.3, 0.5)), tokens=8)
     assert any(", 4 lanes in " in line for line in lines)
     assert Counter(OneSided().seeds(0, 3)) == Counter(step_seed(0, 3, i) for i in range(2))

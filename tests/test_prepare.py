@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from support.planning import plan_report
 from support.zoo.models import ZOO
 from zo_offload import FZOO, QZO, BudgetError, ConfigError, Engine, MeZO
 from zo_offload.cli import main
 from zo_offload.cli.hardware import CONTEXT_BYTES
-from zo_offload.cli.report import plan_report
 from zo_offload.system.units import show_bytes
 
 TOKENS, ROWS = 24, 4
@@ -54,9 +54,7 @@ def test_a_plan_is_that_of_the_run(checkpoint, tmp_path, make, settings, offload
     if offload == "none" and "device_memory" in settings:
         settings = {**settings, "device_memory": "2MB"}
     settings = {**settings, "offload": offload}
-    lines = list(
-        plan_report(str(checkpoint), method=make(), tokens=TOKENS, batch_size=ROWS, micro_batches=parts, **settings)
-    )
+    lines = plan_report(str(checkpoint), method=make(), tokens=TOKENS, batch_size=ROWS, micro_batches=parts, **settings)
     with Engine(checkpoint, method=make(), run_dir=tmp_path / "run", **settings) as engine:
         engine.step(batch(), micro_batches=parts)
         memory, layout, plan = engine.memory, engine.layout, engine.active.prepared.plan
@@ -110,18 +108,18 @@ def test_a_plan_of_a_checkpoint_knows_the_files_dtypes(tmp_path):
     model.save_pretrained(tmp_path / "base")
     config = (tmp_path / "base" / "config.json").read_text().replace('"float32"', '"bfloat16"')
     (tmp_path / "base" / "config.json").write_text(config)
-    planned = list(plan_report(str(tmp_path / "base"), tokens=8))[1]
+    planned = plan_report(str(tmp_path / "base"), tokens=8)[1]
     with Engine(tmp_path / "base") as engine:
         assert f"stored as fp32: {show_bytes(engine.layout.total_bytes)}" in planned
 
 
 def test_a_gpu_that_is_not_here_needs_more_than_its_context():
-    lines = list(plan_report("opt-125m", device="cuda", storage="fp16", tokens=8, device_memory="0.8GB"))
+    lines = plan_report("opt-125m", device="cuda", storage="fp16", tokens=8, device_memory="0.8GB")
     assert any("of CUDA and its libraries" in line for line in lines)
     with pytest.raises(BudgetError, match="CUDA context and libraries take about"):
-        list(plan_report("opt-125m", device="cuda", storage="fp16", tokens=8, device_memory=CONTEXT_BYTES))
+        plan_report("opt-125m", device="cuda", storage="fp16", tokens=8, device_memory=CONTEXT_BYTES)
     with pytest.raises(BudgetError, match="the CUDA context and libraries take"):
-        list(plan_report("opt-125m", device="cuda", storage="fp16", tokens=8, device_memory=CONTEXT_BYTES + 1000))
+        plan_report("opt-125m", device="cuda", storage="fp16", tokens=8, device_memory=CONTEXT_BYTES + 1000)
 
 
 # ---- activations that cannot be measured without weights -------------------------------------------------------------

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from support.zoo.small import tiny_opt
-from zo_offload import Engine, MeZO
+from zo_offload import Conservative, Engine, MeZO
 from zo_offload.cli import main
 from zo_offload.cli.chart import short, ticks
 from zo_offload.cli.history import read_history
@@ -49,6 +49,12 @@ def test_the_history_is_what_the_run_did(run):
     assert [values["step"] for values in history.evals] == [2, 3, 4, 5]
     assert [y for _, y in history.curve("loss", "steps")] == [values["loss"] for values in history.evals]
     assert [x for x, _ in history.curve("loss", "forwards")] == [4, 6, 8, 10]
+
+
+def test_forwards_of_all_visits_of_a_step_are_counted(tmp_path):
+    with Engine(tiny_opt(), method=Conservative(lr=1e-4, batch_size=2), run_dir=tmp_path / "run") as engine:
+        engine.fit(ROWS, steps=2)
+    assert read_history(tmp_path / "run").points[-1].cost["forwards"] == 2 * 5
 
 
 class Page(HTMLParser):

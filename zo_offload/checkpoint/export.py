@@ -30,13 +30,14 @@ from ..errors import CheckpointError
 from ..hf import PreTrainedModel
 from ..modules.away import is_away
 from ..modules.parameters import streams
+from ..quantized.files import Spec
 from . import tokenizers
 from .adapters import Run, is_peft, save_adapter
 from .conversion import Group, names_to_save, saving_groups
 from .files import INDEX, SINGLE, is_run
 from .publish import PRODUCER, earlier_files, publish, workplace
 from .recipe import Reader, Recipe
-from .safetensors_io import Shard, ShardWriter, Tensorlike, header_bound
+from .safetensors_io import Shard, ShardWriter, header_bound
 from .tokenizers import is_of_tokenizer
 from .weights import Placed, Weights, chunks
 
@@ -185,20 +186,20 @@ def _leaves(p: nn.Parameter) -> bool:
     return streams(p) or is_away(p)
 
 
-def _outputs(model: nn.Module, entries: _Entries) -> tuple[list[Group], dict[str, Tensorlike]]:
+def _outputs(model: nn.Module, entries: _Entries) -> tuple[list[Group], dict[str, Spec]]:
     """What goes into the files, under its final names."""
     metas = entries.metas()
     if isinstance(model, PreTrainedModel):
         groups = saving_groups(model, metas)
     else:
         groups = [Group.plain(name, meta) for name, meta in metas.items()]
-    outputs = {name: Tensorlike(t.dtype, tuple(t.shape)) for group in groups for name, t in group.outputs.items()}
+    outputs = {name: Spec(t.dtype, tuple(t.shape)) for group in groups for name, t in group.outputs.items()}
     if not outputs:
         raise CheckpointError(f"{type(model).__name__} has no parameters or buffers to save.")
     return groups, outputs
 
 
-def _main_dtype(outputs: Mapping[str, Tensorlike]) -> torch.dtype | None:
+def _main_dtype(outputs: Mapping[str, Spec]) -> torch.dtype | None:
     """That of most floating elements."""
     elements: Counter[torch.dtype] = Counter()
     for tensor in outputs.values():
@@ -218,7 +219,7 @@ def _in_order(groups: list[Group], entries: _Entries) -> list[tuple[str, Recipe]
     return [(name, recipe) for *_, name, recipe in sorted(found, key=lambda entry: entry[:3])]
 
 
-def _into_shards(outputs: Mapping[str, Tensorlike], max_bytes: int, metadata: dict[str, str]) -> list[Shard]:
+def _into_shards(outputs: Mapping[str, Spec], max_bytes: int, metadata: dict[str, str]) -> list[Shard]:
     # wide elements first: none is then at an odd place behind a mask's bytes, which would begin another shard
     outputs = dict(sorted(outputs.items(), key=lambda entry: -entry[1].dtype.itemsize))
     shards: list[Shard] = []

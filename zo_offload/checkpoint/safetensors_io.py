@@ -20,7 +20,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..quantized.files import Spec
 from ..system import diskio
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
@@ -224,22 +225,6 @@ def _check_tiling(path: Path, entries: dict[str, Entry], data_begin: int, size: 
         raise CheckpointError(f"{path}: {size - at} bytes after the last tensor (ends at byte {at} of {size}).")
 
 
-@dataclass(frozen=True)
-class Tensorlike:
-    """What a header says of a tensor that is still to be written."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-
 class Shard:
     """What one file is to hold, tensors in the order of their bytes.
 
@@ -249,16 +234,16 @@ class Shard:
 
     def __init__(self, header_room: int) -> None:
         self.nbytes = 0
-        self.tensors: dict[str, Tensorlike] = {}
+        self.tensors: dict[str, Spec] = {}
         self.begins: dict[str, int] = {}
         """Where each tensor begins, in bytes from the first one."""
         self.room = -(-header_room // 8) * 8
 
-    def fits(self, tensor: Tensorlike, max_bytes: int) -> bool:
+    def fits(self, tensor: Spec, max_bytes: int) -> bool:
         aligned = self.nbytes % tensor.dtype.itemsize == 0
         return self.nbytes == 0 or (aligned and self.nbytes + tensor.nbytes <= max_bytes)
 
-    def add(self, name: str, tensor: Tensorlike) -> None:
+    def add(self, name: str, tensor: Spec) -> None:
         assert name not in self.tensors, name
         if tensor.dtype not in CODES:
             raise CheckpointError(f"tensor {name!r} has dtype {tensor.dtype}, which safetensors cannot hold.")
@@ -308,10 +293,3 @@ def header_bound(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -
     widest = [10**15, 10**15]
     entries = {n: {"dtype": "F8_E4M3", "shape": list(s), "data_offsets": widest} for n, s in shapes.items()}
     return len(json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode())
-
-
-def as_bytes(tensor: Tensor, chunk_bytes: int = 1 << 26) -> Iterator[memoryview]:
-    """The tensor's elements in order, as buffers, without a second copy of a contiguous one."""
-    view = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    for begin in range(0, len(view), chunk_bytes):
-        yield view[begin : begin + chunk_bytes]

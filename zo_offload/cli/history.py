@@ -6,9 +6,8 @@ says what they cost; of a step that is there twice the last counts. Nothing here
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from ..errors import ConfigError, JournalError
 from ..journal import run_directory
 from ..journal.format import load_journal
 from ..journal.learning_watch import is_skipped, warnings_of
-from ..system import diskio
 
 AXES = {"steps": "steps", "forwards": "forward passes", "bytes": "bytes moved", "seconds": "seconds"}
 """What curves can be drawn against, and how an axis is named."""
@@ -83,7 +81,12 @@ def read_history(run: Path | str) -> History:
         raise ConfigError(f"{path} holds no run: {run_directory.JOURNAL} is not there")
     contents = load_journal(path / run_directory.JOURNAL)
     steps = contents.steps
-    lines = {int(values["step"]): values for values in _lines(path) if "loss" in values and "fetch_bytes" in values}
+    metrics = run_directory.read_metrics(path / run_directory.METRICS)
+    lines = {
+        values["step"]: values
+        for values in metrics
+        if isinstance(values.get("step"), int) and "loss" in values and "fetch_bytes" in values
+    }
     lanes = _forwards(contents.header)
     points: list[Point] = []
     last: dict[str, float] = {}
@@ -103,9 +106,7 @@ def read_history(run: Path | str) -> History:
             "bytes": total["fetch"] + total["flush"], "seconds": total["seconds"],
         }  # fmt: skip
         points.append(Point(record.step, record.loss if math.isfinite(record.loss) else None, record.lr, cost))
-    evals = [
-        values for values in run_directory.evaluations(path / run_directory.METRICS) if values["step"] <= len(steps)
-    ]
+    evals = [values for values in run_directory.evaluations(metrics) if int(values["step"]) <= len(steps)]
     return History(
         path=path, header=contents.header, settings=_settings(path), points=points, evals=evals,
         skipped=sum(map(is_skipped, steps)), fetch_bytes=total["fetch"], flush_bytes=total["flush"],
@@ -123,23 +124,8 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """metrics.jsonl's lines that can be read; a crash may have cut the last."""
-    try:
-        text = diskio.read_file(path / run_directory.METRICS)
-    except FileNotFoundError:
-        return
-    for line in text.splitlines():
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
-            yield values
-
-
 def _forwards(header: Mapping[str, Any]) -> int:
-    """Lanes of a step of the run's method; of a class of one's own, which is not at hand here, none are known."""
+    """Forwards of a step of the run's method; of a class of one's own, which is not at hand here, none are known."""
     record = header.get("method")
     if not isinstance(record, dict):
         return 0
@@ -147,12 +133,12 @@ def _forwards(header: Mapping[str, Any]) -> int:
         method = run_directory.make_method(record)
     except (JournalError, ConfigError):
         return 0
-    return len(method.perturbations(0, 0))
+    return method.forwards
 
 
 def _settings(path: Path) -> dict[str, Any]:
+    """The run's configuration; empty if it is gone or damaged, which keeps a run from going on, not from being seen."""
     try:
-        found = json.loads(diskio.read_file(path / run_directory.CONFIG))
-    except (FileNotFoundError, ValueError, RecursionError):
+        return run_directory.load_config(path)
+    except JournalError:
         return {}
-    return found if isinstance(found, dict) else {}

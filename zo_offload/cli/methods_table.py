@@ -35,14 +35,14 @@ def presets() -> Iterator[str]:
 
 
 def _row(method: Method) -> tuple[str, ...]:
-    lanes = len(method.perturbations(0, 0))
-    more = method.next_lanes(0, 0, [0.0] * lanes, method.lr) if method.comes_back else ()
-    scalars = method.scalars(torch.zeros(lanes + len(more), dtype=torch.float64, device="cpu"))
+    forwards = method.forwards
+    comes_back = forwards > len(method.perturbations(0, 0))
+    scalars = method.scalars(torch.zeros(forwards, dtype=torch.float64, device="cpu"))
     updates = tuple(Update(i + 1, 0.5, 1.0, i == method.noises - 1) for i in range(method.noises))
     record = StepRecord(0, updates, 0.0, 0.0, 0.0, scalars=tuple(scalars.tolist()))
     told = (type(method).__doc__ or "").partition("\n")[0].partition(": ")[0].rstrip(".")
     return (
-        method.name, str(lanes + len(more)), "2" if more else "1", str(method.noises),
+        method.name, str(forwards), "2" if comes_back else "1", str(method.noises),
         f"{len(method.first_memory())} numbers" if method.first_memory() else "-",
         f"{len(pack_step(record)[0])} B", told,
     )  # fmt: skip

@@ -28,7 +28,7 @@ from ..plan.layout import Layout
 from ..plan.plan import Plan
 from ..quantized.sizes import file_bytes
 from ..quantized.table import method_of
-from ..run.auto import Rates, compare, rates
+from ..run.auto import Rates, compare
 from ..run.memory import MemoryPlan, step_bytes
 from ..run.opening import built, with_adapter
 from ..run.prepare import Prepared, prepare
@@ -69,29 +69,6 @@ class Planned:
         return replace(self, prepared=prepared, plan_of_memory=memory)
 
 
-def plan_report(
-    model: str,
-    *,
-    method: Method | None = None,
-    tokens: int | None = None,
-    batch_size: int = 1,
-    micro_batches: int = 1,
-    model_class: str | None = None,
-    link_gb_per_s: float | None = None,
-    **settings: Any,
-) -> Iterator[str]:
-    """Lines of the report for a checkpoint directory, a config.json, or a size such as opt-175b.
-
-    settings: those of `EngineConfig`, decided as a run with a run directory decides them (`prepare.py`). tokens: a row;
-    default 512, or as many as the model takes. A GPU need not be there. Raises ZOError, as the run would.
-    """
-    planned = plan_step(
-        model, method=method, tokens=tokens, batch_size=batch_size, micro_batches=micro_batches,
-        model_class=model_class, **settings,
-    )  # fmt: skip
-    yield from details(planned, lambda: rates(planned.prepared.config.device, link_gb_per_s))
-
-
 def plan_step(
     model: str,
     *,
@@ -104,10 +81,13 @@ def plan_step(
     blind: bool = False,
     **settings: Any,
 ) -> Planned:
-    """Everything that is decided before a step, of a model whose weights nobody reads. See `plan_report`.
+    """Everything that is decided before a step of a model, given by a checkpoint's directory, a config.json, or a name
+    such as opt-175b. No weights are read.
 
-    on: a device in place of the one that `settings` name. blind: leave memory
-    out, for `Planned.with_memory`, and take files for the tier: the host is not this one.
+    settings: those of `EngineConfig`, decided as a run with a run directory decides them (`prepare.py`). tokens: a row;
+    default 512, or as many as the model takes. A GPU need not be there. on: a device in place of the one that
+    `settings` name. blind: leave memory out, for `Planned.with_memory`, and take files for the tier: the host is not
+    this one. Raises ZOError, as the run would.
     """
     method = method if method is not None else DEFAULT()
     config = EngineConfig(**{"run_dir": "-", **settings})

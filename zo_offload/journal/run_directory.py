@@ -19,7 +19,7 @@ import logging
 import math
 import os
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -281,9 +281,9 @@ def to_json(values: Mapping[str, Any]) -> str:
     )
 
 
-def evaluations(path: Path | None) -> list[dict[str, float]]:
-    """The evaluations that metrics.jsonl holds, the last of each step; lines that a crash cut are passed over."""
-    found: dict[int, dict[str, float]] = {}
+def read_metrics(path: Path | None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl in order. Those that a crash cut are passed over; a file that cannot be read has none,
+    and a warning says so."""
     try:
         lines = diskio.read_file(path).splitlines() if path is not None else []
     except FileNotFoundError:
@@ -291,16 +291,25 @@ def evaluations(path: Path | None) -> list[dict[str, float]]:
     except OSError as error:
         _log.warning("the evaluations so far are not known, %s cannot be read: %s", path, error)
         return []
+    found = []
     for line in lines:
         try:
-            values = json.loads(line)
-            evals = {
-                k.removeprefix("eval_"): math.nan if v is None else v
-                for k, v in values.items()
-                if k.startswith("eval_")
-            }
+            found.append(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+    return [values for values in found if isinstance(values, dict)]
+
+
+def evaluations(metrics: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """The evaluations among lines of metrics.jsonl, the last of each step."""
+    found: dict[int, dict[str, float]] = {}
+    for values in metrics:
+        evals = {
+            k.removeprefix("eval_"): math.nan if v is None else v for k, v in values.items() if k.startswith("eval_")
+        }
+        try:
             if evals:
                 found[int(values["step"])] = {"step": values["step"], **evals}
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             continue
     return [found[step] for step in sorted(found)]

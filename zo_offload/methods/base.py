@@ -283,6 +283,13 @@ class Method(ABC):
         return len(self.seeds(0, 0))
 
     @property
+    def forwards(self) -> int:
+        """Lanes of a step, of all its visits."""
+        lanes = len(self.perturbations(0, 0))
+        more = self.next_lanes(0, 0, [0.0] * lanes, self.lr) if self.comes_back else ()
+        return lanes + len(more)
+
+    @property
     def most_lanes(self) -> int:
         """How many lanes the largest visit of a step has: memory is planned for them."""
         return len(self.perturbations(0, 0))

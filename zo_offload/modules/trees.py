@@ -24,8 +24,3 @@ def tensor_bytes(values: Iterable[Any]) -> int:
     """Bytes of all tensors in `values`, each counted once."""
     found = {id(tensor): tensor.nbytes for value in values for tensor in tensors_of(value)}
     return sum(found.values())
-
-
-def part_bytes(tree: Any, parts: int) -> int:
-    """Bytes of the tensors in one of so many equal parts of a tree."""
-    return tensor_bytes([tree]) // parts

@@ -168,7 +168,7 @@ class Run:
             self._check_data = session.reopened
             self.brake = Brake(() if self.journal is None else self.journal.steps)
             if session.reopened and self.journal is not None:
-                found = run_directory.evaluations(self._path(run_directory.METRICS))
+                found = run_directory.evaluations(run_directory.read_metrics(self._path(run_directory.METRICS)))
                 # the journal may have been cut since
                 self.evals = [values for values in found if values["step"] <= self.log.version]
             self.session = session

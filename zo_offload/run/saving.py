@@ -43,7 +43,7 @@ def known_evals(run: Run) -> list[dict[str, float]]:
     """All evaluations so far, of a run that is not under way too."""
     if run.session is not None or run.run_dir is None:
         return run.evals
-    return run_directory.evaluations(run.run_dir / run_directory.METRICS)
+    return run_directory.evaluations(run_directory.read_metrics(run.run_dir / run_directory.METRICS))
 
 
 def step_of(run: Run, which: Which) -> int:
