@@ -471,7 +471,7 @@ def fuzz(folder: Path, seconds: float, rng: random.Random) -> dict[str, Any]:
 
     def metrics(data: bytes) -> None:
         work_file.write_bytes(data)
-        run_directory.evaluations(work_file)
+        run_directory.evaluations(run_directory.read_metrics(work_file))
 
     def journal_show(data: bytes) -> None:
         work_file.write_bytes(data)
