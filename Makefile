@@ -30,7 +30,7 @@ test: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy zo_offload
+	$(BIN)/mypy
 
 fix: install
 	$(BIN)/ruff check --fix .

@@ -79,7 +79,7 @@ def step_costs(options: argparse.Namespace, folder: Path, common: dict[str, Any]
             with nothing_durable():
                 plain.close()
             ratios = sorted(a / b for a, b in zip(times["durable"][2:], times["plain"][2:], strict=True))
-            traffic = durable.streamer.traffic
+            traffic = durable.active.streamer.traffic
             steps = (options.repeats + 2) * options.fold_every
             moved = (traffic.fetch_bytes + traffic.flush_bytes) / steps if offload == "disk" else 0
             emit(

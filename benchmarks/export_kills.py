@@ -111,7 +111,7 @@ def kill_at(number: int) -> None:
 
     for name in MOVES:
         setattr(os, name, counted(getattr(os, name)))
-    publish._exchange = counted(publish._exchange)  # type: ignore[assignment]
+    publish._exchange = counted(publish._exchange)
 
 
 class Case:
@@ -138,7 +138,7 @@ class Case:
 
     def overwrite(self, kill: int | None = None) -> None:
         if self.beside == "no exchange":
-            publish._exchange = lambda one, other: False  # type: ignore[assignment]
+            publish._exchange = lambda one, other: False
         if kill is not None:
             kill_at(kill)
         export(self.target, 2, self.after)
@@ -173,7 +173,7 @@ def moves(folder: Path, every: int = 1) -> dict[str, Any]:
         at = index % every
         while True:
             case.set_up()
-            if not in_child(lambda c=case, n=at: c.overwrite(n))[0]:  # type: ignore[misc]
+            if not in_child(lambda c=case, n=at: c.overwrite(n))[0]:
                 break
             kills += 1
             state = case.look()

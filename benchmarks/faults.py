@@ -135,13 +135,13 @@ def kills(folder: Path, wanted: int, rng: random.Random, deaths_a_run: int = 4) 
         numbers = json.dumps([settings["storage"], settings["fold_every"], settings.get("block_numel")])
         if numbers not in reference:
             never = folder / f"never-{len(reference)}"
-            _, seconds = in_child(lambda s=settings, r=never: work(base, r, s, r.with_suffix(".txt")))  # type: ignore[misc]
+            _, seconds = in_child(lambda s=settings, r=never: work(base, r, s, r.with_suffix(".txt")))
             reference[numbers] = (never.with_suffix(".txt").read_text(), seconds)
             shutil.rmtree(never)
         want, seconds = reference[numbers]
         run, result = folder / f"run-{chains}", folder / f"run-{chains}.txt"
         for _ in range(deaths_a_run):
-            killed, _ = in_child(lambda s=settings, r=run, o=result: work(base, r, s, o), rng.uniform(0, seconds))  # type: ignore[misc]
+            killed, _ = in_child(lambda s=settings, r=run, o=result: work(base, r, s, o), rng.uniform(0, seconds))
             if not killed:
                 break
             journal = run / run_directory.JOURNAL
@@ -149,7 +149,7 @@ def kills(folder: Path, wanted: int, rng: random.Random, deaths_a_run: int = 4) 
             done += steps >= 0  # one that fell before the run began is survived too, but proves less
             at_step["before the run began" if steps < 0 else f"after {10 * (steps // 10)}+ steps"] += 1
         if not result.exists():
-            in_child(lambda s=settings, r=run, o=result: work(base, r, s, o))  # type: ignore[misc]
+            in_child(lambda s=settings, r=run, o=result: work(base, r, s, o))
         used.add(f"{settings['offload']} {settings['storage']}")
         if result.read_text() != want:
             wrong += 1
@@ -167,7 +167,8 @@ class Recorder:
     """All writes and syncs of the files under a folder, in order: (path, op, offset, bytes)."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.ops = root, []  # type: ignore[var-annotated]
+        self.root = root
+        self.ops: list[Any] = []
         self._real = {name: getattr(diskio, name) for name in ("write_at", "append", "sync", "cut", "replace_file")}
         self._native_write = summed_io.write_summed
 

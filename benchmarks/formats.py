@@ -204,8 +204,8 @@ def main() -> None:
             parts.append(codec(1 << 20 if options.quick else 1 << 24, 0.1 if options.quick else 0.5))
         if options.only != "codec":
             parts.append(kept(1 << 13 if options.quick else 1 << 18, [1, 8] if options.quick else [1, 8, 16]))
-    for part in parts:
-        for result in part:
+    for results_of in parts:
+        for result in results_of:
             results.append(result)
             print(json.dumps(common | result), flush=True)
     print(tables(results), file=sys.stderr)

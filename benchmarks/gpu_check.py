@@ -175,7 +175,8 @@ class DevicePeak:
     """The most device memory in use while the block runs, by NVML, less what was in use before it."""
 
     def __init__(self) -> None:
-        self._memory, self._stop, self.peak = DriverMemory(0), threading.Event(), None
+        self._memory, self._stop = DriverMemory(0), threading.Event()
+        self.peak: int | None = None
         self._before = self._memory.device_used()
 
     def __enter__(self) -> DevicePeak:

@@ -146,7 +146,7 @@ def opt_model(name: str, dtype: torch.dtype, tokens: int) -> nn.Module:
     config.use_cache = False
     config.tie_word_embeddings = False  # as ZO2's own protocol has it
     with torch.device("meta"):
-        return OPTForCausalLM(config).to(dtype).eval()
+        return nn.Module.to(OPTForCausalLM(config), dtype).eval()
 
 
 def batch_of(model: nn.Module, tokens: int) -> dict[str, Tensor]:
@@ -249,7 +249,7 @@ def step_part(options: Any, common: dict[str, Any]) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-def steps_of(options: Any, offload: str, batch: dict[str, Tensor]) -> dict[str, Any]:
+def steps_of(options: Any, offload: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
     """An engine's steps and memory, without what they are compared with."""
     from zo_offload import Engine, MeZO
 

@@ -177,7 +177,7 @@ class Probe:
     def _copy_rates(self, host: Tensor) -> dict[str, float]:
         """GB/s each way on a side stream, and the share of the copy's time that enqueueing it took."""
         stream, there, backend = self.backend.make_stream(), self.backend.empty(host.numel()), self.backend
-        found = {}
+        found: dict[str, float] = {}
         for way, (to, source) in {"fetch": (there, host), "flush": (host, there)}.items():
             for _ in range(2):  # the first warms up
                 self.sync()
@@ -401,7 +401,7 @@ class Probe:
                            max_position_embeddings=512, word_embed_proj_dim=256)  # fmt: skip
         ids = torch.randint(5, 512, (1, 256))
         batch = {"input_ids": ids, "labels": ids}
-        model = OPTForCausalLM(config).to(torch.bfloat16).eval()
+        model = OPTForCausalLM(config).bfloat16().eval()
         with Engine(model, method=MeZO(lr=1e-6), device="cuda:0", offload="host", num_slots=2) as engine:
             for _ in range(3):
                 engine.step(batch)

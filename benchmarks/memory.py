@@ -97,7 +97,9 @@ def adapted_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
         options.checkpoint, adapter=f"r={options.lora}", storage=options.storage, method=MeZO(lr=1e-4, eps=1e-2),
         offload="disk", run_dir=folder / "run", order=options.order, example=batch,
     )  # fmt: skip
-    predicted, times, peaks = engine.memory, [], {}
+    predicted = engine.memory
+    times: list[float] = []
+    peaks: dict[str, int] = {}
     with engine:
         for _ in range(options.steps):
             engine.step(batch)
@@ -117,7 +119,7 @@ def adapted_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def case(name: str, layers: int | None, tokens: int, steps: int, order: str) -> dict[str, Any]:
+def case(name: str, layers: int | None, tokens: int, steps: int, order: Any) -> dict[str, Any]:
     """Train in this process; returns what was predicted and what was seen."""
     from zo_offload import Engine, MeZO
 

@@ -36,7 +36,7 @@ from zo_offload.kernels import philox
 from zo_offload.kernels.distributions import gaussian_table
 from zo_offload.numerics.noise import NoiseSpec, noise, step_seed
 
-GAUSSIANS = [NoiseSpec("gaussian", rounds, layout) for layout in (2, 1) for rounds in (10, 7)]  # type: ignore[arg-type]
+GAUSSIANS = [NoiseSpec("gaussian", rounds, layout) for layout in (2, 1) for rounds in (10, 7)]
 ALL = [*GAUSSIANS, NoiseSpec("rademacher")]
 NORMAL_MOMENTS = {1: 0.0, 2: 1.0, 3: 0.0, 4: 3.0, 5: 0.0, 6: 15.0, 7: 0.0, 8: 105.0}
 TAILS = (1.0, 2.0, 3.0, 3.5, 4.0)

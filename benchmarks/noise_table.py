@@ -75,7 +75,7 @@ def fit_octave(a: F64, wanted: F64, last: bool) -> F64:
 def fit(wanted: F64) -> NDArray[np.float32]:
     rows = np.zeros((16, POWERS), np.float32)
     for octave in range(16):
-        inside = octave == OCTAVE
+        inside = np.equal(OCTAVE, octave)
         if inside.any():
             rows[octave] = fit_octave(A[inside], wanted[inside], last=bool(inside[-1]))
     return rows
@@ -84,13 +84,13 @@ def fit(wanted: F64) -> NDArray[np.float32]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     wanted = centroids()
-    outermost, scale = wanted[0], 1.0
+    outermost, scale = float(wanted[0]), 1.0
     for _ in range(12):
         rows = fit(np.append(outermost, wanted[1:]) * scale)
         z = magnitudes(rows).astype(np.float64)
-        second, fourth = np.mean(z**2), np.mean(z**4)
+        second, fourth = float(np.mean(z**2)), float(np.mean(z**4))
         scale /= second**0.5
-        outermost += (3 - fourth / second**2) * HALF / (4 * z[0] ** 3)
+        outermost += (3 - fourth / second**2) * HALF / (4 * float(z[0]) ** 3)
     print(f"E z^2 = 1 {second - 1:+.1e}, E z^4 = 3 {fourth - 3:+.1e}, |z| from {z[-1]:.3g} to {z[0]:.6f}")
     for row in rows:
         print("    (" + ", ".join(f"0x{word:08X}" for word in row.view(np.uint32)) + "),")

@@ -26,7 +26,7 @@ from typing import Any
 
 from .common import ROOT, about, quantile
 
-WORLDS = (1, 2, 3, 4)
+WORLDS: tuple[int, ...] = (1, 2, 3, 4)
 CASES: dict[str, dict[str, Any]] = {
     "mezo": dict(method="mezo", micro_batches=4, offload="none"),
     "mezo host bf16": dict(method="mezo", micro_batches=4, offload="host", storage="bf16"),
@@ -99,7 +99,7 @@ def train(name: str, steps: int) -> int:
                             callback=lambda record: times.append(time.perf_counter()))  # fmt: skip
         digest = hashlib.blake2b(digest_size=8)
         for _, weight in engine.weights():
-            digest.update(weight.contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(weight.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         turns = []
         for n in range(200):
             begin = time.perf_counter()

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from benchmarks.common import about, emit, opt_config, quantile
-from zo_offload import FZOO, Engine, MeZO
+from zo_offload import FZOO, Engine, Method, MeZO
 from zo_offload.plan.blocks import BLOCK_NUMEL
 
 Work = Callable[[], Any]
@@ -94,14 +94,14 @@ def ways(
     folder: str,
     wanted: Sequence[str],
     block_numels: Sequence[int],
-    method: MeZO,
+    method: Method,
 ) -> Iterator[tuple[str, Work, dict[str, Any]]]:
     """Each way of running, with its work set up; the next one is set up only when this one is done with."""
     for offload, block_numel in product(("none", "host", "disk"), block_numels):
         if f"ours {offload}" not in wanted:
             continue
         run_dir = f"{tempfile.mkdtemp(dir=folder)}/run" if offload == "disk" else None
-        settings = dict(offload=offload, run_dir=run_dir, block_numel=block_numel)
+        settings: dict[str, Any] = dict(offload=offload, run_dir=run_dir, block_numel=block_numel)
         engine = Engine(make_model(name), method=method, **settings)
         with engine:
             engine.step(batch)
@@ -159,7 +159,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.models, options.tokens, options.repeats = ["opt-125m"], [128], 3
-    method = FZOO(lr=1e-6) if options.method == "fzoo" else MeZO(lr=1e-6)
+    method: Method = FZOO(lr=1e-6) if options.method == "fzoo" else MeZO(lr=1e-6)
     count = len(method.perturbations(0, 0))
     if options.method == "fzoo":
         options.ways = [way for way in options.ways if way.startswith("ours")]

@@ -106,7 +106,7 @@ class Scene:
         write_rows(self.data, self.rows)
         (self.base / "config.json").write_text(self.config)
 
-    def outcome(self, change: Callable[[Path], None]) -> str:
+    def outcome(self, change: Callable[[Path], object]) -> str:
         run = self.copy()
         try:
             change(run)
@@ -117,7 +117,7 @@ class Scene:
             self.put_back()
 
 
-Changes = dict[str, Callable[[Path], None]]
+Changes = dict[str, Callable[[Path], object]]
 
 
 def data(scene: Scene, rng: random.Random) -> Changes:
@@ -145,8 +145,8 @@ def config(scene: Scene, rng: random.Random) -> Changes:
     known = json.loads(scene.config)
     number = rng.choice(["rms_norm_eps", "initializer_range", "max_position_embeddings", "bos_token_id"])
 
-    def put(**changed: Any) -> Callable[[Path], None]:
-        return lambda run: (scene.base / "config.json").write_text(json.dumps({**known, **changed})) and None
+    def put(**changed: Any) -> Callable[[Path], object]:
+        return lambda run: (scene.base / "config.json").write_text(json.dumps({**known, **changed}))
 
     return {
         f"{number} changed": put(**{number: (known.get(number) or 1) * 2}),
@@ -156,7 +156,7 @@ def config(scene: Scene, rng: random.Random) -> Changes:
         "key added": put(attention_bias=False, extra=rng.random()),
         "key removed": lambda run: (scene.base / "config.json").write_text(
             json.dumps({k: v for k, v in known.items() if k != "rms_norm_eps"})
-        ) and None,
+        ),
         "written elsewhere": put(_name_or_path="elsewhere", transformers_version="9.9.9"),
     }  # fmt: skip
 
@@ -198,10 +198,8 @@ def blocks(scene: Scene, rng: random.Random) -> Changes:
 
 
 def journal(scene: Scene, rng: random.Random) -> Changes:
-    def taken(source: str) -> Callable[[Path], None]:
-        return lambda run: (
-            shutil.copy(scene.folder / source / run_directory.JOURNAL, run / run_directory.JOURNAL) and None
-        )
+    def taken(source: str) -> Callable[[Path], object]:
+        return lambda run: shutil.copy(scene.folder / source / run_directory.JOURNAL, run / run_directory.JOURNAL)
 
     return {
         **{name: taken(source) for name, source in OTHERS.items()},

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import about, emit
-from zo_offload import FZOO, QZO, Engine, MeZO, QZOShift
+from zo_offload import FZOO, QZO, Engine, Method, MeZO, QZOShift
 from zo_offload.formats import get_format
 from zo_offload.kernels.records import Perturbation
 from zo_offload.numerics.fused import fused_pass
@@ -182,7 +182,7 @@ def seen(engine: Engine, model: nn.Module, gains: bool = True) -> dict[str, floa
 
 def run(task: Task, way: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     model, settings = task.model(), dict(WAYS[way])
-    method = MeZO(lr=options.lr, eps=1e-3, batch_size=16)
+    method: Method = MeZO(lr=options.lr, eps=1e-3, batch_size=16)
     if way.endswith("QZO"):
         method = QZO(lr=options.qzo[0], eps=options.qzo[1], batch_size=16)
     if way.endswith("LoRA"):

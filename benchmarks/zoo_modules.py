@@ -67,7 +67,8 @@ class PythonSum(Base):
     """Adds up Python floats in an attribute."""
 
     def make(self) -> None:
-        self.layers, self.total = nn.ModuleList(nn.Linear(D, D) for _ in range(3)), 0.0
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(3))
+        self.total: Any = 0.0
 
     def middle(self, x: Tensor) -> Tensor:
         self.total = 0.0
@@ -82,7 +83,7 @@ class TensorSum(PythonSum):
     """The same with tensors."""
 
     def middle(self, x: Tensor) -> Tensor:
-        self.total = torch.zeros(())  # type: ignore[assignment]
+        self.total = torch.zeros(())
         for layer in self.layers:
             y = layer(x)
             self.total = self.total + y.square().mean()
@@ -100,7 +101,7 @@ class Carried(Base):
         for t in range(x.shape[1]):
             h = x.new_zeros(x.shape[0], D) if self.h is None else self.h
             self.h = self.cell(x[:, t], h)
-        return x + self.h[:, None]  # type: ignore[index]
+        return x + self.h[:, None]
 
 
 class StepCounter(Base):
@@ -142,7 +143,8 @@ class CachedProduct(Base):
     """A table made of weights in the first call."""
 
     def make(self) -> None:
-        self.a, self.b, self.product = nn.Linear(D, D), nn.Linear(D, D), None
+        self.a, self.b = nn.Linear(D, D), nn.Linear(D, D)
+        self.product: Tensor | None = None
 
     def middle(self, x: Tensor) -> Tensor:
         if self.product is None:
@@ -183,7 +185,7 @@ class Scripted(Base):
         self.inner = torch.jit.script(nn.Sequential(nn.Linear(D, D), nn.ReLU()))
 
     def middle(self, x: Tensor) -> Tensor:
-        return self.inner(x)  # type: ignore[no-any-return]
+        return self.inner(x)
 
 
 class Traced(Scripted):
@@ -196,7 +198,7 @@ class Compiled(Base):
         self.inner = torch.compile(nn.Sequential(nn.Linear(D, D), nn.GELU()), backend="eager")
 
     def middle(self, x: Tensor) -> Tensor:
-        return self.inner(x)  # type: ignore[no-any-return]
+        return self.inner(x)
 
 
 class CompiledInPlace(Compiled):
@@ -348,7 +350,7 @@ class Checkpointed(Base):
         self.inner = nn.Sequential(nn.Linear(D, D), nn.GELU())
 
     def middle(self, x: Tensor) -> Tensor:
-        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[no-any-return]
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
 
 
 class Routed(Base):

@@ -26,7 +26,7 @@ from .micro_batches import Weighing, batch_rows, label_counts, rows_weigh
 from .outputs import describe, loss_of
 
 Batch = Mapping[str, Any]
-Objective = Callable[[nn.Module, Batch], Any]
+Objective = Callable[[nn.Module, Any], Any]  # a user's own says what its batch is: dict, Mapping, tuple
 
 _HEADS = (
     "ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForSequenceClassification",
