@@ -34,6 +34,7 @@ _HOMES = {
     "DivergenceError": "errors",
     "RankError": "errors",
     "Group": "ranks.find",
+    "Pool": "ranks.pool",
 }
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from .errors import ZOError as ZOError
     from .methods import *  # noqa: F403 - see methods/__init__.py
     from .ranks.find import Group as Group
+    from .ranks.pool import Pool as Pool
     from .run.result import FitResult as FitResult
     from .system.signals import Stopped as Stopped
 

@@ -46,12 +46,15 @@ from .methods import DEFAULT, Method
 from .numerics.updates import UpdateLog
 from .plan.plan import Plan
 from .ranks.find import Ranks, find
+from .ranks.member import Member
+from .ranks.pool import WAIT_S
 from .ranks.team import Alone
 from .run.active import Run
 from .run.basis import activation_basis
 from .run.batching import Batching, Shots
 from .run.evaluation import evaluated
 from .run.generation import check_generates, generate_texts
+from .run.joining import SHARED, record_of
 from .run.memory import MemoryPlan
 from .run.opening import open_model
 from .run.result import FitResult
@@ -160,8 +163,15 @@ class Engine:
             )
         if record["settings"].get("trainable") == run_directory.PREDICATE and "trainable" not in changes:
             raise ConfigError(f"{run_dir} was made with trainable=<a function>: pass the same one to resume")
-        passed = {k: changes.pop(k, None) for k in ("objective", "tokenizer", "model_class", "example", "base")}
+        passed = _passed(changes)
         config = EngineConfig(**{**record["settings"], **changes, "run_dir": run_dir})
+        return cls._reopened(where, config, record, data, method, passed, team)
+
+    @classmethod
+    def _reopened(
+        cls, where: Any, config: EngineConfig, record: Mapping[str, Any], data: bytes | None, method: Any,
+        passed: Mapping[str, Any], team: Alone,
+    ) -> Engine:  # fmt: skip
         objective = model_loss if passed["objective"] is None else passed["objective"]
         made = run_directory.make_method(record["method"], method)
         opened = open_model(
@@ -172,6 +182,37 @@ class Engine:
         begin = Maker(opened, objective_name(objective, model_loss), fresh=False, told=data).start
         run = Run(opened, objective, begin, example=passed["example"], resumes=True, last_fit=record.get("fit"))
         return cls.of(run, passed["tokenizer"])
+
+    @classmethod
+    def join(
+        cls,
+        address: str,
+        model: str | Path | nn.Module,
+        *,
+        token: str,
+        method: Method | type[Method] | None = None,
+        patience: float | None = None,
+        wait: float = WAIT_S,
+        **changes: Any,
+    ) -> Engine:
+        """A member of the run that a keeper serves at `address` (`ranks=Pool(...)`): `fit` trains with it.
+
+        model: the run's base, here; a module in memory with its first weights. token: the keeper's. wait: seconds for
+        which a keeper that is gone is looked for, now and later. patience: as in `Pool`. changes: settings that do not
+        alter the numbers (offload, window, threads, a run_dir of its own for blocks on disk), and `objective`,
+        `tokenizer`, `example`. `fit()` takes what the keeper was given; data that was not a file, or is elsewhere here,
+        is passed. It ends with the run, or by a signal; the others go on.
+        Raises RankError where nobody answers, or the keeper refuses, and says why; JournalError where the base or the
+        data is not the run's.
+        """
+        if unknown := sorted(changes.keys() & {*SHARED} - {"adapter", "trainable"}):
+            raise ConfigError(f"{', '.join(unknown)}: a member takes what the run has; leave it out")
+        member = Member.join(address, token, patience=patience, wait_s=wait)
+        with member.together("opening"):
+            record, passed = record_of(member.about_run), _passed(changes)
+            run_directory.check_settings(record["settings"], f"the keeper at {address}")
+            config = EngineConfig(**{**record["settings"], "snapshot_minutes": None, **changes})
+            return cls._reopened(model, config, record, member.journal, method, passed, member)
 
     # ---- where it is -------------------------------------------------------------------------------------------------
 
@@ -434,3 +475,8 @@ class Engine:
             "an engine has threads, files and memory of its own and can be neither copied nor pickled: save_pretrained "
             "keeps its weights, and Engine.resume(run_dir) opens its run again"
         )
+
+
+def _passed(changes: dict[str, Any]) -> dict[str, Any]:
+    """What is no setting of the engine's, taken out of `changes`."""
+    return {name: changes.pop(name, None) for name in ("objective", "tokenizer", "model_class", "example", "base")}

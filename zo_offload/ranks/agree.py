@@ -15,6 +15,15 @@ def unlike(values: Sequence[Any], name: str = "") -> Iterator[str]:
         yield f"{name}: {', '.join(_groups(values))}"
 
 
+def between(mine: Any, theirs: Any, me: str, them: str, name: str = "") -> Iterator[str]:
+    """Each part of two JSON values that is not equal: its path, and who has what."""
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        for key in sorted(mine.keys() | theirs.keys()):
+            yield from between(mine.get(key), theirs.get(key), me, them, f"{name}.{key}" if name else str(key))
+    elif not _same(mine, theirs):
+        yield f"{name or 'all'}: {me} has {_short(mine)}, {them} {_short(theirs)}"
+
+
 def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and (one == other or (one != one and other != other))
 

@@ -2,6 +2,7 @@
 
 ranks="auto"       several, where torch.distributed is initialised with several or WORLD_SIZE says so; else alone
 ranks=Group(...)   the same, with settings
+ranks=Pool(...)    this process keeps a run that others may join, and leave again: `pool.py`
 ranks=None         alone, whatever launched this process
 """
 
@@ -18,7 +19,9 @@ import torch.distributed as _distributed
 
 from ..errors import ConfigError, RankError
 from .exchange import StoreExchange
-from .launcher import variable
+from .keeper import Keeper
+from .launcher import launched, variable
+from .pool import Pool
 from .team import Alone, Team
 
 _log = logging.getLogger(__name__)
@@ -42,8 +45,8 @@ class Group:
             raise ConfigError(f"patience={self.patience}: expected seconds, more than 0")
 
 
-Ranks = Group | str | None
-"""What `Engine(ranks=...)` takes: "auto", a Group, or None."""
+Ranks = Group | Pool | str | None
+"""What `Engine(ranks=...)` takes: "auto", a Group, a Pool, or None."""
 
 
 def find(ranks: Ranks) -> Alone:
@@ -53,8 +56,15 @@ def find(ranks: Ranks) -> Alone:
     """
     if ranks is None:
         return Alone()
+    if isinstance(ranks, Pool):
+        if launched()[1] > 1:
+            raise ConfigError(
+                f"a pool is kept by one process, and this is one of {launched()[1]} that a launcher started: start the "
+                "keeper alone, and members by Engine.join (zo-offload join)"
+            )
+        return Keeper(ranks)
     if not (ranks == "auto" or isinstance(ranks, Group)):
-        raise ConfigError(f"ranks={ranks!r}: expected 'auto', a Group, or None (this process alone)")
+        raise ConfigError(f"ranks={ranks!r}: expected 'auto', a Group, a Pool, or None (this process alone)")
     patience = ranks.patience if isinstance(ranks, Group) else None
     initialised = dist.is_available() and dist.is_initialized()
     if initialised:

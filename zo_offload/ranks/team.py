@@ -28,6 +28,8 @@ from typing import Any, TypeVar
 import psutil
 
 from ..errors import ConfigError, RankError
+from ..journal.format import StepRecord
+from ..journal.journal import Journal
 from ..system.signals import StopRequest
 from .agree import of_ranks, unlike
 from .exchange import Exchange
@@ -64,6 +66,10 @@ class Alone:
     rank, world, local_rank, local_world = 0, 1, 0, 1
     index = 0
     """Of the engine among those that this process has made with ranks."""
+    tells = False
+    """Whether there are others, or may be."""
+    elastic = False
+    """Whether they come and go (`pool.py`): one of them decides each step, and tells its record."""
 
     def __init__(self) -> None:
         self._stop: StopRequest | None = None
@@ -101,6 +107,13 @@ class Alone:
     def about(self, values: Mapping[str, Any], audit: Sequence[Any] | None = None) -> None:
         """What the next `losses` are of: must be the same on all ranks. audit: see `losses`."""
 
+    def share(self, step: int, count: int, compute: Callable[[Sequence[int]], Sequence[Any]]) -> list[Any] | None:
+        """The losses of `count` lanes of a step, in the order of one process. compute: those of some, by their numbers.
+
+        None: the step was decided meanwhile, and nobody needs them. Raises as `losses` does.
+        """
+        return list(compute(range(count)))
+
     def losses(self, step: int, mine: Sequence[float]) -> list[float]:
         """The losses of all lanes, in the order of one process, from those of my cells.
 
@@ -108,6 +121,23 @@ class Alone:
         at one version: audit = (kind, block, its name, version, checksum).
         """
         return list(mine)
+
+    def welcome(self, journal: Journal | None, about: Mapping[str, Any]) -> None:
+        """Others may join from here on, with this journal. about: what they have to know of the run, of JSON."""
+
+    def follows(self, history: Callable[[], tuple[int, str]]) -> None:
+        """How to ask for the steps that were taken here, and what names them."""
+
+    def decided(self, step: int) -> StepRecord | None:
+        """A step's record, where somebody else decides and has done so."""
+        return None
+
+    def decision(self, step: int) -> StepRecord | None:
+        """A step's record, once it is there; None where this process decides itself."""
+        return None
+
+    def publish(self, record: StepRecord, history: str) -> None:
+        """A step was taken, and led to this history."""
 
     def split(self, at: str, mine: Mapping[int, Any]) -> dict[int, Any] | None:
         """All items of something that was split by number, from mine. None if a stop was asked for meanwhile."""
@@ -120,6 +150,10 @@ class Alone:
     def stopped_by(self) -> int | None:
         """The signal that ends the run after this step: on every rank the same."""
         return None if self._stop is None else self._stop.signum
+
+    def after_a_stop(self, run_dir: Path | None) -> str:
+        """What there is to do after a signal has ended this process's part, in words."""
+        return "the run has no run_dir and cannot be resumed" if run_dir is None else f"resume it from {run_dir}"
 
     def is_stopping(self) -> bool:
         """Whether what is split now can be broken off: `split` will say so."""
@@ -134,6 +168,8 @@ class Team(Alone):
 
     An engine has a team of its own: its exchange starts at turn 0, in which each tells where it runs.
     """
+
+    tells = True
 
     def __init__(self, exchange: Exchange, *, index: int = 0, serves: bool = False, patience: float | None = None):
         super().__init__()
@@ -269,6 +305,10 @@ class Team(Alone):
 
     def about(self, values: Mapping[str, Any], audit: Sequence[Any] | None = None) -> None:
         self._about, self._audit = dict(values), None if audit is None else list(audit)
+
+    def share(self, step: int, count: int, compute: Callable[[Sequence[int]], Sequence[Any]]) -> list[Any] | None:
+        mine = self.cells(count)
+        return self.losses(step, [float(loss) for loss in compute(mine)] if mine else [])
 
     def losses(self, step: int, mine: Sequence[float]) -> list[float]:
         values = {

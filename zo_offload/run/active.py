@@ -266,17 +266,26 @@ class Run:
         self._ranked.meet(parts.session)
         with self.work():
             stepper.begin()
-            self._ranked.before_step(parts, self.log.version, lr, batch.fingerprint, micro_batches)
             method, step = stepper.current, self.log.version
             losses, lanes = list[Any](), method.perturbations(self.config.seed, step)
-            while lanes:
-                losses += parts.passes.losses(
-                    batch, lanes, micro_batches, step=step, late=stepper.late, objective=objective,
-                    empty=self.method.on_nonfinite == "skip",
-                )  # fmt: skip
-                lanes = method.next_lanes(self.config.seed, step, losses, lr) if method.comes_back else ()
-            self._planned_bytes = max(self._planned_bytes, as_made(batch).nbytes // micro_batches)
-            launched = stepper.launch(losses, lr, batch.fingerprint)
+            if (record := self.ranks.decided(step)) is None:
+                self._ranked.before_step(parts, step, lr, batch.fingerprint, micro_batches)
+                while lanes:
+                    found = parts.passes.losses(
+                        batch, lanes, micro_batches, step=step, late=stepper.late, objective=objective,
+                        empty=self.method.on_nonfinite == "skip",
+                    )  # fmt: skip
+                    if found is None:
+                        break
+                    losses += found
+                    lanes = method.next_lanes(self.config.seed, step, losses, lr) if method.comes_back else ()
+                self._planned_bytes = max(self._planned_bytes, as_made(batch).nbytes // micro_batches)
+                record = self.ranks.decision(step)
+            if record is None:
+                launched = stepper.launch(losses, lr, batch.fingerprint)
+            else:
+                self._ranked.check_decided(record, batch.fingerprint)
+                launched = stepper.adopt(record)
             if parts.session.snapshots is not None:
                 parts.session.snapshots.tick(self.log.version, parts.streamer.window)
         return launched
@@ -287,7 +296,7 @@ class Run:
         with self.work() as parts:
             record = parts.stepper.settle(launched)
             parts.watch.see(record)
-            self._ranked.after_step(record)
+            self._ranked.after_step(record, parts.session)
             self.brake.follow([record] if self.journal is None else self.journal.steps)
             return record
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..devices import Later
 from ..errors import ZOError
+from ..journal.format import StepRecord
 from ..kernels.device_updates import DeviceUpdates, UpdateTable
 from ..kernels.records import Update
 from ..methods import Method
@@ -41,6 +42,8 @@ class Launched:
     later: Later | None = None
     """Losses, then the coefficients the device applies, then 1.0 if it applies them."""
     num_losses: int = 0
+    decided: StepRecord | None = None
+    """Its record, where another process has decided it."""
 
     def read(self) -> tuple[list[float], list[float], bool]:
         """(losses, device's coefficients, whether it applies them). Waits for them."""

@@ -85,8 +85,9 @@ class Opened:
 
     @property
     def home(self) -> Path | None:
-        """Where this process keeps its blocks: the run directory, or of another rank than 0 its folder there."""
-        if self.run_dir is None or self.ranks.leads:
+        """Where this process keeps its blocks: the run directory, or of another rank than 0 its folder there. A
+        member of a pool has a directory of its own."""
+        if self.run_dir is None or self.ranks.leads or self.ranks.elastic:
             return self.run_dir
         return self.run_dir / run_directory.RANKS / str(self.ranks.rank)
 

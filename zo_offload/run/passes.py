@@ -102,12 +102,13 @@ class Passes:
         late: bool,
         objective: Objective | None = None,
         empty: bool = False,
-    ) -> list[float] | list[Tensor]:
+    ) -> list[float] | list[Tensor] | None:
         """The loss of each perturbation over the whole batch: micro-batches weighted by what counts in them.
 
-        step: whose random numbers all lanes get. late: float64 scalars on the device, which nobody waited for.
-        objective: in place of the engine's. empty: a batch in which nothing counts is asked for its loss all the same;
-        otherwise that raises DataError. A part in which nothing counts is left out.
+        None: the step was decided elsewhere meanwhile, and nobody needs them. step: whose random numbers all lanes get.
+        late: float64 scalars on the device, which nobody waited for. objective: in place of the engine's. empty: a
+        batch in which nothing counts is asked for its loss all the same; otherwise that raises DataError. A part in
+        which nothing counts is left out.
         """
         objective = self.objective if objective is None else objective
         weigh = self._weighing(objective)
@@ -120,27 +121,28 @@ class Passes:
         lanes = [Lane(perturbation, part) for perturbation in perturbations for part in parts]
         with without_cache(self.model, objective, self._parts):
             call = partial(self._late_loss if late else self._loss, objective)
-            losses: list[Any] = self._shared(lanes, call, step, late)
-        if len(parts) == 1:
+            losses: list[Any] | None = self._shared(lanes, call, step, late)
+        if len(parts) == 1 or losses is None:
             return losses
         of_each = (losses[i : i + len(parts)] for i in range(0, len(losses), len(parts)))
         return [weigh.together(these, weights, _divide) for these in of_each]
 
     def _shared(
         self, lanes: Sequence[Lane], call: Callable[[nn.Module, Batch], Any], step: int, late: bool
-    ) -> list[Any]:
+    ) -> list[Any] | None:
         """The lanes' losses: of all, or of those that are this rank's, and the others' as they tell them.
 
         Each lane's random numbers and loss are its own, whatever lanes run beside it.
         """
-        mine = self._ranks.cells(len(lanes))
         seed = lane_seed(self._seed, "step", step)
-        found = self.forward([lanes[i] for i in mine], call, exact=False, seed=seed) if mine else []
-        if self._ranks.world == 1:
-            return found
-        losses = self._ranks.losses(step, [float(loss) for loss in found])
-        device = self.device.torch_device
-        return list(torch.tensor(losses, dtype=torch.float64, device=device)) if late else losses
+
+        def compute(cells: Sequence[int]) -> list[Any]:
+            return self.forward([lanes[i] for i in cells], call, exact=False, seed=seed)
+
+        losses = self._ranks.share(step, len(lanes), compute)
+        if losses is None or not (late and self._ranks.tells):
+            return losses
+        return list(torch.tensor(losses, dtype=torch.float64, device=self.device.torch_device))
 
     def measure(
         self, batches: Batches, between: Callable[[], None] = lambda: None, *, at: str | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import __version__
+from ..errors import RankError
 from ..journal.format import history_after, history_start
 from ..journal.journal import StepRecord
 from ..ranks.team import Alone
@@ -26,7 +27,7 @@ class Ranked:
 
     def __init__(self, ranks: Alone, names: list[str]) -> None:
         self._ranks, self._names = ranks, names
-        self._has_met = ranks.world == 1
+        self._has_met = not ranks.tells
         self._history: int | None = None  # of a run without a journal
 
     def meet(self, session: Session) -> None:
@@ -39,13 +40,15 @@ class Ranked:
             known = {key: value for key, value in journal.header.items() if key not in _NOT_COMPARED}
         if journal is None and self._history is None:
             self._history = history_start(known)
-        values = {"zo_offload": __version__, "run": known, "steps": session.stepper.log.version}
-        self._ranks.same("the first step", {**values, "history": self._told(session)}, HINT)
+        values: dict[str, Any] = {"zo_offload": __version__, "run": known}
+        if not self._ranks.elastic:  # who comes later may be behind
+            values |= {"steps": session.stepper.log.version, "history": self._told(session)}
+        self._ranks.same("the first step", values, HINT)
         self._has_met = True
 
     def before_step(self, parts: Parts, step: int, lr: float, batch_crc: int, micro_batches: int) -> None:
         """Say what the losses to come are of."""
-        if self._ranks.world == 1:
+        if not self._ranks.tells:
             return
         values = {
             "batch": f"{batch_crc:08x}", "micro_batches": micro_batches, "lr": float(lr).hex(),
@@ -54,9 +57,19 @@ class Ranked:
         tier, window, layout = parts.session.tier, parts.streamer.window, parts.streamer.layout
         self._ranks.about(values, audit(step, self._names, layout, tier, window))
 
-    def after_step(self, record: StepRecord) -> None:
+    def check_decided(self, record: StepRecord, batch_crc: int) -> None:
+        """Raise RankError if a step was decided on another batch than this one has for it."""
+        if record.batch_crc != batch_crc:
+            raise RankError(
+                f"step {record.step} was taken on a batch of fingerprint {record.batch_crc:08x}, this one has "
+                f"{batch_crc:08x}: it is not the same data"
+            )
+
+    def after_step(self, record: StepRecord, session: Session) -> None:
         if self._history is not None:
             self._history = history_after(self._history, record)
+        if self._ranks.elastic:
+            self._ranks.publish(record, self._told(session))
 
     def _told(self, session: Session) -> str:
         journal = session.journal

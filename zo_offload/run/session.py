@@ -92,6 +92,8 @@ class Maker:
         admit: raises if a journal that is reopened cannot go on with what is asked for; called before weights are read.
         """
         run_dir = self.opened.run_dir
+        if run_dir is None and self.told is not None:
+            return self._follow_in_memory(self.told, admit)
         if run_dir is None:
             tier, gains = self._memory_tier(), self._first_gains()
             self._ingest(tier)
@@ -136,6 +138,20 @@ class Maker:
             undo.pop_all()
             return session
 
+    def _follow_in_memory(self, told: bytes, admit: Callable[[Journal], None]) -> Session:
+        """In memory alone: a run that another process keeps, from the base and its journal."""
+        journal, updates = Mirror(Path(run_directory.JOURNAL), told), UpdateLog()
+        for record in journal.steps:
+            updates.append(record.updates)
+        known = journal.header
+        check_identity(self._identity(str(known.get("base"))), known)  # before a weight is read
+        admit(journal)
+        warn_of_versions(known, "the run")
+        check_identity(self._identity(self._base.digest()), known)
+        tier, gains = self._memory_tier(), gains_of(known, self._prepared.plan, "the run's journal")
+        self._ingest(tier)
+        return Session(tier, self._stepper(updates, journal, gains), gains, journal, reopened=True)
+
     @property
     def _leads(self) -> bool:
         return self.opened.ranks.leads
@@ -171,7 +187,8 @@ class Maker:
         ingest(prepared.plan, prepared.layout, self._base, tier, alloc, blocks=blocks)
 
     def _stepper(self, log: UpdateLog, journal: Journal | None, gains: Gains) -> Stepper:
-        return make_stepper(self._prepared, self.opened.device, log, journal, gains)
+        waits = self.opened.ranks.elastic
+        return make_stepper(self._prepared, self.opened.device, log, journal, gains, waits=waits)
 
     def _shapes(self) -> tuple[FileShape, ...]:
         layout = self._prepared.layout

@@ -113,6 +113,13 @@ class Stepper:
         self._open.append(launched)
         return launched
 
+    def adopt(self, record: StepRecord) -> Launched:
+        """Take a step that another process has decided, as it is."""
+        assert not self.late and record.step == self.log.version
+        launched = Launched(record.step, record.lr, record.batch_crc, self.current, losses=(), decided=record)
+        self._open.append(launched)
+        return launched
+
     def settle(self, launched: Launched) -> StepRecord:
         """The step's record, journaled. Raises DivergenceError if the method stops at a step like this."""
         self.settle_before(launched.step + 1)
@@ -138,6 +145,8 @@ class Stepper:
 
     def _settle(self, launched: Launched) -> StepRecord | DivergenceError:
         step, lr = launched.step, launched.lr
+        if launched.decided is not None:
+            return self._apply(launched.decided)
         losses, told, applies = launched.read()
         error: DivergenceError | None = None
         stop = False
@@ -171,6 +180,14 @@ class Stepper:
         self._write(replace(record, skipped=False))
         self.log.settle(step, record.updates)
         return error if error is not None and stop else record
+
+    def _apply(self, record: StepRecord) -> StepRecord:
+        if record.halved:
+            self._halved.add(record.step)
+        self.memory.put(record.step + 1, after(self.method, self.memory[record.step], record))
+        self._write(record)
+        self.log.append(record.updates)
+        return record
 
     def _write(self, record: StepRecord) -> None:
         if self.journal is None:
@@ -222,12 +239,15 @@ class Stepper:
             )
 
 
-def make_stepper(prepared: Prepared, device: Device, log: UpdateLog, journal: Journal | None, gains: Gains) -> Stepper:
+def make_stepper(
+    prepared: Prepared, device: Device, log: UpdateLog, journal: Journal | None, gains: Gains, *, waits: bool = False
+) -> Stepper:
     """The stepper of a run with the steps of `log`, whose journal this is; on a device that is late its log is too.
 
-    Unless the method comes back in a step for what its losses say, which the host must know then.
+    Unless the method comes back in a step for what its losses say, which the host must know then, or each step waits
+    for what others say.
     """
-    if device.late and not prepared.method.comes_back:
+    if device.late and not prepared.method.comes_back and not waits:
         factors = {gain.update for gain in gains.values()}
         log = LateLog(log, UpdateTable(device.torch_device, device.upload, factors))
     formats = [place.fmt.torch_dtype for place in prepared.layout.places.values()]

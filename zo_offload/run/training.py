@@ -27,11 +27,13 @@ from ..journal.calls import FitCall
 from ..journal.journal import StepRecord
 from ..journal.selection import Selection
 from ..methods import lr_schedule
+from ..ranks.member import Over
 from ..system.signals import Stopped, StopRequest, stop_signals
 from .active import Run
 from .batching import Batching
 from .callbacks import About, Callbacks, is_trainer_callback, trackers
 from .evaluation import evaluated, with_defaults
+from .joining import admit_members
 from .late import Launched
 from .progress import Progress
 from .result import FitResult
@@ -95,6 +97,8 @@ def _train(
         ends = {"metric": call.metric, "early_stopping": call.early_stopping, "callbacks": len(callbacks)}
         asked = {"data": binding.data, "steps": steps, "eval_every": call.eval_every, **ends}
         run.ranks.same("fit", {**asked, "eval_data": evaluation and evaluation.identity()})
+    if run.ranks.elastic:
+        admit_members(run, {"data": binding.data, "steps": steps})
     run.evals[:] = run.ranks.first("fit, its evaluations", lambda: run.evals)
     factor = lr_schedule(method.schedule, method.warmup_steps, run.horizon or steps)
     brake = run.brake.factor if call.brake else lambda step: 1.0
@@ -224,9 +228,13 @@ class Training:
             if self._is_to_stop(step):
                 break
             batch: Batch = self.batches.batch(step)
-            launched = self.run.launch(
-                batch, self.lr(step), micro_batches=self.micro_batches, objective=self.batches.objective
-            )
+            try:
+                launched = self.run.launch(
+                    batch, self.lr(step), micro_batches=self.micro_batches, objective=self.batches.objective
+                )
+            except Over as over:
+                self.run.stopping = str(over)
+                break
             waiting.append((launched, batch))
             ahead = 1 if late and step + 1 < self.steps and not self._is_looked_at(step + 1) else 0
             while len(waiting) > ahead:
@@ -261,8 +269,7 @@ class Training:
         stop.look()
         signum = self.run.ranks.stopped_by()
         if signum is not None:
-            run_dir = self.run.run_dir
-            where = "the run has no run_dir and cannot be resumed" if run_dir is None else f"resume it from {run_dir}"
+            where = self.run.ranks.after_a_stop(self.run.run_dir)
             raise Stopped(signum, self.run.log.version, where)
 
 

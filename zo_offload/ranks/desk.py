@@ -1,0 +1,189 @@
+"""The keeper's desk: a thread that lets members in and hears of them, while the keeper trains.
+
+It answers who asks at the door, with the journal or the records that somebody lacks; lets its pulse be felt, so that
+members know a keeper that computes from one that is gone; and keeps the roster. All it reads of the run is the list of
+the journal's records, which only grows.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from .. import __version__
+from ..journal.format import StepRecord
+from ..journal.journal import Journal
+from ..system import diskio
+from .decided import told
+from .line import Lost, quietly
+from .pool import here
+from .sealed import Sealed, Unsealed
+
+_log = logging.getLogger(__name__)
+
+NAP_S, PULSE_S = 0.03, 1.0
+GONE_S = 30.0
+"""A member that said nothing for so long, and for ten times the patience, is not counted any more."""
+UNREAD_S, LATE_S = 120.0, 30.0
+"""What nobody has fetched for so long is deleted; who took a number and then does not ask is not waited for."""
+RECORDS_AT_ONCE = 20_000
+
+
+class Desk:
+    """See the module. state: what the roster tells of the run; keeper: and of the keeper; closed: why nobody is let in.
+    These are replaced whole by the keeper's thread."""
+
+    def __init__(self, room: Sealed) -> None:
+        self._room = room
+        self.state: dict[str, Any] = {}
+        self.keeper: dict[str, Any] = {}
+        self.closed: str | None = None
+        self._journal: Journal | None = None
+        self._about: dict[str, Any] = {}
+        self._answered, self._asking = 0, dict[int, float]()
+        self._members: dict[str, dict[str, Any]] = {}  # what they said last
+        self._heard: dict[str, float] = {}  # and when
+        self._names: dict[str, str] = {}
+        self._sent: list[tuple[float, list[str]]] = []  # when, and under which names
+        self._pulse, self._felt = 0, 0.0
+        self._lock = threading.Lock()
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="zo_offload:desk", daemon=True)
+
+    # ---- for the keeper's thread -------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def opens(self, journal: Journal, about: Mapping[str, Any]) -> None:
+        """From here on members are let in."""
+        self._about, self._journal, self.closed = dict(about), journal, None
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """What the members that are there said last, by name."""
+        with self._lock:
+            return dict(self._members)
+
+    def name_of(self, member: str) -> str:
+        return self._names.get(member, "it never said who it is")
+
+    def forget(self, member: str) -> None:
+        with self._lock:
+            self._members.pop(member, None)
+            self._heard.pop(member, None)
+
+    def stop(self) -> None:
+        self._ends.set()
+        self._thread.join(5)
+        self._room.close()
+
+    # ---- the thread --------------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        while not self._ends.wait(NAP_S):
+            try:
+                self._answer_all()
+                if time.monotonic() - self._felt >= PULSE_S or self._ends.is_set():
+                    self._beat()
+                self._hear()
+            except Lost as lost:
+                if not self._ends.is_set():
+                    _log.warning("%s: nobody can join this run any more", lost)
+                return
+
+    def _beat(self) -> None:
+        self._felt, self._pulse = time.monotonic(), self._pulse + 1
+        self._room.put("pulse", {"beats": self._pulse})
+        rows = [{"name": here(), "member": "0", **self.keeper}]
+        rows += [{"name": self.name_of(member), "member": member, **row} for member, row in self.rows().items()]
+        self._room.put("roster", {**self.state, "closed": self.closed, "members": rows})
+        while self._sent and time.monotonic() - self._sent[0][0] > UNREAD_S:
+            self._room.line.delete(*self._sent.pop(0)[1])
+
+    def _answer_all(self) -> None:
+        if self._journal is None and self.closed is None:
+            return  # whoever asks waits: the base is being read
+        asked = self._room.line.add("door", 0)
+        for number in range(self._answered, asked):
+            self._asking.setdefault(number, time.monotonic())
+        self._answered = asked
+        for number, since in list(self._asking.items()):
+            if self._answer(number) or time.monotonic() - since > LATE_S:
+                del self._asking[number]
+
+    def _answer(self, number: int) -> bool:
+        name = f"door/{number}"
+        try:
+            row = self._room.get(name)
+        except Unsealed:
+            _log.warning("somebody asked to join with another token")
+            return self._refuse(number, "its token is not the keeper's")
+        if row is None:
+            return False
+        member = str(row.get("member") or number + 1)
+        if self.closed is not None:
+            return self._refuse(number, self.closed)
+        if row.get("version") != __version__:
+            return self._refuse(number, f"it is zo_offload {row.get('version')}, the keeper {__version__}")
+        self._names[member] = str(row.get("name"))
+        self._room.line.delete(name)
+        try:
+            answer = self._lacking(int(row["steps"]), str(row["history"])) if "steps" in row else self._whole(member)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            return self._refuse(number, f"what it asked for cannot be told: {error}")
+        self._sent.append((time.monotonic(), self._room.send(f"{name}/yes", answer)))
+        return True
+
+    def _refuse(self, number: int, why: str) -> bool:
+        self._room.line.set(f"door/{number}/no", why.encode())  # not sealed: it is for those without the token too
+        self._room.line.delete(f"door/{number}")
+        self._sent.append((time.monotonic(), [f"door/{number}/no"]))
+        return True
+
+    def _whole(self, member: str) -> dict[str, Any]:
+        assert self._journal is not None
+        data = base64.b64encode(diskio.read_file(self._journal.path)).decode()
+        _log.info("member %s (%s) joins after %d steps", member, self.name_of(member), len(self._journal.steps))
+        return {"member": member, "about": self._about, "journal": data}
+
+    def _lacking(self, steps: int, history: str) -> dict[str, Any]:
+        """The records from a step on; none where the asker's steps so far are not the journal's."""
+        assert self._journal is not None
+        known: list[StepRecord] = self._journal.steps
+        last = len(known)
+        if steps > last or f"{self._journal.history(steps):016x}" != history:
+            return {"parted": last}
+        return {"records": [told(record) for record in known[steps : min(last, steps + RECORDS_AT_ONCE)]]}
+
+    def _hear(self) -> None:
+        """What members say of themselves: in a row of each, which they write again."""
+        for member in list(self._names):
+            try:
+                row = self._room.get(f"member/{member}")
+            except Unsealed:
+                continue
+            now = time.monotonic()
+            with self._lock:
+                if row is None or row == self._members.get(member):
+                    patience = 10 * float(self.state.get("patience", 0.0))
+                    if now - self._heard.get(member, now) > max(GONE_S, patience):
+                        self._gone(member, "was not heard any more")
+                    continue
+                if row.get("gone") is not None:
+                    self._gone(member, f"left{': ' * bool(row['gone'])}{row['gone']}")
+                    continue
+                if member not in self._members and row.get("step") is None:
+                    continue
+                self._members[member], self._heard[member] = row, now
+
+    def _gone(self, member: str, how: str) -> None:
+        """Under the lock."""
+        _log.info("member %s (%s) %s", member, self.name_of(member), how)
+        self._members.pop(member, None)
+        self._heard.pop(member, None)
+        self._names.pop(member, None)
+        quietly(lambda: self._room.line.delete(f"member/{member}", f"out/{member}"))

@@ -1,0 +1,169 @@
+"""A line to a torch store on another host: no call on it waits without end, whatever becomes of the other side.
+
+A call of TCPStore's client waits as long as its server is silent: for ever, where that process is stopped or its host
+is gone. So a thread of its own makes the calls, one at a time, and whoever asked waits for it so long and no longer.
+After that, or after any error, the line is lost and stays so: its thread is left to itself (it ends with the process,
+or when the silent one speaks), and a new line is to be made.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch.distributed as _distributed
+
+from ..errors import ConfigError, RankError
+
+SILENT_S = 20.0
+"""A store that does not answer for so long is taken for lost."""
+PAYLOAD_BYTES = 4 << 20
+"""Longest value: TCPStore closes a connection that brings twice as much."""
+
+dist: Any = _distributed
+
+
+class Lost(RankError):
+    """Nobody answers, or no longer: another line is to be made."""
+
+
+class Line:
+    """Calls of a `torch.distributed.Store` with an end. open: makes the store, on the line's thread. One caller."""
+
+    def __init__(self, open: Callable[[], Any], where: str, silent_s: float = SILENT_S) -> None:
+        self._where, self._silent_s = where, silent_s
+        self._calls: queue.SimpleQueue[tuple[Callable[[Any], Any], queue.SimpleQueue[Any]] | None] = queue.SimpleQueue()
+        self._lost: str | None = None
+        threading.Thread(target=self._work, args=(open,), name="zo_offload:line", daemon=True).start()
+        self._call(lambda store: None)  # it is open
+
+    def _work(self, open: Callable[[], Any]) -> None:
+        store: Any = None
+        while (call := self._calls.get()) is not None:
+            method, answer = call
+            try:
+                store = open() if store is None else store
+                answer.put((method(store), None))
+            except (RuntimeError, OSError, ValueError) as error:  # torch.distributed's are children of the first
+                answer.put((None, error))
+        del store
+
+    def _call(self, method: Callable[[Any], Any]) -> Any:
+        if self._lost is not None:
+            raise Lost(self._lost)
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._calls.put((method, answer))
+        try:
+            value, error = answer.get(timeout=self._silent_s)
+        except queue.Empty:
+            value, error = None, f"no answer in {self._silent_s:.0f} s"
+        if error is not None:
+            self._lost = f"{self._where} cannot be reached ({str(error).splitlines()[0][:150]})"
+            self.close()
+            raise Lost(self._lost)
+        return value
+
+    def close(self) -> None:
+        """Let the thread end, when it can. Safe to call twice."""
+        if self._lost is None:
+            self._lost = f"{self._where}: this line was closed"
+        self._calls.put(None)
+
+    # ---- what is asked of a store ------------------------------------------------------------------------------------
+
+    def get(self, key: str) -> bytes | None:
+        """The value of a key, None where there is none. (`Store.get` would wait for it.)"""
+        found: bytes = self._call(lambda store: store.compare_set(key, "?", "?"))
+        return None if found == b"?" else found
+
+    def set(self, key: str, value: bytes) -> None:
+        assert len(value) <= PAYLOAD_BYTES and value != b"?"
+        self._call(lambda store: store.set(key, value))
+
+    def first(self, key: str, value: bytes, before: bytes = b"") -> bytes:
+        """Set a key that still has the value `before` (b"": none); what it has now, ours or who was first's."""
+        found: bytes = self._call(lambda store: store.compare_set(key, before.decode(), value.decode()))
+        return found
+
+    def add(self, key: str, count: int) -> int:
+        """A counter, after `count` was added to it."""
+        return int(self._call(lambda store: store.add(key, count)))
+
+    def has(self, keys: list[str]) -> bool:
+        """Whether all of them have values."""
+        return bool(self._call(lambda store: store.check(keys)))
+
+    def delete(self, *keys: str) -> None:
+        for key in keys:
+            self._call(partial(_delete, key))
+
+    def size(self) -> int:
+        """How many keys there are."""
+        return int(self._call(lambda store: store.num_keys()))
+
+
+def _delete(key: str, store: Any) -> None:
+    store.delete_key(key)
+
+
+# ---- where it leads --------------------------------------------------------------------------------------------------
+
+
+def parse(address: str, what: str = "address") -> tuple[str, int]:
+    """ "host:29400", ":29400", "[::1]:29400" as (host, port). Raises ConfigError."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or not int(port) < 1 << 16:
+        raise ConfigError(f"{what} {address!r}: expected HOST:PORT, such as 10.0.0.7:29400")
+    return host.strip("[]"), int(port)
+
+
+def served(address: str) -> tuple[Any, int]:
+    """A store of this process that listens at an address and nowhere else, and its port. Raises ConfigError."""
+    host, port = parse(address)
+    try:
+        family = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a keeper that is started again
+            listener.bind((host, port))
+            listener.listen(1024)
+            port = listener.getsockname()[1]
+            store = dist.TCPStore(
+                host or "localhost", port, None, is_master=True, wait_for_workers=False,
+                timeout=timedelta(seconds=SILENT_S), master_listen_fd=listener.detach(), use_libuv=True,
+            )  # fmt: skip
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{address!r} cannot be listened at: {str(error).splitlines()[0][:150]}") from None
+    return store, port
+
+
+def dialled(address: str, silent_s: float = SILENT_S) -> Line:
+    """A line to the store at an address. Raises Lost where nobody listens there."""
+    host, port = parse(address)
+    host = host or "localhost"
+    try:  # first without torch, whose client tells of every attempt on standard error
+        socket.create_connection((host, port), timeout=silent_s).close()
+    except OSError as error:
+        raise Lost(f"nobody answers at {address} ({error.strerror or error})") from None
+
+    def open() -> Any:
+        seconds = timedelta(seconds=silent_s)
+        return dist.TCPStore(host, port, None, is_master=False, wait_for_workers=False, timeout=seconds)
+
+    return Line(open, f"the keeper at {address}", silent_s)
+
+
+def over(store: Any, where: str) -> Line:
+    """A line to a store of this process."""
+    return Line(lambda: store, where)
+
+
+def quietly(call: Callable[[], Any]) -> None:
+    """A last word to somebody who may be gone."""
+    with suppress(Lost):
+        call()

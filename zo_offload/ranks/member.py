@@ -1,0 +1,322 @@
+"""A member of a pool: it comes with the base, takes lanes of whatever step is under way, and applies what is decided.
+
+    member = Member.join("10.0.0.7:29400", token)       # waits until it is let in
+    member.about_run, member.journal                    # what the run is, and its steps so far
+
+A member that was away (stopped, cut off, or its keeper was) finds its step decided: it leaves what it computed, reads
+the records that it lacks, and goes on where the run is. A keeper that is gone is looked for at its address until
+`wait_s`; one that is started again has another store, and the member asks at its door with the steps that it has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from base64 import b64decode
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .. import __version__
+from ..errors import RankError
+from ..journal.format import StepRecord
+from ..system.signals import Stopped
+from .agree import between
+from .decided import heard
+from .line import SILENT_S, Lost, dialled, parse, quietly
+from .pool import WAIT_S, check_patience, check_token, here
+from .sealed import ERA, Sealed
+from .sharing import LONGEST_NAP_S, LOOK_S, Compute, Sharing, cells_of
+
+_T = TypeVar("_T")
+NAP_S = 0.5
+"""Between two tries to reach a keeper that is gone."""
+UNCOUNTED = 4
+"""Decided steps without a share, after which a member says again that it is there."""
+
+
+class Over(RankError):
+    """The keeper has ended the run before all its steps."""
+
+
+class Parted(RankError):
+    """The run has another history than this member: it is to join anew, from the base."""
+
+
+class Member(Sharing):
+    """Somebody who joined. wait_s: how long a keeper that is gone is looked for."""
+
+    leads = False
+
+    def __init__(self, address: str, token: str, *, patience: float | None = None, wait_s: float = WAIT_S) -> None:
+        parse(address)
+        check_token(token)
+        check_patience(patience)
+        super().__init__("", patience)
+        self.address, self._token, self._wait = address, token, wait_s
+        self._beats, self._felt = -1, time.monotonic()
+        self._history: Callable[[], tuple[int, str]] | None = None  # steps that were applied, and what they are
+        self._lacked: dict[int, StepRecord] = {}
+        self._said: dict[str, Any] = {"name": here(), "step": None}
+        self._its_history: tuple[int, str] | None = None  # of the record that was read last: its step, what it leads to
+        self._uncounted = 0
+        self._left = False
+
+    @classmethod
+    def join(
+        cls, address: str, token: str, *, patience: float | None = None, wait_s: float = WAIT_S,
+        look: Callable[[], None] = lambda: None,
+    ) -> Member:  # fmt: skip
+        """Be let in. Raises RankError where nobody answers for `wait_s`, or the keeper refuses, and says why."""
+        member = cls(address, token, patience=patience, wait_s=wait_s)
+        member._knocks = {"version": __version__, "name": here()}
+        welcome = member._until_reached(member._enter)
+        member.me, member.about_run = welcome["member"], welcome["about"]
+        member.journal = b64decode(welcome["journal"])
+        return member
+
+    about_run: dict[str, Any]
+    """What the run is: settings, method, and how `fit` was called."""
+    journal: bytes
+    """Its steps so far."""
+    _knocks: dict[str, Any]
+
+    # ---- the keeper's door -------------------------------------------------------------------------------------------
+
+    def _until_reached(self, do: Callable[[], _T]) -> _T:
+        began = time.monotonic()
+        while True:
+            try:
+                return do()
+            except Lost as lost:
+                if self._room is not None:
+                    self._room.close()
+                    self._room = None
+                self._heed_stop()
+                if (waited := time.monotonic() - began) > self._wait:
+                    raise RankError(
+                        f"the keeper at {self.address} is gone, for {waited:.0f} s now: {lost}. Where it is started "
+                        "again (zo-offload fit RUN --resume --serve ...), members that wait join by themselves: --wait"
+                    ) from None
+                time.sleep(min(NAP_S, self._wait / 10))
+
+    def _enter(self) -> dict[str, Any]:
+        """A line to whoever keeps the run now, and the answer at its door."""
+        line = dialled(self.address, min(SILENT_S, max(1.0, self._wait)))
+        began = time.monotonic()
+        while (era := line.get(ERA)) is None:
+            if time.monotonic() - began > SILENT_S:
+                raise RankError(f"{self.address} is a store, and no keeper's of a pool")
+            time.sleep(LONGEST_NAP_S)
+        self._room = Sealed(line, self._token, era.decode())
+        self._felt = time.monotonic()
+        return self._knock()
+
+    def _knock(self) -> dict[str, Any]:
+        """Ask to be let in, and wait while the keeper is not ready. Raises RankError if it refuses."""
+        name = f"door/{self.room.line.add('door', 1) - 1}"
+        self.room.put(name, self._knocks)
+        while True:
+            if (no := self.room.line.get(f"{name}/no")) is not None:
+                raise RankError(f"the keeper at {self.address} does not let this member in: {no.decode()}")
+            if (yes := self.room.receive(f"{name}/yes")) is not None:
+                return yes
+            self._feel()
+            time.sleep(LONGEST_NAP_S)
+
+    def _feel(self) -> None:
+        """Raise Lost if the keeper's pulse stands still."""
+        self._heed_stop()
+        pulse = self.room.get("pulse") or {"beats": -1}
+        now = time.monotonic()
+        if pulse["beats"] != self._beats:
+            self._beats, self._felt = pulse["beats"], now
+        elif now - self._felt > SILENT_S:
+            raise Lost(f"the keeper at {self.address} shows no sign of life since {now - self._felt:.0f} s")
+
+    def _heed_stop(self) -> None:
+        """Where this member waits, a signal ends it at once: the run goes on without it."""
+        if (signum := self.stopped_by()) is not None:
+            steps = 0 if self._history is None else self._history()[0]
+            raise Stopped(signum, steps, self.after_a_stop(None))
+
+    def after_a_stop(self, run_dir: Path | None) -> str:
+        return f"the run goes on at {self.address}"
+
+    def _again(self, lost: Lost) -> None:
+        self._until_reached(self._return)
+
+    def _return(self) -> None:
+        """To the run as it is now, with the steps that were applied here."""
+        assert self._history is not None
+        steps, history = self._history()
+        self._knocks = {
+            "version": __version__, "name": here(), "member": self.me, "steps": steps, "history": history
+        }  # fmt: skip
+        answer = self._enter() if self._room is None else self._knock()
+        if "parted" in answer:
+            raise Parted(
+                f"this member has {steps} steps of another history than the run, which has {answer['parted']} steps: "
+                "the keeper's host lost some, or its journal was cut. Join again"
+            )
+        records = [heard(values) for values in answer["records"]]
+        self._lacked |= {record.step: record for record in records}
+        self._say({})
+
+    def _asked(self, do: Callable[[], _T]) -> _T:
+        """What the store says, of the keeper that there is then."""
+        while True:
+            try:
+                return do()
+            except Lost as lost:
+                self._again(lost)
+
+    # ---- before the first step ---------------------------------------------------------------------------------------
+
+    def follows(self, history: Callable[[], tuple[int, str]]) -> None:
+        """history(): how many steps were applied here, and what names them."""
+        self._history = history
+
+    def same(self, at: str, values: Mapping[str, Any], hint: str = "") -> None:
+        def ask() -> dict[str, Any]:
+            while (theirs := self.room.get(f"same/{at}")) is None:
+                self._feel()
+                self._see_end()
+                time.sleep(LONGEST_NAP_S)
+            return theirs
+
+        theirs = self._asked(ask)["values"]
+        if differ := list(between(theirs, {**values}, "the keeper", "this member")):
+            raise RankError(f"this member is not like the keeper, at {at!r}: {'; '.join(differ)}.{hint and ' ' + hint}")
+
+    # ---- what is decided ---------------------------------------------------------------------------------------------
+
+    def decided(self, step: int) -> StepRecord | None:
+        return self._asked(lambda: self._record(step))
+
+    def decision(self, step: int) -> StepRecord | None:
+        """Waits for it. Raises Over where there will be none."""
+
+        def wait() -> StepRecord:
+            began = looked = time.monotonic()
+            while (record := self._record(step)) is None:
+                if (now := time.monotonic()) - looked > LOOK_S:
+                    looked = now
+                    self._look()
+                time.sleep(min(LONGEST_NAP_S, 1e-3 + (now - began) / 10))
+            return record
+
+        return self._asked(wait)
+
+    def _record(self, step: int) -> StepRecord | None:
+        """A step's record, if it is decided: from what was fetched, or the store, or of an older step the keeper."""
+        if step in self._lacked:
+            return self._lacked.pop(step)
+        if (found := self.room.get(f"decided/{step}")) is not None:
+            record, self._its_history = heard(found["record"]), (step, found["history"])
+            self._uncounted = 0 if self.me in self._state.get("weights", {}) else self._uncounted + 1
+            if self._uncounted > UNCOUNTED:
+                self._uncounted = 0
+                self._return()
+            return record
+        self._state = self.room.get("state") or {}
+        if step >= self._state.get("steps", 0):
+            return None
+        if self.room.line.has([f"decided/{step}"]):  # since we looked
+            return self._record(step)
+        self._return()
+        return self._lacked.pop(step, None)
+
+    def publish(self, record: StepRecord, history: str) -> None:
+        """Applied here: its history is the keeper's, or this is not the same run."""
+        if self._its_history is not None and self._its_history != (record.step, history):
+            raise Parted(
+                f"after step {record.step} this member has history {history}, the run {self._its_history}. Join again"
+            )
+        self._its_history = None
+
+    # ---- lanes -------------------------------------------------------------------------------------------------------
+
+    def about(self, values: Mapping[str, Any], audit: Sequence[Any] | None = None) -> None:
+        super().about(values, audit)
+        self._asked(self._refresh)
+
+    def _refresh(self) -> None:
+        self._state = self.room.get("state") or self._state
+
+    def _share(self, count: int, compute: Compute) -> list[float] | None:
+        self._say({"step": self._turn[0], "seconds": None})
+        return super()._share(count, compute)
+
+    def _is_settled(self, count: int) -> bool:
+        name = f"losses/{self._name()}"
+        # one or the other; the second only where the step was decided long ago, or by one that is gone
+        return self.room.line.has([name]) or self.room.line.has([f"decided/{self._turn[0]}"]) or self._is_past()
+
+    def _is_past(self) -> bool:
+        return bool(self._turn[0] in self._lacked)
+
+    def _outcome(self, count: int, compute: Compute) -> list[float] | None:
+        turn, step = self._name(), self._turn[0]
+        found = self.room.get(f"losses/{turn}")
+        if found is None:
+            newest = (self.room.get("state") or {}).get("steps", 0)
+            if newest > step + 1:  # deleted, or soon: what was written meanwhile is nobody's
+                self.room.line.delete(f"{turn}/next", *cells_of(turn, count))
+            return None
+        return [float.fromhex(loss) for loss in found["losses"]]
+
+    def _took(self, seconds: float, lanes: int) -> None:
+        if seconds:
+            self._say({"seconds": round(seconds, 4), "rate": round(lanes / seconds, 3), "lanes": self._lanes})
+
+    def _say(self, values: Mapping[str, Any]) -> None:
+        """Tell the keeper how this member is."""
+        self._said |= {**values, "audit": self._audit}
+        quietly(lambda: self.room.put(f"member/{self.me}", self._said))
+
+    def _look(self) -> None:
+        self._feel()
+        if (out := self.room.get(f"out/{self.me}")) is not None:
+            raise RankError(f"the keeper at {self.address} has put this member ({self.me}) out: {out['why']}")
+        self._state = self.room.get("state") or self._state
+        self._see_end()
+        step = self._turn[0]
+        is_decided = step < self._state.get("steps", 0) and step not in self._lacked
+        if is_decided and not self.room.line.has([f"decided/{step}"]):  # long ago
+            self._return()
+
+    def _see_end(self) -> None:
+        closed = self.room.get("closed")
+        if closed is None or (self._history is not None and self._history()[0] < closed["steps"]):
+            return  # records that it lacks come first
+        why = f"{closed['kind']}{': ' * bool(closed['why'])}{closed['why']}"
+        if closed["kind"] == "failed":
+            raise RankError(f"the keeper at {self.address} failed after {closed['steps']} steps: {closed['why']}")
+        raise Over(f"the keeper has ended the run after {closed['steps']} steps ({why})")
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Whatever ends this member, the keeper knows why; for everybody else nothing is changed."""
+        try:
+            yield
+        except (Over, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self.leave(f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
+            raise
+
+    @contextlib.contextmanager
+    def together(self, at: str) -> Iterator[None]:
+        with self.telling():
+            yield
+
+    def leave(self, why: str = "") -> None:
+        if self._left or self._room is None:
+            return
+        self._left = True
+        room, self._room = self._room, None
+        quietly(lambda: room.put(f"member/{self.me}", {**self._said, "gone": why}))
+        room.close()
