@@ -189,8 +189,8 @@ def test_a_flag_a_key_and_a_keyword_have_one_name():
     assert args.keep_best is True and args.overlap is False and args.text_column == ["a,b"]
     known = {f.name for kind in (FitCall, EngineConfig, Encoder) for f in dataclasses.fields(kind)}
     own = {"model", "config", "base", "resume", "new_data", "out", "quiet", "model_class", "num_labels", "tokenizer",
-           "dry_run", "method", "lora", "merge", "patience", "attn_implementation", "preset", "method_options",
-           "run"}  # fmt: skip
+           "dry_run", "method", "lora", "merge", "patience", "serve", "token_file", "audit", "tolerance",
+           "attn_implementation", "preset", "method_options", "run"}  # fmt: skip
     methods = {f.name for kind in METHODS.values() for f in dataclasses.fields(kind)}
     assert set(vars(args)) <= known | own | methods
 

@@ -23,8 +23,8 @@ from support.zoo.small import tiny_llama, tiny_opt
 from zo_offload import FZOO, MEAZO, NSPSA, QZO, Conservative, Engine, MeZO, SignSGD
 from zo_offload.data.losses import model_loss
 from zo_offload.journal.format import load_journal
+from zo_offload.ranks.alone import cells
 from zo_offload.ranks.find import Group
-from zo_offload.ranks.team import cells
 from zo_offload.replay import replayed
 from zo_offload.system.signals import StopRequest
 

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from zo_offload.errors import ConfigError, RankError
 from zo_offload.ranks import team as teams
 from zo_offload.ranks.agree import of_ranks, unlike
+from zo_offload.ranks.alone import Alone
 from zo_offload.ranks.exchange import StoreExchange
 from zo_offload.ranks.find import Group, find
-from zo_offload.ranks.team import Alone, Team
+from zo_offload.ranks.team import Team
 from zo_offload.system.signals import StopRequest
 
 

@@ -45,10 +45,10 @@ from .kernels.records import Gains
 from .methods import DEFAULT, Method
 from .numerics.updates import UpdateLog
 from .plan.plan import Plan
+from .ranks.alone import Alone
 from .ranks.find import Ranks, find
 from .ranks.member import Member
 from .ranks.pool import WAIT_S
-from .ranks.team import Alone
 from .run.active import Run
 from .run.basis import activation_basis
 from .run.batching import Batching, Shots

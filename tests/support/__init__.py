@@ -7,6 +7,7 @@ compare           bit-equality, the one way to compare tensors and losses
 planning          what `zo-offload plan` tells, without the command line around it
 plain_mezo        MeZO in a few lines, in memory: what the engine must equal
 ranks             several processes that train one run together
+pool              a keeper and its members: processes that tell how far they are, and are killed and stopped
 quantized_models   writers of quantized checkpoints, from the published layouts
 record_quantized   makes data/quantized.safetensors of what the libraries write
 lanes             a source of weights from a dict, and what lanes must equal

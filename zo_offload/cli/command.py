@@ -26,6 +26,8 @@ from .parser import IDENTITY, NOT_SETTINGS, parse
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors a user can cause are one line on standard error."""
     argv = sys.argv[1:] if argv is None else argv
+    if "--serve" in argv or argv[:1] in (["join"], ["ranks"]):
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of each line that breaks torch would print a stack
     try:
         args = parse(argv, RUN)
         if args.run is not _fit and launched()[0] > 0:
@@ -70,6 +72,10 @@ def _fit(args: argparse.Namespace) -> int:
         return _dry_run(args, engine)
     call = {name: getattr(args, name) for name in _names(FitCall) if name not in ("data", "options")}
     with engine:
+        if args.serve is not None:
+            from .pool_tools import invitation
+
+            print(invitation(args, engine.ranks.port), flush=True)
         if engine.storage_note and not args.resume and engine.ranks.leads:
             print(f"storage auto takes {engine.config.storage}: {engine.storage_note}")
         result = engine.fit(
@@ -133,6 +139,26 @@ def _print_result(result: Any, run_dir: Path | None) -> None:
     if run_dir is not None:
         again = f"zo-offload fit {shlex.quote(str(run_dir))} --resume"
         print(f"run: {run_dir} (losses and evaluations in {METRICS}; {again} goes on)")
+
+
+def _join(args: argparse.Namespace) -> int:
+    from .pool_tools import join
+
+    own = {**_own_method(args), **_given(args, *_movable(), "model_class"), **_tokenizer(args)}
+    if args.run_dir is not None:
+        own["run_dir"] = args.run_dir
+    result = join(args, own, show=not args.quiet)
+    why = f"; {result.stopped}" if result.stopped else ""
+    print(f"{result.steps} steps with the keeper at {args.address}, to step {result.last_step}{why}")
+    return 0
+
+
+def _roster(args: argparse.Namespace) -> int:
+    from .pool_tools import members_token, roster
+
+    for line in roster(args.address, members_token(args)):
+        print(line)
+    return 0
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -302,7 +328,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 RUN = {
     "fit": _fit, "plan": _plan, "eval": _eval, "generate": _generate, "export": _export, "replay": _replay,
-    "journal": _journal, "doctor": _doctor, "rate": _rate, "methods": _methods, "basis": _basis,
+    "join": _join, "ranks": _roster, "journal": _journal, "doctor": _doctor, "rate": _rate, "methods": _methods,
+    "basis": _basis,
 }  # fmt: skip
 
 
@@ -348,6 +375,12 @@ def _open(args: argparse.Namespace) -> Any:
 
 def _ranks(args: argparse.Namespace) -> Any:
     """The processes that this one was launched with: they train together."""
+    if args.serve is not None:
+        from .pool_tools import pool_of
+
+        return pool_of(args)
+    if given := _given(args, "token_file", "audit", "tolerance"):
+        raise ConfigError(f"--{next(iter(given)).replace('_', '-')} goes with --serve HOST:PORT")
     if args.patience is None:
         return "auto"
     from ..ranks.find import Group

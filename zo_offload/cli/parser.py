@@ -113,7 +113,14 @@ def _fit(fit: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     fit.add_argument("--dry-run", action="store_true", default=None, help=dry)
     fit.add_argument("--out", help="export the tuned checkpoint here: the last step, with --keep-best the best")
     _merge(fit)
-    fit.add_argument("--patience", type=float, help="under torchrun: seconds to wait for another rank (learnt)")
+    waits = "under torchrun, or with --serve: seconds to wait for another rank (learnt)"
+    fit.add_argument("--patience", type=float, help=waits)
+    fit.add_argument("--serve", metavar="HOST:PORT", help="let others join the run there (docs/ranks.md)")
+    _token_file(fit, "with --serve: a file with what members must know (default: RUN_DIR/token, made)")
+    audit = "with --serve: the share of others' lanes that is computed again and compared (default: 0.02)"
+    fit.add_argument("--audit", type=float, help=audit)
+    tolerance = "with --serve: the part of a loss by which these may differ (default: 0.001)"
+    fit.add_argument("--tolerance", type=float, help=tolerance)
     fit.add_argument("--quiet", action="store_true", default=None, help="show no progress")
     run = fit.add_argument_group("run", "how long, how it is evaluated, and what is kept")
     add_options_of(run, options_of(FitCall, {"data": {"type": str}, "eval_data": {"type": str}} | _COUNTS, lists=False))
@@ -213,6 +220,35 @@ def _journal(journal: Parser, argv: Sequence[str], config: ConfigFile | None) ->
     journal.add_argument("--to", type=int, help="cut: how many steps to keep")
 
 
+def _join(join: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
+    from ..config import EngineConfig
+
+    join.add_argument("address", nargs="?", metavar="HOST:PORT", help="where `fit --serve` listens, or a tunnel to it")
+    join.add_argument("base", nargs="?", metavar="BASE", help="the run's base, here: a checkpoint directory or hub id")
+    join.add_argument("--data", help="the run's data, where it is here (default: the keeper's path)")
+    _token_file(join, "a file with the keeper's token (or it in ZO_OFFLOAD_TOKEN)")
+    join.add_argument("--patience", type=float, help="seconds after which another's lanes are late (the keeper's)")
+    wait = "seconds for which a keeper that is gone is looked for (default: 300)"
+    join.add_argument("--wait", type=float, default=300.0, help=wait)
+    join.add_argument("--quiet", action="store_true", default=None, help="show no progress")
+    join.add_argument("--method", metavar="FILE.py:CLASS", help="your own class, where the run was made with one")
+    join.add_argument("--model-class", help="such as AutoModelForSequenceClassification, where the run's is your own")
+    join.add_argument("--tokenizer", help="directory or cached hub id, where the run was given one")
+    group = join.add_argument_group("engine", "where weights live here; what numbers depend on is the run's")
+    kept = (*IDENTITY, *_MODEL_ONLY, "whole")
+    add_options_of(group, {name: option for name, option in _settings(EngineConfig).items() if name not in kept})
+    _config(join)
+
+
+def _ranks(ranks: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
+    ranks.add_argument("address", nargs="?", metavar="HOST:PORT", help="where `fit --serve` listens")
+    _token_file(ranks, "a file with the keeper's token (or it in ZO_OFFLOAD_TOKEN)")
+
+
+def _token_file(command: Parser, text: str) -> None:
+    command.add_argument("--token-file", metavar="FILE", help=text)
+
+
 def _nothing(command: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     """No options."""
 
@@ -220,6 +256,8 @@ def _nothing(command: Parser, argv: Sequence[str], config: ConfigFile | None) ->
 _COMMANDS: dict[str, tuple[str, _Add]] = {
     "fit": ("fine-tune a checkpoint, or go on with a run", _fit),
     "plan": ("what a run would take, on hardware here or named; reads no weights", _plan),
+    "join": ("train with a run that somebody else serves, from anywhere, for as long as you like", _join),
+    "ranks": ("who is in a run that is served, and how fast each is", _ranks),
     "methods": ("what each method costs a step, and the recipes there are", _nothing),
     "rate": ("a few steps at each of several learning rates; trains nothing to keep", _rate),
     "basis": ("directions that a model's layers are given inputs in, for --adapter", _basis),
@@ -234,6 +272,7 @@ _COMMANDS: dict[str, tuple[str, _Add]] = {
 
 _USAGE = {
     "fit": "MODEL --data FILE [--run-dir DIR] [options]", "plan": "MODEL [options]",
+    "join": "HOST:PORT BASE --token-file FILE [options]", "ranks": "HOST:PORT --token-file FILE",
     "methods": "", "rate": "MODEL --data FILE [options]", "basis": "MODEL --data FILE --out DIR [options]",
     "eval": "MODEL --data FILE [options]", "generate": "MODEL --prompt TEXT ... [options]",
     "export": "RUN --out DIR [options]", "replay": "BASE JOURNAL --out DIR [options]",
@@ -268,14 +307,7 @@ def _engine(command: Parser, without: Sequence[str] = ()) -> None:
     from ..config import EngineConfig
 
     group = command.add_argument_group("engine", "where weights live, and how they are stored and computed")
-    given: dict[str, dict[str, Any]] = {
-        "keep": {"nargs": "+"}, "trainable": {"nargs": "+"},
-        "config_overrides": {"type": json_object, "metavar": "JSON"},
-        "adapter": {"type": str, "metavar": "DIR|SETTINGS"},
-        **{name: {"type": count} for name in ("fold_every", "num_slots", "block_numel", "io_threads", "threads",
-                                              "snapshot_steps")},
-    }  # fmt: skip
-    options: dict[str, Option] = options_of(EngineConfig, given)
+    options = _settings(EngineConfig)
     add_options_of(group, {name: option for name, option in options.items() if name not in without})
     group.add_argument("--model-class", help="such as AutoModelForSequenceClassification")
     group.add_argument("--lora", metavar="RANK", type=int, help="train a new LoRA adapter; the rest stays as it is")
@@ -284,6 +316,18 @@ def _engine(command: Parser, without: Sequence[str] = ()) -> None:
     group.add_argument("--num-labels", type=count, help="classes of a new head, instead of config.json's")
     tokenizer = "directory or cached hub id, where the checkpoint has none or another is meant"
     group.add_argument("--tokenizer", help=tokenizer)
+
+
+def _settings(kind: type) -> dict[str, Option]:
+    """The fields of EngineConfig as options."""
+    given: dict[str, dict[str, Any]] = {
+        "keep": {"nargs": "+"}, "trainable": {"nargs": "+"},
+        "config_overrides": {"type": json_object, "metavar": "JSON"},
+        "adapter": {"type": str, "metavar": "DIR|SETTINGS"},
+        **{name: {"type": count} for name in ("fold_every", "num_slots", "block_numel", "io_threads", "threads",
+                                              "snapshot_steps")},
+    }  # fmt: skip
+    return options_of(kind, given)
 
 
 def _data(command: Parser) -> None:

@@ -8,6 +8,7 @@ the journal's records, which only grows.
 from __future__ import annotations
 
 import base64
+import contextlib
 import logging
 import threading
 import time
@@ -19,15 +20,15 @@ from ..journal.format import StepRecord
 from ..journal.journal import Journal
 from ..system import diskio
 from .decided import told
-from .line import Lost, quietly
+from .line import Lost
 from .pool import here
 from .sealed import Sealed, Unsealed
 
 _log = logging.getLogger(__name__)
 
 NAP_S, PULSE_S = 0.03, 1.0
-GONE_S = 30.0
-"""A member that said nothing for so long, and for ten times the patience, is not counted any more."""
+GONE_S, THERE_S = 15.0, 3.0
+"""A member whose pulse was not felt for so long is not counted any more; one that was felt since this is there."""
 UNREAD_S, LATE_S = 120.0, 30.0
 """What nobody has fetched for so long is deleted; who took a number and then does not ask is not waited for."""
 RECORDS_AT_ONCE = 20_000
@@ -46,8 +47,9 @@ class Desk:
         self._about: dict[str, Any] = {}
         self._answered, self._asking = 0, dict[int, float]()
         self._members: dict[str, dict[str, Any]] = {}  # what they said last
-        self._heard: dict[str, float] = {}  # and when
-        self._names: dict[str, str] = {}
+        self._beats: dict[str, tuple[Any, float]] = {}  # their pulse, and when it was felt
+        self._names: dict[str, str] = {}  # of those that were let in and have not left
+        self._left: list[str] = []  # whose keys are to be deleted
         self._sent: list[tuple[float, list[str]]] = []  # when, and under which names
         self._pulse, self._felt = 0, 0.0
         self._lock = threading.Lock()
@@ -71,10 +73,16 @@ class Desk:
     def name_of(self, member: str) -> str:
         return self._names.get(member, "it never said who it is")
 
-    def forget(self, member: str) -> None:
+    def hears(self) -> bool:
+        """Whether some of them live."""
+        now = time.monotonic()
         with self._lock:
-            self._members.pop(member, None)
-            self._heard.pop(member, None)
+            return any(now - felt < THERE_S for member, (_, felt) in self._beats.items() if member in self._names)
+
+    def forget(self, member: str) -> None:
+        """Hear no more of one that was put out."""
+        with self._lock:
+            self._gone(member, "was put out")
 
     def stop(self) -> None:
         self._ends.set()
@@ -89,6 +97,7 @@ class Desk:
                 self._answer_all()
                 if time.monotonic() - self._felt >= PULSE_S or self._ends.is_set():
                     self._beat()
+                    self._feel()
                 self._hear()
             except Lost as lost:
                 if not self._ends.is_set():
@@ -105,17 +114,16 @@ class Desk:
             self._room.line.delete(*self._sent.pop(0)[1])
 
     def _answer_all(self) -> None:
-        if self._journal is None and self.closed is None:
-            return  # whoever asks waits: the base is being read
         asked = self._room.line.add("door", 0)
         for number in range(self._answered, asked):
             self._asking.setdefault(number, time.monotonic())
         self._answered = asked
         for number, since in list(self._asking.items()):
-            if self._answer(number) or time.monotonic() - since > LATE_S:
+            if self._answer(number, time.monotonic() - since > LATE_S):
                 del self._asking[number]
 
-    def _answer(self, number: int) -> bool:
+    def _answer(self, number: int, is_late: bool) -> bool:
+        """Whether who took this number at the door needs no more answer."""
         name = f"door/{number}"
         try:
             row = self._room.get(name)
@@ -123,12 +131,14 @@ class Desk:
             _log.warning("somebody asked to join with another token")
             return self._refuse(number, "its token is not the keeper's")
         if row is None:
-            return False
+            return is_late
         member = str(row.get("member") or number + 1)
         if self.closed is not None:
             return self._refuse(number, self.closed)
         if row.get("version") != __version__:
             return self._refuse(number, f"it is zo_offload {row.get('version')}, the keeper {__version__}")
+        if self._journal is None:
+            return False  # it waits: the base is being read
         self._names[member] = str(row.get("name"))
         self._room.line.delete(name)
         try:
@@ -166,24 +176,32 @@ class Desk:
                 row = self._room.get(f"member/{member}")
             except Unsealed:
                 continue
-            now = time.monotonic()
             with self._lock:
-                if row is None or row == self._members.get(member):
-                    patience = 10 * float(self.state.get("patience", 0.0))
-                    if now - self._heard.get(member, now) > max(GONE_S, patience):
-                        self._gone(member, "was not heard any more")
-                    continue
-                if row.get("gone") is not None:
+                if row is not None and row.get("gone") is not None:
                     self._gone(member, f"left{': ' * bool(row['gone'])}{row['gone']}")
-                    continue
-                if member not in self._members and row.get("step") is None:
-                    continue
-                self._members[member], self._heard[member] = row, now
+                elif row is not None and row.get("step") is not None and member in self._names:
+                    self._members[member] = row
+
+        while self._left:
+            member = self._left.pop()
+            self._room.line.delete(f"member/{member}", f"beat/{member}")
+
+    def _feel(self) -> None:
+        """Whose pulse stands still is gone: counted again when it comes back, and says so."""
+        now = time.monotonic()
+        for member in list(self._names):
+            with contextlib.suppress(Unsealed):
+                beat = self._room.get(f"beat/{member}")
+                with self._lock:
+                    known, felt = self._beats.get(member, (None, now))
+                    self._beats[member] = (beat, now if beat != known else felt)
+                    if now - self._beats[member][1] > GONE_S:
+                        self._gone(member, "shows no sign of life any more")
 
     def _gone(self, member: str, how: str) -> None:
         """Under the lock."""
         _log.info("member %s (%s) %s", member, self.name_of(member), how)
         self._members.pop(member, None)
-        self._heard.pop(member, None)
-        self._names.pop(member, None)
-        quietly(lambda: self._room.line.delete(f"member/{member}", f"out/{member}"))
+        self._beats.pop(member, None)
+        if self._names.pop(member, None) is not None:
+            self._left.append(member)

@@ -18,11 +18,12 @@ from typing import Any
 import torch.distributed as _distributed
 
 from ..errors import ConfigError, RankError
+from .alone import Alone
 from .exchange import StoreExchange
 from .keeper import Keeper
 from .launcher import launched, variable
 from .pool import Pool
-from .team import Alone, Team
+from .team import Team
 
 _log = logging.getLogger(__name__)
 

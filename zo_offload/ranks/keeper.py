@@ -55,7 +55,7 @@ class Keeper(Sharing):
         self._desk = Desk(Sealed(over(self._store, "the store of this keeper"), pool.token, era))
         self._seen, self._weights = Patience(pool.patience), {ME: 1.0}
         self._chosen = random.SystemRandom()  # which lanes are computed again: nobody else is to know
-        self._seconds: dict[str, float] = {}  # of the last pass of each, in this step
+        self._seconds: dict[str, float] = {}  # that each has spent on lanes of this step
         self._joined: dict[str, int] = {}  # the first step with a lane of theirs
         self._journal: Journal | None = None
         self._out: dict[str, str] = {}
@@ -139,7 +139,7 @@ class Keeper(Sharing):
                 by = rows[cell]["by"]
                 cheats.add(by)
                 self._put_out(
-                    by, f"lane {cell} of step {self._turn[0]} has loss {told_loss!r} from it, and {mine[cell]!r} when it "
+                    by, f"lane {cell} of step {self._turn[0]} has loss {told_loss!r} from it, {mine[cell]!r} when it "
                     f"is computed again: beyond a tolerance of {self._pool.tolerance:g}",
                 )  # fmt: skip
         return {cell for cell in others if rows[cell]["by"] in cheats}
@@ -160,9 +160,9 @@ class Keeper(Sharing):
         _log.warning("%s. Its lanes of this step are computed again; %s", text, since)
         if self._journal is not None:
             self._journal.note({"warning": f"{text}; {since}"})
-        self.room.put(f"out/{member}", {"why": why})
         self._desk.forget(member)
         self._weights.pop(member, None)
+        self._tell_state(self._state["steps"])
 
     def _look(self) -> None:
         if self._stop is not None:
@@ -170,7 +170,7 @@ class Keeper(Sharing):
 
     def _took(self, seconds: float, lanes: int) -> None:
         if seconds:
-            self._seconds[ME] = seconds
+            self._seconds[ME] = self._spent
             self._seen.see(seconds)
         self._desk.keeper = {"step": self._turn[0], "lanes": self._lanes, "rate": lanes / seconds if seconds else None}
 
@@ -194,8 +194,8 @@ class Keeper(Sharing):
         active = {ME, *rows}
         for member, row in rows.items():
             self._weights.setdefault(member, 1.0)
-            if row.get("step") == step and row.get("seconds"):
-                self._seconds[member] = float(row["seconds"])
+            if row.get("step") == step and row.get("spent"):
+                self._seconds[member] = float(row["spent"])
                 self._seen.see(float(row["seconds"]))
             self._compare_block(member, row.get("audit"), row.get("step"))
         self._weights = weighted({m: w for m, w in self._weights.items() if m in active}, self._seconds)
@@ -212,7 +212,9 @@ class Keeper(Sharing):
         )  # fmt: skip
 
     def _tell_state(self, steps: int) -> None:
-        self._state = {"steps": steps, "weights": self._weights, "patience": round(self._seen.seconds, 3)}
+        last_out = dict(list(self._out.items())[-KEPT_RECORDS:])
+        patience = round(self._seen.seconds, 3)
+        self._state = {"steps": steps, "weights": self._weights, "patience": patience, "out": last_out}
         self.room.put("state", self._state)
         self._desk.state = {**self._state, "size": self.room.line.size()}
 
@@ -253,7 +255,7 @@ class Keeper(Sharing):
         if not self._is_told:
             self._close("stopped", "the keeper closed its engine")
         until = time.monotonic() + FAREWELL_S
-        while self._desk.rows() and time.monotonic() < until:
+        while self._desk.hears() and time.monotonic() < until:
             time.sleep(LOOK_S / 5)
         self._desk.stop()
         self._room.close()

@@ -11,6 +11,7 @@ the records that it lacks, and goes on where the run is. A keeper that is gone i
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,12 +26,12 @@ from .agree import between
 from .decided import heard
 from .line import SILENT_S, Lost, dialled, parse, quietly
 from .pool import WAIT_S, check_patience, check_token, here
-from .sealed import ERA, Sealed
+from .sealed import ERA, Sealed, Unsealed
 from .sharing import LONGEST_NAP_S, LOOK_S, Compute, Sharing, cells_of
 
 _T = TypeVar("_T")
-NAP_S = 0.5
-"""Between two tries to reach a keeper that is gone."""
+NAP_S, BEAT_S = 0.5, 1.0
+"""Between two tries to reach a keeper that is gone, and two beats of a member's pulse."""
 UNCOUNTED = 4
 """Decided steps without a share, after which a member says again that it is there."""
 
@@ -61,6 +62,8 @@ class Member(Sharing):
         self._its_history: tuple[int, str] | None = None  # of the record that was read last: its step, what it leads to
         self._uncounted = 0
         self._left = False
+        self._ends = threading.Event()
+        self._beater = threading.Thread(target=self._beat, name="zo_offload:beat", daemon=True)
 
     @classmethod
     def join(
@@ -73,6 +76,7 @@ class Member(Sharing):
         welcome = member._until_reached(member._enter)
         member.me, member.about_run = welcome["member"], welcome["about"]
         member.journal = b64decode(welcome["journal"])
+        member._beater.start()
         return member
 
     about_run: dict[str, Any]
@@ -121,7 +125,10 @@ class Member(Sharing):
                 raise RankError(f"the keeper at {self.address} does not let this member in: {no.decode()}")
             if (yes := self.room.receive(f"{name}/yes")) is not None:
                 return yes
-            self._feel()
+            with contextlib.suppress(Unsealed):  # tokens differ: the keeper will say so
+                self._feel()
+            if time.monotonic() - self._felt > SILENT_S:
+                raise Lost(f"the keeper at {self.address} does not answer at its door")
             time.sleep(LONGEST_NAP_S)
 
     def _feel(self) -> None:
@@ -189,6 +196,22 @@ class Member(Sharing):
         if differ := list(between(theirs, {**values}, "the keeper", "this member")):
             raise RankError(f"this member is not like the keeper, at {at!r}: {'; '.join(differ)}.{hint and ' ' + hint}")
 
+    def _beat(self) -> None:
+        """A thread: while this member lives, the keeper hears of it, however long a pass takes."""
+        beats, room = 0, None
+        while not self._ends.wait(BEAT_S):
+            try:
+                if room is None or self._room is None or room.era != self._room.era:
+                    era = None if self._room is None else self._room.era
+                    room = None if era is None else Sealed(dialled(self.address), self._token, era)
+                if room is not None:
+                    beats += 1
+                    room.put(f"beat/{self.me}", {"beats": beats})
+            except Lost:
+                room = None
+        if room is not None:
+            room.close()
+
     # ---- what is decided ---------------------------------------------------------------------------------------------
 
     def decided(self, step: int) -> StepRecord | None:
@@ -219,7 +242,7 @@ class Member(Sharing):
                 self._uncounted = 0
                 self._return()
             return record
-        self._state = self.room.get("state") or {}
+        self._refresh()
         if step >= self._state.get("steps", 0):
             return None
         if self.room.line.has([f"decided/{step}"]):  # since we looked
@@ -242,10 +265,13 @@ class Member(Sharing):
         self._asked(self._refresh)
 
     def _refresh(self) -> None:
+        """Read how the run is. Raises RankError where this member was put out."""
         self._state = self.room.get("state") or self._state
+        if (why := self._state.get("out", {}).get(self.me)) is not None:
+            raise RankError(f"the keeper at {self.address} has put this member ({self.me}) out: {why}")
 
     def _share(self, count: int, compute: Compute) -> list[float] | None:
-        self._say({"step": self._turn[0], "seconds": None})
+        self._say({"step": self._turn[0], "spent": None})
         return super()._share(count, compute)
 
     def _is_settled(self, count: int) -> bool:
@@ -268,7 +294,10 @@ class Member(Sharing):
 
     def _took(self, seconds: float, lanes: int) -> None:
         if seconds:
-            self._say({"seconds": round(seconds, 4), "rate": round(lanes / seconds, 3), "lanes": self._lanes})
+            self._say({
+                "seconds": round(seconds, 4), "spent": round(self._spent, 4), "rate": round(lanes / seconds, 3),
+                "lanes": self._lanes,
+            })  # fmt: skip
 
     def _say(self, values: Mapping[str, Any]) -> None:
         """Tell the keeper how this member is."""
@@ -277,9 +306,7 @@ class Member(Sharing):
 
     def _look(self) -> None:
         self._feel()
-        if (out := self.room.get(f"out/{self.me}")) is not None:
-            raise RankError(f"the keeper at {self.address} has put this member ({self.me}) out: {out['why']}")
-        self._state = self.room.get("state") or self._state
+        self._refresh()
         self._see_end()
         step = self._turn[0]
         is_decided = step < self._state.get("steps", 0) and step not in self._lacked
@@ -317,6 +344,9 @@ class Member(Sharing):
         if self._left or self._room is None:
             return
         self._left = True
+        self._ends.set()
+        if self._beater.is_alive():
+            self._beater.join(BEAT_S)
         room, self._room = self._room, None
         quietly(lambda: room.put(f"member/{self.me}", {**self._said, "gone": why}))
         room.close()

@@ -14,8 +14,8 @@ Names in the store (values of `sealed.py`, but counters and claims), T being a s
     T/next              lanes of a pass that were leased
     T/N, T/N/late       the loss of lane N; who took it over
     losses/T, decided/S the losses of a pass; the record of step S
-    state, pulse        how far the run is, shares and patience; a number that grows while the keeper lives
-    member/M, out/M     what a member says of itself; why it was put out
+    state, pulse        how far the run is, shares, patience, who was put out; what grows while the keeper lives
+    member/M, beat/M    what a member says of itself, and its pulse
     roster, closed      who is there, for people; that the run has ended, and why
 """
 

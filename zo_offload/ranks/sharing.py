@@ -14,10 +14,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from .alone import Alone
 from .line import Lost
 from .pace import FIRST_PATIENCE_S, lanes_of
 from .sealed import Sealed
-from .team import Alone
 
 FIRST_NAP_S, LONGEST_NAP_S = 1e-3, 0.02
 LOOK_S = 0.25
@@ -41,8 +41,8 @@ class Sharing(Alone):
         self._turn = (-1, -1)  # step, and which of its passes
         self._known: dict[int, float] = {}  # losses of this turn that were computed here
         self._claims = itertools.count()
-        self._passes = 0
-        self._lanes = 0
+        self._passes = self._lanes = 0
+        self._spent = 0.0  # seconds in this turn's passes
 
     @property
     def room(self) -> Sealed:
@@ -57,7 +57,7 @@ class Sharing(Alone):
 
     def share(self, step: int, count: int, compute: Callable[[Sequence[int]], Sequence[Any]]) -> list[Any] | None:
         number = self._turn[1] + 1 if self._turn[0] == step else 0
-        self._turn, self._known = (step, number), {}
+        self._turn, self._known, self._spent = (step, number), {}, 0.0
 
         def timed(cells: Sequence[int]) -> list[float]:
             return self._computed(cells, compute)
@@ -107,8 +107,10 @@ class Sharing(Alone):
         begin = time.monotonic()
         found = [float(loss) for loss in compute(cells)]
         self._passes, self._lanes = self._passes + 1, self._lanes + len(cells)
+        took = time.monotonic() - begin
+        self._spent += took
         # the first pass is watched, and blocks are brought up to date: it says nothing of the next
-        self._took(time.monotonic() - begin if self._passes > 1 else 0.0, len(cells))
+        self._took(took if self._passes > 1 else 0.0, len(cells))
         return found
 
     def _late(self, turn: str, count: int, claims: dict[int, tuple[str, float]], began: float) -> list[int]:

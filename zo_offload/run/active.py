@@ -266,26 +266,15 @@ class Run:
         self._ranked.meet(parts.session)
         with self.work():
             stepper.begin()
-            method, step = stepper.current, self.log.version
-            losses, lanes = list[Any](), method.perturbations(self.config.seed, step)
-            if (record := self.ranks.decided(step)) is None:
+            step, losses = self.log.version, list[Any]()
+            if (record := self._ranked.decided(step, batch.fingerprint)) is None:
                 self._ranked.before_step(parts, step, lr, batch.fingerprint, micro_batches)
-                while lanes:
-                    found = parts.passes.losses(
-                        batch, lanes, micro_batches, step=step, late=stepper.late, objective=objective,
-                        empty=self.method.on_nonfinite == "skip",
-                    )  # fmt: skip
-                    if found is None:
-                        break
-                    losses += found
-                    lanes = method.next_lanes(self.config.seed, step, losses, lr) if method.comes_back else ()
+                losses = parts.passes.of_step(
+                    batch, stepper.current, lr, micro_batches, step=step, late=stepper.late, objective=objective
+                )
                 self._planned_bytes = max(self._planned_bytes, as_made(batch).nbytes // micro_batches)
-                record = self.ranks.decision(step)
-            if record is None:
-                launched = stepper.launch(losses, lr, batch.fingerprint)
-            else:
-                self._ranked.check_decided(record, batch.fingerprint)
-                launched = stepper.adopt(record)
+                record = self._ranked.decision(step, batch.fingerprint)
+            launched = stepper.launch(losses, lr, batch.fingerprint) if record is None else stepper.adopt(record)
             if parts.session.snapshots is not None:
                 parts.session.snapshots.tick(self.log.version, parts.streamer.window)
         return launched

@@ -36,7 +36,7 @@ from ..methods import Method
 from ..modules.compiled import without_wrapper
 from ..modules.kind import ModelKind, kind_of
 from ..modules.parameters import Tied, tie
-from ..ranks.team import Alone
+from ..ranks.alone import Alone
 from ..stream.ingest import Base, ModuleBase
 from ..system.host_memory import process_bytes
 from .prepare import Prepared, prepare

@@ -25,13 +25,14 @@ from ..errors import BudgetError, DataError, PlanError
 from ..kernels.records import STILL, Perturbation
 from ..kernels.scalars import divide
 from ..lanes.hub import Hub, Lane, LanesShareState, PlanFault
+from ..methods import Method
 from ..modules.compiled import eagerly
 from ..modules.generators import lane_seed
 from ..modules.modes import module_modes
 from ..modules.trees import tensor_bytes
 from ..plan.activations import ServiceOrder
 from ..plan.plan import Plan, relift
-from ..ranks.team import Alone
+from ..ranks.alone import Alone
 from ..stream.streamer import Streamer
 
 _MAX_CORRECTIONS = 8  # of the plan, by watched runs; each adds a use, so a few are enough
@@ -91,6 +92,23 @@ class Passes:
         return self._hub.is_inside()
 
     # ---- losses ------------------------------------------------------------------------------------------------------
+
+    def of_step(
+        self, batch: Batch, method: Method, lr: float, micro_batches: int, *, step: int, late: bool,
+        objective: Objective | None,
+    ) -> list[Any]:  # fmt: skip
+        """The losses of all lanes of one step of `method`, as `losses` gives them; fewer, where nobody needs them."""
+        found, lanes = list[Any](), method.perturbations(self._seed, step)
+        while lanes:
+            more = self.losses(
+                batch, lanes, micro_batches, step=step, late=late, objective=objective,
+                empty=method.on_nonfinite == "skip",
+            )  # fmt: skip
+            if more is None:
+                break
+            found += more
+            lanes = method.next_lanes(self._seed, step, found, lr) if method.comes_back else ()
+        return found
 
     def losses(
         self,

@@ -12,7 +12,7 @@ from .. import __version__
 from ..errors import RankError
 from ..journal.format import history_after, history_start
 from ..journal.journal import StepRecord
-from ..ranks.team import Alone
+from ..ranks.alone import Alone
 from .audit import audit
 from .session import Session
 from .whole import Parts
@@ -57,13 +57,14 @@ class Ranked:
         tier, window, layout = parts.session.tier, parts.streamer.window, parts.streamer.layout
         self._ranks.about(values, audit(step, self._names, layout, tier, window))
 
-    def check_decided(self, record: StepRecord, batch_crc: int) -> None:
-        """Raise RankError if a step was decided on another batch than this one has for it."""
-        if record.batch_crc != batch_crc:
-            raise RankError(
-                f"step {record.step} was taken on a batch of fingerprint {record.batch_crc:08x}, this one has "
-                f"{batch_crc:08x}: it is not the same data"
-            )
+    def decided(self, step: int, batch_crc: int) -> StepRecord | None:
+        """A step's record, where another process decides and has done so. Raises RankError if that was on another batch
+        than this one."""
+        return _of_batch(self._ranks.decided(step), batch_crc)
+
+    def decision(self, step: int, batch_crc: int) -> StepRecord | None:
+        """The same, waited for; None where this process decides."""
+        return _of_batch(self._ranks.decision(step), batch_crc)
 
     def after_step(self, record: StepRecord, session: Session) -> None:
         if self._history is not None:
@@ -75,3 +76,12 @@ class Ranked:
         journal = session.journal
         history: Any = self._history if journal is None else journal.history(len(journal.steps))
         return f"{history:016x}"
+
+
+def _of_batch(record: StepRecord | None, batch_crc: int) -> StepRecord | None:
+    if record is not None and record.batch_crc != batch_crc:
+        raise RankError(
+            f"step {record.step} was taken on a batch of fingerprint {record.batch_crc:08x}, this process has "
+            f"{batch_crc:08x}: it is not the same data"
+        )
+    return record

@@ -130,6 +130,8 @@ class Maker:
     def _follow_in(self, home: Path, admit: Callable[[Journal], None]) -> Session:
         """On another rank than 0: the run that rank 0 begins or goes on with, with blocks of one's own in `home`."""
         home.mkdir(parents=True, exist_ok=True)
+        if self.opened.ranks.elastic and (home / run_directory.JOURNAL).exists():
+            raise ConfigError(f"{home} holds a run: a member keeps its blocks in a directory of its own (--run-dir)")
         with ExitStack() as undo:
             lock = RunLock.take(home)
             undo.callback(lock.release)
