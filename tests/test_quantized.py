@@ -169,6 +169,15 @@ def test_gguf_is_what_transformers_makes_of_it(gguf_model):
         assert_same(out.float(), expected[name].detach().reshape(-1)[5:12], name)
 
 
+def test_naming_the_tensors_of_a_gguf_file_does_not_take_longer_for_each_layer(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf", reason="the package gguf writes the file of this test")
+    write_gguf(tmp_path / "tiny.gguf", ZOO["llama"].build(), "llama", {}, "F16")
+    real, made = gguf.get_tensor_name_map, []
+    monkeypatch.setattr(gguf, "get_tensor_name_map", lambda *args: made.append(args) or real(*args))
+    Checkpoint.open(tmp_path / "tiny.gguf").close()
+    assert len(made) == 2  # the model and its trunk; a table has the names of all layers
+
+
 def test_gguf_is_trained_from_disk_and_exported_with_its_tokenizer(gguf_model, tmp_path):
     run = tmp_path / "run"
     settings = dict(offload="disk", run_dir=run, storage="bf16+16", block_numel=2048)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..hf import (
@@ -126,6 +126,28 @@ def _read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
     return config
 
 
+class Tower:
+    """A model as transformers' naming sees it, without the insides of its layers.
+
+    transformers asks every module of a model anew, and makes a table of all layers' names for each: quadratic in the
+    layers, and minutes for eighty. A layer's parts have no names of their own in a GGUF file; what holds layers may (a
+    file of BloomModel, opened as BloomForCausalLM).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self.config = module, getattr(module, "config", None)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._module.state_dict()
+
+    def named_children(self) -> list[tuple[str, Tower]]:
+        return [
+            (name, Tower(child))
+            for name, child in self._module.named_children()
+            if not isinstance(child, nn.ModuleList) and any(isinstance(m, nn.ModuleList) for m in child.modules())
+        ]
+
+
 class GGUFWeights:
     """The tensors of GGUF files under the names and in the order of rows that transformers' model has."""
 
@@ -160,7 +182,7 @@ class GGUFWeights:
             )
         model = construct(cls, config, torch.float32, most=64 * len(self._owner) + 8192)
         try:
-            names = get_gguf_hf_weights_map(model, processor)
+            names = get_gguf_hf_weights_map(Tower(model), processor)
         except Exception as error:  # an architecture that the package gguf does not know
             raise CheckpointError(f"{self.path}: {type(error).__name__}: {error}") from error
         joined: dict[str, dict[str, str]] = {}
