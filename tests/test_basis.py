@@ -7,11 +7,12 @@ import json
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from support.compare import assert_same
 from support.training import batches
-from support.zoo.small import tiny_llama, tiny_opt
+from support.zoo.small import VOCAB, tiny_llama, tiny_opt
 from zo_offload import FZOO, QZO, ConfigError, Engine
 from zo_offload.cli import main
 from zo_offload.replay import replayed
@@ -127,6 +128,26 @@ def test_layers_that_have_biases_train_theirs_too(tmp_path):
     loaded = peft.PeftModel.from_pretrained(tiny_opt(), tmp_path / "basis")
     want = dict(basis.put_on(tiny_opt()).named_parameters())
     assert all(torch.equal(p, want[name]) for name, p in loaded.named_parameters())
+
+
+def test_a_classifier_keeps_its_own_head(tmp_path):
+    """peft copies the head into what it makes for a classifier; a basis has no head, and loads as it is."""
+    config = transformers.BertConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                     intermediate_size=32, max_position_embeddings=32)  # fmt: skip
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    batch = batches(1)[0] | {"labels": torch.tensor([0, 1, 1, 0])}
+    options = dict(model_class="AutoModelForSequenceClassification", method=METHOD)
+    with Engine(str(tmp_path / "base"), **options) as engine:
+        engine.activation_basis(batch, 2, layers="bert.encoder").save(tmp_path / "basis")
+    with Engine(str(tmp_path / "base"), adapter=tmp_path / "basis", **IN_IT, **options) as engine:
+        assert not [name for name in engine.plan.params if "modules_to_save" in name]
+        engine.step(batch)
+        found = engine.evaluate([batch])["loss"]
+        engine.save_pretrained(tmp_path / "tuned")
+    loaded = peft.PeftModel.from_pretrained(model, tmp_path / "tuned").eval()
+    with torch.no_grad():
+        assert float(loaded(**batch).loss) == found
 
 
 def test_a_run_in_it_resumes_replays_and_is_exported_as_an_adapter(base, basis, tmp_path):

@@ -188,7 +188,9 @@ def make_config(fields: Mapping[str, Any], where: str, kind: ModelKind, *, loads
     tokens = given.get("num_virtual_tokens")
     if tokens is not None and not (type(tokens) is int and 1 <= tokens <= MAX_RANK):
         raise ConfigError(f"{where}: num_virtual_tokens={tokens!r}; expected a whole number from 1 to {MAX_RANK}")
-    if given.get("task_type") is None and kind.name in _TASKS:
+    # of a saved adapter without a task, peft neither saved nor looks for a head of its own
+    with_head = kind.name in ("classification", "tokens")
+    if given.get("task_type") is None and kind.name in _TASKS and not (loads and with_head):
         given["task_type"] = _TASKS[kind.name]
     # a saved config says that it is not to train; where it belongs is said by who makes the model
     given = {**given, "inference_mode": False, "base_model_name_or_path": None}

@@ -197,6 +197,46 @@ def _rate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(args: argparse.Namespace) -> int:
+    from ..engine import Engine
+    from ..journal.calls import FitCall
+    from .method_options import make_methods
+    from .sweep import grid, lines, sweep, table
+
+    for name in ("data", "eval_data", "run_dir"):
+        if getattr(args, name) is None:
+            raise ConfigError(f"--{name.replace('_', '-')} is missing: {_SWEEPS[name]}")
+    if args.rates and args.lr is not None:
+        raise ConfigError(f"--lr {args.lr:g} and --rates: give one of them")
+    points = grid(make_methods(args), args.rates or (), args.times or (), args.seeds)
+    call = {name: getattr(args, name) for name in _names(FitCall) if name not in ("data", "options")}
+    fit = {"train_data": args.data, **call, **_data_options(args), "progress": not args.quiet}
+    shared = {k: v for k, v in vars(args).items() if k not in _NOT_SHARED and v is not None}
+
+    def make(point: Any, path: Path, begun: bool) -> Any:
+        if begun:
+            own = {} if point.method.own() else {"method": point.method}
+            return Engine.resume(path, **own, **_given(args, *_movable(), "model_class"), **_tokenizer(args))
+        settings = {**_settings(args), "seed": point.seed, "run_dir": path}
+        return Engine(args.model, method=point.method, model_class=args.model_class, **settings, **_tokenizer(args))
+
+    runs = []
+    for run, before in sweep(Path(args.run_dir), points, make, fit, json.loads(json.dumps(shared))):
+        runs.append(run)
+        told = "   ".join(f"{key} {value:.4f}" for key, value in run.values.items() if key != "step")
+        print(f"{run.run}: {told or run.what}{' (from before)' * before}", flush=True)
+    print(*lines(*table(runs, args.metric)), sep="\n")
+    return 0
+
+
+_SWEEPS = {
+    "data": "a file or folder to train on", "eval_data": "rows that settings are compared by",
+    "run_dir": "a directory for the runs",
+}  # fmt: skip
+_NOT_SHARED = ("run", "run_dir", "methods", "rates", "times", "seeds", "quiet", "method_options", "method_record",
+               "patience", "config")  # fmt: skip
+
+
 def _methods(args: argparse.Namespace) -> int:
     from .methods_table import presets, table
 
@@ -328,8 +368,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 RUN = {
     "fit": _fit, "plan": _plan, "eval": _eval, "generate": _generate, "export": _export, "replay": _replay,
-    "join": _join, "ranks": _roster, "journal": _journal, "doctor": _doctor, "rate": _rate, "methods": _methods,
-    "basis": _basis,
+    "join": _join, "ranks": _roster, "journal": _journal, "doctor": _doctor, "rate": _rate, "sweep": _sweep,
+    "methods": _methods, "basis": _basis,
 }  # fmt: skip
 
 

@@ -117,6 +117,26 @@ def make_method(args: argparse.Namespace) -> Method:
     return kind.preset(args.preset, **given) if args.preset else kind(**given)
 
 
+def make_methods(args: argparse.Namespace) -> list[Method]:
+    """The methods that `args.methods` names, or the one of `make_method`; each with the options it has. Raises
+    ConfigError for an option that none of them has."""
+    if args.methods is None:
+        return [make_method(args)]
+    if args.method is not None or getattr(args, "method_record", None) is not None:
+        raise ConfigError("--methods names them all: leave out --method, and a run's config.json as --config")
+    kinds = [find_class(name) for name in args.methods]
+    given = [name for name in args.method_options if getattr(args, name) is not None]
+    for name in given:
+        if not any(name in _options_of(kind) for kind in kinds):
+            raise ConfigError(f"--{name.replace('_', '-')} is an option of none of {', '.join(args.methods)}")
+    return [
+        make_method(argparse.Namespace(**{
+            **vars(args), **{name: None for name in given if name not in _options_of(kind)}, "method": text
+        }))
+        for text, kind in zip(args.methods, kinds, strict=True)
+    ]  # fmt: skip
+
+
 def _about() -> str:
     lines = ((METHODS[name].__doc__ or "").partition("\n")[0].partition(": ")[0].rstrip(".") for name in _own())
     return "; ".join(f"{name}: {line}" for name, line in zip(_own(), lines, strict=True))

@@ -162,6 +162,23 @@ def _rate(rate: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     _methods(rate, argv, config)
 
 
+def _sweep(sweep: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
+    from ..journal.calls import FitCall
+
+    _model(sweep, "checkpoint directory or cached hub id")
+    sweep.add_argument("--methods", nargs="+", metavar="METHOD", help="several methods (default: that of --method)")
+    sweep.add_argument("--rates", type=float, nargs="+", metavar="LR", help="learning rates (default: the method's)")
+    times = "instead of --rates: factors of each method's own rate, such as 0.3 1 3"
+    sweep.add_argument("--times", type=float, nargs="+", metavar="FACTOR", help=times)
+    sweep.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="a run for each (default: 0)")
+    sweep.add_argument("--quiet", action="store_true", default=None, help="show no progress within a run")
+    run = sweep.add_argument_group("run", "how long, how it is evaluated, and what is kept; of every run")
+    add_options_of(run, options_of(FitCall, {"data": {"type": str}, "eval_data": {"type": str}} | _COUNTS, lists=False))
+    _engine(sweep, without=["seed"])
+    _data(sweep)
+    _methods(sweep, argv, config)
+
+
 def _basis(basis: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     _opens(basis)
     basis.add_argument("--data", help="rows of the task: the first batch of them is looked at")
@@ -260,6 +277,7 @@ _COMMANDS: dict[str, tuple[str, _Add]] = {
     "ranks": ("who is in a run that is served, and how fast each is", _ranks),
     "methods": ("what each method costs a step, and the recipes there are", _nothing),
     "rate": ("a few steps at each of several learning rates; trains nothing to keep", _rate),
+    "sweep": ("a run for each of several methods, rates and seeds, and a table of what they reached", _sweep),
     "basis": ("directions that a model's layers are given inputs in, for --adapter", _basis),
     "eval": ("loss and accuracy of a checkpoint or a run", _eval),
     "generate": ("text from a checkpoint or a run; one pass of the weights a token", _generate),
@@ -273,7 +291,9 @@ _COMMANDS: dict[str, tuple[str, _Add]] = {
 _USAGE = {
     "fit": "MODEL --data FILE [--run-dir DIR] [options]", "plan": "MODEL [options]",
     "join": "HOST:PORT BASE --token-file FILE [options]", "ranks": "HOST:PORT --token-file FILE",
-    "methods": "", "rate": "MODEL --data FILE [options]", "basis": "MODEL --data FILE --out DIR [options]",
+    "methods": "", "rate": "MODEL --data FILE [options]",
+    "sweep": "MODEL --data FILE --eval-data FILE --run-dir DIR [options]",
+    "basis": "MODEL --data FILE --out DIR [options]",
     "eval": "MODEL --data FILE [options]", "generate": "MODEL --prompt TEXT ... [options]",
     "export": "RUN --out DIR [options]", "replay": "BASE JOURNAL --out DIR [options]",
     "journal": "show | check | cut | csv JOURNAL [options]", "doctor": "",
