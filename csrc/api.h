@@ -7,12 +7,15 @@
 #define ZO_API_H
 #include "formats.h"
 
-#define ZO_ABI_VERSION 7
+#define ZO_ABI_VERSION 8
 
-enum { ZO_OK = 0, ZO_ERROR_FORMAT = 1, ZO_ERROR_NOISE = 2, ZO_ERROR_ISA = 3, ZO_ERROR_MEMORY = 4 };
+enum { ZO_OK = 0, ZO_ERROR_FORMAT = 1, ZO_ERROR_NOISE = 2, ZO_ERROR_ISA = 3, ZO_ERROR_MEMORY = 4, ZO_ERROR_MASK = 5 };
 enum { ZO_SCALAR = 0, ZO_AVX2 = 1, ZO_AVX512 = 2, ZO_NUM_ISAS = 3 };
 
-enum { ZO_UPDATE_FOLD = 1 };
+enum {
+  ZO_UPDATE_FOLD = 1,
+  ZO_UPDATE_SAME_STEP = 2  // not the first of its step: the mask is that of the update before
+};
 struct zo_update {  // w <- fma(-coeff, z(seed), w * decay), then rounded to the storage format if it folds
   zo_u64 seed;
   float coeff, decay;
@@ -34,6 +37,12 @@ enum {
   ZO_CENTRED = 16        // int4: `minima` are the groups' centres, and a code counts from 7.5: a changed scale moves a
                          // group about its centre
 };
+
+// Which elements a pass changes; of the others it only rounds what it is told to round. By magnitude: those with
+// |w| <= limit, a float32's bits, w as it is before a step's first update, and for lanes as it is after all updates. By
+// chance: those whose 16 random bits (8 elements a block, as for rounding, of `mask_seed`) are less than `limit`.
+enum { ZO_MASK_NONE = 0, ZO_MASK_MAGNITUDE = 1, ZO_MASK_RANDOM = 2, ZO_NUM_MASKS = 3 };
+
 struct zo_pass {
   void* stored;              // values plane, from the parameter's element `offset` on; as below
   void* scales;              // formats with groups: a byte or a float32 a group
@@ -45,12 +54,14 @@ struct zo_pass {
   const zo_lane* lanes;
   zo_u64 numel, offset, num_rows;
   zo_u64 total;              // elements the planes hold: where the last group ends. Without rows, numel; else whole rows
+  zo_u64 mask_seed;
   zo_u32 num_updates, num_lanes;
   zo_u32 format, group;      // group: elements a scale, 64 or 128, `offset` a multiple of it; 0: no groups
   zo_u32 param_id, distribution, rounds, flags;
+  zo_u32 mask, mask_limit;   // with values as the target only
 };
 
-static_assert(sizeof(zo_update) == 24 && sizeof(zo_lane) == 24 && sizeof(zo_pass) == 120, "packed by Python");
+static_assert(sizeof(zo_update) == 24 && sizeof(zo_lane) == 24 && sizeof(zo_pass) == 136, "packed by Python");
 
 #if !defined(__CUDACC_RTC__)
 #if defined(_WIN32)

@@ -87,6 +87,8 @@ void make_keys(const zo_pass& pass, zo_work* work, zo_key* keys) {
   if (pass.flags & ZO_STOCHASTIC)
     for (zo_u32 k = 0; k < pass.num_updates; ++k)
       make_key(keys++, work->updates[k].seed, pass.param_id, ZO_TAG_ROUNDING);
+  work->mask_key = keys;
+  if (pass.mask == ZO_MASK_RANDOM) make_key(keys++, pass.mask_seed, pass.param_id, ZO_TAG_MASK);
   work->lane_keys = keys;
   bool made = false;
   zo_u64 bytes = 0;
@@ -202,6 +204,7 @@ int check(const zo_pass& pass, const zo_work& work, int isa) {
   for (zo_u32 j = 0; j < pass.num_lanes; ++j)
     if (!zo_is_plain((int)work.lanes[j].format)) return ZO_ERROR_FORMAT;
   if (pass.distribution >= ZO_NUM_NOISES || (pass.rounds != 7 && pass.rounds != 10)) return ZO_ERROR_NOISE;
+  if (pass.mask >= ZO_NUM_MASKS || (pass.mask && pass.flags & ZO_TARGET_SCALES)) return ZO_ERROR_MASK;
   return ZO_OK;
 }
 
@@ -216,7 +219,7 @@ int zo_cpu_pass(const zo_pass* pass, int isa, int threads) {
   if (int error = check(*pass, work, isa)) return error;
 
   zo_key few[16];
-  const zo_u64 num_keys = 2 * (zo_u64)pass->num_updates + pass->num_lanes;
+  const zo_u64 num_keys = 2 * (zo_u64)pass->num_updates + pass->num_lanes + 1;
   zo_key* keys = num_keys <= 16 ? few : new (std::nothrow) zo_key[num_keys];
   if (!keys) return ZO_ERROR_MEMORY;
   make_keys(*pass, &work, keys);

@@ -324,6 +324,27 @@ __attribute__((noinline)) void lane(const float* w, const Noise& noise, int tag,
     emit<V, PAST_CACHE>(format, out, n, [&](int i) { return V::add_signed(V::load(w + i), s, noise.signs, i); });
 }
 
+// ---- masks: a word an element, all ones where it is perturbed and updated
+
+template <class V>
+__attribute__((noinline)) void mask_magnitude(const float* w, zo_u32 limit, int n, zo_u32* mask) {
+  for (int i = 0; i < n; i += V::WIDTH) V::store_bits(mask + i, zo_mask_magnitude<V>(V::load(w + i), limit));
+}
+
+template <class V, int R>
+__attribute__((noinline)) void mask_random(const zo_key& key, zo_u64 g, zo_u32 limit, int n, zo_u16* random,
+                                           zo_u32* mask) {
+  philox_words<V, R, V::GROUPS>(key, g >> 3, n / 8, (zo_u32*)random);
+  for (int i = 0; i < n; i += V::WIDTH) V::store_bits(mask + i, zo_mask_random<V>(V::load16(random + i), limit));
+}
+
+// changed = as it was where the mask has not the element
+template <class V>
+__attribute__((noinline)) void undo(const zo_u32* mask, const float* was, float* changed, int n) {
+  for (int i = 0; i < n; i += V::WIDTH)
+    V::store(changed + i, zo_where<V>(V::load_bits(mask + i), V::load(changed + i), V::load(was + i)));
+}
+
 // ---- one run of consecutive elements
 
 // Which of a tile's elements a pass emits, and which it has to read for that: whole groups, to the parameter's end.
@@ -416,7 +437,8 @@ void emit_lane(const zo_work* work, const zo_lane& l, const Cut& cut, zo_u64 out
 
 template <class V, int R>
 void segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
-  alignas(64) float w[TILE];
+  alignas(64) float w[TILE], other[TILE];
+  alignas(64) zo_u32 mask[TILE];
   alignas(64) zo_u16 random[TILE];
   Bounce bounce, scratch;
   Noise noise;
@@ -441,8 +463,13 @@ void segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
       join<V>(format, planes, grid, w, span);
     else
       decode<V>(format, planes, grid, w, span);
+    if (pass.mask == ZO_MASK_RANDOM) mask_random<V, R>(*work->mask_key, cut.first, pass.mask_limit, span, random, mask);
     for (zo_u32 k = 0; k < pass.num_updates; ++k) {
+      if (pass.mask == ZO_MASK_MAGNITUDE && !(k && work->updates[k].flags & ZO_UPDATE_SAME_STEP))
+        mask_magnitude<V>(w, pass.mask_limit, span, mask);
+      if (pass.mask) __builtin_memcpy(other, w, 4 * span);
       update<V, R>(w, work->updates[k], work->update_keys[k], cut.first, span, noise);
+      if (pass.mask) undo<V>(mask, other, w, span);
       if (!(work->updates[k].flags & ZO_UPDATE_FOLD)) continue;
       if (stochastic)
         philox_words<V, R, V::GROUPS>(work->rounding_keys[k], cut.first >> 3, span / 8, (zo_u32*)random);
@@ -453,10 +480,17 @@ void segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
       if (grid.group) store_grid(format, grid, planes, span);
       if (!cut.whole()) carry<true>(pass, cut, bounce, master);
     }
+    if (pass.mask == ZO_MASK_MAGNITUDE && pass.num_lanes) mask_magnitude<V>(w, pass.mask_limit, span, mask);
     for (zo_u32 j = 0; j < pass.num_lanes; ++j) {
       const zo_lane& l = work->lanes[j];
       if (work->lane_keys[j].fresh) make_noise<V, R>(work->lane_keys[j], cut.first, span, noise);
-      emit_lane<V>(work, l, cut, out_at, l.scale, w, noise, scratch.values);
+      if (pass.mask && l.scale != 0.0f) {
+        lane<V, false>(w, noise, work->tag, l.scale, ZO_FP32, (zo_u8*)other, span);
+        undo<V>(mask, w, other, span);
+        emit_lane<V>(work, l, cut, out_at, 0.0f, other, noise, scratch.values);
+      } else {
+        emit_lane<V>(work, l, cut, out_at, l.scale, w, noise, scratch.values);
+      }
     }
     g += cut.count;
     out_at += cut.count;

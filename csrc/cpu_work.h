@@ -14,7 +14,7 @@ struct zo_work {
   const zo_pass* pass;
   const zo_update* updates;
   const zo_lane* lanes;
-  const zo_key *update_keys, *rounding_keys, *lane_keys;
+  const zo_key *update_keys, *rounding_keys, *mask_key, *lane_keys;
   int last_fold, tag;
   int past_cache;  // lanes are too large for a cache to keep: write them around it
   const void* values;  // to encode, in a plain format

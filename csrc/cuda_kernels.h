@@ -228,6 +228,36 @@ ZO_DEV Eight eight_of(const Run& run, zo_u64 g) {
   return Eight{(zo_i64)(g - run.base), s.lo, s.hi};
 }
 
+// out = w + scale * z, where the mask has the element; else out stays.
+template <class Noise>
+ZO_DEV void add_where(const Noise& noise, int c, float scale, const float (&w)[8], zo_u32 mask, float (&out)[8]) {
+  if (mask == 0xffu) {  // the usual case, without a choice an element
+    Noise::add(noise, c, scale, w, out);
+    return;
+  }
+  float changed[8];
+  Noise::add(noise, c, scale, w, changed);
+#pragma unroll
+  for (int j = 0; j < 8; ++j)
+    if (mask >> j & 1u) out[j] = changed[j];
+}
+
+// A thread's elements that a mask has, a bit each.
+ZO_DEV zo_u32 mask_magnitude(const float (&w)[8], zo_u32 limit) {
+  zo_u32 bits = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) bits |= zo_mask_magnitude<S>(w[j], limit) & 1u << j;
+  return bits;
+}
+
+ZO_DEV zo_u32 mask_random(const zo_pass& pass, zo_u64 g) {
+  const zo_words random = philox(g >> 3, pass.param_id, ZO_TAG_MASK, pass.mask_seed, pass.rounds);
+  zo_u32 bits = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) bits |= zo_mask_random<S>(half_word(random, j), pass.mask_limit) & 1u << j;
+  return bits;
+}
+
 // WHOLE: the tile lies inside the run and everything is aligned; the hot loop has nothing else in it.
 template <int FORMAT, class Noise, bool WHOLE>
 ZO_DEV void tile_of(const zo_cuda_args& args, const Run& run, zo_u64 start) {
@@ -237,7 +267,10 @@ ZO_DEV void tile_of(const zo_cuda_args& args, const Run& run, zo_u64 start) {
   const bool master = residual_size(FORMAT) != 0 && (args.last_fold >= 0 || (pass.flags & ZO_MASTER));
   float w[CHUNKS][8];
   Group group[CHUNKS];
+  zo_u32 mask[CHUNKS];
   Noise noise;
+#pragma unroll
+  for (int c = 0; c < CHUNKS; ++c) mask[c] = pass.mask == ZO_MASK_RANDOM ? mask_random(pass, g + 256 * c) : 0xffu;
 #pragma unroll
   for (int c = 0; c < CHUNKS; ++c) {
     const Eight e = eight_of<WHOLE>(run, g + 256 * c);
@@ -255,15 +288,19 @@ ZO_DEV void tile_of(const zo_cuda_args& args, const Run& run, zo_u64 start) {
     const zo_update& u = pass.updates[k];
     const float coeff = u.coeff, decay = u.decay;
     const zo_u64 seed = u.seed;
+    if (pass.mask == ZO_MASK_MAGNITUDE && !(k && u.flags & ZO_UPDATE_SAME_STEP))
+#pragma unroll
+      for (int c = 0; c < CHUNKS; ++c) mask[c] = mask_magnitude(w[c], pass.mask_limit);
     if (decay != 1.0f)
 #pragma unroll
       for (int c = 0; c < CHUNKS; ++c)
 #pragma unroll
-        for (int j = 0; j < 8; ++j) w[c][j] = S::mul(w[c][j], decay);
+        for (int j = 0; j < 8; ++j)
+          if (mask[c] >> j & 1u) w[c][j] = S::mul(w[c][j], decay);
     if (coeff != 0.0f) {
       Noise::make(noise, g, seed, pass.param_id, pass.rounds);
 #pragma unroll
-      for (int c = 0; c < CHUNKS; ++c) Noise::add(noise, c, -coeff, w[c], w[c]);
+      for (int c = 0; c < CHUNKS; ++c) add_where<Noise>(noise, c, -coeff, w[c], mask[c], w[c]);
     }
     if (!(u.flags & ZO_UPDATE_FOLD)) continue;
     const bool last = (zo_i32)k == args.last_fold, keep = (pass.flags & ZO_WRITE_BACK) && last && run.valid;
@@ -276,6 +313,9 @@ ZO_DEV void tile_of(const zo_cuda_args& args, const Run& run, zo_u64 start) {
       fold<WHOLE, FORMAT>(pass, e, group[c], w[c], stochastic, random, last, keep && e.lo < e.hi);
     }
   }
+  if (pass.mask == ZO_MASK_MAGNITUDE)
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) mask[c] = mask_magnitude(w[c], pass.mask_limit);
   zo_u64 made = 0;
   bool have = false;
 #pragma unroll 1
@@ -294,7 +334,7 @@ ZO_DEV void tile_of(const zo_cuda_args& args, const Run& run, zo_u64 start) {
       float out[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) out[i] = w[c][i];
-      if (scale != 0.0f) Noise::add(noise, c, scale, w[c], out);
+      if (scale != 0.0f) add_where<Noise>(noise, c, scale, w[c], mask[c], out);
       write_lane<WHOLE>(lane, g + 256 * c - run.first + run.out_at, s.lo, s.hi, out);
     }
   }

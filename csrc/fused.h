@@ -1,12 +1,14 @@
 // The fused pass for one element; what every tile, warp and vector of it must equal. No #include but ours.
 //
 //   w = decode(stored)                               join(stored, residual) if split and any update folds
-//   for each update:  w = w * decay                  unless decay == 1
-//                     w = fma(-coeff, z, w)          unless coeff == 0
+//   for each update:  mask = mask of w                   if it is by magnitude and the update is its step's first
+//                     w = w * decay                  unless decay == 1
+//                     w = fma(-coeff, z, w)          unless coeff == 0; both where the mask has the element
 //                     w = decode(encode(w))          if it folds; of a split format, the master's value
 //   stored = the bytes of the last fold              if write-back is on and any update folds
 //   w = decode(stored)                               after the last fold, if split: lanes see the coarse plane
-//   for each lane:    out = round(fma(scale, z, w))  round(w) if scale == 0
+//   mask = mask of w                                   if it is by magnitude
+//   for each lane:    out = round(fma(scale, z, w))  round(w) if scale == 0 or the mask has not the element
 //
 // With scales as the target, w is a group's scale and z's index the group's; after each update it is at least 1e-7,
 // folding rounds nothing, and an output is the element's code times its group's moved scale (plus the minimum; with
@@ -32,6 +34,23 @@ ZO_HD typename B::F zo_add_sign(typename B::F w, typename B::F scale, typename B
 // optimization"); a NaN becomes the one quiet NaN
 ZO_HD float zo_trained_scale(float scale) {
   return scale == scale ? (scale < 1e-7f ? 1e-7f : scale) : ZoScalar::value(0x7fc00000u);
+}
+
+// Masks as words, all ones or 0: a difference whose sign says which is less. NaNs are above every limit.
+template <class B>
+ZO_HD typename B::U zo_mask_magnitude(typename B::F w, zo_u32 limit) {
+  const typename B::U magnitude = B::and_(B::bits(w), B::u(0x7fffffffu));
+  return B::sub_u(B::template shr<31>(B::sub_u(B::u(limit), magnitude)), B::u(1));
+}
+
+template <class B>
+ZO_HD typename B::U zo_mask_random(typename B::U half_word, zo_u32 limit) {
+  return B::sub_u(B::u(0), B::template shr<31>(B::sub_u(half_word, B::u(limit))));
+}
+
+template <class B>
+ZO_HD typename B::F zo_where(typename B::U mask, typename B::F a, typename B::F b) {
+  return B::value(B::xor_(B::bits(b), B::and_(mask, B::xor_(B::bits(a), B::bits(b)))));
 }
 
 // index of the last update that folds, or -1

@@ -20,7 +20,7 @@ from zo_offload.formats.codec import encode_values, planes
 from zo_offload.kernels import native
 from zo_offload.kernels.device_updates import UpdateTable
 from zo_offload.kernels.distributions import BOX_MULLER, all_kinds, gaussian_table
-from zo_offload.kernels.records import Perturbation, Update
+from zo_offload.kernels.records import Mask, Perturbation, Update
 from zo_offload.numerics import cuda_kernels
 from zo_offload.numerics.fused import fused_pass, fused_rows
 from zo_offload.numerics.fused_kernels import Mark, OnGpu, PassCall
@@ -134,6 +134,7 @@ def both(
     lanes,
     shift=0,
     target="values",
+    mask=None,
 ):
     """(stored, residual, outs) of the CPU library and of the translated kernel."""
     fmt = get_format(name)
@@ -149,13 +150,13 @@ def both(
             run_simulated(
                 kernels, stored, residual, fmt, numel, updates, lanes, outs, kind=spec.kind.name,
                 rounds=spec.rounds, offset=offset, write_back=write_back, stochastic=stochastic,
-                target_scales=target == "scales",
+                target_scales=target == "scales", mask=mask,
             )  # fmt: skip
         else:
             fused_pass(
                 stored, fmt, param_id=7, numel=numel, offset=offset, updates=updates, write_back=write_back,
                 rounding="stochastic" if stochastic else "nearest", noise=spec, perturbations=lanes, outs=outs,
-                residual=residual, target=target,
+                residual=residual, target=target, mask=mask,
             )  # fmt: skip
         results.append((stored, [residual] if residual is not None else [], outs))
     return results
@@ -214,6 +215,26 @@ def test_the_pass_has_the_bits_of_the_cpu_library(kernels, name, kind, which, st
             lanes=LANES,
         )
     )
+
+
+MASKS = {"small": Mask.smallest(2.0**-5), "by chance": Mask.random(0.3, (1 << 63) + 5)}
+
+
+@pytest.mark.parametrize("name, kind", PAIRS)
+@pytest.mark.parametrize("which", MASKS)
+def test_masks(kernels, name, kind, which):
+    """The mask is read at the first and the third update, and for the lanes."""
+    need(kernels, name, kind)
+    trains = get_format(name).trains
+    updates = [
+        Update(3, 2.0**-9, 1 - 2.0**-8, fold=False), Update(4, 2.0**-8, fold=trains, begins=False),
+        Update(5, 2.0**-7, 0.5, fold=trains), Update(6, 2.0**-9, fold=False),
+    ]  # fmt: skip
+    options = dict(offset=640, updates=updates, spec=spec_of(kind), lanes=LANES)
+    masked = both(kernels, name, 3003, mask=MASKS[which], stochastic=which == "small", **options)
+    assert_equal(masked)
+    moved = float((masked[1][2][0] != masked[1][2][3]).float().mean())
+    assert 0.05 < moved < 0.9, "of the lanes' elements some are perturbed, and others not"
 
 
 @pytest.mark.parametrize("name, kind", SCALES)
@@ -294,20 +315,20 @@ def test_gathered_rows(kernels, name, kind, width):
     need(kernels, name, kind)
     if width != 61 and name not in ("bf16", "int8", "nf4"):
         pytest.skip("one width for the others")
-    fmt, count = get_format(name), 9
+    fmt, count, mask = get_format(name), 9, {24: None, 1024: MASKS["small"], 61: MASKS["by chance"]}[width]
     stored, second = values(count * width, name)
     rows, lanes, updates = torch.tensor([8, 0, 3, 3, 7]), LANES[:3], updates_for(name, "trailing")
     folds = any(u.fold for u in updates)
     expected = [torch.zeros(5, width, dtype=d) for d in DTYPES]
     fused_rows(
         stored, fmt, param_id=7, row_numel=width, numel=count * width, rows=rows, updates=updates,
-        noise=spec_of(kind), perturbations=lanes, outs=expected, residual=second if folds else None,
+        noise=spec_of(kind), perturbations=lanes, outs=expected, residual=second if folds else None, mask=mask,
     )  # fmt: skip
     asked = torch.cat([rows, torch.tensor([count, -1])])
     found = [out_like(7 * width, d).view(7, width) for d in DTYPES]
     run_simulated(
         kernels, stored, second if folds else None, fmt, width, updates, lanes, found, kind=kind, rows=asked,
-        total_rows=count, total=count * width, plane_numel=count * width,
+        total_rows=count, total=count * width, plane_numel=count * width, mask=mask,
     )  # fmt: skip
     for a, b in zip(expected, found, strict=True):
         assert torch.equal(a.view(torch.uint8), b[:5].view(torch.uint8))

@@ -23,7 +23,7 @@ from zo_offload.formats import CENTRED, FORMATS
 from zo_offload.formats.grouped import cut
 from zo_offload.kernels import native
 from zo_offload.kernels.distributions import DISTRIBUTIONS, Distribution
-from zo_offload.kernels.records import Perturbation, Update
+from zo_offload.kernels.records import Mask, Perturbation, Update
 from zo_offload.numerics.fused import fused_pass, fused_rows
 from zo_offload.numerics.fused_kernels import OnCpu, kernels_for
 from zo_offload.numerics.noise import NoiseSpec, noise
@@ -91,6 +91,7 @@ def random_case(chance: random.Random, fmt=None, target="values"):
             chance.choice([0.0, f32(1e-6), f32(-3e-4), f32(0.25)]),
             chance.choice([1.0, f32(0.999), f32(1 - 1e-6)]),
             chance.random() < folds,
+            chance.random() < 0.7,
         )
         for _ in range(chance.choice([0, 0, 1, 1, 2, 5]))
     ]
@@ -117,7 +118,15 @@ def random_case(chance: random.Random, fmt=None, target="values"):
         shift=chance.choice([0, 0, 1, 3]),
         noise=NoiseSpec(chance.choice(["gaussian", "rademacher"]), chance.choice([7, 10])),
         param_id=chance.randrange(1 << 32),
+        mask=None if target == "scales" else chance.choice([None, *masks(chance)]),
     )
+
+
+def masks(chance):
+    """By magnitude: a few of `ordinary` weights, most, those that are 0; by chance: few, most, all."""
+    thresholds = [0.0, f32(0.003), f32(0.03)]
+    shares = [(1e-3, 1), (0.75, 1 << 63), (1.0, 5)]
+    return [*map(Mask.smallest, thresholds), *(Mask.random(*share) for share in shares)]
 
 
 @each_isa
@@ -168,14 +177,15 @@ def test_every_code_times_anything_is_encoded_as_by_the_reference(isa, fmt, roun
 
 
 @each_variant
+@pytest.mark.parametrize("mask", [None, Mask.smallest(f32(0.015)), Mask.random(0.3, 8)], ids=["all", "small", "some"])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("fmt", TRAINED, ids=lambda f: f.name)
-def test_pending_updates_in_one_call_equal_one_call_each(variant, fmt, rounding):
+def test_pending_updates_in_one_call_equal_one_call_each(variant, fmt, rounding, mask):
     """Large updates, so that scales move between them; every other one waits for the next to fold."""
     values = torch.randn(3000, generator=torch.Generator().manual_seed(0)) * 0.02
     parts = fmt.split(values) if fmt.residual_bytes else [fmt.encode(values)]
     updates = [Update(seed, f32(3e-2), f32(1 - 1e-3), fold=seed % 2 == 1) for seed in range(8)]
-    options = dict(rounding=rounding, offset=1280, numel=3000)
+    options = dict(rounding=rounding, offset=1280, numel=3000, mask=mask)
     lanes = dict(perturbations=[Perturbation(9, f32(1e-3))], dtypes=[torch.float32])
 
     def once(parts, updates, **more):
@@ -185,6 +195,61 @@ def test_pending_updates_in_one_call_equal_one_call_each(variant, fmt, rounding)
     for k in (0, 2, 4):
         parts = once(parts, updates[k : k + 2])
     assert_same(together, once(parts, updates[6:], **lanes))
+
+
+@each_variant
+def test_a_mask_by_magnitude_is_read_anew_at_each_step_and_not_within_one(variant):
+    """Two steps of two noises each, in float64 but for the roundings that the pass states."""
+    n, threshold = 2000, f32(0.02)
+    values = torch.randn(n, generator=torch.Generator().manual_seed(3)) * 0.02
+    steps = [[Update(1, f32(0.01), f32(0.5), False), Update(2, f32(0.01), 1.0, False, False)],
+             [Update(3, f32(0.02), 1.0, False), Update(4, f32(0.01), 1.0, False, False)]]  # fmt: skip
+    lane = Perturbation(9, f32(1e-2))
+    w = values
+    for step in steps:
+        kept = w.abs() <= threshold
+        for update in step:
+            z = noise(SPEC, update.seed, 5, n).double()
+            moved = ((w * update.decay).double() - update.coeff * z).float()
+            w = torch.where(kept, moved, w)
+    want = torch.where(w.abs() <= threshold, (w.double() + lane.scale * noise(SPEC, 9, 5, n).double()).float(), w)
+    updates = [update for step in steps for update in step]
+    outs = run(variant, values.view(torch.uint8), FP32, [lane], [torch.float32], updates=updates,
+               mask=Mask.smallest(threshold))[1:]  # fmt: skip
+    assert_same([bits(want)], outs)
+    assert 0.2 < float((want != values).float().mean()) < 0.9
+
+
+@each_variant
+def test_a_mask_by_chance_is_a_function_of_seed_parameter_and_element(variant):
+    """The share that was asked for, the same in every update and lane, any slice and any piece; all others untouched."""
+    n, mask = 20_000, Mask.random(0.25, 77)
+    stored = torch.full((n,), 0.5).view(torch.uint8)
+
+    def touched(lanes, updates, start=0, stop=n, seed=77, **more):
+        part = stored[4 * start : 4 * stop]
+        outs = run(variant, part, FP32, lanes, [torch.float32] * len(lanes), updates=updates, offset=start,
+                   mask=Mask.random(0.25, seed), **more)  # fmt: skip
+        return [out.view(torch.float32) != 0.5 for out in ([outs[0].view(torch.float32)] if updates else outs[1:])]
+
+    first, second = touched([Perturbation(1, 1.0), Perturbation(2, -1.0)], [])
+    assert torch.equal(first, second) and mask.limit == 16384
+    assert abs(float(first.float().mean()) - 0.25) < 0.01
+    assert torch.equal(touched([], [Update(3, 1.0, 0.5)])[0], first)
+    assert torch.equal(touched([Perturbation(1, 1.0)], [], 1024, 5000)[0], first[1024:5000])
+    for other in (touched([Perturbation(1, 1.0)], [], seed=78), touched([Perturbation(1, 1.0)], [], param_id=6)):
+        assert float((other[0] & first).float().mean()) < 0.08  # two independent quarters: a sixteenth
+
+
+def test_masks_that_are_none_are_refused():
+    for wrong in (lambda: Mask("magnitude", -1), lambda: Mask("random", 65537), lambda: Mask("other", 1),
+                  lambda: Mask.random(0.0, 1), lambda: Mask.random(1.5, 1), lambda: Mask.smallest(float("inf")),
+                  lambda: Mask.smallest(-1.0), lambda: Mask.random(0.5, 1 << 64)):  # fmt: skip
+        with pytest.raises(ConfigError):
+            wrong()
+    with pytest.raises(ConfigError, match="a mask is of values"):
+        run("reference", FORMATS["int4"].encode(torch.zeros(128)), FORMATS["int4"], numel=128, target="scales",
+            mask=Mask.random(0.5, 1))  # fmt: skip
 
 
 @each_variant
@@ -367,6 +432,7 @@ def test_pieces_equal_the_whole(variant, fmt, distribution):
     options = dict(updates=[Update(1, f32(1e-2))], rounding="stochastic", noise=NoiseSpec(distribution))
     lane = dict(perturbations=[Perturbation(2, f32(1e-3))], dtypes=[torch.float32])
     stored = weights(fmt, n)
+    options["mask"] = Mask.smallest(f32(0.01)) if distribution == "gaussian" else Mask.random(0.5, 3)
     whole = run(variant, stored, fmt, **options, **lane)
     odd = torch.zeros(n * size + 1, dtype=torch.uint8)[1:]  # an address no vector likes
     odd.copy_(stored)

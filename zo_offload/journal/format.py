@@ -238,7 +238,7 @@ class _Reading:
             return False
         self.first = loss, grad, lr, bool(flags & SKIPPED), batch_crc, bool(flags & HALVED)
         if not flags & SKIPPED:
-            self.updates.append(Update(seed, coeff, decay, bool(flags & FOLD)))
+            self.updates.append(Update(seed, coeff, decay, bool(flags & FOLD), not self.updates))
         return True
 
     def _packed(self, part: bytes, kind: int, flags: int, count: int) -> bool:
@@ -251,7 +251,7 @@ class _Reading:
         if not all(math.isfinite(coeff) for _, coeff in found):
             return False
         last = len(found) - 1
-        self.updates += [Update(s, c, 1.0, bool(flags & FOLD) and i == last) for i, (s, c) in enumerate(found)]
+        self.updates += [Update(s, c, 1.0, bool(flags & FOLD) and i == last, False) for i, (s, c) in enumerate(found)]
         return True
 
     def _end_step(self, flags: int) -> bool:

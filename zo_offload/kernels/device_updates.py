@@ -52,7 +52,7 @@ class DeviceUpdates:
         """The updates as the host knows them. Waits for the device."""
         data = self.records[self.first : self.first + len(self)].cpu().numpy().tobytes()
         return tuple(
-            Update(seed, coeff, decay, bool(flags & 1)) for seed, coeff, decay, flags, _ in UPDATE.iter_unpack(data)
+            Update(seed, coeff, decay, bool(flags & 1), not flags & 2) for seed, coeff, decay, flags, _ in UPDATE.iter_unpack(data)
         )
 
 
@@ -93,7 +93,7 @@ class UpdateTable:
             self._records = grown
         if count:
             packed = b"".join(
-                UPDATE.pack(u.seed, scaled(u.coeff, gain), u.decay if decay else 1.0, bool(u.fold), 0)
+                UPDATE.pack(u.seed, scaled(u.coeff, gain), u.decay if decay else 1.0, u.flags, 0)
                 for gain, decay in self._copies
                 for u in updates
             )

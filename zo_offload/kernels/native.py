@@ -25,10 +25,10 @@ import torch
 
 from ..errors import ConfigError, ZOError
 from .distributions import all_kinds, row
-from .records import LANE, UPDATE
+from .records import LANE, MASKS, UPDATE, Mask
 
 LIBRARY = Path(__file__).parent.with_name("_zo_cpu.so")
-ABI_VERSION, LAYOUT_VERSION = 7, 2
+ABI_VERSION, LAYOUT_VERSION = 8, 2
 ISAS = ("scalar", "avx2", "avx512")
 
 _ERRORS = {
@@ -36,9 +36,10 @@ _ERRORS = {
     2: "a distribution or number of rounds it does not know",
     3: "an instruction set this CPU or build does not have",
     4: "no memory",
+    5: "a mask it does not know, or cannot use this way",
 }
 # struct zo_pass of csrc/api.h
-_PASS = struct.Struct("<11Q8I")
+_PASS = struct.Struct("<12Q10I")
 PASS_BYTES = _PASS.size
 _FACTS = struct.Struct("<6I")
 _MOST_FORMATS = 256  # a library is asked for codes below this
@@ -71,13 +72,15 @@ def pack_pass(
     target_scales: bool = False,
     master: bool = False,
     centred: bool = False,
+    mask: Mask | None = None,
 ) -> bytes:
     """struct zo_pass. updates: their address, or 0 if they follow the struct. total: default `numel`. distribution: the
     name of a row of `distributions.all_kinds`."""
     return _PASS.pack(
         stored, scales, minima, residual, rows, updates, 0, numel, offset, num_rows, numel if total is None else total,
-        num_updates, num_lanes, format, group, param_id, row(distribution).code, rounds,
+        0 if mask is None else mask.seed, num_updates, num_lanes, format, group, param_id, row(distribution).code, rounds,
         write_back | stochastic << 1 | target_scales << 2 | master << 3 | centred << 4,
+        0 if mask is None else MASKS[mask.kind], 0 if mask is None else mask.limit,
     )  # fmt: skip
 
 

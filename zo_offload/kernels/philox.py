@@ -19,7 +19,7 @@ from .float32 import F32, fma, polynomial
 U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
 
-TAG_BOX_MULLER, TAG_RADEMACHER, TAG_ROUNDING, TAG_SEED, TAG_GAUSSIAN = range(5)
+TAG_BOX_MULLER, TAG_RADEMACHER, TAG_ROUNDING, TAG_SEED, TAG_GAUSSIAN, TAG_MASK = range(6)
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -88,9 +88,13 @@ def chunks(n: int, offset: int) -> list[tuple[int, int]]:
     return [(start, end) for start, end in pairwise(cuts) if end > start]
 
 
+def half_words(rounds: int, seed: int, param_id: int, tag: int, n: int, offset: int) -> NDArray[np.int32]:
+    """16 random bits an element of a stream, [n]."""
+    block = offset >> 3
+    w = words(seed, param_id, tag, rounds, block, ((offset + n + 7) >> 3) - block)
+    return w.astype("<u4").view("<u2").reshape(-1)[offset - 8 * block :][:n].astype(np.int32)
+
+
 def rounding_bits(rounds: int, seed: int, param_id: int, n: int, offset: int) -> Tensor:
     """16 random bits an element for stochastic rounding, int32 [n]."""
-    block = offset >> 3
-    w = words(seed, param_id, TAG_ROUNDING, rounds, block, ((offset + n + 7) >> 3) - block)
-    halves = w.astype("<u4").view("<u2").reshape(-1)[offset - 8 * block :][:n]
-    return torch.from_numpy(halves.astype(np.int32))
+    return torch.from_numpy(half_words(rounds, seed, param_id, TAG_ROUNDING, n, offset))

@@ -17,7 +17,7 @@ Trains = Literal["values", "scales", "shifts"]
 """What a method trains. scales: each group's, about its centre; shifts: each group's, from its minimum."""
 
 UPDATE = struct.Struct("<QffII")
-"""struct zo_update of csrc/api.h: seed, coefficient, decay, flags (1: it folds), 0."""
+"""struct zo_update of csrc/api.h: seed, coefficient, decay, flags (1: it folds, 2: not the first of its step), 0."""
 LANE = struct.Struct("<QQfI")
 """struct zo_lane: seed, address of its output, scale, code of the output's format."""
 
@@ -43,12 +43,67 @@ class Update:
     """1 - learning rate * weight decay; exactly a float32."""
     fold: bool = True
     """Round to the storage format after this update; False keeps the sum in float32 for the next one."""
+    begins: bool = True
+    """The first of its step: a mask by magnitude is read anew before it."""
     packed: bytes = field(init=False, repr=False, compare=False)
     """struct zo_update of csrc/api.h."""
 
     def __post_init__(self) -> None:
         _check("an update", self.seed, coeff=self.coeff, decay=self.decay)
-        object.__setattr__(self, "packed", UPDATE.pack(self.seed, self.coeff, self.decay, bool(self.fold), 0))
+        object.__setattr__(self, "packed", UPDATE.pack(self.seed, self.coeff, self.decay, self.flags, 0))
+
+
+    @property
+    def flags(self) -> int:
+        """Of struct zo_update."""
+        return bool(self.fold) | (not self.begins) << 1
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The elements of a parameter that are perturbed and updated (weight decay too); the others are only read.
+
+    magnitude: those with |w| at most a threshold, whose float32 bits `limit` is. w is float32 and current: before the
+    first update of each step for its updates, after all updates for lanes; so a step's lanes and its updates have the
+    same mask, but in a split format, where lanes see the coarse part and folds the master. random: those whose 16
+    random bits, a function of (seed, parameter, element), are less than `limit`.
+    """
+
+    kind: Literal["magnitude", "random"]
+    limit: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        most = MOST_LIMITS.get(self.kind, -1)
+        if not 0 <= self.limit <= most or not 0 <= self.seed < 1 << 64:
+            raise ConfigError(
+                f"a mask of kind {self.kind!r} has limit={self.limit}, seed={self.seed}: kinds and their largest "
+                f"limits are {MOST_LIMITS}, seeds are below 2**64"
+            )
+
+    @classmethod
+    def smallest(cls, threshold: float) -> Mask:
+        """Of the elements with |w| <= threshold."""
+        if not 0 <= threshold < math.inf:
+            raise ConfigError(f"threshold={threshold}: expected zero or a positive number")
+        return cls("magnitude", int.from_bytes(struct.pack("<f", threshold), "little"))
+
+    @classmethod
+    def random(cls, share: float, seed: int) -> Mask:
+        """Of this share of all elements, to a 65536th, chosen by chance."""
+        if not 0 < share <= 1:
+            raise ConfigError(f"share={share}: expected more than 0 and at most 1")
+        return cls("random", max(1, round(share * 65536)), seed)
+
+    @property
+    def threshold(self) -> float:
+        """Of a mask by magnitude: the largest |w| that it has."""
+        return float(struct.unpack("<f", self.limit.to_bytes(4, "little"))[0])
+
+
+MASKS = {"magnitude": 1, "random": 2}
+"""Codes of csrc/api.h."""
+MOST_LIMITS = {"magnitude": 0x7F7FFFFF, "random": 65536}
 
 
 @dataclass(frozen=True)
@@ -79,3 +134,5 @@ class Gain:
 ONE = Gain()
 Gains = Mapping[str, Gain]
 """By canonical name; a parameter that is not in it has `ONE`."""
+Masks = Mapping[str, Mask]
+"""By canonical name; of a parameter that is not in it, all elements are perturbed and updated."""

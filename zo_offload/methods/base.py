@@ -317,7 +317,7 @@ class Method(ABC):
         """A step's updates: a coefficient a noise, and weight decay with the first."""
         decay = float(np.float32(1 - lr * self.weight_decay))
         pairs = zip(self.seeds(run_seed, step), coefficients, strict=True)
-        return tuple(Update(seed, coeff, 1.0 if i else decay) for i, (seed, coeff) in enumerate(pairs))
+        return tuple(Update(seed, coeff, 1.0 if i else decay, begins=not i) for i, (seed, coeff) in enumerate(pairs))
 
     @final
     def update(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..formats import Format, decode_values, get_format
 from ..formats.grouped import cut
-from ..kernels.records import STILL, Update
+from ..kernels.records import STILL, Mask, Update
 from .fused import fused_pass
 from .noise import NoiseSpec
 
@@ -32,6 +32,7 @@ def exact_values(
     pending: Sequence[Update],
     noise: NoiseSpec,
     rows: Tensor | None = None,
+    mask: Mask | None = None,
     threads: int | None = None,
 ) -> None:
     """out = join(stored, residual) less `pending`, in float32, rounded once to out's dtype; `pending` may not fold.
@@ -46,7 +47,8 @@ def exact_values(
         fused_pass(
             values.view(torch.uint8), fp32, param_id=param_id, numel=end - start, offset=offset + start,
             updates=pending,
-            write_back=False, noise=noise, perturbations=[STILL], outs=[flat[at : at + end - start]], threads=threads,
+            write_back=False, noise=noise, perturbations=[STILL], outs=[flat[at : at + end - start]], mask=mask,
+            threads=threads,
         )  # fmt: skip
 
 

@@ -3,12 +3,14 @@
 The arithmetic, for each element, in float32, in this order:
 
     w = decode(stored)                                       join(stored, residual) if split and any update folds
-    for each update:    w = w * decay                        unless decay == 1
-                        w = fma(-coeff, z(seed), w)          unless coeff == 0
+    for each update:    mask = mask of w                     if it is by magnitude and the update begins a step
+                        w = w * decay                        unless decay == 1
+                        w = fma(-coeff, z(seed), w)          unless coeff == 0; both where the mask has the element
                         w = decode(encode(w))                if fold; of a split format, the master's value
     stored = the bytes of the last fold                      if write_back and any update folds
     w = decode(stored)                                       after the last fold, if split: lanes see the coarse plane
-    for each lane j:    out_j = round(fma(scale_j, z(seed_j), w))       (w itself if scale_j == 0)
+    mask = mask of w                                         if it is by magnitude
+    for each lane j:    out_j = round(fma(scale_j, z(seed_j), w))       (w itself if scale_j == 0, or not in the mask)
 
 `encode` rounds to nearest, or stochastically with random bits that are a function of (update seed, parameter,
 element). So the stored value after a step is a function of the first value and the updates alone, never of when a
@@ -35,7 +37,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..formats import Format
 from ..kernels.device_updates import DeviceUpdates
-from ..kernels.records import Perturbation, Rounding, Target, Update
+from ..kernels.records import Mask, Perturbation, Rounding, Target, Update
 from .fused_kernels import Mark, PassCall, kernels_for
 from .noise import NoiseSpec
 
@@ -58,6 +60,7 @@ def fused_pass(
     residual: Tensor | None = None,
     target: Target = "values",
     master: bool = False,
+    mask: Mask | None = None,
     threads: int | None = None,
     mark: Mark | None = None,
 ) -> None:
@@ -75,6 +78,7 @@ def fused_pass(
             `stored` or each other. Consecutive perturbations of one seed share one z.
         threads: of the native library; default torch.get_num_threads(). Does not change the result.
         mark: says afterwards, whatever was raised on the way, whether `stored` was changed.
+        mask: the elements that updates and lanes change; None: all.
     Raises ConfigError on sizes, dtypes or devices that do not fit together.
 
     With `stored` on a GPU the CUDA kernels run, on torch's current stream, and this returns at once; updates may then
@@ -87,11 +91,11 @@ def fused_pass(
     for out in outs:
         if out.numel() != numel:
             raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold the {numel} elements of this pass")
-    residual = _residual(residual, fmt, numel, updates, target, stored.device, master)
+    residual = _residual(residual, fmt, numel, updates, target, stored.device, master, mask)
     call = PassCall(
         stored=stored, residual=residual, fmt=fmt, numel=numel, offset=offset, param_id=param_id, updates=updates,
         write_back=write_back, stochastic=rounding == "stochastic", noise=noise, perturbations=perturbations, outs=outs,
-        target_scales=target == "scales", threads=threads, master=master,
+        target_scales=target == "scales", threads=threads, master=master, mask=mask,
     )  # fmt: skip
     kernels_for(stored, fmt, noise).run_pass(call, mark if mark is not None else Mark())
 
@@ -114,6 +118,7 @@ def fused_rows(
     residual: Tensor | None = None,
     target: Target = "values",
     master: bool = False,
+    mask: Mask | None = None,
     threads: int | None = None,
 ) -> None:
     """The same arithmetic for gathered rows of a parameter; nothing is written back. For embeddings.
@@ -154,14 +159,14 @@ def fused_rows(
     for out in outs:
         if out.numel() != count * row_numel:
             raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold {count} rows of {row_numel} elements")
-    residual = _residual(residual, fmt, numel, updates, target, stored.device, master)
+    residual = _residual(residual, fmt, numel, updates, target, stored.device, master, mask)
     if count == 0:
         return
     call = PassCall(
         stored=stored, residual=residual, fmt=fmt, numel=numel, offset=offset, param_id=param_id, updates=updates,
         write_back=False, stochastic=rounding == "stochastic", noise=noise, perturbations=perturbations, outs=outs,
-        target_scales=target == "scales", threads=threads, master=master, rows=rows, row_numel=row_numel,
-        total_rows=total_rows,
+        target_scales=target == "scales", threads=threads, master=master, mask=mask, rows=rows,
+        row_numel=row_numel, total_rows=total_rows,
     )  # fmt: skip
     kernels_for(stored, fmt, noise).run_pass(call, Mark())
 
@@ -183,11 +188,14 @@ def _residual(
     target: str,
     device: torch.device,
     master: bool,
+    mask: Mask | None,
 ) -> Tensor | None:
     """The residual part if this pass uses it, else None; ConfigError if it is needed and not there, or not right."""
     folds = any(updates.folds if isinstance(updates, DeviceUpdates) else (update.fold for update in updates))
     if target not in _TARGETS:
         raise ConfigError(f"target={target!r}: choose one of {_TARGETS}")
+    if mask is not None and target == "scales":
+        raise ConfigError("target='scales': a mask is of values; the scales of groups have none")
     if master and folds:
         raise ConfigError("master: an update that folds changes the stored bytes; fold first, in a pass of its own")
     folds = folds or master

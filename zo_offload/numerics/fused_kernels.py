@@ -18,7 +18,7 @@ from ..formats import Format, format_of, get_format
 from ..formats.codec import planes
 from ..kernels import native
 from ..kernels.device_updates import DeviceUpdates, UpdateTable
-from ..kernels.records import LANE, Perturbation, Update
+from ..kernels.records import LANE, Mask, Perturbation, Update
 from . import cuda_kernels, reference
 from .noise import NoiseSpec
 
@@ -69,6 +69,7 @@ class PassCall:
     row_numel: int = 0
     total_rows: int = 0
     """Of the whole parameter."""
+    mask: Mask | None = None
 
     @property
     def computed(self) -> int:
@@ -117,12 +118,13 @@ class Reference:
                 call.stored, call.fmt, param_id=call.param_id, numel=call.numel, offset=call.offset, updates=updates,
                 write_back=call.write_back, stochastic=call.stochastic, noise=call.noise,
                 perturbations=call.perturbations, outs=call.outs, residual=call.residual, target=target,
+                mask=call.mask,
             )  # fmt: skip
             return
         reference.fused_rows(
             call.stored, call.fmt, param_id=call.param_id, numel=call.numel, row_numel=call.row_numel, rows=call.rows,
             first_row=call.offset // call.row_numel, updates=updates, stochastic=call.stochastic, noise=call.noise,
-            perturbations=call.perturbations, residual=call.residual, target=target,
+            perturbations=call.perturbations, residual=call.residual, target=target, mask=call.mask,
             outs=[out.view(call.rows.numel(), call.row_numel) for out in call.outs],
         )  # fmt: skip
 
@@ -143,7 +145,7 @@ class OnCpu:
             numel=call.computed, offset=call.offset, total=call.numel, num_updates=len(updates),
             num_lanes=len(call.outs), param_id=call.param_id, distribution=call.noise.kind.name,
             rounds=call.noise.rounds, write_back=call.write_back, stochastic=call.stochastic,
-            target_scales=call.target_scales, master=call.master, tail=tail,
+            target_scales=call.target_scales, master=call.master, mask=call.mask, tail=tail,
             threads=torch.get_num_threads() if call.threads is None else call.threads,
         )  # fmt: skip
 
@@ -162,7 +164,7 @@ class OnGpu:
             rows=0 if rows is None else rows.data_ptr(), num_rows=0 if rows is None else rows.numel(),
             total_rows=call.total_rows, numel=call.computed, offset=call.offset, total=call.numel,
             param_id=call.param_id, noise=call.noise, write_back=call.write_back, stochastic=call.stochastic,
-            target_scales=call.target_scales, master=call.master, stream=self._kernels.stream(),
+            target_scales=call.target_scales, master=call.master, mask=call.mask, stream=self._kernels.stream(),
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ here is written for speed beyond working on chunks that fit a cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from ..formats import Format, format_of
 from ..formats.grouped import cut, paste, scales_plane
 from ..kernels.float32 import F32, fma
-from ..kernels.philox import chunks, rounding_bits
-from ..kernels.records import Perturbation, Update
+from ..kernels.philox import TAG_MASK, chunks, half_words, rounding_bits
+from ..kernels.records import Mask, Perturbation, Update
 from .noise import NoiseSpec
 
 LEAST_TRAINED_SCALE = np.float32(1e-7)
@@ -26,6 +27,20 @@ def _z(noise: NoiseSpec, seed: int, param_id: int, n: int, offset: int) -> F32:
     z = np.empty(n, np.float32)
     noise.kind.into(z, noise.rounds, seed, param_id, offset)
     return z
+
+
+def _kept(mask: Mask | None, w: F32, noise: NoiseSpec, param_id: int, offset: int) -> np.ndarray[Any, Any] | None:
+    """Which elements the mask has; None: all."""
+    if mask is None:
+        return None
+    if mask.kind == "magnitude":
+        kept: np.ndarray[Any, Any] = (w.view(np.uint32) & np.uint32(0x7FFFFFFF)) <= np.uint32(mask.limit)
+        return kept
+    return half_words(noise.rounds, mask.seed, param_id, TAG_MASK, len(w), offset) < mask.limit
+
+
+def _where(kept: np.ndarray[Any, Any] | None, changed: F32, w: F32) -> F32:
+    return changed if kept is None else np.where(kept, changed, w)
 
 
 class _Weights:
@@ -53,17 +68,28 @@ class _Weights:
 
 
 def _updated(
-    weights: _Weights, updates: Sequence[Update], noise: NoiseSpec, stochastic: bool, param_id: int, offset: int
+    weights: _Weights,
+    updates: Sequence[Update],
+    noise: NoiseSpec,
+    stochastic: bool,
+    param_id: int,
+    offset: int,
+    mask: Mask | None,
 ) -> F32:
     """What lanes see after the updates in order; `weights` then holds the bytes of the last fold."""
     last_fold = max((k for k, update in enumerate(updates) if update.fold), default=-1)
     w = weights.read_master() if last_fold >= 0 else weights.read()
+    kept = _kept(mask, w, noise, param_id, offset)
     for k, update in enumerate(updates):
+        if k and update.begins:
+            kept = _kept(mask, w, noise, param_id, offset)
+        was = w
         if update.decay != 1.0:
             with np.errstate(invalid="ignore", over="ignore"):
                 w = w * np.float32(update.decay)
         if update.coeff != 0.0:
             w = fma(np.float32(-update.coeff), _z(noise, update.seed, param_id, len(w), offset), w)
+        w = _where(kept, w, was)
         if update.fold:
             bits = rounding_bits(noise.rounds, update.seed, param_id, len(w), offset) if stochastic else None
             weights.fold(w, bits)
@@ -77,11 +103,18 @@ def _round_into(value: F32, out: Tensor) -> None:
 
 
 def _emit(
-    w: F32, noise: NoiseSpec, param_id: int, offset: int, perturbations: Sequence[Perturbation], outs: Sequence[Tensor]
+    w: F32,
+    noise: NoiseSpec,
+    param_id: int,
+    offset: int,
+    mask: Mask | None,
+    perturbations: Sequence[Perturbation],
+    outs: Sequence[Tensor],
 ) -> None:
     """Each lane's values into its output."""
+    kept = _kept(mask, w, noise, param_id, offset)
     for perturbation, out in zip(perturbations, outs, strict=True):
-        _round_into(_perturbed(w, perturbation, noise, param_id, offset), out)
+        _round_into(_where(kept, _perturbed(w, perturbation, noise, param_id, offset), w), out)
 
 
 def _perturbed(w: F32, perturbation: Perturbation, noise: NoiseSpec, param_id: int, offset: int) -> F32:
@@ -141,6 +174,7 @@ def fused_pass(
     outs: Sequence[Tensor],
     residual: Tensor | None = None,
     target: str = "values",
+    mask: Mask | None = None,
 ) -> None:
     """`zo_offload.numerics.fused.fused_pass`, one idea a line. Arguments are checked there."""
     if target == "scales":
@@ -154,12 +188,12 @@ def fused_pass(
         count, r = end - start, fmt.residual_bytes
         rest = residual[r * start : r * end].clone() if residual is not None and folds else None
         weights = _Weights(fmt, cut(fmt, stored, numel, start, end), rest, count)
-        w = _updated(weights, updates, noise, stochastic, param_id, offset + start)
+        w = _updated(weights, updates, noise, stochastic, param_id, offset + start, mask)
         if write_back and folds:
             paste(fmt, stored, numel, start, weights.stored, count)
             if residual is not None and weights.residual is not None:
                 residual[r * start : r * end] = weights.residual
-        _emit(w, noise, param_id, offset + start, perturbations, [out.view(-1)[start:end] for out in outs])
+        _emit(w, noise, param_id, offset + start, mask, perturbations, [out.view(-1)[start:end] for out in outs])
 
 
 def fused_rows(
@@ -178,6 +212,7 @@ def fused_rows(
     outs: Sequence[Tensor],
     residual: Tensor | None = None,
     target: str = "values",
+    mask: Mask | None = None,
 ) -> None:
     """`zo_offload.numerics.fused.fused_rows`: the fused pass of the whole groups a row touches, cut to the row."""
     unit, base = fmt.group or 1, first_row * row_numel
@@ -202,6 +237,7 @@ def fused_rows(
             outs=wide,
             residual=None if residual is None else residual[r * first : r * last],
             target=target,
+            mask=mask,
         )
         for out, piece in zip(outs, wide, strict=True):
             out[at].copy_(piece[start - first : end - first])
