@@ -222,7 +222,7 @@ def test_a_mask_by_magnitude_is_read_anew_at_each_step_and_not_within_one(varian
 
 @each_variant
 def test_a_mask_by_chance_is_a_function_of_seed_parameter_and_element(variant):
-    """The share that was asked for, the same in every update and lane, any slice and any piece; all others untouched."""
+    """The share that was asked for, the same in every update, lane and slice; all others untouched."""
     n, mask = 20_000, Mask.random(0.25, 77)
     stored = torch.full((n,), 0.5).view(torch.uint8)
 

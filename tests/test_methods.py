@@ -40,9 +40,11 @@ from zo_offload import (
     Method,
     MeZO,
     Momentum,
+    RandomMask,
     RankSGD,
     SeedPool,
     SignSGD,
+    SparseMeZO,
 )
 from zo_offload.cli import main
 from zo_offload.cli.method_options import find_class
@@ -50,7 +52,8 @@ from zo_offload.journal import run_directory
 from zo_offload.journal.identity import check_identity
 from zo_offload.kernels import scalars
 from zo_offload.kernels.float32 import fma
-from zo_offload.kernels.records import STILL, Gain, Perturbation
+from zo_offload.kernels.philox import half_words
+from zo_offload.kernels.records import STILL, Gain, Perturbation, Smallest
 from zo_offload.methods import METHODS, method_from
 from zo_offload.methods.base import COEFF_LIMIT
 from zo_offload.modules import tiles
@@ -290,18 +293,21 @@ def plain(model, steps, method, scales, formula):
     """One lane, one parameter and one direction after another, in memory. scales: (direction, sign) of each lane."""
     ids = {name: spec.param_id for name, spec in make_plan(model, batches()[0]).params.items()}
     told, past = [], []
+    keeps = KEEPS.get(type(method), lambda *_: lambda *_: lambda name: torch.tensor(True))(method, model, ids)
     formula = formula() if isinstance(formula, type) else formula
     for step in range(steps):
         w = {name: p.detach().clone() for name, p in model.named_parameters()}
         seeds = [step_seed(0, step, i) for i in range(1 + max(i for i, _ in scales))]
         if isinstance(method, SeedPool):
             seeds = [step_seed(0, step_seed(0, step, 1 << 21) % method.pool, 1 << 20)]
+        keep = keeps(step, w)
         z = [{n: noise(method.noise, s, ids[n], p.numel()).view(p.shape) for n, p in w.items()} for s in seeds]
         losses, lanes = [], [(direction, sign_of * method.eps) for direction, sign_of in scales]
         while lanes:
             for direction, scale in lanes:
                 for name, p in model.named_parameters():
-                    p.data = plus(w[name], f32(scale) * method.gain(name, p.shape).lane, z[direction][name])
+                    moved = plus(w[name], f32(scale) * method.gain(name, p.shape).lane, z[direction][name])
+                    p.data = torch.where(keep(name), moved, w[name])
                 with torch.no_grad():
                     losses.append(float(model(**batches()[step]).loss))
             back = hasattr(formula, "more") and len(losses) == len(scales)
@@ -312,9 +318,41 @@ def plain(model, steps, method, scales, formula):
             value = w[name] * torch.tensor(1 - method.lr * method.weight_decay) if p.ndim > 1 else w[name]
             for direction, coefficient in enumerate(found):
                 value = plus(value, -f32(coefficient) * method.gain(name, p.shape).update, past[direction][name])
-            p.data = value
+            p.data = torch.where(keep(name), value, w[name])
         told.append(loss)
     return told, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def small_weights(method, model, ids):
+    """Those that are among the smallest of the base are; read anew at each step."""
+    base = {name: p.detach().abs().flatten() for name, p in model.named_parameters()}
+    limits = {name: w.kthvalue(math.ceil((1 - method.sparsity) * len(w))).values for name, w in base.items()}
+    return lambda step, w: lambda name: (w[name].abs() <= limits[name]) | (limits[name] == 0)
+
+
+def chosen_weights(method, model, ids):
+    seed, limit = step_seed(0, method.mask_seed, 1 << 22), round((1 - method.sparsity) * 65536)
+
+    def kept(name, p):
+        drawn = half_words(10, seed, ids[name], 5, p.numel(), 0)
+        return torch.from_numpy(drawn < limit).view(p.shape)
+
+    masks = {name: kept(name, p) for name, p in model.named_parameters()}
+    return lambda step, w: lambda name: masks[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Half(NSPSA):
+    """Of each parameter, the smaller half trains, along several directions a step under one mask."""
+
+    sparsity: ClassVar[float] = 0.5
+
+    def mask(self, run_seed: int, name: str, shape: torch.Size) -> Smallest:
+        return Smallest(0.5)
+
+
+KEEPS = {Half: small_weights, SparseMeZO: small_weights, RandomMask: chosen_weights}
+"""Which elements a method changes: (method, model, ids) -> (step, weights) -> name -> a boolean a weight."""
 
 
 def leave_one_out(losses, lr, eps, method):
@@ -369,6 +407,13 @@ PROOFS = {
     ),
     "rank": (RankSGD(lr=1e-2, directions=4, top=2, batch_size=4), [(i, 1) for i in range(4)], rank),
     "seed-pool": (SeedPool(lr=1e-2, pool=3, batch_size=4), [(0, 1), (0, -1)], seed_pool),
+    "sparse-mezo": (SparseMeZO(lr=1e-2, weight_decay=0.1, batch_size=4), [(0, 1), (0, -1)], mezo),
+    "a mask of one's own": (
+        Half(lr=1e-2, directions=2, batch_size=4), [(i, s) for i in range(2) for s in (1, -1)], nspsa
+    ),
+    "random-mask": (
+        RandomMask(lr=1e-2, weight_decay=0.1, sparsity=0.4, mask_seed=3, batch_size=4), [(0, 1), (0, -1)], mezo
+    ),
     "gain 0": (Still(lr=1e-2, directions=3, batch_size=4), [(i, s) for i in range(3) for s in (1, -1)], nspsa),
     "gains": (Layered(lr=1e-2, weight_decay=0.1, batch_size=4), [(0, 1), (0, -1)], mezo),
 }  # fmt: skip

@@ -19,12 +19,13 @@ from ..config import EngineConfig
 from ..data.encode import ENCODING
 from ..errors import CheckpointError, JournalError
 from ..hf import transformers
-from ..kernels.records import Gains
+from ..kernels.records import Gains, Masks
 from ..methods import METHODS, Method, known_record
 from ..plan.layout import Layout
 from ..plan.plan import Plan
 from ..plan.storage import is_lossless
 from ..system import diskio
+from . import masks as masks_in_header
 from . import run_directory
 from .gains import record_of
 
@@ -184,6 +185,7 @@ def header_of(
     model: str | None,
     model_class: str | None,
     gains: Gains,
+    masks: Masks,
     objective: str | None,
 ) -> dict[str, Any]:
     """The journal's header: the identity, and what `replay` needs to make the same engine from the base alone."""
@@ -195,6 +197,7 @@ def header_of(
         "sample": {name: base.digest_of(name) for name in _sampled(plan)},
         "layout": layout.digest(),
         "gains": record_of(gains),
+        **({"masks": masks_in_header.record_of(masks)} if masks else {}),
         "objective": objective,
         "settings": settings,
         "model": model,

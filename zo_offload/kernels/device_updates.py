@@ -52,7 +52,8 @@ class DeviceUpdates:
         """The updates as the host knows them. Waits for the device."""
         data = self.records[self.first : self.first + len(self)].cpu().numpy().tobytes()
         return tuple(
-            Update(seed, coeff, decay, bool(flags & 1), not flags & 2) for seed, coeff, decay, flags, _ in UPDATE.iter_unpack(data)
+            Update(seed, coeff, decay, bool(flags & 1), not flags & 2)
+            for seed, coeff, decay, flags, _ in UPDATE.iter_unpack(data)
         )
 
 

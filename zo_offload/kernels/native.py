@@ -78,9 +78,11 @@ def pack_pass(
     name of a row of `distributions.all_kinds`."""
     return _PASS.pack(
         stored, scales, minima, residual, rows, updates, 0, numel, offset, num_rows, numel if total is None else total,
-        0 if mask is None else mask.seed, num_updates, num_lanes, format, group, param_id, row(distribution).code, rounds,
+        0 if mask is None else mask.seed, num_updates, num_lanes, format, group, param_id, row(distribution).code,
+        rounds,
         write_back | stochastic << 1 | target_scales << 2 | master << 3 | centred << 4,
-        0 if mask is None else MASKS[mask.kind], 0 if mask is None else mask.limit,
+        0 if mask is None else MASKS[mask.kind],
+        0 if mask is None else mask.limit,
     )  # fmt: skip
 
 

@@ -52,7 +52,6 @@ class Update:
         _check("an update", self.seed, coeff=self.coeff, decay=self.decay)
         object.__setattr__(self, "packed", UPDATE.pack(self.seed, self.coeff, self.decay, self.flags, 0))
 
-
     @property
     def flags(self) -> int:
         """Of struct zo_update."""
@@ -99,6 +98,14 @@ class Mask:
     def threshold(self) -> float:
         """Of a mask by magnitude: the largest |w| that it has."""
         return float(struct.unpack("<f", self.limit.to_bytes(4, "little"))[0])
+
+
+@dataclass(frozen=True)
+class Smallest:
+    """A mask that a method asks for, whose threshold is found in the base: of this share of a parameter's weights,
+    those that are smallest in magnitude there."""
+
+    share: float
 
 
 MASKS = {"magnitude": 1, "random": 2}

@@ -13,7 +13,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from ..errors import ConfigError
-from ..kernels.records import Perturbation, Trains
+from ..kernels.records import Mask, Perturbation, Smallest, Trains
 from ..kernels.scalars import divide, sqrt, total
 from ..numerics.noise import step_seed
 from .base import METHODS, Method, Step, Told, lr_schedule
@@ -27,14 +27,17 @@ from .momentum import Momentum
 from .nspsa import NSPSA
 from .presets import PRESETS, check_tunes
 from .qzo import QZO, QZOShift
+from .random_mask import RandomMask
 from .rank import RankSGD
 from .seed_pool import SeedPool
 from .sign import SignSGD
+from .sparse_mezo import SparseMeZO
 from .spsa15 import SPSA15
 
 __all__ = [
     "DEFAULT", "FZOO", "MEAZO", "METHODS", "NSPSA", "PRESETS", "QZO", "SPSA15", "Conservative", "FZOOLeaveOneOut",
-    "FZOOReuse", "MeZO", "Method", "Momentum", "Perturbation", "QZOShift", "RankSGD", "SeedPool", "SignSGD", "Step",
+    "FZOOReuse", "Mask", "MeZO", "Method", "Momentum", "Perturbation", "QZOShift", "RandomMask", "RankSGD", "SeedPool",
+    "SignSGD", "Smallest", "SparseMeZO", "Step",
     "Told", "check_tunes", "divide", "known_record", "lr_schedule", "method_from", "method_training", "sqrt",
     "step_seed", "total",
 ]  # fmt: skip

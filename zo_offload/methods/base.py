@@ -15,6 +15,7 @@ A method may also
                        `remember`, and `coefficients_from` in place of `coefficients`
     use more noises    than its lanes have, those of earlier steps say: `seeds`
     come back          to the weights in the same step, with lanes that depend on the losses so far: `next_lanes`
+    leave elements out of its lanes and updates, by their magnitude or by chance: `mask`
 
 A class registers itself in METHODS by its name: `class MeZO(Method, name="mezo")`, or the class's own name. A class
 whose name begins with an underscore is a part for others and is not registered.
@@ -37,7 +38,7 @@ from torch import Tensor
 from .. import hf
 from ..errors import ConfigError, DivergenceError
 from ..kernels.distributions import DISTRIBUTIONS
-from ..kernels.records import ONE, Gain, Perturbation, Trains, Update
+from ..kernels.records import ONE, Gain, Mask, Perturbation, Smallest, Trains, Update
 from ..numerics.noise import LAYOUT_VERSION, Layout, NoiseSpec
 from .presets import recipe
 
@@ -261,6 +262,11 @@ class Method(ABC):
         `trainable` had left it out.
         """
         return ONE
+
+    def mask(self, run_seed: int, name: str, shape: torch.Size) -> Mask | Smallest | None:
+        """The elements of a parameter that its lanes perturb and its updates change; None: all. Asked once, when a run
+        begins, and kept in its journal (`journal/masks.py`). Of values: a method that trains scales has none."""
+        return None
 
     # ---- what follows --------------------------------------------------------------------------------------------
 

@@ -23,7 +23,8 @@ from ..journal.format import Contents
 from ..journal.gains import gains_of
 from ..journal.identity import check_identity, check_sample
 from ..journal.journal import Journal
-from ..kernels.records import Gains
+from ..journal.masks import masks_of
+from ..kernels.records import Gains, Masks
 from ..numerics.updates import UpdateLog
 from ..plan.layout import Layout
 from ..plan.plan import Plan
@@ -69,14 +70,15 @@ def _begin(
     """The session of a replay: nothing is written, and blocks are made of the base as they are asked for."""
     check_identity(identity_of(opened, str(header.get("base"))), header)
     check_sample(opened.base, header)
-    gains = gains_of(header, opened.prepared.plan, where)
+    gains, masks = gains_of(header, opened.prepared.plan, where), masks_of(header, opened.prepared.plan, where)
 
     def check() -> None:
         check_identity({"base": opened.base.digest()}, header)
 
     return Session(
-        ReplayTier(opened, log, gains, check), make_stepper(opened.prepared, opened.device, log, None, gains), gains
-    )
+        ReplayTier(opened, log, gains, masks, check), make_stepper(opened.prepared, opened.device, log, None, gains),
+        gains, masks,
+    )  # fmt: skip
 
 
 class _BaseTier:
@@ -117,7 +119,7 @@ class ReplayTier:
 
     in_memory = False
 
-    def __init__(self, opened: Opened, log: UpdateLog, gains: Gains, check: Callable[[], None]) -> None:
+    def __init__(self, opened: Opened, log: UpdateLog, gains: Gains, masks: Masks, check: Callable[[], None]) -> None:
         prepared = opened.prepared
         plan, layout, config = prepared.plan, prepared.layout, prepared.config
         self._layout, self._log, self._check = layout, log, check
@@ -125,7 +127,7 @@ class ReplayTier:
         self._streamer = Streamer(
             plan, layout, self._source, opened.device, log, window=WindowSize(1, 0, frozenset(), 0),
             fold_every=prepared.fold_every, noise=prepared.method.noise, rounding=config.rounding, gains=gains,
-            threads=config.threads,
+            masks=masks, threads=config.threads,
         )  # fmt: skip
         self._made: set[int] = set()
         self._lock = threading.Lock()

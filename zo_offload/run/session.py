@@ -17,8 +17,10 @@ from ..journal.format import history_start
 from ..journal.gains import decide_gains, gains_of, record_of
 from ..journal.identity import about_base, check_identity, check_sample, header_of, identity, warn_of_versions
 from ..journal.journal import Journal
+from ..journal.masks import decide_masks, masks_of
+from ..journal.masks import record_of as record_of_masks
 from ..journal.mirror import Mirror
-from ..kernels.records import Gains
+from ..kernels.records import Gains, Masks
 from ..modules.modes import modes_of
 from ..numerics.updates import UpdateLog
 from ..stream.ingest import Base, ModuleBase, ingest
@@ -45,6 +47,7 @@ class Session:
     stepper: Stepper
     """With the log of the steps that blocks may lack."""
     gains: Gains
+    masks: Masks
     journal: Journal | None = None
     lock: RunLock | None = None
     snapshots: Snapshots | None = None
@@ -95,12 +98,14 @@ class Maker:
         if run_dir is None and self.told is not None:
             return self._follow_in_memory(self.told, admit)
         if run_dir is None:
-            tier, gains = self._memory_tier(), self._first_gains()
+            gains, masks = self._first_gains(), self._first_masks()
+            tier = self._memory_tier()
             self._ingest(tier)
             known = None
             if self.opened.ranks.world > 1:  # before a module's weights are let go
-                known = {**self._identity(self._base.digest()), "gains": record_of(gains), "objective": self.objective}
-            return Session(tier, self._stepper(UpdateLog(), None, gains), gains, identity=known)
+                told = {"gains": record_of(gains), "masks": record_of_masks(masks), "objective": self.objective}
+                known = {**self._identity(self._base.digest()), **told}
+            return Session(tier, self._stepper(UpdateLog(), None, gains), gains, masks, identity=known)
         home = self.opened.home
         assert home is not None
         try:
@@ -178,6 +183,10 @@ class Maker:
             return self.opened.gains
         return decide_gains(prepared.plan, prepared.layout, prepared.method, self._base)
 
+    def _first_masks(self) -> Masks:
+        prepared = self._prepared
+        return decide_masks(prepared.plan, prepared.method, self._base, prepared.config.seed)
+
     def _memory_tier(self) -> Tier:
         block_bytes, device = self._prepared.layout.block_bytes, self.opened.device
         if self._prepared.in_place:
@@ -219,7 +228,7 @@ class Maker:
         opened, prepared, origin = self.opened, self._prepared, RunOrigin(self.opened)
         if self._leads:
             self._clear(run_dir)
-        gains = self._first_gains()
+        gains, masks = self._first_gains(), self._first_masks()
         if self._leads:
             run_directory.save_config(run_dir, opened.name, opened.model_class, prepared.config, prepared.method)
         files = None
@@ -231,7 +240,7 @@ class Maker:
         wanted = self._identity(self._base.digest())
         header = header_of(
             wanted, self._base, prepared.plan, prepared.layout, prepared.config, opened.name, opened.model_class, gains,
-            self.objective,
+            masks, self.objective,
         )  # fmt: skip
         if not lock.is_there(run_dir):
             raise ConfigError(f"{run_dir}: its file {LOCK!r} was removed while the run began. Begin it again")
@@ -241,7 +250,7 @@ class Maker:
         undo.callback(journal.close)
         stepper = self._stepper(UpdateLog(), journal, gains)
         origin.begin(journal, stepper)
-        return Session(tier, stepper, gains, journal, lock, self._snapshots(run_dir, tier, files, origin))
+        return Session(tier, stepper, gains, masks, journal, lock, self._snapshots(run_dir, tier, files, origin))
 
     def _reopen(self, run_dir: Path, lock: RunLock, undo: ExitStack, admit: Callable[[Journal], None]) -> Session:
         prepared, origin = self._prepared, RunOrigin(self.opened)
@@ -275,6 +284,7 @@ class Maker:
             undo.callback(files.close)
             again = all_blocks
         gains = gains_of(journal.header, prepared.plan, str(journal.path))
+        masks = masks_of(journal.header, prepared.plan, str(journal.path))
         stepper = self._stepper(updates, journal, gains)
         origin.begin(journal, stepper)
         if again:
@@ -282,7 +292,7 @@ class Maker:
             check_identity(self._identity(self._base.digest()), known)
             self._ingest(tier, again)
         snapshots = self._snapshots(run_dir, tier, files, origin)
-        return Session(tier, stepper, gains, journal, lock, snapshots, reopened=True)
+        return Session(tier, stepper, gains, masks, journal, lock, snapshots, reopened=True)
 
     def _open_files(self, run_dir: Path, journal: Journal, origin: RunOrigin, undo: ExitStack) -> DiskTier:
         """The run's block files. Raises JournalError if they are of another layout, or know more than the journal."""

@@ -41,7 +41,8 @@ def wire(
         closing.add(tier.close)
     streamer = Streamer(
         plan, layout, tier, device, session.stepper.log, window=memory.window, fold_every=prepared.fold_every,
-        noise=prepared.method.noise, rounding=config.rounding, gains=session.gains, threads=config.threads, look=look,
+        noise=prepared.method.noise, rounding=config.rounding, gains=session.gains, masks=session.masks,
+        threads=config.threads, look=look,
     )  # fmt: skip
     closing.add(streamer.close)
     passes = Passes(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..formats.grouped import cut
 from ..kernels.device_updates import DeviceUpdates
-from ..kernels.records import STILL, Update
+from ..kernels.records import STILL, Mask, Update
 from ..numerics.exact import exact_values
 from ..numerics.fused import fused_pass
 from ..numerics.noise import NoiseSpec
@@ -29,7 +29,8 @@ _SMALL = 1 << 16  # elements: a piece that is read along with its block
 class Reader:
     """Reads parameters by name (`weights.Placed`). Not in a pass.
 
-    settle(slot): bring the pieces of a block to the last fold; lacking(piece, slot): the updates that a piece lacks.
+    settle(slot): bring the pieces of a block to the last fold; lacking(piece, slot): the updates that a piece lacks;
+    mask_of(name): which elements of a parameter they change.
     """
 
     def __init__(
@@ -40,12 +41,13 @@ class Reader:
         *,
         settle: Callable[[Slot], None],
         lacking: Callable[[Piece, Slot], Sequence[Update] | DeviceUpdates],
+        mask_of: Callable[[str], Mask | None],
         noise: NoiseSpec,
         threads: int | None,
     ) -> None:
         self._params, self._blocks, self._pieces_of = plan.params, plan.blocks, plan.pieces_of  # of any relifted plan
         self._layout, self._window, self._settle, self._lacking = layout, window, settle, lacking
-        self._noise, self._threads = noise, threads
+        self._noise, self._threads, self._mask_of = noise, threads, mask_of
         self._slot: Slot | None = None  # the block that the last read left in the window
         self._along: dict[Piece, Tensor] = {}  # small pieces of blocks that were read, not asked for yet
 
@@ -114,14 +116,15 @@ class Reader:
                 stored.cpu(), slot.memory[at + wide * low : at + wide * high].cpu(), place.fmt, value,
                 param_id=spec.param_id, numel=high - low, offset=piece.start + low,
                 pending=pending.read() if isinstance(pending, DeviceUpdates) else pending, noise=self._noise,
-                threads=self._threads,
+                mask=self._mask_of(piece.name), threads=self._threads,
             )  # fmt: skip
         else:
             value = torch.empty(high - low, dtype=place.fmt.torch_dtype, device=stored.device)
             fused_pass(
                 stored, place.fmt, param_id=spec.param_id, numel=high - low, offset=piece.start + low, updates=pending,
                 write_back=False, noise=self._noise, perturbations=[STILL], outs=[value],
-                target=self._layout.target if spec.trainable else "values", threads=self._threads,
+                target=self._layout.target if spec.trainable else "values", mask=self._mask_of(piece.name),
+                threads=self._threads,
             )  # fmt: skip
         return value[start - low : stop - low].cpu()
 

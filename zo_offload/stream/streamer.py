@@ -24,7 +24,7 @@ from torch import Tensor
 from ..devices import Device
 from ..kernels.device_updates import DeviceUpdates
 from ..kernels.float32 import scaled
-from ..kernels.records import ONE, STILL, Gains, Perturbation, Rounding, Update
+from ..kernels.records import ONE, STILL, Gains, Mask, Masks, Perturbation, Rounding, Update
 from ..numerics.fused import fused_pass, fused_rows
 from ..numerics.noise import NoiseSpec
 from ..numerics.updates import UpdateLog
@@ -73,6 +73,7 @@ class Streamer:
         rounding: Rounding = "nearest",
         decays: Callable[[ParamSpec], bool] = lambda spec: len(spec.shape) > 1,
         gains: Gains | None = None,
+        masks: Masks | None = None,
         threads: int | None = None,
         look: Callable[[], None] = lambda: None,
     ) -> None:
@@ -80,6 +81,7 @@ class Streamer:
         self.noise, self.rounding, self.threads, self.fold_every = noise, rounding, threads, fold_every
         self._decay = {name: decays(spec) for name, spec in plan.params.items()}
         self._gains: Gains = gains or {}
+        self._masks: Masks = masks or {}
         self._first_fold = log.folded
         self._recipes: dict[tuple[str, Piece | None, int], _Recipe] = {}
         self._pool = ScratchPool(device.alloc)
@@ -91,7 +93,14 @@ class Streamer:
         )
         """The blocks on their way."""
         self.reader = Reader(
-            plan, layout, self.window, settle=self._settle, lacking=self._lacking, noise=noise, threads=threads
+            plan,
+            layout,
+            self.window,
+            settle=self._settle,
+            lacking=self._lacking,
+            mask_of=self._mask,
+            noise=noise,
+            threads=threads,
         )
         """The current weights, between passes."""
 
@@ -250,6 +259,7 @@ class Streamer:
             outs=outs,
             residual=self._residual(piece, slot),
             target=self.layout.target if spec.trainable else "values",
+            mask=self._mask(piece.name),
             threads=self.threads,
         )
 
@@ -277,13 +287,14 @@ class Streamer:
             fused_pass(
                 stored, place.fmt, param_id=spec.param_id, numel=piece.numel, offset=piece.start, updates=updates,
                 write_back=False, noise=self.noise, perturbations=still, outs=outs, residual=residual, master=True,
-                threads=self.threads,
+                mask=self._mask(piece.name), threads=self.threads,
             )  # fmt: skip
             return
         fused_rows(
             stored, place.fmt, param_id=spec.param_id, numel=piece.numel, row_numel=spec.row_numel, rows=rows,
             first_row=piece.start // spec.row_numel, total_rows=spec.shape[0], updates=updates, noise=self.noise,
-            perturbations=still, outs=outs, residual=residual, master=True, threads=self.threads,
+            perturbations=still, outs=outs, residual=residual, master=True, mask=self._mask(piece.name),
+            threads=self.threads,
         )  # fmt: skip
 
     def _fused(
@@ -311,6 +322,7 @@ class Streamer:
             outs=outs,
             residual=residual,
             target=self.layout.target if spec.trainable else "values",
+            mask=self._mask(piece.name),
             threads=self.threads,
             mark=mark,
         )
@@ -336,6 +348,10 @@ class Streamer:
         if not place.residual_nbytes:
             return None
         return slot.memory[place.residual_offset : place.residual_offset + place.residual_nbytes]
+
+    def _mask(self, name: str) -> Mask | None:
+        """Which of a parameter's elements train; None: all, or none of them."""
+        return self._masks.get(name) if self.plan.params[name].trainable else None
 
     def _lacking(self, piece: Piece, slot: Slot) -> Sequence[Update] | DeviceUpdates:
         if not self.plan.params[piece.name].trainable:

@@ -1,0 +1,120 @@
+"""Masks of a run: which elements of a parameter its method perturbs and updates, found once, when the run begins.
+
+A method asks for them (`Method.mask`). One by chance is as it is asked for. Of the smallest weights the threshold is
+found in the base: the magnitude that so many of the parameter's elements do not exceed, to the last bit, read a chunk
+at a time in one pass (two, of weights with more bits than bfloat16) that counts magnitudes by their upper and lower 16
+bits. All are in the journal's header: a resumed or replayed run takes them from there, and one whose header has none
+has none.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.weights import Base, chunks
+from ..errors import ConfigError, JournalError
+from ..kernels.records import Mask, Masks, Smallest
+from ..methods import Method
+from ..plan.plan import Plan
+
+_log = logging.getLogger(__name__)
+
+_BINS = 1 << 16
+
+
+def decide_masks(plan: Plan, method: Method, base: Base, run_seed: int) -> dict[str, Mask]:
+    """The masks of a run that begins. Reads the base's trained parameters if the method asks for their smallest.
+
+    Raises ConfigError if more than half of what is asked about has nothing but zeros among its smallest.
+    """
+    found, zeros = dict[str, Mask](), list[str]()
+    asked = {
+        name: mask
+        for name, spec in plan.params.items()
+        if spec.trainable and (mask := method.mask(run_seed, name, spec.shape)) is not None
+    }
+    for name, mask in asked.items():
+        if isinstance(mask, Mask):
+            found[name] = mask
+            continue
+        limit = smallest_limit(base, name, mask.share)
+        if limit:
+            found[name] = Mask("magnitude", limit)
+        else:
+            zeros.append(name)
+    _check_zeros(plan, method, asked, zeros)
+    return found
+
+
+def smallest_limit(base: Base, name: str, share: float) -> int:
+    """The bits of the float32 that `share` of a parameter's elements, rounded up, do not exceed in magnitude."""
+    dtype, numel = base.dtype_of(name), base.shape_of(name).numel()
+    if not numel:
+        return 0
+    rank = min(numel, max(1, math.ceil(share * numel)))
+    read = partial(_magnitudes, base, name)
+    upper, rank = _bin_of(read, lambda bits: bits >> 16, rank)
+    if dtype == torch.bfloat16:
+        return upper << 16
+    lower, _ = _bin_of(read, lambda bits: bits[bits >> 16 == upper] & 0xFFFF, rank)
+    return min(upper << 16 | lower, 0x7F7FFFFF)
+
+
+def _magnitudes(base: Base, name: str, take: Callable[[Tensor], Tensor]) -> Tensor:
+    """How many of a parameter's magnitudes fall into each bin."""
+    counts = torch.zeros(_BINS, dtype=torch.int64, device="cpu")
+    for _, values in chunks(partial(base.read_into, name), base.dtype_of(name), 0, base.shape_of(name).numel()):
+        bits = values.float().view(torch.int32) & 0x7FFFFFFF
+        counts += torch.bincount(take(bits), minlength=_BINS)
+    return counts
+
+
+def _bin_of(
+    counted: Callable[[Callable[[Tensor], Tensor]], Tensor], take: Callable[[Tensor], Tensor], rank: int
+) -> tuple[int, int]:
+    """The bin of the element of that rank (from 1 on), and its rank in there."""
+    below = counted(take).cumsum(0)
+    at = int(torch.searchsorted(below, rank))
+    return at, rank - (int(below[at - 1]) if at else 0)
+
+
+def _check_zeros(plan: Plan, method: Method, asked: Mapping[str, Mask | Smallest], zeros: list[str]) -> None:
+    """Zeros would leave their mask with the first update and never come back: such a parameter trains as a whole."""
+    if not zeros:
+        return
+    numel = sum(plan.params[name].numel for name in zeros)
+    of = sum(plan.params[name].numel for name in asked)
+    if 2 * numel > of:
+        raise ConfigError(
+            f"method {method.name!r} trains the smallest weights, and those of {len(zeros)} parameters ({zeros[0]!r}, "
+            f"{numel:,} of {of:,} weights) are all 0: there is no threshold between them, as in an adapter that begins "
+            "at 0. Take a method without a mask by magnitude: mezo, random-mask"
+        )
+    _log.info("%d parameters (%s, ...) begin at 0 and train without a mask", len(zeros), zeros[0])
+
+
+# ---- in the journal's header -----------------------------------------------------------------------------------------
+
+
+def record_of(masks: Masks) -> dict[str, list[Any]]:
+    """Plain JSON."""
+    return {name: [mask.kind, mask.limit, mask.seed] for name, mask in sorted(masks.items())}
+
+
+def masks_of(header: Mapping[str, Any], plan: Plan, where: str) -> dict[str, Mask]:
+    """The masks that a journal's header tells; none in one that tells of none. Raises JournalError on other things."""
+    record = header.get("masks", {})
+    try:
+        found = {name: Mask(kind, limit, seed) for name, (kind, limit, seed) in record.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise JournalError(f"{where}: the header's masks are malformed: {str(record)[:100]}") from error
+    if odd := [name for name in found if name not in plan.params]:
+        raise JournalError(f"{where}: the header has masks that cannot be of this model: {', '.join(odd[:5])}")
+    return found
