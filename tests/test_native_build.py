@@ -60,7 +60,7 @@ class ReferenceLibrary:
         updates, lanes, outs = [], [], []
         for k in range(num_updates):
             seed, coeff, decay, fold, _ = struct.unpack_from("<QffII", tail, 24 * k)
-            updates.append(SimpleNamespace(seed=seed, coeff=coeff, decay=decay, fold=bool(fold)))
+            updates.append(SimpleNamespace(seed=seed, coeff=coeff, decay=decay, fold=bool(fold), begins=True))
         for k in range(num_updates, num_updates + num_lanes):
             seed, address, scale, code = struct.unpack_from("<QQfI", tail, 24 * k)
             lanes.append(SimpleNamespace(seed=seed, scale=scale))
