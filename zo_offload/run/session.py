@@ -155,9 +155,10 @@ class Maker:
         admit(journal)
         warn_of_versions(known, "the run")
         check_identity(self._identity(self._base.digest()), known)
-        tier, gains = self._memory_tier(), gains_of(known, self._prepared.plan, "the run's journal")
+        plan, where = self._prepared.plan, "the run's journal"
+        tier, gains, masks = self._memory_tier(), gains_of(known, plan, where), masks_of(known, plan, where)
         self._ingest(tier)
-        return Session(tier, self._stepper(updates, journal, gains), gains, journal, reopened=True)
+        return Session(tier, self._stepper(updates, journal, gains), gains, masks, journal, reopened=True)
 
     @property
     def _leads(self) -> bool:
