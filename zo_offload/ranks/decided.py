@@ -19,7 +19,8 @@ def told(record: StepRecord) -> dict[str, Any]:
 
 def heard(values: Mapping[str, Any]) -> StepRecord:
     updates = tuple(
-        Update(seed, float.fromhex(coeff), float.fromhex(decay), fold) for seed, coeff, decay, fold in values["updates"]
+        Update(seed, float.fromhex(coeff), float.fromhex(decay), fold, begins=not i)
+        for i, (seed, coeff, decay, fold) in enumerate(values["updates"])
     )
     loss, grad, lr, *scalars = map(float.fromhex, values["numbers"])
     return StepRecord(
