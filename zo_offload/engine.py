@@ -35,7 +35,7 @@ from .data.losses import Batch, Objective, model_loss
 from .data.metrics import ComputeMetrics
 from .data.survey import examples, survey
 from .devices.placing import as_inputs, input_dtype
-from .errors import CheckpointError, ConfigError, JournalError
+from .errors import CheckpointError, ConfigError, JournalError, ZOError
 from .journal import run_directory
 from .journal.calls import OPTIONS, FitCall
 from .journal.format import read_journal
@@ -62,7 +62,7 @@ from .run.saving import Which, at_step, save, step_of
 from .run.session import Maker
 from .run.training import train
 from .run.whole import entry, release_dropped
-from .stream.ingest import Base
+from .stream.ingest import Base, ModuleBase
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ class Engine:
     """Zeroth-order fine-tuning of a checkpoint on disk or a module in memory. See the module's docstring.
 
     model: a checkpoint directory, a cached hub id, or an nn.Module. A module's weights move into the engine at its
-    first use; `restore` puts the trained ones back, after `close` alone its parameters hold NaN. objective: (model,
+    first use; the end of `with Engine(module)` and `restore` put the trained ones back, after `close` alone its
+    parameters hold NaN. objective: (model,
     batch) -> scalar, default `model(**batch).loss`; it may be non-differentiable. example: a batch to trace with,
     where the model has no dummy inputs of its own. base: first weights of a module on meta. ranks: processes that train
     together, each of which makes this engine: "auto" those that torchrun or accelerate launched, or of an initialised
@@ -453,7 +454,8 @@ class Engine:
         """Flush, end the worker threads, close the journal, leave the model; all of it, whatever fails on the way.
 
         Raises what kept the steps from the disk, once everything is released. Safe to call twice; `with Engine(...)`
-        calls it. An engine that is dropped without it is closed without the flush: its journal has its steps.
+        calls it, or `restore` where the weights came from a module in memory. An engine that is dropped without it is
+        closed without the flush: its journal has its steps.
         """
         self.active.close()
 
@@ -467,8 +469,19 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        run = self.active
+        away = isinstance(self.base, ModuleBase) and run.parts is not None and not run.closed and not run.at_once
+        if not away or self.door.is_forked:
+            self.close()
+        elif error is None:
+            self.restore()
+        else:
+            try:
+                self.restore()
+            except (ZOError, OSError) as also:  # the first error is the one to be seen
+                _log.warning("the module did not get its weights back: %s", also)
+                self.close()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise ConfigError(

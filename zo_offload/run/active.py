@@ -98,7 +98,7 @@ class Run:
         self._restoring: dict[str, Tensor] | None = None  # read for `restore`, not put back yet
         self._session_closings = 0
         self.stopping: str | None = None  # why `fit` is to end after the step that is under way
-        self._check_data = self._closed = False
+        self._check_data = self.closed = False
 
     # ---- getting under way -------------------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class Run:
                 self.check_objective(journal)
                 admit(journal)
 
-        if self._closed:
+        if self.closed:
             raise ConfigError("this engine is closed; make another, or Engine.resume(run_dir)")
         if self.parts is not None:
             return self.parts
@@ -359,7 +359,7 @@ class Run:
     def settle(self, *, at_once: bool = False) -> None:
         """End of a call of `fit`: flush and sync, or (at once) leave it all to the journal, now and in `close`."""
         self.at_once = at_once
-        if self.parts is None or self._closed:
+        if self.parts is None or self.closed:
             return
         if at_once:
             with self.work() as parts:
@@ -388,7 +388,7 @@ class Run:
     def _close(self) -> None:
         if self.parts is not None and self.parts.passes.is_inside():
             raise ConfigError("the engine cannot be closed from within one of its own passes")
-        first, self._closed = not self._closed, True
+        first, self.closed = not self.closed, True
         try:
             if first and not self.at_once and self.parts is not None:
                 self.flush()

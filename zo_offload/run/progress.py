@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +31,12 @@ class Progress:
         """What the data holds."""
         if self._show:
             self._say(survey(batches))
+
+    def will_write(self, nbytes: int, directory: Path) -> None:
+        """Block files that are about to be made."""
+        if self._show:
+            free = shutil.disk_usage(next(p for p in (directory, *directory.parents) if p.exists())).free
+            self._say(f"blocks on disk: {show_bytes(nbytes)} in {directory} ({show_bytes(free)} are free there)")
 
     def begun(self, first: int) -> Progress:
         """The steps begin, after `first` of them."""

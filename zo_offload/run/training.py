@@ -29,6 +29,7 @@ from ..journal.selection import Selection
 from ..methods import lr_schedule
 from ..ranks.member import Over
 from ..system.signals import Stopped, StopRequest, stop_signals
+from ..tiers.disk import shapes_of
 from .active import Run
 from .batching import Batching
 from .callbacks import About, Callbacks, is_trainer_callback, trackers
@@ -86,6 +87,8 @@ def _train(
     steps = _steps(call, batches, method.steps)
     shown = Progress(progress and run.ranks.leads, run.log.version, steps, call.log_every)
     shown.found(batches)
+    if run.opened.prepared.offload == "disk" and run.journal is None and run.run_dir is not None:
+        shown.will_write(_file_bytes(run), run.run_dir / run_directory.BLOCKS)
     binding = Binding.of(batches, micro_batches, method, steps, new_data=new_data)
     if run.journal is not None:
         binding.check(run.journal)
@@ -115,6 +118,12 @@ def _train(
         None if save_dir is None else batching.to_export(), batching.tokenizer, shown,
         agrees=run.ranks.world > 1 and bool(callbacks),
     ).run_steps()  # fmt: skip
+
+
+def _file_bytes(run: Run) -> int:
+    """Of the block files that a new run makes."""
+    layout = run.opened.prepared.layout
+    return sum(shape.file_bytes for shape in shapes_of(layout.block_bytes, layout.spans, layout.stream_bytes))
 
 
 def _steps(call: FitCall, batches: Batches, default: int) -> int:
