@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, to peft
     print("preparing the model and the data ...", flush=True)
     folder = write_assets(options.out)
     stamp = time.strftime("%Y%m%d-%H%M%S")

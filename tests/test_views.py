@@ -13,6 +13,7 @@ from zo_offload import Conservative, Engine, MeZO
 from zo_offload.cli import main
 from zo_offload.cli.chart import short, ticks
 from zo_offload.cli.history import read_history
+from zo_offload.cli.step_chart import StepTimes, read_times, step_chart
 
 ROWS = [{"input_ids": [3 + (7 * i + k) % 60 for k in range(6)]} for i in range(8)]
 STEPS = 5
@@ -55,6 +56,34 @@ def test_forwards_of_all_visits_of_a_step_are_counted(tmp_path):
     with Engine(tiny_opt(), method=Conservative(lr=1e-4, batch_size=2), run_dir=tmp_path / "run") as engine:
         engine.fit(ROWS, steps=2)
     assert read_history(tmp_path / "run").points[-1].cost["forwards"] == 2 * 5
+
+
+def test_one_step_is_timed_and_drawn(run):
+    times = read_times(run)
+    assert times is not None and times.step in range(STEPS) and times.seconds > 0
+    with Engine.resume(run, tiny_opt()) as engine:
+        names = {block.name for block in engine.plan.blocks}
+        fetched = [name for what, name, *_ in times.spans if what == "fetch"]
+        assert names == {name for what, name, *_ in times.spans if what == "fused"}
+        assert set(fetched) <= names and len(set(fetched)) >= len(names) - 2, "but for what was fetched ahead"
+    assert all(start >= 0 and seconds >= 0 for _, _, start, seconds in times.spans)
+    assert 0 < times.share("fused") < 1 and 0 <= times.share("wait") < 1
+    drawn = ElementTree.fromstring(step_chart(times))
+    assert len(drawn.findall(".//{*}title")) == sum(start <= times.seconds for _, _, start, _ in times.spans)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"traceEvents": [{"ph": "X", "tid": 9}]}',
+                                  '{"traceEvents": [], "seconds": NaN, "step": 1}', "\0"])  # fmt: skip
+def test_times_that_cannot_be_read_are_left_out(tmp_path, text):
+    (tmp_path / "timeline.json").write_text(text)
+    assert read_times(tmp_path) is None
+    assert read_times(tmp_path / "nowhere") is None
+
+
+def test_a_share_counts_what_overlaps_once():
+    spans = [("fetch", "a", 0.0, 0.5), ("fetch", "b", 0.25, 0.5), ("fetch", "c", 0.9, 5.0), ("wait", "a", 0.0, 0.1)]
+    times = StepTimes(3, 1.0, spans)
+    assert times.share("fetch") == pytest.approx(0.85) and times.share("wait") == 0.1 and times.share("flush") == 0.0
 
 
 class Page(HTMLParser):

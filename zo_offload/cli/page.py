@@ -10,6 +10,7 @@ from typing import Any
 from ..system.units import show_bytes
 from .chart import Curve, line_chart
 from .history import AXES, History
+from .step_chart import read_times, step_chart, told
 
 _STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 980px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -52,6 +53,7 @@ def report(runs: Sequence[History]) -> str:
             body.append("<h2>Against bytes moved</h2>")
         body += ['<div class="charts">', *charts(runs, axis).values(), "</div>"]
     body += ["<h2>Cost</h2>", _table(["", *names], _cost(runs))]
+    body += _steps(runs)
     body += ["<h2>Settings</h2>", _table(["", *names], _settings(runs))]
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -101,6 +103,19 @@ def _cost(runs: Sequence[History]) -> Iterable[Sequence[str]]:
         yield [what, *(f"{show_bytes(n)}, {show_bytes(n / k)} a step" for n, k in zip(moved, steps, strict=True))]
     files = [(run.path / "journal.zoj").stat().st_size for run in runs]
     yield ["the journal, which rebuilds the weights", *map(show_bytes, files)]
+
+
+def _steps(runs: Sequence[History]) -> Iterable[str]:
+    """One step of each run that timed one."""
+    found = [(run, times) for run in runs if (times := read_times(run.path)) is not None]
+    if not found:
+        return
+    yield "<h2>One step, as it ran</h2>"
+    yield "<p>What is neither waiting nor making weights is the model's own forward, of all lanes.</p>"
+    for run, times in found:
+        yield f"<h3>{escape(run.name)}</h3>" * (len(runs) > 1)
+        yield step_chart(times)
+        yield _table(["", run.name], ([what, share] for what, share in told(times).items()))
 
 
 def _settings(runs: Sequence[History]) -> Iterable[Sequence[str]]:

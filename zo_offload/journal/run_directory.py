@@ -3,6 +3,7 @@
     config.json      how the engine was made (for `Engine.resume`) and how `fit` was last called; plain JSON
     journal.zoj      every step, see journal.py; written when the first weights are in place: without it, no run
     metrics.jsonl    one line a step or evaluation, for people and plots
+    timeline.json    the times of one step, for people: see run/timed.py; only where blocks stream
     blocks/          the blocks of offload="disk", or the snapshots of a run in memory; see tiers/block_file.py
     lock             held by the process that uses the directory, see lock.py
     ranks/N/         of a run over several processes: blocks/ and lock of rank N, from 1 on

@@ -28,6 +28,7 @@ from ..journal.journal import StepRecord
 from ..journal.selection import Selection
 from ..methods import lr_schedule
 from ..ranks.member import Over
+from ..stream.slots import Traffic
 from ..system.signals import Stopped, StopRequest, stop_signals
 from ..tiers.disk import shapes_of
 from .active import Run
@@ -39,6 +40,8 @@ from .late import Launched
 from .progress import Progress
 from .result import FitResult
 from .saving import save
+from .timed import FILE as TIMELINE
+from .timed import TimedStep
 
 ECHO_S = 5.0
 """Launchers of ranks pass a terminal's signal on, seconds after the terminal has sent it to all."""
@@ -191,7 +194,8 @@ class Training:
                 look.at_missed_evaluation(first)
                 self._consider_end()
                 self.callbacks.begin(first)
-                for record, batch in self._take_steps(first):
+                timed = self._timed(traffic, first)
+                for record, batch in self._take_steps(first, timed):
                     tokens += as_made(batch).tokens
                     seconds = time.perf_counter() - begin
                     wait = parts.wait_share(traffic, seconds)
@@ -226,7 +230,16 @@ class Training:
             best=self.selection.best(run.evals), metric=self.call.metric, stopped=run.stopping,
         )  # fmt: skip
 
-    def _take_steps(self, first: int) -> Iterator[tuple[StepRecord, Batch]]:
+    def _timed(self, traffic: Traffic, first: int) -> TimedStep:
+        """Times one step, where what it shows is the host's own work."""
+        run = self.run
+        shows = (
+            run.run_dir is not None and run.ranks.leads and run.prepared.offload != "none" and not run.device.own_memory
+        )
+        path = run.run_dir / TIMELINE if shows and run.run_dir is not None else None
+        return TimedStep(path, traffic, [block.name for block in run.plan.blocks], first, self.steps)
+
+    def _take_steps(self, first: int, timed: TimedStep) -> Iterator[tuple[StepRecord, Batch]]:
         """Steps from `first` on: records and batches as they are settled; on a GPU, each after the next one's launch.
 
         Before an evaluation all that was launched is settled, and at an early end.
@@ -237,6 +250,7 @@ class Training:
             if self._is_to_stop(step):
                 break
             batch: Batch = self.batches.batch(step)
+            timed.begins(step)
             try:
                 launched = self.run.launch(
                     batch, self.lr(step), micro_batches=self.micro_batches, objective=self.batches.objective
@@ -248,7 +262,9 @@ class Training:
             ahead = 1 if late and step + 1 < self.steps and not self._is_looked_at(step + 1) else 0
             while len(waiting) > ahead:
                 launched, its_batch = waiting.popleft()
-                yield self.run.finish(launched), its_batch
+                record = self.run.finish(launched)
+                timed.ended(record.step)
+                yield record, its_batch
         for launched, its_batch in waiting:
             yield self.run.finish(launched), its_batch
 

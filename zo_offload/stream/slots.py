@@ -11,6 +11,7 @@ from ..devices import Event
 from ..numerics.fused_kernels import Mark
 from ..plan.blocks import Piece
 from ..plan.layout import Layout
+from ..system.spans import Times
 from ..tiers import UNKNOWN, Tier
 
 
@@ -115,3 +116,5 @@ class Traffic:
     flush_bytes: int = 0
     wait_s: float = 0.0
     fused_s: float = 0.0
+    times: Times | None = None
+    """Of the step under way, where they are wanted."""

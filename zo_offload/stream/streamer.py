@@ -195,7 +195,7 @@ class Streamer:
             if rows is None and outs[0].numel() != part.numel:
                 outs = [out.view(-1)[start_at : start_at + part.numel] for out in outs]
             start = time.perf_counter()
-            with span("zo_offload.stream:fused"):
+            with span("zo_offload.stream:fused", window.traffic.times, slot.block):
                 self._emit_one(part, slot, writes, lanes, outs, rows)
             window.traffic.fused_s += time.perf_counter() - start
         return scratch.tensors

@@ -275,7 +275,7 @@ class BlockWindow:
         """Until the slot's block is there."""
         if slot.ready is not None:
             start = time.perf_counter()
-            with span("zo_offload.stream:wait"):
+            with span("zo_offload.stream:wait", self.traffic.times, slot.block):
                 slot.ready.wait()
             self.traffic.wait_s += time.perf_counter() - start
             slot.ready = None
@@ -297,7 +297,7 @@ class BlockWindow:
             after.append(slot.used)
 
         def fetch() -> None:
-            with span("zo_offload.stream:fetch"):
+            with span("zo_offload.stream:fetch", self.traffic.times, op.block):
                 self._fetch(op.block, slot, target)
 
         slot.ready = self._fetch_stream.submit(fetch, after, self._event(op.key))
@@ -323,7 +323,7 @@ class BlockWindow:
     def fetch_residual(self, slot: Slot) -> None:
         """The residual part into a slot that was fetched without it. The compute waits."""
         start = time.perf_counter()
-        with span("zo_offload.stream:fetch"):
+        with span("zo_offload.stream:fetch", self.traffic.times, slot.block):
             slot.fetch_residual(self.plan.blocks[slot.block].pieces, self.tier, self.layout)
             self._count(slot)
         self.traffic.wait_s += time.perf_counter() - start
@@ -339,7 +339,7 @@ class BlockWindow:
         spans = self.layout.spans[block]
 
         def flush() -> None:
-            with span("zo_offload.stream:flush"):
+            with span("zo_offload.stream:flush", self.traffic.times, block):
                 self.tier.flush(block, data, spans, version)
 
         after = () if slot.used is None else (slot.used,)  # the bytes are whole once the passes that write them ended
