@@ -12,8 +12,8 @@ The accuracy is that of 200 messages which are neither trained on nor chosen by:
     zo-offload sweep demo/model --model-class AutoModelForSequenceClassification --max-length 32 --data demo/train.jsonl --eval-data demo/tune.jsonl --trainable bert.encoder --storage bf16+16 --method fzoo --eps 1e-3 --schedule linear --steps 40 --rates 0.01 0.02 --run-dir sweep
 
 Plain transformers then loads what was exported, and says the same accuracy; of the adapter, but for the rounding to
-bf16 that merging has. It is exported for peft too, and belongs to the base as four bits have it. The last lines are the plot and the page of both runs. It takes some 200 s of
-one core in all.
+bf16 that merging has. It is exported for peft too, and belongs to the base as four bits have it. The last lines are the
+plot and the page of both runs. It takes some 200 s of one core in all.
 """  # noqa: E501 - a command is one line
 
 from __future__ import annotations
