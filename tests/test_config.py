@@ -19,7 +19,8 @@ from zo_offload.cli import main
 from zo_offload.cli.command import RUN
 from zo_offload.cli.parser import parse
 from zo_offload.config import EngineSettings
-from zo_offload.data.encode import DataOptions, Encoder
+from zo_offload.data.encode import Encoder
+from zo_offload.data.options import DataOptions
 from zo_offload.journal.calls import FitCall
 from zo_offload.methods import METHODS
 

@@ -30,9 +30,9 @@ from .checkpoint.basis import Basis
 from .checkpoint.load_options import as_settings
 from .config import EngineConfig, EngineSettings, check_settings
 from .data.batches import check_options
-from .data.encode import DataOptions
 from .data.losses import Batch, Objective, model_loss
 from .data.metrics import ComputeMetrics
+from .data.options import DataOptions
 from .data.survey import examples, survey
 from .devices.placing import as_inputs, input_dtype
 from .errors import CheckpointError, ConfigError, JournalError, ZOError
@@ -63,6 +63,7 @@ from .run.session import Maker
 from .run.training import train
 from .run.whole import entry, release_dropped
 from .stream.ingest import Base, ModuleBase
+from .system.plain import is_whole, plain_value
 
 _log = logging.getLogger(__name__)
 
@@ -313,7 +314,8 @@ class Engine:
             save_dir=None if save_dir is None else str(save_dir), log_every=log_every, report_to=report_to,
             options={**data_options},
         )  # fmt: skip
-        told = [*callbacks] if callback is None else [callback, *callbacks]
+        several = [*callbacks] if isinstance(callbacks, Iterable) else [callbacks]
+        told = several if callback is None else [callback, *several]
         return train(
             self.active, self.batching, call, new_data=new_data, progress=progress, callbacks=told,
             compute_metrics=compute_metrics,
@@ -354,6 +356,8 @@ class Engine:
         Of several ranks each that calls it computes all of it; those that do not are not waited for.
         """
         rows = self.method.batch_size if batch_size is None else batch_size
+        if not is_whole(shots := plain_value(shots), 0):
+            raise ConfigError(f"shots={shots!r}: expected a whole number of demonstrations")
         few = Shots(shots, data if demonstrations is None else demonstrations, self.config.seed)
         batches = self.batching.batches(
             data, rows, {**data_options}, shuffle=False, rows=eval_rows, compute_metrics=compute_metrics, shots=few

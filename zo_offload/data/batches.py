@@ -28,6 +28,7 @@ from ..errors import DataError
 from ..modules.generators import own_random_numbers, read_apart
 from ..modules.kind import UNKNOWN, ModelKind
 from ..system.nearest import did_you_mean
+from ..system.plain import is_whole, plain_value
 from .digests import encoder_identity, legacy_rows_identity, rows_identity, stream_identity
 from .encode import ENCODING, Batch, Encoder, Row
 from .files import open_file
@@ -86,6 +87,11 @@ class Batches:
         """None where it is not known."""
         return None
 
+    @property
+    def is_read_once(self) -> bool:
+        """Whether one pass over it is all there is."""
+        return False
+
     def measure(
         self, model: Any, batch: Batch, loss: Callable[[Any, Batch], float], weight: float, options: Any = None,
         keep: Keep | None = None,
@@ -108,8 +114,8 @@ class RowBatches(Batches):
         name: str,
     ):
         super().__init__(encoder)
-        if batch_size < 1:
-            raise DataError(f"batch_size={batch_size}: expected at least 1")
+        if not is_whole(batch_size := plain_value(batch_size), 1):
+            raise DataError(f"batch_size={batch_size!r}: expected a whole number of at least 1")
         if len(rows) == 0:
             raise DataError(f"{name} is empty.")
         if shuffle and len(rows) < batch_size:
@@ -228,11 +234,19 @@ class StreamBatches(Batches):
         self._once = isinstance(batches.rows if isinstance(batches, Chunks) else batches, Iterator)
         self._epoch, self._next_step = -1, 0
         self._iterator: Iterator[Any] | None = None
+        self._last: Batch | None = None
+
+    @property
+    def is_read_once(self) -> bool:
+        """Whether it is an iterator, which is used up when it was read."""
+        return self._once
 
     def steps_per_epoch(self) -> int | None:
         return len(self.batches) if hasattr(self.batches, "__len__") else None
 
     def batch(self, step: int) -> Batch:
+        if self._last is not None and step == self._next_step - 1:
+            return self._last  # a run looks at its first batch before it takes the step
         if self._iterator is None or step < self._next_step:
             if self._iterator is not None and self._once:
                 raise DataError(f"{self.name} cannot be read again from step {step}; pass a list or a DataLoader.")
@@ -248,7 +262,8 @@ class StreamBatches(Batches):
                 continue
             self._next_step += 1
             if self._next_step > step:
-                return self._checked(batch, f"{self.name} batch of step {step}", f"{self.seed} {step}")
+                self._last = self._checked(batch, f"{self.name} batch of step {step}", f"{self.seed} {step}")
+                return self._last
 
     def first(self) -> Batch:
         if not self._once:

@@ -53,7 +53,7 @@ class Collator:
             return Collator.__call__(self, values, f"{where} {key!r}")
         try:
             return self._stack([_tensor(value, _PAD_WITH.get(key, self.pad_token)) for value in values], key)
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        except (IndexError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             lengths = sorted({len(value) for value in values if hasattr(value, "__len__")})
             hint = (
                 f". Their lengths are {lengths[0]} to {lengths[-1]}: cut or pad them to one, by the model's feature "

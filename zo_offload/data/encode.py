@@ -13,18 +13,21 @@ Everything else is refused, with the row, the column and the value. The answer i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from ..errors import DataError
 from ..modules.kind import IGNORED, ModelKind
 from .collate import Batch, Collator
+from .completions import Completion
 from .first_encoding import FirstEncoding
-from .instructions import has_conversation, instruction_template, is_instruction, messages_of
+from .instructions import has_conversation, instruction_template, is_instruction, messages_of, rendered
 from .labels import class_label
 from .masking import RandomMasks
-from .prompts import Completion, Prompt, Template, check_kind
+from .options import check_values
+from .prompts import Prompt, Template, check_kind, closed
 from .tasks import KINDS, find_task
 from .texts import as_text, check_not_empty, encoded_text, text_ids
 from .tokenised import WANTS, TokenisedRows, check_sizes, next_tokens
@@ -35,26 +38,6 @@ Row = Mapping[str, Any]
 Task = Literal["auto", "lm", "classification", "prompt"]
 ENCODING = 2
 """Number of the present encoding; a run keeps the one that it was begun with. 1: see first_encoding.py."""
-
-
-class DataOptions(TypedDict, total=False):
-    """What `fit` and `evaluate` take of how rows are encoded: the fields of `Encoder`, for type checkers.
-    preprocess_logits_for_metrics: (logits, labels) -> what compute_metrics gets of the logits."""
-
-    tokenizer: Any
-    task: str
-    template: str | None
-    verbalizers: Sequence[str] | Mapping[Any, str] | None
-    text_column: str | Sequence[str]
-    label_column: str
-    target_column: str | None
-    prefix: str
-    max_length: int | None
-    packing: bool
-    length_buckets: bool
-    pad_to_multiple_of: int
-    loss: Literal["model", "options"]
-    preprocess_logits_for_metrics: Callable[[Any, Any], Any]
 
 
 @dataclass
@@ -96,8 +79,7 @@ class Encoder:
     _first: FirstEncoding | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.max_length is not None and self.max_length < 1:
-            raise DataError(f"max_length={self.max_length}: expected at least 1")
+        check_values(self)
         if self.max_length is not None and self.kind.positions is not None and self.max_length > self.kind.positions:
             raise DataError(f"max_length={self.max_length}, but the model takes at most {self.kind.positions} tokens.")
         if self.task not in KINDS:
@@ -106,6 +88,7 @@ class Encoder:
         if self.loss not in ("model", "options"):
             raise DataError(f"loss={self.loss!r}: choose 'model' (its own), or 'options' (among the verbalizers)")
         self._texts = [self.text_column] if isinstance(self.text_column, str) else list(self.text_column)
+        self._has_more_tokens = self._tokens() > (self.kind.vocabulary or math.inf)
         self._set_task()
         masks = RandomMasks(self.kind, self.tokenizer) if self._can_mask() else None
         self._tokenised = TokenisedRows(
@@ -151,6 +134,10 @@ class Encoder:
             raise DataError("task='prompt' needs a template and verbalizers")
         elif self.version == 1:
             self._first = FirstEncoding(self, {})
+
+    def _tokens(self) -> int:
+        """Of the tokenizer, 0 where it does not say."""
+        return len(self.tokenizer) if hasattr(self.tokenizer, "__len__") else 0
 
     def _can_mask(self) -> bool:
         return self.kind.name == "masked" and getattr(self.tokenizer, "mask_token", None) is not None
@@ -220,11 +207,26 @@ class Encoder:
         elif self._completion(row) is None and self._has_class(row):
             self._class(row, where)
         size = sum(len(text.encode()) for text in texts)
-        around = 64 + len(self.template or "") + sum(map(len, self.words))  # of template, words and special tokens
-        limits = [limit for limit in (self.kind.positions, self.kind.label_positions) if limit is not None]
-        if self.max_length is None and limits and size + around > min(limits):  # a token is a byte at least
+        if self._may_not_fit(row, size) or self._may_be_odd(texts):
             self(row, where, "")
         return size
+
+    def _may_not_fit(self, row: Row, size: int) -> bool:
+        """Whether a text of `size` bytes may be too long, or leave no room for its answer: a token is a byte at
+        least."""
+        listed = () if self._prompt is None or self._prompt.listed is None else row[self._prompt.listed]
+        around = sum(len(str(text).encode()) for text in (self.template or "", self.prefix, *self.words, *listed))
+        size += around + 64  # special tokens
+        if self.max_length is None:
+            limits = [limit for limit in (self.kind.positions, self.kind.label_positions) if limit is not None]
+            return bool(limits) and size > min(limits)
+        return size > self.max_length and (self._prompt is not None or self._completion(row) is not None)
+
+    def _may_be_odd(self, texts: Sequence[str]) -> bool:
+        """Whether texts may have no tokens, a mask of their own, or tokens that the model has not."""
+        mask = getattr(self.tokenizer, "mask_token", None) if self.kind.name == "masked" else None
+        masks = mask is not None and any(mask in text for text in texts)
+        return masks or self._has_more_tokens or not any(c.isalnum() for text in texts for c in text)
 
     def _is_text(self, row: Row) -> bool:
         if "input_ids" in row:
@@ -269,6 +271,8 @@ class Encoder:
             return completion.encode(row, where, self.max_length)
         texts = [as_text(row[name], where, name) for name in names]
         check_not_empty(texts, where, names)
+        if len(texts) > 2:
+            raise DataError(f"text_column={names}: a tokenizer takes a text or a pair. Write a template for more.")
         if self._has_class(row):
             return {**self._read(texts), "labels": self._class(row, where)}
         return self._plain(texts, where, draw)
@@ -298,21 +302,10 @@ class Encoder:
 
     def _chat(self, row: Row, where: str) -> dict[str, Any]:
         """A conversation: the loss is on its last message, which is the assistant's."""
-        messages, template = messages_of(row), getattr(self.tokenizer, "chat_template", None)
-        if template is None:
-            raise DataError(f"{where} holds messages, and the tokenizer has no chat template: set its chat_template.")
-        said = isinstance(messages, (list, tuple)) and all(isinstance(m, Mapping) and "role" in m for m in messages)
-        if not said or len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise DataError(f"{where}: messages must be dicts with a role and end with one of the assistant's.")
-        render = self.tokenizer.apply_chat_template
-        whole = render(list(messages), tokenize=False)
-        starts = [render(list(messages[:-1]), tokenize=False, add_generation_prompt=ask) for ask in (True, False)]
-        start = next((start for start in starts if whole.startswith(start) and len(whole) > len(start)), None)
-        if start is None:
-            raise DataError(f"{where}: the chat template does not put the last message at the end.")
+        start, answer = rendered(self.tokenizer, messages_of(row), where)
         completion = Completion(self.kind, self.tokenizer, Template("{prompt}", "template"), "messages",
                                 checked=not self.own_objective)  # fmt: skip
-        return completion.continued(start, whole[len(start) :], self.max_length, where, rendered=True)
+        return completion.continued(start, answer, self.max_length, where, rendered=True)
 
     def _has_class(self, row: Row) -> bool:
         return self._needs_class() or (self.task == "auto" and row.get(self.label_column) is not None)
@@ -350,6 +343,4 @@ class Encoder:
             check_kind(kind, "text")
         if kind.name not in ("causal", "other") or (kind.name == "other" and self.task != "lm"):
             raise DataError(f"{where} is text, and {kind.model} {WANTS[kind.name]}.")
-        ids, end = text_ids(self.tokenizer, *texts), self.tokenizer.eos_token_id
-        ids = ids if end is None or ids[-1:] == [end] else [*ids, end]
-        return next_tokens(self.kind, ids, self.max_length, where)
+        return next_tokens(self.kind, closed(self.tokenizer, text_ids(self.tokenizer, *texts)), self.max_length, where)

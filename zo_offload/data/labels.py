@@ -93,7 +93,10 @@ def whole_numbers(values: Any, where: str, column: str) -> list[int]:
 
 
 def _vector(value: Any, kind: ModelKind, where: str, column: str) -> list[float]:
-    vector = torch.as_tensor(value, device="cpu").tolist()
+    try:
+        vector = torch.as_tensor(value, device="cpu").tolist()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise DataError(f"{where}: {column}={value!r} is no list of numbers: {error}.") from error
     if kind.name == "classification":
         numbers = [_number(v, where, column) for v in vector]
         single = kind.problem == "single_label_classification"

@@ -50,7 +50,11 @@ def measure(
     with _last_output(model) as last:
         values = {"loss": (float(loss(model, batch)), weight)}
     logits, labels = logits_of(last.get("output")), batch.get("labels")
-    if logits is None or not isinstance(labels, Tensor) or labels.dtype.is_floating_point:
+    if logits is None or not isinstance(labels, Tensor):
+        return values
+    if labels.dtype.is_floating_point:  # numbers of a regression, several labels a row: no accuracy, but metrics
+        if keep is not None:
+            keep(logits, labels)
         return values
     if options is not None:
         chosen, right = _option_logits(encoder, _words(options, labels.device), logits, labels)

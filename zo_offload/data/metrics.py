@@ -16,8 +16,11 @@ from torch import Tensor
 from .. import hf
 from ..errors import ConfigError, DataError
 from ..modules.kind import IGNORED
+from ..system.plain import plain_value
 
 ComputeMetrics = Callable[[Any], Any]
+
+_OURS = frozenset({"step", "loss"})
 
 
 class Metrics:
@@ -28,6 +31,10 @@ class Metrics:
     """
 
     def __init__(self, compute: ComputeMetrics, preprocess: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        for name, function in (("compute_metrics", compute), ("preprocess_logits_for_metrics", preprocess)):
+            if function is not None and not callable(function):
+                raise ConfigError(f"{name}={function!r} is no function. Pass one, such as lambda seen: "
+                                  "{'f1': ...seen.predictions, seen.label_ids...}")  # fmt: skip
         self._compute, self._preprocess = compute, preprocess
         self._seen: list[tuple[Tensor, Tensor]] = []
 
@@ -47,9 +54,13 @@ class Metrics:
         self._seen = []
         found = self._compute(hf.EvalPrediction(predictions=scores.numpy(), label_ids=right.numpy()))
         try:
-            return {str(name).removeprefix("eval_"): float(value) for name, value in found.items()}
+            values = {str(name).removeprefix("eval_"): float(plain_value(value)) for name, value in found.items()}
         except (AttributeError, TypeError, ValueError):
             raise ConfigError(f"compute_metrics returned {found!r}; expected a dict of numbers") from None
+        if taken := sorted(_OURS & set(values)):
+            raise ConfigError(f"compute_metrics returned {', '.join(map(repr, taken))}, which an evaluation has of its "
+                              "own. Give it another name")  # fmt: skip
+        return values
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

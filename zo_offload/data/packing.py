@@ -13,6 +13,7 @@ from typing import Any, overload
 from ..errors import DataError
 from .digests import RowsDigest
 from .encode import Encoder
+from .prompts import closed
 from .texts import as_text, text_ids
 
 PackedRow = dict[str, list[int]]
@@ -34,7 +35,6 @@ class PackedRows(Sequence[PackedRow]):
             raise DataError("packing=True needs max_length=, the tokens of a row")
         self._width, self._ids = width, array("i")
         self.texts = 0
-        end = tokenizer.eos_token_id
         columns = [encoder.text_column] if isinstance(encoder.text_column, str) else list(encoder.text_column)
         for i, row in enumerate(rows):
             absent = [column for column in columns if column not in row]
@@ -42,7 +42,7 @@ class PackedRows(Sequence[PackedRow]):
                 raise DataError(f"{name} row {i} lacks {', '.join(map(repr, absent))}, its columns are "
                                 f"{', '.join(map(repr, row))}. Pass text_column=.")  # fmt: skip
             ids = text_ids(tokenizer, *(as_text(row[column], f"{name} row {i}", column) for column in columns))
-            self._ids.extend(ids if end is None or ids[-1:] == [end] else [*ids, end])
+            self._ids.extend(closed(tokenizer, ids))
             self.texts += 1
         if len(self._ids) % width == 1:
             self._ids.pop()  # one token predicts nothing

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..errors import DataError
 from ..modules.kind import IGNORED, ModelKind
-from .texts import as_text, check_not_empty, continuation, is_sequence, open_ids, text_ids
+from ..system.plain import plain_value
+from .texts import as_text, bare_ids, check_not_empty, continuation, end_of_text, is_sequence, open_ids, text_ids
 
 MASK = "mask"  # the name in a template, {mask}, of the place that a masked model fills in
 
@@ -30,11 +31,11 @@ class Template:
         self.columns = list(dict.fromkeys(name for _, name, _, _ in parts if name is not None))
         self.literals = [literal for literal, *_ in parts]
         self.ends_open = not parts or parts[-1][1] is None
-        for _, name, spec, _ in parts:
-            if name is not None and (
-                spec or not name or name.isdigit() or not all(c.isalnum() or c in "_- " for c in name)
-            ):
-                raise DataError(f"{what}={text!r}: {{{name}}} is no name of a column. {hint}")
+        for _, name, spec, conversion in parts:
+            odd = name is not None and not all(c.isalnum() or c in "_- " for c in name)
+            if name is not None and (spec or conversion or not name or name.isdigit() or odd):
+                shown = f"{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}"
+                raise DataError(f"{what}={text!r}: {{{shown}}} is no name of a column. {hint}")
 
     def fill(self, values: Mapping[str, Any]) -> str:
         return string.Formatter().vformat(self.text, (), values)
@@ -102,14 +103,9 @@ class Prompt:
 
     def answer_of(self, row: Mapping[str, Any], where: str) -> int:
         """Which of the verbalizers is the row's, by its label."""
-        label, known = row.get(self.label_column), list(self.words)
+        label, known = plain_value(row.get(self.label_column)), list(self.words)
         if self._each is not None:
-            known = self._listed(row, where)
-            if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(known):
-                return label
-            if label not in known:
-                raise DataError(f"{where}: {self.label_column}={label!r} is none of {self.listed!r}: {known}.")
-            return known.index(str(label))
+            return self._listed_answer(label, self._listed(row, where), where)
         names = [str(label), str(label).strip(), *_as_whole_number(label)]
         found = next((name for name in names if name in self.words), None)
         if found is None:
@@ -117,6 +113,21 @@ class Prompt:
                 f"{where}: {self.label_column}={label!r}, but the verbalizers are for {', '.join(map(repr, known))}."
             )
         return known.index(found)
+
+    def _listed_answer(self, label: Any, known: list[str], where: str) -> int:
+        """Of options that the row lists: the label is a text among them, or else an index."""
+        said = f"{where}: {self.label_column}={label!r}"
+        index = next((int(text) for text in _as_whole_number(label) if 0 <= int(text) < len(known)), None)
+        if isinstance(label, str):
+            index = known.index(label) if label in known else index
+        elif index is not None and str(label) in known and known.index(str(label)) != index:
+            raise DataError(
+                f"{said} is the index of {known[index]!r} in {self.listed!r}, and {str(label)!r} is another text "
+                "there. Give the label as a text."
+            )
+        if index is None:
+            raise DataError(f"{said} is none of {self.listed!r}: {known}, nor an index of them, from 0.")
+        return index
 
     def options(self, row: Mapping[str, Any], where: str) -> list[list[int]]:
         """The tokens of each verbalizer, filled in from the row where they name columns."""
@@ -148,8 +159,8 @@ class Prompt:
 
     def encode(self, row: Mapping[str, Any], where: str, room: int | None) -> dict[str, Any]:
         """Inputs and labels of one row in at most `room` tokens; the template's text is cut, never the answer."""
-        values = self._values(row, where)
-        answer = self.options(row, where)[self.answer_of(row, where)]
+        values, options = self._values(row, where), self.options(row, where)
+        answer = options[self.answer_of(row, where)]
         text = self.prefix + self.template.fill(values)
         if self.kind.name == "masked":
             return self._masked(text, answer, where, room)
@@ -159,7 +170,20 @@ class Prompt:
             ids = keep_end(ids, room, where, tail=closed)
             return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": answer}
         start = keep_end(open_ids(self.tokenizer, text), None if room is None else room - len(answer), where)
+        self._check_longest(len(start), len(answer), options, where)
         return continued(self.kind, start, answer)
+
+    def _check_longest(self, start: int, own: int, options: Sequence[Sequence[int]], where: str) -> None:
+        """Raise DataError where the row runs out of positions with another answer than its own, as an evaluation has
+        it."""
+        limit, longest = self.kind.positions, max(map(len, options))
+        if limit is None or start + longest <= limit or start + own > limit:  # the last is told of the row itself
+            return
+        cut = f"Pass max_length={limit - longest + 1} to cut the prompt" if longest < limit - 1 else "Leave it out"
+        raise DataError(
+            f"{where}: with the longest verbalizer it has {start + longest} tokens, but the model takes at most "
+            f"{limit}. {cut}, or choose shorter ones."
+        )
 
     def _values(self, row: Mapping[str, Any], where: str) -> dict[str, str]:
         values = {column: as_text(row.get(column), where, column) for column in self.columns}
@@ -170,7 +194,7 @@ class Prompt:
         options = [self._word_ids(word) for word in words]
         unknown = getattr(self.tokenizer, "unk_token_id", None)
         for word, ids in zip(words, options, strict=True):
-            if not ids or (unknown is not None and unknown in self._bare(word)):
+            if not ids or (unknown is not None and unknown in bare_ids(self.tokenizer, word)):
                 raise DataError(f"{where}: {word!r} is not in the tokenizer's vocabulary. Choose another word.")
             if self.masks and len(ids) != self.masks:
                 raise DataError(
@@ -193,9 +217,6 @@ class Prompt:
         before = self._before_mask()
         space = " " if before != before.rstrip() or word != word.lstrip() else ""
         return continuation(self.tokenizer, "a" + before.rstrip(), space + word.lstrip())
-
-    def _bare(self, word: str) -> list[int]:
-        return list(self.tokenizer(word, add_special_tokens=False)["input_ids"])
 
     # ---- masks -----------------------------------------------------------------------------------------------------
 
@@ -232,64 +253,6 @@ class Prompt:
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
-class Completion:
-    """Rows with a prompt and, in a column, the text that is to be answered."""
-
-    def __init__(
-        self, kind: ModelKind, tokenizer: Any, prompt: Template, target_column: str, *, checked: bool, prefix: str = ""
-    ):
-        self.prefix = prefix
-        if tokenizer is None:
-            raise DataError(f"{target_column!r} is text: pass tokenizer=")
-        if kind.name == "masked":
-            raise DataError(f"{kind.model} does not write {target_column!r}: it says single tokens, at masks.")
-        if checked:
-            check_kind(kind, f"an answer in {target_column!r}")
-        if target_column in prompt.columns:
-            raise DataError(f"template={prompt.text!r} holds the answer: {target_column!r} is the target's column.")
-        self.kind, self.tokenizer, self.prompt, self.target_column = kind, tokenizer, prompt, target_column
-
-    @property
-    def columns(self) -> list[str]:
-        return [*self.prompt.columns, self.target_column]
-
-    def encode(self, row: Mapping[str, Any], where: str, room: int | None) -> dict[str, Any]:
-        """As `Prompt.encode`; the answer ends with EOS, and is cut only where it does not fit by itself."""
-        values = {column: as_text(row.get(column), where, column) for column in self.prompt.columns}
-        check_not_empty(list(values.values()) or ["-"], where, list(values))
-        target = as_text(row.get(self.target_column), where, self.target_column)
-        check_not_empty([target], where, [self.target_column])
-        text = self.prefix + self.prompt.fill(values)
-        if self.kind.name == "seq2seq":
-            ids, answer = text_ids(self.tokenizer, text)[:room], text_ids_of_answer(self.tokenizer, target)
-            return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": answer[:room]}
-        return self.continued(text, target, room, where)
-
-    def shown(self, row: Mapping[str, Any], where: str) -> str:
-        """The row as a demonstration: its prompt, and its answer."""
-        values = {column: as_text(row.get(column), where, column) for column in self.columns}
-        return self.prompt.fill(values) + values[self.target_column]
-
-    def continued(
-        self, text: str, target: str, room: int | None, where: str, *, rendered: bool = False
-    ) -> dict[str, Any]:
-        """A causal model's row. rendered: a chat template wrote both, with all that belongs around them."""
-        if rendered:
-            start, both = self._bare(text), self._bare(text + target)
-        else:
-            start, both = open_ids(self.tokenizer, text), open_ids(self.tokenizer, text + target)
-        answer = both[len(start) :] if both[: len(start)] == start else self._bare(target)
-        end = self.tokenizer.eos_token_id
-        answer = answer if rendered or end is None or answer[-1:] == [end] else [*answer, end]
-        if room is not None:
-            answer = answer[: max(1, room - 1)]
-            start = keep_end(start, room - len(answer), where)
-        return continued(self.kind, start, answer)
-
-    def _bare(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
 def check_kind(kind: ModelKind, what: str) -> None:
     """Raise DataError for models that do not answer with words."""
     if kind.sees_ahead:
@@ -311,8 +274,7 @@ def mask_token(tokenizer: Any, kind: ModelKind) -> str:
 def text_ids_of_answer(tokenizer: Any, text: str) -> list[int]:
     """A decoder's labels: the answer as the tokenizer writes targets, closed with EOS."""
     ids = list(tokenizer(text_target=text)["input_ids"])
-    end = tokenizer.eos_token_id
-    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+    return closed(tokenizer, ids)
 
 
 def continued(kind: ModelKind, start: list[int], answer: list[int]) -> dict[str, Any]:
@@ -320,6 +282,19 @@ def continued(kind: ModelKind, start: list[int], answer: list[int]) -> dict[str,
     ids = start + answer
     labels = kind.placed([IGNORED] * len(start) + answer)
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def closed(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Tokens with an EOS at the end, where the tokenizer has one."""
+    end = end_of_text(tokenizer)
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def keep_start(ids: list[int], room: int | None, tail: int) -> list[int]:
+    """At most `room` tokens: the first, and the closing ones (`tail` of them), as tokenizers truncate a text."""
+    if room is None or len(ids) <= room:
+        return ids
+    return ids[: max(0, room - tail)] + ids[len(ids) - tail :] if tail < room else ids[:room]
 
 
 def keep_end(ids: list[int], room: int | None, where: str, tail: int = 0) -> list[int]:

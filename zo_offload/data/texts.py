@@ -20,13 +20,32 @@ def without_second_start(tokenizer: Any, ids: list[int]) -> list[int]:
     return ids[1:] if len(ids) > 1 and ids[0] == ids[1] and ids[0] in starts else ids
 
 
+def bare_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text alone, nothing added."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def end_of_text(tokenizer: Any) -> int | None:
+    """The tokenizer's EOS, if it has one; a tokenizer may be any function."""
+    return getattr(tokenizer, "eos_token_id", None)
+
+
 def open_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text that is to be continued: without what a tokenizer closes it with (EOS, SEP)."""
+    """Tokens of a text that is to be continued: without what a tokenizer closes it with (EOS, SEP).
+
+    What the text itself ends with stays: a template may put an EOS between a question and its answer.
+    """
     ids = text_ids(tokenizer, text)
-    closing = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)} - {None}
-    while len(ids) > 1 and ids[-1] in closing:
-        ids.pop()
+    closing = {end_of_text(tokenizer), getattr(tokenizer, "sep_token_id", None)} - {None}
+    if ends := _closings(ids, closing):
+        added = max(0, ends - _closings(bare_ids(tokenizer, text), closing))
+        ids = ids[: max(1, len(ids) - added)]
     return ids
+
+
+def _closings(ids: list[int], closing: set[int | None]) -> int:
+    """How many closing tokens are at the end."""
+    return next((n for n, token in enumerate(reversed(ids)) if token not in closing), len(ids))
 
 
 def continuation(tokenizer: Any, start: str, word: str) -> list[int]:
@@ -34,7 +53,7 @@ def continuation(tokenizer: Any, start: str, word: str) -> list[int]:
     before, both = open_ids(tokenizer, start), open_ids(tokenizer, start + word)
     if both[: len(before)] == before and len(both) > len(before):
         return both[len(before) :]
-    return list(tokenizer(word, add_special_tokens=False)["input_ids"])
+    return bare_ids(tokenizer, word)
 
 
 def as_text(value: Any, where: str, column: str) -> str:
@@ -45,14 +64,19 @@ def as_text(value: Any, where: str, column: str) -> str:
         return str(value)
     if not isinstance(value, str):
         raise DataError(f"{where}: column {column!r} is a {type(value).__name__}; expected text.")
+    check_unicode(value, f"{where}: column {column!r}")
+    return value
+
+
+def check_unicode(text: str, what: str) -> None:
+    """Raise DataError for half a character, which no tokenizer takes. what: names the text in messages."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}: column {column!r} is no valid text: character {error.start} is half of a surrogate pair "
-            f"({value[error.start]!a}). Mend the file, or remove the row."
+            f"{what} is no valid text: character {error.start} is half of a surrogate pair "
+            f"({text[error.start]!a}). Mend the file, or remove the row."
         ) from error
-    return value
 
 
 def check_not_empty(texts: Sequence[str], where: str, columns: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ are given are checked against the head.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class TokenisedRows:
         if is_sequence(given) and len(given) and is_sequence(given[0]):
             return self._choices(encoded, where)
         ids, room = whole_numbers(given, where, "input_ids"), self.max_length
-        counted = _counts(encoded.get("labels"))
+        counted = _counts(encoded.get("labels"), where)
         for name, value in encoded.items():
             if room is not None and is_sequence(value) and len(value) == len(ids):
                 encoded[name] = value[:room]
@@ -73,8 +74,9 @@ class TokenisedRows:
             raise DataError(f"{where}: max_length={room} leaves nothing to predict. Raise it.")
         encoded["input_ids"] = ids[:room]
         encoded.setdefault("attention_mask", [1] * len(encoded["input_ids"]))
+        _check_lengths(encoded, where)
         encoded = self._labelled(encoded, encoded["input_ids"], where, draw)
-        if counted and not _counts(encoded.get("labels")):
+        if counted and not _counts(encoded.get("labels"), where):
             raise DataError(f"{where}: max_length={room} cuts away every label that counts. Raise it.")
         return encoded
 
@@ -85,7 +87,7 @@ class TokenisedRows:
             label = name in ("labels", "label_ids", "label", self.label_column)
             if value is None or (isinstance(value, str) and not (label and kind.name == "classification")):
                 continue
-            open_to = name.startswith("decoder_") or kind.name in ("other", "unknown")
+            open_to = str(name).startswith("decoder_") or kind.name in ("other", "unknown")
             takes = name in kind.takes or label or (kind.takes_any and open_to and _is_numeric(value))
             if takes or self.own_objective:
                 kept[name] = value
@@ -106,7 +108,8 @@ class TokenisedRows:
             if ids is not None and (kind.name == "causal" or (kind.name == "other" and self.task == "lm")):
                 if kind.sees_ahead and not self.own_objective:
                     check_kind(kind, "text")
-                return {**encoded, **next_tokens(kind, ids, None, where), "attention_mask": encoded["attention_mask"]}
+                mask = encoded["attention_mask"]
+                return {**encoded, **next_tokens(kind, ids, None, where, mask), "attention_mask": mask}
             if kind.name == "masked" and ids is not None and not self.own_objective:
                 return {**encoded, **self.hidden(ids, where, draw)}
             if kind.name not in ("other", "unknown", "bare", "causal") and not self.own_objective:
@@ -149,12 +152,28 @@ class TokenisedRows:
         return {"input_ids": given, "labels": labels}
 
 
-def next_tokens(kind: ModelKind, ids: list[int], room: int | None, where: str) -> Encoded:
-    """Every token is predicted from those before it; the first from nothing, which its label says."""
+def next_tokens(kind: ModelKind, ids: list[int], room: int | None, where: str, mask: Any = None) -> Encoded:
+    """Every token is predicted from those before it; the first from nothing, which its label says.
+
+    mask: of attention, of rows that are padded already: padding is not learned, and nothing is predicted from it.
+    """
     cut = ids[:room]
     if len(cut) < 2 <= len(ids):
         raise DataError(f"{where}: max_length={room} leaves nothing to predict. Raise it.")
-    return {"input_ids": cut, "attention_mask": [1] * len(cut), "labels": kind.placed([IGNORED, *cut[1:]])}
+    labels = [IGNORED, *cut[1:]]
+    if mask is not None and len(seen := [bool(x) for x in torch.as_tensor(mask).reshape(-1).tolist()]) == len(labels):
+        pairs = zip(labels[1:], itertools.pairwise(seen), strict=True)
+        labels[1:] = [label if before and here else IGNORED for label, (before, here) in pairs]
+    return {"input_ids": cut, "attention_mask": [1] * len(cut), "labels": kind.placed(labels)}
+
+
+def _check_lengths(encoded: Mapping[str, Any], where: str) -> None:
+    """Raise DataError for a column that says something of each token, and not of as many as there are."""
+    tokens = len(encoded["input_ids"])
+    for name in ("attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"):
+        value: Any = encoded.get(name)
+        if is_sequence(value) and not (len(value) and is_sequence(value[0])) and len(value) != tokens:
+            raise DataError(f"{where}: {len(value)} {name} for {tokens} input_ids. Give one a token.")
 
 
 def check_sizes(encoded: Encoded, kind: ModelKind, where: str) -> None:
@@ -186,9 +205,14 @@ def check_sizes(encoded: Encoded, kind: ModelKind, where: str) -> None:
         )
 
 
-def _counts(labels: Any) -> bool:
+def _counts(labels: Any, where: str) -> bool:
     """Whether some of a row's labels count."""
-    return is_sequence(labels) and bool((torch.as_tensor(labels, device="cpu") != IGNORED).any())
+    if not is_sequence(labels):
+        return False
+    try:
+        return bool((torch.as_tensor(labels, device="cpu") != IGNORED).any())
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise DataError(f"{where}: labels={labels!r} are no numbers: {error}.") from error
 
 
 def _is_numeric(value: Any) -> bool:

@@ -7,14 +7,19 @@ and have to be given again.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..system.plain import is_whole, plain_option, plain_value
 
 _PATHS = ("data", "eval_data", "save_dir")
+_COUNTS = ("steps", "batch_size", "micro_batches", "eval_every", "save_every", "log_every", "early_stopping",
+           "train_rows", "eval_rows")  # fmt: skip
+_OF_EVALUATIONS = ("eval_every", "eval_rows", "metric", "keep_best", "early_stopping")
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,22 @@ class FitCall:
     """Trackers that get losses and metrics: tensorboard, wandb, ... (transformers' names, with commas between)."""
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """As the record will have it: what a resumed run repeats must be what this one does."""
+        for name in (*_COUNTS, "epochs"):
+            object.__setattr__(self, name, plain_value(getattr(self, name)))
+        options = {name: plain_option(value) for name, value in self.options.items()}
+        object.__setattr__(self, "options", options)
+
     def after(self, record: Mapping[str, Any] | None) -> FitCall:
         """This call, with what it leaves out taken from an earlier one's `record`."""
         known = record if isinstance(record, Mapping) else {}
         options = known.get("options")
         call = replace(self, options={**(options if isinstance(options, Mapping) else {}), **self.options})
-        missing: dict[str, Any] = {f.name: known.get(f.name) for f in fields(self) if getattr(self, f.name) is None}
+        left_out = _OF_EVALUATIONS if self.eval_data is False else ()
+        missing: dict[str, Any] = {
+            f.name: known.get(f.name) for f in fields(self) if getattr(self, f.name) is None and f.name not in left_out
+        }
         if self.epochs is not None:
             missing["steps"] = self.steps  # the earlier call's are not meant
         call = replace(call, **missing)
@@ -83,14 +98,14 @@ class FitCall:
 
     def check(self) -> None:
         """Raise ConfigError on what cannot be, or if there is no data."""
-        for name in ("steps", "batch_size", "micro_batches", "eval_every", "save_every", "log_every", "early_stopping",
-                     "train_rows", "eval_rows"):  # fmt: skip
+        for name in _COUNTS:
             value, least = getattr(self, name), 0 if name == "early_stopping" else 1
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ConfigError(f"{name}={value!r}: expected a number of at least {least}")
+            if value is not None and not is_whole(value, least):
+                raise ConfigError(f"{name}={value!r}: expected a whole number of at least {least}")
         epochs = self.epochs
-        if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not epochs > 0):
-            raise ConfigError(f"epochs={epochs!r}: expected more than 0")
+        number = isinstance(epochs, (int, float)) and not isinstance(epochs, bool)
+        if epochs is not None and not (number and 0 < epochs < math.inf):
+            raise ConfigError(f"epochs={epochs!r}: expected more than 0, and an end")
         if epochs is not None and self.steps is not None:
             raise ConfigError(f"steps={self.steps} and epochs={epochs}: give one of them")
         for name in ("metric", "report_to"):
@@ -101,6 +116,10 @@ class FitCall:
         if (self.keep_best or self.early_stopping) and self.eval_data is None:
             wants = "keep_best" if self.keep_best else "early_stopping"
             raise ConfigError(f"{wants} compares evaluations: pass eval_data= (--eval-data)")
+        for name in ("eval_every", "eval_rows", "metric"):
+            if self.eval_data is None and (value := getattr(self, name)) is not None:
+                raise ConfigError(f"{name}={value!r} is of evaluations, and there is none: pass eval_data= "
+                                  "(--eval-data)")  # fmt: skip
         if self.early_stopping and self.eval_every is None:
             raise ConfigError(f"early_stopping={self.early_stopping} counts evaluations: pass eval_every= too")
 

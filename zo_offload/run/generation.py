@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.texts import check_unicode, end_of_text, open_ids, text_ids
 from ..errors import ConfigError
 from ..modules.kind import kind_of, unwrapped
 from ..modules.positions import learned_positions
@@ -49,7 +50,7 @@ def generate_texts(
         raise ConfigError("generating text needs a tokenizer: Engine(..., tokenizer=...)")
     single = isinstance(prompts, str) or _is_conversation(prompts)
     answers = kind_of(model).name == "seq2seq"
-    rows = [prompt_ids(tokenizer, prompt, closed=answers) for prompt in ([prompts] if single else _listed(prompts))]
+    rows = [prompt_ids(tokenizer, prompt, closed=answers) for prompt in _listed([prompts] if single else prompts)]
     texts = texts_after(model, tokenizer, rows, generate, **options)
     return texts[0] if single and len(texts) == 1 else texts
 
@@ -90,20 +91,7 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, closed: bool) -> list[int]:
             )
         made = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False)
         return list(made)
-    ids = list(tokenizer(prompt)["input_ids"])
-    bos = getattr(tokenizer, "bos_token_id", None)
-    if bos is not None and ids[:2] == [bos, bos]:
-        ids = ids[1:]
-    closing = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)} - {None}
-    if not closed and (ends := _closings(ids, closing)):
-        plain = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])  # what the text itself ends in stays
-        ids = ids[: max(1, len(ids) - max(0, ends - _closings(plain, closing)))]
-    return ids
-
-
-def _closings(ids: list[int], closing: set[int | None]) -> int:
-    """How many closing tokens are at the end."""
-    return next((n for n, token in enumerate(reversed(ids)) if token not in closing), len(ids))
+    return text_ids(tokenizer, prompt) if closed else open_ids(tokenizer, prompt)
 
 
 def _is_conversation(prompts: Any) -> bool:
@@ -118,6 +106,8 @@ def _listed(prompts: Any) -> list[Prompt]:
                 f"prompt {i} is a {type(prompt).__name__}: expected a text, a list of messages (dicts with role and "
                 "content), or for token ids one dict with input_ids of all rows"
             )
+        if isinstance(prompt, str):
+            check_unicode(prompt, f"prompt {i}")
     return listed
 
 
@@ -131,10 +121,12 @@ def _filled(row: list[int], width: int, pad: int, *, left: bool) -> tuple[list[i
 def _pad_token(tokenizer: Any, model: nn.Module) -> int:
     """The tokenizer's padding, else the model's, else an end of text."""
     config = getattr(model, "generation_config", None)
-    for found in (tokenizer.pad_token_id, *(getattr(config, f"{name}_token_id", None) for name in ("pad", "eos"))):
+    own = getattr(tokenizer, "pad_token_id", None)
+    for found in (own, *(getattr(config, f"{name}_token_id", None) for name in ("pad", "eos"))):
         if isinstance(found := found[0] if isinstance(found, list) and found else found, int):
             return found
-    return tokenizer.eos_token_id if isinstance(tokenizer.eos_token_id, int) else 0
+    end = end_of_text(tokenizer)
+    return end if isinstance(end, int) else 0
 
 
 def _check_positions(model: nn.Module, width: int, options: Mapping[str, Any]) -> None:

@@ -83,11 +83,18 @@ def _train(
     rows, micro_batches = call.batch_size or method.batch_size, call.micro_batches or 1
     batches = batching.batches(call.data, rows, call.options, rows=call.train_rows)
     evaluation = None
+    if compute_metrics is not None and call.eval_data is None:
+        raise ConfigError("compute_metrics is of evaluations, and there is none: pass eval_data=")
     if call.eval_data is not None:
         evaluation = batching.batches(
             call.eval_data, rows, call.options, shuffle=False, rows=call.eval_rows, compute_metrics=compute_metrics
         )
     steps = _steps(call, batches, method.steps)
+    if evaluation is not None and evaluation.is_read_once and call.eval_every is not None and call.eval_every < steps:
+        raise ConfigError(
+            f"eval_data is an iterator, which can be read once, and eval_every={call.eval_every} reads it several "
+            "times: pass a list, or a DataLoader"
+        )
     shown = Progress(progress and run.ranks.leads, run.log.version, steps, call.log_every)
     shown.found(batches)
     if run.opened.prepared.offload == "disk" and run.journal is None and run.run_dir is not None:
@@ -143,6 +150,8 @@ def _save_dir(run: Run, call: FitCall) -> Path | None:
     """Where exports on the way go; None if there are none. Raises ConfigError if there is no place for them."""
     in_memory = run.opened.name is None
     if not (call.save_every or (call.keep_best and in_memory)):
+        if call.save_dir is not None:
+            raise ConfigError(f"save_dir={call.save_dir!r}: nothing is exported on the way; pass save_every= too")
         return None
     if wrong := run.opened.cannot_be_saved():
         raise ConfigError(wrong)

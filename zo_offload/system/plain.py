@@ -1,0 +1,36 @@
+"""Values as Python and JSON have them, whatever library they come from."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def plain_value(value: Any) -> Any:
+    """A scalar of numpy or torch as Python's own."""
+    scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if scalar else value
+
+
+def plain_option(value: Any) -> Any:
+    """An option as it will be when a run's config.json is read again: numbers, texts, lists, and mappings by text.
+
+    What JSON has no word for (a tokenizer, a function) stays as it is.
+    """
+    if isinstance(value, Mapping):
+        return {str(plain_value(key)): plain_option(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_option(item) for item in value]
+    if hasattr(value, "tolist") and getattr(value, "ndim", None):
+        return plain_option(value.tolist())
+    return str(value) if isinstance(value, Path) else plain_value(value)
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether a value is a whole number of at least `least`; True and False are none."""
+    try:
+        return not isinstance(value, bool) and operator.index(value) >= least
+    except TypeError:
+        return False
