@@ -234,8 +234,8 @@ def test_epochs_are_steps_of_that_many_passes(base, tmp_path):
         (dict(keep_best=True), "keep_best compares evaluations: pass eval_data="),
         (dict(early_stopping=2), "early_stopping compares evaluations"),
         (dict(early_stopping=2, eval_data=DEV), "pass eval_every="),
-        (dict(early_stopping=-1), "early_stopping=-1: expected a number of at least 0"),
-        (dict(log_every=0), "log_every=0: expected a number of at least 1"),
+        (dict(early_stopping=-1), "early_stopping=-1: expected a whole number of at least 0"),
+        (dict(log_every=0), "log_every=0: expected a whole number of at least 1"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_step(base, asked, message):

@@ -63,7 +63,7 @@ from .run.session import Maker
 from .run.training import train
 from .run.whole import entry, release_dropped
 from .stream.ingest import Base, ModuleBase
-from .system.plain import is_whole, plain_value
+from .system.plain import is_whole, plain_value, user_path
 
 _log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class Engine:
         """
         team = find(ranks)
         with team.together("opening"):
-            return cls._resume(Path(run_dir).absolute(), model, method, changes, team)
+            return cls._resume(user_path(run_dir).absolute(), model, method, changes, team)
 
     @classmethod
     def _resume(

@@ -31,6 +31,7 @@ from ..hf import PreTrainedModel
 from ..modules.away import is_away
 from ..modules.parameters import streams
 from ..quantized.files import Spec
+from ..system.plain import user_path
 from . import tokenizers
 from .adapters import Run, is_peft, save_adapter
 from .conversion import Group, names_to_save, saving_groups
@@ -86,7 +87,7 @@ def save_pretrained(
     A shard holds at most max_shard_bytes of tensors, or one tensor. The config's dtype is that of most elements.
     Raises CheckpointError: target not empty (unless overwrite), disk full, a parameter that nothing covers.
     """
-    given = Path(directory).expanduser()
+    given = user_path(directory)
     target = given.resolve()
     _check_target(target, checkpoint, overwrite)
     known = None if names is None else set(names)

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..system.plain import user_path
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -33,7 +34,7 @@ def resolve_path(path: str | os.PathLike[str], *, weights: bool, code: bool = Fa
     Raises CheckpointError.
     """
     given = os.fspath(path)
-    directory = Path(given).expanduser()
+    directory = user_path(given)
     if directory.is_file():
         raise CheckpointError(f"{given} is a file; give the checkpoint directory that holds it and its config.json.")
     if not directory.exists():

@@ -12,14 +12,17 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, RankError, ZOError
 from ..ranks.launcher import launched
+from ..system.plain import once
+from .output import printable
 from .parser import IDENTITY, NOT_SETTINGS, parse
 
 
@@ -28,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if "--serve" in argv or argv[:1] in (["join"], ["ranks"]):
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of each line that breaks torch would print a stack
+    with printable():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str]) -> int:
     try:
         args = parse(argv, RUN)
         if args.run is not _fit and launched()[0] > 0:
@@ -62,7 +70,7 @@ def _tell_launcher(text: str) -> None:
 def _fit(args: argparse.Namespace) -> int:
     from ..journal.calls import FitCall
 
-    _check_out(args.out)
+    _check_out(args.out, args.model if args.resume else args.run_dir)
     if args.keep_best and args.out and not args.resume and args.run_dir is None:
         raise ConfigError(
             "--keep-best with --out exports an earlier step, which is made from the journal: give --run-dir"
@@ -305,8 +313,9 @@ def _generate(args: argparse.Namespace) -> int:
         raise ConfigError("--prompt is missing: a text to be continued")
     options = {"do_sample": False} if args.temperature == 0 else {"do_sample": True, "temperature": args.temperature}
     with _open(args) as engine:
-        texts = engine.generate(args.prompt, max_new_tokens=args.max_new_tokens, **options)
-    for prompt, text in zip(args.prompt, texts, strict=True):
+        prompts = [_unescaped(prompt) for prompt in args.prompt]
+        texts = engine.generate(prompts, max_new_tokens=args.max_new_tokens, **options)
+    for prompt, text in zip(prompts, texts, strict=True):
         print(f"{prompt}{text}")
     return 0
 
@@ -428,16 +437,24 @@ def _ranks(args: argparse.Namespace) -> Any:
     return Group(patience=args.patience)
 
 
-def _check_out(out: str | None) -> None:
-    """Raise before any work is done if `out` cannot be exported to."""
+def _check_out(out: str | None, run_dir: str | None = None) -> None:
+    """Raise before any work is done if `out` cannot be exported to. run_dir: of the run that is trained first."""
     if out is None:
         return
     path = Path(out).absolute()
+    run = None if run_dir is None else Path(run_dir).absolute()
+    if run is not None and path in (run, *run.parents):
+        raise ConfigError(f"--out {out} would hold the run {run_dir}: give a directory of its own to export to")
     nearest = next(p for p in (path, *path.parents) if p.exists())
     if not nearest.is_dir():
         raise ConfigError(f"--out {out}: {nearest} is a file; give a directory to write to")
     if nearest == path and any(path.iterdir()):
         raise ConfigError(f"--out {out} is not empty; give a fresh directory")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--out {out}: nothing can be written in {nearest}: {error.strerror or error}") from error
 
 
 def _refuse(args: argparse.Namespace, *names: str) -> None:
@@ -488,9 +505,31 @@ def _data_options(args: argparse.Namespace) -> dict[str, Any]:
     from ..data.encode import Encoder
 
     options = _given(args, *(name for name in _names(Encoder) if name not in ("kind", "tokenizer", "version")))
-    if "template" in options:
-        options["template"] = options["template"].replace("\\n", "\n")
+    for name in ("template", "prefix"):
+        if name in options:
+            options[name] = _unescaped(options[name])
+    if "verbalizers" in options:
+        options["verbalizers"] = _words(options["verbalizers"])
     columns = [name.strip() for text in options.get("text_column", ()) for name in text.split(",")]
     if columns:
         options["text_column"] = columns[0] if len(columns) == 1 else columns
     return options
+
+
+def _unescaped(text: str) -> str:
+    """A text of the command line, where a line's end is written as backslash and n."""
+    return text.replace("\\n", "\n")
+
+
+def _words(given: Any) -> Any:
+    """Verbalizers: a word a label, or one JSON object of words by label."""
+    if isinstance(given, Mapping):
+        return given
+    if len(given) == 1 and given[0].lstrip().startswith("{"):
+        try:
+            by_label = json.loads(given[0], object_pairs_hook=once)
+        except ValueError:
+            by_label = None  # a template: the column that lists a row's own
+        if isinstance(by_label, dict):
+            return {label: _unescaped(word) if isinstance(word, str) else word for label, word in by_label.items()}
+    return [_unescaped(word) for word in given]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..system.plain import once, user_path
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,12 @@ class ConfigFile:
 def read_config(path: str) -> ConfigFile:
     """A file's values, unchecked. Raises ConfigError."""
     try:
-        text = Path(path).expanduser().read_text()
+        text = user_path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} cannot be read: {error}") from error
     try:
-        if Path(path).suffix.lower() == ".json":
-            found = json.loads(text)
-        else:
-            import yaml
-
-            found = yaml.safe_load(text)
+        is_json = Path(path).suffix.lower() == ".json"
+        found = json.loads(text, object_pairs_hook=once) if is_json else _yaml(text)
     except Exception as error:  # yaml's errors are of a module that is loaded here
         raise ConfigError(f"--config {path} is not read: {' '.join(str(error).split())}") from error
     if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
@@ -49,6 +46,22 @@ def read_config(path: str) -> ConfigFile:
     if {"settings", "method", "model"} <= set(found):
         return _of_run(path, found)
     return ConfigFile(path, {key.replace("-", "_"): value for key, value in found.items()})
+
+
+def _yaml(text: str) -> Any:
+    """As yaml.safe_load, but a key that stands twice is an error: YAML takes the last."""
+    import yaml
+
+    loader: Any = yaml.SafeLoader
+
+    class Once(loader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            if twice := {key for key in keys if keys.count(key) > 1}:
+                raise ValueError(f"{', '.join(map(repr, sorted(twice)))} is there twice")
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader=Once)
 
 
 def _of_run(path: str, record: Mapping[str, Any]) -> ConfigFile:

@@ -15,6 +15,7 @@ import functools
 import inspect
 import itertools
 import json
+import math
 import textwrap
 import types
 from collections.abc import Collection, Mapping, Sequence
@@ -163,7 +164,10 @@ def _one(action: argparse.Action, value: Any, where: str) -> Any:
 
 def count(text: str) -> int:
     """argparse's type of a number that is at least 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
     return value
@@ -171,7 +175,21 @@ def count(text: str) -> int:
 
 def which_step(text: str) -> int | str:
     """argparse's type of a step's number, or "best"."""
-    return text if text == "best" else int(text)
+    try:
+        return text if text == "best" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no step's number, nor best") from None
+
+
+def temperature(text: str) -> float:
+    """argparse's type of a number that is 0 or more, and has an end."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no temperature: 0 or more")
+    return value
 
 
 _WORDS: dict[Any, str] = {

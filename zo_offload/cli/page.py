@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ..journal.selection import larger_is_better
 from ..system.units import show_bytes
 from .chart import Curve, line_chart
 from .history import AXES, History
@@ -76,9 +77,10 @@ def _reached(runs: Sequence[History]) -> Iterable[Sequence[str]]:
 
 def _first_and_last(run: History, name: str) -> str:
     values = [values[name] for values in run.evals if name in values]
-    if len(values) < 3:
+    known = [value for value in values if value == value]
+    if len(values) < 3 or not known:
         return _ends(values)
-    best = min(values) if name == "loss" else max(values)
+    best = max(known) if larger_is_better(name) else min(known)
     return f"{_ends(values)} (best {best:.4g})"
 
 

@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 
 from ..errors import ConfigError
 from ..system.nearest import did_you_mean
+from ..system.plain import user_path
 from . import views
 from .config_file import ConfigFile, read_config
-from .fields import Option, add_options_of, as_option, count, json_object, options_of, which_step
+from .fields import Option, add_options_of, as_option, count, json_object, options_of, temperature, which_step
 
 IDENTITY = (
     "storage", "keep", "compute", "mode", "rounding", "fold_every", "block_numel", "trainable", "seed", "num_labels",
@@ -85,7 +86,14 @@ def parse(argv: Sequence[str], run: Mapping[str, Callable[[argparse.Namespace], 
     for name, action in chosen.known().items():
         if action.nargs == "?" and not action.option_strings and getattr(args, name) is None:
             chosen.error(f"{action.metavar or name} is missing: {action.help}")
+    for name in _PATHS:  # no shell has replaced the ~ of --run-dir=~/a, or of one in a config file
+        if isinstance(value := getattr(args, name, None), str) and value.startswith("~"):
+            setattr(args, name, str(user_path(value)))
     return args
+
+
+_PATHS = ("model", "base", "data", "eval_data", "demonstrations", "run_dir", "out", "save_dir", "adapter", "tokenizer",
+          "task", "journal", "path", "timeline")  # fmt: skip
 
 
 def _config_of(argv: Sequence[str]) -> ConfigFile | None:
@@ -205,7 +213,8 @@ def _generate(generate: Parser, argv: Sequence[str], config: ConfigFile | None) 
     _opens(generate)
     generate.add_argument("--prompt", nargs="+", help="texts to be continued")
     generate.add_argument("--max-new-tokens", type=count, default=32, help="at most so many (default: 32)")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token each time")
+    coldest = "0 (default): the likeliest token each time"
+    generate.add_argument("--temperature", type=temperature, default=0.0, help=coldest)
 
 
 def _export(export: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
@@ -233,7 +242,7 @@ def _replay(replay: Parser, argv: Sequence[str], config: ConfigFile | None) -> N
 def _journal(journal: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     journal.add_argument("action", nargs="?", choices=["show", "check", "cut", "csv"], help="show, check, cut or csv")
     journal.add_argument("path", nargs="?", help="journal.zoj, or the run directory (its blocks are seen to then)")
-    journal.add_argument("--last", type=int, default=10, help="show: how many steps (default: 10)")
+    journal.add_argument("--last", type=count, default=10, help="show: how many steps (default: 10)")
     journal.add_argument("--to", type=int, help="cut: how many steps to keep")
 
 

@@ -316,7 +316,8 @@ class StreamBatches(Batches):
 
     def _checked(self, batch: Any, where: str, draw: str) -> Batch:
         """A ready batch as it is; rows, or a loader's columns of texts, encoded."""
-        rows = batch if isinstance(self.batches, Chunks) else rows_of_texts(batch)
+        whole = isinstance(batch, (list, tuple)) and self.encoder.own_objective  # which takes it as it is
+        rows = batch if isinstance(self.batches, Chunks) else None if whole else rows_of_texts(batch)
         if rows is None:
             return MadeBatch(as_tensor_batch(batch, where, own_objective=self.encoder.own_objective))
         encoded = [self.encoder(row, f"{where} row {i}", f"{draw} {i}") for i, row in enumerate(rows)]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..system.plain import once, user_path
 from .row_file import FileRow, JsonlFile, open_rows
 
 _READ = (
@@ -29,7 +30,7 @@ _PACKED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompres
 
 def open_file(path: str | Path, check: Callable[[FileRow], int]) -> Sequence[FileRow]:
     """The rows of a file. check: sees each row of one that is read where it lies. Raises DataError with the line."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.is_dir():
         saved: Sequence[FileRow] = _saved(path)
         return saved
@@ -68,7 +69,7 @@ def _unpacked(path: Path) -> list[FileRow]:
 def _json(path: Path, check: Callable[[FileRow], int]) -> Sequence[FileRow]:
     """A list of objects, or an object a line, as some write them under this name."""
     try:
-        rows = json.loads(path.read_bytes())
+        rows = json.loads(path.read_bytes(), object_pairs_hook=once)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             return JsonlFile(path, check)

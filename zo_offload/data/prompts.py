@@ -6,6 +6,7 @@ The loss is on the answer only, and the answer is never among what its own predi
 
 from __future__ import annotations
 
+import json
 import math
 import string
 from collections.abc import Mapping, Sequence
@@ -109,9 +110,10 @@ class Prompt:
         names = [str(label), str(label).strip(), *_as_whole_number(label)]
         found = next((name for name in names if name in self.words), None)
         if found is None:
-            raise DataError(
-                f"{where}: {self.label_column}={label!r}, but the verbalizers are for {', '.join(map(repr, known))}."
-            )
+            name = f"{{{json.dumps(label)}: ...}}" if isinstance(label, str) else ""
+            hint = f" Name them by label: verbalizers={name} (--verbalizers '{name}')." if name else ""
+            raise DataError(f"{where}: {self.label_column}={label!r}, but the verbalizers are for "
+                            f"{', '.join(map(repr, known))}.{hint}")  # fmt: skip
         return known.index(found)
 
     def _listed_answer(self, label: Any, known: list[str], where: str) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from ..errors import DataError
+from ..system.plain import once, user_path
 from .digests import RowsDigest
 
 LONGEST_KEPT = 8
@@ -107,8 +108,8 @@ class JsonlFile(RowFile):
 
     def _checked(self, line: bytes, number: int) -> FileRow:
         try:
-            row = json.loads(line.removesuffix(b"\n"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            row = json.loads(line.removesuffix(b"\n"), object_pairs_hook=once)
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path} line {number} is not JSON: {error}.") from error
         if not isinstance(row, dict):
             raise DataError(
@@ -121,9 +122,13 @@ class TextFile(RowFile):
     """A text a line, in column "text"; empty lines are passed over."""
 
     def _scan(self) -> Iterator[tuple[int, FileRow]]:
-        begin = 0
+        begin = _mark(self._fd)
         with open(os.dup(self._fd), "rb") as file:
+            file.seek(begin)
             for number, line in enumerate(file, start=1):
+                if number == 1 and b"\r" in line.rstrip(b"\r\n") and not line.endswith(b"\n"):
+                    raise DataError(f"{self.path} has carriage returns and no line ends: all of it would be one text. "
+                                    "Write it with line feeds.")  # fmt: skip
                 if line.strip():
                     try:
                         yield begin, self._parse(line)
@@ -142,7 +147,7 @@ class CsvFile(RowFile):
 
     def _scan(self) -> Iterator[tuple[int, FileRow]]:
         with open(os.dup(self._fd), newline="", encoding="utf-8-sig") as file:
-            at = 3 if os.pread(self._fd, 3, 0) == b"\xef\xbb\xbf" else 0  # the mark that the decoder takes away
+            at = _mark(self._fd)  # which the decoder takes away
 
             def lines() -> Iterator[str]:
                 nonlocal at
@@ -153,7 +158,9 @@ class CsvFile(RowFile):
             reader = csv.DictReader(lines(), strict=True, delimiter=self.delimiter)
             try:
                 self._header = list(reader.fieldnames or ())
-                begin = at
+                if twice := sorted({name for name in self._header if self._header.count(name) > 1}):
+                    raise DataError(f"{self.path}: the header has {', '.join(map(repr, twice))} twice. Rename one.")
+                begin, lines_before = at, reader.line_num
                 while True:
                     with _fields_of_any_length():
                         row = next(reader, None)  # takes a line at a time until a record is whole
@@ -164,15 +171,29 @@ class CsvFile(RowFile):
                             f"{self.path} line {reader.line_num}: {len(row)} fields do not match the header "
                             f"{', '.join(self._header)}."
                         )
+                    if self.delimiter == "\t" and any("\t" in v and "\n" in v for v in row.values()):
+                        raise DataError(
+                            f"{self.path} line {lines_before + 1}: a field begins with a quote, and all up to the next "
+                            f"one, in line {reader.line_num}, would be its text, tabs too. {_QUOTES}"
+                        )
                     yield begin, row
-                    begin = at
+                    begin, lines_before = at, reader.line_num
             except (csv.Error, UnicodeDecodeError) as error:
-                raise DataError(f"{self.path} after line {reader.line_num}: {error}.") from error
+                hint = f" {_QUOTES}" if isinstance(error, csv.Error) and '"' in str(error) else ""
+                raise DataError(f"{self.path} after line {reader.line_num}: {error}.{hint}") from error
 
     def _parse(self, data: bytes) -> FileRow:
         text = io.StringIO(data.decode(), newline="")
         with _fields_of_any_length():
             return next(csv.DictReader(text, self._header, strict=True, delimiter=self.delimiter))
+
+
+_QUOTES = "Where quotes are characters like others, put the field in quotes and double those in it, or write .jsonl."
+
+
+def _mark(fd: int) -> int:
+    """Bytes of the mark that some editors put before UTF-8."""
+    return 3 if os.pread(fd, 3, 0) == b"\xef\xbb\xbf" else 0
 
 
 class TsvFile(CsvFile):
@@ -193,7 +214,7 @@ def _fields_of_any_length() -> Iterator[None]:
 
 def open_rows(path: str | Path, size_of: Callable[[FileRow], int] = lambda row: 0) -> RowFile:
     """Rows of a .jsonl (an object a line) or .csv (with a header). Raises DataError with the line."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.is_file():
         raise DataError(f"{path} does not exist or is not a file.")
     kinds: dict[str, type[RowFile]] = {".jsonl": JsonlFile, ".ndjson": JsonlFile, ".csv": CsvFile, ".tsv": TsvFile,

@@ -81,7 +81,10 @@ def named_values(batch: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def rows_of_texts(batch: Any) -> list[dict[str, Any]] | None:
-    """The rows of a loader's batch that has its texts in lists, as torch's default collation leaves them; else None."""
+    """The rows of a loader's batch, as a list of them, or with its texts in lists, as torch's default collation leaves
+    them; else None."""
+    if isinstance(batch, (list, tuple)) and batch and all(isinstance(row, Mapping) for row in batch):
+        return [dict(row) for row in batch]
     columns = batch if isinstance(batch, Mapping) else {}
     lists = [v for v in columns.values() if isinstance(v, (list, tuple)) and v and all(isinstance(t, str) for t in v)]
     if not lists or "input_ids" in columns or any(not hasattr(v, "__len__") for v in columns.values()):

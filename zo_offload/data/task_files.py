@@ -42,14 +42,14 @@ def _jsonl(text: str, path: Path) -> Iterator[Record]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path} line {number} is not JSON: {error}.") from error
 
 
 def _json(text: str, path: Path) -> Iterator[Record]:
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}.") from error
     yield from found if isinstance(found, list) else [found]
 

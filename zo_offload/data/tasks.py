@@ -26,10 +26,11 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import DataError
 from ..system.nearest import did_you_mean
+from ..system.plain import is_whole, user_path
 from .task_files import FORMATS, read_records
 
 PAPERS = Path(__file__).parent / "papers"
@@ -65,7 +66,7 @@ class DataTask:
 
     def rows(self, path: str | Path, split: str) -> list[dict[str, Any]]:
         """The rows of one split of a folder, or of a file. Raises DataError with the file and the row."""
-        file = self._file(Path(path).expanduser(), split)
+        file = self._file(user_path(path), split)
         rows: list[dict[str, Any]] = []
         for number, record in enumerate(read_records(file, self.format)):
             where = f"{file} record {number}"
@@ -78,7 +79,7 @@ class DataTask:
 
     def has(self, path: str | Path, split: str) -> bool:
         """Whether a folder has that split."""
-        folder = Path(path).expanduser()
+        folder = user_path(path)
         return folder.is_dir() and any((folder / name).is_file() for name in self.files.get(split, ()))
 
     def _file(self, path: Path, split: str) -> Path:
@@ -96,13 +97,15 @@ class DataTask:
 
     def _row(self, scope: list[Any], where: str) -> dict[str, Any]:
         if not self.columns:
+            if not isinstance(scope[-1], Mapping):
+                raise DataError(f"{where} is {str(scope[-1])[:60]!r}, no row with columns: say with [columns] which.")
             return dict(scope[-1])
         return {name: _column(scope, place, where) for name, place in self.columns.items()}
 
 
 def find_task(name: str) -> DataTask:
     """A paper's task by its name, or one's own by the path of its file. Raises DataError."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.suffix != ".toml":
         path = PAPERS / f"{name}.toml"
         if not path.is_file():
@@ -110,7 +113,7 @@ def find_task(name: str) -> DataTask:
             raise DataError(f"task={name!r} is not known.{did_you_mean(name, [*known, *KINDS])} There are "
                             f"{', '.join(KINDS)}, {', '.join(known)}, and your own as FILE.toml.")  # fmt: skip
     try:
-        found = tomllib.loads(path.read_text())
+        found = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"task={name!r} cannot be read: {error}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -135,22 +138,73 @@ def _made(path: Path, found: Mapping[str, Any]) -> DataTask:
     for section, values in found.items():
         if section not in _SECTIONS:
             raise DataError(f"{path}: [{section}] is no part of a task.{did_you_mean(section, _SECTIONS)}")
+        _expect(path, section, values, str if section == "about" else Mapping)
         known = _SECTIONS[section]
-        for key in () if known is None else values:
+        for key in values if known is not None else ():
             if known is not None and key not in known:
                 raise DataError(f"{path}: [{section}] has no {key!r}.{did_you_mean(key, known)}")
     read, score = found.get("read", {}), found.get("score", {})
-    if (form := read.get("format")) is not None and form not in FORMATS:
-        raise DataError(f"{path}: format={form!r}: choose one of {', '.join(FORMATS)}.{did_you_mean(form, FORMATS)}")
+    if (form := read.get("format")) is not None and (not isinstance(form, str) or form not in FORMATS):
+        hint = did_you_mean(str(form), FORMATS)
+        raise DataError(f"{path}: format={form!r}: choose one of {', '.join(FORMATS)}.{hint}")
     for section in ("files", "prompt"):
-        if not isinstance(found.get(section), Mapping):
+        if section not in found:
             raise DataError(f"{path}: [{section}] is missing.")
-    scoring = Scoring(score["answers"], score.get("max_new_tokens", 32)) if score.get("generate") else None
-    files = {split: [names] if isinstance(names, str) else list(names) for split, names in found["files"].items()}
+    if not _are_texts(each := read.get("each", [])):
+        _wrong(path, "each", each, "a list of texts")
+    for name, values in _expect(path, "skip", read.get("skip", {}), Mapping).items():
+        _expect(path, f"skip {name}", values, list)
+    files = {split: [names] if isinstance(names, str) else names for split, names in found["files"].items()}
+    for split, names in files.items():
+        if not names or not _are_texts(names):
+            _wrong(path, f"files {split}", names, "a file's name, or a list of them")
+    for name, place in found.get("columns", {}).items():
+        _check_place(path, name, place)
     return DataTask(
         path.stem, found.get("about", ""), files, found["prompt"], found.get("columns", {}), form,
-        read.get("each", ()), read.get("skip", {}), scoring,
+        read.get("each", ()), read.get("skip", {}), _scoring(path, score),
     )  # fmt: skip
+
+
+def _scoring(path: Path, score: Mapping[str, Any]) -> Scoring | None:
+    if not _expect(path, "generate", score.get("generate", False), bool):
+        if score.get("generate") is None and score:
+            raise DataError(f"{path}: [score] without generate = true scores nothing.")
+        return None
+    if not isinstance(answers := score.get("answers"), str):
+        raise DataError(f"{path}: [score] generate = true needs answers, the column of right answers.")
+    if not is_whole(tokens := score.get("max_new_tokens", 32), 1):
+        _wrong(path, "max_new_tokens", tokens, "a whole number of at least 1")
+    return Scoring(answers, tokens)
+
+
+_WORDS: dict[Any, str] = {str: "a text", Mapping: "a table", bool: "true or false", list: "a list"}
+_PLACES = {"path": str, "drop_answer": str, "slice_of": str, "minus": str, "map": Mapping, "prefix": str, "list": bool}
+
+
+def _expect(path: Path, what: str, value: Any, kind: Any) -> Any:
+    return value if isinstance(value, kind) else _wrong(path, what, value, _WORDS[kind])
+
+
+def _wrong(path: Path, what: str, value: Any, expected: str) -> NoReturn:
+    raise DataError(f"{path}: {what} = {value!r}: expected {expected}.")
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _check_place(path: Path, column: str, place: Any) -> None:
+    """Where a column stands: a path, several of which the first that is there is taken, or a table."""
+    if isinstance(place, Mapping):
+        for key, value in place.items():
+            if key not in _PLACES:
+                raise DataError(f"{path}: column {column!r} has no {key!r}.{did_you_mean(key, _PLACES)}")
+            _expect(path, f"{column}.{key}", value, _PLACES[key])
+        if not {"path", "drop_answer"} & set(place):
+            raise DataError(f"{path}: column {column!r} says no path.")
+    elif not isinstance(place, str) and not (place and _are_texts(place)):
+        _wrong(path, f"column {column}", place, "a path, a list of them, or a table")
 
 
 def sampled(rows: Sequence[Any], count: int | None, seed: int, what: str = "rows") -> Sequence[Any]:
@@ -173,6 +227,8 @@ def _elements(record: Any, each: list[str], where: str, scope: tuple[Any, ...] =
         yield list(scope)
         return
     found = record if each[0] == "*" else _look(list(scope), each[0], where)
+    if not isinstance(found, (Mapping, list)):
+        raise DataError(f"{where}: {each[0]!r}, which each names, is {str(found)[:60]!r} and no list.")
     for element in found.values() if isinstance(found, Mapping) else found:
         yield from _elements(element, each[1:], where, scope)
 
@@ -210,6 +266,14 @@ def _column(scope: list[Any], place: Any, where: str) -> Any:
             if any(_at(element, path.split(".")) is not _ABSENT for element in scope):
                 return _look(scope, path, where)
         return _look(scope, place[-1], where)
+    try:
+        return _made_column(scope, place, where)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise DataError(f"{where} is not what the task's column {dict(place)} reads: {error!r}.") from error
+
+
+def _made_column(scope: list[Any], place: Mapping[str, Any], where: str) -> Any:
+    """As a table says."""
     of_drop = "drop_answer" in place
     found = _look(scope, place["drop_answer" if of_drop else "path"], where)
     value: Any = _drop_answer(found) if of_drop else found

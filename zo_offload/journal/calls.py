@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..system.plain import is_whole, plain_option, plain_value
+from ..system.plain import is_whole, plain_option, plain_value, user_path
 
 _PATHS = ("data", "eval_data", "save_dir")
 _COUNTS = ("steps", "batch_size", "micro_batches", "eval_every", "save_every", "log_every", "early_stopping",
@@ -91,7 +91,7 @@ class FitCall:
         kept = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in _PATHS:
             path = kept[name]
-            kept[name] = str(Path(path).expanduser().absolute()) if isinstance(path, (str, Path)) else None
+            kept[name] = str(user_path(path).absolute()) if isinstance(path, (str, Path)) else None
         kept["options"] = {name: value for name, value in self.options.items() if _is_json(value)}
         kept["epochs"] = None
         return {name: value for name, value in kept.items() if value is not None or name in _ALWAYS}

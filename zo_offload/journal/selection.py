@@ -6,12 +6,14 @@ So a resumed run has the best step, and stops, where one that was never stopped 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError
 
 _SMALLER = ("loss", "perplexity", "error", "wer", "cer", "mse", "rmse", "mae")  # what a name ends with
+_SMALLER_WORDS = frozenset((*_SMALLER, "ppl", "nll", "bpb", "bpc", "bits", "ece", "brier", "ter", "mape", "distance"))
 
 Values = Mapping[str, float]
 
@@ -64,4 +66,6 @@ class Selection:
 
 
 def larger_is_better(name: str) -> bool:
-    return not name.endswith(_SMALLER)
+    """By the words of its name: "error_rate" and "val/nll" are better when smaller."""
+    words = re.split(r"[\W_]+", name.lower())
+    return not (name.lower().endswith(_SMALLER) or _SMALLER_WORDS & set(words))

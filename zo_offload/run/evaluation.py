@@ -11,9 +11,11 @@ from ..data.answers import exact_match, f1
 from ..data.batches import Batches, RowBatches
 from ..data.encode import IGNORED
 from ..data.tasks import Scoring, task_of
+from ..data.texts import as_text
 from ..devices.placing import as_inputs, input_dtype
 from ..errors import DataError
 from ..journal.calls import FitCall
+from ..system.plain import user_path
 from .active import Run
 from .generation import check_generates, texts_after
 
@@ -50,9 +52,11 @@ def _generated(
         said = texts_after(model, tokenizer, prompts, generate, max_new_tokens=scoring.max_new_tokens, do_sample=False)
         for i, (text, row) in enumerate(zip(said, rows, strict=True)):
             answers = row.get(scoring.answers)
-            answers = [answers] if isinstance(answers, str) else answers
+            answers = answers if isinstance(answers, (list, tuple)) else [] if answers is None else [answers]
+            where = f"{batches.name} row {begin + i}"
             if not answers:
-                raise DataError(f"{batches.name} row {begin + i} has no answers in {scoring.answers!r}.")
+                raise DataError(f"{where} has no answers in {scoring.answers!r}.")
+            answers = [as_text(answer, where, scoring.answers) for answer in answers]
             line = next((line for line in text.split("\n") if line.strip()), "")
             sums["em"] += exact_match(line, answers)
             sums["f1"] += f1(line, answers)
@@ -77,7 +81,7 @@ def with_defaults(call: FitCall, run: Run) -> FitCall:
     """
     task, options = task_of(call.options.get("task")), dict(call.options)
     if task is not None and str(options["task"]).endswith(".toml"):  # the process may change its directory
-        options["task"] = str(Path(options["task"]).expanduser().absolute())
+        options["task"] = str(user_path(options["task"]).absolute())
     if run.last_fit is not None:
         return replace(call, options=options)
     is_recipe = run.method.tunes is not None

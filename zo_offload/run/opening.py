@@ -39,6 +39,7 @@ from ..modules.parameters import Tied, tie
 from ..ranks.alone import Alone
 from ..stream.ingest import Base, ModuleBase
 from ..system.host_memory import process_bytes
+from ..system.plain import user_path
 from .prepare import Prepared, prepare
 
 _log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def open_model(
     """
     ranks = Alone() if ranks is None else ranks
     if config.run_dir is not None:  # absolute once and for all: the process may change its directory
-        run_dir = Path(config.run_dir).absolute()
+        run_dir = user_path(config.run_dir).absolute()
         config = replace(config, run_dir=run_dir)
         if fresh:
             run_directory.check_fresh(run_dir)
@@ -183,7 +184,7 @@ def with_adapter(
                 "config), and trainable='requires_grad'"
             )
         return model, config
-    directory = Path(model).expanduser()
+    directory = user_path(model)
     if directory.is_dir() and adapter_configs.is_adapter(directory):
         if adapter is not None:
             raise ConfigError(
@@ -196,7 +197,7 @@ def with_adapter(
             f"adapter={str(model)!r} (--adapter {model}); for the model alone, move the adapter's files elsewhere"
         )
     if isinstance(adapter, str):
-        adapter = str(Path(adapter).expanduser().absolute())
+        adapter = str(user_path(adapter).absolute())
     return model, replace(config, adapter=adapter)
 
 

@@ -22,7 +22,8 @@ class Progress:
     the first step, the last, and a line in SECONDS."""
 
     def __init__(self, show: bool, first: int, steps: int, every: int | None = None) -> None:
-        self._show, self._first, self._steps, self._every = show, first, steps, every
+        self._show = show and sys.stderr is not None  # a process may have none
+        self._first, self._steps, self._every = first, steps, every
         self._bar: Any = None
         self._smooth: float | None = None
         self._begin = self._told = time.monotonic()

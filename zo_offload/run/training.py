@@ -29,6 +29,7 @@ from ..journal.selection import Selection
 from ..methods import lr_schedule
 from ..ranks.member import Over
 from ..stream.slots import Traffic
+from ..system.plain import user_path
 from ..system.signals import Stopped, StopRequest, stop_signals
 from ..tiers.disk import shapes_of
 from .active import Run
@@ -156,7 +157,7 @@ def _save_dir(run: Run, call: FitCall) -> Path | None:
     if wrong := run.opened.cannot_be_saved():
         raise ConfigError(wrong)
     if call.save_dir is not None:
-        return Path(call.save_dir).expanduser().absolute()
+        return user_path(call.save_dir).absolute()
     if run.run_dir is None:
         why = "save_every exports" if call.save_every else "keep_best of a model in memory exports its best step"
         raise ConfigError(f"{why}: pass save_dir=, or a run_dir=")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ..errors import ConfigError
 
 
 def plain_value(value: Any) -> Any:
@@ -34,3 +37,20 @@ def is_whole(value: Any, least: int) -> bool:
         return not isinstance(value, bool) and operator.index(value) >= least
     except TypeError:
         return False
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path with its ~ replaced: a config file has no shell to do it. Raises ConfigError for a user there is not."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path}: there is no such user, and so no home directory") from None
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json's object_pairs_hook: ValueError for a name that stands twice, of which json would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
