@@ -259,3 +259,11 @@ def test_metrics_see_labels_that_are_numbers(problem, label):
 def test_odd_rows_are_named(base, data, message):
     with Engine(base) as engine, pytest.raises(DataError, match=message):
         engine.fit(data, steps=1, batch_size=2)
+
+
+def test_one_column_of_a_table_is_no_table_but_makes_prompts(base):
+    column = pd.Series(["one", "two"])
+    with Engine(base) as engine:
+        assert engine.generate(column, max_new_tokens=2) == engine.generate(["one", "two"], max_new_tokens=2)
+        with pytest.raises(DataError, match=r"data is a Series, one column: .* data.to_frame\('text'\)"):
+            engine.fit(column, task="lm")

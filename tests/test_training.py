@@ -312,3 +312,32 @@ def test_the_command_line_exports_the_best_step(base, tmp_path, capsys):
     assert "give --run-dir" in capsys.readouterr().err
     assert main(["export", str(base), "--step", "best", "--out", str(tmp_path / "x")]) == 2
     assert "--step best is of a run" in capsys.readouterr().err
+
+
+def test_evaluations_on_other_rows_are_not_compared(base, tmp_path, caplog):
+    """A dev file that was edited between two calls, or another one: what is best of both would be nothing."""
+    dev = tmp_path / "dev.json"
+    dev.write_text(json.dumps(ROWS[:6]))
+    call = dict(batch_size=4, eval_every=1, metric="score", keep_best=True)
+    with engine_on(base, tmp_path / "run") as engine:
+        engine.fit(ROWS, eval_data=dev, steps=2, compute_metrics=Scripted(0.9, 0.5), **call)
+    dev.write_text(json.dumps(ROWS[2:6]))
+    with Engine.resume(tmp_path / "run") as engine:
+        result = engine.fit(ROWS, steps=4, compute_metrics=Scripted(0.1, 0.3, 0.2))
+        assert "its 2 evaluations so far stay in metrics.jsonl and are not compared" in caplog.text
+        assert result.best["step"] == 3 and [values["step"] for values in result.evals] == [2, 3, 4]
+    with Engine.resume(tmp_path / "run") as engine:
+        assert engine.fit(ROWS, steps=5, compute_metrics=Scripted(0.1)).best["step"] == 3
+        assert [values["step"] for values in known_evals(engine.active)] == [2, 3, 4, 5]
+
+
+def test_old_evaluations_that_do_not_say_their_rows_count(base, tmp_path):
+    with engine_on(base, tmp_path / "run") as engine:
+        engine.fit(ROWS, steps=2, compute_metrics=Scripted(0.9), metric="score", keep_best=True, **FIT)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    old = [{name: value for name, value in line.items() if name != "data"} for line in lines]
+    assert old != lines
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    with Engine.resume(tmp_path / "run") as engine:
+        result = engine.fit(ROWS, eval_data=DEV, steps=4, compute_metrics=Scripted(0.3))
+    assert result.best["step"] == 2 and len(result.evals) == 2

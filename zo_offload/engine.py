@@ -250,7 +250,7 @@ class Engine:
 
     @property
     def evals(self) -> list[dict[str, float]]:
-        """All evaluations of the run so far, those before it was resumed included."""
+        """All evaluations of the run so far on its eval_data, those before it was resumed included."""
         return self.active.evals
 
     @property

@@ -41,6 +41,8 @@ class Source:
 def open_source(data: Any, kind: ModelKind, *, own_objective: bool, batched: bool | None, version: int) -> Source:
     """Which form the data has. Reads its first element; an iterator's is put back. Raises DataError for all else."""
     name = type(data).__name__
+    if hasattr(data, "iloc") and not hasattr(data, "columns"):
+        raise DataError(f"data is a {name}, one column: give it a name and pass the frame, data.to_frame('text').")
     if hasattr(data, "iloc") and hasattr(data, "to_dict"):  # pandas
         return Source("rows", data.to_dict("records"), name)
     if isinstance(data, Mapping):

@@ -20,7 +20,7 @@ import logging
 import math
 import os
 from base64 import b64encode
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -301,16 +301,24 @@ def read_metrics(path: Path | None) -> list[dict[str, Any]]:
     return [values for values in found if isinstance(values, dict)]
 
 
-def evaluations(metrics: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The evaluations among lines of metrics.jsonl, the last of each step."""
-    found: dict[int, dict[str, float]] = {}
+def evaluations(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """The evaluations among lines of metrics.jsonl, the last of each step; of those on other data than the newest none:
+    what is best among them all, nobody could say."""
+    found: dict[int, tuple[Any, dict[str, float]]] = {}
     for values in metrics:
         evals = {
             k.removeprefix("eval_"): math.nan if v is None else v for k, v in values.items() if k.startswith("eval_")
         }
         try:
             if evals:
-                found[int(values["step"])] = {"step": values["step"], **evals}
+                found[int(values["step"])] = values.get("data"), {"step": values["step"], **evals}
         except (ValueError, KeyError, TypeError, OverflowError):
             continue
-    return [found[step] for step in sorted(found)]
+    alike = (None, evaluated_data(metrics))
+    return [found[step][1] for step in sorted(found) if found[step][0] in alike]
+
+
+def evaluated_data(metrics: Sequence[Mapping[str, Any]]) -> str | None:
+    """Which rows the newest evaluation was on; None where none says it."""
+    told = [values["data"] for values in metrics if "data" in values]
+    return told[-1] if told and isinstance(told[-1], str) else None

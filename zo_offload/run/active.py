@@ -87,6 +87,7 @@ class Run:
         self.log = UpdateLog()
         self.journal: Journal | None = None
         self.evals: list[dict[str, float]] = []
+        self.evaluated_data: str | None = None  # which rows those are on, where that is known
         self.horizon: int | None = None  # steps that the rate was begun for, where it depends on them: `binding.py`
         self.at_once = False  # whether the end is left to the journal, without a flush
         self.door, self.closing, self.brake = Door(), Closing(), Brake()
@@ -168,7 +169,8 @@ class Run:
             self._check_data = session.reopened
             self.brake = Brake(() if self.journal is None else self.journal.steps)
             if session.reopened and self.journal is not None:
-                found = run_directory.evaluations(run_directory.read_metrics(self._path(run_directory.METRICS)))
+                metrics = run_directory.read_metrics(self._path(run_directory.METRICS))
+                found, self.evaluated_data = run_directory.evaluations(metrics), run_directory.evaluated_data(metrics)
                 # the journal may have been cut since
                 self.evals = [values for values in found if values["step"] <= self.log.version]
             self.session = session

@@ -99,6 +99,7 @@ def _is_conversation(prompts: Any) -> bool:
 
 
 def _listed(prompts: Any) -> list[Prompt]:
+    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # a column of a table, an array
     listed = list(prompts) if isinstance(prompts, Sequence) else [prompts]
     for i, prompt in enumerate(listed):
         if not isinstance(prompt, str) and not _is_conversation(prompt):

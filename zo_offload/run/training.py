@@ -7,6 +7,7 @@ Signals are looked at between steps, and the second one between blocks too.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -43,6 +44,8 @@ from .result import FitResult
 from .saving import save
 from .timed import FILE as TIMELINE
 from .timed import TimedStep
+
+_log = logging.getLogger(__name__)
 
 ECHO_S = 5.0
 """Launchers of ranks pass a terminal's signal on, seconds after the terminal has sent it to all."""
@@ -113,6 +116,7 @@ def _train(
         run.ranks.same("fit", {**asked, "eval_data": evaluation and evaluation.identity()})
     if run.ranks.elastic:
         admit_members(run, {"data": binding.data, "steps": steps})
+    _compare_alike(run, evaluation)
     run.evals[:] = run.ranks.first("fit, its evaluations", lambda: run.evals)
     factor = lr_schedule(method.schedule, method.warmup_steps, run.horizon or steps)
     brake = run.brake.factor if call.brake else lambda step: 1.0
@@ -135,6 +139,21 @@ def _file_bytes(run: Run) -> int:
     """Of the block files that a new run makes."""
     layout = run.opened.prepared.layout
     return sum(shape.file_bytes for shape in shapes_of(layout.block_bytes, layout.spans, layout.stream_bytes))
+
+
+def _compare_alike(run: Run, evaluation: Batches | None) -> None:
+    """Leave evaluations on other rows than these aside: the best of both would be none."""
+    known = {} if evaluation is None else evaluation.identity() or {}
+    if not known.get("digest"):
+        return  # rows that cannot be known beforehand
+    data = f"{known['rows']} rows, {known['digest']}"
+    if run.evaluated_data not in (None, data) and run.evals:
+        _log.warning(
+            "eval_data is not what the run was evaluated on before (%s, now %s): its %d evaluations so far stay in "
+            "metrics.jsonl and are not compared with what comes", run.evaluated_data, data, len(run.evals),
+        )  # fmt: skip
+        run.evals.clear()
+    run.evaluated_data = data
 
 
 def _steps(call: FitCall, batches: Batches, default: int) -> int:
@@ -356,7 +375,7 @@ class _Look:
         values = {"step": step, **found}
         run.evals[:] = [known for known in run.evals if known["step"] != step] + [values]
         named = {("step" if k == "step" else f"eval_{k}"): v for k, v in values.items()}
-        self.metrics.write(**named)
+        self.metrics.write(**named, **({} if run.evaluated_data is None else {"data": run.evaluated_data}))
         self.history.append(named)
         best = training.selection.best(run.evals)
         is_best = best is not None and best["step"] == step
