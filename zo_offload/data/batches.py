@@ -245,7 +245,7 @@ class StreamBatches(Batches):
         return len(self.batches) if hasattr(self.batches, "__len__") else None
 
     def batch(self, step: int) -> Batch:
-        if self._last is not None and step == self._next_step - 1:
+        if self._once and self._last is not None and step == self._next_step - 1:
             return self._last  # a run looks at its first batch before it takes the step
         if self._iterator is None or step < self._next_step:
             if self._iterator is not None and self._once:

@@ -84,7 +84,9 @@ class FitCall:
         if self.epochs is not None:
             missing["steps"] = self.steps  # the earlier call's are not meant
         call = replace(call, **missing)
-        return replace(call, eval_data=None) if call.eval_data is False else call
+        if call.eval_data is not False:
+            return call
+        return replace(call, eval_data=None, eval_every=None, eval_rows=None, metric=None)
 
     def record(self) -> dict[str, Any]:
         """The part of this call that can be kept, as JSON. Its epochs are steps by now."""
