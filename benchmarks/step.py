@@ -11,16 +11,27 @@ of the pairs' ratios. Ways:
     plain mezo                     MeZO as usually written: +eps, forward, -2 eps, forward, +eps, update; torch noise
     accelerate cpu | disk, twice   two forwards through accelerate's cpu_offload / disk_offload (it cannot train;
                                    this is the least a user would pay)
+
+    python -m benchmarks.step --tiers [--tokens 128] [--repeats 20] [--storage fp32]
+
+sets up memory, host and disk at once, steps them in turn, and gives for each the median of its ratios to the step in
+memory beside it, and what a step costs that does not depend on who else uses the machine: CPU seconds of each thread,
+page faults, bytes and calls of reads and writes, context switches.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import resource
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,6 +158,66 @@ def forwards(model: nn.Module, batch: dict[str, torch.Tensor], count: int) -> Wo
     return work
 
 
+TIERS = ("none", "host", "disk")
+
+
+def spent() -> Counter[str]:
+    """What this process has spent so far: `cpu NAME` seconds of its threads (those without a name of ours, torch's,
+    together), page faults, context switches, bytes and calls of reads and writes."""
+    names = {thread.native_id: thread.name for thread in threading.enumerate()}
+    found: Counter[str] = Counter()
+    for task in Path("/proc/self/task").iterdir():
+        name = names.get(int(task.name), "torch").removeprefix("zo_offload:").split(":")[0]
+        found[f"cpu {name}"] += int((task / "schedstat").read_text().split()[0]) / 1e9  # type: ignore[assignment]
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    found.update({"minor_faults": usage.ru_minflt, "switches": usage.ru_nvcsw + usage.ru_nivcsw})
+    io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    keys = {"rchar": "read_bytes", "wchar": "write_bytes", "syscr": "reads", "syscw": "writes"}
+    found.update({name: int(io[key]) for key, name in keys.items()})
+    return found
+
+
+def tiers_in_turn(options: argparse.Namespace, name: str, tokens: int, method: MeZO, common: dict[str, Any]) -> None:
+    """Steps of all tiers in turn, each beside one in memory."""
+    ids = torch.randint(5, 50000, (1, tokens), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "labels": ids}
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder, ExitStack() as stack:
+        engines = {
+            tier: stack.enter_context(
+                Engine(
+                    make_model(name), method=method, offload=tier, storage=options.storage,
+                    fold_every=options.fold_every, snapshot_minutes=None,
+                    run_dir=f"{folder}/run" if tier == "disk" else None,
+                )
+            )
+            for tier in TIERS
+        }  # fmt: skip
+        seconds: dict[str, list[float]] = {tier: [] for tier in TIERS}
+        costs: dict[str, Counter[str]] = {tier: Counter() for tier in TIERS}
+        for i in range(options.warm + options.repeats):
+            for tier in TIERS if i % 2 else TIERS[::-1]:
+                before, start = spent(), time.perf_counter()
+                engines[tier].step(batch)
+                took, after = time.perf_counter() - start, spent()
+                if i >= options.warm:
+                    seconds[tier].append(took)
+                    costs[tier].update({key: n - before[key] for key, n in after.items()})
+        for tier, engine in engines.items():
+            ratios = [a / b for a, b in zip(seconds[tier], seconds["none"], strict=True)]
+            each = {key: round(n / options.repeats, 4) for key, n in sorted(costs[tier].items()) if n}
+            emit(
+                {
+                    "model": name, "tokens": tokens, "tier": tier, "fold_every": engine.fold_every,
+                    "ratio": round(quantile(ratios, 0.5), 3), "p20": round(quantile(ratios, 0.2), 3),
+                    "p80": round(quantile(ratios, 0.8), 3), "n": len(ratios),
+                    "step_s": round(quantile(seconds[tier], 0.5), 4),
+                    "cpu_s": round(sum(n for key, n in each.items() if key.startswith("cpu")), 4),
+                    "wait_s": round(engine.active.streamer.traffic.wait_s, 4), "each": each,
+                },
+                common,
+            )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["opt-125m", "opt-1.3b"])
@@ -155,6 +226,11 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="NAME", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--block-numel", nargs="+", type=int, default=[BLOCK_NUMEL], help="of ours: elements a block")
     parser.add_argument("--method", choices=["mezo", "fzoo"], default="mezo")
+    parser.add_argument("--tiers", action="store_true", help="memory, host and disk in turn, and what each costs")
+    parser.add_argument("--storage", help="of --tiers; default the model's own")
+    parser.add_argument("--fold-every", type=int, help="of --tiers")
+    parser.add_argument("--warm", type=int, default=8, help="of --tiers: steps before those that count")
+    parser.add_argument("--folder", type=Path, help="of --tiers: where the run on disk is, default a temporary one")
     parser.add_argument("--quick", action="store_true", help="opt-125m at 128 tokens, three repeats")
     options = parser.parse_args()
     if options.quick:
@@ -164,7 +240,9 @@ def main() -> None:
     if options.method == "fzoo":
         options.ways = [way for way in options.ways if way.startswith("ours")]
     common = about("step") | {"method": options.method, "forwards": count}
-    for name in options.models:
+    for name, tokens in product(options.models, options.tokens) if options.tiers else ():
+        tiers_in_turn(options, name, tokens, method, common)
+    for name in () if options.tiers else options.models:
         plain = make_model(name)
         for tokens in options.tokens:
             ids = torch.randint(5, 50000, (1, tokens), generator=torch.Generator().manual_seed(1))

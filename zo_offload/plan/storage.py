@@ -171,13 +171,14 @@ def is_lossless(plan: Plan, layout: Layout) -> bool:
 
 
 def choose_fold_every(
-    given: int | None, plan: Plan, layout: Layout, offload: str, distribution: str, noises: int = 1
+    given: int | None, plan: Plan, layout: Layout, in_place: bool, distribution: str, noises: int = 1
 ) -> int:
     """`fold_every`, with the default decided.
 
-    In float32 the numbers do not depend on it, so weights that are never flushed (offload "none", or all that trains is
-    resident) fold every step, which saves making the noise of pending updates again. Elsewhere it is part of the run's
-    identity and must not depend on where the blocks live. noises: of one step; each is a pending update of its own.
+    In float32 the numbers do not depend on it, so weights that are never flushed (in_place: blocks are computed with
+    where they lie; or all that trains is resident) fold every step, which saves making the noise of pending updates
+    again. Elsewhere it is part of the run's identity and must not depend on where the blocks live. noises: of one step;
+    each is a pending update of its own.
 
     With c seconds of noise an element, f seconds to flush one, folding every K steps costs c (K + 1) / 2 + f / K an
     element and step, least at K = sqrt(2 f / c). bf16 to a disk at 1 GB/s (f = 2 ns) beside one CPU core of Gaussian
@@ -187,7 +188,7 @@ def choose_fold_every(
     """
     if given is not None:
         return given
-    flushed = offload != "none" and not layout.written <= plan.resident
+    flushed = not in_place and not layout.written <= plan.resident
     usual = get_distribution(distribution).fold_every
     every = max(1, round(usual / math.sqrt(noises)))  # the c above is that of all of a step's noises
     return every if flushed or not is_lossless(plan, layout) else 1

@@ -113,7 +113,7 @@ def compare(
         if (way := _trained(plan, dtype_of, name, keep)) is None:
             continue
         stored, layout = way
-        every = choose_fold_every(fold_every, stored.plan, layout, "host", distribution, noises)
+        every = choose_fold_every(fold_every, stored.plan, layout, False, distribution, noises)
         fetched, flushed = step_bytes(stored.plan, layout, stored.plan.resident, every)
         seconds = 0.0
         if link_seconds is not None:

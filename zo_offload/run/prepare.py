@@ -74,13 +74,7 @@ class Prepared:
         On a CPU that is so of host memory too, which is the device's own, unless the settings ask for a window (or for
         less memory than the model takes): then it is what a GPU would have, to try that.
         """
-        asked = (self.config.device_memory, self.config.num_slots, self.config.prefetch)
-        return self.offload == "none" or (
-            self.offload == "host"
-            and not self.device.own_memory
-            and asked == (None, None, None)
-            and self.config.overlap
-        )
+        return _in_place(self.config, self.offload, self.device)
 
     @property
     def perturbations(self) -> int:
@@ -129,7 +123,8 @@ class Prepared:
         )
         layout = make_layout(stored.plan, stored.format_of, stored.target)
         method = self.method
-        every = choose_fold_every(config.fold_every, stored.plan, layout, offload, method.distribution, method.noises)
+        stays = _in_place(config, offload, self.device)
+        every = choose_fold_every(config.fold_every, stored.plan, layout, stays, method.distribution, method.noises)
         return replace(self, plan=stored.plan, layout=layout, config=config, offload=offload, fold_every=every)
 
     def plan_blindly(self, *, process: int = 0) -> MemoryPlan:
@@ -227,8 +222,15 @@ def prepare(
     )
     layout = make_layout(stored.plan, stored.format_of, stored.target)
     offload = choose_offload(config, layout, device, sharers) if offload is None else offload
-    fold_every = choose_fold_every(config.fold_every, stored.plan, layout, offload, method.distribution, method.noises)
-    return Prepared(_shadow(model), full, stored.plan, layout, config, method, device, offload, fold_every, note)
+    stays = _in_place(config, offload, device)
+    every = choose_fold_every(config.fold_every, stored.plan, layout, stays, method.distribution, method.noises)
+    return Prepared(_shadow(model), full, stored.plan, layout, config, method, device, offload, every, note)
+
+
+def _in_place(config: EngineConfig, offload: str, device: PlannedDevice) -> bool:
+    """`Prepared.in_place`."""
+    windowed = (config.device_memory, config.num_slots, config.prefetch) != (None, None, None) or not config.overlap
+    return offload == "none" or (offload == "host" and not device.own_memory and not windowed)
 
 
 def _with_gain(plan: Plan, method: Method) -> Plan:
