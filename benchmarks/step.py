@@ -39,6 +39,7 @@ from torch import nn
 
 from benchmarks.common import about, emit, opt_config, quantile
 from zo_offload import FZOO, Engine, Method, MeZO
+from zo_offload.config import Offload
 from zo_offload.plan.blocks import BLOCK_NUMEL
 
 Work = Callable[[], Any]
@@ -158,7 +159,7 @@ def forwards(model: nn.Module, batch: dict[str, torch.Tensor], count: int) -> Wo
     return work
 
 
-TIERS = ("none", "host", "disk")
+TIERS: tuple[Offload, ...] = ("none", "host", "disk")
 
 
 def spent() -> Counter[str]:
@@ -177,7 +178,7 @@ def spent() -> Counter[str]:
     return found
 
 
-def tiers_in_turn(options: argparse.Namespace, name: str, tokens: int, method: MeZO, common: dict[str, Any]) -> None:
+def tiers_in_turn(options: argparse.Namespace, name: str, tokens: int, method: Method, common: dict[str, Any]) -> None:
     """Steps of all tiers in turn, each beside one in memory."""
     ids = torch.randint(5, 50000, (1, tokens), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "labels": ids}

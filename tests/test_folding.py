@@ -172,7 +172,9 @@ def test_fold_every_belongs_to_the_run_where_folds_round(tmp_path):
 
 
 def test_the_default_folds_every_4_steps_or_8_with_cheap_noise():
-    assert Engine(tiny_opt(), offload="host").fold_every == 4
-    assert Engine(tiny_opt(), offload="host", method=MeZO(distribution="rademacher")).fold_every == 8
+    assert Engine(tiny_opt(), offload="host", num_slots=2).fold_every == 4
+    assert Engine(tiny_opt(), offload="host", num_slots=2, method=MeZO(distribution="rademacher")).fold_every == 8
     assert Engine(tiny_opt(), offload="none").fold_every == 1
+    assert Engine(tiny_opt(), offload="host").fold_every == 1  # on a CPU: where they lie, never flushed
+    assert Engine(tiny_opt(), offload="host", storage="bf16").fold_every == 4
     assert Engine(tiny_opt(), offload="none", storage="bf16").fold_every == 4

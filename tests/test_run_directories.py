@@ -242,9 +242,9 @@ def test_no_step_is_in_a_block_before_there_is_a_journal(base: Path) -> None:
 def test_the_lock_file_vanishes_while_a_run_begins(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create = DiskTier.create
 
-    def remove(*args: Any) -> Any:
+    def remove(*args: Any, **options: Any) -> Any:
         (tmp_path / "run" / "lock").unlink()
-        return create(*args)
+        return create(*args, **options)
 
     monkeypatch.setattr(DiskTier, "create", remove)
     with engine_in(base, tmp_path / "run") as engine, pytest.raises(ConfigError, match="'lock' was removed"):

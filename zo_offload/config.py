@@ -103,6 +103,10 @@ class EngineConfig:
     """False runs the same ops one after the other on the calling thread."""
     io_threads: int = 1
     """Threads that fetch blocks."""
+    scrub_every: int = 16
+    """offload="disk" on a CPU: blocks that lie in the system's page cache are used there, and summed again at every so
+    many visits; before anything is folded into them, and after a resume, in any case (`tiers/lending.py`). 1: every
+    visit is a copy that was summed, as it is of blocks that are not in the page cache."""
     threads: int | None = None
     """Threads of the native kernels. Default: torch.get_num_threads()."""
     order: Order = "auto"
@@ -166,6 +170,8 @@ class EngineConfig:
             raise ConfigError(f"prefetch={self.prefetch} with overlap=False: nothing is fetched ahead; leave it out")
         if self.fold_every is not None and self.fold_every < 1:
             raise ConfigError(f"fold_every={self.fold_every}: expected at least 1 (fold after every step)")
+        if self.scrub_every < 1:
+            raise ConfigError(f"scrub_every={self.scrub_every}: expected at least 1 (sum at every visit)")
         if self.snapshot_minutes is not None and not self.snapshot_minutes > 0:
             raise ConfigError(f"snapshot_minutes={self.snapshot_minutes}: expected more than 0, or None for none")
         if self.snapshot_steps is not None and self.snapshot_steps < 1:
@@ -188,10 +194,10 @@ class EngineConfig:
 
     def _check_kinds(self) -> None:
         """A setting may come from a file that somebody edited: what is not of its kind is told here, by name."""
-        always = ("block_numel", "io_threads", "seed", "device", "overlap")
+        always = ("block_numel", "io_threads", "scrub_every", "seed", "device", "overlap")
         numbers = ("num_slots", "prefetch", "threads", "fold_every", "snapshot_steps")
         for names, kind, what in (
-            (("block_numel", "io_threads", "seed", *numbers), int, "a whole number"),
+            (("block_numel", "io_threads", "scrub_every", "seed", *numbers), int, "a whole number"),
             (("snapshot_minutes",), (int, float), "a number"),
             (("storage", "compute", "device"), str, "a name"),
             (("run_dir",), (str, Path), "a path"),
@@ -236,6 +242,7 @@ class EngineSettings(TypedDict, total=False):
     prefetch: int | None
     overlap: bool
     io_threads: int
+    scrub_every: int
     threads: int | None
     order: Order
     whole: Collection[str] | None

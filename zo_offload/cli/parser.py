@@ -354,7 +354,7 @@ def _settings(kind: type) -> dict[str, Option]:
         "config_overrides": {"type": json_object, "metavar": "JSON"},
         "adapter": {"type": str, "metavar": "DIR|SETTINGS"},
         **{name: {"type": count} for name in ("fold_every", "num_slots", "block_numel", "io_threads", "threads",
-                                              "snapshot_steps")},
+                                              "scrub_every", "snapshot_steps")},
     }  # fmt: skip
     return options_of(kind, given)
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..errors import BudgetError
 from ..kernels.driver import CudaError
 from ..system.closing import Closing
-from ..tiers import UNKNOWN, HostTier, Spans, Tier
+from ..tiers import UNKNOWN, Fetched, HostTier, Spans, Tier
 from .backend import Backend
 from .pinned import RESERVE_BYTES, Lock, host_memory, refusal, warn_pageable
 
@@ -102,7 +102,7 @@ class Ring:
         closing.close()
 
 
-class HostSlabs:
+class HostSlabs(Fetched):
     """A `HostTier` whose slabs are page-locked in the background. pin: "auto" falls back to the ring where the system
     refuses, "pinned" raises BudgetError at the next fetch or flush, "staged" does not lock. streamed: the blocks to
     lock, in this order; the others move once or never, through the ring."""
@@ -250,7 +250,7 @@ class HostSlabs:
             warnings.warn(f"{self._failure}. The run goes on through a ring of chunks", stacklevel=1)
 
 
-class ThroughHost:
+class ThroughHost(Fetched):
     """A tier that knows host memory only (files), for blocks in device memory. pin: "pinned" raises BudgetError if its
     buffers cannot be locked, else they are pageable then."""
 

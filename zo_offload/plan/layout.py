@@ -66,6 +66,17 @@ class Layout:
         return sum(self.block_bytes)
 
     @cached_property
+    def used_bytes(self) -> tuple[tuple[int, int], ...]:
+        """Per block, where the last piece's streamed part ends, and the last piece's residual: behind is padding."""
+        ends = [[0, 0] for _ in self.block_bytes]
+        for place in self.places.values():
+            end = ends[place.block]
+            end[0] = max(end[0], place.offset + place.nbytes)
+            if place.residual_nbytes:
+                end[1] = max(end[1], place.residual_offset + place.residual_nbytes)
+        return tuple((streamed, max(streamed, whole)) for streamed, whole in ends)
+
+    @cached_property
     def written(self) -> frozenset[int]:
         """Blocks with a trainable parameter."""
         return frozenset(block for block, spans in enumerate(self.spans) if spans)

@@ -31,6 +31,7 @@ from ..plan.plan import Plan
 from ..stream.ingest import Base, Filler
 from ..stream.slots import WindowSize
 from ..stream.streamer import Streamer
+from ..tiers import Fetched
 from .active import Run
 from .opening import Opened, open_model
 from .session import Session, identity_of
@@ -81,7 +82,7 @@ def _begin(
     )  # fmt: skip
 
 
-class _BaseTier:
+class _BaseTier(Fetched):
     """Blocks as the base has them, at version 0; keeps the one that was brought up to date last."""
 
     in_memory = False
@@ -111,7 +112,7 @@ class _BaseTier:
         self.held, self.data = -1, torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
-class ReplayTier:
+class ReplayTier(Fetched):
     """A tier whose blocks are made when they are fetched, at the log's last fold. Read-only.
 
     check: called once all blocks have been made, so the base has been read: raises if it was not the journal's.

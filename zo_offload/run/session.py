@@ -206,6 +206,10 @@ class Maker:
         layout = self._prepared.layout
         return shapes_of(layout.block_bytes, layout.spans, layout.stream_bytes)
 
+    def _new_files(self, run_dir: Path, origin: RunOrigin) -> DiskTier:
+        every = self._prepared.config.scrub_every
+        return DiskTier.create(run_dir / run_directory.BLOCKS, self._shapes(), origin, scrub_every=every)
+
     def _identity(self, base_digest: str) -> dict[str, Any]:
         return identity_of(self.opened, base_digest)
 
@@ -234,7 +238,7 @@ class Maker:
             run_directory.save_config(run_dir, opened.name, opened.model_class, prepared.config, prepared.method)
         files = None
         if prepared.offload == "disk":
-            files = DiskTier.create(run_dir / run_directory.BLOCKS, self._shapes(), origin)
+            files = self._new_files(run_dir, origin)
             undo.callback(files.close)
         tier = files if files is not None else self._memory_tier()
         self._ingest(tier)
@@ -281,7 +285,7 @@ class Maker:
         elif files is not None:
             tier, again = files, sorted(files.torn)
         else:
-            tier = files = DiskTier.create(run_dir / run_directory.BLOCKS, self._shapes(), origin)
+            tier = files = self._new_files(run_dir, origin)
             undo.callback(files.close)
             again = all_blocks
         gains = gains_of(journal.header, prepared.plan, str(journal.path))
@@ -303,7 +307,8 @@ class Maker:
                 f"{run_dir / run_directory.BLOCKS}: written under byte layout {journal.header.get('layout')}, this "
                 f"engine has {layout.digest()}. Remove that folder to rebuild the blocks from the base and the journal"
             )
-        files = DiskTier.open(run_dir / run_directory.BLOCKS, self._shapes(), origin)
+        every = self._prepared.config.scrub_every
+        files = DiskTier.open(run_dir / run_directory.BLOCKS, self._shapes(), origin, scrub_every=every)
         undo.callback(files.close)
         for block in range(len(layout.block_bytes)):
             for generation, header in files.headers(block):
@@ -351,7 +356,7 @@ class Maker:
 
     def _snapshots(self, run_dir: Path, tier: Tier, files: DiskTier | None, origin: RunOrigin) -> Snapshots:
         def open_files() -> DiskTier:
-            return DiskTier.create(run_dir / run_directory.BLOCKS, self._shapes(), origin) if files is None else files
+            return self._new_files(run_dir, origin) if files is None else files
 
         plan, layout, config = self._prepared.plan, self._prepared.layout, self._prepared.config
         layers = groupby(plan.blocks, key=lambda block: block.name)

@@ -1,4 +1,10 @@
-"""Slots: places of the window, what is in them, and what is counted on the way."""
+"""Slots: places of the window, what is in them, and what is counted on the way.
+
+A stay that does not write its block needs no copy of it where the tier can lend the bytes as they lie (a file in the
+page cache, `tiers/lending.py`). They are given back before the slot is fetched into again, so at most as many blocks
+are lent as there are slots. What is to be folded into is always a copy. (The slot's own memory stays meanwhile: to free
+it and take it again, zeroed by the system, costs more than the copies that are saved.)
+"""
 
 from __future__ import annotations
 
@@ -11,8 +17,9 @@ from ..devices import Event
 from ..numerics.fused_kernels import Mark
 from ..plan.blocks import Piece
 from ..plan.layout import Layout
+from ..plan.plan import Plan
 from ..system.spans import Times
-from ..tiers import UNKNOWN, Tier
+from ..tiers import UNKNOWN, Lent, Tier
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,9 @@ class Slot:
     """A place for one block and what is known of its bytes. `version` is per piece while a visit is under way."""
 
     memory: Tensor
+    """The block's bytes: `own`, or what the tier has lent."""
     block: int = -1
+    lent: Lent | None = None
     ready: Event | None = None
     used: Event | None = None  # all that was computed with these bytes; None before the first visit
     version: dict[Piece, int] = field(default_factory=dict)
@@ -47,6 +56,9 @@ class Slot:
     streamed: dict[Piece, Tensor] = field(default_factory=dict)
     """Views of streamed parts, of whatever block they were asked for: a piece always lies in the same place."""
 
+    def __post_init__(self) -> None:
+        self.own = self.memory
+
     def streamed_part(self, piece: Piece, offset: int, nbytes: int) -> Tensor:
         """The bytes of a piece's streamed part: a view, which takes microseconds to make."""
         part = self.streamed.get(piece)
@@ -54,16 +66,23 @@ class Slot:
             part = self.streamed[piece] = self.memory[offset : offset + nbytes]
         return part
 
-    def fetch(self, block: int, pieces: Iterable[Piece], tier: Tier, layout: Layout, target: int | None) -> None:
-        """Read a block: the streamed part, and the residual part if a fold up to `target` is lacking (None: both).
+    def fetch(
+        self, block: int, pieces: Iterable[Piece], tier: Tier, layout: Layout, target: int | None, whole: bool = True
+    ) -> None:
+        """Read a block, or borrow it: the streamed part, and the residual part if a fold up to `target` is lacking
+        (whole: both in any case). target: None if the bytes have to be the slot's own whatever is folded.
 
         Runs on the fetch stream, after the block's last flush: only then is its version in the tier the last word.
         """
-        version = tier.version(block)
-        whole = target is None or (block in layout.written and version < target)
-        nbytes = (layout.block_bytes if whole else layout.stream_bytes)[block]
+        self.give_back()
+        folds = target is None or (block in layout.written and tier.version(block) < target)
+        nbytes = (layout.block_bytes if whole or folds else layout.stream_bytes)[block]
         self.residual = nbytes == layout.block_bytes[block]
-        tier.fetch(block, self.memory[:nbytes])
+        used = layout.used_bytes[block][self.residual]
+        if folds or (lent := tier.lend(block, used)) is None:
+            tier.fetch(block, self.own[:nbytes])
+        else:
+            self.lent, self.memory, self.streamed = lent, lent.memory, {}
         # asked again: a tier that found damage has gone back to an older version
         self.stored = tier.version(block)
         self.version = dict.fromkeys(pieces, self.stored)
@@ -76,6 +95,9 @@ class Slot:
         block is in this slot nobody else flushes it.
         """
         assert not self.dirty, "a block was folded into without its residual"
+        if self.lent is not None:
+            self.fetch_own(pieces, tier, layout)
+            return
         part = self.memory[layout.stream_bytes[self.block] : layout.block_bytes[self.block]]
         tier.fetch(self.block, part, layout.stream_bytes[self.block])
         self.fetched += part.numel()
@@ -83,8 +105,20 @@ class Slot:
             self.fetch(self.block, pieces, tier, layout, None)
         self.residual = True
 
+    def fetch_own(self, pieces: Iterable[Piece], tier: Tier, layout: Layout) -> None:
+        """Read the block that is lent: all of it, checked, into the slot's own memory. It may have gone back to an
+        older version, where it was damaged."""
+        self.fetch(self.block, pieces, tier, layout, None)
+
+    def give_back(self) -> None:
+        """The slot's own memory again, whatever was in it, in place of what was lent."""
+        if self.lent is not None:
+            self.lent.give_back()
+            self.lent, self.memory, self.streamed = None, self.own, {}
+
     def begin_write(self, piece: Piece, after: int) -> Mark:
         """Before a pass that brings a piece to version `after`: until `end_write` its version is UNKNOWN."""
+        assert self.lent is None, "lent bytes are not written to"
         self.writing = (piece, self.version[piece], after, Mark())
         self.version[piece] = UNKNOWN
         return self.writing[3]
@@ -96,6 +130,17 @@ class Slot:
         self.dirty = True
         self.version[piece] = after
         self.writing = None
+
+    def uniform_version(self, plan: Plan) -> int:
+        """The one version of all that trains in the block; 0 if nothing does."""
+        versions = {self.version[p] for p in plan.blocks[self.block].pieces if plan.params[p.name].trainable}
+        assert len(versions) < 2, f"block {self.block} would be flushed at versions {sorted(versions)}"
+        return versions.pop() if versions else 0
+
+    def count(self, traffic: Traffic) -> None:
+        """What was fetched, once."""
+        traffic.fetch_bytes += self.fetched
+        self.fetched = 0
 
     def mend(self) -> bool:
         """After a pass was broken off: find out what it did; whether the version of every piece is known."""

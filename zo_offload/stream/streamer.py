@@ -277,7 +277,7 @@ class Streamer:
             self.window.fetch_residual(slot)
         if self._folds(piece, slot):
             if not writes:  # an early visit of a block that a later one of this pass will write: fold into a copy
-                slot = replace(slot, memory=slot.memory.clone(), version=dict(slot.version), streamed={})
+                slot = replace(slot, memory=slot.memory.clone(), version=dict(slot.version), streamed={}, lent=None)
             self._fused(piece, slot, True, (), ())
         end = place.residual_offset + place.residual_nbytes
         stored = slot.memory[place.offset : place.offset + place.nbytes]
@@ -302,6 +302,8 @@ class Streamer:
     ) -> None:
         place, spec = self.layout.places[piece], self.plan.params[piece.name]
         folds = self._folds(piece, slot)
+        if writes and folds:
+            self.window.own(slot)
         stored = slot.streamed_part(piece, place.offset, place.nbytes)
         updates = self._lacking(piece, slot)
         residual = self._residual(piece, slot) if folds else None

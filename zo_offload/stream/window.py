@@ -25,12 +25,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor
 
 from ..devices import Device, Event, Stream
 from ..numerics.updates import UpdateLog
+from ..plan.blocks import Piece
 from ..plan.layout import Layout
 from ..plan.plan import Plan
 from ..system.spans import span
@@ -149,7 +150,7 @@ class BlockWindow:
         """Copy such a block, or its bytes from `start` on, between steps; its version."""
         if block in self._pinned:
             out.copy_(self._pinned[block].memory[start : start + out.numel()])
-            return self._uniform_version(self._pinned[block])
+            return self._pinned[block].uniform_version(self.plan)
         self._flush_stream.drain()
         self.tier.fetch(block, out, start)
         return self.tier.version(block)
@@ -158,7 +159,7 @@ class BlockWindow:
     def resident_bytes(self) -> int:
         """Bytes of weights in the device's memory: the window and the pinned blocks."""
         pinned = sum(self.layout.block_bytes[block] for block in self._how.pinned)
-        return pinned + sum(slot.memory.numel() for slot in self._slots)
+        return pinned + sum(slot.own.numel() for slot in self._slots)
 
     def close(self) -> None:
         """End the worker threads and let the window go; nothing is flushed. Safe to call twice."""
@@ -184,7 +185,7 @@ class BlockWindow:
                 self._enqueue_flush(slot, self.device.event())
         self._drain()
         for slot in self._live.values():
-            self._count(slot)
+            slot.count(self.traffic)
         self._forget_pass()
 
     def _drain(self) -> None:
@@ -205,6 +206,7 @@ class BlockWindow:
         # of whoever had the memory before, since an allocator gives it away while it is computed with.
         so_far = self.device.mark()
         for slot in self._slots:
+            slot.give_back()
             slot.ready, slot.used, slot.block, slot.dirty = None, so_far, -1, False
         self._ops: Iterator[Op] = schedule(
             self._visits,
@@ -279,11 +281,7 @@ class BlockWindow:
                 slot.ready.wait()
             self.traffic.wait_s += time.perf_counter() - start
             slot.ready = None
-            self._count(slot)
-
-    def _count(self, slot: Slot) -> None:
-        self.traffic.fetch_bytes += slot.fetched
-        slot.fetched = 0
+            slot.count(self.traffic)
 
     def _enqueue_fetch(self, op: Op) -> None:
         for stay in [s for s, slot in self._live.items() if slot is self._slots[op.slot]]:
@@ -291,24 +289,24 @@ class BlockWindow:
         slot = self._slots[op.slot]
         slot.block, slot.dirty = op.block, False
         self._live[op.stay] = slot
-        target = self._foretold(op)
+        target, whole = self._foretold(op), self.exact
         after = [self._event(key) for key in op.after if key[0] == "flush"]
         if slot.used is not None:  # what computed with the slot's last block is enqueued, on a GPU it may still run
             after.append(slot.used)
 
         def fetch() -> None:
             with span("zo_offload.stream:fetch", self.traffic.times, op.block):
-                self._fetch(op.block, slot, target)
+                slot.fetch(op.block, self.plan.blocks[op.block].pieces, self.tier, self.layout, target, whole)
 
         slot.ready = self._fetch_stream.submit(fetch, after, self._event(op.key))
 
-    def _foretold(self, op: Op) -> int | None:
-        """The fold that the stay's block will have to reach; None: both parts are wanted whatever is folded.
+    def _foretold(self, op: Op) -> int:
+        """The fold that the stay's block will have to reach.
 
         Known for the pass under way. For the next one it is foretold: one more step, which folds if its number says so.
         """
         if self.exact:  # evaluation: the next pass is most often one more batch of it
-            return None
+            return self.log.folded
         visits = len(self._visits)
         last = op.visit  # of a stay that goes on into the next pass, the last visit counts
         while last < op.visit + visits and self._visits[(last + 1) % visits] == op.block:
@@ -317,15 +315,20 @@ class BlockWindow:
             return self.log.folded
         return self.log.version + 1
 
-    def _fetch(self, block: int, slot: Slot, target: int | None) -> None:
-        slot.fetch(block, self.plan.blocks[block].pieces, self.tier, self.layout, target)
+    def own(self, slot: Slot) -> None:
+        """Before a slot is written: what was lent, because no fold was foretold, into the slot's own memory."""
+        if slot.lent is not None:
+            self._fetch_now(slot, slot.fetch_own)
 
     def fetch_residual(self, slot: Slot) -> None:
         """The residual part into a slot that was fetched without it. The compute waits."""
+        self._fetch_now(slot, slot.fetch_residual)
+
+    def _fetch_now(self, slot: Slot, read: Callable[[Iterable[Piece], Tier, Layout], None]) -> None:
         start = time.perf_counter()
         with span("zo_offload.stream:fetch", self.traffic.times, slot.block):
-            slot.fetch_residual(self.plan.blocks[slot.block].pieces, self.tier, self.layout)
-            self._count(slot)
+            read(self.plan.blocks[slot.block].pieces, self.tier, self.layout)
+            slot.count(self.traffic)
         self.traffic.wait_s += time.perf_counter() - start
 
     def _enqueue_flush(self, slot: Slot, event: Event) -> None:
@@ -333,7 +336,7 @@ class BlockWindow:
         if not slot.dirty:
             event.set()
             return
-        block, version = slot.block, self._uniform_version(slot)
+        block, version = slot.block, slot.uniform_version(self.plan)
         slot.dirty = False
         data = slot.memory[: self.layout.block_bytes[block]]
         spans = self.layout.spans[block]
@@ -361,11 +364,6 @@ class BlockWindow:
             self._events[key] = self.device.event()
         return self._events[key]
 
-    def _uniform_version(self, slot: Slot) -> int:
-        versions = {slot.version[p] for p in self.plan.blocks[slot.block].pieces if self.plan.params[p.name].trainable}
-        assert len(versions) < 2, f"block {slot.block} would be flushed at versions {sorted(versions)}"
-        return versions.pop() if versions else 0  # nothing in it trains
-
     # ---- one block -----------------------------------------------------------------------------------------------
 
     def load(self, block: int, *, wait_for_flush: bool = False, into_window: bool = False) -> Slot:
@@ -381,9 +379,9 @@ class BlockWindow:
         if memory is None:
             nbytes = self.layout.block_bytes[block]
             spare = into_window and block not in self._how.pinned
-            slot = Slot(self._slots[0].memory[:nbytes] if spare else self.device.alloc(nbytes), block)
-            self._fetch(block, slot, None)
-            self._count(slot)
+            slot = Slot(self._slots[0].own[:nbytes] if spare else self.device.alloc(nbytes), block)
+            slot.fetch(block, self.plan.blocks[block].pieces, self.tier, self.layout, None)
+            slot.count(self.traffic)
         else:
             version = dict.fromkeys(self.plan.blocks[block].pieces, self.tier.version(block))
             slot = Slot(memory, block, version=version, residual=True)

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .disk import DiskTier
+from .lending import Fetched, Lent
 from .memory import UNKNOWN, HostTier, ResidentTier
 
 Spans = tuple[tuple[int, int], ...]
@@ -34,7 +35,12 @@ class Tier(Protocol):
         """The block's bytes in place where the tier is the device's own memory, else None."""
         ...
 
+    def lend(self, block: int, nbytes: int) -> Lent | None:
+        """The first `nbytes` of the block where they lie, to be read until they are given back and before the block is
+        next flushed; None where they have to be fetched."""
+        ...
+
     def close(self) -> None: ...
 
 
-__all__ = ["UNKNOWN", "DiskTier", "HostTier", "ResidentTier", "Spans", "Tier"]
+__all__ = ["UNKNOWN", "DiskTier", "Fetched", "HostTier", "Lent", "ResidentTier", "Spans", "Tier"]

@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
@@ -48,6 +48,7 @@ from torch import Tensor
 
 from ..system import diskio
 from . import summed_io
+from .checksum import checksum
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -189,6 +190,25 @@ def read(fd: int, shape: FileShape, generation: int, header: Header, out: Tensor
     covered = [0, 1] * (start == 0 and stop >= shape.streamed)
     covered += [2, 3] * (start <= shape.streamed and stop == shape.nbytes)
     return all(sums[i] & 0xFFFFFFFFFFFFFFFF == header.sums[i] for i in covered)
+
+
+def lies_at(shape: FileShape, generation: int, nbytes: int) -> int | None:
+    """Where in the file the first `nbytes` of the block lie as they do in memory; None if in several places."""
+    if generation == 0 or not shape.spans:
+        return DATA
+    offset, length = shape.spans[0]
+    return shape.second if offset == 0 and length >= nbytes else None
+
+
+def is_sound(file: Tensor, shape: FileShape, generation: int, header: Header, parts: Iterable[int]) -> bool:
+    """Whether the checksums of a generation's parts (0: streamed, 1: the rest) are those of the mapped file."""
+    sums = [0, 0, 0, 0]
+    wanted = [i for part in parts for i in (2 * part, 2 * part + 1)]
+    for group in extents(shape, generation):
+        for extent in group:
+            if extent.sum in wanted:
+                sums[extent.sum] += checksum(file[extent.at : extent.at + extent.nbytes], extent.offset)
+    return all(sums[i] & 0xFFFFFFFFFFFFFFFF == header.sums[i] for i in wanted)
 
 
 def write(

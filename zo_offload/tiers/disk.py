@@ -4,8 +4,9 @@ Write-ahead rule: bytes that contain step t reach a file only after `Origin.befo
 waits for the journal. `flush` is the one place in the package that writes such bytes, for a run on disk and for the
 snapshots of a run in memory alike, and it calls this first.
 
-A block is always readable: if the generation read last is damaged (its checksum is verified at every fetch) the other
-one is taken, older, and the caller brings it up to date by replay; if both are, `rebuild` gives the block at version 0.
+A block is always readable: if the generation read last is damaged (its checksum is verified at every fetch, and of
+what is lent as `lending.py` says) the other one is taken, older, and the caller brings it up to date by replay; if both
+are, `rebuild` gives the block at version 0.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ..system import diskio
 from ..system.units import show_bytes
 from . import block_file
 from .block_file import DATA, PAGE, WHOLE, FileShape, Foreign, Header, Spans
+from .lending import SCRUB_EVERY, FileLender, Lent
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class _Block:
     shape: FileShape
     path: Path
     fd: int
+    lender: FileLender
     headers: list[Header | None] = field(default_factory=lambda: [None, None])
     durable: int = -1
     """The generation known to be on the medium, never written to while it is the only one; -1: not known."""
@@ -115,12 +118,14 @@ class DiskTier:
 
     in_memory = False
 
-    def __init__(self, directory: Path, blocks: list[_Block], origin: Origin | None) -> None:
+    def __init__(self, directory: Path, blocks: list[_Block], origin: Origin | None, scrub_every: int) -> None:
         self.directory, self._origin = directory, origin
-        self._blocks = blocks
+        self._blocks, self._scrub_every = blocks, scrub_every
 
     @classmethod
-    def create(cls, directory: Path, shapes: Sequence[FileShape], origin: Origin) -> DiskTier:
+    def create(
+        cls, directory: Path, shapes: Sequence[FileShape], origin: Origin, *, scrub_every: int = SCRUB_EVERY
+    ) -> DiskTier:
         """New block files, empty until they are first written; their space is reserved at once.
 
         Files of the same names are taken over: call it only for a run whose journal needs none of them. BudgetError if
@@ -141,7 +146,7 @@ class DiskTier:
             for shape in shapes:
                 path = _path(directory, shape.index)
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-                blocks.append(_Block(shape, path, fd))
+                blocks.append(_Block(shape, path, fd, FileLender(fd, shape)))
                 _reserve(fd, shape.file_bytes)
         except OSError as error:
             for block in blocks:
@@ -149,11 +154,17 @@ class DiskTier:
             raise diskio.storage_error(error, "making", directory, then="Nothing was trained yet.") from error
         diskio.sync_directory(directory)
         _save_shapes(directory, shapes)
-        return cls(directory, blocks, origin)
+        return cls(directory, blocks, origin, scrub_every)
 
     @classmethod
     def open(
-        cls, directory: Path, shapes: Sequence[FileShape], origin: Origin | None = None, *, write: bool = True
+        cls,
+        directory: Path,
+        shapes: Sequence[FileShape],
+        origin: Origin | None = None,
+        *,
+        write: bool = True,
+        scrub_every: int = SCRUB_EVERY,
     ) -> DiskTier:
         """The files of an earlier run, each checked against its shape. A block may have no whole generation."""
         diskio.allow_open_files(len(shapes), "block files")
@@ -169,7 +180,7 @@ class DiskTier:
                 ) from None
             except OSError as error:
                 raise diskio.storage_error(error, "opening", path, then="The run is as it was.") from error
-            block = _Block(shape, path, fd)
+            block = _Block(shape, path, fd, FileLender(fd, shape))
             blocks.append(block)
             size = os.fstat(fd).st_size
             if size != shape.file_bytes:
@@ -179,7 +190,7 @@ class DiskTier:
                     "rebuild all blocks from the base"
                 )
             block.headers = [_header(block, g) for g in (0, 1)]
-        return cls(directory, blocks, origin)
+        return cls(directory, blocks, origin, scrub_every)
 
     @staticmethod
     def is_unfinished(directory: Path, shapes: Sequence[FileShape]) -> bool:
@@ -234,6 +245,7 @@ class DiskTier:
             except OSError as error:
                 raise diskio.storage_error(error, "reading", entry.path, then=_THEN) from error
             if sound:
+                entry.lender.was_read(active, start, start + out.numel())
                 return
             log.warning("%s: generation %d (step %d) is damaged", entry.path, active, header.version)
             entry.headers[active] = None
@@ -258,6 +270,14 @@ class DiskTier:
         self.flush(block, whole, ((0, entry.shape.nbytes),), 0)
         if whole is not out:
             out.copy_(whole[start : start + out.numel()])
+
+    def lend(self, block: int, nbytes: int) -> Lent | None:
+        """The first `nbytes` of the block as they lie in the page cache, checked as `lending.py` says; None if they
+        are to be fetched."""
+        entry = self._blocks[block]
+        active = entry.active
+        header = entry.headers[active] if active >= 0 else None
+        return None if header is None else entry.lender.lend(active, header, nbytes, self._scrub_every)
 
     def verify(self, block: int, buffer: Tensor) -> dict[int, bool]:
         """generation -> whether its bytes are sound, for those that claim to be whole. buffer: at least the block."""
@@ -295,6 +315,7 @@ class DiskTier:
         entry.headers[target] = block_file.write(
             entry.fd, entry.shape, target, old, data, version, self._origin.history(version), whole
         )
+        entry.lender.was_written(target, whole)
 
     def seal(self, block: int, *, drop: bool = False) -> None:
         """Bring what was flushed to the medium; the next flush goes to the other area. Cheap if nothing was.
@@ -333,7 +354,9 @@ class DiskTier:
     def close(self) -> None:
         """Safe to call twice."""
         while self._blocks:
-            os.close(self._blocks.pop().fd)
+            entry = self._blocks.pop()
+            entry.lender.close()
+            os.close(entry.fd)
 
     def __del__(self) -> None:
         if hasattr(self, "_blocks"):  # of a run whose beginning failed

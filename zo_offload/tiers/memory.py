@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from .lending import Fetched
+
 UNKNOWN = -1
 """Version of bytes that are being written: neither the old ones nor the new ones."""
 
 
-class HostTier:
+class HostTier(Fetched):
     """Blocks in host memory, one exact allocation each; fetch and flush are copies through the window."""
 
     in_memory = True
