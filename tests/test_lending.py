@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.block_files import SHAPES, content, fetched, started
 from support.compare import assert_same
 from support.training import METHOD, batches, resident, train
 from support.zoo.small import tiny_llama, tiny_opt
-from test_block_files import SHAPES, content, fetched, started
 from zo_offload import ConfigError, Engine
 from zo_offload.errors import CheckpointError
 from zo_offload.replay import replayed

@@ -4,6 +4,7 @@ zoo               tiny models of many architectures, and inputs for them
 texts             a tiny language model whose tokenizer knows every byte
 training          a method, batches, a run of a few steps; what it gives
 compare           bit-equality, the one way to compare tensors and losses
+block_files       block files without a run: shapes, contents, and a tier that holds version 0
 planning          what `zo-offload plan` tells, without the command line around it
 plain_mezo        MeZO in a few lines, in memory: what the engine must equal
 ranks             several processes that train one run together
