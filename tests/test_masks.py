@@ -13,7 +13,7 @@ import torch
 from support.compare import assert_same
 from support.training import batches, in_words, placed, resident, stored_weights, train
 from support.zoo.small import tiny_llama, with_adapters
-from zo_offload import ConfigError, Engine, JournalError, RandomMask, SparseMeZO
+from zo_offload import QZO, ConfigError, Engine, JournalError, RandomMask, SparseMeZO
 from zo_offload.checkpoint import weights
 from zo_offload.cli import main
 from zo_offload.journal import masks
@@ -131,6 +131,14 @@ def test_an_adapter_that_begins_at_zero_is_refused_and_a_bias_is_not():
 def test_sparsities_that_are_none_are_refused(wrong):
     with pytest.raises(ConfigError, match="expected"):
         wrong()
+
+
+def test_a_mask_of_a_method_that_trains_scales_is_refused():
+    class Both(QZO):
+        mask = RandomMask.mask
+
+    with pytest.raises(ConfigError, match="method 'Both' trains scales: a mask is of the values"):
+        Both()
 
 
 def test_from_the_command_line_and_a_config(tmp_path: Path, capsys: Any) -> None:

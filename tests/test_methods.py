@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import random
+import re
 import struct
 from collections import Counter
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from zo_offload import (
     FZOOLeaveOneOut,
     FZOOReuse,
     JournalError,
+    LeZO,
     Method,
     MeZO,
     Momentum,
@@ -351,7 +353,20 @@ class Half(NSPSA):
         return Smallest(0.5)
 
 
-KEEPS = {Half: small_weights, SparseMeZO: small_weights, RandomMask: chosen_weights}
+def layers_by_chance(method, model, ids):
+    """The paper's loop, layers by their numbers: of those that are left, one after another."""
+    layers = sorted({name[: re.search(r"[.][0-9]+[.]", name).end() - 1] for name in ids if ".layers." in name})
+
+    def at(step, w):
+        left, chosen = list(layers), []
+        for draw in range(max(1, round((1 - method.sparsity) * len(layers)))):
+            chosen.append(left.pop(step_seed(0, step, (1 << 23) + draw) % len(left)))
+        return lambda name: torch.tensor(".layers." not in name or any(name.startswith(c + ".") for c in chosen))
+
+    return at
+
+
+KEEPS = {LeZO: layers_by_chance, Half: small_weights, SparseMeZO: small_weights, RandomMask: chosen_weights}
 """Which elements a method changes: (method, model, ids) -> (step, weights) -> name -> a boolean a weight."""
 
 
@@ -407,6 +422,7 @@ PROOFS = {
     ),
     "rank": (RankSGD(lr=1e-2, directions=4, top=2, batch_size=4), [(i, 1) for i in range(4)], rank),
     "seed-pool": (SeedPool(lr=1e-2, pool=3, batch_size=4), [(0, 1), (0, -1)], seed_pool),
+    "lezo": (LeZO(lr=1e-2, sparsity=0.6, weight_decay=0.1, batch_size=4), [(0, 1), (0, -1)], mezo),
     "sparse-mezo": (SparseMeZO(lr=1e-2, weight_decay=0.1, batch_size=4), [(0, 1), (0, -1)], mezo),
     "a mask of one's own": (
         Half(lr=1e-2, directions=2, batch_size=4), [(i, s) for i in range(2) for s in (1, -1)], nspsa

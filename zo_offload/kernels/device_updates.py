@@ -4,14 +4,15 @@ A step's seed, decay and fold are known when the step is launched; its coefficie
 device. `UpdateTable` keeps one `zo_update` record (csrc/api.h) a step and update in device memory. The host enqueues
 the record's known part before the forwards and the coefficient after them; the next pass finds both there.
 
-There are copies of every record, with and without weight decay (biases and norms have none) and with its coefficient
-times each of a run's gains, so that a pass is given a plain array whoever runs it.
+There are copies of every record, with and without weight decay (biases and norms have none), with its coefficient times
+each of a run's gains, and for each part of the model that single steps leave out, so that a pass is given a plain array
+whoever runs it. Of a part that a step leaves out the step's records do nothing but fold what is pending.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,25 +66,49 @@ class UpdateTable:
         device: torch.device,
         upload: Callable[[Tensor], Tensor] | None = None,
         gains: Iterable[float] = (),
+        parts: Iterable[str] = (),
     ) -> None:
         """upload: brings a host tensor to the device without waiting for it; default `tensor.to(device)`. gains: of
-        `since`, besides 1."""
+        `since`, besides 1; parts: besides what all steps train."""
         self.device = device
-        self._copies = [(gain, decay) for gain in sorted({1.0, *gains}) for decay in (True, False)]
-        factors = torch.tensor([[gain] for gain, _ in self._copies], dtype=torch.float32, device="cpu")
-        self._factors = None if len(self._copies) == 2 else factors.to(device)
+        self._parts: list[str | None] = [None, *parts]
+        self._copies = [
+            (gain, decay, part) for part in self._parts for gain in sorted({1.0, *gains}) for decay in (True, False)
+        ]
         self._upload = upload if upload is not None else lambda tensor: tensor.to(device)
-        self._folds: list[bool] = []
+        self._always = None if len(self._copies) == 2 else self._factors(frozenset()).to(device)
+        self._folds: list[list[bool]] = [[] for _ in self._parts]  # of each part's records
+        self._trains: list[list[bool]] = [[] for _ in self._parts]
         self._records = self._empty(_FIRST_CAPACITY)  # [copies], [capacity], [RECORD_BYTES]
 
     def __len__(self) -> int:
-        return len(self._folds)
+        return len(self._folds[0])
 
     def _empty(self, capacity: int) -> Tensor:
         return torch.zeros((len(self._copies), capacity, RECORD_BYTES), dtype=torch.uint8, device=self.device)
 
-    def append(self, updates: Sequence[Update]) -> int:
-        """Add records, coefficients included; the index of the first."""
+    def _factors(self, chosen: Collection[str]) -> Tensor:
+        """What a step's coefficients are multiplied by in each copy, on the host: [copies, 1]."""
+        factors = [[gain if part is None or part in chosen else 0.0] for gain, _, part in self._copies]
+        return torch.tensor(factors, dtype=torch.float32, device="cpu")
+
+    def _is_pending(self, part: int) -> bool:
+        """Whether a part has updates that nothing has folded."""
+        for fold, trains in zip(reversed(self._folds[0]), reversed(self._trains[part]), strict=True):
+            if fold or trains:
+                return not fold
+        return False
+
+    def _part_of_step(self, index: int, updates: Sequence[Update], chosen: Collection[str]) -> Sequence[Update]:
+        """A step's updates as a part has them."""
+        part = self._parts[index]
+        if part is None or part in chosen:
+            return updates
+        pending = any(u.fold for u in updates) and self._is_pending(index)
+        return [replace(u, coeff=0.0, decay=1.0, fold=u.fold and pending) for u in updates]
+
+    def append(self, updates: Sequence[Update], chosen: Collection[str] = ()) -> int:
+        """Add a step's records, coefficients included; the index of the first. chosen: the parts that it trains."""
         first, count = len(self), len(updates)
         capacity = self._records.shape[1]
         if first + count > capacity:
@@ -92,31 +117,37 @@ class UpdateTable:
             grown = self._empty(capacity)
             grown[:, :first] = self._records[:, :first]
             self._records = grown
+        of = [self._part_of_step(index, updates, chosen) for index in range(len(self._parts))]
         if count:
             packed = b"".join(
                 UPDATE.pack(u.seed, scaled(u.coeff, gain), u.decay if decay else 1.0, u.flags, 0)
-                for gain, decay in self._copies
-                for u in updates
+                for gain, decay, part in self._copies
+                for u in of[self._parts.index(part)]
             )
             records = self._upload(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
             self._records[:, first : first + count] = records.view(-1, count, RECORD_BYTES)
-        self._folds += [u.fold for u in updates]
+        for index, part in enumerate(self._parts):
+            self._folds[index] += [u.fold for u in of[index]]
+            self._trains[index] += [part is None or part in chosen] * count
         return first
 
-    def set_coefficients(self, first: int, coefficients: Tensor, applies: Tensor) -> None:
-        """Coefficients (float32, on the device) of records first, first + 1, ...
+    def set_coefficients(self, first: int, coefficients: Tensor, applies: Tensor, chosen: Collection[str] = ()) -> None:
+        """Coefficients (float32, on the device) of records first, first + 1, ... of a step that trains these parts.
 
         Where `applies` (bool, one element) is false the records change nothing: coefficient 0, decay 1.
         """
         words = self._records[:, first : first + coefficients.numel()].view(torch.float32)
         coefficients = torch.where(applies, coefficients.reshape(-1), 0.0)
-        words[..., _COEFF] = coefficients if self._factors is None else coefficients * self._factors
+        factors = self._upload(self._factors(chosen)) if chosen else self._always
+        words[..., _COEFF] = coefficients if factors is None else coefficients * factors
         words[..., _DECAY] = torch.where(applies, words[..., _DECAY], 1.0)
 
-    def since(self, first: int, decay: bool, gain: float = 1.0) -> DeviceUpdates:
-        """All records from `first` on, with their coefficients times one of the table's gains."""
-        return DeviceUpdates(self._records[self._copies.index((gain, decay))], first, tuple(self._folds[first:]))
+    def since(self, first: int, decay: bool, gain: float = 1.0, part: str | None = None) -> DeviceUpdates:
+        """All records from `first` on, with their coefficients times one of the table's gains, of one of its parts."""
+        copy, folds = self._copies.index((gain, decay, part)), self._folds[self._parts.index(part)]
+        return DeviceUpdates(self._records[copy], first, tuple(folds[first:]))
 
     def cut(self, count: int) -> None:
         """Forget all records but the first `count`."""
-        del self._folds[count:]
+        for told in (*self._folds, *self._trains):
+            del told[count:]

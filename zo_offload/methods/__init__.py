@@ -21,6 +21,7 @@ from .conservative import Conservative
 from .fzoo import FZOO
 from .fzoo_loo import FZOOLeaveOneOut
 from .fzoo_reuse import FZOOReuse
+from .lezo import LeZO
 from .meazo import MEAZO
 from .mezo import MeZO
 from .momentum import Momentum
@@ -36,8 +37,8 @@ from .spsa15 import SPSA15
 
 __all__ = [
     "DEFAULT", "FZOO", "MEAZO", "METHODS", "NSPSA", "PRESETS", "QZO", "SPSA15", "Conservative", "FZOOLeaveOneOut",
-    "FZOOReuse", "Mask", "MeZO", "Method", "Momentum", "Perturbation", "QZOShift", "RandomMask", "RankSGD", "SeedPool",
-    "SignSGD", "Smallest", "SparseMeZO", "Step",
+    "FZOOReuse", "LeZO", "Mask", "MeZO", "Method", "Momentum", "Perturbation", "QZOShift", "RandomMask", "RankSGD",
+    "SeedPool", "SignSGD", "Smallest", "SparseMeZO", "Step",
     "Told", "check_tunes", "divide", "known_record", "lr_schedule", "method_from", "method_training", "sqrt",
     "step_seed", "total",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ A method may also
     use more noises    than its lanes have, those of earlier steps say: `seeds`
     come back          to the weights in the same step, with lanes that depend on the losses so far: `next_lanes`
     leave elements out of its lanes and updates, by their magnitude or by chance: `mask`
+    leave parts out    of a model, other ones in each step: `part` and `trained_parts`
 
 A class registers itself in METHODS by its name: `class MeZO(Method, name="mezo")`, or the class's own name. A class
 whose name begins with an underscore is a part for others and is not registered.
@@ -27,8 +28,9 @@ import dataclasses
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self, final
 
 import numpy as np
@@ -40,6 +42,7 @@ from ..errors import ConfigError, DivergenceError
 from ..kernels.distributions import DISTRIBUTIONS
 from ..kernels.records import ONE, Gain, Mask, Perturbation, Smallest, Trains, Update
 from ..numerics.noise import LAYOUT_VERSION, Layout, NoiseSpec
+from ..numerics.updates import Parts
 from .presets import recipe
 
 METHODS: dict[str, type[Method]] = {}
@@ -167,6 +170,10 @@ class Method(ABC):
             )
         if self.on_nonfinite not in ("stop", "skip", "halve_eps"):
             raise ConfigError(f"on_nonfinite={self.on_nonfinite!r}: expected 'stop', 'skip' or 'halve_eps'")
+        if self.target != "values" and type(self).mask is not Method.mask:
+            raise ConfigError(
+                f"method {self.name!r} trains {self.target}: a mask is of the values, which it leaves alone"
+            )
         NoiseSpec(self.distribution, self.rounds, self.noise_layout)  # checks them
         lr_schedule(self.schedule, self.warmup_steps, max(self.steps, self.warmup_steps))
 
@@ -268,7 +275,33 @@ class Method(ABC):
         begins, and kept in its journal (`journal/masks.py`). Of values: a method that trains scales has none."""
         return None
 
+    def part(self, name: str) -> str | None:
+        """The part of the model that a parameter is in; None: it trains in every step. Of the parts a step trains those
+        that `trained_parts` says."""
+        return None
+
+    def trained_parts(self, run_seed: int, step: int, parts: Sequence[str]) -> Collection[str]:
+        """The parts that a step trains; the others are neither perturbed nor updated in it, nor written back. A
+        function of these alone. parts: those that what trains is in, in alphabetical order; may raise ConfigError."""
+        return parts
+
     # ---- what follows --------------------------------------------------------------------------------------------
+
+    @final
+    def parts(self, run_seed: int, names: Iterable[str]) -> Parts:
+        """What single steps leave out of a model whose trained parameters are these. Raises what `trained_parts`
+        raises."""
+        of = {name: part for name in names if (part := self.part(name)) is not None}
+        if type(self).part is Method.part:
+            return Parts()
+        there = sorted(set(of.values()))
+
+        @lru_cache(maxsize=1 << 12)
+        def chosen(step: int) -> frozenset[str]:
+            return frozenset(self.trained_parts(run_seed, step, there))
+
+        chosen(0)
+        return Parts(of, chosen)
 
     @property
     def noise(self) -> NoiseSpec:

@@ -9,7 +9,7 @@ is a function of the base and the updates alone, whatever tier, window or device
 A step's lanes and its update have the same mask. Of a split format (bf16+16) lanes see the coarse part and a fold the
 master: there the two differ for the weights within 2**-9 of h, some hundredths of a percent. Weights outside of the
 mask are not decayed either. A parameter whose smallest weights are all 0 (a new bias) trains as a whole: they would
-leave the mask with their first update, and an adapter that begins at 0 is refused.
+leave the mask with their first update. Where those are most of what is to train, it is refused.
 
 Source: Liu et al. 2024, "Sparse MeZO: Less Parameters for Better Performance in Zeroth-Order LLM Fine-Tuning", arXiv
 2402.15751 (NeurIPS 2025), whose best sparsities are 0.5 to 0.8 and which bears larger rates than MeZO. The paper speaks

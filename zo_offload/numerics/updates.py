@@ -6,12 +6,16 @@ mirrors the journal; the journal is the run.
 Folding: an update with `fold` set rounds the sum so far into the stored bytes; those after it stay pending, applied in
 float32 registers wherever the weights are used. Stored bytes only ever hold whole folds, so the version a block is
 brought to is that of the last fold (`UpdateLog.folded`), not that of the last step.
+
+Parts: a step may leave parameters out (`Parts`). Of such a step a parameter gets no noise and no decay; where the step
+folds, what the parameter has pending is folded, by an update that does nothing else, and if nothing is, nothing
+happens: its bytes are those of that version as they are, and nobody has to write them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from ..errors import JournalError
@@ -30,15 +34,43 @@ def with_folds(updates: Sequence[Update], step: int, fold_every: int) -> tuple[U
     return tuple(replace(update, fold=due and index == last) for index, update in enumerate(updates))
 
 
-class UpdateLog:
-    """Updates of steps `base`..`version - 1`. Version t is the state after t steps."""
+@dataclass(frozen=True)
+class Parts:
+    """Parts of a model of which a step trains some. of: the part of a parameter; one that is not in it trains always.
+    chosen(step): the parts that a step trains, a function of its number alone."""
 
-    def __init__(self, base: int = 0) -> None:
+    of: Mapping[str, str] = field(default_factory=dict)
+    chosen: Callable[[int], frozenset[str]] = lambda step: frozenset()
+
+    def trains(self, part: str | None, step: int) -> bool:
+        """Whether a step trains a part; None: what is in none."""
+        return part is None or part in self.chosen(step)
+
+    @property
+    def names(self) -> list[str]:
+        """The parts."""
+        return sorted(set(self.of.values()))
+
+
+def left_out(updates: Sequence[Update], pending: bool) -> tuple[Update, ...]:
+    """What a step that leaves a parameter out does to it. pending: whether it has updates that are not folded."""
+    folds = pending and any(update.fold for update in updates)
+    return (replace(updates[-1], coeff=0.0, decay=1.0, begins=True),) if folds else ()
+
+
+class UpdateLog:
+    """Updates of steps `base`..`version - 1`. Version t is the state after t steps.
+
+    parts: what single steps leave out.
+    """
+
+    def __init__(self, base: int = 0, parts: Parts | None = None) -> None:
         self.base = base
+        self.parts = Parts() if parts is None else parts
         self.folded = base
         """The version that blocks are brought to: steps up to and including the last one that folds."""
         self._steps: list[tuple[Update, ...]] = []
-        self._since = lru_cache(maxsize=64)(self._collect)
+        self._since = lru_cache(maxsize=64 + 8 * len(self.parts.names))(self._collect)
 
     @property
     def steps(self) -> Sequence[tuple[Update, ...]]:
@@ -74,17 +106,30 @@ class UpdateLog:
         self.folded = self.base + last + 1
         self._since.cache_clear()
 
-    def since(self, version: int, decay: bool, gain: float = 1.0) -> tuple[Update, ...]:
+    def since(self, version: int, decay: bool, gain: float = 1.0, part: str | None = None) -> tuple[Update, ...]:
         """Updates a parameter at `version` still lacks; decay=False leaves weight decay out (biases, norms).
 
-        gain: times each coefficient, rounded to float32.
+        gain: times each coefficient, rounded to float32. part: the parameter's. version: of a fold, as all stored
+        bytes are.
         """
         if version < self.base:
             raise JournalError(f"updates before step {self.base} are not in memory; a block is at version {version}")
-        return self._since(version, decay, gain)
+        return self._since(version, decay, gain, part)
 
-    def _collect(self, version: int, decay: bool, gain: float) -> tuple[Update, ...]:
-        flat = [update for step in self._steps[version - self.base :] for update in step]
+    def needed(self, part: str | None, fold: int) -> int:
+        """The version from which on a part's bytes are those of a fold: after the last step that trains it."""
+        return next((step + 1 for step in range(fold - 1, -1, -1) if self.parts.trains(part, step)), 0)
+
+    def lacks(self, version: int, part: str | None) -> bool:
+        """Whether a part's stored bytes at `version` are not those of the last fold."""
+        return version < self.needed(part, self.folded)
+
+    def _collect(self, version: int, decay: bool, gain: float, part: str | None) -> tuple[Update, ...]:
+        flat, pending = list[Update](), False
+        for step, updates in enumerate(self._steps[version - self.base :], version):
+            trains = self.parts.trains(part, step)
+            flat += updates if trains else left_out(updates, pending)
+            pending = (pending or (trains and bool(updates))) and not any(update.fold for update in updates)
         if gain != 1.0:
             flat = [replace(update, coeff=scaled(update.coeff, gain)) for update in flat]
         return tuple(flat) if decay else tuple(replace(update, decay=1.0) for update in flat)

@@ -58,14 +58,14 @@ class LateLog(UpdateLog):
     """An update log whose last steps may not be settled: blocks are given records in device memory."""
 
     def __init__(self, log: UpdateLog, table: UpdateTable) -> None:
-        super().__init__(log.base)
+        super().__init__(log.base, log.parts)
         self.table = table
         self._first: list[int] = []  # of each step: index of its first record
         for updates in log.steps:
             self.append(updates)
 
     def append(self, updates: Sequence[Update]) -> None:
-        self._add(updates, self.table.append(updates))
+        self._add(updates, self.table.append(updates, self.parts.chosen(self.version)))
 
     def _add(self, updates: Sequence[Update], first: int) -> None:
         self._first.append(first)
@@ -82,8 +82,9 @@ class LateLog(UpdateLog):
 
         before: called when all is in place but the step itself, which is the last move.
         """
-        first = self.table.append(updates)
-        self.table.set_coefficients(first, coefficients, applies)
+        chosen = self.parts.chosen(self.version)
+        first = self.table.append(updates, chosen)
+        self.table.set_coefficients(first, coefficients, applies, chosen)
         before()
         self._add(updates, first)
 
@@ -96,9 +97,11 @@ class LateLog(UpdateLog):
         self.table.cut(self._first[-1] + len(self._steps[-1]) if self._steps else 0)
         super().mend()
 
-    def _collect(self, version: int, decay: bool, gain: float) -> DeviceUpdates:  # type: ignore[override]
+    def _collect(  # type: ignore[override]
+        self, version: int, decay: bool, gain: float, part: str | None
+    ) -> DeviceUpdates:
         at = version - self.base
-        return self.table.since(self._first[at] if at < len(self._first) else len(self.table), decay, gain)
+        return self.table.since(self._first[at] if at < len(self._first) else len(self.table), decay, gain, part)
 
 
 def launch(

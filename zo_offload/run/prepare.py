@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from ..methods import Method, check_tunes
 from ..modules.recorder import ForwardCall
 from ..modules.state import undisturbed
 from ..modules.trees import tensor_bytes
+from ..numerics.updates import Parts
 from ..plan.activations import NOT_MEASURED, Activations, measure_activations
 from ..plan.layout import Layout, make_layout
 from ..plan.plan import Plan, make_plan
@@ -75,6 +77,11 @@ class Prepared:
         less memory than the model takes): then it is what a GPU would have, to try that.
         """
         return _in_place(self.config, self.offload, self.device)
+
+    @cached_property
+    def parts(self) -> Parts:
+        """What single steps leave out of what trains."""
+        return _parts(self.plan, self.config, self.method)
 
     @property
     def perturbations(self) -> int:
@@ -212,6 +219,7 @@ def prepare(
         )
     trains = _with_gain(full, method)
     check_tunes(method.tunes, method.lr, method.eps, trains)
+    _parts(trains, config, method)  # or it says that there are none
     note = ""
     if config.storage == "auto":
         storage, note = choose_storage(trains, dtype_of, config, sharers)
@@ -231,6 +239,10 @@ def _in_place(config: EngineConfig, offload: str, device: PlannedDevice) -> bool
     """`Prepared.in_place`."""
     windowed = (config.device_memory, config.num_slots, config.prefetch) != (None, None, None) or not config.overlap
     return offload == "none" or (offload == "host" and not device.own_memory and not windowed)
+
+
+def _parts(plan: Plan, config: EngineConfig, method: Method) -> Parts:
+    return method.parts(config.seed, (name for name, spec in plan.params.items() if spec.trainable))
 
 
 def _with_gain(plan: Plan, method: Method) -> Plan:

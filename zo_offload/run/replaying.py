@@ -57,7 +57,7 @@ def replayed_run(
         EngineConfig(**{**settings, **options, "run_dir": None}), example=passed["example"],
         model_class=None if isinstance(base, nn.Module) else header.get("model_class"), fresh=False, offload="disk",
     )  # fmt: skip
-    log = UpdateLog()
+    log = UpdateLog(parts=opened.prepared.parts)
     for record in steps[:to]:
         log.append(record.updates)
     objective = model_loss if passed["objective"] is None else passed["objective"]

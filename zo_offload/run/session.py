@@ -105,7 +105,7 @@ class Maker:
             if self.opened.ranks.world > 1:  # before a module's weights are let go
                 told = {"gains": record_of(gains), "masks": record_of_masks(masks), "objective": self.objective}
                 known = {**self._identity(self._base.digest()), **told}
-            return Session(tier, self._stepper(UpdateLog(), None, gains), gains, masks, identity=known)
+            return Session(tier, self._stepper(self._log(), None, gains), gains, masks, identity=known)
         home = self.opened.home
         assert home is not None
         try:
@@ -147,7 +147,7 @@ class Maker:
 
     def _follow_in_memory(self, told: bytes, admit: Callable[[Journal], None]) -> Session:
         """In memory alone: a run that another process keeps, from the base and its journal."""
-        journal, updates = Mirror(Path(run_directory.JOURNAL), told), UpdateLog()
+        journal, updates = Mirror(Path(run_directory.JOURNAL), told), self._log()
         for record in journal.steps:
             updates.append(record.updates)
         known = journal.header
@@ -187,6 +187,9 @@ class Maker:
     def _first_masks(self) -> Masks:
         prepared = self._prepared
         return decide_masks(prepared.plan, prepared.method, self._base, prepared.config.seed)
+
+    def _log(self) -> UpdateLog:
+        return UpdateLog(parts=self._prepared.parts)
 
     def _memory_tier(self) -> Tier:
         block_bytes, device = self._prepared.layout.block_bytes, self.opened.device
@@ -253,7 +256,7 @@ class Maker:
             files.bind(history_start(header))  # before there is a journal: a run's blocks say what they are of
         journal = Journal.create(self._path, header) if self._leads else Mirror.begun(self._path, header)
         undo.callback(journal.close)
-        stepper = self._stepper(UpdateLog(), journal, gains)
+        stepper = self._stepper(self._log(), journal, gains)
         origin.begin(journal, stepper)
         return Session(tier, stepper, gains, masks, journal, lock, self._snapshots(run_dir, tier, files, origin))
 
@@ -263,7 +266,7 @@ class Maker:
         undo.callback(journal.close)
         if journal.dropped_bytes:
             _log.warning("%s: dropped the unfinished last %d bytes", journal.path, journal.dropped_bytes)
-        updates = UpdateLog()
+        updates = self._log()
         for record in journal.steps:
             updates.append(record.updates)
         blocks, files = run_dir / run_directory.BLOCKS, None

@@ -249,7 +249,7 @@ def make_stepper(
     """
     if device.late and not prepared.method.comes_back and not waits:
         factors = {gain.update for gain in gains.values()}
-        log = LateLog(log, UpdateTable(device.torch_device, device.upload, factors))
+        log = LateLog(log, UpdateTable(device.torch_device, device.upload, factors, log.parts.names))
     formats = [place.fmt.torch_dtype for place in prepared.layout.places.values()]
     largest = min((torch.finfo(dtype).max for dtype in formats), default=math.inf)
     return Stepper(

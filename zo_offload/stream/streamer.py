@@ -48,6 +48,8 @@ class _Recipe:
     dtypes: list[torch.dtype]
     once: list[bool]
     """Whether a parameter does not train, so that all lanes have the same tensor."""
+    of: list[str | None]
+    """Which part of the model it is of, if single steps leave that out."""
     parts: list[tuple[Piece, int, int]]
     """(piece, index of its parameter, its first element's place in what is there of the parameter)."""
 
@@ -89,7 +91,15 @@ class Streamer:
         self.changes = FoldSample(scales=layout.target == "scales", stochastic=rounding == "stochastic")
         """How many of the stored values folds change."""
         self.window = BlockWindow(
-            plan, layout, tier, device, log, how=window, fold_every=fold_every, settle=self._settle
+            plan,
+            layout,
+            tier,
+            device,
+            log,
+            how=window,
+            fold_every=fold_every,
+            settle=self._settle,
+            needed=self._needed,
         )
         """The blocks on their way."""
         self.reader = Reader(
@@ -181,16 +191,19 @@ class Streamer:
         recipe = self._recipes.get(key)
         if recipe is None:
             recipe = self._recipes[key] = self._recipe(owner, pieces)
+        once, step = recipe.once, self.log.version
+        if any(recipe.of):  # what this step leaves out is one tensor for all lanes too
+            once = [o or not self.log.parts.trains(part, step) for o, part in zip(once, recipe.of, strict=True)]
         scratch = self._pool.take(
             recipe.shapes if rows is None else [(len(rows), *shape[1:]) for shape in recipe.shapes],
             recipe.dtypes,
             len(perturbations),
-            once=recipe.once,
+            once=once,
             fresh=fresh,
         )
         for part, index, start_at in recipe.parts:
             slot, writes = window.acquire(self.layout.places[part].block)
-            lanes = perturbations[:1] if recipe.once[index] else perturbations
+            lanes = perturbations[:1] if once[index] else perturbations
             outs = [tensors[index] for tensors in scratch.tensors[: len(lanes)]]
             if rows is None and outs[0].numel() != part.numel:
                 outs = [out.view(-1)[start_at : start_at + part.numel] for out in outs]
@@ -210,6 +223,7 @@ class Streamer:
             [shapes[name] for name in names],
             [self.plan.params[name].dtype for name in names],
             [not self.plan.params[name].trainable for name in names],
+            [self.log.parts.of.get(name) for name in names],
             [(part, names.index(part.name), part.start - first[part.name]) for part in parts],
         )
 
@@ -225,6 +239,8 @@ class Streamer:
         for piece in self.plan.blocks[slot.block].pieces:
             if self._folds(piece, slot):
                 self._fused(piece, slot, True, (), ())
+            elif self.plan.params[piece.name].trainable:  # its bytes are those of the fold as they are
+                slot.version[piece] = max(slot.version[piece], self.log.folded)
 
     def _emit_one(
         self,
@@ -264,8 +280,9 @@ class Streamer:
         )
 
     def _own(self, name: str, perturbations: Sequence[Perturbation]) -> Sequence[Perturbation]:
-        """A parameter's own perturbations: none if it does not train, else the lanes' times its gain."""
-        if not self.plan.params[name].trainable:
+        """A parameter's own perturbations: none if it does not train (in this step), else the lanes' times its gain."""
+        trains = self.log.parts.trains(self.log.parts.of.get(name), self.log.version)
+        if not (self.plan.params[name].trainable and trains):
             return [STILL] * len(perturbations)
         gain = self._gains.get(name, ONE).lane
         return perturbations if gain == 1.0 else [Perturbation(p.seed, scaled(p.scale, gain)) for p in perturbations]
@@ -335,7 +352,13 @@ class Streamer:
 
     def _folds(self, piece: Piece, slot: Slot) -> bool:
         """Whether an update that this piece lacks folds."""
-        return self.plan.params[piece.name].trainable and slot.version[piece] < self.log.folded
+        part = self.log.parts.of.get(piece.name)
+        return self.plan.params[piece.name].trainable and self.log.lacks(slot.version[piece], part)
+
+    def _needed(self, block: int, fold: int) -> int:
+        """The version that a block must have for its bytes to be those of a fold: steps may leave all of it out."""
+        names = {p.name for p in self.plan.blocks[block].pieces if self.plan.params[p.name].trainable}
+        return max((self.log.needed(self.log.parts.of.get(name), fold) for name in names), default=0)
 
     def _residual(self, piece: Piece, slot: Slot) -> Tensor | None:
         """The piece's residual part if a fold needs it now, fetched if it is not there.
@@ -359,4 +382,5 @@ class Streamer:
         if not self.plan.params[piece.name].trainable:
             return ()
         gain = self._gains.get(piece.name, ONE).update
-        return self.log.since(slot.version[piece], self._decay[piece.name], gain)
+        part = self.log.parts.of.get(piece.name)
+        return self.log.since(slot.version[piece], self._decay[piece.name], gain, part)

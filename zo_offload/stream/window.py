@@ -44,7 +44,7 @@ class BlockWindow:
     """Slots, streams and events over a tier.
 
     how: how blocks move. settle(slot): brings the pieces of a block that no module asked for to the last fold, as the
-    others are; whoever knows what is in a block says how.
+    others are; who knows what is in it says how. needed(block, fold): the version that a block must have for that fold.
     """
 
     def __init__(
@@ -58,9 +58,10 @@ class BlockWindow:
         how: WindowSize,
         fold_every: int,
         settle: Callable[[Slot], None],
+        needed: Callable[[int, int], int],
     ) -> None:
         self.plan, self.layout, self.tier, self.device, self.log = plan, layout, tier, device, log
-        self._how, self.fold_every, self._settle = how, fold_every, settle
+        self._how, self.fold_every, self._settle, self._needed = how, fold_every, settle, needed
         self.traffic = Traffic()
         self._pinned: dict[int, Slot] = {}
         streamed = [b for b in range(len(plan.blocks)) if b not in how.pinned]
@@ -128,16 +129,15 @@ class BlockWindow:
         """
         self.restart()
         self._raise_failed_flush()
-        target = self.log.folded
         for block in range(len(self.plan.blocks)):
             between()
-            if block in self.layout.written and self.tier.version(block) != target:
+            if self.tier.version(block) < self._needed(block, self.log.folded):
                 self.bring(block)
 
     def bring(self, block: int) -> None:
         """One block to the last fold, in its tier. Not in a pass, and with nothing fetched ahead."""
         slot = self.load(block, into_window=True)
-        if block in self.layout.written and self.tier.version(block) != self.log.folded:
+        if self.tier.version(block) < self._needed(block, self.log.folded):
             self._settle(slot)
             self._write_back(slot)
         self.device.synchronize()  # before the slots are fetched into again, and before anyone reads the tier
@@ -312,8 +312,8 @@ class BlockWindow:
         while last < op.visit + visits and self._visits[(last + 1) % visits] == op.block:
             last += 1
         if last < self._base + visits or (self.log.version + 1) % self.fold_every:
-            return self.log.folded
-        return self.log.version + 1
+            return self._needed(op.block, self.log.folded)
+        return self._needed(op.block, self.log.version + 1)
 
     def own(self, slot: Slot) -> None:
         """Before a slot is written: what was lent, because no fold was foretold, into the slot's own memory."""
