@@ -297,7 +297,7 @@ def stopped(rank, steps, who, evaluates=False):
 
     with Engine(tiny_opt(layers=2), method=METHOD, offload="host") as engine:
         try:
-            eval_data = batches(4) if evaluates else None
+            eval_data = batches(4) if evaluates else False
             engine.fit(batches(), steps=steps, callback=after, eval_data=eval_data, eval_every=4)
         except KeyboardInterrupt as stop:
             return str(stop), engine.log.version, digest(engine), engine.evals
