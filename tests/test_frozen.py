@@ -88,9 +88,10 @@ def test_the_numbers_are_those_of_a_copy_a_lane(name, storage, tmp_path):
     with a_copy_a_lane():
         want = run(name, "fzoo", storage=storage, offload="host", run_dir=tmp_path / "own")
     assert len(set(want[0])) == STEPS + 1
-    for way, settings in WAYS.items():
+    turn = CASES.index((name, storage))  # what trains and where blocks live are apart: each case takes its turn
+    for way in {"disk", *(list(WAYS) * 2)[turn % len(WAYS) :][:2]}:
         more = dict(run_dir=tmp_path / way) if way == "disk" else {}
-        assert_same(want, run(name, "fzoo", storage=storage, **settings, **more))
+        assert_same(want, run(name, "fzoo", storage=storage, **WAYS[way], **more))
     own, shared = (read_journal((tmp_path / which / "journal.zoj").read_bytes()).steps for which in ("own", "disk"))
     assert len(own) == STEPS and own == shared
     with a_copy_a_lane():

@@ -449,12 +449,12 @@ def test_steps_are_the_plain_loops_wherever_blocks_live_and_losses_are(proof, tm
     model = tiny_opt()
     want = plain(copy.deepcopy(model), STEPS, method, scales, formula)
     assert len(set(want[0])) == STEPS
-    for name, place in PLACES.items():
-        more = dict(run_dir=tmp_path / name) if place["offload"] == "disk" else {}
-        assert_same(want, run(copy.deepcopy(model), method=method, **place, **more))
-    for device in DEVICES.values():
-        use(device())
-        assert_same(want, run(copy.deepcopy(model), method=method, offload="host", num_slots=2))
+    turn = list(PROOFS).index(proof)  # a method's formulas know no places: each meets some, and each place some methods
+    for name in {"disk", list(PLACES)[turn % len(PLACES)]}:
+        more = dict(run_dir=tmp_path / name) if name == "disk" else {}
+        assert_same(want, run(copy.deepcopy(model), method=method, **PLACES[name], **more))
+    use(list(DEVICES.values())[turn % len(DEVICES)]())
+    assert_same(want, run(copy.deepcopy(model), method=method, offload="host", num_slots=2))
 
 
 @pytest.mark.parametrize("proof", PROOFS)

@@ -331,14 +331,14 @@ def test_a_rank_that_does_not_come_is_not_waited_for_without_end():
 
     ranks = Ranks(2, body)
     time.sleep(3)
-    os.kill(ranks.pids[1], signal.SIGSTOP)
+    os.kill(ranks.pids[1], signal.SIGSTOP)  # before its first step, if this machine is that slow
     found = []
     try:
         assert ranks._pipes[0].poll(20)
     finally:
         os.kill(ranks.pids[1], signal.SIGCONT)
         found = ranks.results()
-    assert "rank 1 did not come to 'step" in found[0]["error"] and "patience" in found[0]["error"]
+    assert "rank 1 did not come to '" in found[0]["error"] and "patience" in found[0]["error"]
 
 
 def test_ranks_that_do_not_make_the_same_calls_are_told_where_they_are():

@@ -55,8 +55,7 @@ def test_a_skipped_step_is_remembered_as_one(name, policy, tmp_path, use):
         return [record.loss for record in records if not math.isnan(record.loss)], weights
 
     whole = run(tmp_path / "a", [])
-    assert_same(whole, run(tmp_path / "b", [1, 2, 4]))
-    assert_same(whole, run(tmp_path / "c", [2, 4, 5], DelayedCpuDevice(1)))
+    assert_same(whole, run(tmp_path / "b", [2, 4], DelayedCpuDevice(1)))
 
 
 def test_momentum_reaches_back_so_many_steps_and_says_so_in_the_journal(tmp_path):
