@@ -396,6 +396,47 @@ class Quantized(Base):
         return x @ (self.codes.float() * self.scale) + self.adapter(x)
 
 
+class CompiledInForward(Vmapped):
+    """Compiles a function in its forward."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        return torch.compile(lambda v: self.inner(v) * 2, backend="eager")(x)  # type: ignore[no-any-return]
+
+
+class NoWidth(Base):
+    """Layers without inputs, without outputs, and a parameter without elements."""
+
+    def make(self) -> None:
+        self.none, self.narrow, self.wide = nn.Parameter(torch.empty(0, D)), nn.Linear(D, 0), nn.Linear(0, D)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return x + self.wide(self.narrow(x)) + self.none.sum()
+
+
+class OtherDataForAWhile(Base):
+    """Gives a child's weights other data for one call, through `.data`: its own transposed, then another module's."""
+
+    def make(self) -> None:
+        self.inner, self.shadow = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)), nn.Linear(D, D)
+
+    def middle(self, x: Tensor) -> Tensor:
+        for made in (lambda w: w.t().contiguous(), lambda w: self.shadow.weight.data):
+            weight = self.inner[0].weight
+            own = weight.data
+            weight.data = made(own)
+            x = x + self.inner(x)
+            weight.data = own
+        return self.inner(x)
+
+
+class OtherDataForGood(Base):
+    """Gives a weight other data and leaves it there."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        self.first.weight.data = torch.ones(D, D)
+        return x
+
+
 MODULES: dict[str, Odd] = {
     f"module/{cls.__name__}": Odd(cls, {MaxNorm: tokens, ChannelsLast: images}.get(cls, vectors))
     for cls in (
@@ -403,5 +444,6 @@ MODULES: dict[str, Odd] = {
         Jacobian, Gradient, FunctionalCall, Scripted, Traced, Compiled, CompiledInPlace, ScaledOnce, Clamped, MaxNorm,
         OddParameters, Transposed, ChannelsLast, ViewInAttribute, Lists, Normed, Recurrent, Attention, Shared,
         SharedMemory, Checkpointed, Routed, GradientInside, ReplacesParameter, Quantized,
+        CompiledInForward, NoWidth, OtherDataForAWhile, OtherDataForGood,
     )
 }  # fmt: skip

@@ -12,6 +12,7 @@ of them.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import PlanError
 from ..modules.experts import in_runs, is_stack_of_experts, set_rows
-from ..modules.recorder import WeightAway, is_in_transform
+from ..modules.recorder import Running, WeightAway, is_in_transform
 from ..modules.tiles import tiled_linear
 from ..modules.tree import computes_in_portions, has_hooks, is_plain_linear
 from ..plan.blocks import Piece
@@ -96,11 +97,15 @@ class Attachment:
 
     def mend(self, plan: Plan) -> None:
         """After anything was broken off: every parameter of an attached model rests, and all hooks are on, once."""
-        for name, p in self.params.items():
-            set_data(p, self._resting[name])
+        self.rest()
         if self.params and not self._hooked:
             self.take_hooks_off()
             self.put_hooks_on(plan)
+
+    def rest(self) -> None:
+        """Every parameter holds its placeholder."""
+        for name, p in self.params.items():
+            set_data(p, self._resting[name])
 
     def put_hooks_on(self, plan: Plan) -> None:
         """Hooks on the owners of a plan, and forwards in portions; there are none."""
@@ -114,6 +119,7 @@ class Attachment:
             module = self.model.get_submodule(owner.name)
             served = Served(index, owner, module, self._portions(plan, owner, module))
             served.overlaps = any(count[n] > 1 for n in owner.params)
+            served.resting = [(n, self.params[n], self._resting[n].data_ptr()) for n in owner.params]
             if not plan.trace.writes.isdisjoint(owner.params) and owner.name not in self._begun:
                 self._begun[owner.name] = PlainState(module)
             self.served.append(served)
@@ -200,7 +206,13 @@ class Attachment:
             if lane is None:
                 self._refuse(served)
             if is_in_transform():
-                self._in_transform(lane, served)
+                what = "is called inside of a function transform (torch.vmap, torch.func)"
+                self._cannot_be_served(lane, served, what, lane.recorder.stack)
+            if moved := self._moved(lane, served):
+                lane.recorder.writes.update(moved)
+                what = "is called with other data in its parameters (`parameter.data = ...`) than the engine put there"
+                self._cannot_be_served(lane, served, what, lane.recorder.stack[:-1])
+            self._note_replaced(lane)
             if begun is not None:
                 begun.put_back()
             lane.want, lane.portion, lane.last = index, 0, name
@@ -208,16 +220,41 @@ class Attachment:
 
         return enter
 
-    def _in_transform(self, lane: LaneRun, served: Served) -> NoReturn:
-        """An owner is called inside of vmap, grad, ...: no lane can wait there, so one around it must be the owner."""
-        what = f"{served.owner.name!r} is called inside of a function transform (torch.vmap, torch.func)"
+    def _cannot_be_served(self, lane: LaneRun, served: Served, what: str, path: Sequence[Running]) -> NoReturn:
+        """An owner is called where its weights cannot be given to it: one around it, of `path`, must hold them.
+
+        No lane can wait inside of vmap, grad, ...; what a forward put into a parameter would be overwritten.
+        """
+        what = f"{served.owner.name!r} {what}"
         watch = self._control.watch
         if watch is None:
             raise PlanError(f"{what}, which it was not when its forward was watched. Call it so from the first time on")
         for name in served.owner.params:
-            lane.recorder.use(name, lane.recorder.stack)
+            lane.recorder.use(name, path)
         watch.mode.faults.append(what)
         raise WeightAway(what)
+
+    def _moved(self, lane: LaneRun, served: Served) -> list[str]:
+        """Parameters of an owner about to be served that hold neither a placeholder nor what one around it has."""
+        with _no_function_modes():
+            moved = [(n, p) for n, p, address in served.resting if p.data_ptr() != address]
+            if not moved:
+                return []
+            around = {id(p): w.data_ptr() for frame in lane.frames for p, w in frame.held()}
+            return [name for name, p in moved if p.data_ptr() != around.get(id(p))]
+
+    def _note_replaced(self, lane: LaneRun) -> None:
+        """A lane is about to give way. Where the forward gave a weight that it holds other data, no other lane may come
+        in between."""
+        for frame in lane.frames:
+            with _no_function_modes():
+                replaced = frame.replaced()
+            if not replaced:
+                continue
+            if self._control.watch is None:
+                self._control.rewritten.add(frame.served.owner.name)
+            for name in replaced:
+                lane.recorder.writes.add(name)
 
     def _rows_hook(self, served: Served) -> Callable[..., Any]:
         enter, control = self._enter_hook(served), self._control
@@ -293,10 +330,7 @@ class Attachment:
 
     def _leave(self, lane: LaneRun, failed: bool) -> None:
         """Take the innermost owner's weights out of the model and give up the lane's share of them."""
-        if torch._C._len_torch_function_stack():  # a lane's function mode is for what the model does
-            with torch._C.DisableTorchFunction():
-                self._take_out(lane, failed)
-        else:
+        with _no_function_modes():
             self._take_out(lane, failed)
 
     def _take_out(self, lane: LaneRun, failed: bool) -> None:
@@ -304,7 +338,7 @@ class Attachment:
         if watch is not None:
             watch.leave(lane, frame, check=not failed)
             watch.mode.recorder = None  # what hub and source do with memory is not the model's doing
-        elif frame.is_rewritten():
+        elif frame.is_rewritten() or frame.replaced():
             self._control.rewritten.add(frame.served.owner.name)
         del lane.frames[-1]
         served = frame.served
@@ -329,3 +363,8 @@ class Attachment:
             f"{name!r} was called in thread {threading.current_thread().name!r}, but lanes run in one thread. Make the "
             f"forward call its modules in the thread it was called in."
         )
+
+
+def _no_function_modes() -> contextlib.AbstractContextManager[Any]:
+    """A lane's function modes are for what the model does."""
+    return torch._C.DisableTorchFunction() if torch._C._len_torch_function_stack() else contextlib.nullcontext()

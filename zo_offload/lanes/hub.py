@@ -323,6 +323,7 @@ class Hub:
 
     def _clean_up(self, lanes: list[LaneRun]) -> None:
         """End what still runs, take weights out, release scratch; whatever happened, the hub is as before the run."""
+        odd = self._control.watch is not None or any(lane.error is not None for lane in lanes)
         self._control.end_lanes(lanes)
         self._installed = None
         for frame in self._unentered:
@@ -333,6 +334,8 @@ class Hub:
             for frame in lane.frames:
                 frame.emission.leave()
             lane.frames = []
+        if odd:  # what broke off may have put something else into a parameter
+            self._attachment.rest()
         self._state.end()
         self._generators.set(self._callers)
         self._callers = {}

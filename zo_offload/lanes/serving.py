@@ -10,7 +10,7 @@ stacked experts. Then its call is as many frames, one after another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -87,11 +87,12 @@ class Portion:
 class Served:
     """One owner as the hub sees it: its module, and its parameters in the portions that they are served in."""
 
-    __slots__ = ("index", "module", "overlaps", "owner", "portions", "rows")
+    __slots__ = ("index", "module", "overlaps", "owner", "portions", "resting", "rows")
 
     def __init__(self, index: int, owner: Owner, module: nn.Module, portions: list[Portion]):
         self.index, self.owner, self.module, self.portions = index, owner, module, portions
         self.overlaps = False  # another owner has one of its parameters too
+        self.resting: list[tuple[str, nn.Parameter, int]] = []  # its parameters, and where the placeholder of each lies
         self.rows = owner.rows and gathers_rows(module)
 
 
@@ -140,6 +141,15 @@ class Frame:
         self.served, self.portion, self.weights, self.emission = served, portion, weights, emission
         self.origins: list[Origin] = []  # of the weights, in a watched run
         self.writes = _writes(portion.params) if emission.lanes_inside > 1 else -1
+
+    def held(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Parameters, and what the lane was given for each."""
+        return zip(self.portion.params, self.weights, strict=True)
+
+    def replaced(self) -> list[str]:
+        """Parameters that hold other data than the lane was given."""
+        names = zip(self.portion.names, self.held(), strict=True)
+        return [name for name, (p, w) in names if p.data_ptr() != w.data_ptr()]
 
     def is_rewritten(self) -> bool:
         """Whether a weight was changed in place since the lane came in, where others were served with it.

@@ -51,6 +51,7 @@ class WatchedRun:
         self.model, self.plan, self.params = model, plan, params
         self._held = dict(model.named_parameters())
         self.mode = RunWatch(params, state)
+        self._resting = {name: p.data_ptr() for name, p in params.items()}
         for name, p in params.items():
             self.mode.track(p, name)  # the placeholder
         for lane in lanes:
@@ -107,12 +108,8 @@ class WatchedRun:
             path = origin.held.pop(lane.recorder, None)
             if path is not None:
                 origin.retired[lane.recorder] = path
-        for name, p, w in zip(frame.portion.names, frame.portion.params, frame.weights, strict=True):
-            if check and p.data_ptr() != w.data_ptr():
-                raise PlanError(
-                    f"the data of parameter {name!r} was replaced in the forward of {frame.served.owner.name!r}. "
-                    f"Weights are away between calls, so such a change is lost: make it outside of the forward."
-                )
+        if check and (replaced := frame.replaced()):
+            raise _replaced(replaced[0], f"the forward of {frame.served.owner.name!r}")
 
     def trace(self, lanes: Sequence[LaneRun]) -> Trace:
         whole = all(lane.error is None for lane in lanes)
@@ -132,6 +129,10 @@ class WatchedRun:
                 f"parameters that were planned: make such changes before planning."
             )
         faults = list(dict.fromkeys(self.mode.faults))
+        if not errors:  # all lanes are through, and all weights away
+            for name, p in self.params.items():
+                if p.data_ptr() != self._resting[name]:
+                    raise _replaced(name, "the forward, and not put back")
         if faults:
             message = f"{len(faults)} uses of weights that the plan does not have there, such as: {faults[0]}"
             raise PlanFault(message, trace) from (errors[0] if errors else None)
@@ -148,3 +149,10 @@ class WatchedRun:
                 f"lanes see each other's tensors in {where}: one that they share is changed. Use order='lane' (one "
                 f"lane after another), or pass the tensor through the forward."
             )
+
+
+def _replaced(name: str, where: str) -> PlanError:
+    return PlanError(
+        f"the data of parameter {name!r} was replaced in {where}. Weights are away between calls, so such a change is "
+        "lost: make it outside of the forward."
+    )

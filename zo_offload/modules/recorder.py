@@ -35,7 +35,7 @@ class Trace:
     """The forward was seen to its end."""
     notes: tuple[str, ...] = ()
     writes: frozenset[str] = frozenset()
-    """Parameters that the forward changes in place."""
+    """Parameters that the forward changes in place, or gives other data for a while."""
 
     def merged(self, later: Trace) -> Trace:
         """Uses of both; order and completeness of the later one unless only the earlier saw a whole forward."""
@@ -44,6 +44,11 @@ class Trace:
         base = later if later.complete or not self.complete else self
         notes = tuple(dict.fromkeys(self.notes + later.notes))
         return Trace(uses, base.order, base.complete, notes, self.writes | later.writes)
+
+    def with_writes_of(self, earlier: Trace) -> Trace:
+        """This one, and where an earlier one saw parameters written: under a better plan nothing may tell of it."""
+        uses = {n: self.uses.get(n, frozenset()) | earlier.uses.get(n, frozenset()) for n in earlier.writes}
+        return replace(self, uses={**self.uses, **uses}, writes=self.writes | earlier.writes)
 
 
 class Running:

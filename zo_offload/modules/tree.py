@@ -104,9 +104,11 @@ def gathers_rows(module: nn.Module) -> bool:
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a call of this module is `input @ weight.T + bias` and no more.
 
-    Not a subclass, not parametrized (that changes the class), its forward not replaced, its weight a parameter.
+    Not a subclass, not parametrized (that changes the class), its forward not replaced, its weight a parameter that has
+    elements.
     """
-    return type(module) is nn.Linear and "forward" not in vars(module) and module._parameters.get("weight") is not None
+    weight = module._parameters.get("weight")
+    return type(module) is nn.Linear and "forward" not in vars(module) and weight is not None and weight.numel() > 0
 
 
 def computes_in_portions(module: nn.Module) -> bool:

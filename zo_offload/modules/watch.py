@@ -5,6 +5,7 @@ Names do not show that; storages do. `UseWatch` is a dispatch mode: every op tha
 with the path of module calls that must hold the weight, which is
 
     the running modules                           if the op reads the Parameter itself
+    the outermost of them                         if it reads another Parameter, that was given its data
     those also running when the view was made     if it reads a view of it
 
 What it notes is kept by `recorder.py`. `trace.py` watches a forward without weights, for a plan to start from;
@@ -140,7 +141,10 @@ class UseWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _held_by(self, recorder: Recorder, tensor: Tensor, origin: Origin) -> tuple[Running, ...]:
         now = recorder.stack
-        if id(tensor) in self._names:
+        own = self._names.get(id(tensor))
+        if own is not None and own != origin.name:  # `one.data = other.data`, by any of the modules around
+            return tuple(now[:1])
+        if own is not None:
             return tuple(now)
         since = origin.births.get(recorder) or origin.held.get(recorder) or origin.retired.get(recorder)
         return tuple(now) if since is None else common_calls(since, now)

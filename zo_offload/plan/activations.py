@@ -209,7 +209,7 @@ def measure_activations(
     inputs = {k: v.to("meta") if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
     nbytes = sum(tensor.nbytes for tensor in tensors_of(batch))
     try:
-        with torch.no_grad(), losses(shadow), eagerly(shadow), watch, _FusedAttention(device):
+        with torch.no_grad(), losses(shadow), eagerly(), watch, _FusedAttention(device):
             call(shadow, inputs)
     except Exception as error:  # whatever a model's code may raise without real values
         log.debug("activations could not be measured", exc_info=True)

@@ -295,6 +295,8 @@ def relift(plan: Plan, seen: Trace) -> Plan:
     """
     # a trace on meta that stopped knows uses, but not all: what the real run saw replaces it
     trace = seen if seen.complete and not plan.trace.complete else plan.trace.merged(seen)
+    if trace is seen:
+        trace = seen.with_writes_of(plan.trace)
     serving, notes = serve(plan.tree, trace)
     notes = _with_remarks(plan, notes)
     return _assemble(plan.params, plan.blocks, plan.tree, trace, serving, notes, plan.resident)

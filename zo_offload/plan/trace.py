@@ -134,7 +134,7 @@ def trace_on_meta(model: nn.Module, batch: Any, call: ForwardCall) -> Trace:
         watch.recorder = recorder
         hook_module_calls(shadow, lambda: recorder)
         try:
-            with torch.no_grad(), eagerly(shadow), watch:
+            with torch.no_grad(), eagerly(), watch:
                 call(shadow, _batch_copy(batch))
         finally:
             watch.put_generators_back()

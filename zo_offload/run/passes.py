@@ -272,7 +272,7 @@ class Passes:
                     torch.no_grad(),
                     matmul_precision(self._compute),
                     inputs_in(self.model, self._input_dtype),
-                    eagerly(self.model),
+                    eagerly(),
                     own_loss(self.model, self.objective, self._parts),
                     module_modes(self._modules, self._mode),
                 ):
