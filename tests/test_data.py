@@ -8,6 +8,7 @@ import tracemalloc
 import zlib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -438,6 +439,25 @@ def test_the_fingerprint_is_the_documented_crc_and_sees_everything():
         {k: batch[k] for k in ("input_ids", "labels")},
     ]
     assert crc not in {fingerprint(other) for other in others}
+
+
+class Anything:
+    """An object whose repr tells its address and nothing else."""
+
+
+def test_the_fingerprint_of_what_is_no_plain_tensor():
+    same = [lambda: {"x": torch.eye(3).to_sparse()}, lambda: {"x": torch.eye(3).to_sparse_csr()},
+            lambda: {"x": torch.nested.nested_tensor([torch.ones(2), torch.zeros(3)])},
+            lambda: {"x": torch.ones(2), "meta": Anything()}, lambda: {"x": torch.ones(2), "y": np.arange(3000)},
+            lambda: {"x": torch.ones(2, dtype=torch.complex64).conj()}]  # fmt: skip
+    for make in same:
+        assert fingerprint(make()) == fingerprint(make())
+    edited = np.arange(3000)
+    edited[1500] = 0  # numpy prints neither
+    others = [{"x": (2 * torch.eye(3)).to_sparse()}, {"x": torch.eye(3)[[1, 0, 2]].to_sparse_csr()},
+              {"x": torch.nested.nested_tensor([torch.ones(3), torch.zeros(2)])},
+              {"x": torch.ones(2), "y": edited}]  # fmt: skip
+    assert {fingerprint(other) for other in others}.isdisjoint(fingerprint(make()) for make in same)
 
 
 def test_tokens_and_weights_of_a_batch():

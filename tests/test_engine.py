@@ -24,6 +24,7 @@ from zo_offload import (
     BudgetError,
     CheckpointError,
     ConfigError,
+    DataError,
     DivergenceError,
     Engine,
     JournalError,
@@ -441,6 +442,28 @@ def test_wrong_paths_and_used_run_dirs_are_named(tmp_path):
             engine.evaluate(batches(1))
     with pytest.raises(JournalError, match="seed"), Engine.resume(tmp_path / "run", tiny_opt(), seed=3) as engine:
         engine.evaluate(batches(1))
+
+
+@pytest.mark.parametrize("batch", [None, "text", (torch.ones(2, 3),), {"input_ids": torch.empty(2, 3, device="meta")}])
+def test_what_is_no_batch_is_said_in_words(batch):
+    with Engine(tiny_opt(), method=METHOD) as engine, pytest.raises(DataError, match="of the batch|a batch is a dict"):
+        engine.step(batch)
+
+
+@pytest.mark.parametrize("lr", ["1e-3", 10**400, float("nan"), [1e-3, 1e-3], None.__class__])
+def test_a_rate_of_a_step_is_a_number(lr):
+    with Engine(tiny_opt(), method=METHOD) as engine:
+        with pytest.raises(ConfigError, match="lr="):
+            engine.step(batches(1)[0], lr=lr)
+        assert engine.step(batches(1)[0], lr=torch.tensor(0.5)).lr == 0.5
+
+
+def test_weights_of_a_closed_engine_are_not_asked_for(tmp_path):
+    engine = Engine(tiny_opt(), method=METHOD, offload="disk", run_dir=tmp_path / "run")
+    engine.step(batches(1)[0])
+    engine.close()
+    with pytest.raises(ConfigError, match="this engine is closed"):
+        engine.weights()
 
 
 def test_nan_in_the_base_is_found_while_it_is_read():

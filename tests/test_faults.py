@@ -1,6 +1,7 @@
 """The fault harness (benchmarks/faults.py) in its small version: a few kills, power cuts, flips, a second of fuzzing.
 
-The kills run in a process of their own: they fork, and a fork is only safe where no thread was ever started.
+The kills and the draws run in processes of their own: they fork, and a fork is only safe where no thread was ever
+started.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ def test_killed_runs_end_with_the_weights_of_one_that_never_was():
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["kills"] >= 4 and result["wrong"] == 0
+
+
+def test_runs_drawn_at_random_come_to_the_bits_of_a_plain_loop():
+    command = [sys.executable, "-m", "benchmarks.draws", "--count", "3", "--seed", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["equal"] == 3
 
 
 def test_any_power_cut_leaves_a_run_that_ends_the_same(tmp_path):

@@ -6,14 +6,17 @@ what somebody else has found.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from ..modules.trees import tensor_bytes
 from .micro_batches import batch_rows
 from .sources import named_values
@@ -52,7 +55,17 @@ class MadeBatch(dict[str, Any]):
 
 
 def as_made(batch: Mapping[str, Any]) -> MadeBatch:
-    return batch if isinstance(batch, MadeBatch) else MadeBatch(batch)
+    """Raises DataError where it is none: no dict, or tensors without values."""
+    if isinstance(batch, MadeBatch):
+        return batch
+    if not isinstance(batch, Mapping):
+        raise DataError(
+            f"a batch is a dict of tensors by the names of the model's arguments; this is {type(batch).__name__}"
+        )
+    absent = [name for name, value in named_values(batch) if isinstance(value, Tensor) and value.is_meta]
+    if absent:
+        raise DataError(f"{absent[0]!r} of the batch is on the meta device, without values")
+    return MadeBatch(batch)
 
 
 def fingerprint(batch: Any) -> int:
@@ -60,11 +73,32 @@ def fingerprint(batch: Any) -> int:
     crc = 0
     for key, value in sorted(named_values(batch), key=lambda pair: pair[0]):
         if isinstance(value, Tensor):
-            crc = zlib.crc32(f"{key} {value.dtype} {list(value.shape)}".encode(), crc)
-            crc = zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+            for part in _strided(value.detach()):
+                crc = zlib.crc32(f"{key} {part.dtype} {list(part.shape)}".encode(), crc)
+                crc = zlib.crc32(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+        elif isinstance(value, np.ndarray) and value.dtype != object and value.size > _PRINTED_WHOLE:
+            crc = zlib.crc32(f"{key} {value.dtype} {list(value.shape)}".encode() + value.tobytes(), crc)
         else:
-            crc = zlib.crc32(f"{key} {value!r}".encode(), crc)
+            crc = zlib.crc32(_ADDRESS.sub("", f"{key} {value!r}").encode(), crc)
     return crc
+
+
+_PRINTED_WHOLE = 1000  # elements that numpy's repr tells, all of them
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the repr of an object that says nothing of what it holds
+
+
+def _strided(value: Tensor) -> list[Tensor]:
+    """The ordinary tensors that a sparse or nested one is made of."""
+    if value.is_nested:
+        return list(value.unbind())
+    if value.layout is torch.sparse_coo:
+        value = value.coalesce()
+        return [value.indices(), value.values()]
+    if value.layout is torch.strided:
+        return [value.resolve_conj().resolve_neg()]
+    rows = value.layout in (torch.sparse_csr, torch.sparse_bsr)
+    index = [value.crow_indices(), value.col_indices()] if rows else [value.ccol_indices(), value.row_indices()]
+    return [*index, value.values()]
 
 
 def batch_tokens(batch: Any) -> int:

@@ -107,8 +107,10 @@ def is_plain_linear(module: nn.Module) -> bool:
     Not a subclass, not parametrized (that changes the class), its forward not replaced, its weight a parameter that has
     elements.
     """
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
     weight = module._parameters.get("weight")
-    return type(module) is nn.Linear and "forward" not in vars(module) and weight is not None and weight.numel() > 0
+    return weight is not None and weight.numel() > 0
 
 
 def computes_in_portions(module: nn.Module) -> bool:

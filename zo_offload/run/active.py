@@ -35,6 +35,7 @@ from ..journal.learning_watch import LearningWatch
 from ..journal.rising import Brake
 from ..kernels.records import STILL, Gains
 from ..lanes.hub import Lane
+from ..methods import as_rate
 from ..numerics.updates import UpdateLog
 from ..plan.plan import Plan
 from ..stream.ingest import ModuleBase
@@ -260,11 +261,11 @@ class Run:
         """
         if self._replays:
             raise ConfigError("a replayed engine does not train: export this step, or resume its run")
-        batch = as_made(batch)
+        batch, lr = as_made(batch), self.method.lr if lr is None else as_rate(lr)
         parts = self.start_steps(batch, micro_batches, objective)
         self.check_objective(self.journal)
         self._keep_budget(parts, batch, micro_batches, objective)
-        stepper, lr = parts.stepper, self.method.lr if lr is None else lr
+        stepper = parts.stepper
         self._ranked.meet(parts.session)
         with self.work():
             stepper.begin()
@@ -347,8 +348,10 @@ class Run:
     @entry
     def flush(self) -> None:
         """Every block to the last step, in its tier; the journal to the disk."""
-        if self.parts is None:
-            self.start()
+        self.start()
+        self._flush()
+
+    def _flush(self) -> None:
         assert self._whole is not None
         with self._whole as parts:
             parts.stepper.settle_before(self.log.version)
@@ -393,7 +396,7 @@ class Run:
         first, self.closed = not self.closed, True
         try:
             if first and not self.at_once and self.parts is not None:
-                self.flush()
+                self._flush()
         except TornError as torn:  # nothing that can be flushed; what can be done is done when it is reopened
             _log.warning("%s", torn)
         finally:
