@@ -143,7 +143,7 @@ def plain_run(
                 torch.tensor(x, dtype=torch.float64) for x in (outcome.loss, outcome.grad, outcome.scalars)
             )
             memory = method.remember(memory, Told(loss, grad, scalars, lr))
-            for p in params.values():
-                p.take(with_folds(outcome.updates, step, engine.fold_every))
+            for stored in params.values():
+                stored.take(with_folds(outcome.updates, step, engine.fold_every))
         after.append({name: p.value() for name, p in params.items()})
     return losses, after

@@ -400,7 +400,7 @@ class CompiledInForward(Vmapped):
     """Compiles a function in its forward."""
 
     def middle(self, x: Tensor) -> Tensor:
-        return torch.compile(lambda v: self.inner(v) * 2, backend="eager")(x)  # type: ignore[no-any-return]
+        return torch.compile(lambda v: self.inner(v) * 2, backend="eager")(x)
 
 
 class NoWidth(Base):

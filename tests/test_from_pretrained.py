@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
@@ -43,6 +44,35 @@ def test_a_dtype_is_that_of_weights_and_forward(base, name, dtype):
     with torch.no_grad():
         want = model(**BATCH).logits
     assert_same(logits(base, **{name: dtype}), want)
+
+
+@pytest.mark.parametrize("wide", ["", "down_proj"], ids=["all", "some"])
+def test_tensors_in_float64_are_read_in_float32_as_transformers_reads_them(tmp_path, wide):
+    model = ZOO["llama"].build()
+    for name, p in model.named_parameters():
+        if wide in name:
+            p.data = p.data.double() + 1e-9 * torch.rand(p.shape, dtype=torch.float64)  # no float32 values
+    model.save_pretrained(tmp_path / "wide")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype=torch.float32).eval()
+    with torch.no_grad():
+        want = model(**BATCH).logits
+    with Engine(tmp_path / "wide", method=METHOD, offload="disk", run_dir=tmp_path / "run") as engine:
+        assert_same(engine.run(BATCH).logits, want)
+        engine.step(BATCH)
+        engine.save_pretrained(tmp_path / "tuned")
+        tuned = dict(engine.weights())
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned").state_dict()
+    assert {t.dtype for t in tuned.values()} == {torch.float32}
+    assert_same({name: saved[name] for name in tuned}, tuned)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64], ids=str)
+def test_a_weight_that_is_no_floating_number_is_named_before_anything_is_read(base, dtype):
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"].to(dtype)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"down_proj.weight' is \w+ in the files, and floating numbers"):
+        Engine(base, method=METHOD)
 
 
 def test_settings_of_the_config_may_stand_by_themselves(base, tmp_path, capsys):
