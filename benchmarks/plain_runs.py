@@ -1,28 +1,29 @@
 """A run whole in memory: no engine, no blocks, no lanes; each parameter through the slow reference of the fused pass.
 
 What `benchmarks.draws` compares engines with, for any method, storage and schedule of folds. An engine is asked for the
-formats, ids and gains that a run begins with, and for nothing else.
+formats, ids, gains and base that a run begins with, and for nothing else.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from zo_offload import Engine
 from zo_offload.errors import DivergenceError
-from zo_offload.formats import Format
+from zo_offload.formats import Format, get_format
 from zo_offload.formats.codec import encode_values
-from zo_offload.kernels.float32 import fma, scaled
-from zo_offload.kernels.records import ONE, STILL, Perturbation, Update
+from zo_offload.journal.masks import decide_masks
+from zo_offload.kernels.float32 import scaled
+from zo_offload.kernels.records import ONE, STILL, Mask, Perturbation, Update
 from zo_offload.methods import Method
 from zo_offload.methods.base import Told
-from zo_offload.numerics.noise import NoiseSpec, noise
+from zo_offload.numerics.noise import NoiseSpec
 from zo_offload.numerics.reference import fused_pass
 from zo_offload.numerics.updates import with_folds
 
@@ -30,7 +31,7 @@ from zo_offload.numerics.updates import with_folds
 class Stored:
     """One parameter as it is stored: bytes of the last fold, and the updates since."""
 
-    def __init__(self, name: str, value: Tensor, engine: Engine) -> None:
+    def __init__(self, name: str, value: Tensor, engine: Engine, mask: Mask | None) -> None:
         spec = engine.plan.params[name]
         self.fmt: Format = engine.layout.formats[name]
         self.shape, self.numel, self.id, self.dtype = spec.shape, value.numel(), spec.param_id, spec.dtype
@@ -39,6 +40,7 @@ class Stored:
         self.noise: NoiseSpec = engine.method.noise
         self.stochastic = engine.config.rounding == "stochastic"
         self.target = engine.layout.target if spec.trainable else "values"
+        self.mask = mask if spec.trainable else None
         self.stored, self.residual = encode_values(value, self.fmt)
         self.pending: list[Update] = []
 
@@ -48,7 +50,7 @@ class Stored:
             return
         for update in updates:
             coeff = update.coeff if self.gain.update == 1 else scaled(update.coeff, self.gain.update)
-            self.pending.append(Update(update.seed, coeff, update.decay if self.decays else 1.0, update.fold))
+            self.pending.append(replace(update, coeff=coeff, decay=update.decay if self.decays else 1.0))
         if any(update.fold for update in updates):
             self._pass(write_back=True)
             self.pending = []
@@ -67,19 +69,20 @@ class Stored:
             out = torch.empty(self.numel, dtype=self.fmt.torch_dtype)
             self._pass(write_back=False, lane=STILL, out=out)
             return out.view(self.shape)
-        w = self.fmt.join(self.stored, self.residual, self.numel).numpy()
-        for update in self.pending:
-            if update.decay != 1.0:
-                w = w * np.float32(update.decay)
-            if update.coeff != 0.0:
-                w = fma(np.float32(-update.coeff), noise(self.noise, update.seed, self.id, self.numel).numpy(), w)
-        return torch.from_numpy(w).to(self.fmt.torch_dtype).view(self.shape)
+        master = self.fmt.join(self.stored, self.residual, self.numel).view(torch.uint8)
+        out = torch.empty(self.numel, dtype=self.fmt.torch_dtype)
+        fused_pass(
+            master, get_format("fp32"), param_id=self.id, numel=self.numel, offset=0, updates=self.pending,
+            write_back=False, stochastic=False, noise=self.noise, perturbations=[STILL], outs=[out], mask=self.mask,
+        )  # fmt: skip
+        return out.view(self.shape)
 
     def _pass(self, *, write_back: bool, lane: Perturbation | None = None, out: Tensor | None = None) -> None:
         fused_pass(
             self.stored, self.fmt, param_id=self.id, numel=self.numel, offset=0, updates=self.pending,
             write_back=write_back, stochastic=self.stochastic, noise=self.noise, residual=self.residual,
             perturbations=[] if lane is None else [lane], outs=[] if out is None else [out], target=self.target,
+            mask=self.mask,
         )  # fmt: skip
 
 
@@ -106,7 +109,8 @@ def plain_run(
 ) -> tuple[list[float], list[dict[str, Tensor]]]:
     """(losses, weights after 0, 1, ... steps). engine: of this model, never used. counts: what a part's loss weighs."""
     planned, named = engine.plan.params, dict(model.named_parameters())
-    params = {name: Stored(name, p, engine) for name, p in named.items() if name in planned}
+    masks = decide_masks(engine.plan, engine.method, engine.base, engine.config.seed)
+    params = {name: Stored(name, p, engine, masks.get(name)) for name, p in named.items() if name in planned}
     for name, p in named.items():
         p.data = p.data.to(planned[name].dtype if name in planned else p.dtype)
     method: Method = engine.method
