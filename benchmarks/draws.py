@@ -121,7 +121,7 @@ def draw(number: int, seed: int) -> tuple[Draw, random.Random]:
     }  # fmt: skip
     if on_scales:
         settings["trainable"] = rng.choice((None, ["layers"]))
-    elif some < 0.2:
+    elif some < 0.2 and method.name != "sparse-mezo":  # which has no threshold among an adapter's zeros
         settings |= {"adapter": rng.choice(("r=2", {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "fc1"]}))}
     elif not FORMATS[storage].trains:
         settings["trainable"] = ["*_layer_norm", "bias"]

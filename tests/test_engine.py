@@ -29,6 +29,7 @@ from zo_offload import (
     Engine,
     JournalError,
     MeZO,
+    PlanError,
     StorageError,
     ZOError,
 )
@@ -456,6 +457,25 @@ def test_a_rate_of_a_step_is_a_number(lr):
         with pytest.raises(ConfigError, match="lr="):
             engine.step(batches(1)[0], lr=lr)
         assert engine.step(batches(1)[0], lr=torch.tensor(0.5)).lr == 0.5
+
+
+@pytest.mark.parametrize("objective", ["loss", 3, lambda: 0.0, lambda model: 0.0, lambda model, batch, more: 0.0])
+def test_an_objective_that_cannot_be_called_is_told_at_once(objective):
+    with pytest.raises(ConfigError, match=r"objective=.*expected a function \(model, batch\) -> loss"):
+        Engine(tiny_opt(), method=METHOD, objective=objective)
+
+
+def test_a_loss_that_no_float_holds_is_no_finite_loss():
+    with (
+        Engine(tiny_opt(), method=METHOD, objective=lambda model, batch: 10**400) as engine,
+        pytest.raises(DivergenceError, match="losses inf and inf"),
+    ):
+        engine.step(batches(1)[0])
+
+
+def test_a_lazy_module_is_to_be_called_first():
+    with pytest.raises(PlanError, match=r"parameter 'weight' of LazyLinear has no shape yet.*one batch"):
+        Engine(nn.LazyLinear(3), method=METHOD)
 
 
 def test_weights_of_a_closed_engine_are_not_asked_for(tmp_path):

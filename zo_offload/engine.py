@@ -30,7 +30,7 @@ from .checkpoint.basis import Basis
 from .checkpoint.load_options import as_settings
 from .config import EngineConfig, EngineSettings, check_settings
 from .data.batches import check_options
-from .data.losses import Batch, Objective, model_loss
+from .data.losses import Batch, Objective, as_objective, model_loss
 from .data.metrics import ComputeMetrics
 from .data.options import DataOptions
 from .data.survey import examples, survey
@@ -104,7 +104,7 @@ class Engine:
                 check_settings(given)
                 config = EngineConfig(**given)
             method = method if method is not None else DEFAULT()
-            objective = objective if objective is not None else model_loss
+            objective = as_objective(objective) if objective is not None else model_loss
             opened = open_model(model, method, config, model_class=model_class, example=example, base=base, ranks=team)
         begin = Maker(opened, objective_name(objective, model_loss)).start
         self._hold(Run(opened, objective, begin, example=example), tokenizer)
@@ -174,7 +174,7 @@ class Engine:
         cls, where: Any, config: EngineConfig, record: Mapping[str, Any], data: bytes | None, method: Any,
         passed: Mapping[str, Any], team: Alone,
     ) -> Engine:  # fmt: skip
-        objective = model_loss if passed["objective"] is None else passed["objective"]
+        objective = model_loss if passed["objective"] is None else as_objective(passed["objective"])
         made = run_directory.make_method(record["method"], method)
         opened = open_model(
             where, made, config, model_class=passed["model_class"] or record.get("model_class"),

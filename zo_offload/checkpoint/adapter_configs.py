@@ -47,7 +47,7 @@ def plain(adapter: Any) -> dict[str, Any] | str | None:
     if isinstance(adapter, Mapping):
         fields = dict(adapter)
         fields.setdefault("peft_type", "LORA")
-    elif hasattr(adapter, "peft_type") and hasattr(adapter, "to_dict"):
+    elif hasattr(adapter, "peft_type") and hasattr(adapter, "to_dict") and not isinstance(adapter, type):
         fields = adapter.to_dict()
     else:
         raise ConfigError(

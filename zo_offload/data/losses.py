@@ -68,6 +68,20 @@ def plain_forward(model: nn.Module, batch: Batch) -> Any:
     return model(**batch)
 
 
+def as_objective(objective: Any) -> Objective:
+    """An objective as it was given. Raises ConfigError if it cannot be called with a model and a batch."""
+    if not callable(objective):
+        raise ConfigError(f"objective={str(objective)[:60]!r}: expected a function (model, batch) -> loss")
+    try:
+        inspect.signature(objective).bind(None, None)
+    except TypeError as error:
+        name = getattr(objective, "__name__", type(objective).__name__)
+        raise ConfigError(f"objective={name}: expected a function (model, batch) -> loss; {error}") from None
+    except ValueError:
+        pass  # something of C that does not tell
+    return objective  # type: ignore[no-any-return]
+
+
 def scalar(loss: Any) -> Tensor | float:
     """An objective's result as one number, or a tensor of no dimensions. Raises ConfigError."""
     hint = ""
@@ -76,7 +90,10 @@ def scalar(loss: Any) -> Tensor | float:
             return loss.detach().reshape(())
         hint = ". Return its mean, say" if loss.numel() > 1 else ""
     elif isinstance(loss, (Real, np.number, np.bool_)) and not isinstance(loss, np.complexfloating):
-        return float(loss)
+        try:
+            return float(loss)
+        except OverflowError:
+            return math.inf if loss > 0 else -math.inf  # type: ignore[operator]
     elif loss_of(loss) is not None:
         hint = ". Return the loss alone, such as model(**batch).loss"
     raise ConfigError(f"the objective returned {describe(loss)}; expected one number or a tensor with one{hint}")

@@ -111,8 +111,13 @@ def shapes_only() -> Iterator[None]:
 
 
 def check_present(model: nn.Module) -> None:
-    """Raise PlanError, by name, if a model's weights are not there: in another engine, or on meta."""
+    """Raise PlanError, by name, if a model's weights are not there: in another engine, on meta, or not made yet."""
     for name, p in model.named_parameters():
+        if isinstance(p, nn.UninitializedParameter):
+            raise PlanError(
+                f"parameter {name!r} of {type(model).__name__} has no shape yet, as in a lazy module. Call the model "
+                "with one batch, then give it to the engine"
+            )
         away: Away | None = getattr(p, _MARK, None)
         if away is not None:
             away.refuse("given to another engine")
