@@ -98,6 +98,26 @@ def test_early_stopping_ends_where_nothing_gets_better_and_a_resumed_run_stops_t
         assert engine.fit(ROWS, eval_data=False, steps=9, early_stopping=0, keep_best=False).last_step == 9
 
 
+def test_an_evaluation_where_fit_was_ended_early_does_not_count_towards_early_stopping(base, tmp_path):
+    call = dict(metric="score", early_stopping=2, eval_data=DEV, eval_every=2, batch_size=4)
+    with engine_on(base, tmp_path / "parts") as engine:
+        engine.fit(ROWS, steps=20, compute_metrics=Scripted(3.0, 1.0), **call,
+                   callback=lambda record: record.step == 2 and engine.stop())  # fmt: skip
+        assert [values["step"] for values in engine.evals] == [2, 3]
+        assert engine.fit(ROWS, steps=20, compute_metrics=Scripted(2.0, 2.0), **call).last_step == 6
+
+
+def test_evaluation_data_in_memory_is_to_be_given_again_or_it_is_said(base, tmp_path):
+    with engine_on(base, tmp_path / "run") as engine:
+        engine.fit(ROWS, steps=2, batch_size=4, eval_data=DEV)
+    with Engine.resume(tmp_path / "run") as engine:
+        with pytest.warns(UserWarning, match="eval_data was in memory.*Pass eval_data= again, or eval_data=False"):
+            engine.fit(ROWS, steps=4)
+        engine.fit(ROWS, steps=6, eval_data=False)
+        engine.fit(ROWS, steps=8)  # it was said once that there are none
+        assert [values["step"] for values in engine.evals] == [2]
+
+
 def test_the_loss_is_compared_by_its_smallest_and_nan_is_never_best(base):
     with engine_on(base) as engine:
         result = engine.fit(ROWS, steps=6, compute_metrics=lambda p: {"my_loss": next(values)}, metric="my_loss",

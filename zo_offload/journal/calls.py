@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ _PATHS = ("data", "eval_data", "save_dir")
 _COUNTS = ("steps", "batch_size", "micro_batches", "eval_every", "save_every", "log_every", "early_stopping",
            "train_rows", "eval_rows")  # fmt: skip
 _OF_EVALUATIONS = ("eval_every", "eval_rows", "metric", "keep_best", "early_stopping")
+IN_MEMORY = True
+"""In the record of a call, in the place of evaluation data that was no file."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,13 @@ class FitCall:
         }
         if self.epochs is not None:
             missing["steps"] = self.steps  # the earlier call's are not meant
+        if missing.get("eval_data") is IN_MEMORY:
+            missing["eval_data"] = None
+            warnings.warn(
+                "eval_data was in memory in the call before, and a run remembers only files: there are no evaluations "
+                "now. Pass eval_data= again, or eval_data=False",
+                stacklevel=2,
+            )
         call = replace(call, **missing)
         if call.eval_data is not False:
             return call
@@ -94,6 +104,8 @@ class FitCall:
         for name in _PATHS:
             path = kept[name]
             kept[name] = str(user_path(path).absolute()) if isinstance(path, (str, Path)) else None
+            if name == "eval_data" and path is not None and kept[name] is None:
+                kept[name] = IN_MEMORY
         kept["options"] = {name: value for name, value in self.options.items() if _is_json(value)}
         kept["epochs"] = None
         return {name: value for name, value in kept.items() if value is not None or name in _ALWAYS}

@@ -53,8 +53,10 @@ class Selection:
         larger = larger_is_better(name)
         return values[name] > than[name] if larger else values[name] < than[name]
 
-    def why_over(self, evals: Sequence[Values]) -> str:
-        """Why the run should stop now; "" if it should not."""
+    def why_over(self, evals: Sequence[Values], every: int = 1) -> str:
+        """Why the run should stop now; "" if it should not. every: steps between two evaluations; those made between
+        them, where `fit` was ended early, do not count."""
+        evals = [values for values in evals if values["step"] % every == 0]
         best = self.best(evals)
         if not self.patience or best is None:
             return ""

@@ -316,7 +316,8 @@ class Training:
 
     def _consider_end(self) -> None:
         """Ask for the end where the evaluations say that it is time."""
-        self.run.stopping = self.run.stopping or self.selection.why_over(self.run.evals) or None
+        why = self.selection.why_over(self.run.evals, self.call.eval_every or 1)
+        self.run.stopping = self.run.stopping or why or None
 
     def check_stop(self, stop: StopRequest) -> None:
         """Raise Stopped, on all ranks after the same step, where one of them was sent a signal."""
