@@ -63,7 +63,7 @@ from .run.session import Maker
 from .run.training import train
 from .run.whole import entry, release_dropped
 from .stream.ingest import Base, ModuleBase
-from .system.plain import is_whole, plain_value, user_path
+from .system.plain import as_rate, is_whole, plain_value, user_path
 
 _log = logging.getLogger(__name__)
 
@@ -340,7 +340,9 @@ class Engine:
         With several ranks each of them calls it, with the same batch.
         """
         with self.active.ranks.telling():
-            return self.active.finish(self.active.launch(batch, lr, micro_batches=micro_batches))
+            return self.active.finish(
+                self.active.launch(batch, None if lr is None else as_rate(lr), micro_batches=micro_batches)
+            )
 
     @entry
     def evaluate(

@@ -45,7 +45,7 @@ from .gguf import find_gguf, open_gguf
 from .kept import KeepsCodes
 from .meta_model import MAX_REGISTRATIONS, construct, keep_in_fp32, make_real
 from .pickled_io import open_weights
-from .recipe import Cast, Reader, Recipe
+from .recipe import Reader, Recipe, as_floats
 from .safetensors_io import SafetensorsFile, files_by_tensor
 from .weights import Crcs, chunks, entry_digest, tensor_digest, together
 
@@ -129,19 +129,15 @@ class Checkpoint(KeepsCodes):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What `from_pretrained(dtype="auto")` would use: the config's dtype, else that of the first float tensor; but
-        float32 for float64."""
-        return torch.float32 if (named := self._named_dtype()) is torch.float64 else named
-
-    def _named_dtype(self) -> torch.dtype:
+        """What `from_pretrained(dtype="auto")` would use: the config's dtype, else that of the first float tensor."""
         configured = getattr(self.config, "dtype", None)
         if configured is not None:
             found = getattr(torch, configured, None) if isinstance(configured, str) else configured
             if not isinstance(found, torch.dtype):
                 raise CheckpointError(f"{self.path}: config.json has dtype {configured!r}, which torch does not have.")
-            return found
+            return torch.float32 if found is torch.float64 else found
         entries = (file.entries[name] for name, file in self._file_of.items())
-        return next((e.dtype for e in entries if e.dtype.is_floating_point and e.dtype.itemsize > 1), torch.float32)
+        return next((e.dtype for e in entries if e.dtype.is_floating_point and 1 < e.dtype.itemsize < 8), torch.float32)
 
     def build_model(
         self,
@@ -345,11 +341,9 @@ class Checkpoint(KeepsCodes):
             self._untie_what_differs(model, sources, absent)
         model.tie_weights(missing_keys=set(absent) if self.has_weights else None, recompute_mapping=False)
         names_of: dict[int, list[str]] = {}
-        tensor_of: dict[int, Tensor] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             if isinstance(tensor, Tensor):
                 names_of.setdefault(id(tensor), []).append(name)
-                tensor_of[id(tensor)] = tensor
         report = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unexpected))
         layout = _Layout(model, {}, {}, {})
         parameters = {id(p): name for name, p in model.named_parameters()}
@@ -359,10 +353,10 @@ class Checkpoint(KeepsCodes):
             layout.canonical.update(dict.fromkeys(names, canonical))
             output = next((name for name in names if name in sources and name not in absent), None)
             if output is not None:
-                recipe, meta = sources[output].recipes[output], sources[output].outputs[output]
+                found = sources[output].recipes[output], sources[output].outputs[output]
                 if canonical == parameters.get(key):
-                    recipe, meta = self._as_float(canonical, tensor_of[key].dtype, recipe, meta)
-                layout.recipes[canonical], layout.metas[canonical] = recipe, meta
+                    found = as_floats(*found, model.get_parameter(canonical).dtype, f"{self.path}: {canonical!r}")
+                layout.recipes[canonical], layout.metas[canonical] = found
             else:
                 report.missing_keys.add(canonical)
                 tensor = model.get_parameter_or_buffer(canonical)
@@ -380,18 +374,6 @@ class Checkpoint(KeepsCodes):
                 self._file_metas(),
             )
         return layout
-
-    def _as_float(self, name: str, built: torch.dtype, recipe: Recipe, meta: Tensor) -> tuple[Recipe, Tensor]:
-        """A parameter of the files as it is read: float64 as float32, rounded once, which is what it is stored in at
-        most. CheckpointError where it holds no floating numbers and the model's does."""
-        if meta.dtype is torch.float64:
-            return Cast(recipe, torch.float32), meta.to(torch.float32)
-        if built.is_floating_point and not meta.dtype.is_floating_point:
-            raise CheckpointError(
-                f"{self.path}: {name!r} is {str(meta.dtype).removeprefix('torch.')} in the files, and floating numbers "
-                "in the model: quantized, without what says how? Save the checkpoint again in float32 or 16 bits."
-            )
-        return recipe, meta
 
     def _untie_what_differs(self, model: PreTrainedModel, sources: dict[str, Group], absent: set[str]) -> None:
         """A declared tie whose two sides are both in the files holds only if they are equal, as in from_pretrained."""

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..errors import CheckpointError
+
 SCRATCH = 1 << 20
 """Elements that a recipe may take beside those asked for."""
 
@@ -237,6 +239,19 @@ class Whole(Recipe):
 
     def origin(self, element: int = 0) -> tuple[str, int]:
         return self.source, 0
+
+
+def as_floats(recipe: Recipe, meta: Tensor, built: torch.dtype, what: str) -> tuple[Recipe, Tensor]:
+    """A parameter of the files as it is read: float64 as float32, rounded once, the most that anything is stored in.
+    CheckpointError where it holds no floating numbers and the model's, of dtype `built`, does."""
+    if meta.dtype is torch.float64:
+        return Cast(recipe, torch.float32), meta.to(torch.float32)
+    if built.is_floating_point and not meta.dtype.is_floating_point:
+        raise CheckpointError(
+            f"{what} is {str(meta.dtype).removeprefix('torch.')} in the files, and floating numbers in the model: "
+            "quantized, without what says how? Save the checkpoint again in float32 or 16 bits."
+        )
+    return recipe, meta
 
 
 # ---- finding recipes -------------------------------------------------------------------------------------------------

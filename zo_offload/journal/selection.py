@@ -21,10 +21,12 @@ Values = Mapping[str, float]
 @dataclass(frozen=True)
 class Selection:
     """metric: its name, with or without "eval_"; None: accuracy where there is one, else loss. patience: evaluations
-    without a better one before `why_over` says so; 0: never."""
+    without a better one before `why_over` says so; 0: never. every: steps between two evaluations; for patience, those
+    in between, where `fit` was ended early, do not count."""
 
     metric: str | None = None
     patience: int = 0
+    every: int = 1
 
     def name(self, values: Values) -> str:
         """The metric among those of an evaluation. ConfigError if it is none of them."""
@@ -53,10 +55,9 @@ class Selection:
         larger = larger_is_better(name)
         return values[name] > than[name] if larger else values[name] < than[name]
 
-    def why_over(self, evals: Sequence[Values], every: int = 1) -> str:
-        """Why the run should stop now; "" if it should not. every: steps between two evaluations; those made between
-        them, where `fit` was ended early, do not count."""
-        evals = [values for values in evals if values["step"] % every == 0]
+    def why_over(self, evals: Sequence[Values]) -> str:
+        """Why the run should stop now; "" if it should not."""
+        evals = [values for values in evals if values["step"] % self.every == 0]
         best = self.best(evals)
         if not self.patience or best is None:
             return ""

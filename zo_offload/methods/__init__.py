@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..kernels.records import Mask, Perturbation, Smallest, Trains
 from ..kernels.scalars import divide, sqrt, total
 from ..numerics.noise import step_seed
-from .base import METHODS, Method, Step, Told, as_rate, lr_schedule
+from .base import METHODS, Method, Step, Told, lr_schedule
 from .conservative import Conservative
 from .fzoo import FZOO
 from .fzoo_loo import FZOOLeaveOneOut
@@ -39,7 +39,7 @@ __all__ = [
     "DEFAULT", "FZOO", "MEAZO", "METHODS", "NSPSA", "PRESETS", "QZO", "SPSA15", "Conservative", "FZOOLeaveOneOut",
     "FZOOReuse", "LeZO", "Mask", "MeZO", "Method", "Momentum", "Perturbation", "QZOShift", "RandomMask", "RankSGD",
     "SeedPool", "SignSGD", "Smallest", "SparseMeZO", "Step",
-    "Told", "as_rate", "check_tunes", "divide", "known_record", "lr_schedule", "method_from", "method_training", "sqrt",
+    "Told", "check_tunes", "divide", "known_record", "lr_schedule", "method_from", "method_training", "sqrt",
     "step_seed", "total",
 ]  # fmt: skip
 

@@ -386,17 +386,6 @@ def _listed(losses: Sequence[float]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
 
 
-def as_rate(lr: Any) -> float:
-    """A step's learning rate as it was given, from whatever holds one number. Raises ConfigError."""
-    try:
-        rate = float(lr)
-    except (TypeError, ValueError, OverflowError):
-        rate = math.nan
-    if isinstance(lr, str) or not math.isfinite(rate):
-        raise ConfigError(f"lr={str(lr)[:40]}: expected a finite number")
-    return rate
-
-
 def lr_schedule(name: str, warmup_steps: int, steps: int) -> Callable[[int], float]:
     """transformers' schedule of that name as a function: step -> factor of the peak learning rate."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True, device="cpu")], lr=1.0)

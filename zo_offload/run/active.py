@@ -35,7 +35,6 @@ from ..journal.learning_watch import LearningWatch
 from ..journal.rising import Brake
 from ..kernels.records import STILL, Gains
 from ..lanes.hub import Lane
-from ..methods import as_rate
 from ..numerics.updates import UpdateLog
 from ..plan.plan import Plan
 from ..stream.ingest import ModuleBase
@@ -261,7 +260,7 @@ class Run:
         """
         if self._replays:
             raise ConfigError("a replayed engine does not train: export this step, or resume its run")
-        batch, lr = as_made(batch), self.method.lr if lr is None else as_rate(lr)
+        batch, lr = as_made(batch), self.method.lr if lr is None else lr
         parts = self.start_steps(batch, micro_batches, objective)
         self.check_objective(self.journal)
         self._keep_budget(parts, batch, micro_batches, objective)
@@ -346,12 +345,10 @@ class Run:
         return self._whole
 
     @entry
-    def flush(self) -> None:
+    def flush(self, *, closes: bool = False) -> None:
         """Every block to the last step, in its tier; the journal to the disk."""
-        self.start()
-        self._flush()
-
-    def _flush(self) -> None:
+        if not closes:
+            self.start()
         assert self._whole is not None
         with self._whole as parts:
             parts.stepper.settle_before(self.log.version)
@@ -396,7 +393,7 @@ class Run:
         first, self.closed = not self.closed, True
         try:
             if first and not self.at_once and self.parts is not None:
-                self._flush()
+                self.flush(closes=True)
         except TornError as torn:  # nothing that can be flushed; what can be done is done when it is reopened
             _log.warning("%s", torn)
         finally:

@@ -120,7 +120,7 @@ def _train(
     run.evals[:] = run.ranks.first("fit, its evaluations", lambda: run.evals)
     factor = lr_schedule(method.schedule, method.warmup_steps, run.horizon or steps)
     brake = run.brake.factor if call.brake else lambda step: 1.0
-    selection = Selection(call.metric, call.early_stopping or 0)
+    selection = Selection(call.metric, call.early_stopping or 0, call.eval_every or 1)
     about = About(
         run.opened.model, batching.tokenizer() if any(map(is_trainer_callback, told)) else None,
         str(run.run_dir or "trainer_output"), steps, rows, batches.steps_per_epoch(), method.lr, method.weight_decay,
@@ -316,8 +316,7 @@ class Training:
 
     def _consider_end(self) -> None:
         """Ask for the end where the evaluations say that it is time."""
-        why = self.selection.why_over(self.run.evals, self.call.eval_every or 1)
-        self.run.stopping = self.run.stopping or why or None
+        self.run.stopping = self.run.stopping or self.selection.why_over(self.run.evals) or None
 
     def check_stop(self, stop: StopRequest) -> None:
         """Raise Stopped, on all ranks after the same step, where one of them was sent a signal."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from collections.abc import Mapping
@@ -54,3 +55,14 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
     return found
+
+
+def as_rate(lr: Any) -> float:
+    """A step's learning rate as it was given, from whatever holds one number. Raises ConfigError."""
+    try:
+        rate = float(lr)
+    except (TypeError, ValueError, OverflowError):
+        rate = math.nan
+    if isinstance(lr, str) or not math.isfinite(rate):
+        raise ConfigError(f"lr={str(lr)[:40]}: expected a finite number")
+    return rate
