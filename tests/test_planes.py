@@ -88,7 +88,8 @@ def counted(monkeypatch, steps, **settings):
     engine = Engine(tiny_llama(), method=METHOD, offload="host", num_slots=3, **settings)
     with engine:
         result = engine.fit(batches(), steps=steps)
-    return Counting.seen, engine, result
+        seen = list(Counting.seen)  # less what the module's weights at the end are read by
+    return seen, engine, result
 
 
 @pytest.mark.parametrize("fold_every", [2, 4])
