@@ -280,12 +280,12 @@ def test_a_value_without_the_seal_is_no_value():
             mine.get(name)
     with pytest.raises(Unsealed):
         Sealed(mine.line, "ours, of us", "a later era").get("a")
-    mine.first("a", {"x": 3})
-    assert mine.get("a") == {"x": [1, 2]}
+    mine.first({"a": {"x": 3}, "d": {"x": 4}})
+    assert mine.get_all(["a", "d"]) == [{"x": [1, 2]}, {"x": 4}] and isinstance(mine.get_all(["b"])[0], Unsealed)
     long = {"text": random.Random(0).randbytes(6_000_000).hex()}
     names = mine.send("long", long)
     assert len(names) > 2 and mine.receive("long") == long and mine.receive("long") is None
-    assert mine.line.size() == 3
+    assert mine.line.size() == 4
     with pytest.raises(ConfigError, match="cannot be listened at"):
         served(f"127.0.0.1:{port}")
     with pytest.raises(ConfigError, match="expected HOST:PORT"):

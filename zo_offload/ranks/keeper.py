@@ -85,7 +85,7 @@ class Keeper(Sharing):
         turn, step, cells = self._name(), self._turn[0], cells_of(self._name(), count)
         made = [f"{turn}/next", f"losses/{turn}", *cells, *(f"{cell}/late" for cell in cells)]
         self._made.setdefault(step, []).extend(made)
-        rows = [self._row(turn, cell) for cell in range(count)]
+        rows = [self._row(cell, row) for cell, row in enumerate(self.room.get_all(cells))]
         wrong = {cell for cell, row in enumerate(rows) if row is None or not self._is_of_this_step(row)}
         for row in rows:
             if row is not None and row["by"] != ME:
@@ -99,14 +99,12 @@ class Keeper(Sharing):
         self.room.put(f"losses/{turn}", {"losses": [loss.hex() for loss in found]})
         return found
 
-    def _row(self, turn: str, cell: int) -> dict[str, Any] | None:
+    def _row(self, cell: int, row: dict[str, Any] | Unsealed) -> dict[str, Any] | None:
         """A committed loss; None where it is not one of this pool's, or of a member that was put out."""
-        try:
-            row = self.room.get(f"{turn}/{cell}")
-        except Unsealed as error:
-            _log.warning("%s: lane %d of step %d is computed again", error, cell, self._turn[0])
+        if isinstance(row, Unsealed):
+            _log.warning("%s: lane %d of step %d is computed again", row, cell, self._turn[0])
             return None
-        if row is None or row.get("by") in self._out:
+        if row.get("by") in self._out:
             return None
         try:
             return {**row, "by": str(row["by"]), "loss": float.fromhex(row["loss"])}

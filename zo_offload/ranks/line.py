@@ -11,10 +11,9 @@ from __future__ import annotations
 import queue
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch.distributed as _distributed
@@ -23,6 +22,8 @@ from ..errors import ConfigError, RankError
 
 SILENT_S = 20.0
 """A store that does not answer for so long is taken for lost."""
+GRACE_S = 2.0
+"""And for so long after that: a process that was stopped finds the time over when it goes on."""
 PAYLOAD_BYTES = 4 << 20
 """Longest value: TCPStore closes a connection that brings twice as much."""
 
@@ -59,10 +60,12 @@ class Line:
             raise Lost(self._lost)
         answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._calls.put((method, answer))
-        try:
-            value, error = answer.get(timeout=self._silent_s)
-        except queue.Empty:
-            value, error = None, f"no answer in {self._silent_s:.0f} s"
+        value: Any = None
+        error: Any = f"no answer in {self._silent_s:.0f} s"
+        for seconds in (self._silent_s, min(GRACE_S, self._silent_s)):  # this process may have been stopped meanwhile
+            with suppress(queue.Empty):
+                value, error = answer.get(timeout=seconds)
+                break
         if error is not None:
             self._lost = f"{self._where} cannot be reached ({str(error).splitlines()[0][:150]})"
             self.close()
@@ -86,6 +89,19 @@ class Line:
         assert len(value) <= PAYLOAD_BYTES and value != b"?"
         self._call(lambda store: store.set(key, value))
 
+    def get_all(self, keys: list[str]) -> list[bytes]:
+        """The values of keys that all have one: at once."""
+        return list(self._call(lambda store: store.multi_get(keys)))
+
+    def first_of_all(self, values: Mapping[str, bytes]) -> None:
+        """Set those of these keys that have no value."""
+
+        def set_each(store: Any) -> None:
+            for key, value in values.items():
+                store.compare_set(key, "", value.decode())
+
+        self._call(set_each)
+
     def first(self, key: str, value: bytes, before: bytes = b"") -> bytes:
         """Set a key that still has the value `before` (b"": none); what it has now, ours or who was first's."""
         found: bytes = self._call(lambda store: store.compare_set(key, before.decode(), value.decode()))
@@ -100,16 +116,15 @@ class Line:
         return bool(self._call(lambda store: store.check(keys)))
 
     def delete(self, *keys: str) -> None:
-        for key in keys:
-            self._call(partial(_delete, key))
+        def delete_each(store: Any) -> None:
+            for key in keys:
+                store.delete_key(key)
+
+        self._call(delete_each)
 
     def size(self) -> int:
         """How many keys there are."""
         return int(self._call(lambda store: store.num_keys()))
-
-
-def _delete(key: str, store: Any) -> None:
-    store.delete_key(key)
 
 
 # ---- where it leads --------------------------------------------------------------------------------------------------

@@ -337,8 +337,13 @@ class Member(Sharing):
 
     @contextlib.contextmanager
     def together(self, at: str) -> Iterator[None]:
-        with self.telling():
-            yield
+        try:
+            with self.telling():
+                yield
+        except BaseException:
+            if at != "fit":  # there is no engine that will leave
+                self.leave()
+            raise
 
     def leave(self, why: str = "") -> None:
         if self._left or self._room is None:

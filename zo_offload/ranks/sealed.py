@@ -62,9 +62,19 @@ class Sealed:
         found = self.line.get(name)
         return None if found is None else self._unpack(name, found)
 
-    def first(self, name: str, values: Mapping[str, Any]) -> None:
-        """Write, unless somebody has."""
-        self.line.first(name, self._pack(name, values))
+    def first(self, named: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write each of these, unless somebody has."""
+        self.line.first_of_all({name: self._pack(name, values) for name, values in named.items()})
+
+    def get_all(self, names: list[str]) -> list[dict[str, Any] | Unsealed]:
+        """Of names that all have a value; in place of one without the seal, what is to be raised of it."""
+        return [self._opened(name, value) for name, value in zip(names, self.line.get_all(names), strict=True)]
+
+    def _opened(self, name: str, value: bytes) -> dict[str, Any] | Unsealed:
+        try:
+            return self._unpack(name, value)
+        except Unsealed as error:
+            return error
 
     # ---- what is longer than a value ---------------------------------------------------------------------------------
 

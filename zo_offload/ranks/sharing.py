@@ -98,9 +98,8 @@ class Sharing(Alone):
         self._commit(turn, cells)
 
     def _commit(self, turn: str, cells: Iterable[int]) -> None:
-        for cell in cells:
-            loss = {"loss": float(self._known[cell]).hex(), "by": self.me, "about": self._about}
-            self.room.first(f"{turn}/{cell}", loss)
+        more = {"by": self.me, "about": self._about}
+        self.room.first({f"{turn}/{cell}": {"loss": float(self._known[cell]).hex(), **more} for cell in cells})
 
     def _computed(self, cells: Sequence[int], compute: Callable[[Sequence[int]], Sequence[Any]]) -> list[float]:
         """The losses of lanes, computed here in one pass, and told how long it took."""
