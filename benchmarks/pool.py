@@ -8,8 +8,9 @@ the seed: a member is started, killed (SIGKILL), stopped for some seconds (SIGST
 (SIGTERM); the keeper is killed and started again, or stopped for a while. `--pause` seconds lie between steps, so that
 one process can take as many steps afterwards: its weights, and those of all members that are there at the end, must be
 the keeper's, bit for bit. Counted as wrong: other weights, a member that ends by itself, a minute without a step. Also
-recorded: the most keys that the store had; what a step of 8 lanes costs in the store alone [p20, p50, p80]; and resident memory of the keeper's process at the begin and at the end (it
-is another process after each kill), which must not grow with the run.
+recorded: the most keys that the store had; resident memory of the keeper's process at the begin and at the end (it is
+another process after each kill), which must not grow with the run; what a step of 8 lanes costs in the store alone, in
+ms [p20, p50, p80].
 
 Exit status 1 where something was wrong.
 """
@@ -316,7 +317,8 @@ def main() -> int:
         "bits_equal": keeper == one, "wrong": wrong[:10], "longest_without_a_step_s": round(trial.longest, 1),
         "keeper_back_s": [round(quantile(back, q), 1) for q in (0.5, 1.0)], "store_keys_most": max(trial.keys),
         "keeper_mb": [round(quantile(memory[:third], 0.5)), round(quantile(memory[-third:], 0.5))],
-        **Child(folder, "exchange", exchange).result(60), "journal_bytes": trial._steps(), "load": round(os.getloadavg()[0], 1), "cores": len(os.sched_getaffinity(0)),
+        **Child(folder, "exchange", exchange).result(60), "journal_bytes": trial._steps(),
+        "load": round(os.getloadavg()[0], 1), "cores": len(os.sched_getaffinity(0)),
     }, about("pool"))  # fmt: skip
     shutil.rmtree(folder)
     return 1 if wrong else 0
