@@ -7,14 +7,17 @@ import random
 import signal
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from support.fake_cuda import FakeBackend, FakeCudaDevice
+from support.on_device import put_in_place
 from support.pool import TOKEN, Party, digest, instead_of_computing
 from support.ranks import FORK
 from support.training import METHOD, batches
 from support.zoo.small import tiny_opt
-from zo_offload import FZOO, Conservative, Engine, Pool
+from zo_offload import FZOO, Conservative, Engine, Pool, __version__
 from zo_offload.cli import main
 from zo_offload.cli.journal_tools import cut
 from zo_offload.cli.pool_tools import roster
@@ -22,6 +25,7 @@ from zo_offload.errors import ConfigError, RankError
 from zo_offload.journal.format import StepRecord, load_journal
 from zo_offload.kernels.records import Update
 from zo_offload.ranks.decided import heard, told
+from zo_offload.ranks.keeper import Keeper
 from zo_offload.ranks.line import Lost, dialled, over, parse, served
 from zo_offload.ranks.pace import FIRST_PATIENCE_S, Patience, lanes_of, weighted
 from zo_offload.ranks.sealed import Sealed, Unsealed
@@ -219,6 +223,16 @@ def test_any_method_has_the_bits_of_one_process(way, party):
     assert member.end["value"]["lanes"] > 0
 
 
+def test_on_a_gpu_whose_losses_come_late_each_step_waits_for_the_losses_of_others(party, one_process, monkeypatch):
+    """Both are on a stand-in for a GPU, whose streams run late."""
+    device = FakeCudaDevice(FakeBackend(0))
+    put_in_place(monkeypatch, device)
+    party.settings = {**RUN, "device": "cuda", "compute": "fp32"}
+    keeper = party.keeper(each_step=slowly(0.05))
+    member = party.member(device="cuda")
+    assert keeper.value()["weights"] == member.value()["weights"] == one_process["weights"]
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +304,42 @@ def test_a_value_without_the_seal_is_no_value():
         served(f"127.0.0.1:{port}")
     with pytest.raises(ConfigError, match="expected HOST:PORT"):
         parse("somewhere")
+
+
+def test_what_a_member_makes_up_does_not_end_the_keeper():
+    """Whoever has the token may write anything: it is no loss, or not this step's, and is computed again."""
+    keeper = Keeper(Pool(address="127.0.0.1:0", token=TOKEN, audit=0.0))
+    try:
+        keeper._journal = SimpleNamespace(steps=[], note=lambda values: None)
+        stranger = Sealed(over(keeper._store, "here"), TOKEN, keeper.room.era)
+        keeper.about({"batch": "1"})
+        keeper._tell_state(0)
+        right = {"batch": "1"}
+        rows = [[1, 2], {"by": "1"}, {"loss": "nan of it", "by": "1"}, {"loss": 7, "by": [1]},
+                {"loss": "0x1p1", "by": "2", "about": {"batch": "2"}}, {"loss": "nan", "by": "3", "about": right},
+                {"loss": "0x1p0", "by": "4", "about": right}]  # fmt: skip
+        for cell, row in enumerate(rows):
+            stranger.put(f"0.0/{cell}", row)
+        assert keeper.share(0, len(rows), lambda cells: [1.0] * len(cells)) == [1.0] * len(rows)
+        assert set(keeper._out) == {"2", "3"} and "batch: the keeper has '1', it '2'" in keeper._out["2"]
+        keeper._desk._names |= {"5": "made up"}
+        stranger.put("member/5", {"step": 0, "seconds": "long", "spent": float("nan"), "rate": [1], "audit": {"a": 1}})
+        stranger.put("door/0", {"version": __version__, "steps": "many", "history": 1})
+        stranger.line.add("door", 1)
+        until = time.monotonic() + 10
+        while not (keeper._desk.rows() and stranger.line.has(["door/0/no"])) and time.monotonic() < until:
+            keeper._desk._journal = keeper._journal
+            time.sleep(0.01)
+        assert keeper._desk.rows() == {"5": {"step": 0, "audit": None}}
+        keeper.publish(StepRecord(0, (), 1.0, 0.0, 1e-3), "0" * 16)
+    finally:
+        keeper.leave()
+
+
+def test_a_keeper_is_not_one_of_several_that_a_launcher_starts(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="start the keeper alone"):
+        Engine(make(), **RUN, ranks=Pool(address="127.0.0.1:0", token=TOKEN))
 
 
 def test_a_record_is_told_to_the_last_bit():

@@ -32,6 +32,7 @@ GONE_S, THERE_S = 15.0, 3.0
 UNREAD_S, LATE_S = 120.0, 30.0
 """What nobody has fetched for so long is deleted; who took a number and then does not ask is not waited for."""
 RECORDS_AT_ONCE = 20_000
+_MOST = float(1 << 53)
 
 
 class Desk:
@@ -178,9 +179,9 @@ class Desk:
                 continue
             with self._lock:
                 if row is not None and row.get("gone") is not None:
-                    self._gone(member, f"left{': ' * bool(row['gone'])}{row['gone']}")
+                    self._gone(member, f"left{': ' * bool(row['gone'])}{str(row['gone'])[:500]}")
                 elif row is not None and row.get("step") is not None and member in self._names:
-                    self._members[member] = row
+                    self._members[member] = _numbers(row)
 
         while self._left:
             member = self._left.pop()
@@ -205,3 +206,14 @@ class Desk:
         self._beats.pop(member, None)
         if self._names.pop(member, None) is not None:
             self._left.append(member)
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a member says of itself, as far as it is what it should be: whoever has the token may write anything."""
+    found: dict[str, Any] = {
+        name: value
+        for name in ("step", "seconds", "spent", "rate", "lanes")
+        if isinstance(value := row.get(name), (int, float)) and 0 <= value < _MOST
+    }
+    audit = row.get("audit")
+    return {**found, "audit": audit if isinstance(audit, list) and audit else None}

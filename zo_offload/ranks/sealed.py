@@ -51,7 +51,9 @@ class Sealed:
             raise Unsealed(
                 f"{name!r} in the pool's store has not this token's seal: tokens differ, or a stranger writes there"
             )
-        found: dict[str, Any] = json.loads(text)
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise Unsealed(f"{name!r} in the pool's store is not what a member writes")
         return found
 
     def put(self, name: str, values: Mapping[str, Any]) -> None:
@@ -94,7 +96,7 @@ class Sealed:
             return None
         names = [f"{name}/{number}" for number in range(head["parts"])]
         found = [self.get(part) for part in names]
-        self.line.delete(name, *names)
+        self.line.delete(*names, name)
         text = "".join(part["part"] for part in found if part is not None)
         unpacker = zlib.decompressobj()
         values: dict[str, Any] = json.loads(unpacker.decompress(base64.b64decode(text), MAX_TEXT_BYTES))
