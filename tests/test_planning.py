@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shlex
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from support import training
 from support.training import METHOD
 from support.zoo.small import tiny_opt
-from zo_offload import Engine
+from zo_offload import Engine, MeZO
 from zo_offload.checkpoint.checkpoint import Checkpoint
 from zo_offload.cli import hardware
 from zo_offload.cli import named_models as models
@@ -20,6 +21,7 @@ from zo_offload.cli.command import RUN, main
 from zo_offload.cli.costs import Work, step_seconds
 from zo_offload.cli.hardware import Link, backprop_gb, find_drive, find_gpu, find_link
 from zo_offload.cli.parser import parse
+from zo_offload.cli.scaling import shared
 from zo_offload.cli.timeline import simulate
 from zo_offload.formats import FORMATS
 from zo_offload.plan.layout import make_layout
@@ -125,6 +127,25 @@ def test_named_models_have_the_parameters_that_are_published(name):
     model = Checkpoint.open(models.named_config(name)).build_model(FORMATS["bf16"].torch_dtype)
     count = sum(p.numel() for p in model.parameters()) / 1e9
     assert count == pytest.approx(published[name], rel=4e-3)
+
+
+def test_what_several_gpus_make_of_a_step(capsys):
+    """The GPU's part shrinks with the lanes, the link's does not, and one host's memory is read by all of them."""
+    base = ["opt-13b", "--gpu", "rtx-4090", "--host-memory", "256GB", "--tokens", "128", "--micro-batches", "4"]
+    lines = plan(capsys, *base, "--ranks", "6", "--host-bandwidth", "100")
+    table = [line.split() for line in lines if re.match(r" +[1246]  (one|hosts)", line)]
+    assert [row[0] for row in table] == ["1", "2", "2", "4", "4", "6", "6"]
+    machine = Machine(find_gpu("rtx-4090"), find_gpu("rtx-4090").link, 256 * 10**9, 100.0)
+    found = answer("opt-13b", machine, method=MeZO(), tokens=128, batch_size=16, micro_batches=4)
+    one, two, eight = (shared(found, n, one_host=False) for n in (1, 2, 8))
+    assert one.seconds == found.step.seconds and one.binds == found.step.binds == "the GPU"
+    assert 0.5 * one.seconds <= two.seconds < 0.6 * one.seconds and eight.idle == 0
+    assert shared(found, 9, one_host=False).idle == 1, "two perturbations of four micro-batches"
+    assert eight.binds == "the link" and eight.seconds == found.step.parts["the link"]
+    together = shared(found, 8, one_host=True)
+    assert together.binds == "host memory" and together.seconds == 8 * found.step.parts["host memory"]
+    more = shared(found, 2, one_host=False, rows=2)
+    assert more.tokens == 2 * one.tokens and more.seconds <= one.seconds * 1.0000001
 
 
 def test_names_numbers_and_what_is_between_them():

@@ -144,6 +144,18 @@ def test_a_keeper_that_was_killed_goes_on_and_its_members_come_back_by_themselve
     assert member.end["value"]["steps"] == STEPS, "it kept its weights"
 
 
+def test_a_member_whose_steps_the_keeper_lost_is_told_to_join_anew(party, one_process):
+    keeper = party.keeper(each_step=slowly(0.1))
+    member = party.member()
+    member.until(is_step(3))
+    keeper.send(signal.SIGKILL)
+    keeper.result()
+    cut(party.run_dir, 2)  # as a power cut on its host does
+    again = party.keeper(resumes=True, each_step=slowly(0.05))
+    assert "steps of another history than the run" in (text := member.error()) and "Join again" in text
+    assert again.value()["weights"] == one_process["weights"]
+
+
 def test_members_end_with_the_keepers_error_or_when_it_stays_away(party):
     def fails(record):
         if record.step == 3:
@@ -343,7 +355,7 @@ def test_a_keeper_is_not_one_of_several_that_a_launcher_starts(monkeypatch):
 
 
 def test_a_record_is_told_to_the_last_bit():
-    updates = (Update(2**63, 1.5 * 2**-20, 0.75, False), Update(7, -0.0))
+    updates = (Update(2**63, 1.5 * 2**-20, 0.75, False), Update(7, -0.0, begins=False))
     for record in (
         StepRecord(3, updates, 0.1 + 0.2, float("inf"), 1e-320, scalars=(5.1, float("-inf"))),
         StepRecord(4, (), 1.0, 2.0, 3.0, True, 2**32 - 1, True),

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors a user can cause are one line on standard error."""
     argv = sys.argv[1:] if argv is None else argv
     if "--serve" in argv or argv[:1] in (["join"], ["ranks"]):
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of each line that breaks torch would print a stack
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # of each line that breaks torch would print a stack
     with printable():
         return _run(argv)
 

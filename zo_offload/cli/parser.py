@@ -152,6 +152,9 @@ def _plan(plan: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     )
     plan.add_argument("--link", help="GB/s that blocks move at, or pcie4-x8 (default: the GPU's, or measured)")
     plan.add_argument("--compare", choices=["gpus", "disks"], help="a table over all GPUs or drives that are known")
+    plan.add_argument(
+        "--ranks", type=count, metavar="N", help="a table: tokens/s of 1, 2, 4, ... N GPUs, and what binds"
+    )
     plan.add_argument("--timeline", metavar="FILE", help="what one step would do when, for ui.perfetto.dev")
     _engine(plan, without=["host_memory"])  # how memory is locked: here the flag says how much there is
     _methods(plan, argv, config)

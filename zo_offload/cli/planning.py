@@ -12,7 +12,7 @@ from ..journal import run_directory
 from ..methods import Method, method_from
 from ..run.auto import rates
 from ..system.units import parse_bytes
-from . import timeline
+from . import scaling, timeline
 from .answer import Answer, Machine, answer, command, compare, lines, machines, named_rates
 from .hardware import find_drive, find_gpu, find_link
 from .method_options import make_method
@@ -37,6 +37,7 @@ def plan_lines(args: argparse.Namespace, settings: dict[str, Any]) -> Iterator[s
             "disk": args.disk,
             "compare": args.compare,
             "timeline": args.timeline,
+            "ranks": args.ranks,
         }
         if given := [flag for flag, value in flags.items() if value]:
             raise ConfigError(f"--{given[0]} plans for a GPU: name it, --gpu rtx-4090")
@@ -56,6 +57,9 @@ def plan_lines(args: argparse.Namespace, settings: dict[str, Any]) -> Iterator[s
         return
     yield from lines(found, args.steps, USUAL_STEPS)
     yield ""
+    if args.ranks:
+        yield from scaling.lines(found, args.ranks)
+        yield ""
     yield from details(found.planned, lambda: named_rates(found))
     if args.timeline:
         yield _write_timeline(found, Path(args.timeline))

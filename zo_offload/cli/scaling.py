@@ -1,0 +1,93 @@
+"""How a step shrinks, or its batch grows, with the GPUs that share it: tokens a second by their number, and what binds.
+
+Each GPU fetches all blocks over its own link and keeps a whole copy (docs/ranks.md), and computes its share of the
+lanes. Those of one host read its memory, or its drive, together; those of hosts of their own (a pool) do not. What
+ranks tell each other, some milliseconds a step, is left out. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..ranks.alone import cells
+from .answer import Answer, Machine, seconds_on
+from .costs import Step, Work
+
+_OWN_HOSTS, _ONE_HOST = "hosts of their own", "one host"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A step by several GPUs: seconds and what binds; tokens: of its batch; idle: GPUs without a lane."""
+
+    ranks: int
+    seconds: float
+    binds: str
+    tokens: int
+    idle: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+def counts(ranks: int) -> list[int]:
+    """1, 2, 4, ... and the number itself."""
+    return sorted({ranks, *(1 << i for i in range(ranks.bit_length()) if 1 << i <= ranks)})
+
+
+def shared(found: Answer, ranks: int, *, one_host: bool, rows: int = 1) -> Shared:
+    """The same step among several GPUs. rows: so many times the rows, and micro-batches. one_host: its memory, and its
+    drive, are read by all of them."""
+    made, work = found.planned, found.work
+    micro_batches = made.micro_batches * rows
+    lanes = work.lanes * micro_batches
+    busy = min(ranks, lanes)
+    slowest = max(
+        (_seconds(found.machine, found, work, cells(lanes, rank, ranks), micro_batches, rows) for rank in range(busy)),
+        key=lambda step: step.seconds,
+    )
+    parts = dict(slowest.parts)
+    if one_host:
+        parts |= {name: busy * parts[name] for name in ("host memory", "the drive") if name in parts}
+    binds = max(parts, key=lambda name: parts[name])
+    return Shared(ranks, parts[binds], binds, made.batch_size * made.tokens * rows, ranks - busy)
+
+
+def _seconds(machine: Machine, found: Answer, work: Work, mine: range, micro_batches: int, rows: int) -> Step:
+    """Of a GPU that has these of a step's lanes: noise for as many perturbations as they are of."""
+    perturbations = len({lane // micro_batches for lane in mine})
+    flops = work.forward_flops / work.lanes * rows * len(mine) / micro_batches
+    return seconds_on(machine, found.planned, replace(work, lanes=perturbations, forward_flops=flops))
+
+
+def lines(found: Answer, ranks: int) -> Iterator[str]:
+    """A table: the same step, and one with as many times the rows, on one host and on hosts of their own."""
+    made, lanes = found.planned, found.work.lanes * found.planned.micro_batches
+    yield f"GPUs that share a run, a whole copy of the blocks each (docs/ranks.md); {lanes} lanes a step"
+    counted = f"{'tokens/s':>10}{'binds':>13}"
+    yield f"{'GPUs':>4}  {'where':<19}{'s a step':>9}{counted}  |{'rows':>6}{counted}"
+    for count in counts(ranks):
+        for one_host in (True, False)[: 1 if count == 1 else 2]:
+            same = shared(found, count, one_host=one_host)
+            more = shared(found, count, one_host=one_host, rows=count)
+            yield (
+                f"{count:>4}  {_ONE_HOST if one_host else _OWN_HOSTS:<19}{same.seconds:>9.2f}{same.tokens_per_s:>10.0f}"
+                f"{same.binds:>13}  |{made.batch_size * count:>6}{more.tokens_per_s:>10.0f}{more.binds:>13}"
+            )
+    yield from _notes(found, ranks, lanes)
+
+
+def _notes(found: Answer, ranks: int, lanes: int) -> Iterator[str]:
+    machine, prepared = found.machine, found.planned.prepared
+    if ranks > lanes:
+        yield f"{lanes} lanes keep {lanes} GPUs busy: --micro-batches, or a method with more directions, makes more"
+    if prepared.offload == "host":
+        copies = ranks * prepared.layout.total_bytes
+        fits = copies <= machine.room
+        if machine.host_bytes is not None and not fits:
+            yield f"{ranks} copies on one host take {copies / 1e9:.0f} GB, of which {machine.room / 1e9:.0f} are there"
+        if machine.host_gb_per_s is None:
+            yield "host memory, which GPUs of one host read together, was not said: --host-bandwidth"
+    yield "right of the bar: as many times the rows and micro-batches. Nothing was measured, on one GPU or on several"
