@@ -157,11 +157,14 @@ def test_a_member_whose_steps_the_keeper_lost_is_told_to_join_anew(party, one_pr
 
 
 def test_members_end_with_the_keepers_error_or_when_it_stays_away(party):
+    there = FORK.Event()
+
     def fails(record):
         if record.step == 3:
+            assert there.wait(60)
             raise KeyError("not mine")
 
-    keeper, member = party.keeper(each_step=fails), party.member()
+    keeper, member = party.keeper(each_step=fails), party.member(before=lambda engine: comes(engine, there))
     assert keeper.error() == "KeyError: 'not mine'"
     assert member.error().endswith("failed after 4 steps: KeyError: 'not mine'")
     assert "is gone" in party.member(wait=0.5).error() and time.monotonic()
