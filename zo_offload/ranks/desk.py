@@ -140,7 +140,8 @@ class Desk:
             return self._refuse(number, f"it is zo_offload {row.get('version')}, the keeper {__version__}")
         if self._journal is None:
             return False  # it waits: the base is being read
-        self._names[member] = str(row.get("name"))
+        with self._lock:  # it is there from now on, though its pulse was not felt yet
+            self._names[member], self._beats[member] = str(row.get("name")), (None, time.monotonic())
         self._room.line.delete(name)
         try:
             answer = self._lacking(int(row["steps"]), str(row["history"])) if "steps" in row else self._whole(member)
