@@ -53,7 +53,8 @@ def check_values(options: Any) -> None:
             raise DataError(f"{name}={value!r}: expected True or False")
     _check_words(options.verbalizers)
     tokenizer = options.tokenizer
-    if tokenizer is not None and (isinstance(tokenizer, type) or not callable(tokenizer)):
+    for_export = hasattr(tokenizer, "save_pretrained")  # all that tokenised rows need of one
+    if tokenizer is not None and (isinstance(tokenizer, type) or not (callable(tokenizer) or for_export)):
         what = f"the class {tokenizer.__name__}" if isinstance(tokenizer, type) else f"a {type(tokenizer).__name__}"
         raise DataError(
             f"tokenizer= is {what}: expected a tokenizer of transformers, AutoTokenizer.from_pretrained(...), or "
