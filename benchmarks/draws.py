@@ -127,6 +127,8 @@ def draw(number: int, seed: int) -> tuple[Draw, random.Random]:
         settings["trainable"] = ["*_layer_norm", "bias"]
     else:
         settings["trainable"] = rng.choice((None, None, ["layers"], ["embed_tokens", "layers.1"], "layers.0.fc1"))
+    if method.name == "lezo" and "trainable" in settings:
+        settings["trainable"] = ["layers"] if FORMATS[storage].trains else ["*_layer_norm", "bias"]  # several layers
     if rng.random() < 0.3:
         settings["block_numel"] = rng.choice((256, 700, 1500))
     if rng.random() < 0.2:
@@ -164,7 +166,7 @@ def make_bases(folder: Path) -> dict[str, Path]:
     for name, tied in (("tied", True), ("untied", False)):
         torch.manual_seed(0)
         config = OPTConfig(
-            vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2,
+            vocab_size=VOCAB, hidden_size=16, num_hidden_layers=3, ffn_dim=32, num_attention_heads=2,
             max_position_embeddings=16, word_embed_proj_dim=16, tie_word_embeddings=tied, dropout=0.1,
         )  # fmt: skip
         OPTForCausalLM(config).save_pretrained(folder / name)

@@ -25,7 +25,7 @@ from zo_offload.methods import Method
 from zo_offload.methods.base import Told
 from zo_offload.numerics.noise import NoiseSpec
 from zo_offload.numerics.reference import fused_pass
-from zo_offload.numerics.updates import with_folds
+from zo_offload.numerics.updates import left_out, with_folds
 
 
 class Stored:
@@ -44,10 +44,11 @@ class Stored:
         self.stored, self.residual = encode_values(value, self.fmt)
         self.pending: list[Update] = []
 
-    def take(self, updates: tuple[Update, ...]) -> None:
-        """A step's updates; at a fold the bytes are made anew."""
+    def take(self, updates: tuple[Update, ...], leaves_out: bool) -> None:
+        """A step's updates, or what one does that leaves the parameter out; at a fold the bytes are made anew."""
         if not self.trains:
             return
+        updates = left_out(updates, bool(self.pending)) if leaves_out else updates
         for update in updates:
             coeff = update.coeff if self.gain.update == 1 else scaled(update.coeff, self.gain.update)
             self.pending.append(replace(update, coeff=coeff, decay=update.decay if self.decays else 1.0))
@@ -55,10 +56,10 @@ class Stored:
             self._pass(write_back=True)
             self.pending = []
 
-    def lane(self, perturbation: Perturbation) -> Tensor:
-        """What a lane computes with."""
+    def lane(self, perturbation: Perturbation, leaves_out: bool) -> Tensor:
+        """What a lane computes with, in a step that trains the parameter or leaves it out."""
         scale = scaled(perturbation.scale, self.gain.lane) if self.gain.lane != 1 else perturbation.scale
-        lane = Perturbation(perturbation.seed, scale) if self.trains else STILL
+        lane = Perturbation(perturbation.seed, scale) if self.trains and not leaves_out else STILL
         out = torch.empty(self.numel, dtype=self.dtype)
         self._pass(write_back=False, lane=lane, out=out)
         return out.view(self.shape)
@@ -115,9 +116,13 @@ def plain_run(
         p.data = p.data.to(planned[name].dtype if name in planned else p.dtype)
     method: Method = engine.method
     seed, call = engine.config.seed, _Call(model, objective)
+    parts_of = method.parts(seed, [name for name, p in params.items() if p.trains])
+
+    def out(name: str) -> bool:
+        return not parts_of.trains(parts_of.of.get(name), step)
 
     def loss_of(lane: Perturbation, batch: dict[str, Tensor]) -> float:
-        weights = {f"model.{name}": p.lane(lane) for name, p in params.items()}
+        weights = {f"model.{name}": p.lane(lane, out(name)) for name, p in params.items()}
         rows = len(batch["input_ids"]) // micro_batches
         parts = [{k: v[i * rows : (i + 1) * rows] for k, v in batch.items()} for i in range(micro_batches)]
         with torch.no_grad():
@@ -147,7 +152,7 @@ def plain_run(
                 torch.tensor(x, dtype=torch.float64) for x in (outcome.loss, outcome.grad, outcome.scalars)
             )
             memory = method.remember(memory, Told(loss, grad, scalars, lr))
-            for stored in params.values():
-                stored.take(with_folds(outcome.updates, step, engine.fold_every))
+            for name, stored in params.items():
+                stored.take(with_folds(outcome.updates, step, engine.fold_every), out(name))
         after.append({name: p.value() for name, p in params.items()})
     return losses, after

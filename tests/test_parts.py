@@ -176,3 +176,18 @@ def test_from_the_command_line(tmp_path: Path, capsys: Any) -> None:
     assert main(["replay", str(base), str(tmp_path / "a"), "--out", str(tmp_path / "out")]) == 0
     assert main(["journal", "check", str(tmp_path / "a")]) == 0
     assert "step 4 sound" in capsys.readouterr().out
+
+
+def test_adapters_of_layers_that_steps_leave_out_are_kept_with_the_run(tmp_path):
+    """They stay on the device in one block: what a step left out of it is brought along."""
+    pytest.importorskip("peft", reason="the package peft makes the adapters")
+    tiny_opt(layers=3).save_pretrained(tmp_path / "base")
+    settings = dict(method=replace(METHOD, sparsity=0.7), adapter="r=2", fold_every=2)
+    with Engine(tmp_path / "base", offload="none", **settings) as engine:
+        losses, want = [engine.step(batch).loss for batch in batches(6)], stored_weights(engine)
+    run = tmp_path / "run"
+    with Engine(tmp_path / "base", offload="host", run_dir=run, snapshot_steps=1, **settings) as engine:
+        got = [engine.step(batch).loss for batch in batches(6)[:3]]
+    with Engine.resume(run, snapshot_steps=1) as engine:
+        got += [engine.step(batch).loss for batch in batches(6)[3:]]
+        assert_same((losses, want), (got, stored_weights(engine)))

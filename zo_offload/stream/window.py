@@ -98,9 +98,12 @@ class BlockWindow:
         self.exact = exact
 
     def end_pass(self) -> None:
-        """All lanes have returned: bring the remaining blocks' visits to their end."""
+        """All lanes have returned: end the remaining visits, and bring what has none (adapters) to the same fold."""
         while self._position < len(self._visits):
             self._advance()
+        for slot in [self._pinned[b] for b in self.plan.resident if b in self._pinned and b in self.layout.written]:
+            self._settle(slot)
+            self._mark_used(slot)
 
     def mend(self) -> list[int]:
         """See the module: nothing is folded, flushed or forgotten that the tier does not have. The blocks that are
@@ -123,10 +126,7 @@ class BlockWindow:
 
     def flush_all(self, between: Callable[[], None] = lambda: None) -> None:
         """Bring every block to the last fold in its tier. Called before save, return and close. between: called
-        before each block.
-
-        Updates after it stay pending: they are in the journal, and `read` applies them.
-        """
+        before each block. Updates after it stay pending: they are in the journal, and `read` applies them."""
         self.restart()
         self._raise_failed_flush()
         for block in range(len(self.plan.blocks)):
