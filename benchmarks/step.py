@@ -14,9 +14,9 @@ of the pairs' ratios. Ways:
 
     python -m benchmarks.step --tiers [--tokens 128] [--repeats 20] [--storage fp32]
 
-sets up memory, host and disk at once, steps them in turn, and gives for each the median of its ratios to the step in
-memory beside it, and what a step costs that does not depend on who else uses the machine: CPU seconds of each thread,
-page faults, bytes and calls of reads and writes, context switches.
+sets up memory, host, and disk with and without copies at once, steps them in turn, and gives for each the median of
+its ratios to the step in memory beside it, and what a step costs that does not depend on who else uses the machine: CPU
+seconds of each thread, page faults, bytes and calls of reads and writes, context switches.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from torch import nn
 
 from benchmarks.common import about, emit, opt_config, quantile
 from zo_offload import FZOO, Engine, Method, MeZO
-from zo_offload.config import Offload
 from zo_offload.plan.blocks import BLOCK_NUMEL
 
 Work = Callable[[], Any]
@@ -159,7 +158,11 @@ def forwards(model: nn.Module, batch: dict[str, torch.Tensor], count: int) -> Wo
     return work
 
 
-TIERS: tuple[Offload, ...] = ("none", "host", "disk")
+TIERS: dict[str, dict[str, Any]] = {
+    "none": dict(offload="none"), "host": dict(offload="host"), "disk": dict(offload="disk"),
+    "disk, copied": dict(offload="disk", scrub_every=1),
+}  # fmt: skip
+"""The last reads every block and sums it; the one before uses those in the page cache where they lie."""
 
 
 def spent() -> Counter[str]:
@@ -186,17 +189,16 @@ def tiers_in_turn(options: argparse.Namespace, name: str, tokens: int, method: M
         engines = {
             tier: stack.enter_context(
                 Engine(
-                    make_model(name), method=method, offload=tier, storage=options.storage,
-                    fold_every=options.fold_every, snapshot_minutes=None,
-                    run_dir=f"{folder}/run" if tier == "disk" else None,
+                    make_model(name), method=method, storage=options.storage, fold_every=options.fold_every,
+                    snapshot_minutes=None, run_dir=f"{folder}/{tier}" if "disk" in tier else None, **how,
                 )
             )
-            for tier in TIERS
+            for tier, how in TIERS.items()
         }  # fmt: skip
         seconds: dict[str, list[float]] = {tier: [] for tier in TIERS}
         costs: dict[str, Counter[str]] = {tier: Counter() for tier in TIERS}
         for i in range(options.warm + options.repeats):
-            for tier in TIERS if i % 2 else TIERS[::-1]:
+            for tier in list(TIERS)[:: 1 if i % 2 else -1]:
                 before, start = spent(), time.perf_counter()
                 engines[tier].step(batch)
                 took, after = time.perf_counter() - start, spent()
