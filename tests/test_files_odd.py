@@ -162,7 +162,7 @@ def test_a_config_is_utf8_and_has_a_home(base, data, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("args, message", [
-    (("fit", "--steps", "1e3"), "'1e3' is no whole number"),
+    (("fit", "--steps", "1e3"), "expected a whole number, not '1e3'"),
     (("export", "--step", "last"), "'last' is no step's number, nor best"),
     (("generate", "--prompt", "a", "--temperature", "nan"), "nan is no temperature"),
     (("generate", "--prompt", "a\udcff"), "prompt 0 is no valid text"),

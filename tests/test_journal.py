@@ -18,13 +18,13 @@ HEADER = {"format": 1, "seed": 7}
 STEPS = [
     StepRecord(0, (Update(11, 0.5, 1.0),), 1.25, 0.1, 1e-6, False, 99),
     StepRecord(1, (), math.nan, math.nan, 1e-6, True, 5),
-    StepRecord(2, (Update(13, -0.25, 0.5, False), Update(14, 2.0, 1.0)), 1.0, -3.0, 2e-6),
+    StepRecord(2, (Update(13, -0.25, 0.5, False), Update(14, 2.0, 1.0, begins=False)), 1.0, -3.0, 2e-6),
     StepRecord(3, (Update((1 << 64) - 1, 0.0, 1.0),), 0.5, 0.0, 0.0),
 ]
 PACKED = [  # what only journals of the present format hold
     *STEPS[:2],
-    StepRecord(2, tuple(Update(i + 1, i / 4, 0.5 if i == 0 else 1.0, i == 7) for i in range(8)), 1.0, -3.0, 2e-6),
-    StepRecord(3, (Update(3, 0.5, 1.0, False), Update(4, 0.25, 1.0, False)), 0.5, 0.1, 1e-6,
+    StepRecord(2, tuple(Update(i + 1, i / 4, 1.0 if i else 0.5, i == 7, i == 0) for i in range(8)), 1.0, -3.0, 2e-6),
+    StepRecord(3, (Update(3, 0.5, 1.0, False), Update(4, 0.25, 1.0, False, False)), 0.5, 0.1, 1e-6,
                scalars=(0.1, -math.inf, 3.0, 4.0, 5.0, 6.0)),
     StepRecord(4, (Update(5, 0.5, 1.0, False),), 0.5, 0.1, 1e-6, scalars=(math.pi,)),
 ]  # fmt: skip

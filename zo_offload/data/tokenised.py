@@ -161,7 +161,9 @@ def next_tokens(kind: ModelKind, ids: list[int], room: int | None, where: str, m
     if len(cut) < 2 <= len(ids):
         raise DataError(f"{where}: max_length={room} leaves nothing to predict. Raise it.")
     labels = [IGNORED, *cut[1:]]
-    if mask is not None and len(seen := [bool(x) for x in torch.as_tensor(mask).reshape(-1).tolist()]) == len(labels):
+    if mask is not None and len(
+        seen := [bool(x) for x in torch.as_tensor(mask, device="cpu").reshape(-1).tolist()]
+    ) == len(labels):
         pairs = zip(labels[1:], itertools.pairwise(seen), strict=True)
         labels[1:] = [label if before and here else IGNORED for label, (before, here) in pairs]
     return {"input_ids": cut, "attention_mask": [1] * len(cut), "labels": kind.placed(labels)}

@@ -24,14 +24,15 @@ from ..kernels.records import Update
 
 
 def with_folds(updates: Sequence[Update], step: int, fold_every: int) -> tuple[Update, ...]:
-    """A step's updates with their folds set: its last update folds iff fold_every divides step + 1, no other does.
+    """A step's updates with their folds set: its last update folds iff fold_every divides step + 1, no other does. The
+    first begins the step, whatever a method of one's own says: a journal does not tell.
 
     By the step's number alone, so that a run is the same however often it stopped, and whatever was evaluated between.
     A skipped step has no update, so nothing folds there and the sum stays pending until the next step that folds.
     """
     last = len(updates) - 1
     due = (step + 1) % fold_every == 0
-    return tuple(replace(update, fold=due and index == last) for index, update in enumerate(updates))
+    return tuple(replace(update, fold=due and i == last, begins=i == 0) for i, update in enumerate(updates))
 
 
 @dataclass(frozen=True)
