@@ -231,13 +231,8 @@ class Keeper(Sharing):
 
     @contextlib.contextmanager
     def together(self, at: str) -> Iterator[None]:
-        try:
-            with self.telling():
-                yield
-        except BaseException:
-            if at != "fit":  # there is no engine that will leave
-                self.leave()
-            raise
+        with super().together(at):
+            yield
         if at == "fit":
             self._close("done", "")
 

@@ -335,16 +335,6 @@ class Member(Sharing):
             self.leave(f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
             raise
 
-    @contextlib.contextmanager
-    def together(self, at: str) -> Iterator[None]:
-        try:
-            with self.telling():
-                yield
-        except BaseException:
-            if at != "fit":  # there is no engine that will leave
-                self.leave()
-            raise
-
     def leave(self, why: str = "") -> None:
         if self._left or self._room is None:
             return

@@ -8,10 +8,11 @@ else. A claim is a word that names who has a lane now; whoever sees another's wo
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .alone import Alone
@@ -49,6 +50,16 @@ class Sharing(Alone):
         if self._room is None:
             raise Lost("this pool was left")
         return self._room
+
+    @contextlib.contextmanager
+    def together(self, at: str) -> Iterator[None]:
+        try:
+            with self.telling():
+                yield
+        except BaseException:
+            if at != "fit":  # there is no engine that will leave
+                self.leave()
+            raise
 
     # ---- turns -------------------------------------------------------------------------------------------------------
 
