@@ -561,7 +561,7 @@ def test_a_gain_of_0_is_a_parameter_that_does_not_train(tmp_path):
         def gain(self, name: str, shape: torch.Size) -> Gain:
             return Gain(0.0, 0.0)
 
-    with pytest.raises(ConfigError, match="gives every parameter that is to train a gain of 0"):
+    with pytest.raises(ConfigError, match="gives every trainable parameter a gain of 0"):
         Engine(tiny_opt(), method=Nothing())
 
 

@@ -381,7 +381,7 @@ def test_a_base_that_was_moved_can_be_named(base: Path, tmp_path: Path, capsys: 
     moved = str(shutil.move(base, tmp_path / "elsewhere"))
     run = str(tmp_path / "run")
     assert main(["export", run, "--out", str(tmp_path / "no")]) == 2
-    assert "stands on" in (error := capsys.readouterr().err) and "--base" in error
+    assert "does not exist" in (error := capsys.readouterr().err) and "--base" in error
     assert main(["fit", run, "--resume", "--base", moved, "--steps", "4", "--quiet"]) == 0
     assert main(["eval", run, "--base", moved, "--data", str(data)]) == 0
     assert main(["export", run, "--base", moved, "--out", str(tmp_path / "out")]) == 0

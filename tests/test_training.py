@@ -242,7 +242,7 @@ def test_epochs_are_steps_of_that_many_passes(base, tmp_path):
     with engine_on(base) as engine:
         with pytest.raises(ConfigError, match="give one of them"):
             engine.fit(ROWS, epochs=1, steps=3)
-        with pytest.raises(ConfigError, match="an epoch of this data has is not known"):
+        with pytest.raises(ConfigError, match="steps in an epoch of this data are not known"):
             engine.fit((row for row in ROWS), epochs=1)
         with pytest.raises(ConfigError, match="epochs=0: expected more than 0"):
             engine.fit(ROWS, epochs=0)

@@ -278,7 +278,7 @@ def test_steps_that_were_launched_and_not_finished_come_first(tmp_path, want):
         waiting = [e.active.launch(batch(step)) for step in range(STEPS)]
         for launched in waiting:
             e.active.finish(launched)
-        with pytest.raises(ConfigError, match="step 3 is not under way: it was finished before, or broken off"):
+        with pytest.raises(ConfigError, match="step 3 is not under way: it was finished before, or interrupted"):
             e.active.finish(waiting[3])
         assert_same(outcome(e), want)
 

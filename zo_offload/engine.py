@@ -4,14 +4,15 @@
     result = engine.fit("train.jsonl", steps=2000, eval_data="dev.jsonl")
     engine.save_pretrained("tuned/")
 
-One step of a method (here MeZO), as `active.Run` takes it:
+One step of a method (here MeZO), as `active.Run` does it:
 
     perturbations = method.perturbations(seed, step)              # +eps z, -eps z
     losses = [loss of the model at w + perturbation, ...]         # lanes in lockstep, each block visited once
     outcome = method.update(seed, step, losses, lr)               # coefficients of each noise
     journal.append(outcome); log.append(outcome)                  # applied when each block is next visited
 
-The engine is what a caller sees: it opens a model (`opening.py`), and hands each call to the run under way (`active`).
+`Engine` is the public interface: it opens a model (`opening.py`) and passes each call to the current `Run`
+(`active.py`).
 """
 
 from __future__ import annotations
@@ -72,15 +73,15 @@ class Engine:
     """Zeroth-order fine-tuning of a checkpoint on disk or a module in memory. See the module's docstring.
 
     model: a checkpoint directory, a cached hub id, or an nn.Module. A module's weights move into the engine at its
-    first use; the end of `with Engine(module)` and `restore` put the trained ones back, after `close` alone its
-    parameters hold NaN. objective: (model,
-    batch) -> scalar, default `model(**batch).loss`; it may be non-differentiable. example: a batch to trace with,
-    where the model has no dummy inputs of its own. base: first weights of a module on meta. ranks: processes that train
-    together, each of which makes this engine: "auto" those that torchrun or accelerate launched, or of an initialised
-    process group; `Group(...)` the same with settings; None: this process alone (docs/ranks.md). settings: fields of
-    `EngineConfig`, and what is meant by from_pretrained's arguments (num_labels, attn_implementation, dtype, revision).
-    Every error a setting can cause is raised here, before weights are read or anything is written; what depends on the
-    batch, at the first `fit`, before memory is taken.
+    first use; `restore`, or the end of `with Engine(module)`, puts the trained weights back; after `close` alone its
+    parameters hold NaN. objective: (model, batch) -> scalar, default `model(**batch).loss`; it need not be
+    differentiable. example: a batch to trace with, if the model has no dummy inputs of its own. base: the initial
+    weights of a module on meta. ranks: the processes that train together, each of which makes this engine: "auto":
+    those that torchrun or accelerate launched, or those of an initialised process group; `Group(...)`: the same with
+    settings; None: this process alone (docs/ranks.md). settings: fields of `EngineConfig`, and these arguments of
+    from_pretrained: num_labels, attn_implementation, dtype, revision. An error in a setting is raised here, before
+    weights are read or anything is written. An error that depends on the batch is raised at the first `fit`, before
+    memory is taken.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Engine:
 
     @classmethod
     def of(cls, run: Run, tokenizer: Any = None) -> Engine:
-        """An engine over a run that was put together elsewhere: one that is resumed, or replayed."""
+        """An engine for a run that was made elsewhere: a resumed or a replayed one."""
         engine = cls.__new__(cls)
         engine._hold(run, tokenizer)
         return engine
@@ -138,12 +139,12 @@ class Engine:
     ) -> Engine:
         """The engine of an earlier run, continued where its journal ends; bit-equal to one that never stopped.
 
-        model: where the base is now, if it was moved; the same module again, with its first weights, if the run was
-        made from one in memory. method: of a class of the caller's own, as it was, or the class. changes: settings that
-        do not alter the numbers (offload, window, threads), and `objective`, `tokenizer`. ranks: as in `Engine`, and as
-        many as there are now, whatever the run had before. A run that ended before its
-        first weights were in place has no journal; it is begun anew.
-        Raises JournalError if run_dir is not a run, or names what differs from it.
+        model: the base's present path, if it was moved; for a run that was made from a module in memory, the same
+        module with its initial weights. method: for a method class of your own, the same method or its class. changes:
+        settings that do not alter the numbers (offload, window, threads), and `objective`, `tokenizer`. ranks: as in
+        `Engine`; the number of ranks may differ from before. A run that ended before its initial weights were stored
+        has no journal; it starts again. Raises JournalError if run_dir is not a run; if settings differ from the run's,
+        the error names them.
         """
         team = find(ranks)
         with team.together("opening"):
@@ -157,10 +158,10 @@ class Engine:
         data = None if told is None or team.leads else b64decode(told)
         where = record["model"] if model is None else model
         if where is None:
-            raise ConfigError(f"{run_dir} was made from a module in memory: pass it again, resume(run_dir, model)")
+            raise ConfigError(f"{run_dir} was made from a module in memory: pass it again: resume(run_dir, model)")
         if isinstance(where, str) and model is None and Path(where).is_absolute() and not Path(where).exists():
             raise CheckpointError(
-                f"{run_dir} stands on {where}, which is not there. If it was moved, say where it is now: "
+                f"the base of {run_dir} is {where}, which does not exist. If it was moved, give its new path: "
                 "Engine.resume(run_dir, model=...) (--base)"
             )
         if record["settings"].get("trainable") == run_directory.PREDICATE and "trainable" not in changes:
@@ -199,13 +200,13 @@ class Engine:
     ) -> Engine:
         """A member of the run that a keeper serves at `address` (`ranks=Pool(...)`): `fit` trains with it.
 
-        model: the run's base, here; a module in memory with its first weights. token: the keeper's. wait: seconds for
-        which a keeper that is gone is looked for, now and later. patience: as in `Pool`. changes: settings that do not
-        alter the numbers (offload, window, threads, a run_dir of its own for blocks on disk), and `objective`,
-        `tokenizer`, `example`. `fit()` takes what the keeper was given; data that was not a file, or is elsewhere here,
-        is passed. It ends with the run, or by a signal; the others go on.
-        Raises RankError where nobody answers, or the keeper refuses, and says why; JournalError where the base or the
-        data is not the run's.
+        model: the path of the run's base on this machine, or a module in memory with its initial weights. token: the
+        keeper's token. wait: how many seconds to look for a keeper that does not answer, now and later. patience: as in
+        `Pool`. changes: settings that do not alter the numbers (offload, window, threads, a run_dir of the member's own
+        for blocks on disk), and `objective`, `tokenizer`, `example`. `fit()` uses the arguments that the keeper was
+        given; pass data to it if the keeper's was not a file, or if the file has another path here. It ends with the
+        run, or by a signal; the other processes go on. Raises RankError if nobody answers or the keeper refuses (it
+        says why); JournalError if the base or the data is not the run's.
         """
         if unknown := sorted(changes.keys() & {*SHARED} - {"adapter", "trainable"}):
             raise ConfigError(f"{', '.join(unknown)}: a member takes what the run has; leave it out")
@@ -216,31 +217,31 @@ class Engine:
             config = EngineConfig(**{**record["settings"], "snapshot_minutes": None, **changes})
             return cls._reopened(model, config, record, member.journal, method, passed, member)
 
-    # ---- where it is -------------------------------------------------------------------------------------------------
+    # ---- its state ---------------------------------------------------------------------------------------------------
 
     @property
     def objective(self) -> Objective:
-        """The function that gives the loss; a run keeps it from its beginning."""
+        """The function that returns the loss; the same for the whole run."""
         return self.active.objective
 
     @property
     def plan(self) -> Plan:
-        """Blocks and owners, as they were planned or as passes have corrected them."""
+        """Blocks and owners: the plan as it was made, or as passes have corrected it."""
         return self.active.plan
 
     @property
     def memory(self) -> MemoryPlan:
-        """The planned bytes by term, and the window; for the example batch at first, then for the first real one."""
+        """The planned bytes by term, and the window: for the example batch at first, then for the first real batch."""
         return self.active.memory
 
     @property
     def log(self) -> UpdateLog:
-        """Updates of all steps so far; `log.version` counts them."""
+        """The updates of all steps so far; `log.version` is the number of steps."""
         return self.active.log
 
     @property
     def journal(self) -> Journal | None:
-        """None without a run_dir, and before the run is under way."""
+        """The run's journal; None without a run_dir, and before the run has started."""
         return self.active.journal
 
     @property
@@ -250,12 +251,12 @@ class Engine:
 
     @property
     def evals(self) -> list[dict[str, float]]:
-        """All evaluations of the run so far on its eval_data, those before it was resumed included."""
+        """All evaluations of the run so far on its eval_data, including those before it was resumed."""
         return self.active.evals
 
     @property
     def gains(self) -> Gains | None:
-        """The gains of parameters that have one other than 1, once they are decided: see `gains.py`."""
+        """The gains of all parameters whose gain is not 1, once they are decided: see `gains.py`."""
         return self.active.gains
 
     @property
@@ -293,18 +294,19 @@ class Engine:
         new_data: bool = False,
         **data_options: Unpack[DataOptions],
     ) -> FitResult:
-        """Train until `steps` steps have been taken in all (a resumed run counts from its journal).
+        """Train until the run has `steps` steps in total (a resumed run counts the steps in its journal).
 
         train_data: a DataLoader or other iterable of dicts of tensors, a dataset or list of dicts, or a path to JSONL
-        or CSV; see `make_batches` for data_options. micro_batches: parts a batch is cut into, each a lane of its
-        own (gradient accumulation: same weights, same step). `FitCall` says what each of the others is. progress: show
-        where it is, on standard error. callback: a function of each step's record; callbacks: more of them, or
-        transformers' TrainerCallbacks (classes or objects). `engine.stop()` in one of them ends it after the step.
-        compute_metrics: as Trainer's, of an evaluation's predictions (`data/metrics.py`).
-        A resumed run repeats what is not given as it was: files, sizes, options, steps (eval_data=False: none).
-        new_data: a run may go on with other data than it was begun with; otherwise that is an error.
-        SIGINT and SIGTERM end it after the step with `Stopped` (a KeyboardInterrupt), a second one at once.
-        Raises DataError, DivergenceError, StorageError; whatever happens, the journal holds every finished step.
+        or CSV; see `make_batches` for data_options. micro_batches: the number of parts a batch is cut into; each part
+        has its own lanes (gradient accumulation: same weights, same step). `FitCall` describes the other arguments.
+        progress: show progress on standard error. callback: a function that gets each step's record; callbacks: more
+        such functions, or transformers' TrainerCallbacks (classes or objects). A callback may call `engine.stop()`:
+        `fit` then ends after the step. compute_metrics: as Trainer's, for an evaluation's predictions
+        (`data/metrics.py`). A resumed run uses its earlier values for arguments that are not given: files, sizes,
+        options, steps (eval_data=False: no evaluation). new_data: let a run go on with other data than it began with;
+        otherwise other data is an error. SIGINT and SIGTERM end `fit` after the step with `Stopped` (a
+        KeyboardInterrupt), a second signal at once. Raises DataError, DivergenceError, StorageError; whatever happens,
+        the journal holds every finished step.
         """
         check_options(data_options, OPTIONS)
         call = FitCall(
@@ -322,14 +324,14 @@ class Engine:
         )  # fmt: skip
 
     def stop(self, why: str = "") -> None:
-        """From a callback, or another thread: `fit` ends after the step that is under way, and returns its result."""
+        """Make `fit` end after the current step and return its result. Call it from a callback or another thread."""
         self.active.stopping = why or "engine.stop() was called"
 
     def preview(
         self, data: Any, *, rows: int = 3, batch_size: int | None = None, **options: Unpack[DataOptions]
     ) -> str:
-        """What `fit` would make of the data: a line of what it holds, and its first rows as the model will see them,
-        with what is learned in »«. No weights are read."""
+        """A preview of the data that `fit` would train on: one line about its contents, then its first rows as the
+        model will see them, with the trained tokens in »«. No weights are read."""
         batches = self.batching.batches(data, batch_size or self.method.batch_size, {**options})
         return "\n".join([survey(batches), *examples(batches, rows)])
 
@@ -337,7 +339,7 @@ class Engine:
     def step(self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1) -> StepRecord:
         """One step on one batch: lanes, update, journal. The update reaches each block at its next visit.
 
-        With several ranks each of them calls it, with the same batch.
+        With several ranks, each rank must call it with the same batch.
         """
         with self.active.ranks.telling():
             return self.active.finish(
@@ -350,12 +352,12 @@ class Engine:
         shots: int = 0, demonstrations: Any = None, compute_metrics: ComputeMetrics | None = None,
         **data_options: Unpack[DataOptions],
     ) -> dict[str, float]:  # fmt: skip
-        """Mean loss, accuracy where the data defines it, EM and F1 of a task whose answers are generated, and your own
-        metrics, at the current weights. See `make_batches` and `fit`.
+        """Mean loss at the current weights; also accuracy if the data defines it, EM and F1 for a task whose answers
+        are generated, and your own metrics. See `make_batches` and `fit`.
 
-        shots: so many demonstrations before each prompt, rows with their answers chosen by the run's seed of
-        `demonstrations` (a file or rows; of a task's folder its train split).
-        Of several ranks each that calls it computes all of it; those that do not are not waited for.
+        shots: the number of demonstrations before each prompt: rows with their answers, which the run's seed chooses
+        from `demonstrations` (a file or rows; default for a task's folder: its train split). With several ranks, each
+        rank that calls it computes all of it and does not wait for the others.
         """
         rows = self.method.batch_size if batch_size is None else batch_size
         if not is_whole(shots := plain_value(shots), 0):
@@ -368,7 +370,7 @@ class Engine:
         try:
             self.active.check_objective(self.journal)
         except JournalError as error:
-            _log.warning("this evaluation is of another loss than the run's: %s", error)
+            _log.warning("this evaluation uses another loss than the run: %s", error)
         found = evaluated(self.active, batches, self.batching.tokenizer)
         assert found is not None, "nothing stops an evaluation outside of fit"
         return found
@@ -380,20 +382,21 @@ class Engine:
     def activation_basis(self, batch: Batch, rank: int = 4, *, layers: str | Collection[str] | None = None) -> Basis:
         """A basis of `rank` directions for each linear layer, from the inputs that `batch` gives it; one forward.
 
-        layers: a glob on parameters' names, or several, of the layers meant ("model.layers"); default all but the head
-        on the vocabulary. `Basis.save` makes an adapter's directory of it, for a new engine: adapter=DIRECTORY,
-        trainable=["lora_B"], keep=["lora_A"]. Raises ConfigError if the batch has too few tokens for it.
+        layers: one or several globs on parameter names ("model.layers"); default: all layers but the head on the
+        vocabulary. `Basis.save` writes it as an adapter's directory, for a new engine: adapter=DIRECTORY,
+        trainable=["lora_B"], keep=["lora_A"]. Raises ConfigError if the batch has too few tokens.
         """
         return activation_basis(self.active, batch, rank, layers=layers)
 
     @entry
     def generate(self, prompts: Any, **options: Any) -> Any:
-        """`model.generate` at the current weights: texts for prompts, or token ids for a batch of them.
+        """`model.generate` at the current weights: texts for prompts, or token ids for a batch of token ids.
 
         prompts: a text, a conversation (a list of messages, dicts with role and content), a list of either, or a dict
-        of tensors named as the model's arguments (input_ids, attention_mask, input_features, ...). One pass a token,
-        for all rows together. options: of transformers' `generate` (max_new_tokens, do_sample, ...). A text comes back
-        as what follows it; of one prompt with num_return_sequences, or of a list, a list. Raises ConfigError.
+        of tensors named as the model's arguments (input_ids, attention_mask, input_features, ...). Each token costs one
+        pass for all rows together. options: those of transformers' `generate` (max_new_tokens, do_sample, ...). Returns
+        the text that follows the prompt; for a list of prompts, or with num_return_sequences, a list of texts. Raises
+        ConfigError.
         """
         check_generates(self.model)
         model: Any = self.model
@@ -415,13 +418,13 @@ class Engine:
         overwrite: bool = False,
         merge: bool = False,
     ) -> list[Path]:
-        """Write the weights as a checkpoint that plain transformers loads, a block in memory at a time.
+        """Write the weights as a checkpoint that plain transformers loads; only one block is in memory at a time.
 
-        Configs and tokenizer go along. step: of an earlier step, or "best"; see `at`. overwrite: into a directory that
-        is not empty; see `export.save_pretrained`. Of a model with an adapter that is written, for
-        `PeftModel.from_pretrained`; ConfigError if more than it was trained. merge: the whole model instead, with the
-        adapter in its weights; an adapted layer at a time is then whole in memory. Of several ranks, rank 0 writes; on
-        the others this does nothing, and nobody is waited for.
+        Configs and tokenizer are written too. step: the weights of an earlier step, or "best"; see `at`. overwrite:
+        write into a directory that is not empty; see `export.save_pretrained`. For a model with an adapter, only the
+        adapter is written, for `PeftModel.from_pretrained`; ConfigError if anything else was trained. merge: write the
+        whole model with the adapter merged into its weights; one adapted layer at a time is then whole in memory. With
+        several ranks, rank 0 writes; on the other ranks this does nothing and does not wait.
         """
         if not self.ranks.leads:
             return []
@@ -438,30 +441,30 @@ class Engine:
 
     @entry
     def at(self, step: Which) -> Engine:
-        """An engine at the weights of an earlier step, or of the "best" evaluated one by `metric`, made from the base
-        and the journal. It evaluates, generates and exports; it does not train. Raises ConfigError."""
+        """An engine with the weights of an earlier step, or of the "best" evaluated step by `metric`, rebuilt from the
+        base and the journal. It evaluates, generates and exports, but does not train. Raises ConfigError."""
         return Engine.of(at_step(self.active, step), self.batching.given)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(canonical name, current value in the storage dtype) of every parameter, one in memory at a time."""
         self.active.flush()
-        named = self.model.named_parameters()  # what is returned holds the engine, which may be asked for this alone
+        named = self.model.named_parameters()  # the iterator keeps the engine alive
         return ((name, self.active.read(name) if name in self.plan.params else p.detach().cpu()) for name, p in named)
 
     def restore(self) -> nn.Module:
-        """Put the current weights into the module's parameters, whole, and return it; the engine is closed.
+        """Put the current weights back into the module's parameters, close the engine, and return the module.
 
-        The module is where it was when it was given (a checkpoint's, on the host). Its parameters are other objects
-        than then if they were not on the engine's device.
+        The module is on the device where it was when it was given (a checkpoint's module: on the host). Its parameters
+        are new objects if they were not on the engine's device.
         """
         return self.active.restore()
 
     def close(self) -> None:
-        """Flush, end the worker threads, close the journal, leave the model; all of it, whatever fails on the way.
+        """Flush, end the worker threads, close the journal, release the model; all of it, even if a part fails.
 
-        Raises what kept the steps from the disk, once everything is released. Safe to call twice; `with Engine(...)`
-        calls it, or `restore` where the weights came from a module in memory. An engine that is dropped without it is
-        closed without the flush: its journal has its steps.
+        If steps could not be written to the disk, raises that error after everything is released. Safe to call twice;
+        `with Engine(...)` calls it, or `restore` if the weights came from a module in memory. An engine that is dropped
+        without `close` is closed without the flush: its steps are in its journal.
         """
         self.active.close()
 
@@ -485,17 +488,17 @@ class Engine:
         else:
             try:
                 self.restore()
-            except (ZOError, OSError) as also:  # the first error is the one to be seen
+            except (ZOError, OSError) as also:  # the first error is the one to report
                 _log.warning("the module did not get its weights back: %s", also)
                 self.close()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise ConfigError(
             "an engine has threads, files and memory of its own and can be neither copied nor pickled: save_pretrained "
-            "keeps its weights, and Engine.resume(run_dir) opens its run again"
+            "writes its weights, and Engine.resume(run_dir) opens its run again"
         )
 
 
 def _passed(changes: dict[str, Any]) -> dict[str, Any]:
-    """What is no setting of the engine's, taken out of `changes`."""
+    """Take the entries that are not engine settings out of `changes`."""
     return {name: changes.pop(name, None) for name in ("objective", "tokenizer", "model_class", "example", "base")}

@@ -1,1 +1,1 @@
-"""A run under way: prepared, wired together, stepped, and kept whole whatever breaks in."""
+"""The current run: it is prepared, wired together, stepped, and kept consistent whatever interrupts it."""

@@ -1,12 +1,12 @@
-"""The run under way: what an engine has once weights were read, from its first use to `close`.
+"""The current run: an engine's state from its first use, when weights are read, to `close`.
 
-Getting there, at the first use, in this order; each is undone if the next one fails, newest first (`closing.py`):
+The first use does the following in this order. If one fails, those before it are undone, newest first (`closing.py`):
 
-    session     the tier is filled or reopened, with journal, lock, stepper, snapshots    session.py
-    the model   its parameters are hollow, what stays is on the device, a guard is on it   vacated.py
-    parts       streamer, passes, learning watch                                           wiring.py
+    session     the tier is filled or reopened, with journal, lock, stepper, snapshots      session.py
+    the model   its parameters are hollow, its buffers are on the device, a guard is on it  vacated.py
+    parts       streamer, passes, learning watch                                            wiring.py
 
-All later work on the parts is done inside `work()` (`whole.py`), on one thread (`Door`).
+All later work on the parts happens inside `work()` (`whole.py`), on one thread (`Door`).
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ from .wiring import wire
 _log = logging.getLogger(__name__)
 
 Begin = Callable[[Callable[[Journal], None]], Session]
-"""Makes the session; given what raises, before weights are read, if a reopened journal cannot go on as asked."""
+"""Makes the session. Its argument is called before weights are read; it raises if a reopened journal cannot go on."""
 
 
 class Run:
-    """What an engine has under way, or will have at its first use. See the module's docstring.
+    """An engine's current run, or the one that starts at its first use. See the module's docstring.
 
-    begin: makes the session. resumes: run_dir is to hold a run already. replays: its weights are those of a journal,
-    and no step is taken. last_fit: how `fit` was called before the run was resumed. Its public methods are the
-    engine's, which says more of them.
+    begin: makes the session. resumes: run_dir must already hold a run. replays: the weights come from a journal, and no
+    step is taken. last_fit: how `fit` was called before the run was resumed. `Engine` has the same public methods and
+    documents them.
     """
 
     def __init__(
@@ -81,15 +81,15 @@ class Run:
         self._ranked = Ranked(opened.ranks, [block.name for block in self.prepared.plan.blocks])
         self._begin_session, self._resumes, self._replays = begin, resumes, replays
         self.gains: Gains | None = opened.gains
-        """The gains of parameters that have one other than 1, once they are decided: see `gains.py`."""
+        """The gains of all parameters whose gain is not 1, once they are decided: see `gains.py`."""
         self.memory: MemoryPlan = self._plan_memory(example)
-        self._planned_bytes = 0  # of the largest part of a batch that the memory plan has seen
+        self._planned_bytes = 0  # the largest part of a batch that memory was planned for
         self.log = UpdateLog()
         self.journal: Journal | None = None
         self.evals: list[dict[str, float]] = []
-        self.evaluated_data: str | None = None  # which rows those are on, where that is known
-        self.horizon: int | None = None  # steps that the rate was begun for, where it depends on them: `binding.py`
-        self.at_once = False  # whether the end is left to the journal, without a flush
+        self.evaluated_data: str | None = None  # the rows that `evals` are on, if known
+        self.horizon: int | None = None  # number of steps in the rate's schedule, if it has one: `binding.py`
+        self.at_once = False  # whether the run ends without a flush, with the last steps only in the journal
         self.door, self.closing, self.brake = Door(), Closing(), Brake()
         self.session: Session | None = None
         self.parts: Parts | None = None
@@ -98,10 +98,10 @@ class Run:
         self._vacated = Vacated(opened)
         self._restoring: dict[str, Tensor] | None = None  # read for `restore`, not put back yet
         self._session_closings = 0
-        self.stopping: str | None = None  # why `fit` is to end after the step that is under way
+        self.stopping: str | None = None  # why `fit` must end after the current step
         self._check_data = self.closed = False
 
-    # ---- getting under way -------------------------------------------------------------------------------------------
+    # ---- starting ----------------------------------------------------------------------------------------------------
 
     def start(
         self,
@@ -111,10 +111,10 @@ class Run:
         objective: Objective | None = None,
         admit: Callable[[Journal], None] | None = None,
     ) -> Parts:
-        """What takes steps; at the first use, fill or reopen the tier, hollow the model, and wire it all.
+        """The parts that take steps. At the first use: fill or reopen the tier, hollow the model, and wire the parts.
 
-        batch: memory is planned for it. admit: raises if a run that is reopened cannot go on as is asked; called before
-        weights are read.
+        batch: memory is planned for it. admit: raises if a reopened run cannot go on with these arguments; called
+        before weights are read.
         """
 
         def admit_all(journal: Journal) -> None:
@@ -145,9 +145,9 @@ class Run:
         largest: Batch | None = None,
         admit: Callable[[Journal], None] | None = None,
     ) -> Parts:
-        """`start` for steps: a batch that cannot be cut, or in which nothing counts, is named before that.
+        """`start` for steps. First raises for a batch that cannot be cut, or in which nothing counts.
 
-        largest: a batch as large as any that will come, if that is known: memory is planned for it.
+        largest: the largest batch of the run, if known: memory is planned for it.
         """
         if self.parts is None and self.method.on_nonfinite != "skip":
             weigh = weighing(self.opened.model, self._asked(objective))
@@ -156,15 +156,15 @@ class Run:
         return self.start(planned, micro_batches, objective=objective, admit=admit)
 
     def _open_session(self, admit: Callable[[Journal], None]) -> None:
-        """Fill or reopen the tier, hollow the model. If it is broken off nothing is left of it."""
-        self._undo_session()  # that, too, may have been broken off
+        """Fill or reopen the tier, hollow the model. If it is interrupted, everything is undone."""
+        self._undo_session()  # an earlier call may have been interrupted
         try:
             session = self._begin_session(admit)
-            self.closing.add(self.device.trim)  # the window is gone: what an allocator keeps of it is others' to use
+            self.closing.add(self.device.trim)  # the window is gone: the allocator gives its memory back
             self.closing.add(session.close)
             self.door.pid = os.getpid()
             self._vacated.leave(self.closing)
-            self._session_closings = len(self.closing)  # what is newer is of the parts
+            self._session_closings = len(self.closing)  # later ones belong to the parts
             self.log, self.journal, self.gains = session.stepper.log, session.journal, session.gains
             self._check_data = session.reopened
             self.brake = Brake(() if self.journal is None else self.journal.steps)
@@ -174,7 +174,7 @@ class Run:
                 # the journal may have been cut since
                 self.evals = [values for values in found if values["step"] <= self.log.version]
             self.session = session
-            self._resumes = True  # from here on what run_dir holds is this run
+            self._resumes = True  # from here on run_dir holds this run
         except BaseException:
             if self.session is None:
                 self._undo_session()
@@ -185,7 +185,7 @@ class Run:
         self._vacated.undo()
 
     def _make_parts(self) -> Parts:
-        """Wire it all. If it is broken off it can be done again: the session has the weights."""
+        """Wire the parts. If it is interrupted it can be called again: the session has the weights."""
         assert self.session is not None
         self.closing.close(down_to=self._session_closings)
         if isinstance(self.opened.base, ModuleBase) and not self._replays:
@@ -200,25 +200,25 @@ class Run:
 
     @property
     def plan(self) -> Plan:
-        """As it was made, or corrected by what passes showed."""
+        """The plan as it was made, or as passes have corrected it."""
         return self.prepared.plan if self.parts is None else self.parts.passes.plan
 
     def _plan_memory(
         self, batch: Batch | None, micro_batches: int = 1, objective: Objective | None = None
     ) -> MemoryPlan:
-        """Window and service order for lanes on a part of `batch`; without one, activations count as nothing."""
+        """Window and service order for lanes on a part of `batch`; without a batch, activations count as 0 bytes."""
         return self.prepared.plan_memory(
             batch, objective=self._asked(objective), micro_batches=micro_batches, process=self.opened.process_bytes
         )
 
     def _asked(self, objective: Objective | None) -> Objective:
-        """The run's objective where a call has none of its own."""
+        """`objective`, or the run's objective if it is None."""
         return self.objective if objective is None else objective
 
     def _path(self, name: str) -> Path | None:
         return self.run_dir / name if self.run_dir is not None and self.ranks.leads else None
 
-    # ---- what it is bound to -----------------------------------------------------------------------------------------
+    # ---- binding -----------------------------------------------------------------------------------------------------
 
     def check_objective(self, journal: Journal | None) -> None:
         """Raise JournalError if the run's steps so far were computed with another objective."""
@@ -226,7 +226,7 @@ class Run:
             check_objective(objective_name(self.objective, model_loss), journal.header, str(self.run_dir))
 
     def encoding(self) -> int:
-        """Number of the encoding of rows that the run was begun with; the present one where none was begun."""
+        """Number of the row encoding that the run began with; the present one if no run has begun."""
         path = self._path(run_directory.JOURNAL)
         header = self.opened.header if self.journal is None else self.journal.header
         if header is None and path is not None and self._resumes and path.exists():
@@ -234,7 +234,7 @@ class Run:
         return ENCODING if header is None else int(header.get("encoding", 1))
 
     def bind(self, binding: Binding, call: FitCall, batches: Batches) -> None:
-        """Keep what a call of `fit` binds the run to, and how it was called. Raises JournalError, ConfigError."""
+        """Record the binding of a call of `fit`, and its arguments. Raises JournalError, ConfigError."""
         check_horizon(self.horizon, binding.steps)
         self.horizon = binding.horizon if self.horizon is None else self.horizon
         if self.journal is not None and self.run_dir is not None:
@@ -253,9 +253,10 @@ class Run:
     def launch(
         self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1, objective: Objective | None = None
     ) -> Launched:
-        """A step as far as it goes without looking at its losses: on a GPU, enqueued. `finish` each, in order.
+        """The part of a step that needs no losses on the host; on a GPU it is only enqueued. `finish` each step, in
+        order.
 
-        objective: in place of the run's. Raises DataError where no label of the batch counts, unless such steps are
+        objective: used in place of the run's. Raises DataError if no label of the batch counts, unless such steps are
         skipped (on_nonfinite="skip").
         """
         if self._replays:
@@ -283,7 +284,7 @@ class Run:
 
     @entry
     def finish(self, launched: Launched) -> StepRecord:
-        """Read a launched step's losses and put it on record. Raises what `on_nonfinite` says."""
+        """Read a launched step's losses and record the step. Raises the error that `on_nonfinite` asks for."""
         with self.work() as parts:
             record = parts.stepper.settle(launched)
             parts.watch.see(record)
@@ -292,14 +293,14 @@ class Run:
             return record
 
     def _keep_budget(self, parts: Parts, batch: Batch, micro_batches: int, objective: Objective | None) -> None:
-        """A batch larger than any before is within the memory budget, or BudgetError says so before its step."""
+        """Raise BudgetError, before its step, if a batch larger than all before exceeds the memory budget."""
         if self.memory.budget is None or as_made(batch).nbytes // micro_batches <= self._planned_bytes:
             return
         if self.memory.unknown:
             return parts.passes.watch_next()
         self.prepared.check_batch(self.memory, batch, objective=self._asked(objective), micro_batches=micro_batches)
 
-    # ---- looking at it -----------------------------------------------------------------------------------------------
+    # ---- reading it --------------------------------------------------------------------------------------------------
 
     @entry
     def measure(self, batches: Batches, **options: Any) -> dict[str, float] | None:
@@ -323,30 +324,30 @@ class Run:
 
     @property
     def streamer(self) -> Streamer:
-        """Where weights come from and what it counts."""
+        """The source of weights, with its counters."""
         return self.start().streamer
 
     @property
     def learning(self) -> LearningWatch:
-        """What watches whether the steps that were taken since this run was opened teach the model anything."""
+        """The watch on whether the model learns from the steps taken since this run was opened."""
         return self.start().watch
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def heed(self, stop: StopRequest | None) -> None:
-        """Look at `stop` before each owner's weights are made, and end there if it says so; None: at nothing."""
+        """Check `stop` before each owner's weights are emitted, and end there if it says so; None: no check."""
         self._lookout.stop = stop
         self.ranks.heed(stop)
 
     def work(self) -> Whole:
-        """`with run.work() as parts:` around all that is done with the parts, which are made first; see `whole.py`."""
+        """`with run.work() as parts:` must surround all work on the parts; it makes them first. See `whole.py`."""
         self.start()
         assert self._whole is not None
         return self._whole
 
     @entry
     def flush(self, *, closes: bool = False) -> None:
-        """Every block to the last step, in its tier; the journal to the disk."""
+        """Bring every block in its tier to the last step, and the journal to the disk."""
         if not closes:
             self.start()
         assert self._whole is not None
@@ -359,7 +360,7 @@ class Run:
 
     @entry
     def settle(self, *, at_once: bool = False) -> None:
-        """End of a call of `fit`: flush and sync, or (at once) leave it all to the journal, now and in `close`."""
+        """End a call of `fit`: flush and sync, or (at_once) rely on the journal alone, now and in `close`."""
         self.at_once = at_once
         if self.parts is None or self.closed:
             return
@@ -382,7 +383,8 @@ class Run:
         return self._vacated.hand_back()
 
     def close(self) -> None:
-        """Flush, and release everything, whatever fails on the way. In a forked process nothing: it is the parent's."""
+        """Flush, and release everything, even if a part fails. Does nothing in a forked process: the parent owns it
+        all."""
         if not self.door.is_forked:
             self._close()
 
@@ -394,7 +396,7 @@ class Run:
         try:
             if first and not self.at_once and self.parts is not None:
                 self.flush(closes=True)
-        except TornError as torn:  # nothing that can be flushed; what can be done is done when it is reopened
+        except TornError as torn:  # nothing can be flushed; reopening the run rebuilds the blocks
             _log.warning("%s", torn)
         finally:
             self.closing.close(last=self.ranks.leave)

@@ -1,8 +1,8 @@
-"""One block's checksum a step, in turn: what ranks compare of their weights, which never travel.
+"""One block's checksum per step, in turn: ranks compare it, since their weights are never sent.
 
-Equal steps on an equal base give equal bytes (promises 1 and 4 of docs/architecture.md), on any tier and device. So a
-checksum that differs at one version is a fault of memory, or of somebody's arithmetic, that no loss would show. A block
-in memory is summed where it is, some megabytes at a time; one that streams from disk has its checksum in its file.
+Equal steps on an equal base give equal bytes (promises 1 and 4 of docs/architecture.md), on any tier and device. So
+checksums that differ at one version show a fault of memory or arithmetic that no loss would show. A block in memory is
+summed in place, some megabytes at a time; a block that streams from disk has its checksum in its file.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ..stream.window import BlockWindow
 from ..tiers import DiskTier, Tier
 from ..tiers.checksum import CHUNK_BYTES, checksum
 
-PART_BYTES = 1024 * CHUNK_BYTES  # what is copied at a time
+PART_BYTES = 1024 * CHUNK_BYTES  # bytes copied at a time
 
 
 def audit(step: int, names: Sequence[str], layout: Layout, tier: Tier, window: BlockWindow) -> list[Any] | None:
-    """(where it lies, block, its name, version, checksum) of this step's block, between steps; None if it is not at
-    rest. The checksums of two blocks can be compared if all before them is equal."""
+    """(place, block, its name, version, checksum) of this step's block, between steps; None if it is not at rest. Two
+    checksums can be compared if the four values before them are equal."""
     block = step % len(names)
     if window.is_in_memory(block):
         nbytes, total, versions = layout.block_bytes[block], 0, set()

@@ -1,14 +1,14 @@
-"""Formats side by side: bytes on the wire, bytes held, seconds a step; and which one storage="auto" takes.
+"""Compare formats: bytes moved, bytes held, seconds per step; and choose the format for storage="auto".
 
-auto looks for the full-parameter format that moves the least without losing small updates:
-    fp32       if the model fits where nothing has to move (offload "none", or "auto" on a host with room for it twice)
+auto takes the full-parameter format that moves the fewest bytes without losing small updates:
+    fp32       if the model fits in memory so that nothing moves (offload "none", or "auto" and memory for it twice)
     int8+8     else: 1.03 bytes a parameter and step, half of bf16's, over a 16-bit master; its final loss is within
                the seeds' spread of fp32 (`benchmarks.training`)
-Plain bf16, fp16 and fp8 are smaller than their masters but round updates away (`benchmarks.formats`), so auto never
-takes them; bf16+16, the exact float32 master, moves twice the bytes of int8+8 and is there by name.
+Plain bf16, fp16 and fp8 are smaller but round small updates away (`benchmarks.formats`), so auto never takes them;
+bf16+16, an exact float32 master, moves twice the bytes of int8+8 and must be asked for by name.
 
-Seconds are a floor: the larger of the wire's and the fused passes', which overlap; what the model itself computes comes
-on top. Rates are measured in a tenth of a second on this machine, of its GPU where that is asked for, or given.
+Seconds are a lower bound: the larger of the transfers' and the fused passes' time, which overlap; the model's own
+computation comes on top. Rates are given, or measured in a tenth of a second on this machine (on its GPU if asked for).
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from .memory import step_bytes
 STREAMED, RESIDENT = "int8+8", "fp32"
 _PROBE = 1 << 18  # elements
 _GPU_PROBE = 1 << 26  # long enough that the launch does not count
-USUAL_LINK_GBS = 25.0  # each way, of PCIe 4 x16 in practice: where there is no GPU to measure
+USUAL_LINK_GBS = 25.0  # each way, PCIe 4 x16 in practice: used if there is no GPU to measure
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One format for a whole model, by `storage.decide_formats`' rule, with every parameter trained."""
+    """One format for a whole model, by the rule of `storage.decide_formats`, with every parameter trained."""
 
     name: str
     layout: Layout
@@ -54,7 +54,7 @@ class Choice:
     fetch_bytes: float
     flush_bytes: float
     seconds: float
-    """At least this long a step; 0 where nothing was measured."""
+    """A lower bound for one step; 0 if nothing was measured."""
 
     @property
     def wire_bytes(self) -> float:
@@ -64,9 +64,9 @@ class Choice:
 def choose_storage(
     plan: Plan, dtype_of: Callable[[str], torch.dtype], config: EngineConfig, sharers: int = 1
 ) -> tuple[str, str]:
-    """(format, why) that storage="auto" stands for. Raises BudgetError if none that trains everything fits.
+    """(format, why) that storage="auto" stands for. Raises BudgetError if no format that trains everything fits.
 
-    sharers: processes that each want as much of this host's memory.
+    sharers: number of processes that each need this much of the host's memory.
     """
     free = available_bytes() // sharers
     if config.device_memory is not None and config.offload == "none":
@@ -104,9 +104,10 @@ def compare(
     link_seconds: Callable[[float, float], float] | None = None,
     seconds_per_element: Callable[[Format, int, int], float] | None = None,
 ) -> Iterator[Choice]:
-    """Every format that can train what `plan` trains, or scales of it, all streamed; most bytes on the wire first.
+    """Every format that can train the plan's trained parameters, or their scales, all streamed; most bytes moved first.
 
-    link_seconds(fetched, flushed): of that many bytes. seconds_per_element(format, fold_every, lanes): of a fused pass.
+    link_seconds(fetched, flushed): seconds to move that many bytes. seconds_per_element(format, fold_every, lanes):
+    seconds of a fused pass.
     """
     found = []
     for name, fmt in FORMATS.items():
@@ -125,13 +126,13 @@ def compare(
 
 
 def _trained(plan: Plan, dtype_of: Callable[[str], torch.dtype], name: str, keep: Any) -> tuple[Stored, Layout] | None:
-    """A format's way to train what `plan` trains: values if it can, else scales; None if it has neither."""
+    """How a format trains the plan's trained parameters: their values if it can, else their scales; None if neither."""
     targets: tuple[Target, ...] = ("values", "scales")
     for target in targets:
         try:
             stored = decide_formats(plan, name, dtype_of, keep, target)
         except ConfigError:
-            continue  # this way is closed to the format; not an error of the user, who named none
+            continue  # the format cannot do this; not the user's error, who named no format
         return stored, make_layout(stored.plan, stored.format_of, stored.target)
     return None
 
@@ -141,7 +142,7 @@ def _trained(plan: Plan, dtype_of: Callable[[str], torch.dtype], name: str, keep
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast blocks come and go and fused passes run. note: where the numbers are from."""
+    """The speed of fetches, flushes and fused passes. note: where the numbers come from."""
 
     link_seconds: Callable[[float, float], float]
     pass_seconds: Callable[[Format, int, int], float] | None
@@ -149,8 +150,8 @@ class Rates:
 
 
 def rates(device: str, gb_per_s: float | None = None) -> Rates:
-    """The numbers of "cpu" or "cuda", measured where that device is there. gb_per_s: the link's speed, not to be
-    measured: fetches and flushes together on the CPU (a disk's, say), each way on a GPU."""
+    """The rates of "cpu" or "cuda", measured if that device is present. gb_per_s: the link's speed instead of a
+    measurement: for fetches and flushes together on the CPU (a disk's, say), each way on a GPU."""
     if device != "cpu":
         return _gpu_rates(device, gb_per_s)
     per_second = gb_per_s * 1e9 if gb_per_s is not None else copy_bytes_per_s()
@@ -180,7 +181,7 @@ def _gpu_rates(device: str, gb_per_s: float | None) -> Rates:
 
 
 def copy_bytes_per_s() -> float:
-    """What memory copies here: the most a link between host memory and a window on the same host can give."""
+    """Speed of a memory copy: an upper bound for moving bytes between host memory and a window on the same host."""
     device = make_device("cpu")
     a, b = device.alloc(1 << 26), device.alloc(1 << 26)
     return a.numel() / min(_timed(lambda: b.copy_(a)) for _ in range(3))
@@ -189,7 +190,7 @@ def copy_bytes_per_s() -> float:
 def pass_seconds(
     fmt: Format, fold_every: int, lanes: int, *, device: torch.device | None = None, numel: int = _PROBE
 ) -> float:
-    """Seconds of a fused pass an element, on average over the pending updates of `fold_every` steps."""
+    """Seconds of a fused pass per element, on average over the pending updates of `fold_every` steps."""
     target: Any = "values" if fmt.trains else "scales"
     on_gpu = device is not None and device.type == "cuda"
     stored = torch.zeros(fmt.nbytes(numel), dtype=torch.uint8, device=device)
@@ -207,7 +208,7 @@ def pass_seconds(
     times = []
     for count in counts:
         updates: Any = [Update(k, 2.0**-12, fold=count == fold_every and k == count - 1) for k in range(count)]
-        if on_gpu:  # as in a run: the records are there already
+        if on_gpu:  # as in a run: the records are already on the device
             assert device is not None
             table = UpdateTable(device)
             table.append(updates)

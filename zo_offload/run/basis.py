@@ -1,4 +1,4 @@
-"""The directions of what a model's linear layers are given: what an adapter trains in (`checkpoint.basis`).
+"""The main directions of the inputs of a model's linear layers: a basis for adapters (`checkpoint.basis`).
 
     with Engine("base/", storage="int4", method=QZO()) as engine:
         engine.activation_basis(batch, rank=4).save("basis/")
@@ -23,8 +23,8 @@ from ..modules.kind import unwrapped
 from ..modules.tree import select_names
 from .active import Run
 
-_MOST = 2048  # tokens that are looked at, of those that a batch has
-_KEPT = 8  # times the rank: what is kept of the inputs of a layer that is called several times
+_MOST = 2048  # tokens of a batch that are used, at most
+_KEPT = 8  # times the rank: directions kept for a layer that is called several times
 
 
 def activation_basis(run: Run, batch: Batch, rank: int = 4, *, layers: str | Collection[str] | None = None) -> Basis:
@@ -33,7 +33,7 @@ def activation_basis(run: Run, batch: Batch, rank: int = 4, *, layers: str | Col
         raise ConfigError(f"rank={rank}: expected at least 1")
     chosen = _layers(run, layers)
     seen: dict[str, Tensor] = {}
-    shared: dict[str, Any] = {}  # the inputs that were reduced last, which neighbours often share
+    shared: dict[str, Any] = {}  # the inputs that were reduced last: neighbouring layers often share them
 
     def watch(path: str, mask: Any) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -67,7 +67,7 @@ def activation_basis(run: Run, batch: Batch, rank: int = 4, *, layers: str | Col
             )
         vectors[path] = (rows[:wanted] / norms[:wanted]).float()
     if not vectors:
-        raise ConfigError("none of the layers that were asked for was called")
+        raise ConfigError("none of the requested layers was called")
     layers_of = {path: chosen[path] for path in vectors}
     biased = all(layer.bias is not None for layer in layers_of.values())
     return Basis(vectors, {path: layer.out_features for path, layer in layers_of.items()}, biased)
@@ -90,7 +90,7 @@ def _layers(run: Run, globs: str | Collection[str] | None) -> dict[str, nn.Linea
 
 
 def _rows(x: Tensor, mask: Any) -> Tensor:
-    """[tokens, in] of those inputs that are of tokens."""
+    """The inputs at tokens that are not padding, [tokens, in]."""
     if isinstance(mask, Tensor) and x.shape[: mask.ndim] == mask.shape:
         x = x[mask.bool()]
     x = x.detach().reshape(-1, x.shape[-1])

@@ -1,4 +1,4 @@
-"""Data as it is given, as batches for one model: with its tokenizer, for its objective, encoded as its run began."""
+"""Turns a caller's data into batches for one model: with its tokenizer, for its objective, in its run's encoding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .opening import Opened
 
 @dataclass(frozen=True)
 class Shots:
-    """Demonstrations before each prompt: how many, of which rows, chosen by which seed."""
+    """Demonstrations before each prompt: how many, from which rows, chosen by which seed."""
 
     count: int
     data: Any
@@ -28,8 +28,8 @@ class Shots:
 
 
 class Batching:
-    """Makes batches of what a caller gives. tokenizer: None for the checkpoint's own; encoding(): number of the
-    encoding of rows that the run has."""
+    """Makes batches from a caller's data. tokenizer: None for the checkpoint's own; encoding(): number of the run's row
+    encoding."""
 
     def __init__(self, opened: Opened, objective: Objective, tokenizer: Any, encoding: Callable[[], int]) -> None:
         self._opened, self._objective, self._encoding = opened, objective, encoding
@@ -45,8 +45,8 @@ class Batching:
     ) -> Batches:  # fmt: skip
         """Data as batches; options: of `make_batches`. Text without a tokenizer given uses the checkpoint's.
 
-        shuffle: for training, on a task's train split; else for evaluation, on its dev split. rows: so many, chosen by
-        the run's seed. shots: demonstrations before each prompt.
+        shuffle: True for training, on a task's train split; False for evaluation, on its dev split. rows: the number of
+        rows, chosen by the run's seed. shots: demonstrations before each prompt.
         """
         options = {"tokenizer": self.tokenizer(), **options}
         preprocess, named = options.pop("preprocess_logits_for_metrics", None), options.get("task")
@@ -75,20 +75,20 @@ class Batching:
         return batches
 
     def _demonstrations(self, shots: Shots, options: dict[str, Any], batches: Batches) -> str:
-        """So many rows with their answers, chosen by the seed among those that are not evaluated."""
+        """`shots.count` rows with their answers, chosen by the seed among the rows that are not evaluated."""
         rows = shots.data
         if isinstance(rows, (str, Path)):
             known = self.batches(rows, 1, options)
             rows = known.rows if isinstance(known, RowBatches) else None
         if rows is None or not hasattr(rows, "__iter__"):
-            raise ConfigError("shots are rows of other data: pass demonstrations=, a file or rows")
+            raise ConfigError("shots need rows of other data: pass demonstrations=, a file or rows")
         evaluated = {repr(row) for row in batches.rows} if isinstance(batches, RowBatches) else set()
         others = [row for row in rows if repr(row) not in evaluated]
         chosen = sampled(others, shots.count, shots.seed, "demonstrations that are not evaluated themselves")
         return "".join(f"{batches.encoder.shown(row, f'demonstration {i}')}\n\n" for i, row in enumerate(chosen))
 
     def objective_of(self, batches: Batches) -> Objective:
-        """The objective that the data asks for, else the run's; both would be one too many."""
+        """The objective that the data asks for, else the run's. Raises ConfigError if both are given."""
         if batches.objective is None:
             return self._objective
         if self._objective is not model_loss and isinstance(batches.objective, OptionsLoss):
@@ -96,13 +96,13 @@ class Batching:
         return batches.objective
 
     def to_export(self) -> Any:
-        """The tokenizer that is to be written with the model; None: the checkpoint's files are, as they are."""
+        """The tokenizer to write with the model; None: the checkpoint's tokenizer files are copied."""
         checkpoint = self._opened.checkpoint
         in_file = checkpoint is not None and checkpoint.gguf is not None and not has_tokenizer(checkpoint.gguf.parent)
         return self.tokenizer() if in_file else self.given
 
     def tokenizer(self) -> Any:
-        """The one that was given, else the checkpoint's own, if it has one."""
+        """The tokenizer that was given, else the checkpoint's own, if it has one."""
         path, checkpoint = self._opened.directory, self._opened.checkpoint
         if self.given is None and path is not None and not has_tokenizer(path) and checkpoint is not None:
             path = checkpoint.gguf

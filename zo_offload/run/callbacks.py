@@ -1,8 +1,9 @@
-"""Who is told of a run's events: functions of a step's record, and transformers' `TrainerCallback`s as they are.
+"""Callbacks of a run: functions that get a step's record, and transformers' unmodified `TrainerCallback`s.
 
 A `TrainerCallback` is called as `Trainer` calls it, with `TrainingArguments`, `TrainerState` and `TrainerControl`, the
-model and the tokenizer; optimizer, scheduler and loaders are None, there being none. What it asks for through the
-control (stop, evaluate, save, log) is done after the step. Trackers (TensorBoard, W&B, ...) are such callbacks.
+model and the tokenizer; optimizer, scheduler and loaders are None, since there are none. Actions that it requests
+through the control (stop, evaluate, save, log) are done after the step. Trackers (TensorBoard, W&B, ...) are such
+callbacks.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import hf  # its trainer is loaded when it is first asked for: it takes seconds
+from .. import hf  # its trainer is loaded at its first use: that takes seconds
 from ..errors import ConfigError
 from ..journal.journal import StepRecord
 from ..journal.selection import Selection, larger_is_better
 
 _log = logging.getLogger(__name__)
 
-LOG_EVERY = 10  # steps between two logs to trackers, where log_every is not said
+LOG_EVERY = 10  # steps between two logs to trackers, if log_every is not given
 
 
 @dataclass(frozen=True)
 class About:
-    """What callbacks are told of a run from its beginning."""
+    """The facts of a run that callbacks get at its start."""
 
     model: Any
     tokenizer: Any
@@ -44,7 +45,8 @@ class About:
 
 
 def trackers(report_to: str | None) -> list[Any]:
-    """The callbacks of the trackers named, with commas between. Raises ConfigError for what is not known or there."""
+    """The callbacks of the named trackers, separated by commas. Raises ConfigError if one is unknown or not
+    installed."""
     names = [name.strip() for name in (report_to or "none").split(",") if name.strip() not in ("", "none")]
     if not names:
         return []
@@ -56,13 +58,13 @@ def trackers(report_to: str | None) -> list[Any]:
 
 
 def is_trainer_callback(callback: Any) -> bool:
-    """Told by its bases' names, so that transformers' trainer is loaded for those alone who use it."""
+    """Decides by the names of its base classes, so that transformers' trainer is loaded only for those who use it."""
     kind = callback if isinstance(callback, type) else type(callback)
     return any(base.__module__.startswith("transformers.trainer_callback") for base in kind.__mro__)
 
 
 class Callbacks:
-    """Tells all who were given; `take` says, once, whether any of them asks for an action."""
+    """Calls all callbacks that were given; `wants` says, once, whether one of them asks for an action."""
 
     def __init__(self, given: Iterable[Any], about: About, evals: Sequence[Mapping[str, float]]) -> None:
         self._functions: list[Callable[[StepRecord], Any]] = []
@@ -138,7 +140,7 @@ class Callbacks:
             self._tell("on_save")
 
     def wants(self, action: str) -> bool:
-        """Whether somebody asks for "evaluate", "save" or "training_stop"; the asking is over then."""
+        """Whether a callback asks for "evaluate", "save" or "training_stop"; clears the request."""
         return bool(self._trainer) and self._take(f"should_{action}")
 
     # ---- transformers' state -----------------------------------------------------------------------------------------
@@ -177,11 +179,11 @@ class Callbacks:
 
 
 def _arguments(about: About) -> Any:
-    """transformers' TrainingArguments that say of the run what they have words for."""
+    """transformers' TrainingArguments, with those of the run's settings that they have fields for."""
     evaluates = about.eval_every is not None
     metric = about.selection.metric or "loss"
     schedule: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": about.eval_every} if evaluates else {}
-    if evaluates:  # as transformers wants them together
+    if evaluates:  # transformers wants these together
         schedule |= {"save_strategy": "steps", "save_steps": about.eval_every, "load_best_model_at_end": True}
     return hf.TrainingArguments(
         output_dir=about.output_dir, run_name=about.output_dir, use_cpu=True, report_to="none", disable_tqdm=True,

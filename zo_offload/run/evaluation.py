@@ -1,4 +1,4 @@
-"""An evaluation: what the lanes measure, and for tasks whose answers are generated, how those compare."""
+"""An evaluation: the lanes' measures, and for tasks whose answers are generated, exact match and F1."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def evaluated(
     run: Run, batches: Batches, tokenizer: Callable[[], Any], between: Callable[[], None] = lambda: None, *,
     at: str | None = None,
 ) -> dict[str, float] | None:  # fmt: skip
-    """Loss, accuracy and metrics of `batches`; "em" and "f1" too where texts are generated. between: called before each
-    batch; at: see `Passes.measure`, which says when there is None."""
+    """Loss, accuracy and metrics of `batches`; also "em" and "f1" if texts are generated. between: called before each
+    batch; at: see `Passes.measure`, also for when it returns None."""
     values = run.measure(batches, between=between, at=at)
     if values is None or batches.scoring is None:
         return values
@@ -35,7 +35,8 @@ def evaluated(
 def _generated(
     run: Run, batches: Batches, scoring: Scoring, tokenizer: Any, between: Callable[[], None]
 ) -> dict[str, float]:
-    """Exact match and F1, means over the rows, of what the model says greedily up to the end of a line."""
+    """Exact match and F1, means over the rows, of the text that the model generates greedily up to the end of a
+    line."""
     check_generates(run.opened.model)
     assert isinstance(batches, RowBatches)
     model: Any = run.opened.model
@@ -74,10 +75,11 @@ def _prompt_of(batches: RowBatches, row: Any, where: str) -> list[int]:
 
 
 def with_defaults(call: FitCall, run: Run) -> FitCall:
-    """A new run's call of `fit`, with what a task or a published recipe asks for and the call does not say.
+    """A new run's call of `fit`, completed with the defaults of a task or of a published recipe.
 
-    A task of a folder is evaluated on its dev split. Of both the best step is kept, where there is an evaluation and a
-    base to make it from; a recipe's loss is over the verbalizers, if those are the same for all rows. Raises DataError.
+    A task in a folder is evaluated on its dev split. With a task or a recipe the best step is kept, if there is an
+    evaluation and a base to rebuild it from. A recipe's loss is over the verbalizers, if they are the same for all
+    rows. Raises DataError.
     """
     task, options = task_of(call.options.get("task")), dict(call.options)
     if task is not None and str(options["task"]).endswith(".toml"):  # the process may change its directory

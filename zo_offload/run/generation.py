@@ -1,11 +1,11 @@
-"""Text from a model whose weights stream: one pass a token, all rows of a batch together.
+"""Text generation with streamed weights: one pass per token, for all rows of a batch together.
 
-`transformers`' own `generate` runs, in one lane; each call of the model in it is a pass of its own, whose first blocks
-are fetched while the last one ends. So a token costs what a forward costs: from disk, the time to read the model. Rows
-share it, so many prompts at once cost little more than one.
+`transformers`' own `generate` runs in one lane; each of its calls of the model is one pass, whose first blocks are
+fetched while the previous pass ends. So a token costs as much as a forward: from disk, the time to read the model. Rows
+share a pass, so many prompts at once cost little more than one.
 
-What comes back is what transformers gives: ids for ids; for texts, what follows each prompt, or from an encoder-decoder
-all that the decoder says.
+The result is that of transformers: ids for ids; for texts, the text that follows each prompt, or for an encoder-decoder
+the decoder's whole text.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ def check_generates(model: nn.Module) -> None:
     if not can or not callable(getattr(model, "generate", None)):
         raise ConfigError(
             f"{type(inner).__name__} cannot generate: it has no generate(). Open the checkpoint as a class that has, "
-            "model_class=... (--model-class); for outputs of this one, engine.run(batch)"
+            "model_class=... (--model-class); for this model's outputs, use engine.run(batch)"
         )
 
 
 def generate_texts(
     model: nn.Module, tokenizer: Any, prompts: Any, generate: Callable[..., Any], **options: Any
 ) -> str | list[str]:
-    """What the model says to each prompt. options: of transformers' `generate`.
+    """The text that the model generates for each prompt. options: those of transformers' `generate`.
 
     generate(inputs, **options): gives token ids, as the model's own `generate` does for a batch of tensors. prompts: a
-    text or a conversation, or a list of them. One prompt gives one text, or num_return_sequences of them; a list gives
-    a list, with those of a prompt next to each other. Raises ConfigError without a tokenizer, for a prompt of no
-    tokens, and where positions would run out.
+    text or a conversation, or a list of them. One prompt gives one text, or a list of num_return_sequences texts; a
+    list gives a list, in which the texts of one prompt are next to each other. Raises ConfigError without a tokenizer,
+    for a prompt without tokens, and if the model has too few positions.
     """
     if tokenizer is None:
         raise ConfigError("generating text needs a tokenizer: Engine(..., tokenizer=...)")
@@ -58,7 +58,7 @@ def generate_texts(
 def texts_after(
     model: nn.Module, tokenizer: Any, rows: Sequence[list[int]], generate: Callable[..., Any], **options: Any
 ) -> list[str]:
-    """What the model says after each row of token ids; see `generate_texts`."""
+    """The text that the model generates after each row of token ids; see `generate_texts`."""
     answers = kind_of(model).name == "seq2seq"
     empty = [i for i, row in enumerate(rows) if not row]
     if empty or not rows:
@@ -67,7 +67,7 @@ def texts_after(
     if not answers:
         _check_positions(model, width, options)
     pad = _pad_token(tokenizer, model)
-    # a decoder goes on at the right, so what is missing is missing at the left, whatever the tokenizer does in training
+    # a decoder appends on the right, so padding goes on the left, whatever the tokenizer does in training
     filled = [_filled(row, width, pad, left=not answers) for row in rows]
     ids, mask = (torch.tensor([pair[i] for pair in filled], device="cpu") for i in (0, 1))
     if options.get("stop_strings") is not None:
@@ -78,9 +78,9 @@ def texts_after(
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt, *, closed: bool) -> list[int]:
-    """A prompt's tokens. closed: with the end-of-text token that the tokenizer puts after a text, if it does.
+    """A prompt's tokens. closed: with the end-of-text token, if the tokenizer puts one after a text.
 
-    An encoder reads a closed text; one that a decoder is to continue must be open. A conversation goes through the
+    An encoder reads a closed text; a text that a decoder continues must be open. A conversation goes through the
     tokenizer's chat template. A text that begins with the BOS token itself does not get a second one.
     """
     if not isinstance(prompt, str):
@@ -120,7 +120,7 @@ def _filled(row: list[int], width: int, pad: int, *, left: bool) -> tuple[list[i
 
 
 def _pad_token(tokenizer: Any, model: nn.Module) -> int:
-    """The tokenizer's padding, else the model's, else an end of text."""
+    """The tokenizer's padding token, else the model's, else an end-of-text token."""
     config = getattr(model, "generation_config", None)
     own = getattr(tokenizer, "pad_token_id", None)
     for found in (own, *(getattr(config, f"{name}_token_id", None) for name in ("pad", "eos"))):
@@ -131,11 +131,11 @@ def _pad_token(tokenizer: Any, model: nn.Module) -> int:
 
 
 def _check_positions(model: nn.Module, width: int, options: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a learned table of positions ends before the text does."""
+    """Raise ConfigError if the text is longer than the model's learned table of positions."""
     limit, new = learned_positions(model), options.get("max_new_tokens")
     if limit is None or (asked := width + (new if isinstance(new, int) else 0)) <= limit:
         return
     raise ConfigError(
-        f"the longest prompt has {width} tokens and {asked - width} more are asked for, but the model has {limit} "
+        f"the longest prompt has {width} tokens and {asked - width} new ones are requested, but the model has {limit} "
         f"positions. Shorten the prompt, or lower max_new_tokens{f' to {limit - width}' if width < limit else ''}"
     )

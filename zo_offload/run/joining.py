@@ -1,4 +1,4 @@
-"""A run that members join: what its keeper tells them of it, and what they make of that."""
+"""A run that members join: the keeper's description of it, and how a member uses that description."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ SHARED = (
     "storage", "keep", "compute", "mode", "rounding", "fold_every", "block_numel", "trainable", "seed", "whole",
     "adapter", "config_overrides",
 )  # fmt: skip
-"""Settings that numbers depend on; in all others a member is its own master."""
+"""Settings that the numbers depend on; a member chooses all others itself."""
 _KEEPERS = (
     "eval_data", "eval_rows", "eval_every", "metric", "keep_best", "early_stopping", "save_every", "save_dir",
     "log_every", "report_to",
 )  # fmt: skip
-"""Of a call of `fit`: what the keeper does, and members do not."""
+"""Arguments of `fit` that concern only the keeper."""
 
 
 def admit_members(run: Run, values: Mapping[str, Any]) -> None:
-    """Keeper: tell what the run is, and let members in. Member: compare. values: what steps are computed on."""
+    """Keeper: describe the run, and admit members. Member: compare. values: everything that steps are computed from."""
     if run.ranks.leads and run.journal is None:
-        raise ConfigError("a run that others join has a journal: give it a run_dir (--run-dir)")
+        raise ConfigError("a run that others join needs a journal: give it a run_dir (--run-dir)")
     if run.journal is not None:
         journal = run.journal
         run.ranks.follows(lambda: (len(journal.steps), f"{journal.history(len(journal.steps)):016x}"))
     run.ranks.welcome(run.journal, _told(run))
-    run.ranks.same("fit", values, "Members are given the data of the keeper, all of it (--data)")
+    run.ranks.same("fit", values, "Give each member all of the keeper's data (--data)")
 
 
 def _told(run: Run) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def _told(run: Run) -> dict[str, Any]:
 
 
 def record_of(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What the keeper told, as a run's config.json has it. Raises RankError on what is none."""
+    """The keeper's description, in the form of a run's config.json. Raises RankError if it is malformed."""
     try:
         settings = {name: value for name, value in about["settings"].items() if name in SHARED}
         return {
@@ -52,4 +52,4 @@ def record_of(about: Mapping[str, Any]) -> dict[str, Any]:
             "fit": dict(about["fit"]),
         }  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
-        raise RankError(f"what the keeper told of its run is none: {error!r}") from None
+        raise RankError(f"the keeper's description of its run is malformed: {error!r}") from None

@@ -1,13 +1,14 @@
-"""Steps whose losses the host reads a step late: coefficients are computed where the losses are.
+"""Steps whose losses the host reads one step late; the device that has the losses computes the coefficients.
 
-On a GPU, asking for a loss would stop the host until the GPU has caught up, and the prefetch with it. So a step is only
+On a GPU, reading a loss would make the host wait for the GPU, and would stop the prefetch too. So a step is only
 *launched*: its losses, as tensors, become coefficients in the update table (`device_updates.py`) that the next fused
-pass reads, and are sent to the host. One step later the host *settles* it: computes the same coefficients from the
-same numbers in the same order (IEEE double, then one rounding to float32), checks that the device came to the same
-bits, and writes the journal.
+pass reads, and are sent to the host. One step later the host *settles* it: it computes the same coefficients from the
+same numbers in the same order (IEEE double, then one rounding to float32), checks that the device got the same bits,
+and writes the journal.
 
 A step whose losses or coefficients are not finite, or whose update would overflow the storage format, gets coefficient
-0 and decay 1 from the device itself, before the host knows. It is journaled as that: an update that changes nothing.
+0 and decay 1 from the device itself, before the host knows. The journal records it like that: as an update that changes
+nothing.
 """
 
 from __future__ import annotations
@@ -30,23 +31,23 @@ from ..numerics.updates import UpdateLog
 
 @dataclass
 class Launched:
-    """A step under way: what is known of it, and its losses, here or on their way."""
+    """A launched step: its facts, and its losses, on the host or still being sent."""
 
     step: int
     lr: float
     batch_crc: int
     method: Method
-    """As the step was taken: its eps may have been halved since."""
+    """The method with the step's eps, which may have been halved since."""
     losses: Sequence[float] | None = None
-    """None: they are in `later`."""
+    """None: the losses are in `later`."""
     later: Later | None = None
     """Losses, then the coefficients the device applies, then 1.0 if it applies them."""
     num_losses: int = 0
     decided: StepRecord | None = None
-    """Its record, where another process has decided it."""
+    """The step's record, if another process has decided it."""
 
     def read(self) -> tuple[list[float], list[float], bool]:
-        """(losses, device's coefficients, whether it applies them). Waits for them."""
+        """(losses, the device's coefficients, whether it applies them). Waits for them."""
         if self.losses is not None:
             return list(self.losses), [], True
         assert self.later is not None
@@ -55,12 +56,12 @@ class Launched:
 
 
 class LateLog(UpdateLog):
-    """An update log whose last steps may not be settled: blocks are given records in device memory."""
+    """An update log whose last steps may not be settled: blocks get their records from device memory."""
 
     def __init__(self, log: UpdateLog, table: UpdateTable) -> None:
         super().__init__(log.base, log.parts)
         self.table = table
-        self._first: list[int] = []  # of each step: index of its first record
+        self._first: list[int] = []  # for each step, the index of its first record
         for updates in log.steps:
             self.append(updates)
 
@@ -78,9 +79,9 @@ class LateLog(UpdateLog):
         applies: Tensor,
         before: Callable[[], None] = lambda: None,
     ) -> None:
-        """Add a step whose coefficients are known to the device only; those in `updates` are not looked at.
+        """Add a step whose coefficients only the device knows; the coefficients in `updates` are ignored.
 
-        before: called when all is in place but the step itself, which is the last move.
+        before: called just before the step itself is added, which is the last action.
         """
         chosen = self.parts.chosen(self.version)
         first = self.table.append(updates, chosen)
@@ -116,10 +117,10 @@ def launch(
 ) -> None:
     """Send losses and coefficients to the host, and give a step's coefficients to the log.
 
-    updates: as the host knows them, coefficients aside. losses: float64, on the device; outcome: what the method made
-    of them there. limit: what |coefficient| * max |z| must stay below, for the storage formats to hold the update;
-    largest: max |z|. before: told what is sent, and whether the step applies (0-d bool, on the device), before the log
-    has the step.
+    updates: the step's updates without their coefficients. losses: float64, on the device; outcome: the method's result
+    from them, on the device. limit: |coefficient| * max |z| must stay below it, so that the storage formats can hold
+    the update; largest: max |z|. before: called with the sent values, and with whether the step applies (0-d bool, on
+    the device), before the log has the step.
     """
     exact = outcome.coefficients.double()
     applies = outcome.sound & (exact.abs() * largest < limit).all()
@@ -128,16 +129,16 @@ def launch(
 
 
 def check_same(step: int, updates: Sequence[Update], coefficients: Sequence[float], applies: bool) -> None:
-    """The device and the host must have come to the same update, or the journal would tell of another run."""
+    """Raise unless device and host computed the same update; otherwise the journal would describe another run."""
     found = [u.coeff for u in updates] if applies else []
     told = list(coefficients) if applies else []
     if found != told or applies != bool(updates):
         raise ZOError(
-            f"step {step}: the device applied coefficients {told}, from the same losses the host computes {found}. "
+            f"step {step}: the device applied coefficients {told}; from the same losses the host computes {found}. "
             "This is a fault in zo_offload or in the device; the run cannot be journaled"
         )
 
 
 def nothing(updates: Sequence[Update]) -> tuple[Update, ...]:
-    """What the device applies of a step that is not finite."""
+    """The updates that the device applies for a step that is not finite."""
     return tuple(replace(update, coeff=0.0, decay=1.0) for update in updates)

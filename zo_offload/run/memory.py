@@ -2,17 +2,17 @@
 
     window       slots x the largest streamed block, in storage bytes
     pinned       blocks that stay in the window for the whole run (what the budget can spare)
-    scratch      weights of the modules that lanes are inside of, in compute bytes: of what trains a copy a lane, of the
-                 rest one for all lanes that are served together
-    activations  what the running lane's forward holds and what the others hold where they wait (`activations.py`)
-    store        the model itself, where the tier is memory (offload "none" or "host")
-    process      what was there before: interpreter, torch, libraries, the caller's own data
+    scratch      weights of the modules that lanes are inside, in compute bytes: trained weights one copy per lane, the
+                 others one copy for all lanes that are served together
+    activations  held by the running lane's forward, and by the other lanes while they wait (`activations.py`)
+    store        the model itself, if the tier is memory (offload "none" or "host")
+    process      in use before: interpreter, torch, libraries, the caller's own data
 
-The budget `device_memory` covers the first four (and the store for "none", where the tier is the device).
+The budget `device_memory` covers the first four (and the store for "none", because the tier is then the device).
 
-Some forwards cannot be measured before weights are there (they branch on values, or leave torch). Then the plan says
-so, and under a budget takes the smallest window and keeps the rest in reserve for activations. The first pass measures
-them; if it holds more than the reserve, it ends with a BudgetError before its step is taken (`check_reserve`).
+Some forwards cannot be measured without weights (they branch on values, or leave torch). Then the plan says so, and
+under a budget takes the smallest window and reserves the rest for activations. The first pass measures them; if it
+holds more than the reserve, it ends with a BudgetError before its step is taken (`check_reserve`).
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from ..system.units import show_bytes
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A window, a service order and what each term of memory will be, in bytes."""
+    """A window, a service order, and each term of memory in bytes."""
 
     window: WindowSize
     order: ServiceOrder
     terms: Mapping[str, int]
     budget: int | None
     unknown: str = ""
-    """Why activations could not be measured; they are in `terms` as the reserve, or without a budget as the batch."""
+    """Why activations could not be measured. `terms` then counts the reserve, or without a budget the batch."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the figures has to know."""
+        """Caveats for readers of the figures."""
         if not self.unknown:
             return ()
         held = (
@@ -62,14 +62,14 @@ class MemoryPlan:
         least = self.device_bytes - reserve + seen_bytes
         raise BudgetError(
             f"device_memory={show_bytes(self.budget)} is too small: the activations of this batch take "
-            f"{show_bytes(seen_bytes)}, and {show_bytes(reserve)} are left beside the smallest window. They could "
+            f"{show_bytes(seen_bytes)}, and the smallest window leaves {show_bytes(reserve)}. They could "
             f"only be measured in the first pass ({self.unknown}), whose results are not used. Use shorter or smaller "
             f"batches, micro_batches, or device_memory of at least {show_bytes(least)}"
         )
 
     @property
     def device_bytes(self) -> int:
-        """What `device_memory` bounds."""
+        """The bytes that `device_memory` limits."""
         return sum(self.terms[name] for name in ("window", "pinned", "scratch", "activations"))
 
     @property
@@ -77,7 +77,7 @@ class MemoryPlan:
         return sum(self.terms.values())
 
     def with_reserve(self) -> MemoryPlan:
-        """All that the budget leaves, for activations."""
+        """The same plan with the rest of the budget reserved for activations."""
         assert self.budget is not None
         kept = self.terms["activations"] + self.budget - self.device_bytes
         return replace(self, terms={**self.terms, "activations": kept})
@@ -87,9 +87,9 @@ class MemoryPlan:
 
 
 def scratch_bytes(plan: Plan, order: ServiceOrder, perturbations: int, rows: int, micro_batches: int = 1) -> int:
-    """Largest scratch under way at once: a module and the owners around it that are still active.
+    """Largest scratch in use at once: a module and the owners around it that are still active.
 
-    rows: most rows of an embedding that one batch looks up.
+    rows: the most rows of an embedding that one batch looks up.
     """
     inner, outer = dict[str, int](), dict[str, int]()
     for owner in plan.owners:
@@ -97,7 +97,7 @@ def scratch_bytes(plan: Plan, order: ServiceOrder, perturbations: int, rows: int
             inner[owner.name] = outer[owner.name] = _owner_bytes(plan, owner, rows, perturbations, 1)
             continue
         inner[owner.name] = _owner_bytes(plan, owner, rows, 1, 1)
-        # in block order each lane comes to it alone, and may wait inside of it for the others
+        # in block order each lane reaches it alone, and may wait inside it for the others
         lanes = 1 if order == "lane" else perturbations * micro_batches
         outer[owner.name] = _owner_bytes(plan, owner, rows, lanes, lanes)
     worst = 0
@@ -112,12 +112,12 @@ def _contains(outer: str, inner: str) -> bool:
 
 
 def _spans(plan: Plan, owner: Owner) -> bool:
-    """Whether it has a portion in several blocks: that is served to all lanes at once in any order."""
+    """Whether a portion of `owner` lies in several blocks; it is then served to all lanes at once in any order."""
     return any(len(plan.streamed_blocks(portion)) > 1 for portion in plan.portions(owner))
 
 
 def _owner_bytes(plan: Plan, owner: Owner, rows: int, trained: int, frozen: int) -> int:
-    """Scratch of the largest of an owner's portions, with so many copies of what trains and of what does not."""
+    """Scratch of an owner's largest portion, with `trained` copies of trained parameters and `frozen` of the others."""
     if owner.rows:
         (spec,) = (plan.params[name] for name in owner.params)
         shapes: list[dict[str, tuple[int, ...]]] = [{spec.name: (min(rows, spec.shape[0]), spec.row_numel)}]
@@ -134,7 +134,7 @@ def _owner_bytes(plan: Plan, owner: Owner, rows: int, trained: int, frozen: int)
 
 
 def pinned_blocks(plan: Plan, count: int) -> frozenset[int]:
-    """`count` blocks to keep: first those visited more than once a pass, then evenly spread."""
+    """`count` blocks to pin: first those visited more than once a pass, then evenly spread."""
     visits = Counter(plan.visits)
     often = frozenset(sorted((b for b in visits if visits[b] > 1), key=lambda b: -visits[b])[:count])
     rest = [block.index for block in plan.blocks if block.index not in often]
@@ -160,9 +160,9 @@ def plan_memory(
 ) -> MemoryPlan:
     """The window and order to run with. Without a budget: the smallest window that overlaps, module order.
 
-    With one: the most pinned blocks that fit, module order if it fits with 3 slots, else block order, else 2 slots.
-    Where activations are unknown: no more pinned than has to be, the rest of the budget in reserve for them.
-    Raises BudgetError, with the terms and what would fit, if nothing does.
+    With a budget: the most pinned blocks that fit, module order if it fits with 3 slots, else block order, else 2
+    slots. If activations are unknown: as few pinned blocks as possible, and the rest of the budget reserved for
+    activations. If nothing fits, raises BudgetError with the terms and the least budget that works.
     """
     orders: list[ServiceOrder] = ["module", "block"] if order == "auto" else [order]  # type: ignore[list-item]
     fewest = 1 if io_threads == 0 else 2
@@ -191,15 +191,15 @@ def plan_memory(
 
 
 def held_together(activations: Activations, order: ServiceOrder, perturbations: int, micro_batches: int) -> int:
-    """Bytes that all lanes of a step hold at once, every part of the batch included."""
+    """Bytes that all lanes of a step hold at once, for all parts of the batch."""
     return activations.together(order, perturbations * micro_batches) + activations.inputs * (micro_batches - 1)
 
 
 def step_bytes(plan: Plan, layout: Layout, pinned: frozenset[int], fold_every: int) -> tuple[float, float]:
-    """Bytes fetched and flushed a step, on average over fold_every steps, by the blocks that stream.
+    """Bytes fetched and flushed per step, on average over fold_every steps, by the blocks that stream.
 
-    A visit fetches the streamed part; residual parts come, and both go back, at the one step of fold_every that folds.
-    A block that ends one pass and begins the next is there already.
+    A visit fetches the streamed part. The one step in fold_every that folds also fetches residual parts, and flushes
+    both. A block that ends one pass and begins the next is not fetched again.
     """
     streamed = [block for block in plan.visits if block not in pinned]
     if len(streamed) > 1 and streamed[0] == streamed[-1]:
@@ -212,7 +212,7 @@ def step_bytes(plan: Plan, layout: Layout, pinned: frozenset[int], fold_every: i
 
 @dataclass(frozen=True)
 class _Ask:
-    """One service order and number of slots, with what they cost besides the blocks."""
+    """One service order and number of slots, with their memory cost besides the blocks."""
 
     plan: Plan
     layout: Layout
@@ -226,7 +226,7 @@ class _Ask:
     unknown: str
 
     def with_pinned(self, pinned: frozenset[int]) -> MemoryPlan:
-        """The plan that keeps the blocks `pinned` and streams the others."""
+        """The plan that pins the blocks `pinned` and streams the others."""
         sizes, pinned = self.layout.block_bytes, pinned | self.plan.resident
         streamed = [sizes[b] for b in range(len(sizes)) if b not in pinned]
         used = min(self.slots, len(streamed))
@@ -244,18 +244,18 @@ class _Ask:
         return MemoryPlan(window, self.order, terms, self.budget, self.unknown)
 
     def with_most_pinned(self, budget: int) -> MemoryPlan:
-        """The most pinned blocks that the budget takes; the empty set is known to fit."""
+        """The plan with the most pinned blocks that the budget allows; the empty set is known to fit."""
 
         def pinning(count: int) -> MemoryPlan:
             return self.with_pinned(pinned_blocks(self.plan, count))
 
         fits, too_many = 0, len(self.plan.blocks) + 1
-        if pinning(too_many - 1).device_bytes <= budget:  # then there is no window: less than with a few streamed
+        if pinning(too_many - 1).device_bytes <= budget:  # no window: less than with a few streamed blocks
             return pinning(too_many - 1)
-        while too_many - fits > 1:  # there may be thousands
+        while too_many - fits > 1:  # bisect: there may be thousands of blocks
             middle = (fits + too_many) // 2
             fits, too_many = (middle, too_many) if pinning(middle).device_bytes <= budget else (fits, middle)
-        # blocks differ in size, and which ones are pinned differs with their number: a few more may fit after all
+        # blocks differ in size, and the choice of blocks depends on their number: a few more may still fit
         further = (pinning(count) for count in range(min(fits + 16, len(self.plan.blocks)), fits, -1))
         return next((plan for plan in further if plan.device_bytes <= budget), pinning(fits))
 

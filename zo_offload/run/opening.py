@@ -1,11 +1,11 @@
-"""From a model as it is given to one that a run can begin with: what it is, where its weights come from, how it is cut.
+"""Opens a given model for a run: finds its kind, the source of its weights, and how it is cut.
 
     opened = open_model("path/to/checkpoint", MeZO(), EngineConfig(storage="bf16"))
     opened.prepared.plan, opened.prepared.layout          # blocks, bytes
-    session = Maker(opened).start()                       # only now are weights read and files written: session.py
+    session = Maker(opened).start()                       # weights are read and files written only here: session.py
 
-A checkpoint is opened and its model is made on meta; a module in memory is taken out of its wrapper, and what it shares
-is noted. Every error that a setting can cause is raised here.
+A checkpoint is opened and its model is made on meta; a module in memory is taken out of its wrapper, and its shared
+parameters are noted. Every error that a setting can cause is raised here.
 """
 
 from __future__ import annotations
@@ -47,32 +47,32 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Opened:
-    """A model, its base, the device it computes on and how it is cut and stored. No weight has been read."""
+    """A model, its base, its device, and how it is cut and stored. No weight has been read."""
 
     model: nn.Module
-    """What runs: on meta for a checkpoint; a module in memory without its wrapper."""
+    """The model that runs: on meta for a checkpoint; a module in memory without its wrapper."""
     base: Base
     kind: ModelKind
     device: Device
     prepared: Prepared
     gains: Gains | None = None
-    """The gains that a new run begins with: see `gains.py`. None: the run is resumed and takes its journal's."""
+    """A new run's initial gains: see `gains.py`. None: the run is resumed and takes its journal's gains."""
     checkpoint: Checkpoint | None = None
     adapter: Mapping[str, Any] | None = None
-    """The settings of the adapter that was put on a checkpoint, as far as numbers depend on them."""
+    """The settings that numbers depend on, of the adapter that was put on a checkpoint."""
     given: nn.Module | None = None
     """A module in memory as it was passed."""
     ties: tuple[Tied, ...] = ()
-    """The module's names that were made one parameter, to be parted again when it gets its weights back."""
+    """The module's names that were made one parameter; they are separated again when it gets its weights back."""
     name: str | None = None
-    """The checkpoint's: an absolute path, or a hub id."""
+    """The checkpoint's absolute path or hub id."""
     model_class: str | None = None
     process_bytes: int = 0
-    """What the process took before the model was opened."""
+    """The process's memory before the model was opened."""
     ranks: Alone = field(default_factory=Alone)
     """The processes that train this run together, as this one sees them."""
     header: Mapping[str, Any] | None = None
-    """Of the journal that goes on, where another rank opens it."""
+    """The header of the journal that goes on, if another rank opens it."""
 
     @property
     def directory(self) -> Path | None:
@@ -86,21 +86,21 @@ class Opened:
 
     @property
     def home(self) -> Path | None:
-        """Where this process keeps its blocks: the run directory, or of another rank than 0 its folder there. A
-        member of a pool has a directory of its own."""
+        """Where this process keeps its blocks: the run directory, or on ranks other than 0 a folder in it. A member of
+        a pool has a directory of its own."""
         if self.run_dir is None or self.ranks.leads or self.ranks.elastic:
             return self.run_dir
         return self.run_dir / run_directory.RANKS / str(self.ranks.rank)
 
     def merged(self, weights: Weights) -> merging.Merged:
-        """The model with its adapter in its weights, a layer at a time. Raises ConfigError where peft cannot."""
+        """The model with its adapter merged into its weights, a layer at a time. Raises ConfigError if peft cannot."""
         shadow = self.prepared.shadow
         if isinstance(shadow, str):
             raise ConfigError(f"merge=True needs a copy of the modules: {shadow}")
         return merging.Merged(self.model, shadow, weights, set(self.prepared.plan.params))
 
     def cannot_be_saved(self, merge: bool = False) -> str | None:
-        """Why `save_pretrained` refuses this model, in words. merge: with its adapter in its weights."""
+        """Why `save_pretrained` refuses this model, in words. merge: with its adapter merged into its weights."""
         if merge:
             return merging.why_not(self.model)
         trained = {name for name, spec in self.prepared.plan.params.items() if spec.trainable}
@@ -121,11 +121,11 @@ def open_model(
 ) -> Opened:
     """Open a checkpoint or take a module, and prepare it. See `Engine` for model, model_class, example and base.
 
-    fresh: a run is to begin, so its run_dir must hold none. offload: a tier that is known already, as `prepare` has it.
-    ranks: that all open it now; what "auto" leaves open is decided for all of them.
+    fresh: a new run begins, so its run_dir must hold no run. offload: a tier that is already decided, as in `prepare`.
+    ranks: all open it now; settings of "auto" are decided once for all of them.
     """
     ranks = Alone() if ranks is None else ranks
-    if config.run_dir is not None:  # absolute once and for all: the process may change its directory
+    if config.run_dir is not None:  # absolute: the process may change its directory
         run_dir = user_path(config.run_dir).absolute()
         config = replace(config, run_dir=run_dir)
         if fresh:
@@ -138,7 +138,7 @@ def open_model(
     ties: tuple[Tied, ...] = ()
     if isinstance(model, nn.Module):
         if config.config_overrides:
-            raise ConfigError("config_overrides are of a checkpoint's config.json: change the module's own config")
+            raise ConfigError("config_overrides change a checkpoint's config.json: for a module, change its own config")
         given, module = model, without_wrapper(model)
         ties = tie(module)
         base = base if base is not None else ModuleBase(module)
@@ -174,8 +174,8 @@ def open_model(
 def with_adapter(
     model: str | Path | nn.Module, config: EngineConfig, fresh: bool = True
 ) -> tuple[str | Path | nn.Module, EngineConfig]:
-    """Model and settings with the adapter as a run keeps it, and an adapter's directory given as the model as what it
-    is: its base, with that adapter. fresh: not for a run that has decided it. Raises ConfigError, CheckpointError."""
+    """Model and settings with the adapter in the form that a run keeps. If the model is an adapter's directory, returns
+    its base, with that adapter. fresh: False for a run that has decided it. Raises ConfigError, CheckpointError."""
     adapter = adapter_configs.plain(config.adapter)
     if isinstance(model, nn.Module):
         if adapter is not None:
@@ -193,8 +193,8 @@ def with_adapter(
         adapter, model = str(directory), adapter_configs.base_of(directory)
     elif fresh and adapter is None and (directory / adapter_configs.CONFIG_NAME).is_file():
         raise ConfigError(
-            f"{model} holds a model and an adapter ({adapter_configs.CONFIG_NAME}). For the adapter on that model give "
-            f"adapter={str(model)!r} (--adapter {model}); for the model alone, move the adapter's files elsewhere"
+            f"{model} holds a model and an adapter ({adapter_configs.CONFIG_NAME}). For that adapter, "
+            f"pass adapter={str(model)!r} (--adapter {model}); for the model alone, move the adapter's files elsewhere"
         )
     if isinstance(adapter, str):
         adapter = str(user_path(adapter).absolute())
@@ -217,10 +217,10 @@ def _absolute(model: str | Path) -> str:
 
 
 def _agreed(config: EngineConfig, prepared: Prepared, ranks: Alone) -> tuple[str | None, str]:
-    """Storage and tier for all ranks: of "auto" the storage that rank 0 found, and the tier that takes least memory.
+    """Storage and tier for all ranks: for "auto", rank 0's storage, and the tier that takes the least memory.
 
-    Both decide how often updates are folded, and so the numbers. What was named stays as it was; that it is the same
-    everywhere is looked at when the ranks begin to train.
+    Both decide how often updates are folded, and so the numbers. A setting other than "auto" stays as it is; the ranks
+    compare such settings when they begin to train.
     """
     mine = {"storage": prepared.config.storage, "offload": prepared.offload}
     rows = ranks.gather("opening", mine)

@@ -1,4 +1,4 @@
-"""What a run's block files stand on: the journal that is written ahead of them, and the base they can be made from."""
+"""The origin of a run's block files: the journal that is written ahead of them, and the base that rebuilds them."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from .stepper import Stepper
 
 
 class RunOrigin:
-    """`tiers.disk.Origin` of one run. A new run has no journal until its blocks are filled from the base; `begin` gives
-    it, and until then nothing but the base's bytes may be written."""
+    """`tiers.disk.Origin` of one run. A new run has no journal until its blocks are filled from the base. `begin` sets
+    the journal; before that, only the base's bytes may be written."""
 
     def __init__(self, opened: Opened) -> None:
         self._opened = opened
         self._journal: Journal | None = None
         self._stepper: Stepper | None = None
         self._lock = threading.Lock()
-        self._is_checked = False  # the base is the journal's, all of it
+        self._is_checked = False  # whether the whole base was compared with the journal's
 
     def begin(self, journal: Journal, stepper: Stepper) -> None:
-        """From here on steps may be in what is written: those that `stepper` takes and `journal` holds."""
+        """From here on, written blocks may contain the steps that `stepper` takes and `journal` holds."""
         self._stepper, self._journal = stepper, journal
 
     def before_write(self, version: int) -> None:
-        """Return once steps 0..version-1 are on the disk, in the journal. Any thread; StorageError."""
+        """Return once steps 0..version-1 are in the journal on the disk. Any thread; StorageError."""
         if self._journal is None or self._stepper is None:
             assert version == 0, f"a block at step {version} was to be written before there is a journal"
             return
-        if self._stepper.late:  # blocks may have steps whose losses the host has not read
+        if self._stepper.late:  # blocks may contain steps whose losses the host has not read
             self._stepper.settle_before(version)
         self._journal.make_durable(version)
 
@@ -42,11 +42,11 @@ class RunOrigin:
 
     @property
     def rebuilds(self) -> bool:
-        """A module in memory lets its weights go."""
+        """Whether the base can rebuild blocks; a module in memory cannot, since it gives its weights away."""
         return self._journal is not None and not isinstance(self._opened.base, ModuleBase)
 
     def rebuild(self, block: int, out: Tensor) -> None:
-        """A block at version 0. Raises JournalError if the base is not the one that the run began with."""
+        """A block at version 0. Raises JournalError if the base is not the run's base."""
         assert self._journal is not None
         base, prepared = self._opened.base, self._opened.prepared
         with self._lock:

@@ -1,8 +1,8 @@
-"""Passes: all lanes once through the model, its weights streamed, and the plan corrected by what a pass shows.
+"""Passes: all lanes go once through the model, its weights are streamed, and passes correct the plan.
 
-The plan comes from a trace. Where the model does something that the trace did not show (a weight used outside of its
-module, tensors kept between calls), the first pass, which is watched, finds out; it is run again under a better plan or
-another order of lanes, and nothing of the first attempt is left in the weights or the random generators.
+The plan comes from a trace. If the model does something that the trace did not show (it uses a weight outside its
+module, or keeps tensors between calls), the first pass, which is watched, detects it. The pass then runs again under a
+corrected plan or another order of lanes; the first attempt leaves no effect on the weights or the random generators.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..plan.plan import Plan, relift
 from ..ranks.alone import Alone
 from ..stream.streamer import Streamer
 
-_MAX_CORRECTIONS = 8  # of the plan, by watched runs; each adds a use, so a few are enough
+_MAX_CORRECTIONS = 8  # corrections of the plan by watched runs; each adds a use, so a few are enough
 
 
 def _divide(x: Any, by: float) -> Any:
@@ -45,12 +45,12 @@ def _divide(x: Any, by: float) -> Any:
 class Passes:
     """Passes of one model over one streamer.
 
-    order: in which lanes are served; fixed: and no other, even if the model needs lanes one after another. compute:
-    "tf32" for float32 products on the matrix units. mode: of the modules while they run (`modes.module_modes`). seed:
-    of the run, for the random numbers of forwards (`generators.py`). whole: see `split_micro_batches`. ranks: processes
-    that share the lanes of a step, and evaluations where that is asked for. on_measured: told the bytes of activations
-    that a watched pass held, batches included; may raise, and the pass then has no results. `plan` is the one that
-    holds now: as given, or corrected.
+    order: the order in which lanes are served; fixed: never another order, even if the model needs lanes one after
+    another. compute: "tf32" for float32 products on the matrix units. mode: the modules' mode while they run
+    (`modes.module_modes`). seed: the run's seed, for the random numbers of forwards (`generators.py`). whole: see
+    `split_micro_batches`. ranks: the processes that share the lanes of a step, and evaluations if asked to.
+    on_measured: called with the bytes of activations that a watched pass held, batches included; if it raises, the pass
+    has no results. `plan` is the current plan: as given, or corrected.
     """
 
     def __init__(
@@ -79,16 +79,16 @@ class Passes:
         self._hub = self._attach(order)
 
     def close(self) -> None:
-        """The model is as it was, but for its weights."""
+        """Restore the model to its former state, except for its weights."""
         self._hub.mend()
         self._hub.detach()
 
     def mend(self) -> None:
-        """After a pass was broken off anywhere: nothing of it is under way, and the model is as between passes."""
+        """Clean up after a pass was interrupted anywhere: nothing of it runs, and the model is as between passes."""
         self._hub.mend()
 
     def is_inside(self) -> bool:
-        """Whether the caller is code that a lane runs: a forward, or an objective."""
+        """Whether the caller is code inside a lane: a forward, or an objective."""
         return self._hub.is_inside()
 
     # ---- losses ------------------------------------------------------------------------------------------------------
@@ -97,7 +97,8 @@ class Passes:
         self, batch: Batch, method: Method, lr: float, micro_batches: int, *, step: int, late: bool,
         objective: Objective | None,
     ) -> list[Any]:  # fmt: skip
-        """The losses of all lanes of one step of `method`, as `losses` gives them; fewer, where nobody needs them."""
+        """The losses of all lanes of one step of `method`, as `losses` returns them; fewer, if the others are not
+        needed."""
         found, lanes = list[Any](), method.perturbations(self._seed, step)
         while lanes:
             more = self.losses(
@@ -121,12 +122,12 @@ class Passes:
         objective: Objective | None = None,
         empty: bool = False,
     ) -> list[float] | list[Tensor] | None:
-        """The loss of each perturbation over the whole batch: micro-batches weighted by what counts in them.
+        """The loss of each perturbation over the whole batch; each micro-batch has the weight of its counted labels.
 
-        None: the step was decided elsewhere meanwhile, and nobody needs them. step: whose random numbers all lanes get.
-        late: float64 scalars on the device, which nobody waited for. objective: in place of the engine's. empty: a
-        batch in which nothing counts is asked for its loss all the same; otherwise that raises DataError. A part in
-        which nothing counts is left out.
+        Returns None if the step was meanwhile decided elsewhere. step: all lanes get the random numbers of this step.
+        late: return float64 scalars on the device without waiting for them. objective: used in place of the engine's.
+        empty: compute a loss also for a batch in which nothing counts; otherwise such a batch raises DataError. A part
+        in which nothing counts is left out.
         """
         objective = self.objective if objective is None else objective
         weigh = self._weighing(objective)
@@ -148,9 +149,9 @@ class Passes:
     def _shared(
         self, lanes: Sequence[Lane], call: Callable[[nn.Module, Batch], Any], step: int, late: bool
     ) -> list[Any] | None:
-        """The lanes' losses: of all, or of those that are this rank's, and the others' as they tell them.
+        """The losses of all lanes: this rank computes its own, and the other ranks send theirs.
 
-        Each lane's random numbers and loss are its own, whatever lanes run beside it.
+        A lane's random numbers and loss do not depend on the other lanes that run with it.
         """
         seed = lane_seed(self._seed, "step", step)
 
@@ -165,11 +166,11 @@ class Passes:
     def measure(
         self, batches: Batches, between: Callable[[], None] = lambda: None, *, at: str | None = None
     ) -> dict[str, float] | None:
-        """Weighted means of what `batches` measure, over one epoch. between: called before each batch.
+        """Weighted means of the measures of `batches`, over one epoch. between: called before each batch.
 
-        at: where the run is: all ranks come here, and each takes some of the batches; None if a stop was asked for
-        meanwhile. Without it this process takes all of them. Batches in which nothing counts are left out. Raises
-        DataError where that is all of them.
+        at: a label of this point of the run: all ranks must call this, and each takes some of the batches; returns None
+        if a stop was requested meanwhile. Without `at` this process takes all batches. Batches in which nothing counts
+        are left out. Raises DataError if nothing counts in any batch.
         """
         objective = self.objective if batches.objective is None else batches.objective
         weigh, counts = self._weighing(objective), []
@@ -204,7 +205,7 @@ class Passes:
             raise DataError(f"nothing to evaluate: {nothing_counts([last])}")
         if not agree(counts):
             warnings.warn(
-                f"the evaluation weighs batches by {next(iter(counts[0]))!r}; the loss of {weigh.model} may be a mean "
+                f"the evaluation weights batches by {next(iter(counts[0]))!r}; the loss of {weigh.model} may be a mean "
                 f"over {', '.join(map(repr, list(counts[0])[1:]))}, and then it depends a little on batch_size",
                 stacklevel=2,
             )
@@ -212,7 +213,7 @@ class Passes:
         return means if metrics is None else {**means, **metrics.values()}
 
     def _means(self, found: Sequence[dict[str, Any]], is_sum: bool) -> dict[str, float]:
-        """Means of (value, weight) by name, batch after batch. is_sum: the loss is one already, not a mean."""
+        """Means of (value, weight) by name, batch after batch. is_sum: the loss is a sum already, not a mean."""
         sums: dict[str, float] = {}
         weights: dict[str, float] = {}
         for values in found:
@@ -225,7 +226,7 @@ class Passes:
         self, batches: Batches, loss: Callable[[nn.Module, Batch], float], weight: float, options: Any,
         model: nn.Module, batch: Batch,
     ) -> tuple[dict[str, tuple[float, float]], list[tuple[Tensor, Tensor]]]:  # fmt: skip
-        """What a batch measures, and what its metrics are made of: nothing is kept of a pass that is run again."""
+        """A batch's measures, and the inputs of its metrics; nothing is kept from a pass that is run again."""
         seen: list[tuple[Tensor, Tensor]] = []
         keep = None if batches.metrics is None else lambda scores, right: seen.append((scores, right))
         return batches.measure(model, dict(batch), loss, weight, options, keep), seen
@@ -238,7 +239,7 @@ class Passes:
         return float(loss.item()) if isinstance(loss, Tensor) else loss
 
     def _late_loss(self, objective: Objective, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss as float64 on the device: nobody waits for it."""
+        """The loss as float64 on the device, without waiting for it."""
         loss = scalar(objective(model, batch))
         if isinstance(loss, Tensor):
             return loss.to(torch.float64)
@@ -254,12 +255,13 @@ class Passes:
         exact: bool,
         seed: int | None = None,
     ) -> list[Any]:
-        """What `call(model, batch)` gives in each lane. A failure leaves the weights unharmed, and all of this usable.
+        """The result of `call(model, batch)` in each lane. After a failure the weights are unchanged, and the object is
+        usable.
 
-        exact: an evaluation, of lanes that are not perturbed: of split formats it sees the masters. The lanes of a step
-        never do, perturbed or not, since their losses are compared with one another. seed: of the lanes' random
-        numbers; None: those of the caller's generators, which go on as after one forward.
-        Raises PlanError if the plan cannot be corrected, LanesShareState if it is fixed that lanes take turns.
+        exact: an evaluation with unperturbed lanes: for split formats it sees the masters. The lanes of a step never
+        do, perturbed or not, since their losses are compared with one another. seed: for the lanes' random numbers;
+        None: the caller's generators are used, and then advanced as after one forward. Raises PlanError if the plan
+        cannot be corrected, LanesShareState if lanes need another order and the order is fixed.
         """
         placed = PlacedBatches(self.device)
         lanes = [Lane(lane.perturbation, placed.place(lane.batch)) for lane in lanes]
@@ -278,12 +280,12 @@ class Passes:
                 ):
                     results = hub.run(lanes, call, seed=seed, host_of=placed.host_of, upload=self.device.upload)
                 streamer.end_pass()
-            except PlanFault as fault:  # a weight was used where the plan did not have it: lift its owner, run again
+            except PlanFault as fault:  # a weight was used where the plan did not expect it: lift its owner, run again
                 streamer.mend()
                 last: PlanError = fault
                 self._adopt(relift(self.plan, fault.trace))
                 continue
-            except LanesShareState:  # a module keeps tensors between calls: one lane after another, as its code expects
+            except LanesShareState:  # a module keeps tensors between calls: lanes run one after another
                 streamer.mend()
                 if self._fixed:
                     raise
@@ -303,14 +305,14 @@ class Passes:
         raise PlanError(f"the plan still has faults after {_MAX_CORRECTIONS} corrections; the last: {last}")
 
     def watch_next(self) -> None:
-        """Watch the next pass, whatever was seen before."""
+        """Watch the next pass, even if an earlier pass was watched."""
         self._hub.adopt(self.plan)
 
     def _measured(self, nbytes: int) -> None:
         try:
             self._on_measured(nbytes)
         except BudgetError:
-            self.watch_next()  # a second try is refused again
+            self.watch_next()  # so that a second try is refused again
             raise
 
     def _adopt(self, plan: Plan) -> None:

@@ -1,10 +1,10 @@
-"""From a model and settings to what a run needs to know before any weight is read; one way, for runs and for plans.
+"""Decides everything that a run needs before any weight is read; the same code serves runs and plans.
 
     prepared = prepare(model, base.dtype_of, config, method, device)      # formats, blocks, tier, fold_every
     memory = prepared.plan_memory(batch, objective=..., ...)              # window, order of lanes, bytes by term
 
-The engine begins with this, `zo-offload plan` shows it, and a replay checks it against the journal. So whatever can be
-run can be planned, with the same numbers: any storage, method, number of lanes and tier.
+The engine begins with it, `zo-offload plan` shows it, and a replay checks it against the journal. So every run can be
+planned, with the same numbers: any storage, method, number of lanes and tier.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model with the format of each parameter, its blocks and its tier decided. No weight has been read.
+    """A model with the format of each parameter, its blocks and its tier. No weight has been read.
 
-    config: as given, with storage="auto" replaced by the format it stands for. full_plan: before the method and the
-    format said what trains.
+    config: as given, with storage="auto" replaced by the format it stands for. full_plan: the plan before method and
+    format limit the trained parameters.
     """
 
     shadow: nn.Module | str
-    """The model on meta, as it was before anything was attached to it: what activations are measured on. A
-    string: why the module could not be copied."""
+    """The model on meta, before anything was attached to it; activations are measured on it. A string: why the module
+    could not be copied."""
     full_plan: Plan
     plan: Plan
     layout: Layout
@@ -67,25 +67,25 @@ class Prepared:
     """Where blocks live: "none", "host" or "disk"; never "auto"."""
     fold_every: int
     storage_note: str
-    """Why storage="auto" took its format; empty if a format was named."""
+    """Why storage="auto" chose its format; empty if a format was named."""
 
     @property
     def in_place(self) -> bool:
-        """Whether blocks are computed with where they lie, all of them: no window, and nothing is copied.
+        """Whether all blocks are used in place: no window, no copies.
 
-        On a CPU that is so of host memory too, which is the device's own, unless the settings ask for a window (or for
-        less memory than the model takes): then it is what a GPU would have, to try that.
+        On a CPU this holds for host memory too, which is the device's own, unless the settings ask for a window (or for
+        less memory than the model takes): then the run uses a window, to try out what a GPU would do.
         """
         return _in_place(self.config, self.offload, self.device)
 
     @cached_property
     def parts(self) -> Parts:
-        """What single steps leave out of what trains."""
+        """The parts of the trained parameters that single steps leave out."""
         return _parts(self.plan, self.config, self.method)
 
     @property
     def perturbations(self) -> int:
-        """How many a visit of a step has: lanes, before a batch is cut into parts."""
+        """Number of perturbations per visit: the lanes of a step before a batch is cut into parts."""
         return self.method.most_lanes
 
     def plan_memory(
@@ -99,9 +99,8 @@ class Prepared:
     ) -> MemoryPlan:
         """Window and order of lanes for a step on `batch`, every term in bytes; without a batch, activations are 0.
 
-        process: bytes that the process took before. activations: measured before, on the same batch.
-        Raises BudgetError, with the terms, if `device_memory` is less than
-        the least that works.
+        process: bytes that the process took before. activations: an earlier measurement on the same batch. Raises
+        BudgetError, with the terms, if `device_memory` is less than the least that works.
         """
         found, rows = NOT_MEASURED, 0
         if batch is not None:
@@ -122,8 +121,8 @@ class Prepared:
         device_memory: Any = None,
         kept_of: Callable[[str], Format | None] = lambda name: None,
     ) -> Prepared:
-        """The same model and method, stored in another format or another tier. Raises as `prepare`, but for what the
-        host's memory holds: it need not be this host."""
+        """The same model and method, stored in another format or another tier. Raises as `prepare`, but does not check
+        the host's memory, since the plan may be for another host."""
         config = replace(self.config, storage=storage, device_memory=device_memory or self.config.device_memory)
         stored = decide_formats(
             _with_gain(self.full_plan, self.method), storage, dtype_of, config.keep, self.method.target
@@ -135,11 +134,12 @@ class Prepared:
         return replace(self, plan=stored.plan, layout=layout, config=config, offload=offload, fold_every=every)
 
     def plan_blindly(self, *, process: int = 0) -> MemoryPlan:
-        """As `plan_memory`, for a run that is under way before its first batch: what a budget leaves is in reserve."""
+        """As `plan_memory`, for a run that starts without a batch: the rest of the budget is reserved for
+        activations."""
         return self._within_budget(1, 0, Activations(unknown="the run was started without a batch"), process)
 
     def check_batch(self, memory: MemoryPlan, batch: Batch, *, objective: Objective, micro_batches: int) -> None:
-        """Raise BudgetError if a batch takes more than the budget leaves beside the window that `memory` laid out."""
+        """Raise BudgetError if a batch takes more than the budget leaves after the window that `memory` planned."""
         part = split_micro_batches(batch, micro_batches, self.config.whole)[0]
         activations = self.activations(part, objective)
         if memory.budget is None or activations.unknown:
@@ -148,9 +148,9 @@ class Prepared:
         need = memory.device_bytes - memory.terms["activations"] + held
         if need > memory.budget:
             raise BudgetError(
-                f"device_memory={show_bytes(memory.budget)} is too small for a batch that is larger than those before: "
-                f"its activations take {show_bytes(held)}, {show_bytes(memory.terms['activations'])} was planned. The "
-                f"step was not taken. Use batches of one size, micro_batches, or device_memory of at least "
+                f"device_memory={show_bytes(memory.budget)} is too small for a batch that is larger than all before: "
+                f"its activations take {show_bytes(held)}, but {show_bytes(memory.terms['activations'])} was planned. "
+                f"The step was not taken. Use batches of one size, micro_batches, or device_memory of at least "
                 f"{show_bytes(need)}"
             )
 
@@ -206,11 +206,11 @@ def prepare(
 ) -> Prepared:
     """Decide how a model is cut, stored and streamed. Reads no weights.
 
-    dtype_of: of a parameter of the base, by name; kept_of: the format that has its own codes. example: a batch to trace
-    the forward with, and call how; otherwise the model's dummy inputs are used. offload: a tier that is known already,
-    whatever the settings say. notes: of the model, to be the plan's first. sharers: processes that each want as much of
-    this host's memory. Raises
-    ConfigError for settings that do not go together, BudgetError if a memory tier cannot hold the model.
+    dtype_of(name): dtype of a parameter of the base; kept_of(name): the format that holds the parameter's own codes.
+    example: a batch to trace the forward with, and call: how to call the model on it; otherwise the model's dummy
+    inputs are used. offload: a tier that is already decided; it overrides the settings. notes: the model's notes, which
+    become the plan's first. sharers: number of processes that each need this much of the host's memory. Raises
+    ConfigError for settings that contradict each other, BudgetError if a memory tier cannot hold the model.
     """
     traced = {} if call is None else {"call": call}
     with undisturbed(model, config.mode, config.seed):
@@ -219,7 +219,7 @@ def prepare(
         )
     trains = _with_gain(full, method)
     check_tunes(method.tunes, method.lr, method.eps, trains)
-    _parts(trains, config, method)  # or it says that there are none
+    _parts(trains, config, method)  # raises if the method finds no parts
     note = ""
     if config.storage == "auto":
         storage, note = choose_storage(trains, dtype_of, config, sharers)
@@ -246,13 +246,13 @@ def _parts(plan: Plan, config: EngineConfig, method: Method) -> Parts:
 
 
 def _with_gain(plan: Plan, method: Method) -> Plan:
-    """The plan in which what the method gives a gain of 0 does not train, as if `trainable` had left it out."""
+    """The plan in which parameters with a gain of 0 do not train, as if `trainable` had left them out."""
     still = {
         name for name, spec in plan.params.items() if spec.trainable and method.gain(name, spec.shape) == Gain(0.0, 0.0)
     }
     params = {name: replace(spec, trainable=spec.trainable and name not in still) for name, spec in plan.params.items()}
     if still and not any(spec.trainable for spec in params.values()):
-        raise ConfigError(f"method {method.name!r} gives every parameter that is to train a gain of 0: nothing trains")
+        raise ConfigError(f"method {method.name!r} gives every trainable parameter a gain of 0: nothing trains")
     return replace(plan, params=params) if still else plan
 
 
@@ -264,10 +264,10 @@ def _shadow(model: nn.Module) -> nn.Module | str:
 
 
 def choose_offload(config: EngineConfig, layout: Layout, device: PlannedDevice, sharers: int = 1) -> str:
-    """`offload`, with "auto" decided: none if the stored model takes at most half of the free memory, else disk.
+    """`offload`, with "auto" resolved: none if the stored model takes at most half of the free memory, else disk.
 
     On a GPU: none if it takes at most half of the GPU's free memory, else host if the host can hold it, else disk.
-    sharers: processes that each want as much of the host's memory.
+    sharers: number of processes that each need this much of the host's memory.
     Raises BudgetError if a memory tier cannot hold the model.
     """
     need, free = layout.total_bytes, available_bytes() // sharers

@@ -1,4 +1,4 @@
-"""How a run that is watched shows where it is: a bar on a terminal, lines with time and ETA elsewhere."""
+"""Progress display of a run: a bar on a terminal, lines with time and ETA elsewhere."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from ..data.batches import Batches
 from ..data.survey import survey
 from ..system.units import show_bytes
 
-SECONDS = 30.0  # between two lines, where log_every is not said
+SECONDS = 30.0  # between two lines, if log_every is not given
 
 
 class Progress:
-    """On standard error when `show`, nothing otherwise. every: steps between two lines; None: a bar on a terminal, else
-    the first step, the last, and a line in SECONDS."""
+    """On standard error if `show`, otherwise nothing. every: steps between two lines; None: a bar on a terminal, else
+    lines for the first and the last step and one every SECONDS."""
 
     def __init__(self, show: bool, first: int, steps: int, every: int | None = None) -> None:
-        self._show = show and sys.stderr is not None  # a process may have none
+        self._show = show and sys.stderr is not None  # a process may have no stderr
         self._first, self._steps, self._every = first, steps, every
         self._bar: Any = None
         self._smooth: float | None = None
         self._begin = self._told = time.monotonic()
 
     def found(self, batches: Batches) -> None:
-        """What the data holds."""
+        """Show the data's summary."""
         if self._show:
             self._say(survey(batches))
 
     def will_write(self, nbytes: int, directory: Path) -> None:
-        """Block files that are about to be made."""
+        """Show the size of block files that are about to be made."""
         if self._show:
             free = shutil.disk_usage(next(p for p in (directory, *directory.parents) if p.exists())).free
             self._say(f"blocks on disk: {show_bytes(nbytes)} in {directory} ({show_bytes(free)} are free there)")
 
     def begun(self, first: int) -> Progress:
-        """The steps begin, after `first` of them."""
+        """Training begins, after `first` steps."""
         self._first, self._begin = first, time.monotonic()
         self._told = self._begin
         if self._show and self._every is None and sys.stderr.isatty():
@@ -53,8 +53,8 @@ class Progress:
         self, loss: float, lr: float, tokens_per_s: float, wait_share: float, fetched: float, flushed: float,
         done: int, warning: str = "",
     ) -> None:  # fmt: skip
-        """`done` steps are done in all. loss is shown smoothed; wait_share is compute's time spent waiting for blocks;
-        fetched and flushed are bytes a step, on average so far; a warning comes first."""
+        """`done` steps are done in total. loss is shown smoothed; wait_share is the share of time that compute waits
+        for blocks; fetched and flushed are mean bytes per step so far; a warning is shown first."""
         if not self._show:
             return
         if loss == loss:
@@ -74,7 +74,7 @@ class Progress:
             self._say(f"step {done}/{self._steps}, {text}, lr {lr:.3g}, {seconds:.3g} s a step, {left} left")
 
     def evaluated(self, values: Mapping[str, float], best: bool) -> None:
-        """An evaluation; best: of those so far."""
+        """Show an evaluation; best: whether it is the best so far."""
         if self._show:
             named = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "step")
             self._say(f"step {int(values['step'])}/{self._steps}, evaluation: {named}{' (best so far)' * best}")
@@ -101,7 +101,7 @@ class Progress:
 
 
 def _clock(seconds: float) -> str:
-    """Hours, minutes and seconds; days too where there are any."""
+    """Hours, minutes and seconds; also days if there are any."""
     days, rest = divmod(int(seconds), 86400)
     text = f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}"
     return f"{days} days {text}" if days else text

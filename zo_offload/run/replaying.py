@@ -1,7 +1,7 @@
-"""The weights of an earlier step, from the base and a journal: a run whose blocks are made when they are asked for.
+"""The weights of an earlier step, from the base and a journal: a run that makes its blocks when they are fetched.
 
 A block is read from the base and brought to the last fold in one pass over it; nothing is written. Memory: two blocks
-and what one forward takes.
+and one forward's memory.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def replayed_run(
     header, steps = contents.header, contents.steps
     to = len(steps) if to is None else to
     if not 0 <= to <= len(steps):
-        raise ConfigError(f"step {to} was asked for; {where} holds {len(steps)}")
+        raise ConfigError(f"step {to} was requested; {where} holds {len(steps)}")
     if not isinstance(header.get("settings"), dict) or not isinstance(header.get("method"), dict):
         raise JournalError(f"{where}: the header lacks settings or method")
     run_directory.check_settings(header["settings"], where)
@@ -68,7 +68,7 @@ def replayed_run(
 def _begin(
     opened: Opened, header: dict[str, Any], log: UpdateLog, where: str, admit: Callable[[Journal], None]
 ) -> Session:
-    """The session of a replay: nothing is written, and blocks are made of the base as they are asked for."""
+    """The session of a replay: nothing is written, and blocks are made from the base when they are fetched."""
     check_identity(identity_of(opened, str(header.get("base"))), header)
     check_sample(opened.base, header)
     gains, masks = gains_of(header, opened.prepared.plan, where), masks_of(header, opened.prepared.plan, where)
@@ -83,7 +83,7 @@ def _begin(
 
 
 class _BaseTier(Fetched):
-    """Blocks as the base has them, at version 0; keeps the one that was brought up to date last."""
+    """The base's blocks, at version 0; keeps the block that was brought up to date last."""
 
     in_memory = False
 
@@ -115,7 +115,7 @@ class _BaseTier(Fetched):
 class ReplayTier(Fetched):
     """A tier whose blocks are made when they are fetched, at the log's last fold. Read-only.
 
-    check: called once all blocks have been made, so the base has been read: raises if it was not the journal's.
+    check: called once all blocks have been made, when the whole base has been read; raises if it is not the journal's.
     """
 
     in_memory = False

@@ -1,4 +1,4 @@
-"""What a call of `fit` gives back."""
+"""The result of a call of `fit`."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from ..journal.selection import Selection
 
 @dataclass(frozen=True, repr=False)
 class FitResult:
-    """What `fit` did: losses of the steps it ran, evaluations by step, and the run's rates."""
+    """The result of a call of `fit`: the losses of its steps, evaluations by step, and the run's rates."""
 
     steps: int
-    """That this call took; `last_step` counts those before it too."""
+    """Steps of this call; `last_step` counts earlier steps too."""
     losses: list[float]
     evals: list[dict[str, float]] = field(default_factory=list)
-    """All evaluations of the run, those before it was resumed included."""
+    """All evaluations of the run, including those before it was resumed."""
     tokens_per_s: float = 0.0
     seconds: float = 0.0
     wait_share: float = 0.0
-    """Share of the time that compute waited for blocks: near 0, compute binds; near 1, fetches do. On a GPU, the share
-    of the time that the measured link needs for the bytes that were moved."""
+    """Share of the time that compute waited for blocks: near 0, compute is the limit; near 1, fetches are. On a GPU:
+    the share of the time that the measured link needs for the moved bytes."""
     resident_bytes: int = 0
     model_bytes: int = 0
     fetch_bytes: int = 0
-    """Bytes of weights that came into the window, in all of this call's steps and evaluations."""
+    """Bytes of weights fetched into the window, in all of this call's steps and evaluations."""
     flush_bytes: int = 0
-    """Bytes of weights that were written back: about 1 / fold_every of what is trained, a step."""
+    """Bytes of weights written back: per step about 1 / fold_every of the trained bytes."""
     warnings: list[str] = field(default_factory=list)
-    """Where the steps taught the model nothing: most of them skipped, lanes that do not differ, a constant loss,
-    updates that vanish in the storage format (`learning_watch.py`)."""
+    """Signs that the model learned nothing: most steps skipped, lanes that do not differ, a constant loss, updates that
+    vanish in the storage format (`learning_watch.py`)."""
     history: list[dict[str, float]] = field(default_factory=list)
     """This call's steps (step, loss, grad, lr, skipped) and evaluations (step, eval_loss, ...) in order, for a
-    DataFrame or a plot. A step is counted from 0; an evaluation's is how many steps were done."""
+    DataFrame or a plot. Steps are counted from 0; an evaluation's "step" is the number of steps done."""
     last_step: int = 0
     best: Mapping[str, float] | None = None
     """The best of `evals` by `metric`; `Engine.at("best")` has its weights."""
     metric: str | None = None
     stopped: str | None = None
-    """Why it ended before its last step, if it did."""
+    """Why `fit` ended before its last step, if it did."""
 
     def __repr__(self) -> str:
         parts = [f"{self.steps} steps to step {self.last_step} in {self.seconds:.1f} s"]

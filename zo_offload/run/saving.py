@@ -1,4 +1,4 @@
-"""A run's weights as a checkpoint for plain transformers, and which of its steps they are of."""
+"""Saves a run's weights, at one of its steps, as a checkpoint for plain transformers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def save(
 
 
 def known_evals(run: Run) -> list[dict[str, float]]:
-    """All evaluations so far, of a run that is not under way too."""
+    """All evaluations so far; also for a run that has not started in this process."""
     if run.session is not None or run.run_dir is None:
         return run.evals
     return run_directory.evaluations(run_directory.read_metrics(run.run_dir / run_directory.METRICS))
@@ -63,10 +63,10 @@ def at_step(run: Run, which: Which) -> Run:
     if run.opened.name is None:
         raise ConfigError(
             "a model that was given in memory has no base to make an earlier step from: fit(keep_best=True, "
-            "save_dir=...) exports its best step when it is there"
+            "save_dir=...) exports its best step when it reaches it"
         )
     if run.run_dir is None:
-        raise ConfigError("an earlier step is made from the journal, and the run has no run_dir=")
+        raise ConfigError("an earlier step is made from the journal, but the run has no run_dir=")
     if run.parts is not None:
         run.flush()
     path, config = run.run_dir / run_directory.JOURNAL, run.config

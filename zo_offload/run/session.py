@@ -1,4 +1,4 @@
-"""From a prepared model to a run under way: its tier, its identity, fresh or resumed."""
+"""Starts or resumes a run of a prepared model: fills or reopens its tier, and makes or checks its identity."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Session:
-    """A run under way: where its blocks live, what they lack, and what makes it durable (None without a run_dir)."""
+    """A started run: its tier, the log of steps that blocks may lack, and the parts that make it durable (None without
+    a run_dir)."""
 
     tier: Tier
     stepper: Stepper
-    """With the log of the steps that blocks may lack."""
+    """Holds the log of the steps that blocks may lack."""
     gains: Gains
     masks: Masks
     journal: Journal | None = None
@@ -53,16 +54,16 @@ class Session:
     snapshots: Snapshots | None = None
     reopened: bool = False
     identity: dict[str, Any] | None = None
-    """What ranks compare; None: it is in the journal's header, or nobody asks."""
+    """The identity that ranks compare; None: it is in the journal's header, or is not needed."""
 
     def settle(self) -> None:
-        """Wait for the background snapshot, before somebody else writes the blocks."""
+        """Wait for the background snapshot; call this before anything else writes the blocks."""
         if self.snapshots is not None:
             self.snapshots.wait()
 
     def close(self) -> None:
-        """Stop the background work, close the files, give the directory up; all of it, whatever fails. Raises what kept
-        steps from the disk. Safe to call twice."""
+        """Stop the background work, close the files, release the directory; all of it, even if a part fails. Then
+        raises the error, if steps could not be written to the disk. Safe to call twice."""
         closing = Closing()
         if self.lock is not None:
             closing.add(self.lock.release)
@@ -76,10 +77,10 @@ class Session:
 
 @dataclass(frozen=True)
 class Maker:
-    """Begins a session, or opens the one that the run directory holds. objective: its name; None: the model's own loss.
+    """Begins a session, or reopens the run directory's. objective: its name; None: the model's own loss.
 
-    fresh: whether a new run was asked for; else what run_dir holds is to go on. told: on other ranks than 0, the bytes
-    of the journal that goes on; None there: a run is begun.
+    fresh: True to begin a new run, False to go on with the one in run_dir. told: on ranks other than 0, the bytes of
+    the journal that goes on, or None if a new run begins.
     """
 
     opened: Opened
@@ -90,9 +91,10 @@ class Maker:
     def start(self, admit: Callable[[Journal], None] = lambda journal: None) -> Session:
         """Fill a tier from the base and begin a run, or reopen an earlier run's tier, log and journal.
 
-        A run is fresh if run_dir holds no journal. Reopened, its blocks on disk (of a run in memory: its snapshots) are
-        taken as they are; the others are read from the base. Each is brought up to date by replay at its next visit.
-        admit: raises if a journal that is reopened cannot go on with what is asked for; called before weights are read.
+        A run is fresh if run_dir holds no journal. A reopened run uses its blocks on disk (for a run in memory: its
+        snapshots) as they are, and reads the others from the base. Each block is brought up to date by replay at its
+        next visit. admit: raises if a reopened journal cannot go on with this call's arguments; called before weights
+        are read.
         """
         run_dir = self.opened.run_dir
         if run_dir is None and self.told is not None:
@@ -102,7 +104,7 @@ class Maker:
             tier = self._memory_tier()
             self._ingest(tier)
             known = None
-            if self.opened.ranks.world > 1:  # before a module's weights are let go
+            if self.opened.ranks.world > 1:  # before a module gives its weights away
                 told = {"gains": record_of(gains), "masks": record_of_masks(masks), "objective": self.objective}
                 known = {**self._identity(self._base.digest()), **told}
             return Session(tier, self._stepper(self._log(), None, gains), gains, masks, identity=known)
@@ -125,7 +127,7 @@ class Maker:
                 run_dir.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise diskio.storage_error(error, "making", run_dir, then="Nothing was trained yet.") from error
-        with ExitStack() as undo:  # of what was opened, if the rest fails: a journal that is left open stays held
+        with ExitStack() as undo:  # closes what was opened if the rest fails: an open journal would stay locked
             lock = RunLock.take(run_dir)
             undo.callback(lock.release)
             session = self._reopen(run_dir, lock, undo, admit) if reopens else self._begin(run_dir, lock, undo)
@@ -133,7 +135,8 @@ class Maker:
             return session
 
     def _follow_in(self, home: Path, admit: Callable[[Journal], None]) -> Session:
-        """On another rank than 0: the run that rank 0 begins or goes on with, with blocks of one's own in `home`."""
+        """On ranks other than 0: follow the run that rank 0 begins or resumes, with this rank's own blocks in
+        `home`."""
         home.mkdir(parents=True, exist_ok=True)
         if self.opened.ranks.elastic and (home / run_directory.JOURNAL).exists():
             raise ConfigError(f"{home} holds a run: a member keeps its blocks in a directory of its own (--run-dir)")
@@ -146,7 +149,7 @@ class Maker:
             return session
 
     def _follow_in_memory(self, told: bytes, admit: Callable[[Journal], None]) -> Session:
-        """In memory alone: a run that another process keeps, from the base and its journal."""
+        """Follow a run that another process keeps, in memory alone, from the base and that run's journal."""
         journal, updates = Mirror(Path(run_directory.JOURNAL), told), self._log()
         for record in journal.steps:
             updates.append(record.updates)
@@ -166,7 +169,7 @@ class Maker:
 
     @property
     def _path(self) -> Path:
-        """Of the run's journal."""
+        """The path of the run's journal."""
         assert self.opened.run_dir is not None
         return self.opened.run_dir / run_directory.JOURNAL
 
@@ -217,7 +220,7 @@ class Maker:
         return identity_of(self.opened, base_digest)
 
     def _clear(self, run_dir: Path) -> None:
-        """Remove the journal and metrics of a run without steps, which is begun anew. Its blocks are taken over."""
+        """Remove the journal and metrics of a run without steps, which begins again. Its blocks are reused."""
         path = run_dir / run_directory.JOURNAL
         if not path.exists():
             return
@@ -253,7 +256,7 @@ class Maker:
         if not lock.is_there(run_dir):
             raise ConfigError(f"{run_dir}: its file {LOCK!r} was removed while the run began. Begin it again")
         if files is not None:
-            files.bind(history_start(header))  # before there is a journal: a run's blocks say what they are of
+            files.bind(history_start(header))  # before there is a journal: blocks must name their history
         journal = Journal.create(self._path, header) if self._leads else Mirror.begun(self._path, header)
         undo.callback(journal.close)
         stepper = self._stepper(self._log(), journal, gains)
@@ -272,9 +275,9 @@ class Maker:
         blocks, files = run_dir / run_directory.BLOCKS, None
         if blocks.is_dir() and not DiskTier.is_unfinished(blocks, self._shapes()):
             files = self._open_files(run_dir, journal, origin, undo)
-        # All but the base is compared first: no weight is read for a run that cannot go on.
+        # Everything but the base is compared first: no weight is read for a run that cannot go on.
         known = journal.header
-        unread = not isinstance(self._base, ModuleBase)  # weights in memory are cheap to compare whole
+        unread = not isinstance(self._base, ModuleBase)  # all weights in memory are cheap to compare
         check_identity(self._identity(str(known.get("base")) if unread else self._base.digest()), known)
         admit(journal)
         if unread:
@@ -296,14 +299,15 @@ class Maker:
         stepper = self._stepper(updates, journal, gains)
         origin.begin(journal, stepper)
         if again:
-            # The base is read only where it is needed; then it is checked too, before a block of it is written.
+            # The base is read only if it is needed; then it is also checked, before a block made from it is written.
             check_identity(self._identity(self._base.digest()), known)
             self._ingest(tier, again)
         snapshots = self._snapshots(run_dir, tier, files, origin)
         return Session(tier, stepper, gains, masks, journal, lock, snapshots, reopened=True)
 
     def _open_files(self, run_dir: Path, journal: Journal, origin: RunOrigin, undo: ExitStack) -> DiskTier:
-        """The run's block files. Raises JournalError if they are of another layout, or know more than the journal."""
+        """The run's block files. Raises JournalError if their layout differs, or if they have steps the journal
+        lacks."""
         layout = self._prepared.layout
         if journal.header.get("layout") != layout.digest():
             raise JournalError(
@@ -317,8 +321,8 @@ class Maker:
             for generation, header in files.headers(block):
                 of_this = header.version <= len(journal.steps) and header.is_of(journal.chain, journal.history)
                 if header.history == 0 or not (self._leads or of_this):
-                    # a power cut fell between the block and the word of what it is; or, on another rank than 0, between
-                    # the block and rank 0's journal, or the run went on without this rank, from an earlier step
+                    # the power failed between the write of the block and that of its header; or, on ranks other than 0,
+                    # between the block and rank 0's journal; or the run went on without this rank, from an earlier step
                     files.forget(block, generation)
                     continue
                 version = header.version
@@ -339,13 +343,13 @@ class Maker:
         return files
 
     def _copy_in(self, files: DiskTier, tier: Tier) -> list[int]:
-        """Blocks on disk -> a memory tier, at the versions they have; returns those that the disk does not have."""
+        """Copy blocks from disk to a memory tier, at their versions; returns the blocks that are not on the disk."""
         missing = sorted(files.torn)
         for block, nbytes in enumerate(self._prepared.layout.block_bytes):
             if block in files.torn:
                 continue
             view = tier.view(block)
-            in_place = view is not None and view.device.type == "cpu"  # a file is read into the host's memory only
+            in_place = view is not None and view.device.type == "cpu"  # a file can be read into host memory only
             buffer = view if in_place and view is not None else self.opened.device.host_alloc(nbytes)
             try:
                 files.fetch(block, buffer)
@@ -371,7 +375,7 @@ class Maker:
 
 
 def identity_of(opened: Opened, base_digest: str) -> dict[str, Any]:
-    """What a run of this model, stored and trained like this, is compared with: see `identity.py`."""
+    """The identity of a run of this model, stored and trained like this: see `identity.py`."""
     prepared = opened.prepared
     about = about_base(opened.model, opened.directory, prepared.config, opened.adapter)
     return identity(

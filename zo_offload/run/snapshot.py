@@ -1,15 +1,15 @@
-"""Background snapshots: every trained block reaches the disk once in `minutes` (or `steps`), one layer after another.
+"""Background snapshots: every trained block is written to the disk once per `minutes` (or `steps`), layer by layer.
 
-A snapshot is not a moment of the run: each block is a state of its own (bytes and version), and replay brings it to
-any later step. So the blocks of one layer at a time are taken, at the boundary of a step, paced over the whole
+A snapshot is not one moment of the run: each block has its own state (bytes and version), and replay brings it to any
+later step. So the blocks of one layer are taken at a time, between two steps, and the layers are spread over the whole
 interval:
 
     a block in memory (tiers none and host, pinned blocks)    copied to one staging buffer, written and synced
     a block that streams from disk                            synced: its next flush goes to its other generation
 
-Memory: one buffer of the largest layer, never a second copy of the model. Disk: one layer's bytes an interval / number
-of layers. On the run's own thread: the copy of one layer now and then. A snapshot that fails (disk full) costs nothing
-but a longer replay: it is logged, and tried again when its turn comes.
+Memory: one buffer of the largest layer, never a second copy of the model. Disk: one layer's bytes per (interval /
+number of layers). The run's own thread only copies one layer now and then. A snapshot that fails (disk full) only makes
+the next replay longer: it is logged, and tried again at its next turn.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _log = logging.getLogger(__name__)
 
 
 class Blocks(Protocol):
-    """What snapshots ask of the window."""
+    """The window as snapshots use it."""
 
     def is_in_memory(self, block: int) -> bool:
         """Whether a block lives in memory for the whole run: its tier is memory, or it is pinned."""
         ...
 
     def copy_block(self, block: int, out: Tensor) -> int:
-        """Copy such a block, between steps; its version."""
+        """Copy such a block, between steps; return its version."""
         ...
 
 
 class Snapshots:
     """Call `tick` between steps.
 
-    open_files: gives the block files, made at the first snapshot of a run in memory. groups: the trained blocks, those
-    together that are taken in one turn.
+    open_files: returns the block files; a run in memory makes them at its first snapshot. groups: the trained blocks,
+    grouped by the turn that takes them.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class Snapshots:
         self._busy: Event | None = None
         self._begin, self._first_step, self._due, self._turn = time.monotonic(), -1, 0, 0
         self.taken = 0
-        """Blocks brought to the disk so far."""
+        """Number of blocks written to the disk so far."""
 
     def tick(self, step: int, blocks: Blocks) -> None:
-        """Between steps, `step` of them taken: take the next layer if its time has come and the last one is done."""
+        """Call after `step` steps: takes the next layer if its turn has come and the last layer is written."""
         if not self._groups or (self._busy is not None and not self._busy.is_done()):
             return
         due = self._turns_due(step)
         if due <= self._due:
             return
-        self._due = due  # a slow disk skips turns, it does not save them up
+        self._due = due  # a slow disk skips turns; they do not accumulate
         self._finish()
         group = self._groups[self._turn % len(self._groups)]
         self._turn += 1
@@ -92,12 +92,12 @@ class Snapshots:
         self._busy = self._stream.submit(write)
 
     def wait(self) -> None:
-        """Until the snapshot under way is on the disk. Before the blocks are flushed by somebody else."""
+        """Wait until the current snapshot is on the disk. Call this before anything else flushes the blocks."""
         if self._busy is not None:
             self._finish()
 
     def mend(self) -> None:
-        """After anything was broken off: nothing is being written any more."""
+        """After an interruption: wait until nothing is being written any more."""
         if self._stream is not None:
             self._stream.drain()
         self._busy = None
@@ -112,7 +112,7 @@ class Snapshots:
         self._staging = None
 
     def _turns_due(self, step: int) -> int:
-        """Turns that have come since the run was opened, by time or by steps."""
+        """Number of turns that are due since the run was opened, by time or by steps."""
         count = len(self._groups)
         if self._steps is not None:
             if self._first_step < 0:
@@ -123,7 +123,7 @@ class Snapshots:
         return int((time.monotonic() - self._begin) * count / self._seconds)
 
     def _copy(self, group: Sequence[int], blocks: Blocks) -> list[tuple[int, int | None, Tensor | None]]:
-        """(block, version, copy) of each block of a group, the last two None where it need not be copied."""
+        """(block, version, copy) of each block of a group; version and copy are None if it need not be copied."""
         sizes = [[self._layout.block_bytes[b] for b in g if blocks.is_in_memory(b)] for g in self._groups]
         if self._staging is None and any(sizes):
             self._staging = self._alloc(max(map(sum, sizes)))

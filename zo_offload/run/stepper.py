@@ -1,15 +1,15 @@
-"""From a step's losses to its update, its journal record and the log: at once, or (on a GPU) a step late.
+"""Turns a step's losses into its update, its journal record and its log entry: at once, or (on a GPU) a step late.
 
     launch   losses -> coefficients -> the log. Blocks visited from here on get the update.
-    settle   read the losses, build the record, write the journal. Raises what the method's policy says.
+    settle   read the losses, build the record, write the journal. Raises the error that the method's policy asks for.
 
-Where the losses are on the host, both happen in `step`. Where they are not (`late.py`), the engine launches step t and
-then settles step t - 1 (so a halved eps is first used by step t + 1). Whoever is about to write bytes that contain a
-step settles it first (`Origin.before_write`), on whatever thread that is; its losses are on the host by then or soon,
-since the bytes came after them on the GPU.
+If the losses are on the host, `launch` does both. If they are not (`late.py`), the engine launches step t and then
+settles step t - 1 (so a halved eps is first used by step t + 1). Any thread that is about to write bytes that contain a
+step settles the step first (`Origin.before_write`); its losses are then on the host, or soon will be, since the GPU
+computed them before those bytes.
 
-A step is taken from the moment that the log has it, which is the last move of `launch` (late) or `settle`. Whatever
-raises wherever before that, the step was not taken; `mend` takes back what else was done for it.
+A step is taken once the log has it, which is the last action of `launch` (late) or `settle`. If anything raises before
+that, the step is not taken; `mend` undoes what else was done for it.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from .late import LateLog, Launched
 from .prepare import Prepared
 from .remembered import after, remembered
 
-MAX_HALVINGS = 10  # of eps, by on_nonfinite="halve_eps": a thousandth of what was asked is no longer the same method
+MAX_HALVINGS = 10  # of eps, by on_nonfinite="halve_eps": with a thousandth of the given eps it is another method
 
 
 class Stepper:
-    """Steps of one run, in order. limit: the largest value of the narrowest storage format."""
+    """Takes the steps of one run, in order. limit: the largest value of the narrowest storage format."""
 
     def __init__(
         self,
@@ -54,20 +54,20 @@ class Stepper:
         halvings: int = 0,
         records: Sequence[StepRecord] = (),
     ) -> None:
-        """records: of the run's steps so far."""
+        """records: the records of the run's steps so far."""
         self.method, self.run_seed, self.fold_every = method, run_seed, fold_every
         self.log, self.journal, self.device, self.limit = log, journal, device, limit
         self._halvings_before = halvings
         self._halved: set[int] = set()  # steps of this engine after which eps was halved
         self._open: deque[Launched] = deque()  # launched, not settled
-        self._done: dict[int, StepRecord | DivergenceError] = {}  # settled, not asked for
+        self._done: dict[int, StepRecord | DivergenceError] = {}  # settled, not yet returned
         self.memory = remembered(method, records)
         self._late_memory = self.memory.on(log.version, device.upload) if self.late else self.memory
-        self._lock = threading.RLock()  # who writes blocks may ask for what is being settled
+        self._lock = threading.RLock()  # reentrant: a write of blocks may settle during a settle
 
     @property
     def late(self) -> bool:
-        """Whether losses stay on the device: it must want that."""
+        """Whether losses stay on the device; only some devices want that."""
         return isinstance(self.log, LateLog)
 
     @property
@@ -77,17 +77,17 @@ class Stepper:
 
     @property
     def current(self) -> Method:
-        """The method with the eps that the next step is taken with."""
+        """The method with the eps of the next step."""
         return self.method.with_options(eps=self.method.eps * 0.5**self.halvings) if self.halvings else self.method
 
     def begin(self) -> None:
-        """Before the lanes of a step: what was launched and not finished comes first, where the host has its losses."""
+        """Call before the lanes of a step: settles unfinished launched steps, if their losses are on the host."""
         if not self.late:
             self.settle_before(self.log.version + 1)
 
     def launch(self, losses: Sequence[float] | Sequence[Tensor], lr: float, batch_crc: int) -> Launched:
-        """Take a step's losses (float64 scalars on the device if `late`). The log has the step when this returns,
-        unless it must be settled to know."""
+        """Launch a step with its losses (float64 scalars on the device if `late`). The log has the step when this
+        returns, unless the step must be settled first."""
         step = self.log.version
         if not self.late:
             launched = Launched(step, lr, batch_crc, self.current, losses=[float(x) for x in losses])
@@ -114,19 +114,19 @@ class Stepper:
         return launched
 
     def adopt(self, record: StepRecord) -> Launched:
-        """Take a step that another process has decided, as it is."""
+        """Launch a step that another process has decided, with that process's record."""
         assert not self.late and record.step == self.log.version
         launched = Launched(record.step, record.lr, record.batch_crc, self.current, losses=(), decided=record)
         self._open.append(launched)
         return launched
 
     def settle(self, launched: Launched) -> StepRecord:
-        """The step's record, journaled. Raises DivergenceError if the method stops at a step like this."""
+        """Journal the step and return its record. Raises DivergenceError if the method stops at such a step."""
         self.settle_before(launched.step + 1)
         result = self._done.pop(launched.step, None)
         if result is None:
             raise ConfigError(
-                f"step {launched.step} is not under way: it was finished before, or broken off. {self.log.version} "
+                f"step {launched.step} is not under way: it was finished before, or interrupted. {self.log.version} "
                 "steps are taken; launch the next one"
             )
         if isinstance(result, DivergenceError):
@@ -138,7 +138,7 @@ class Stepper:
         """Settle every launched step below `version`, in order. Any thread may call this."""
         with self._lock:
             while self._open and self._open[0].step < version:
-                launched = self._open[0]  # stays until it is done: what is broken off is done again
+                launched = self._open[0]  # stays in the queue until settled: after an interruption it is settled again
                 if launched.step not in self._done:
                     self._done[launched.step] = self._settle(launched)
                 self._open.popleft()
@@ -175,7 +175,7 @@ class Stepper:
             return record
         assert isinstance(self.log, LateLog)
         late.check_same(step, updates, told, applies)
-        if error is not None:  # the device has this step already, as one that changes nothing: so says the journal
+        if error is not None:  # the device has applied this step as one that changes nothing; the journal says the same
             record = replace(record, updates=late.nothing(self.log.steps[step - self.log.base]))
         self._write(replace(record, skipped=False))
         self.log.settle(step, record.updates)
@@ -193,14 +193,14 @@ class Stepper:
         if self.journal is None:
             return
         if self.late and record.step < len(self.journal.steps):
-            return  # the settling of a step that the log has is done again if it was broken off
+            return  # settling is repeated after an interruption: the log may have the step already
         self.journal.append(record)
 
     def mend(self) -> None:
-        """After anything was broken off: journal, log and what is under way agree. Nothing else may be running.
+        """After an interruption: make journal, log and launched steps agree. Nothing else may be running.
 
-        The steps that were taken are settled. Raises StorageError, and DivergenceError of a step that nobody waits for
-        any more.
+        Settles the steps that were taken. Raises StorageError, and DivergenceError for a step whose result nobody waits
+        for any more.
         """
         with self._lock:
             self.log.mend()
@@ -221,7 +221,7 @@ class Stepper:
                     raise result
 
     def _forget_after(self, step: int) -> None:
-        """A run that stops at a step takes back the one that was launched after it. No block has its update."""
+        """Undo the step that was launched after a step at which the run stops. No block has its update."""
         if isinstance(self.log, LateLog):
             with self._lock:
                 self.log.cut(step + 1)
@@ -230,7 +230,7 @@ class Stepper:
                 self._done.clear()
 
     def _check_update(self, step: int, updates: Sequence[Update]) -> None:
-        """An update that would overflow a 16-bit float format is refused before it reaches any weight."""
+        """Raise if an update would overflow a 16-bit float format, before it reaches any weight."""
         largest = max((abs(update.coeff) for update in updates), default=0.0) * self.method.noise.kind.largest
         if largest >= self.limit:
             raise DivergenceError(
@@ -242,10 +242,10 @@ class Stepper:
 def make_stepper(
     prepared: Prepared, device: Device, log: UpdateLog, journal: Journal | None, gains: Gains, *, waits: bool = False
 ) -> Stepper:
-    """The stepper of a run with the steps of `log`, whose journal this is; on a device that is late its log is too.
+    """The stepper of a run with the steps of `log` and its journal. On a device with late losses, the log is late too.
 
-    Unless the method comes back in a step for what its losses say, which the host must know then, or each step waits
-    for what others say.
+    Exceptions: losses are not late if the method takes more lanes in a step depending on its losses, or if each step
+    waits for other processes.
     """
     if device.late and not prepared.method.comes_back and not waits:
         factors = {gain.update for gain in gains.values()}

@@ -1,8 +1,8 @@
-"""The times of one step of a run, kept in its directory as a trace that `zo-offload report` draws.
+"""The times of one step of a run, written to its directory as a trace that `zo-offload report` draws.
 
-The trace is in the form of Chrome's and Perfetto's (ui.perfetto.dev opens it). It is of one step of each call of `fit`
-that streams: the third, or the last where there are fewer. Of a GPU there is none: what is enqueued there has times of
-its own, which a profiler shows.
+The trace has the format of Chrome and Perfetto (ui.perfetto.dev opens it). It covers one step of each call of `fit`
+that streams: the third, or the last if there are fewer. There is none for a GPU: it runs enqueued work at times that
+only a profiler shows.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _log = logging.getLogger(__name__)
 
 FILE = "timeline.json"
 LANES = ("wait", "fused", "fetch", "flush")
-"""Rows of the trace: compute waits for a block; a block's weights are made for the lanes; blocks come and go."""
-MOST = 20_000  # spans: a file of some megabytes
+"""Rows of the trace: compute waits for a block; fused passes; fetches; flushes."""
+MOST = 20_000  # spans, so that the file has some megabytes at most
 _STEP = 2
 
 
 class TimedStep:
-    """Times one step of those from `first` to `last`, and writes them. path: None for nowhere."""
+    """Times one of the steps from `first` to `last` and writes the trace. path: None to write nothing."""
 
     def __init__(self, path: Path | None, traffic: Traffic, names: Sequence[str], first: int, last: int) -> None:
         self._path, self._traffic, self._names = path, traffic, names
@@ -44,7 +44,7 @@ class TimedStep:
 
 
 def trace(times: Times, names: Sequence[str], step: int) -> dict[str, Any]:
-    """As JSON. names: of blocks, by their numbers."""
+    """The trace as JSON. names: the blocks' names, by number."""
     seconds, spans = times.seconds, times.spans[:MOST]
     rows = [
         {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": lane}}
@@ -63,5 +63,5 @@ def trace(times: Times, names: Sequence[str], step: int) -> dict[str, Any]:
 def _write(path: Path, record: dict[str, Any]) -> None:
     try:
         diskio.replace_file(path, json.dumps(record).encode())
-    except OSError as error:  # as metrics: for people, and no reason to end a run
-        _log.warning("the times of a step are not kept, %s cannot be written: %s", path, error)
+    except OSError as error:  # like metrics, for people only: no reason to end a run
+        _log.warning("the times of a step are lost: %s cannot be written: %s", path, error)

@@ -1,8 +1,8 @@
-"""The loop of `Engine.fit`: steps, evaluations and metrics in order, and an end that leaves a run that can go on.
+"""The loop of `Engine.fit`: steps, evaluations and metrics in order, and an end after which the run can be resumed.
 
-Whatever ends the loop (the last step, a callback, an error, a signal, an exception in user code) the blocks are flushed
-and the journal is synced, unless a second signal asked for an end at once: then the journal alone holds the last steps.
-Signals are looked at between steps, and the second one between blocks too.
+Whatever ends the loop (the last step, a callback, an error, a signal, an exception in user code), the blocks are
+flushed and the journal is synced, unless a second signal asked for an immediate end: then only the journal holds the
+last steps. Signals are checked between steps, a second signal also between blocks.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from .timed import TimedStep
 _log = logging.getLogger(__name__)
 
 ECHO_S = 5.0
-"""Launchers of ranks pass a terminal's signal on, seconds after the terminal has sent it to all."""
+"""Launchers of ranks repeat a terminal's signal, seconds after the terminal has sent it to all processes."""
 
 
 def train(
@@ -61,7 +61,7 @@ def train(
     callbacks: Iterable[Any] = (),
     compute_metrics: ComputeMetrics | None = None,
 ) -> FitResult:
-    """One call of `fit`; what it leaves out is as it was in the run's last one. See `Engine.fit`."""
+    """One call of `fit`; arguments that it leaves out are those of the run's last call. See `Engine.fit`."""
     with run.ranks.together("fit"):
         return _train(run, batching, call, new_data, progress, list(callbacks), compute_metrics)
 
@@ -78,8 +78,8 @@ def _train(
     call, method = with_defaults(call.after(run.last_fit), run), run.method
     if run.ranks.world > 1 and (compute_metrics is not None or any(map(is_trainer_callback, callbacks))):
         raise ConfigError(
-            f"compute_metrics and TrainerCallbacks are not there for several ranks ({run.ranks.world}) yet: callbacks "
-            "that are functions are, and report_to, and engine.evaluate(..., compute_metrics=...) on one of them"
+            f"compute_metrics and TrainerCallbacks do not work with several ranks ({run.ranks.world}) yet. Use "
+            "callbacks that are functions, report_to, or engine.evaluate(..., compute_metrics=...) on one of them"
         )
     call.check()
     save_dir = _save_dir(run, call)
@@ -88,7 +88,7 @@ def _train(
     batches = batching.batches(call.data, rows, call.options, rows=call.train_rows)
     evaluation = None
     if compute_metrics is not None and call.eval_data is None:
-        raise ConfigError("compute_metrics is of evaluations, and there is none: pass eval_data=")
+        raise ConfigError("compute_metrics needs an evaluation, and there is none: pass eval_data=")
     if call.eval_data is not None:
         evaluation = batching.batches(
             call.eval_data, rows, call.options, shuffle=False, rows=call.eval_rows, compute_metrics=compute_metrics
@@ -96,7 +96,7 @@ def _train(
     steps = _steps(call, batches, method.steps)
     if evaluation is not None and evaluation.is_read_once and call.eval_every is not None and call.eval_every < steps:
         raise ConfigError(
-            f"eval_data is an iterator, which can be read once, and eval_every={call.eval_every} reads it several "
+            f"eval_data is an iterator, which can be read once, but eval_every={call.eval_every} reads it several "
             "times: pass a list, or a DataLoader"
         )
     shown = Progress(progress and run.ranks.leads, run.log.version, steps, call.log_every)
@@ -136,42 +136,42 @@ def _train(
 
 
 def _file_bytes(run: Run) -> int:
-    """Of the block files that a new run makes."""
+    """Bytes of the block files that a new run makes."""
     layout = run.opened.prepared.layout
     return sum(shape.file_bytes for shape in shapes_of(layout.block_bytes, layout.spans, layout.stream_bytes))
 
 
 def _compare_alike(run: Run, evaluation: Batches | None) -> None:
-    """Leave evaluations on other rows than these aside: the best of both would be none."""
+    """Set evaluations on other rows aside: a best step over different rows has no meaning."""
     known = {} if evaluation is None else evaluation.identity() or {}
     if not known.get("digest"):
-        return  # rows that cannot be known beforehand
+        return  # rows that are not known beforehand
     data = f"{known['rows']} rows, {known['digest']}"
     if run.evaluated_data not in (None, data) and run.evals:
         _log.warning(
-            "eval_data is not what the run was evaluated on before (%s, now %s): its %d evaluations so far stay in "
-            "metrics.jsonl and are not compared with what comes", run.evaluated_data, data, len(run.evals),
+            "eval_data differs from the run's earlier evaluations (%s, now %s): its %d evaluations so far stay in "
+            "metrics.jsonl and are not compared with later ones", run.evaluated_data, data, len(run.evals),
         )  # fmt: skip
         run.evals.clear()
     run.evaluated_data = data
 
 
 def _steps(call: FitCall, batches: Batches, default: int) -> int:
-    """Steps in all, of epochs where they are said."""
+    """Total number of steps, computed from epochs if they are given."""
     if call.epochs is None:
         return default if call.steps is None else call.steps
     an_epoch = batches.steps_per_epoch()
     if not an_epoch:
-        raise ConfigError(f"epochs={call.epochs}: how many steps an epoch of this data has is not known; pass steps=")
+        raise ConfigError(f"epochs={call.epochs}: the steps in an epoch of this data are not known; pass steps=")
     return max(1, math.ceil(call.epochs * an_epoch))
 
 
 def _save_dir(run: Run, call: FitCall) -> Path | None:
-    """Where exports on the way go; None if there are none. Raises ConfigError if there is no place for them."""
+    """The directory for exports during training; None if there are none. Raises ConfigError if none is given."""
     in_memory = run.opened.name is None
     if not (call.save_every or (call.keep_best and in_memory)):
         if call.save_dir is not None:
-            raise ConfigError(f"save_dir={call.save_dir!r}: nothing is exported on the way; pass save_every= too")
+            raise ConfigError(f"save_dir={call.save_dir!r}: nothing is exported during training; pass save_every= too")
         return None
     if wrong := run.opened.cannot_be_saved():
         raise ConfigError(wrong)
@@ -186,7 +186,7 @@ def _save_dir(run: Run, call: FitCall) -> Path | None:
 @dataclass(frozen=True)
 class Training:
     """One call of `fit`. lr(step): the learning rate; evaluation: None for none; save_dir: None if nothing is exported
-    on the way; see `Engine.fit` for the others."""
+    during training; see `Engine.fit` for the others."""
 
     run: Run
     batches: Batches
@@ -202,7 +202,7 @@ class Training:
     tokenizer: Callable[[], Any] = lambda: None
     progress: Progress = field(default_factory=lambda: Progress(False, 0, 0))
     agrees: bool = False
-    """Whether ranks ask rank 0 before each step if its callbacks want to end."""
+    """Whether ranks ask rank 0 before each step whether its callbacks want to end."""
 
     def run_steps(self) -> FitResult:
         run, parts = self.run, self.run.start()
@@ -260,7 +260,7 @@ class Training:
         )  # fmt: skip
 
     def _timed(self, traffic: Traffic, first: int) -> TimedStep:
-        """Times one step, where what it shows is the host's own work."""
+        """Times one step, if the times show the host's own work."""
         run = self.run
         shows = (
             run.run_dir is not None and run.ranks.leads and run.prepared.offload != "none" and not run.device.own_memory
@@ -269,9 +269,10 @@ class Training:
         return TimedStep(path, traffic, [block.name for block in run.plan.blocks], first, self.steps)
 
     def _take_steps(self, first: int, timed: TimedStep) -> Iterator[tuple[StepRecord, Batch]]:
-        """Steps from `first` on: records and batches as they are settled; on a GPU, each after the next one's launch.
+        """Take steps from `first` on; yields (record, batch) as steps are settled, on a GPU after the next step's
+        launch.
 
-        Before an evaluation all that was launched is settled, and at an early end.
+        All launched steps are settled before an evaluation, and at an early end.
         """
         waiting: deque[tuple[Launched, Any]] = deque()
         late = self.run.start().stepper.late
@@ -303,7 +304,8 @@ class Training:
         return self.run.stopping is not None
 
     def is_due(self, step: int) -> bool:
-        """Whether `step` steps in, an evaluation comes before the next one. The one at the end is not counted here."""
+        """Whether an evaluation is due after `step` steps, before the next one. The last evaluation is not counted
+        here."""
         every = self.call.eval_every
         due = self.evaluation is not None and every is not None and step % every == 0
         return due and 0 < step < self.steps
@@ -315,11 +317,11 @@ class Training:
         return self.is_due(step) or self.is_saved(step)
 
     def _consider_end(self) -> None:
-        """Ask for the end where the evaluations say that it is time."""
+        """Ask for the end if the evaluations call for early stopping."""
         self.run.stopping = self.run.stopping or self.selection.why_over(self.run.evals) or None
 
     def check_stop(self, stop: StopRequest) -> None:
-        """Raise Stopped, on all ranks after the same step, where one of them was sent a signal."""
+        """Raise Stopped, on all ranks after the same step, if one of them got a signal."""
         stop.look()
         signum = self.run.ranks.stopped_by()
         if signum is not None:
@@ -329,7 +331,7 @@ class Training:
 
 @dataclass(frozen=True)
 class _Look:
-    """What is done between steps: evaluations, exports, and what callbacks ask for."""
+    """Work between steps: evaluations, exports, and requests of callbacks."""
 
     training: Training
     metrics: run_directory.Metrics
@@ -338,12 +340,12 @@ class _Look:
     history: list[dict[str, float]]
 
     def at_missed_evaluation(self, first: int) -> None:
-        """A run that ended between a step and its evaluation makes up for it, so that the schedule is the same."""
+        """Do the evaluation that is missing if the run ended between a step and its evaluation."""
         if self.training.is_due(first) and all(values["step"] != first for values in self.training.run.evals):
             self._evaluate()
 
     def after_step(self, step: int) -> None:
-        """`step` steps are done."""
+        """Call after `step` steps are done."""
         training, callbacks = self.training, self.training.callbacks
         asked = callbacks.wants("evaluate") and training.evaluation is not None
         if training.is_due(step) or asked:
@@ -390,7 +392,7 @@ class _Look:
         path = training.save_dir / name
         if not training.run.ranks.leads:
             return
-        if name == "best" or not path.exists():  # a step that was exported before a resume is the same
+        if name == "best" or not path.exists():  # a step that was exported before a resume has the same weights
             training.save_dir.mkdir(parents=True, exist_ok=True)
             save(training.run, path, training.given_tokenizer, overwrite=name == "best")
         training.callbacks.saved()

@@ -1,4 +1,4 @@
-"""A model whose weights are in a run: how it is emptied, and how it gets them back."""
+"""A model whose weights are in a run: empties the model, and gives it its weights back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .opening import Opened
 
 
 class Vacated:
-    """The model of one run. `leave` and the ways back may be broken off and called again."""
+    """The model of one run. All methods may be interrupted and called again."""
 
     def __init__(self, opened: Opened) -> None:
         self._opened, self._params = opened, opened.prepared.plan.params
@@ -25,9 +25,9 @@ class Vacated:
         self._away: Away | None = None
 
     def leave(self, closing: Closing) -> None:
-        """Parameters are hollow, what stays is on the device that computes, and a guard is on the model.
+        """Make the parameters hollow, move buffers to the compute device, and put a guard on the model.
 
-        closing: gets what tells the guard that the run is closed.
+        closing: gets the call that tells the guard that the run is closed.
         """
         model, device = self._opened.model, self._opened.device.torch_device
         self._homes = Homes(model)
@@ -39,7 +39,8 @@ class Vacated:
         closing.add(self._away.close)
 
     def undo(self) -> None:
-        """The model as it was before `leave`, which may have been broken off; its base still has the values."""
+        """Restore the model to its state before `leave`, which may have been interrupted; its base still has the
+        values."""
         self._lift_guard()
         base = self._opened.base
         if isinstance(base, ModuleBase) and self._homes is not None and base.values:
@@ -47,13 +48,13 @@ class Vacated:
         self._homes = None
 
     def bring_back(self, values: Mapping[str, Tensor]) -> None:
-        """Values into the parameters, where they were."""
+        """Put values into the parameters, on the devices where they were."""
         assert self._homes is not None
         self._lift_guard()
         self._homes.bring_back(self._opened.model, values)
 
     def hand_back(self) -> nn.Module:
-        """The module as it was given, its own names for what is shared included."""
+        """The module as it was given, with its own names for shared parameters."""
         untie(self._opened.model, self._ties)
         self._ties = ()
         return self._opened.given if self._opened.given is not None else self._opened.model

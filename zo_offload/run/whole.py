@@ -1,17 +1,17 @@
-"""An engine that anything may break off, anywhere: who is inside, and in what state the last one left it.
+"""An engine that may be interrupted anywhere: which thread is inside it, and whether its state is consistent.
 
-On the main thread a signal handler's exception (KeyboardInterrupt, or whatever the user's own handlers raise) can come
-at any bytecode, in clean-up code too. So nothing here counts on reaching its last line:
+On the main thread a signal handler's exception (KeyboardInterrupt, or any exception of the user's own handlers) can
+occur at any bytecode, also in clean-up code. So nothing here relies on reaching its last line:
 
-    Door       one thread at a time, and no forked process; callbacks may come in again
-    Whole      work on the parts is begun by saying that they are broken and ended by saying that they are not. Whoever
-               comes next and finds them broken mends them first, and may be broken off in that as well
+    Door       one thread at a time, and no forked process; callbacks may enter again
+    Whole      work on the parts first marks them as broken, and at its end marks them as intact. The next entry that
+               finds them broken mends them first; it may be interrupted in that as well
 
-How it is closed is `closing.py`'s.
+`closing.py` closes an engine.
 
-What is mended to: the steps that the log has (`stepper.py`), blocks as their tier has them (`window.py`), a model
-between passes (`lanes/hub.py`). A block in memory that was half written has no such state: then the engine is torn, and
-says so at every call.
+Mending restores this state: the steps that the log has (`stepper.py`), the blocks in their tier (`window.py`), a model
+between passes (`lanes/hub.py`). A block in memory that was half written cannot be restored: then the engine is torn,
+and every call raises TornError.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _Result = TypeVar("_Result")
 
 
 class Door:
-    """One thread at a time. A second one is refused, not kept waiting; the one inside may come in again."""
+    """Admits one thread at a time. A second thread gets an error and does not wait; the one inside may enter again."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._owner = 0  # who came in last; whether it is still inside, the lock knows
+        self._owner = 0  # the thread that entered last; the lock knows whether it is still inside
         self.pid: int | None = None
-        """The process that has started the engine."""
+        """The process that started the engine."""
 
     @property
     def is_forked(self) -> bool:
@@ -57,11 +57,11 @@ class Door:
         return self.pid is not None and self.pid != os.getpid()
 
     def call(self, method: Callable[[], _Result]) -> _Result:
-        """method(), inside. Raises ConfigError where somebody else is."""
+        """Call method() inside the door. Raises ConfigError if another thread is inside."""
         if self.is_forked:
             raise ConfigError(
                 f"this engine runs in process {self.pid}, from which this one was forked: its threads, files and lock "
-                "are there. Use it there, or make an engine (with another run_dir) here"
+                "are in that process. Use it there, or make an engine (with another run_dir) here"
             )
         if threading.current_thread() is not threading.main_thread():
             if not self._lock.acquire(blocking=False):
@@ -75,7 +75,7 @@ class Door:
             if not self._lock.acquire(blocking=False):
                 self._refuse()
             self._lock.release()
-        with self._lock:  # one move of the interpreter: no signal handler comes between taking it and giving it back
+        with self._lock:  # `with` is atomic here: no signal handler runs between acquire and release
             self._owner = threading.get_ident()
             return method()
 
@@ -83,7 +83,7 @@ class Door:
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         raise ConfigError(
             f"thread {names.get(self._owner, self._owner)!r} is inside this engine, and it takes one thread at a time: "
-            f"thread {threading.current_thread().name!r} has to wait for it to come out (use a lock of your own)"
+            f"thread {threading.current_thread().name!r} has to wait until it has left (use a lock of your own)"
         )
 
 
@@ -91,7 +91,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def entry(method: _Method) -> _Method:
-    """A method of an engine, or of its run, that goes through its door and leaves torch's modes as they were."""
+    """Make a method of an engine or its run pass through the door, and restore torch's modes afterwards."""
 
     @functools.wraps(method)
     def through_the_door(self: Any, *args: Any, **options: Any) -> Any:
@@ -102,7 +102,7 @@ def entry(method: _Method) -> _Method:
 
 @dataclass(frozen=True)
 class Parts:
-    """What takes steps."""
+    """The parts that take steps."""
 
     session: Session
     streamer: Streamer
@@ -110,19 +110,19 @@ class Parts:
     stepper: Stepper
     watch: LearningWatch
     link: Link | None = None
-    """The measured link between GPU and host; None where nothing streams over one."""
+    """The measured link between GPU and host; None if nothing streams over a link."""
 
     def wait_share(self, traffic: Traffic, seconds: float) -> float:
-        """Share of the time that compute waited for blocks; on a GPU, that the link needed for what was moved."""
+        """Share of the time that compute waited for blocks; on a GPU, that the link needed for the moved bytes."""
         if self.link is None:
             return traffic.wait_s / seconds
         return min(1.0, self.link.seconds(traffic.fetch_bytes, traffic.flush_bytes) / seconds)
 
 
 class Whole:
-    """`with whole as parts:` around all work on the parts; see the module.
+    """`with whole as parts:` must surround all work on the parts; see the module.
 
-    names: of the blocks; run_dir: for what it says.
+    names: the blocks' names; run_dir: named in errors.
     """
 
     def __init__(self, parts: Parts, names: list[str], run_dir: Path | None) -> None:
@@ -150,20 +150,20 @@ class Whole:
     def _mend(self) -> None:
         parts = self._parts
         parts.passes.mend()
-        lost = parts.streamer.mend()  # from here on no thread of ours does anything
+        lost = parts.streamer.mend()  # from here on none of our threads is working
         if parts.session.snapshots is not None:
             parts.session.snapshots.mend()
         if lost:
             self.torn = self._tell(lost)
         try:
             parts.stepper.mend()
-        except DivergenceError:  # of a step that was launched before: that is the caller's to know, all is mended
+        except DivergenceError:  # for a step launched before: the caller must know of it; everything is mended
             self._broken = False
             raise
 
     def _tell(self, lost: list[int]) -> TornError:
         blocks = ", ".join(sorted({repr(self._names[block]) for block in lost})[:3])
-        what = f"weights in memory ({blocks}) were being written when that was broken off, and there is no other copy"
+        what = f"weights in memory ({blocks}) were being written at an interruption, and there is no other copy"
         if self._run_dir is None:
             return TornError(
                 f"{what}. Without a run_dir nothing can rebuild them: close this engine and begin again from the base"
@@ -175,11 +175,11 @@ class Whole:
 
 
 def release_dropped(closing: Closing, door: Door, where: str) -> None:
-    """An engine was dropped: release what it has, if `close` was not called."""
+    """Release the resources of an engine that was dropped without `close`."""
     if not len(closing) or door.is_forked:
         return
     warnings.warn(f"an engine ({where}) was dropped without close(): use `with Engine(...)`", ResourceWarning, 2)
     try:
         closing.close()
-    except Exception as error:  # nobody is there to raise to
+    except Exception as error:  # no caller could catch it
         _log.warning("an engine (%s) that was dropped without close(): %s", where, error)

@@ -1,4 +1,4 @@
-"""What takes steps, put together: each part is given what it works with when it is made, and nothing later.
+"""Puts the parts that take steps together: each part gets its collaborators when it is made, and none later.
 
 the session's tier -> [page-locked, or through pinned memory: device.wrap] -> Streamer -> Passes
 the session's stepper (log, journal)                        folds seen by the streamer -> LearningWatch
@@ -29,11 +29,11 @@ def wire(
     look: Callable[[], None],
     closing: Closing,
 ) -> Parts:
-    """The parts of a run. look: raises where a step is to end at once. closing: gets what is to be released."""
+    """The parts of a run. look: raises if a step must end at once. closing: gets the resources to release."""
     prepared, device = opened.prepared, opened.device
     config, plan, layout, offload = prepared.config, prepared.plan, prepared.layout, prepared.offload
-    device.trim()  # of what the base's tensors took while they were read
-    # the link first: page-locking, which begins behind our back, would take part in the measurement
+    device.trim()  # gives back what the base's tensors took while they were read
+    # measure the link first: page-locking, which starts in the background, would disturb the measurement
     link = device.measure_link() if offload != "none" else None
     streamed = [block for block in dict.fromkeys(plan.visits) if block not in memory.window.pinned]
     tier = device.wrap(session.tier, offload, layout.block_bytes, streamed, config.host_memory)
@@ -56,7 +56,7 @@ def wire(
 
 
 def _warns(journal: Journal | None) -> Callable[[str, str], None]:
-    """Warns of a run that learns nothing, and notes in the journal what does not follow from its records."""
+    """A function that warns of a run that learns nothing, and notes in the journal what its records do not show."""
 
     def warn(kind: str, text: str) -> None:
         if journal is not None and kind == "vanishing":
