@@ -3,10 +3,10 @@
     launch   losses -> coefficients -> the log. Blocks visited from here on get the update.
     settle   read the losses, build the record, write the journal. Raises the error that the method's policy asks for.
 
-If the losses are on the host, `launch` does both. If they are not (`late.py`), the engine launches step t and then
-settles step t - 1 (so a halved eps is first used by step t + 1). Any thread that is about to write bytes that contain a
-step settles the step first (`Origin.before_write`); its losses are then on the host, or soon will be, since the GPU
-computed them before those bytes.
+If the losses are on the host, the engine settles step t before step t + 1 begins, and `settle` also puts it in the log.
+If they are not (`late.py`), the engine launches step t and then settles step t - 1 (so a halved eps is first used by
+step t + 1). Any thread that is about to write bytes that contain a step settles the step first (`Origin.before_write`);
+its losses are then on the host, or soon will be, since the GPU computed them before those bytes.
 
 A step is taken once the log has it, which is the last action of `launch` (late) or `settle`. If anything raises before
 that, the step is not taken; `mend` undoes what else was done for it.
