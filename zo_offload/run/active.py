@@ -60,8 +60,7 @@ class Run:
     """An engine's current run, or the one that starts at its first use. See the module's docstring.
 
     begin: makes the session. resumes: run_dir must already hold a run. replays: the weights come from a journal, and no
-    step is taken. last_fit: how `fit` was called before the run was resumed. `Engine` has the same public methods and
-    documents them.
+    step is taken. last_fit: how `fit` was called before the run was resumed. `Engine` documents its public methods.
     """
 
     def __init__(
@@ -253,8 +252,7 @@ class Run:
     def launch(
         self, batch: Batch, lr: float | None = None, *, micro_batches: int = 1, objective: Objective | None = None
     ) -> Launched:
-        """The part of a step that needs no losses on the host; on a GPU it is only enqueued. `finish` each step, in
-        order.
+        """Do the part of a step that needs no losses on the host; on a GPU, enqueue it. `finish` each step, in order.
 
         objective: used in place of the run's. Raises DataError if no label of the batch counts, unless such steps are
         skipped (on_nonfinite="skip").
@@ -383,8 +381,7 @@ class Run:
         return self._vacated.hand_back()
 
     def close(self) -> None:
-        """Flush, and release everything, even if a part fails. Does nothing in a forked process: the parent owns it
-        all."""
+        """Flush, and release everything, even if a part fails. Does nothing in a forked process."""
         if not self.door.is_forked:
             self._close()
 

@@ -28,7 +28,7 @@ class Shots:
 
 
 class Batching:
-    """Makes batches from a caller's data. tokenizer: None for the checkpoint's own; encoding(): number of the run's row
+    """Makes batches from a caller's data. tokenizer: None for the checkpoint's own; encoding(): the run's
     encoding."""
 
     def __init__(self, opened: Opened, objective: Objective, tokenizer: Any, encoding: Callable[[], int]) -> None:

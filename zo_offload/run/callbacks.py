@@ -45,8 +45,7 @@ class About:
 
 
 def trackers(report_to: str | None) -> list[Any]:
-    """The callbacks of the named trackers, separated by commas. Raises ConfigError if one is unknown or not
-    installed."""
+    """The callbacks of trackers named with commas between. Raises ConfigError if one is unknown or not installed."""
     names = [name.strip() for name in (report_to or "none").split(",") if name.strip() not in ("", "none")]
     if not names:
         return []

@@ -35,8 +35,7 @@ def evaluated(
 def _generated(
     run: Run, batches: Batches, scoring: Scoring, tokenizer: Any, between: Callable[[], None]
 ) -> dict[str, float]:
-    """Exact match and F1, means over the rows, of the text that the model generates greedily up to the end of a
-    line."""
+    """Exact match and F1, means over the rows, of the line of text that the model generates greedily."""
     check_generates(run.opened.model)
     assert isinstance(batches, RowBatches)
     model: Any = run.opened.model

@@ -97,8 +97,7 @@ class Passes:
         self, batch: Batch, method: Method, lr: float, micro_batches: int, *, step: int, late: bool,
         objective: Objective | None,
     ) -> list[Any]:  # fmt: skip
-        """The losses of all lanes of one step of `method`, as `losses` returns them; fewer, if the others are not
-        needed."""
+        """The losses of all lanes of one step of `method`, as `losses` returns them; fewer, if no more are needed."""
         found, lanes = list[Any](), method.perturbations(self._seed, step)
         while lanes:
             more = self.losses(
@@ -255,8 +254,7 @@ class Passes:
         exact: bool,
         seed: int | None = None,
     ) -> list[Any]:
-        """The result of `call(model, batch)` in each lane. After a failure the weights are unchanged, and the object is
-        usable.
+        """The result of `call(model, batch)` in each lane. A failure leaves the weights unchanged and this usable.
 
         exact: an evaluation with unperturbed lanes: for split formats it sees the masters. The lanes of a step never
         do, perturbed or not, since their losses are compared with one another. seed: for the lanes' random numbers;

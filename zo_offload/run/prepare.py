@@ -55,8 +55,7 @@ class Prepared:
     """
 
     shadow: nn.Module | str
-    """The model on meta, before anything was attached to it; activations are measured on it. A string: why the module
-    could not be copied."""
+    """The model on meta, to measure activations on; nothing is attached to it. A string: why it could not be copied."""
     full_plan: Plan
     plan: Plan
     layout: Layout
@@ -134,8 +133,7 @@ class Prepared:
         return replace(self, plan=stored.plan, layout=layout, config=config, offload=offload, fold_every=every)
 
     def plan_blindly(self, *, process: int = 0) -> MemoryPlan:
-        """As `plan_memory`, for a run that starts without a batch: the rest of the budget is reserved for
-        activations."""
+        """As `plan_memory`, for a run that starts without a batch: reserves the rest of the budget for activations."""
         return self._within_budget(1, 0, Activations(unknown="the run was started without a batch"), process)
 
     def check_batch(self, memory: MemoryPlan, batch: Batch, *, objective: Objective, micro_batches: int) -> None:

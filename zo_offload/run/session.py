@@ -41,8 +41,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Session:
-    """A started run: its tier, the log of steps that blocks may lack, and the parts that make it durable (None without
-    a run_dir)."""
+    """A started run: its tier, its log of steps, and the parts that make it durable (None without a run_dir)."""
 
     tier: Tier
     stepper: Stepper
@@ -135,8 +134,7 @@ class Maker:
             return session
 
     def _follow_in(self, home: Path, admit: Callable[[Journal], None]) -> Session:
-        """On ranks other than 0: follow the run that rank 0 begins or resumes, with this rank's own blocks in
-        `home`."""
+        """On ranks other than 0: follow the run that rank 0 begins or resumes, with own blocks in `home`."""
         home.mkdir(parents=True, exist_ok=True)
         if self.opened.ranks.elastic and (home / run_directory.JOURNAL).exists():
             raise ConfigError(f"{home} holds a run: a member keeps its blocks in a directory of its own (--run-dir)")
@@ -306,8 +304,7 @@ class Maker:
         return Session(tier, stepper, gains, masks, journal, lock, snapshots, reopened=True)
 
     def _open_files(self, run_dir: Path, journal: Journal, origin: RunOrigin, undo: ExitStack) -> DiskTier:
-        """The run's block files. Raises JournalError if their layout differs, or if they have steps the journal
-        lacks."""
+        """The run's block files. Raises JournalError if their layout differs, or if the journal lacks their steps."""
         layout = self._prepared.layout
         if journal.header.get("layout") != layout.digest():
             raise JournalError(

@@ -269,8 +269,7 @@ class Training:
         return TimedStep(path, traffic, [block.name for block in run.plan.blocks], first, self.steps)
 
     def _take_steps(self, first: int, timed: TimedStep) -> Iterator[tuple[StepRecord, Batch]]:
-        """Take steps from `first` on; yields (record, batch) as steps are settled, on a GPU after the next step's
-        launch.
+        """Take steps from `first` on; yields (record, batch) of settled steps, on a GPU after the next step's launch.
 
         All launched steps are settled before an evaluation, and at an early end.
         """
@@ -304,8 +303,7 @@ class Training:
         return self.run.stopping is not None
 
     def is_due(self, step: int) -> bool:
-        """Whether an evaluation is due after `step` steps, before the next one. The last evaluation is not counted
-        here."""
+        """Whether an evaluation is due after `step` steps, before the next one; the last evaluation is not counted."""
         every = self.call.eval_every
         due = self.evaluation is not None and every is not None and step % every == 0
         return due and 0 < step < self.steps

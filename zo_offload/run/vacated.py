@@ -39,8 +39,7 @@ class Vacated:
         closing.add(self._away.close)
 
     def undo(self) -> None:
-        """Restore the model to its state before `leave`, which may have been interrupted; its base still has the
-        values."""
+        """Restore the model to its state before `leave`, which may be incomplete; its base still has the values."""
         self._lift_guard()
         base = self._opened.base
         if isinstance(base, ModuleBase) and self._homes is not None and base.values:
