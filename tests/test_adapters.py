@@ -345,3 +345,83 @@ def test_dora_from_a_directory_trains_and_is_exported(base, tmp_path):
     with torch.no_grad():
         model = peft.PeftModel.from_pretrained(ZOO["llama"].build(), tmp_path / "out").eval()
         assert torch.equal(model(**BATCH).logits, want)
+
+
+def lora(**more):
+    return peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(r=2, target_modules=["q_proj"], **CAUSAL, **more))
+
+
+def merged_in_part(model):
+    next(module for module in model.modules() if hasattr(module, "lora_A")).merge()
+
+
+def another_active(model):
+    model.add_adapter("b", peft.LoraConfig(r=2, target_modules=["q_proj"], **CAUSAL))
+    model.set_adapter("b")
+    for name, p in model.named_parameters():
+        p.requires_grad_(".default." in name)
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "said"),
+    [
+        (lora, lambda m: m.merge_adapter(), "'default' is merged into the base's weights: 4 of 4 .*unmerge_adapter"),
+        (lora, merged_in_part, "'default' is merged into the base's weights: 2 of 4 "),
+        (lora, another_active, r"'default' is not the active one: 4 of 4 .*set_adapter\('default'\)"),
+        (lora, lambda m: m.base_model.disable_adapter_layers(), "no parameter of this PeftModel requires a gradient"),
+        (lambda: lora(inference_mode=True), lambda m: None, "opened for inference.*is_trainable=True"),
+        (
+            lambda: peft.get_peft_model(ZOO["llama"].build(), KINDS["ia3"]()),
+            lambda m: m.merge_adapter(),
+            "'default' is merged",
+        ),
+        (
+            lambda: peft.get_peft_model(ZOO["llama"].build(), KINDS["prompt"]()),
+            lambda m: setattr(m, "_adapters_disabled", True),
+            "'default' is disabled: 1 of 1 ",
+        ),
+    ],
+    ids=["merged", "in-part", "another", "disabled", "inference", "ia3", "prompt"],
+)
+def test_an_adapter_that_is_not_in_the_forward_is_refused_before_weights_are_read(make, change, said):
+    model = make()
+    change(model)
+    with Engine(model, method=METHOD, offload="none") as engine:
+        with pytest.raises(ConfigError, match=said):
+            engine.step(BATCH)
+        assert engine.active.parts is None, "no weight was read"
+        if "inference" in said:  # it may be evaluated all the same
+            assert torch.equal(engine.run({"input_ids": IDS}).logits, lora().eval()(input_ids=IDS).logits)
+
+
+def test_an_objective_may_switch_adapters_itself():
+    model = lora()
+    model.base_model.disable_adapter_layers()
+
+    def objective(model, batch):
+        model.base_model.enable_adapter_layers()
+        return model(**batch).loss
+
+    with Engine(model, method=METHOD, trainable=["lora_A", "lora_B"], objective=objective, offload="none") as engine:
+        assert engine.step(BATCH).grad != 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"], **CAUSAL),
+        peft.OFTConfig(r=2, oft_block_size=0, target_modules=["q_proj"], **CAUSAL),
+        peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=4, topk=2, target_modules=["q_proj"], **CAUSAL),
+        peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 4}, **CAUSAL),
+        peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers", **CAUSAL),
+    ],
+    ids=["adalora", "oft", "vblora", "rank-pattern", "one-layer"],
+)
+def test_plain_peft_loads_what_was_trained_of_rarer_adapters(base, tmp_path, config):
+    with Engine(base, adapter=config, method=METHOD, offload="none") as engine:
+        assert engine.step(BATCH).grad != 0 != engine.step(BATCH).grad
+        want = engine.run({"input_ids": IDS}).logits.clone()
+        engine.save_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        model = peft.PeftModel.from_pretrained(ZOO["llama"].build(), tmp_path / "out").eval()
+        assert torch.equal(model(input_ids=IDS).logits, want)

@@ -10,6 +10,7 @@ import torch
 
 from support.zoo.models import ZOO
 from zo_offload import FZOO, Engine, MeZO
+from zo_offload.errors import PlanError
 from zo_offload.kernels.records import STILL
 
 
@@ -72,3 +73,22 @@ def test_what_does_not_train_is_the_same_in_every_order_and_with_rows_and_cut_we
         with Engine(ZOO["llama"].build(), **settings, **more) as engine:  # type: ignore[arg-type]
             losses.append([engine.step(batch(), micro_batches=2).loss for _ in range(3)])
     assert all(row == losses[0] for row in losses) and len(set(losses[0])) == 3
+
+
+@pytest.mark.parametrize("example", [None, {"x": torch.ones(2, 4)}], ids=["untraced", "traced"])
+def test_a_forward_that_runs_nothing_of_what_trains_is_refused_at_the_first_step(example: Any) -> None:
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": self.used(x).mean()}
+
+    rows = {"x": torch.ones(2, 4)}
+    with Engine(Two(), method=MeZO(batch_size=2), trainable="other", example=example) as engine:
+        for _ in range(2):
+            with pytest.raises(PlanError, match=r"none of the modules that hold what trains \(2 parameters"):
+                engine.step(rows)
+        assert engine.log.version == 0
+        assert set(engine.evaluate([rows], batch_size=2)) == {"loss"}, "an evaluation needs nothing that trains"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,68 @@ def beside_adapter(model: nn.Module, trained: set[str]) -> str:
         "exported adapter would not hold what they learn. Give trainable='requires_grad', or take the whole model out "
         "with restore() or save_pretrained(merge=True)"
     )
+
+
+_MERGED, _DISABLED, _OTHER = "merged into the base's weights", "disabled", "not the active one"
+_REMEDIES = {
+    _MERGED: "Call model.unmerge_adapter() first",
+    _DISABLED: "Call model.base_model.enable_adapter_layers() first, or leave `with model.disable_adapter()`",
+    _OTHER: "Call model.set_adapter({!r}) first, or choose with trainable= what is active",
+}  # fmt: skip
+
+
+def beside_forward(model: nn.Module, trained: Collection[str], chosen: object, *, switches: bool) -> str:
+    """Why steps would teach an adapter nothing: "" unless what trains of it is merged, disabled or not the active one,
+    or none of a PeftModel requires a gradient and all of its base would train. chosen: `trainable`, as it was given.
+    switches: the objective is a caller's own, which may enable and choose adapters itself.
+    """
+    if sys.modules.get("peft") is None:
+        return ""
+    peft_model = is_peft(model)
+    if peft_model and chosen is None and not any(p.requires_grad for p in model.parameters()):
+        return (
+            "no parameter of this PeftModel requires a gradient: its adapter was opened for inference, or disabled, "
+            "and the whole base would be trained in its place. Open it with is_trainable=True (inference_mode=False for"
+            " a new one), or enable it with model.base_model.enable_adapter_layers(); trainable='*' trains all of it"
+        )
+    tuners = {name: module for name, module in model.named_modules() if hasattr(module, "adapter_layer_names")}
+    states = {name: _state(tuners, name) for name in trained}
+    if peft_model:
+        states.update({name: _prompt_state(model, name) for name in trained if name.startswith("prompt_encoder.")})
+    away = [(*state, name) for name, state in states.items() if state is not None]
+    if switches:
+        away = [one for one in away if one[1] == _MERGED]
+    for adapter, state, name in away[:1]:
+        return (
+            f"adapter {adapter!r} is {state}: {len(away)} of {len(trained)} parameters that train ({name}, ...) are "
+            f"not in the forward, and nothing would be learned in them. {_REMEDIES[state].format(adapter)}"
+        )
+    return ""
+
+
+def _state(tuners: Mapping[str, Any], name: str) -> tuple[str, str] | None:
+    """(adapter, why it is not in the forward) of a parameter that lies in one of peft's layers."""
+    parts = name.split(".")
+    for i in range(len(parts)):
+        layer = tuners.get(".".join(parts[:i]))
+        for within in () if layer is None else layer.adapter_layer_names:
+            at = i + within.count(".") + 1
+            if parts[i:at] != within.split(".") or at >= len(parts):
+                continue
+            if getattr(layer, "disable_adapters", False):
+                return parts[at], _DISABLED
+            if getattr(layer, "merged", False):
+                return parts[at], _MERGED
+            if parts[at] not in getattr(layer, "active_adapters", [parts[at]]):
+                return parts[at], _OTHER
+    return None
+
+
+def _prompt_state(model: Any, name: str) -> tuple[str, str] | None:
+    adapter = name.split(".")[1]
+    if getattr(model, "_adapters_disabled", False):
+        return adapter, _DISABLED
+    return None if adapter == model.active_adapter else (adapter, _OTHER)
 
 
 def save_adapter(

@@ -168,7 +168,11 @@ def select_trainable(named: Mapping[str, nn.Parameter], tree: ModuleTree, traina
         what = f"trainable={trainable!r}"
         chosen = select_names(tree, trainable, "trainable", set(numbers))
     if not chosen:
-        raise PlanError(f"{what} selects none of {len(able)} floating parameters: nothing to train")
+        hint = ": call requires_grad_(True) on those meant, and open an adapter of peft's with is_trainable=True"
+        raise PlanError(
+            f"{what} selects none of {len(able)} floating parameters: nothing to train"
+            f"{hint if what == 'requires_grad' else ''}"
+        )
     for name in (n for n in named if n in chosen and n in kept):
         raise PlanError(
             f"parameter {name!r} is to train ({what}), but it is {_kind(named[name])}, and only plain float32, "

@@ -148,11 +148,11 @@ class Run:
 
         largest: the largest batch of the run, if known: memory is planned for it.
         """
+        self.opened.check_trains(self._asked(objective))
         if self.parts is None and self.method.on_nonfinite != "skip":
             weigh = weighing(self.opened.model, self._asked(objective))
             weigh.shares(split_micro_batches(batch, micro_batches, self.config.whole))
-        planned = batch if largest is None else largest
-        return self.start(planned, micro_batches, objective=objective, admit=admit)
+        return self.start(batch if largest is None else largest, micro_batches, objective=objective, admit=admit)
 
     def _open_session(self, admit: Callable[[Journal], None]) -> None:
         """Fill or reopen the tier, hollow the model. If it is interrupted, everything is undone."""

@@ -22,11 +22,11 @@ from torch import nn
 
 from ..checkpoint import adapter_configs, merging
 from ..checkpoint.adapted import Built, adapt
-from ..checkpoint.adapters import beside_adapter
+from ..checkpoint.adapters import beside_adapter, beside_forward
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.weights import Weights, kept_of
 from ..config import DTYPES, EngineConfig
-from ..data.losses import Batch
+from ..data.losses import Batch, Objective, is_ours
 from ..devices import Device, make_device
 from ..errors import ConfigError
 from ..journal import run_directory
@@ -98,6 +98,13 @@ class Opened:
         if isinstance(shadow, str):
             raise ConfigError(f"merge=True needs a copy of the modules: {shadow}")
         return merging.Merged(self.model, shadow, weights, set(self.prepared.plan.params))
+
+    def check_trains(self, objective: Objective) -> None:
+        """Raise ConfigError where steps would train what the forward does not use: an adapter that is merged, say."""
+        trained = [name for name, spec in self.prepared.plan.params.items() if spec.trainable]
+        switches = not is_ours(objective)
+        if wrong := beside_forward(self.model, trained, self.prepared.config.trainable, switches=switches):
+            raise ConfigError(wrong)
 
     def cannot_be_saved(self, merge: bool = False) -> str | None:
         """Why `save_pretrained` refuses this model, in words. merge: with its adapter merged into its weights."""

@@ -29,6 +29,7 @@ from ..methods import Method
 from ..modules.compiled import eagerly
 from ..modules.generators import lane_seed
 from ..modules.modes import module_modes
+from ..modules.recorder import Trace
 from ..modules.trees import tensor_bytes
 from ..plan.activations import ServiceOrder
 from ..plan.plan import Plan, relift
@@ -299,8 +300,23 @@ class Passes:
                 self._measured(hub.activation_bytes + tensor_bytes(lane.batch for lane in lanes))
             if not self.plan.traced and hub.trace is not None and hub.trace.complete:
                 self._adopt(relift(self.plan, hub.trace))  # the first real run shows what tracing could not
+            if hub.trace is not seen and any(lane.perturbation.scale for lane in lanes):
+                self._check_reach(hub.trace)
             return results
         raise PlanError(f"the plan still has faults after {_MAX_CORRECTIONS} corrections; the last: {last}")
+
+    def _check_reach(self, trace: Trace | None) -> None:
+        """Raise PlanError where a whole pass used nothing that trains, and ran no module that has any of it."""
+        assert trace is not None
+        trains = {name for name, spec in self.plan.params.items() if spec.trainable}
+        run = {"", *(name for _, name in trace.order)}
+        held = (owner.params for owner in self.plan.owners if owner.name in run)
+        if trace.complete and not trains & {*trace.uses, *(name for params in held for name in params)}:
+            self.watch_next()  # a second try is refused again
+            raise PlanError(
+                f"the forward runs none of the modules that hold what trains ({len(trains)} parameters, such as "
+                f"{min(trains)!r}): nothing would be learned. Look at trainable=, and at what the loss depends on"
+            )
 
     def watch_next(self) -> None:
         """Watch the next pass, even if an earlier pass was watched."""
