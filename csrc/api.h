@@ -7,7 +7,7 @@
 #define ZO_API_H
 #include "formats.h"
 
-#define ZO_ABI_VERSION 8
+#define ZO_ABI_VERSION 9
 
 enum { ZO_OK = 0, ZO_ERROR_FORMAT = 1, ZO_ERROR_NOISE = 2, ZO_ERROR_ISA = 3, ZO_ERROR_MEMORY = 4, ZO_ERROR_MASK = 5 };
 enum { ZO_SCALAR = 0, ZO_AVX2 = 1, ZO_AVX512 = 2, ZO_NUM_ISAS = 3 };
@@ -46,7 +46,7 @@ enum { ZO_MASK_NONE = 0, ZO_MASK_MAGNITUDE = 1, ZO_MASK_RANDOM = 2, ZO_NUM_MASKS
 struct zo_pass {
   void* stored;              // values plane, from the parameter's element `offset` on; as below
   void* scales;              // formats with groups: a byte or a float32 a group
-  void* minima;              // int4: a bfloat16 a group, its minimum or (ZO_CENTRED) its centre
+  void* minima;              // int4: a bfloat16 a group, its minimum or (ZO_CENTRED) its centre; int4f, int8f: a float32
   void* residual;            // split formats, when an update folds or with ZO_MASTER
   const zo_i64* rows;        // null, or num_rows row indices: row r is elements [r * numel, (r + 1) * numel); those that
                              // are not among the planes' elements are passed over, their outputs left as they are
@@ -56,7 +56,7 @@ struct zo_pass {
   zo_u64 total;              // elements the planes hold: where the last group ends. Without rows, numel; else whole rows
   zo_u64 mask_seed;
   zo_u32 num_updates, num_lanes;
-  zo_u32 format, group;      // group: elements a scale, 64 or 128, `offset` a multiple of it; 0: no groups
+  zo_u32 format, group;      // group: elements a scale, 16 .. 128, `offset` a multiple of it; 0: no groups
   zo_u32 param_id, distribution, rounds, flags;
   zo_u32 mask, mask_limit;   // with values as the target only
 };

@@ -188,7 +188,7 @@ bool format_fits(const zo_pass& pass, bool folds) {
   const int format = (int)pass.format;
   const bool empty = pass.total == 0;  // then nothing has an address
   if (zo_scale_bytes(format)) {
-    if ((pass.group != 64 && pass.group != 128) || pass.offset % pass.group || !(pass.scales || empty)) return false;
+    if (!zo_is_group(pass.group) || pass.offset % pass.group || !(pass.scales || empty)) return false;
   } else if (pass.group != 0) {
     return false;
   }
@@ -240,7 +240,7 @@ int zo_cpu_pass(const zo_pass* pass, int isa, int threads) {
 int zo_cpu_encode(const zo_pass* pass, const void* values, zo_u32 values_format, zo_u64* not_finite, int isa,
                   int threads) {
   if (!has_isa(isa)) return ZO_ERROR_ISA;
-  if (!format_fits(*pass, false) || (zo_residual_bytes((int)pass->format) && !pass->residual && pass->total) || pass->rows ||
+  if (!format_fits(*pass, false) || zo_is_kept((int)pass->format) || (zo_residual_bytes((int)pass->format) && !pass->residual && pass->total) || pass->rows ||
       !zo_is_plain((int)values_format))
     return ZO_ERROR_FORMAT;
   zo_work work = {};

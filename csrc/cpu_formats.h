@@ -10,9 +10,9 @@ namespace {
 
 const int TILE = 1024;              // elements
 const int ALIGN = 128;              // tiles start at a multiple of this element index: whole blocks of every stream
-const int MAX_GROUPS = TILE / 64;   // of a tile
+const int MAX_GROUPS = TILE / 16;   // of a tile
 
-const float NF4[16] = ZO_NF4_VALUES;
+const float NF4[16] = ZO_NF4_VALUES, E2M1[16] = ZO_E2M1_VALUES, FP4[16] = ZO_FP4_VALUES;
 
 struct Planes {
   zo_u8 *values, *scales, *minima, *residual;
@@ -33,6 +33,10 @@ inline void load_grid(int format, const Planes& p, Grid& grid, int n) {
   else
     __builtin_memcpy(grid.scale, p.scales, 4 * count);
   if (!zo_minimum_bytes(format)) return;
+  if (zo_minimum_bytes(format) == 4) {
+    __builtin_memcpy(grid.minimum, p.minima, 4 * count);
+    return;
+  }
   for (int k = 0; k < count; ++k) {
     zo_u16 half;
     __builtin_memcpy(&half, p.minima + 2 * k, 2);
@@ -172,6 +176,8 @@ int count_not_finite(const float* w, int n) {
 
 // factors of the codes of group k: number * factor, value * inverse (of a master's step, if split)
 inline float factor_of(int format, const Grid& grid, int k) {
+  if (format == ZO_MXFP4) return zo_mx_factor(grid.exponent[k]);
+  if (format == ZO_FP8F) return zo_fp8f_factor(grid.scale[k]);
   return zo_scale_bytes(format) == 1 ? zo_fp8_factor(format, grid.exponent[k]) : grid.scale[k];
 }
 
@@ -181,25 +187,38 @@ inline float inverse_of(int format, const Grid& grid, int k) {
 }
 
 template <class V>
+ZO_HD void decode_table(const float* table, const zo_u8* values, float factor, float* w, int at, int n) {
+  const typename V::F f = V::f(factor);
+  for (int i = at; i < at + n; i += V::WIDTH) V::store(w + i, V::mul(V::lookup(table, V::load4(values, i)), f));
+}
+
+template <class V>
 void decode_group(int format, const Planes& p, const Grid& grid, int k, float* w) {
   const int n = grid.group, at = k * n;
   switch (format) {
     case ZO_FP8_E5M2: return decode_bytes<V, E5M2<V>>(p.values + at, factor_of(format, grid, k), w + at, n);
     case ZO_FP8_E4M3:
+    case ZO_FP8F:
     case ZO_FP8_8: return decode_bytes<V, E4M3<V>>(p.values + at, factor_of(format, grid, k), w + at, n);
     case ZO_INT8:
     case ZO_INT8_8: return decode_bytes<V, Int8<V>>(p.values + at, grid.scale[k], w + at, n);
+    case ZO_INT8F: {
+      const typename V::F scale = V::f(grid.scale[k]), minimum = V::f(grid.minimum[k]);
+      for (int i = at; i < at + n; i += V::WIDTH)
+        V::store(w + i, V::fma(V::to_float(V::load8(p.values + i)), scale, minimum));
+      return;
+    }
+    case ZO_INT4F:
     case ZO_INT4: {
       const typename V::F scale = V::f(grid.scale[k]), minimum = V::f(grid.minimum[k]), less = V::f(-grid.middle);
       for (int i = at; i < at + n; i += V::WIDTH)
         V::store(w + i, V::fma(V::add(V::to_float(V::load4(p.values, i)), less), scale, minimum));
       return;
     }
-    default: {
-      const typename V::F scale = V::f(grid.scale[k]);
-      for (int i = at; i < at + n; i += V::WIDTH)
-        V::store(w + i, V::mul(V::lookup(NF4, V::load4(p.values, i)), scale));
-    }
+    case ZO_MXFP4:
+    case ZO_NVFP4: return decode_table<V>(E2M1, p.values, factor_of(format, grid, k), w, at, n);
+    case ZO_FP4: return decode_table<V>(FP4, p.values, grid.scale[k], w, at, n);
+    default: decode_table<V>(NF4, p.values, grid.scale[k], w, at, n);
   }
 }
 

@@ -386,7 +386,7 @@ inline Planes planes_at(const zo_pass& pass, zo_u64 g) {
 
 struct Bounce {  // a copy of a tile that is cut, or a place for what is not kept
   alignas(64) zo_u8 values[TILE * 4], residual[TILE * 2];
-  alignas(64) zo_u8 scales[MAX_GROUPS * 4], minima[MAX_GROUPS * 2];
+  alignas(64) zo_u8 scales[MAX_GROUPS * 4], minima[MAX_GROUPS * 4];
   Planes planes() { return {values, scales, minima, residual}; }
 };
 

@@ -1,7 +1,7 @@
 // Storage formats on a GPU: a thread's 8 consecutive elements between the bytes of their planes and float32 registers.
 // No #include but our own headers; formats.h has the arithmetic, cpu_formats.h the same stages for a CPU.
 //
-// A group of 64 or 128 elements lies in 8 or 16 neighbouring threads of one warp: its largest magnitude is found by
+// A group of 16 to 128 elements lies in 2 to 16 neighbouring threads of one warp: its largest magnitude is found by
 // shuffles, and its scale is in all of them. So `load` and `fold` are called by whole warps.
 #ifndef ZO_CUDA_FORMATS_H
 #define ZO_CUDA_FORMATS_H
@@ -157,8 +157,8 @@ ZO_DEV float from_half(zo_u32 code) {  // exact, as zo_fp16_decode is
 #endif
 }
 
-ZO_DEV float nf4_number(zo_u32 code) {  // selects: a table would be read by a different index in every thread
-  const float v[16] = ZO_NF4_VALUES;
+// Selects: a table would be read by a different index in every thread.
+ZO_DEV float table_number(const float (&v)[16], zo_u32 code) {
   const bool a = code & 1, b = code & 2, c = code & 4, d = code & 8;
   float x[8], y[4];
 #pragma unroll
@@ -171,16 +171,25 @@ ZO_DEV float nf4_number(zo_u32 code) {  // selects: a table would be read by a d
 
 ZO_HD constexpr bool is_fp8(int format) { return format == ZO_FP8_E4M3 || format == ZO_FP8_E5M2 || format == ZO_FP8_8; }
 ZO_HD constexpr bool is_int8(int format) { return format == ZO_INT8 || format == ZO_INT8_8; }
-ZO_HD constexpr bool is_four(int format) { return format == ZO_INT4 || format == ZO_NF4; }
-ZO_HD constexpr bool is_grouped(int format) { return is_fp8(format) || is_int8(format) || is_four(format); }
+ZO_HD constexpr bool has_minimum(int format) { return format == ZO_INT4 || format == ZO_INT4F || format == ZO_INT8F; }
+ZO_HD constexpr bool is_e2m1(int format) { return format == ZO_MXFP4 || format == ZO_NVFP4; }
+ZO_HD constexpr bool is_four(int format) {
+  return format == ZO_INT4 || format == ZO_NF4 || format == ZO_INT4F || is_e2m1(format) || format == ZO_FP4;
+}
+ZO_HD constexpr bool is_trained_group(int format) { return is_fp8(format) || is_int8(format); }
+ZO_HD constexpr bool is_grouped(int format) {
+  return is_trained_group(format) || is_four(format) || format == ZO_INT8F || format == ZO_FP8F;
+}
 ZO_HD constexpr bool is_bf16(int format) { return format == ZO_BF16 || format == ZO_BF16_16 || format == ZO_BF16_8; }
 ZO_HD constexpr int residual_size(int format) {
   return format == ZO_BF16_16 ? 2 : format == ZO_BF16_8 || format == ZO_INT8_8 || format == ZO_FP8_8 ? 1 : 0;
 }
 ZO_HD constexpr int value_size(int format) { return format == ZO_FP32 ? 4 : is_bf16(format) || format == ZO_FP16 ? 2 : 1; }
 
-// Of an element, counted from where elements are: a group is 64 or 128 of them, and 64-bit division takes a hundred steps.
-ZO_DEV zo_u64 group_of(const zo_pass& pass, zo_u64 at) { return at >> (pass.group == 64 ? 6 : 7); }
+// Of an element, counted from where elements are: 64-bit division takes a hundred steps.
+ZO_DEV zo_u64 group_of(const zo_pass& pass, zo_u64 at) {
+  return at >> (pass.group == 128 ? 7 : pass.group == 64 ? 6 : pass.group == 32 ? 5 : 4);
+}
 
 template <int FORMAT>
 ZO_DEV Group load_group(const zo_pass& pass, const Eight& e) {
@@ -188,10 +197,11 @@ ZO_DEV Group load_group(const zo_pass& pass, const Eight& e) {
   if constexpr (is_grouped(FORMAT)) {
     if (e.lo >= e.hi) return group;
     const zo_u64 k = group_of(pass, e.at);
-    if constexpr (is_fp8(FORMAT))
+    if constexpr (is_fp8(FORMAT) || FORMAT == ZO_MXFP4)
       group.exponent = ((const zo_u8*)pass.scales)[k];
     else
       group.scale = ((const float*)pass.scales)[k];
+    if constexpr (FORMAT == ZO_INT4F || FORMAT == ZO_INT8F) group.minimum = ((const float*)pass.minima)[k];
     if constexpr (FORMAT == ZO_INT4) group.minimum = S::value((zo_u32)((const zo_u16*)pass.minima)[k] << 16);
   }
   return group;
@@ -201,21 +211,34 @@ ZO_DEV Group load_group(const zo_pass& pass, const Eight& e) {
 template <int FORMAT>
 ZO_DEV float factor_of(const Group& group) {
   if constexpr (is_fp8(FORMAT)) return zo_fp8_factor(FORMAT, group.exponent);
+  if constexpr (FORMAT == ZO_MXFP4) return zo_mx_factor(group.exponent);
+  if constexpr (FORMAT == ZO_FP8F) return zo_fp8f_factor(group.scale);
   return group.scale;
 }
 
 template <int FORMAT>
 ZO_DEV float number_of(zo_u32 code) {
   if constexpr (FORMAT == ZO_FP8_E5M2) return from_half(zo_e5m2_half<S>(code));
-  if constexpr (is_fp8(FORMAT)) return from_half(zo_e4m3_half<S>(code));
+  if constexpr (is_fp8(FORMAT) || FORMAT == ZO_FP8F) return from_half(zo_e4m3_half<S>(code));
   if constexpr (is_int8(FORMAT)) return zo_int8_number<S>(code);
-  if constexpr (FORMAT == ZO_NF4) return nf4_number(code);
+  if constexpr (FORMAT == ZO_NF4) {
+    const float values[16] = ZO_NF4_VALUES;
+    return table_number(values, code);
+  }
+  if constexpr (is_e2m1(FORMAT)) {
+    const float values[16] = ZO_E2M1_VALUES;
+    return table_number(values, code);
+  }
+  if constexpr (FORMAT == ZO_FP4) {
+    const float values[16] = ZO_FP4_VALUES;
+    return table_number(values, code);
+  }
   return S::to_float(code);
 }
 
 template <int FORMAT>
 ZO_DEV float value_of(float number, const Group& group) {
-  if constexpr (FORMAT == ZO_INT4) return S::fma(number, group.scale, group.minimum);
+  if constexpr (has_minimum(FORMAT)) return S::fma(number, group.scale, group.minimum);
   return S::mul(number, factor_of<FORMAT>(group));
 }
 
@@ -314,8 +337,9 @@ ZO_DEV zo_u32 largest_of(const float (&w)[8], zo_u32 group) {
   zo_u32 most = 0;
 #pragma unroll
   for (int j = 0; j < 8; ++j) most = S::most_u(most, zo_magnitude<S>(w[j]));
-#pragma unroll
-  for (int step = 1; step < 8; step *= 2) most = S::most_u(most, __shfl_xor_sync(0xffffffffu, most, step));
+  most = S::most_u(most, __shfl_xor_sync(0xffffffffu, most, 1));
+  if (group >= 32) most = S::most_u(most, __shfl_xor_sync(0xffffffffu, most, 2));
+  if (group >= 64) most = S::most_u(most, __shfl_xor_sync(0xffffffffu, most, 4));
   if (group == 128) most = S::most_u(most, __shfl_xor_sync(0xffffffffu, most, 8));
   return most;
 }
@@ -424,7 +448,7 @@ ZO_DEV void fold(const zo_pass& pass, const Eight& e, Group& group, float (&w)[8
       const zo_u32 bytes[2] = {low[0], low[1]};
       write_bytes<WHOLE, 1>((zo_u8*)pass.residual + e.at, e.lo, e.hi, bytes);
     }
-  } else if constexpr (!is_four(FORMAT)) {
+  } else if constexpr (is_trained_group(FORMAT)) {
     fold_group<WHOLE, FORMAT>(pass, e, group, w, stochastic, random, last, keep);
   }
 }

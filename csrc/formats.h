@@ -32,7 +32,13 @@
   ROW(bf16_16, BF16_16, 8, 16, 0, 0, 2, 1, 0)     \
   ROW(bf16_8, BF16_8, 9, 16, 0, 0, 1, 1, 0)       \
   ROW(int8_8, INT8_8, 10, 8, 4, 0, 1, 1, 0)       \
-  ROW(fp8_8, FP8_8, 11, 8, 1, 0, 1, 1, 0)
+  ROW(fp8_8, FP8_8, 11, 8, 1, 0, 1, 1, 0)         \
+  ROW(int4f, INT4F, 12, 4, 4, 4, 0, 0, 0)         \
+  ROW(int8f, INT8F, 13, 8, 4, 4, 0, 0, 0)         \
+  ROW(fp8f, FP8F, 14, 8, 4, 0, 0, 0, 0)           \
+  ROW(mxfp4, MXFP4, 15, 4, 1, 0, 0, 0, 0)         \
+  ROW(nvfp4, NVFP4, 16, 4, 4, 0, 0, 0, 0)         \
+  ROW(fp4, FP4, 17, 4, 4, 0, 0, 0, 0)
 
 #define ZO_CODE(NAME, CODE, NUMBER, ...) ZO_##CODE = NUMBER,
 enum { ZO_FORMATS(ZO_CODE) };
@@ -42,6 +48,10 @@ enum { ZO_NUM_FORMATS = 0 ZO_FORMATS(ZO_COUNT) };
 #undef ZO_COUNT
 
 ZO_HD bool zo_is_plain(int format) { return format <= ZO_FP16; }  // those of lanes, too
+// those that hold a quantized checkpoint's own codes: nothing is encoded into them
+ZO_HD bool zo_is_kept(int format) { return format >= ZO_INT4F; }
+// elements a scale
+ZO_HD bool zo_is_group(zo_u32 group) { return group == 16 || group == 32 || group == 64 || group == 128; }
 
 #define ZO_FACT(FUNCTION, VALUE)                  \
   ZO_HD int FUNCTION(int format) {                \
@@ -414,5 +424,26 @@ ZO_HD typename B::U zo_nf4_round(typename B::F x, float inverse) {
   for (int k = 0; k < 15; ++k) code = B::add_u(code, B::select_greater(scaled, B::f(middle[k]), B::u(1), B::u(0)));
   return inverse == 0.0f ? B::u(0) : code;
 }
+
+// ---- a checkpoint's own codes; zo_offload/formats/kept.py
+//
+// int4f, int8f   fma(code, scale, minimum), codes from 0 up, scale and minimum float32
+// fp8f           e4m3 times a float32 scale
+// mxfp4          e2m1 times 2^(b - 127), b one byte a group
+// nvfp4, fp4     e2m1, or bitsandbytes' table, times a float32 scale
+
+#define ZO_E2M1_VALUES \
+  {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f}
+#define ZO_FP4_VALUES                                                                                                    \
+  {0.0f, 0.0052083334885537624f, 0.6666666865348816f, 1.0f, 0.3333333432674408f, 0.5f, 0.1666666716337204f, 0.25f,       \
+   0.0f, -0.0052083334885537624f, -0.6666666865348816f, -1.0f, -0.3333333432674408f, -0.5f, -0.1666666716337204f, -0.25f}
+
+// 2^(b - 127), which of b = 0 is no normal float32; NaN for 255
+ZO_HD float zo_mx_factor(zo_u32 b) {
+  return ZoScalar::value(b == ZO_NAN_EXPONENT ? 0x7fc00000u : b == 0 ? 0x00400000u : b << 23);
+}
+
+// of fp8f: its codes go through fp16, whose exponent bias is 8 more
+ZO_HD float zo_fp8f_factor(float scale) { return ZoScalar::mul(scale, 256.0f); }
 
 #endif

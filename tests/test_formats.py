@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from support.codes import stored_as
 from support.native_variants import each_isa, each_variant, using
 from zo_offload.errors import CheckpointError, ConfigError
-from zo_offload.formats import CENTRED, FORMATS, Format, decode_values, encode_values, format_of, get_format
+from zo_offload.formats import CENTRED, FORMATS, KEPT, Format, decode_values, encode_values, format_of, get_format
+from zo_offload.formats.four_bits import NF4_VALUES
 from zo_offload.kernels import native
 from zo_offload.kernels.records import Perturbation, Update
 from zo_offload.numerics.fused import fused_pass
@@ -253,7 +256,10 @@ def test_values_are_encoded_within_the_stated_error(fmt, numel):
         assert ((master - values).abs() <= values.abs().max() * 0.16).all()
 
 
-@pytest.mark.parametrize("fmt", [f for f in (*FORMATS.values(), *CENTRED.values()) if f.code_rms], ids=lambda f: f.name)
+WITH_SCALES = [f for f in (*FORMATS.values(), *CENTRED.values(), *KEPT.values()) if f.code_rms]
+
+
+@pytest.mark.parametrize("fmt", WITH_SCALES, ids=lambda f: f.name)
 def test_code_rms_is_how_much_normal_weights_change_with_their_scales(fmt):
     """And where the codes are centred, or signed, the change has next to no mean: a group is scaled, not shifted."""
     n = 1 << 20
@@ -309,6 +315,43 @@ def test_native_encoding_is_the_references(isa, fmt):
                 assert torch.equal(bits(decode_values(want[0], want[1], fmt, numel)), bits(master))
 
 
+def kept_values(fmt: Format, stored: torch.Tensor, n: int) -> np.ndarray:
+    """What a checkpoint's codes mean, by the formulas of the schemes."""
+    raw = stored.numpy()
+    codes = raw[: fmt.values_nbytes(n)]
+    if fmt.value_bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], 1).reshape(-1)[:n]
+    (start, size), (low, least) = fmt.scales_span(n), fmt.minima_span(n)
+    plane = raw[start : start + size]
+    scale = plane.view("<f4") if fmt.scale_bytes == 4 else np.where(plane < 255, np.exp2(plane - 127.0), np.nan)
+    scale = scale.astype(np.float64).repeat(fmt.group)[:n]
+    twelfths = np.float32([0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4])
+    number = {
+        "int4f": codes, "int8f": codes, "int8": codes.view(np.int8), "nf4": np.float32(NF4_VALUES)[codes & 15],
+        "fp8f": torch.from_numpy(codes.copy()).view(torch.float8_e4m3fn).double().numpy(),
+        "fp4": np.concatenate([twelfths, -twelfths])[codes & 15],
+        "mxfp4": np.float64([0, 0.5, 1, 1.5, 2, 3, 4, 6] + [0, -0.5, -1, -1.5, -2, -3, -4, -6])[codes & 15],
+    }  # fmt: skip
+    minimum = raw[low : low + least].view("<f4").astype(np.float64).repeat(fmt.group)[:n] if least else 0.0
+    return (number[fmt.kernel.replace("nvfp4", "mxfp4")].astype(np.float64) * scale + minimum).astype(np.float32)
+
+
+@each_variant
+@pytest.mark.parametrize("fmt", KEPT.values(), ids=lambda f: f.name)
+def test_kept_codes_are_what_their_schemes_say(variant, fmt):
+    """A product of code and scale is exact in float64, and so is rounded once."""
+    for n in (1, 63, 129, 5000):
+        stored, _ = stored_as(fmt, torch.randn(n) * 0.02)
+        with using(variant):
+            found = decode_values(stored, None, fmt, n).numpy()
+        assert np.array_equal(found, kept_values(fmt, stored, n), equal_nan=True), n
+    if not fmt.encodes:
+        with using(variant), pytest.raises(ConfigError, match=f"{fmt.name} holds a checkpoint's own codes"):
+            encode_values(torch.ones(64), fmt)
+    with pytest.raises(ConfigError, match="groups of 96"):
+        type(fmt)(96)
+
+
 @each_variant
 def test_values_that_cannot_be_stored_are_refused(variant):
     values = torch.ones(300)
@@ -333,7 +376,7 @@ def test_the_kernels_take_each_format_to_be_what_its_class_says():
     library = native.library()
     if library is None:
         pytest.skip(native.describe())
-    listed = [*FORMATS.values(), *CENTRED.values()]
+    listed = [*FORMATS.values(), *CENTRED.values(), *KEPT.values()]
     for fmt in listed:
         facts = native.FormatFacts(*(getattr(fmt, name) for name in native.FormatFacts._fields))
         assert library.format(fmt.code) == facts, fmt.name

@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from support.compare import assert_same
+from support.codes import stored_as
 from support.native_variants import ISAS, each_isa, each_variant, using
 from zo_offload.errors import ConfigError
-from zo_offload.formats import CENTRED, FORMATS
+from zo_offload.formats import CENTRED, FORMATS, KEPT
 from zo_offload.formats.grouped import cut
 from zo_offload.kernels import native
 from zo_offload.kernels.distributions import DISTRIBUTIONS, Distribution
@@ -29,7 +30,8 @@ from zo_offload.numerics.fused_kernels import OnCpu, kernels_for
 from zo_offload.numerics.noise import NoiseSpec, noise
 
 BF16, FP16, FP32 = FORMATS["bf16"], FORMATS["fp16"], FORMATS["fp32"]
-ALL = [*FORMATS.values(), *CENTRED.values()]
+KEEPING = [KEPT[name] for name in ("int4f_g32", "int8f", "fp8f", "mxfp4", "nvfp4", "fp4", "int8_g16")]  # each code
+ALL = [*FORMATS.values(), *CENTRED.values(), *KEEPING]
 SMALL = [fmt for fmt in ALL if fmt not in (BF16, FP16, FP32)]
 TRAINED = [fmt for fmt in FORMATS.values() if fmt.trains]
 WITH_SCALES = [fmt for fmt in ALL if fmt.trains_scales]
@@ -57,7 +59,7 @@ def ordinary(n, seed=0):
 
 def weights(fmt, n, seed=0):
     """The streamed part of `ordinary` weights."""
-    return fmt.encode(ordinary(n, seed))
+    return stored_as(fmt, ordinary(n, seed))[0]
 
 
 def bits(x):
@@ -104,7 +106,7 @@ def random_case(chance: random.Random, fmt=None, target="values"):
     values = ordinary(n, chance.randrange(99))
     if chance.random() < 0.5:
         values = torch.where(values.isfinite(), values, 0.0)
-    stored, residual = fmt.split(values) if fmt.residual_bytes else (fmt.encode(values), None)
+    stored, residual = stored_as(fmt, values)
     return (stored, fmt), dict(
         updates=updates,
         perturbations=lanes,
@@ -452,7 +454,7 @@ def test_pieces_equal_the_whole(variant, fmt, distribution):
 def test_pieces_of_whole_groups_equal_the_whole(variant, fmt, target):
     n, folds = 5000, fmt.trains or target == "scales"
     values = torch.randn(n, generator=torch.Generator().manual_seed(0))
-    stored, residual = fmt.split(values) if fmt.residual_bytes else (fmt.encode(values), None)
+    stored, residual = stored_as(fmt, values)
     options = dict(updates=[Update(1, f32(1e-2), fold=folds)], rounding="stochastic", target=target,
                    perturbations=[Perturbation(2, f32(1e-3))], dtypes=[torch.float32])  # fmt: skip
     whole = run(variant, stored, fmt, numel=n, residual=residual, **options)
@@ -469,7 +471,7 @@ def test_pieces_of_whole_groups_equal_the_whole(variant, fmt, target):
 @pytest.mark.parametrize("name", ["bf16", "int8+8", "fp8_e4m3"])
 def test_thread_count_does_not_matter(variant, name):
     fmt, n = FORMATS[name], 200_001
-    stored, residual = fmt.split(ordinary(n)) if fmt.residual_bytes else (weights(fmt, n), None)
+    stored, residual = stored_as(fmt, ordinary(n))
     options = dict(updates=[Update(1, f32(1e-2))], rounding="stochastic", offset=1000 // (fmt.group or 1) * 128,
                    perturbations=[Perturbation(2, f32(1e-3))] * 2, dtypes=[torch.float32, torch.bfloat16],
                    numel=n, residual=residual)  # fmt: skip
@@ -503,7 +505,7 @@ def test_rows_equal_the_rows_of_the_whole(variant, row_numel, fmt, target):
     """Rows that start and end inside groups are those of a pass over everything, folds included; nothing is written."""
     num_rows = 40
     n = num_rows * row_numel
-    stored, residual = fmt.split(ordinary(n)) if fmt.residual_bytes else (weights(fmt, n), None)
+    stored, residual = stored_as(fmt, ordinary(n))
     rows = torch.tensor([3, 0, 39, 3, 17])
     folds = fmt.trains or target == "scales"
     options = dict(updates=[Update(1, f32(1e-2), fold=folds), Update(2, f32(1e-4), fold=False)], rounding="stochastic",
@@ -529,7 +531,7 @@ def test_rows_of_a_piece_are_those_of_the_whole_and_others_are_left_alone(varian
     """A piece begins where a group does. Rows of other pieces, before it and behind it, keep what was there."""
     num_rows, first, stop = 192, 64, 128
     n, start, end = num_rows * row_numel, first * row_numel, stop * row_numel
-    stored, residual = fmt.split(ordinary(n)) if fmt.residual_bytes else (weights(fmt, n), None)
+    stored, residual = stored_as(fmt, ordinary(n))
     rows = torch.tensor([127, 0, 64, 191, 64, 63, 128, 100])
     folds = fmt.trains or target == "scales"
     options = dict(updates=[Update(1, f32(1e-2), fold=folds), Update(2, f32(1e-4), fold=False)], rounding="stochastic",

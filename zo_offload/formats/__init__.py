@@ -16,7 +16,8 @@
     int8+8     1.031            1      16-bit integer master
     fp8+8      1.008            1      16-bit float master; the coarse half is fp8_e4m3
 
-`base.py` says what a format is, `table.py` lists them. `code` is the integer that the kernels know a format by
+`kept.py` has others, that a quantized checkpoint's own codes are in: int4f, int8f, fp8f, mxfp4, nvfp4, fp4, and the
+above in smaller groups. `base.py` says what a format is, `table.py` lists them. `code` is the integer that the kernels know a format by
 (csrc/formats.h).
 """
 
@@ -27,7 +28,7 @@ from .bf16 import BF16
 from .codec import decode_values, encode_values
 from .fp16 import FP16
 from .fp32 import FP32
-from .table import CENTRED, FORMATS, PLAIN, format_of, get_format
+from .table import CENTRED, FORMATS, KEPT, PLAIN, format_of, get_format
 
 __all__ = [
     "BF16",
@@ -35,6 +36,7 @@ __all__ = [
     "FORMATS",
     "FP16",
     "FP32",
+    "KEPT",
     "PLAIN",
     "Format",
     "decode_values",

@@ -43,6 +43,8 @@ class Format:
     minimum_bytes: ClassVar[int] = 0
     residual_bytes: ClassVar[int] = 0
     """Bytes an element in the residual plane; 0: not a split format."""
+    encodes: ClassVar[bool] = True
+    """False: it holds a checkpoint's own codes, and nothing else."""
     trains: ClassVar[bool] = True
     """False: values are encoded once and never rewritten; what trains is elsewhere, or the scales."""
     trains_scales: ClassVar[bool] = False

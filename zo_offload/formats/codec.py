@@ -11,6 +11,7 @@ from ..kernels import native
 from ..kernels.records import LANE
 from .base import Format
 from .grouped import paste
+from .kept import not_encoded
 from .table import PLAIN
 
 
@@ -57,6 +58,8 @@ class PlaneEncoder:
     def __init__(
         self, stored: Tensor, residual: Tensor | None, fmt: Format, numel: int, what: str, threads: int | None = None
     ) -> None:
+        if not fmt.encodes:
+            raise ConfigError(f"{what}: {not_encoded(fmt)}")
         self._stored, self._residual, self._fmt, self._numel = stored, residual, fmt, numel
         self._what, self._threads = what, threads
         self._not_finite = self._too_large = 0

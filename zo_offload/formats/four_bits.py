@@ -106,10 +106,19 @@ class NF4(FourBits):
     the group's largest. A NaN or infinity makes its group NaN, by the scale.
     """
 
-    name: ClassVar[str] = "nf4"
     code: ClassVar[int] = 7
-    code_rms: ClassVar[float] = 0.393
-    group: int = 64
+
+    def __init__(self, group: int = 64) -> None:
+        """group: 32 is for checkpoints whose codes are in such groups."""
+        if group not in (32, 64):
+            raise ConfigError(f"nf4 with groups of {group}: groups of 32 and 64 are known")
+        self.group = group
+        self.code_rms = 0.393 if group == 64 else 0.436  # type: ignore[misc]
+        self.name = "nf4" if group == 64 else f"nf4_g{group}"  # type: ignore[misc]
+
+    @property
+    def kernel(self) -> str:
+        return "nf4"
 
     def decode(self, stored: Tensor, numel: int | None = None) -> Tensor:
         n = self.size_of(stored, numel)

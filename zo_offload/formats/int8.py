@@ -11,10 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from .base import Format, from_bits, sign_extended
 from .grouped import INFINITE, LEAST_SCALE, each, float_scales, largest_bits, pack, values_plane
 
 _INVERSE_127 = torch.tensor(1 / 127, dtype=torch.float32, device="cpu")
+_CODE_RMS = {128: 45.7, 64: 49.9, 32: 55.3, 16: 62.1}
 LARGEST = 32639 / 256  # in scales: still rounds to 127, and to the largest 16-bit master
 
 
@@ -59,10 +61,20 @@ class Int8(_Integers):
     its group NaN, by the scale; values beyond the grid move the scale rather than saturate.
     """
 
-    name: ClassVar[str] = "int8"
     code: ClassVar[int] = 5
     trains_scales: ClassVar[bool] = True
-    code_rms: ClassVar[float] = 45.7
+
+    def __init__(self, group: int = 128) -> None:
+        """group: 64, 32 and 16 are for checkpoints whose codes are in such groups."""
+        if group not in _CODE_RMS:
+            raise ConfigError(f"int8 with groups of {group}: the kernels know groups of 16, 32, 64 and 128")
+        self.group = group
+        self.code_rms = _CODE_RMS[group]  # type: ignore[misc]
+        self.name = "int8" if group == 128 else f"int8_g{group}"  # type: ignore[misc]
+
+    @property
+    def kernel(self) -> str:
+        return "int8"  # the group is told to it
 
     def encode(self, values: Tensor, sr_bits: Tensor | None = None, like: Tensor | None = None) -> Tensor:
         scales = self.grid(values, like)

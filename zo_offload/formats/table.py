@@ -12,6 +12,7 @@ from .fp8 import FP8E4M3, FP8E5M2, FP8Plus8
 from .fp16 import FP16
 from .fp32 import FP32
 from .int8 import Int8, Int8Plus8
+from .kept import FP4, FP8F, MXFP4, NVFP4, Int4F, Int8F
 from .split_bf16 import BF16Plus8, BF16Plus16
 
 _PLAIN: tuple[Format, ...] = (FP32(), BF16(), FP16())
@@ -21,6 +22,13 @@ _SPLIT: tuple[Format, ...] = (BF16Plus16(), BF16Plus8(), Int8Plus8(), FP8Plus8()
 FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (*_PLAIN, *_SCALED, *_SPLIT)}
 CENTRED: dict[str, Format] = {fmt.about_centre.name: fmt.about_centre for fmt in _SCALED if fmt.minimum_bytes}
 """Not to be chosen: a method chooses them."""
+_KEPT: tuple[Format, ...] = (
+    Int4F(), Int4F(64), Int4F(32), Int4F(16), Int8F(), Int8F(64), Int8F(32), Int8(64), Int8(32), Int8(16), FP8F(),
+    MXFP4(), NVFP4(), FP4(), FP4(32), NF4(32),
+)  # fmt: skip
+KEPT: dict[str, Format] = {fmt.name: fmt for fmt in _KEPT}
+"""Not to be chosen: a quantized checkpoint's codes are in them (`storage="kept"`)."""
+_ALL = FORMATS | CENTRED | KEPT
 PLAIN: dict[torch.dtype, Format] = {fmt.torch_dtype: fmt for fmt in _PLAIN}
 """What lanes are given, and what checkpoints hold: a torch dtype's own bytes."""
 
@@ -28,7 +36,7 @@ PLAIN: dict[torch.dtype, Format] = {fmt.torch_dtype: fmt for fmt in _PLAIN}
 def get_format(name: str) -> Format:
     """The format of that name; ConfigError names those there are."""
     try:
-        return FORMATS[name] if name in FORMATS else CENTRED[name]
+        return _ALL[name]
     except KeyError:
         raise ConfigError(f"storage format {name!r} is not known; choose one of {sorted(FORMATS)}") from None
 

@@ -28,7 +28,7 @@ from .distributions import all_kinds, row
 from .records import LANE, MASKS, UPDATE, Mask
 
 LIBRARY = Path(__file__).parent.with_name("_zo_cpu.so")
-ABI_VERSION, LAYOUT_VERSION = 8, 2
+ABI_VERSION, LAYOUT_VERSION = 9, 2
 ISAS = ("scalar", "avx2", "avx512")
 
 _ERRORS = {

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..formats import FORMATS, PLAIN
+from ..formats import FORMATS, KEPT, PLAIN
 from ..kernels import native, nvrtc
 from ..kernels.device_updates import RECORD_BYTES, DeviceUpdates
 from ..kernels.distributions import all_kinds, row
@@ -52,7 +52,7 @@ _log = logging.getLogger(__name__)
 
 IMAGE = Path(__file__).parent.with_name("_zo_cuda.fatbin")
 THREADS, MAX_LANES = 256, 16
-KERNELS = {fmt.code: fmt.kernel for fmt in FORMATS.values()}
+KERNELS = {fmt.code: fmt.kernel for fmt in (FORMATS | KEPT).values()}
 """What the kernels of a storage format are called, by its code."""
 _WAVES = 16  # blocks a multiprocessor, at most; each walks over its share of the tiles
 
@@ -343,7 +343,7 @@ def _open(device: int) -> CudaKernels:
 
 
 def _first_images(arch: str) -> tuple[dict[str, bytes], str]:
-    """What `kernels` checks, compiled side by side: all 33 kernels take a minute, one format's some seconds."""
+    """What `kernels` checks, compiled side by side: all kernels take a minute, one format's some seconds."""
     parts = ["", *(fmt.kernel for fmt in PLAIN.values())]
     with ThreadPoolExecutor(len(parts)) as pool:
         made = list(pool.map(lambda part: nvrtc.compiled(arch, part, _log.warning), parts))
