@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from support.compare import assert_same
 from support.codes import stored_as
+from support.compare import assert_same
 from support.native_variants import ISAS, each_isa, each_variant, using
 from zo_offload.errors import ConfigError
 from zo_offload.formats import CENTRED, FORMATS, KEPT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from random import Random
@@ -21,6 +22,7 @@ from support.quantized_models import (
     fp8_blocks,
     gptq,
     nf4,
+    nvfp4,
     pack_quantized,
     quantize_checkpoint,
     write_gguf,
@@ -30,6 +32,8 @@ from support.training import batches
 from support.zoo.models import ZOO, tokens
 from zo_offload import Engine, MeZO
 from zo_offload.checkpoint.checkpoint import Checkpoint
+from zo_offload.checkpoint.kept import kept_formats, kept_part
+from zo_offload.checkpoint.recipe import Source
 from zo_offload.errors import CheckpointError, ConfigError
 from zo_offload.formats import decode_values
 from zo_offload.quantized.files import Files, Spec
@@ -341,13 +345,52 @@ def test_a_gguf_file_that_is_damaged_is_an_error_of_ours(tmp_path):
 
 # ---- kept ------------------------------------------------------------------------------------------------------------
 
-KEPT = {
-    "fp8": (lambda name, w: fp8_powers(name, w), WRITERS["fp8"][1], "fp8_e4m3"),
-    "gptq": (partial(gptq, group=128, order=False), WRITERS["gptq"][1] | {"group_size": 128}, "int8"),
-    "awq": (partial(awq, group=128), WRITERS["awq"][1] | {"group_size": 128}, "int8"),
-    "compressed-tensors": (partial(pack_quantized, group=64), WRITERS["compressed-tensors"][1], "int4_g64"),
-    "nf4": (nf4, WRITERS["nf4"][1], "nf4"),
+KEPT_AS = {
+    "awq-g32": "int4f_g32", "bnb-fp4-b64-float32": "fp4", "bnb-fp4-b64-nested-bfloat16": "fp4", "bnb-int8": "",
+    "bnb-nf4-b128-float32": "nf4", "bnb-nf4-b64-float16": "nf4", "bnb-nf4-b64-nested-bfloat16": "nf4",
+    "ct-fp8-block": "", "ct-fp8-channel": "fp8f", "ct-fp8-tensor": "fp8f", "ct-int3-g32-asym-bfloat16": "int4f_g32",
+    "ct-int4-channel": "int4", "ct-int4-g128-asym-bfloat16": "int4f", "ct-int4-g128-sym-float16": "int4f",
+    "ct-int4-g32-asym-float16": "int4f_g32", "ct-int4-g32-sym-bfloat16": "int4f_g32", "ct-int8-channel": "int8",
+    "ct-int8-g32-asym-bfloat16": "int8f_g32", "ct-int8-g64-sym-bfloat16": "int8_g64", "ct-mxfp4": "mxfp4",
+    "ct-nvfp4": "nvfp4", "gptq-2-g32-asym-v1": "int4f_g32", "gptq-3-g32-asym-v1": "int4f_g32",
+    "gptq-3-g32-sym-v2": "int4f_g32", "gptq-4-g128-asym-v1": "int4f", "gptq-4-g32-sym-v1": "int4f_g32",
+    "gptq-4-g64-asym-v2": "int4f_g64", "gptq-8-g32-asym-v2": "int8f_g32", "gptq-8-g32-sym-v1": "int8_g32",
 }  # fmt: skip
+"""Case -> the format that storage="kept" takes; "": none holds its codes."""
+
+
+@pytest.mark.parametrize("case", [case for case in RECORDS if not case.startswith("gguf")])
+def test_kept_codes_are_what_the_library_rounds(case):
+    """In every format that holds them, whole, and from a multiple of a group on."""
+    record = RECORDS[case]
+    files = in_memory(record["stored"])
+    for weight in find(files, record["settings"], getattr(torch, record["dtype"]))[0]:
+        expected, source = record["expected"][weight.name], Source(weight.name, *shape_and_dtype(weight))
+        formats = kept_formats(source, {weight.name: weight}, files)
+        assert (formats[0].name if formats else "") == KEPT_AS.get(case)
+        for fmt in formats:
+            for start in (0, fmt.group * 3):
+                count = expected.numel() - start
+                stored = kept_part(source, fmt, {weight.name: weight}, files, start, count, "w")
+                found = decode_values(stored, None, fmt, count)
+                assert_same(found.to(expected.dtype), expected.reshape(-1)[start:], (fmt.name, start))
+
+
+def shape_and_dtype(weight):
+    return math.prod(weight.shape), weight.dtype
+
+
+KEPT = {
+    "fp8 powers": (lambda name, w: fp8_powers(name, w), WRITERS["fp8"][1], "fp8_e4m3"),
+    "fp8": (fp8_blocks, WRITERS["fp8"][1], "fp8f"),
+    "gptq": (partial(gptq, group=128, order=False), WRITERS["gptq"][1] | {"group_size": 128}, "int4f"),
+    "awq": (partial(awq, group=32), WRITERS["awq"][1] | {"group_size": 32}, "int4f_g32"),
+    "compressed-tensors": (partial(pack_quantized, group=64), WRITERS["compressed-tensors"][1], "int4_g64"),
+    "nvfp4": (nvfp4, WRITERS["nvfp4"][1], "nvfp4"),
+    "nf4": (nf4, WRITERS["nf4"][1], "nf4"),
+    "nf4 32": (partial(nf4, block=32), WRITERS["nf4"][1], "nf4_g32"),
+}  # fmt: skip
+KEPT_MODELS = [(scheme, "llama") for scheme in KEPT] + [(scheme, "mixtral") for scheme in ("fp8 powers", "awq")]
 
 
 def fp8_powers(name, w):
@@ -372,13 +415,12 @@ def as_stored(engine):
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-@pytest.mark.parametrize("model", ["llama", "mixtral"])
-@pytest.mark.parametrize("scheme", KEPT)
+@pytest.mark.parametrize(("scheme", "model"), KEPT_MODELS)
 def test_kept_codes_decode_to_what_the_library_rounds(tmp_path, monkeypatch, scheme, model):
     """Also where experts are merged on the way, and where a block ends inside of a weight."""
     writer, settings, name_of_format = KEPT[scheme]
-    monkeypatch.setitem(WRITERS, scheme, (writer, settings))
-    path, plain, _ = written(tmp_path, model, scheme, hidden=128, inner=256)
+    monkeypatch.setitem(WRITERS, "this", (writer, settings))
+    path, plain, _ = written(tmp_path, model, "this", hidden=128, inner=256)
     expected = Checkpoint.open(plain)
     expected.build_model()
     trained = dict(trainable="*norm*", method=MeZO(lr=1e-2, batch_size=2))
@@ -416,13 +458,15 @@ def kept_llama(folder):
     )[0]
 
 
-def test_lora_on_kept_codes_is_trained_from_disk(tmp_path):
-    path = kept_llama(tmp_path / "base")
+@pytest.mark.parametrize("scheme", ["compressed-tensors", "gptq", "nvfp4"])
+def test_lora_on_kept_codes_is_trained_from_disk(tmp_path, scheme):
+    writer, _, name_of_format = KEPT[scheme]
+    path, *_ = written(tmp_path, "llama", scheme, hidden=128, inner=256, writer=writer)
     settings = dict(offload="disk", run_dir=tmp_path / "run", storage="kept", block_numel=1 << 14, adapter="r=4")
     with Engine(path, method=MeZO(lr=1e-2, batch_size=2), **settings) as engine:
         losses = engine.fit(batches(3, vocab=96), steps=3).losses
         assert len(set(losses)) == 3
-        assert sum(fmt.name == "int4_g64" for fmt in engine.layout.formats.values()) == 14
+        assert sum(fmt.name == name_of_format for fmt in engine.layout.formats.values()) == 14
         logits = engine.run(ROWS_BATCH).logits
     with Engine.resume(tmp_path / "run") as engine:
         assert_same(engine.run(ROWS_BATCH).logits, logits)

@@ -20,8 +20,8 @@ def stored_as(fmt: Format, values: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     scales = torch.randn(groups, generator=chance) * 2e-3
     minima = None if not fmt.minimum_bytes else (torch.randn(groups, generator=chance) * 2e-2).view(torch.uint8)
     if fmt.scale_bytes == 1:
-        scales = torch.randint(0, 130, (groups,), dtype=torch.uint8, generator=chance)
-        scales[1::5] = 255
+        scales = torch.randint(112, 128, (groups,), dtype=torch.uint8, generator=chance)
+        scales[1::5], scales[2::10], scales[7::10] = 255, 0, 1
     else:
         scales[1::5], scales[2::5] = float("nan"), 0.0
     return pack(fmt, n, codes, scales.view(torch.uint8), minima), None

@@ -79,11 +79,11 @@ class AdaptedBase:
         else:
             self._base.peek(self._named(name), start, out)
 
-    def kept_format(self, name: str) -> Format | None:
-        return None if name in self._values else self._base.kept_format(self._named(name))
+    def kept_formats(self, name: str) -> tuple[Format, ...]:
+        return () if name in self._values else self._base.kept_formats(self._named(name))
 
-    def kept_part(self, name: str, start: int, count: int) -> Tensor:
-        return self._base.kept_part(self._named(name), start, count)
+    def kept_part(self, name: str, fmt: Format, start: int, count: int) -> Tensor:
+        return self._base.kept_part(self._named(name), fmt, start, count)
 
     def digest_of(self, name: str) -> str:
         if name in self._values:

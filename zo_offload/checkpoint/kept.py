@@ -8,6 +8,7 @@ format's group, a scale is still one a group.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,10 +18,21 @@ from ..formats import get_format
 from ..formats.base import Format
 from ..formats.four_bits import FourBits
 from ..formats.grouped import pack
-from ..quantized.base import Decoded
+from ..quantized.base import Codes, Decoded, Kept
 from ..quantized.files import Files
-from .dequantized import Dequantized, TensorFile
+from .dequantized import TensorFile
 from .recipe import Cut, Join, Reader, Recipe, Source, Turn
+
+
+@runtime_checkable
+class Coded(Protocol):
+    """Tensors of which some are quantized."""
+
+    @property
+    def weights(self) -> Mapping[str, Decoded]: ...
+
+    @property
+    def files(self) -> Files: ...
 
 
 class KeepsCodes:
@@ -28,75 +40,83 @@ class KeepsCodes:
 
     _file_of: dict[str, TensorFile]
 
-    def kept_format(self, name: str) -> Format | None:
-        """The storage format that has a quantized weight's own codes; None if none does. May read its scales."""
-        recipe, decoded = self._recipe_of(name), self._decoded()
-        return None if recipe is None or decoded is None else kept_format(recipe, decoded.weights, decoded.files)
+    def kept_formats(self, name: str) -> tuple[Format, ...]:
+        """The storage formats that have a quantized weight's own codes, the smallest first. May read its scales."""
+        known: dict[str, tuple[Format, ...]] = self.__dict__.setdefault("_kept_formats", {})
+        if name not in known:
+            recipe, coded, found = self._recipe_of(name), self._coded(), tuple[Format, ...]()
+            if recipe is not None and coded is not None:
+                found = kept_formats(recipe, coded.weights, coded.files)
+            known[name] = found
+        return known[name]
 
-    def kept_part(self, name: str, start: int, count: int) -> Tensor:
-        """Elements [start, start + count) of such a weight in that format, from a multiple of its group on."""
-        recipe, decoded = self._recipe_of(name), self._decoded()
-        assert recipe is not None and decoded is not None
-        return kept_part(recipe, decoded.weights, decoded.files, start, count, f"parameter {name!r} of the base")
+    def kept_part(self, name: str, fmt: Format, start: int, count: int) -> Tensor:
+        """Elements [start, start + count) of such a weight in one of them, from a multiple of its group on."""
+        recipe, coded = self._recipe_of(name), self._coded()
+        assert recipe is not None and coded is not None
+        return kept_part(recipe, fmt, coded.weights, coded.files, start, count, f"parameter {name!r} of the base")
 
     def _recipe_of(self, name: str) -> Recipe | None:
         raise NotImplementedError
 
-    def _decoded(self) -> Dequantized | None:
-        return next((file for file in self._file_of.values() if isinstance(file, Dequantized)), None)
+    def _coded(self) -> Coded | None:
+        return next((file for file in self._file_of.values() if isinstance(file, Coded)), None)
 
 
-def kept_format(recipe: Recipe, weights: Mapping[str, Decoded], files: Files) -> Format | None:
-    """The format that holds a weight's codes, if one does; reads scales where it depends on them."""
+def kept_formats(recipe: Recipe, weights: Mapping[str, Decoded], files: Files) -> tuple[Format, ...]:
+    """The formats that hold a weight's codes; reads scales where it depends on them."""
     sources = [weights.get(name) for name in dict.fromkeys(_sources(recipe))]
-    kept = [None if weight is None else weight.kept for weight in sources]
-    names = {None if one is None else one.format for one in kept}
-    name = names.pop() if len(names) == 1 else None
-    if name is None or not _is_whole(recipe, get_format(name).group):
-        return None
-    return get_format(name) if all(one is not None and one.fits(files) for one in kept) else None
+    if any(weight is None or not weight.kept for weight in sources):
+        return ()
+    found = [{kept.format: kept for kept in weight.kept} for weight in sources if weight is not None]
+    return tuple(
+        get_format(name)
+        for name in found[0]
+        if all(name in kept for kept in found)
+        and _is_whole(recipe, get_format(name).group)
+        and all(kept[name].fits(files) for kept in found)
+    )
 
 
 def kept_part(
-    recipe: Recipe, weights: Mapping[str, Decoded], files: Files, start: int, count: int, what: str
+    recipe: Recipe, fmt: Format, weights: Mapping[str, Decoded], files: Files, start: int, count: int, what: str
 ) -> Tensor:
     """The streamed part of elements [start, start + count), from a multiple of the group on. CheckpointError: NaN."""
-    fmt = kept_format_of_source(recipe, weights)
-    if isinstance(recipe, Source):
-        kept = weights[recipe.name].kept
-        assert kept is not None
-        codes, scales, minima = kept.run(files, start, count)
-    else:
-        dtype = torch.uint8 if fmt.scale_bytes == 1 else torch.float32
-        codes = _plane(recipe, weights, files, 0, torch.uint8, start, count)
-        scales = _plane(recipe, weights, files, 1, dtype, start, count)
-        minima = _plane(recipe, weights, files, 2, torch.float32, start, count) if fmt.minimum_bytes else None
+    codes, scales, minima = kept_codes(recipe, fmt, weights, files, start, count)
     scales = scales[:: fmt.group].contiguous()
-    if not bool(torch.isfinite(scales).all()) or (fmt.scale_bytes == 1 and bool(((codes & 0x7F) == 0x7F).any())):
+    is_fp8 = fmt.kernel.startswith("fp8")
+    if not bool(torch.isfinite(scales).all()) or (is_fp8 and bool(((codes & 0x7F) == 0x7F).any())):
         raise CheckpointError(f"{what}: its codes or scales hold NaN or infinity")
     if isinstance(fmt, FourBits):
         codes = fmt.pack_codes(codes)
-    low = None if minima is None else minima[:: fmt.group].bfloat16().view(torch.uint8)
+    low = None
+    if minima is not None:
+        least = minima[:: fmt.group].contiguous()
+        low = (least.bfloat16() if fmt.minimum_bytes == 2 else least).view(torch.uint8)
     return pack(fmt, count, codes, scales.view(torch.uint8), low)
 
 
-def kept_format_of_source(recipe: Recipe, weights: Mapping[str, Decoded]) -> Format:
-    kept = weights[next(_sources(recipe))].kept
-    assert kept is not None
-    return get_format(kept.format)
+def kept_codes(
+    recipe: Recipe, fmt: Format, weights: Mapping[str, Decoded], files: Files, start: int, count: int
+) -> Codes:
+    """Of each of these elements its code, scale and minimum."""
+
+    def plane(which: int, dtype: torch.dtype) -> Tensor:
+        def read(name: str, at: int, out: Tensor) -> None:
+            values = kept_of(weights[name], fmt).run(files, at, len(out))[which]
+            assert values is not None
+            out.copy_(values)
+
+        return _retyped(recipe, dtype).part(Reader(read), start, count)
+
+    if isinstance(recipe, Source):
+        return kept_of(weights[recipe.name], fmt).run(files, start, count)
+    scales = plane(1, torch.uint8 if fmt.scale_bytes == 1 else torch.float32)
+    return plane(0, torch.uint8), scales, plane(2, torch.float32) if fmt.minimum_bytes else None
 
 
-def _plane(
-    recipe: Recipe, weights: Mapping[str, Decoded], files: Files, which: int, dtype: torch.dtype, start: int, count: int
-) -> Tensor:
-    def read(name: str, at: int, out: Tensor) -> None:
-        kept = weights[name].kept
-        assert kept is not None
-        plane = kept.run(files, at, len(out))[which]
-        assert plane is not None
-        out.copy_(plane)
-
-    return _retyped(recipe, dtype).part(Reader(read), start, count)
+def kept_of(weight: Decoded, fmt: Format) -> Kept:
+    return next(kept for kept in weight.kept if kept.format == fmt.name)
 
 
 def _sources(recipe: Recipe) -> Iterator[str]:
@@ -119,6 +139,8 @@ def _is_whole(recipe: Recipe, group: int) -> bool:
     if isinstance(recipe, Cut):
         row = recipe.of.numel // max(1, recipe.rows)
         return row % group == recipe.begin % group == recipe.width % group == 0 and _is_whole(recipe.of, group)
+    if isinstance(recipe, Turn) and recipe.dims[-1] == len(recipe.dims) - 1:  # rows in another order
+        return recipe.shape[-1] % group == 0 and _is_whole(recipe.of, group)
     return False
 
 
@@ -128,5 +150,7 @@ def _retyped(recipe: Recipe, dtype: torch.dtype) -> Recipe:
         return Join(recipe.rows, [_retyped(part, dtype) for part in recipe.parts])
     if isinstance(recipe, Cut):
         return Cut(recipe.rows, _retyped(recipe.of, dtype), recipe.begin, recipe.width)
+    if isinstance(recipe, Turn):
+        return Turn(recipe.rows, _retyped(recipe.of, dtype), recipe.shape, recipe.dims)
     assert isinstance(recipe, Source)
     return Source(recipe.name, recipe.numel, dtype)

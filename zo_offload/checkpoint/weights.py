@@ -46,18 +46,22 @@ class Placed(Weights, Protocol):
 
 @runtime_checkable
 class Keeping(Protocol):
-    """Weights of which some are in the codes of a storage format already."""
+    """Weights of which some are in the codes of a storage format already, or of several."""
 
-    def kept_format(self, name: str) -> Format | None: ...
+    def kept_formats(self, name: str) -> tuple[Format, ...]:
+        """Those formats, the smallest first."""
+        ...
 
-    def kept_part(self, name: str, start: int, count: int) -> Tensor:
-        """Elements [start, start + count) as that format's streamed part, from a multiple of its group on."""
+    def kept_part(self, name: str, fmt: Format, start: int, count: int) -> Tensor:
+        """Elements [start, start + count) as such a format's streamed part, from a multiple of its group on."""
         ...
 
 
 def kept_of(base: object) -> Callable[[str], Format | None]:
     """Of a base's names: the format that has their codes already; None of all of a base that keeps nothing."""
-    return base.kept_format if isinstance(base, Keeping) else lambda name: None
+    if not isinstance(base, Keeping):
+        return lambda name: None
+    return lambda name: next(iter(base.kept_formats(name)), None)
 
 
 class Base(Weights, Protocol):

@@ -16,9 +16,9 @@
     int8+8     1.031            1      16-bit integer master
     fp8+8      1.008            1      16-bit float master; the coarse half is fp8_e4m3
 
-`kept.py` has others, that a quantized checkpoint's own codes are in: int4f, int8f, fp8f, mxfp4, nvfp4, fp4, and the
-above in smaller groups. `base.py` says what a format is, `table.py` lists them. `code` is the integer that the kernels know a format by
-(csrc/formats.h).
+`kept.py` has others, that a quantized checkpoint's own codes are in: int4f, int8f, fp8f, mxfp4, nvfp4, fp4; and for
+them some of the above are there in smaller groups. `base.py` says what a format is, `table.py` lists them. `code` is
+the integer that the kernels know a format by (csrc/formats.h).
 """
 
 from __future__ import annotations

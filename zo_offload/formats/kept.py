@@ -139,7 +139,7 @@ class MXFP4(_Table):
 
 
 class NVFP4(_Table):
-    """0.75 bytes a parameter: 4-bit floats (e2m1) times a float32 scale for each 16: what the file's two scales make."""
+    """0.75 bytes a parameter: 4-bit floats (e2m1) times a float32 scale for each 16, which the file's two make."""
 
     kind: ClassVar[str] = "nvfp4"
     code: ClassVar[int] = 16

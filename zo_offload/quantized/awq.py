@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .base import FLOATS, Codes, Decoded, Kept, Wanted, by_rows, kept_rows, need
+from .base import FLOATS, Codes, Decoded, Kept, Wanted, by_rows, is_exact, kept_as, kept_rows, need
 from .bits import stream
 from .files import Files
 
@@ -62,21 +62,31 @@ def _weight(files: Files, module: str, wanted: Wanted) -> Decoded:
         rows = packed.shape[0]
         return packed.view(rows, -1, 8)[:, :, ORDER].view(rows, -1).T
 
-    def parts(files: Files, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """codes less zero points [outputs, groups, group], scales [outputs, groups]"""
+    def parts(files: Files, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """codes [outputs, groups, group], zero points and scales [outputs, groups]"""
         last = -(-last // 8) * 8
-        away = codes(files, name, first, last).reshape(last - first, groups, group)
-        away = away - codes(files, f"{module}.qzeros", first, last).unsqueeze(2)
-        return away, files.columns(f"{module}.scales", first, last).T.float()
+        packed = codes(files, name, first, last).reshape(last - first, groups, group)
+        return (
+            packed,
+            codes(files, f"{module}.qzeros", first, last),
+            files.columns(f"{module}.scales", first, last).T.float(),
+        )
 
     def rows(files: Files, first: int, last: int) -> Tensor:
-        away, scale = parts(files, first, last)
-        return (away * scale.unsqueeze(2)).view(-1, inputs).to(dtype)
+        packed, zero, scale = parts(files, first, last)
+        return ((packed - zero.unsqueeze(2)) * scale.unsqueeze(2)).view(-1, inputs).to(dtype)
 
-    def kept(files: Files, first: int, last: int) -> Codes:
-        away, scale = parts(files, first, last)
-        return away.to(torch.int8).view(torch.uint8).view(-1, inputs), scale, None
+    def signed(files: Files, first: int, last: int) -> Codes:
+        packed, zero, scale = parts(files, first, last)
+        return (packed - zero.unsqueeze(2)).to(torch.int8).view(torch.uint8).view(-1, inputs), scale, None
+
+    def above(files: Files, first: int, last: int) -> Codes:
+        packed, zero, scale = parts(files, first, last)
+        return packed.to(torch.uint8).view(-1, inputs), scale, -(scale * zero)
 
     uses = tuple(f"{module}.{part}" for part in ("qweight", "qzeros", "scales"))
-    keeps = Kept("int8", kept_rows(inputs, kept, 8)) if group % 128 == 0 else None
+    keeps: tuple[Kept, ...] = ()
+    if is_exact(files.specs[f"{module}.scales"]):
+        keeps = kept_as("int4f", group, kept_rows(inputs, above, 8))
+    keeps += kept_as("int8", group, kept_rows(inputs, signed, 8))
     return Decoded(f"{module}.weight", (words * 8, inputs), dtype, uses, by_rows(inputs, rows, 8), keeps)

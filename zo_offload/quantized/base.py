@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..formats import FORMATS, KEPT
 from .files import Files, Spec
 
 RUN = 1 << 20
@@ -40,6 +41,25 @@ class Kept:
     """Whether the format can hold all of its scales; reads them."""
 
 
+_NAMES = {(fmt.kernel, fmt.group): fmt.name for fmt in (FORMATS | KEPT).values() if fmt.group}
+
+
+def format_of_groups(kind: str, group: int) -> str | None:
+    """The storage format of a kind ("int4f", "int8", ...) in the largest groups that lie in groups of `group`."""
+    return next((_NAMES[kind, n] for n in (128, 64, 32, 16) if group % n == 0 and (kind, n) in _NAMES), None)
+
+
+def kept_as(kind: str, group: int, run: Callable[[Files, int, int], Codes], **options: Any) -> tuple[Kept, ...]:
+    """A weight's codes in that format; () if groups of `group` do not fit into any of the kind."""
+    name = format_of_groups(kind, group)
+    return () if name is None else (Kept(name, run, **options),)
+
+
+def is_exact(scales: Spec) -> bool:
+    """Whether scales times zero points of up to 8 bits are exact in float32."""
+    return scales.dtype in (torch.float16, torch.bfloat16)
+
+
 @dataclass(frozen=True)
 class Decoded:
     """One weight as a model that is not quantized has it, made of `uses`: tensors of the files."""
@@ -50,8 +70,8 @@ class Decoded:
     """What the library of the scheme gives."""
     uses: tuple[str, ...]
     run: Decoder
-    kept: Kept | None = None
-    """None: no format of ours holds its codes."""
+    kept: tuple[Kept, ...] = ()
+    """The formats that hold its codes, the smallest first; (): none does."""
 
     def read_into(self, files: Files, start: int, out: Tensor) -> None:
         """Elements [start, start + len(out)) into `out`, 1-D and of `dtype`. Memory: a few RUNs."""

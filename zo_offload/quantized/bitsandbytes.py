@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..formats.four_bits import NF4_VALUES
-from .base import Codes, Decoded, Kept, Wanted, by_rows, need
+from ..formats.kept import FP4_VALUES
+from .base import Codes, Decoded, Wanted, by_rows, kept_as, need
 from .bits import nibbles
 from .files import Files
 
@@ -106,11 +107,15 @@ def _four_bits(files: Files, name: str, state_name: str) -> Decoded:
         codes, values, _ = kept(files, start, count)
         return (files.small(table)[codes.long()] * values).to(dtype)
 
+    kind = "nf4" if state_name.endswith("nf4") else "fp4"
+    ours = torch.tensor(NF4_VALUES if kind == "nf4" else FP4_VALUES, dtype=torch.float32, device="cpu")
+
     def is_ours(files: Files) -> bool:
-        return bool((files.small(table) == torch.tensor(NF4_VALUES, device="cpu")).all())
+        return bool((files.small(table) == ours).all())
 
     uses = (name, state_name, absmax, table) + ((nested, nested_table) if is_nested else ())
-    keeps = Kept("nf4", kept, is_ours) if size % 64 == 0 and shape[-1] % 64 == 0 else None
+    group = math.gcd(size, shape[-1])  # pieces of a weight begin with a row
+    keeps = kept_as(kind, group, kept, fits=is_ours)
     return Decoded(name, shape, dtype, uses, run, keeps)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .base import FLOATS, Codes, Decoded, Kept, Wanted, by_rows, kept_rows, need
+from .base import FLOATS, Codes, Decoded, Kept, Wanted, by_rows, is_exact, kept_as, kept_rows, need
 from .bits import padded_words, stream
 from .files import Files
 from .packed_float import packed_float
@@ -106,34 +106,37 @@ def _packed(files: Files, name: str, groups: list[dict[str, Any]]) -> Decoded:
         begin = first % each
         return unpacked[:, begin : begin + last - first].T - middle
 
-    def parts(files: Files, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """codes less zero points [n, inputs], scales [n, many]"""
+    def parts(files: Files, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """codes from 0 up [n, inputs], what codes of 0 are, zero points included, and scales [n, many]"""
         packed = files.rows(codes, first, last)
-        unpacked = (stream(packed, bits) if dense else padded_words(packed, bits))[:, :inputs] - middle
+        unpacked = (stream(packed, bits) if dense else padded_words(packed, bits))[:, :inputs]
         factor = files.rows(scale, first, last).float()
-        if zero in files:
-            unpacked = unpacked - zeros(files, first, last)[:, place]
-        return unpacked, factor
+        least = zeros(files, first, last) if zero in files else torch.zeros_like(factor, dtype=torch.int16)
+        return unpacked, least + middle, factor
 
     def rows(files: Files, first: int, last: int) -> Tensor:
-        away, factor = parts(files, first, last)
-        return factor[:, place].mul_(away).to(scales.dtype)
+        unpacked, least, factor = parts(files, first, last)
+        return factor[:, place].mul_(unpacked - least[:, place]).to(scales.dtype)
 
+    def above(files: Files, first: int, last: int) -> Codes:
+        unpacked, least, factor = parts(files, first, last)
+        return unpacked.to(torch.uint8), factor, -(factor * least)
+
+    def signed(files: Files, first: int, last: int) -> Codes:
+        unpacked, least, factor = parts(files, first, last)
+        return (unpacked - least[:, place]).to(torch.int8).view(torch.uint8), factor, None
+
+    keeps: tuple[Kept, ...] = ()
     group = inputs // many
-    is_int4 = bits == 4 and zero not in files and scales.dtype == torch.bfloat16 and group % 64 == 0
-
-    def kept(files: Files, first: int, last: int) -> Codes:
-        away, factor = parts(files, first, last)
-        if is_int4:
-            return (away + 8).to(torch.uint8), factor, -8 * factor
-        return away.to(torch.int8).view(torch.uint8), factor, None
-
-    keeps = None
-    if bool((place == torch.arange(inputs, device="cpu") // group).all()) and inputs % (64 if is_int4 else 128) == 0:
-        if is_int4:
-            keeps = Kept("int4" if group % 128 == 0 else "int4_g64", kept_rows(inputs, kept))
-        elif group % 128 == 0 and (bits <= 4 or zero not in files):
-            keeps = Kept("int8", kept_rows(inputs, kept))
+    if bool((place == torch.arange(inputs, device="cpu") // group).all()):
+        if bits == 4 and zero not in files and scales.dtype == torch.bfloat16:  # minima that are bf16, too
+            keeps += kept_as("int4", group, kept_rows(inputs, above))
+        if bits <= 4 and is_exact(scales):
+            keeps += kept_as("int4f", group, kept_rows(inputs, above))
+        if bits < 8 or zero not in files:
+            keeps += kept_as("int8", group, kept_rows(inputs, signed))
+        if bits > 4 and is_exact(scales):
+            keeps += kept_as("int8f", group, kept_rows(inputs, above))
     if zero in files:
         given = files.specs[zero]
         words = -(-outputs * bits // 32) if dense else -(-outputs // (32 // bits))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .base import Decoded, Wanted, by_rows, need
+from .base import RUN, Codes, Decoded, Wanted, by_rows, kept_as, kept_rows, need
 from .bits import E2M1, nibbles, powers
 from .files import Files
 
@@ -36,6 +36,16 @@ class ModelOptimizer:
                 yield packed_float(files, name, name, f"{name}_scale_2")
 
 
+_LARGEST = 252  # 6 * 2 ** (252 - 127) is finite
+
+
+def all_finite(files: Files, scale: str) -> bool:
+    """Whether no mxfp4 code under these exponents is infinite or NaN."""
+    many = files.specs[scale].numel
+    runs = (files.part(scale, start, min(RUN, many - start)) for start in range(0, many, RUN))
+    return all(int(run.view(torch.uint8).max()) <= _LARGEST for run in runs)
+
+
 def packed_float(files: Files, codes: str, name: str, whole: str | None) -> Decoded:
     """The weight `name`; whole: the scale of all of it. CheckpointError: shapes that do not fit."""
     spec, scale = files.specs[codes], f"{name}_scale"
@@ -51,15 +61,24 @@ def packed_float(files: Files, codes: str, name: str, whole: str | None) -> Deco
         raise CheckpointError(f"{whole!r} is {files.specs[whole]}; one number is expected.")
     divides = whole is not None and whole.endswith("global_scale")
 
-    def rows(files: Files, first: int, last: int) -> Tensor:
-        values = E2M1[nibbles(files.rows(codes, first, last))].view(last - first, -1, group)
+    def factors(files: Files, first: int, last: int) -> Tensor:
+        """[n, width / group], float32"""
         raw = files.rows(scale, first, last)
         if whole is None:
-            factor = powers(raw)
-        else:
-            all_of_it = files.part(whole, 0, 1)
-            factor = raw.float() / all_of_it if divides else raw.float() * all_of_it
-        return values.mul_(factor.unsqueeze(2)).view(last - first, width).to(torch.bfloat16)
+            return powers(raw)
+        all_of_it = files.part(whole, 0, 1)
+        return raw.float() / all_of_it if divides else raw.float() * all_of_it
+
+    def rows(files: Files, first: int, last: int) -> Tensor:
+        values = E2M1[nibbles(files.rows(codes, first, last))].view(last - first, -1, group)
+        return values.mul_(factors(files, first, last).unsqueeze(2)).view(last - first, width).to(torch.bfloat16)
+
+    def kept(files: Files, first: int, last: int) -> Codes:
+        both = nibbles(files.rows(codes, first, last)).to(torch.uint8)
+        return both, files.rows(scale, first, last) if whole is None else factors(files, first, last), None
+
+    kind = "mxfp4" if whole is None else "nvfp4"
+    keeps = kept_as(kind, group, kept_rows(width, kept), fits=lambda f: whole is not None or all_finite(f, scale))
 
     uses = (codes, scale) + ((whole,) if whole is not None else ())
-    return Decoded(name, (*spec.shape[:-1], width), torch.bfloat16, uses, by_rows(width, rows))
+    return Decoded(name, (*spec.shape[:-1], width), torch.bfloat16, uses, by_rows(width, rows), keeps)

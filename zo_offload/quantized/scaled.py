@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .base import FLOATS, RUN, Codes, Decoded, Kept, Settings, Wanted, by_rows, kept_rows, need
+from .base import FLOATS, RUN, Codes, Decoded, Kept, Settings, Wanted, by_rows, is_exact, kept_as, kept_rows, need
 from .bits import exponents, scales
 from .files import Files, Spec
 
@@ -116,13 +116,26 @@ def scaled(
         begin, end = int(index[0]), int(index[-1]) + 1
         values = scales(files.part(scale, begin * across, (end - begin) * across)).view(-1, across)[index - begin]
         codes = files.rows(name, first, last).view(torch.uint8)
-        return codes, values if spec.dtype == torch.int8 else exponents(values), None
+        if zero is None:
+            return codes, values, None
+        given = files.part(zero, begin * across, (end - begin) * across).view(-1, across)[index - begin]
+        return codes ^ 0x80, values, -(values * (given.float() + 128))  # codes from 0 up
+
+    def kept_exponents(files: Files, first: int, last: int) -> Codes:
+        codes, values, _ = kept(files, first, last)
+        return codes, exponents(values), None
 
     uses = (name, scale) + ((zero,) if zero else ())
-    keeps = None
-    if zero is None and width % 128 == 0 and (across == 1 or wide == 128) and spec.dtype != torch.float8_e5m2:
-        is_int8 = spec.dtype == torch.int8
-        keeps = Kept("int8" if is_int8 else "fp8_e4m3", kept_rows(width, kept), lambda f: is_int8 or _powers(f, scale))
+    keeps: tuple[Kept, ...] = ()
+    group = width if across == 1 else wide
+    if width % group == 0 and spec.dtype == torch.int8:
+        if zero is None:
+            keeps = kept_as("int8", group, kept_rows(width, kept))
+        elif is_exact(grid):
+            keeps = kept_as("int8f", group, kept_rows(width, kept))
+    elif width % group == 0 and spec.dtype == torch.float8_e4m3fn:
+        keeps = kept_as("fp8_e4m3", group, kept_rows(width, kept_exponents), fits=lambda f: _powers(f, scale))
+        keeps += kept_as("fp8f", group, kept_rows(width, kept))
     return Decoded(name, spec.shape, dtype, uses, by_rows(width, of_rows), keeps)
 
 
