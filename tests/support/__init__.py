@@ -3,6 +3,7 @@
 zoo               tiny models of many architectures, and inputs for them
 texts             a tiny language model whose tokenizer knows every byte
 training          a method, batches, a run of a few steps; what it gives
+codes             stored bytes of any format, drawn where nothing is encoded
 compare           bit-equality, the one way to compare tensors and losses
 block_files       block files without a run: shapes, contents, and a tier that holds version 0
 planning          what `zo-offload plan` tells, without the command line around it
