@@ -144,11 +144,11 @@ def test_misspelt_keywords_are_told_with_the_nearest():
     with pytest.raises(ConfigError, match=r"methd= is no setting of Engine. Did you mean method=\?"):
         Engine(tiny_llama(), methd=MeZO(lr=1e-3))
     with Engine(tiny_llama()) as engine:
-        with pytest.raises(DataError, match=r"step= is no option of fit.*Did you mean steps=\?"):
+        with pytest.raises(DataError, match=r"step= is not an option of fit.*Did you mean steps=\?"):
             engine.fit(ROWS, step=3)
-        with pytest.raises(DataError, match=r"early_stoping= is no option.*Did you mean early_stopping=\?"):
+        with pytest.raises(DataError, match=r"early_stoping= is not an option.*Did you mean early_stopping=\?"):
             engine.fit(ROWS, early_stoping=3)
-        with pytest.raises(DataError, match=r"templte= is no option of fit, evaluate.*Did you mean template=\?"):
+        with pytest.raises(DataError, match=r"templte= is not an option of fit, evaluate.*Did you mean template=\?"):
             engine.evaluate(ROWS, templte="{text}")
 
 

@@ -77,7 +77,7 @@ def test_tensors_go_to_an_objective_of_ones_own():
 
     with Engine(model, method=MeZO(lr=1e-2), objective=objective) as engine:
         assert len(engine.fit(DataLoader(pairs, batch_size=4), steps=3).losses) == 3
-        with pytest.raises(DataError, match=r"gives tuples, one a row: pass DataLoader\(data, batch_size=...\)"):
+        with pytest.raises(DataError, match=r"gives tuples, one per row: pass DataLoader\(data, batch_size=...\)"):
             engine.fit(pairs, steps=4)
 
 

@@ -121,7 +121,7 @@ def test_the_index_of_an_option_may_be_of_any_type(label):
 
 def test_a_number_that_is_an_index_and_a_text_is_neither():
     row = {"q": "q", "options": [3, 5, 1], "label": 1}
-    with pytest.raises(DataError, match="label=1 is the index of '5' in 'options', and '1' is another text there"):
+    with pytest.raises(DataError, match="label=1 is the index of '5' in 'options', but '1' is also a text in it"):
         make([row], template="{q}", verbalizers="{options}")
     assert learned(make([{**row, "label": "1"}], template="{q}", verbalizers="{options}")) == "1"
 
@@ -203,7 +203,7 @@ def test_what_would_not_be_heeded_is_refused(base, options, message):
 
 @pytest.mark.parametrize("name", ["step", "loss", "eval_loss"])
 def test_a_metric_has_no_name_of_the_evaluations_own(base, name):
-    with pytest.raises(ConfigError, match="which an evaluation has of its own"):
+    with pytest.raises(ConfigError, match="a name that every evaluation uses itself"):
         fit(base, eval_data=ROWS, compute_metrics=lambda seen: {name: 7}, **PROMPT)
 
 

@@ -156,7 +156,7 @@ def test_a_module_of_ones_own_is_not_guessed_at_but_may_say(shift):
 
     with Engine(copy.deepcopy(model), method=STEP, offload="none", example=batch) as engine:
         whole = engine.step(batch).loss
-        with pytest.raises(DataError, match="may be a mean over different things"):
+        with pytest.raises(DataError, match="may be a mean over one of several things"):
             engine.step(batch, micro_batches=2)
         with pytest.warns(UserWarning, match="depends a little on batch_size"):
             engine.evaluate([{k: v[i : i + 1] for k, v in batch.items()} for i in range(4)])

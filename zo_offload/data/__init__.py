@@ -1,1 +1,1 @@
-"""From rows to batches to losses: what a model is trained on, and what is asked of it."""
+"""Data: from rows to batches to losses."""

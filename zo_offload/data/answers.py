@@ -12,7 +12,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def words_of(text: str) -> list[str]:
-    """Words without case, punctuation and articles."""
+    """The text's words, in lower case, without punctuation and articles."""
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
@@ -21,7 +21,7 @@ def exact_match(said: str, answers: Sequence[str]) -> float:
 
 
 def f1(said: str, answers: Sequence[str]) -> float:
-    """The best over the answers of the harmonic mean of precision and recall."""
+    """The harmonic mean of precision and recall, for the best of the answers."""
     return max(_f1(words_of(said), words_of(answer)) for answer in answers)
 
 

@@ -1,11 +1,11 @@
 """Training data as batches that are functions of the step.
 
-`make_batches` takes what users have: rows (a dataset, a DataFrame, a list of dicts, a file, see `files.py`), a
-stream of rows, or batches that are ready; `sources.py` tells them apart. For data with random access the batch of step
-t is a pure function of (seed, t): epoch e is a permutation keyed by (seed, e), so a resumed run sees what an
-uninterrupted one would, and every row is looked at before the first step. Streams are read in order and started over at
-their end; resuming reads up to the step again; their rows are checked as they come. `fingerprint` of the batch is what
-the journal keeps to tell when that went wrong.
+`make_batches` takes users' data: rows (a dataset, a DataFrame, a list of dicts, a file, see `files.py`), a stream of
+rows, or ready batches; `sources.py` tells them apart. For data with random access the batch of step t is a pure
+function of (seed, t): epoch e is a permutation keyed by (seed, e), so a resumed run sees the same batches as an
+uninterrupted one, and every row is checked before the first step. Streams are read in order and restart at their end; a
+resumed run reads them again up to its step; their rows are checked when read. The journal keeps each batch's
+`fingerprint`, to notice a batch that differs.
 """
 
 from __future__ import annotations
@@ -53,43 +53,43 @@ class Batches:
     def __init__(self, encoder: Encoder):
         self.encoder = encoder
         self.objective: Callable[[Any, Any], Any] | None = OptionsLoss(encoder) if encoder.loss == "options" else None
-        """In place of the engine's."""
+        """The objective that the data asks for, in place of the engine's."""
         self.metrics: Metrics | None = None
-        """The caller's own, of an evaluation."""
+        """The caller's own metrics of an evaluation."""
         self.scoring: Scoring | None = None
-        """How generated texts are scored, in an evaluation of a task that says so."""
+        """How generated texts are scored, in an evaluation of a task that generates them."""
 
     def batch(self, step: int) -> Batch:
         """The batch of a training step, 0-based."""
         raise NotImplementedError
 
     def epoch(self) -> Iterator[Batch]:
-        """Everything once, in the data's order, the last batch short if it must be; for evaluation."""
+        """All rows once, in the data's order, for evaluation; the last batch may be short."""
         raise NotImplementedError
 
     def first(self) -> Batch:
-        """A batch such as `epoch` gives, to see its sizes; nothing is used up by it."""
+        """A batch as `epoch` yields it, to see its sizes; consumes nothing."""
         return next(iter(self.epoch()))
 
     def largest(self) -> Batch | None:
-        """A training batch as large as any, to plan memory with; None if that is not known beforehand."""
+        """The largest training batch, to plan memory with; None if it is not known beforehand."""
         return None
 
     def identity(self) -> dict[str, Any] | None:
-        """What these batches are made of, for a run to tell other data by; None if that cannot be known beforehand."""
+        """Describes the data, so that a run notices other data; None if it cannot be known beforehand."""
         return None
 
     def legacy_identity(self) -> dict[str, Any] | None:
-        """The same as runs of the earlier format have it; None where those know nothing."""
+        """The same in the earlier format of runs; None if that format has nothing for such data."""
         return None
 
     def steps_per_epoch(self) -> int | None:
-        """None where it is not known."""
+        """Steps of an epoch; None if not known."""
         return None
 
     @property
     def is_read_once(self) -> bool:
-        """Whether one pass over it is all there is."""
+        """Whether the data can be read only once."""
         return False
 
     def measure(
@@ -152,7 +152,7 @@ class RowBatches(Batches):
         return read_apart(lambda: batches, _mix(self.seed, -1))
 
     def identity(self) -> dict[str, Any] | None:
-        """Number and digest of all rows, how they are cut, and how they are encoded; see digests.py."""
+        """Number and digest of all rows, their batching and their encoding; see digests.py."""
         if self._identity is None:
             with own_random_numbers(_mix(self.seed, -1)):
                 self._identity = {
@@ -166,7 +166,7 @@ class RowBatches(Batches):
         return {**known, "batch_size": self.batch_size, "shuffle": self.shuffle}
 
     def largest(self) -> Batch | None:
-        """The longest row among as many others as a batch has: what is padded to its length."""
+        """A whole batch that contains the longest row; the other rows are padded to its length."""
         if not isinstance(self.rows, (RowFile, PackedRows)) and self._longest == [0]:
             return None
         others = (i for i in range(self.batch_size + len(self._longest)) if i not in self._longest)
@@ -183,14 +183,14 @@ class RowBatches(Batches):
         return self._order[1]
 
     def _sizes(self) -> Tensor:
-        """Of each row: bytes of text, or tokens."""
+        """Each row's size: bytes of text, or tokens."""
         if self._row_sizes is None:
             found = (self.encoder.check(self.rows[i], f"{self.name} row {i}") for i in range(len(self.rows)))
             self._row_sizes = torch.tensor(list(found), device="cpu")
         return self._row_sizes
 
     def _collated(self, indices: Iterable[int], step: int | None = None) -> Batch:
-        """The rows as a batch; step: what random masks are drawn for, None for evaluation, where they stay the same."""
+        """The rows as a batch. step: random masks are drawn for it; None in an evaluation, where they stay the same."""
         indices = list(indices)
         rows = [self.encoder(self.rows[i], f"{self.name} row {i}", f"{self.seed} {step} {i}") for i in indices]
         options = [self.encoder.options_of(self.rows[i], f"{self.name} row {i}") for i in indices]
@@ -200,12 +200,12 @@ class RowBatches(Batches):
         )
 
     def _check_rows(self) -> list[int]:
-        """Raise now what a row would raise at some step; the places of the longest rows, where they are cheap to read.
+        """Raise now any error that a row would raise later; return the places of the longest rows if cheap to find.
 
-        Of a dataset that computes its rows (a torch Dataset), the first is looked at; the others when they are drawn.
+        In a dataset that computes its rows (a torch Dataset), only the first is checked now, the others when drawn.
         """
         name, rows = self.name, self.rows
-        if isinstance(rows, (RowFile, PackedRows)):  # looked at when it was opened
+        if isinstance(rows, (RowFile, PackedRows)):  # checked when it was opened
             return rows.longest
         if not isinstance(rows, Sequence) and not hasattr(rows, "column_names"):
             return [0]
@@ -216,9 +216,10 @@ class RowBatches(Batches):
 class StreamBatches(Batches):
     """A DataLoader or another iterable of ready batches, or of rows in order: `Chunks`.
 
-    Steps must be asked for in rising order, or from the start again. While an epoch of a DataLoader begins, torch's
-    default generator is seeded from (seed, epoch), so its shuffling is the same in a resumed run, whatever workers it
-    has; in training, a generator given to the DataLoader, or randomness inside the dataset, is the caller's to repeat.
+    Steps must be requested in rising order, or from the start again. While an epoch of a DataLoader begins, torch's
+    default generator is seeded from (seed, epoch), so its shuffling is the same in a resumed run, with any number of
+    workers. A generator that was given to the DataLoader, and randomness inside the dataset, must be repeated by the
+    caller.
     """
 
     def __init__(self, batches: Iterable[Any], encoder: Encoder, *, seed: int, name: str):
@@ -238,7 +239,7 @@ class StreamBatches(Batches):
 
     @property
     def is_read_once(self) -> bool:
-        """Whether it is an iterator, which is used up when it was read."""
+        """Whether the data is an iterator, which can be read only once."""
         return self._once
 
     def steps_per_epoch(self) -> int | None:
@@ -246,7 +247,7 @@ class StreamBatches(Batches):
 
     def batch(self, step: int) -> Batch:
         if self._once and self._last is not None and step == self._next_step - 1:
-            return self._last  # a run looks at its first batch before it takes the step
+            return self._last  # a run reads its first batch once before it takes the step
         if self._iterator is None or step < self._next_step:
             if self._iterator is not None and self._once:
                 raise DataError(f"{self.name} cannot be read again from step {step}; pass a list or a DataLoader.")
@@ -286,7 +287,7 @@ class StreamBatches(Batches):
             )
 
     def identity(self) -> dict[str, Any] | None:
-        """All batches of a list; of a loader what it says of itself."""
+        """A digest of all batches of a list; a loader's own attributes."""
         return stream_identity(self.batches)
 
     def _begin(self) -> tuple[Iterator[Any], Any]:
@@ -307,15 +308,15 @@ class StreamBatches(Batches):
         if self._persistent and self.encoder.version > 1 and self.batches.generator is None:
             torch.empty(
                 (), dtype=torch.int64, device="cpu"
-            ).random_()  # as a loader draws for its workers where it starts them
+            ).random_()  # as a loader draws for its workers when it starts them
         return iter(self.batches)
 
     def _is_short(self, batch: Any) -> bool:
-        """A stream's last rows, fewer than a batch: left out of training unless there are no others."""
+        """Whether these are a stream's last rows, fewer than a batch; training skips them if there are others."""
         return isinstance(self.batches, Chunks) and len(batch) < self.batches.size
 
     def _checked(self, batch: Any, where: str, draw: str) -> Batch:
-        """A ready batch as it is; rows, or a loader's columns of texts, encoded."""
+        """A ready batch unchanged; rows, or a loader's columns of texts, encoded."""
         whole = isinstance(batch, (list, tuple)) and self.encoder.own_objective  # which takes it as it is
         rows = batch if isinstance(self.batches, Chunks) else None if whole else rows_of_texts(batch)
         if rows is None:
@@ -340,11 +341,10 @@ def make_batches(
 ) -> Batches:
     """Batches from a path, a dataset, DataFrame or list of dicts, a stream of them, or an iterable of ready batches.
 
-    kind: of the model that is to have them; where it is not said, only labels that are given or asked for by `task` are
-    taken. batched: whether the elements are ready batches, where `sources.py` would not see it. rows: so many of them,
-    chosen by the seed. name: for messages. encoding: fields of `Encoder` (tokenizer, template, verbalizers, max_length,
-    ...), for rows. Ready batches keep their own size.
-    `Batches` given as such are returned. Raises DataError.
+    kind: the kind of the model that gets the batches; without it, only labels that are given or that `task` asks for
+    are used. batched: whether the elements are ready batches, if `sources.py` cannot tell. rows: the number of rows to
+    use, chosen by the seed. name: for messages. encoding: fields of `Encoder` (tokenizer, template, verbalizers,
+    max_length, ...), for rows. Ready batches keep their own size. `Batches` are returned unchanged. Raises DataError.
     """
     if isinstance(data, Batches):
         return data
@@ -357,7 +357,7 @@ def make_batches(
         found = open_file(data, check)
         chosen = _packed(sampled(found, rows, seed, f"rows of {name}"), encoder, name)
         return RowBatches(chosen, encoder, batch_size=batch_size, seed=seed, shuffle=shuffle, name=name)
-    # what an iterator gives now is used later: it draws what it would draw then
+    # an element that is read now is used later: it must draw the same random numbers as then
     with contextlib.nullcontext() if isinstance(data, Iterator) else own_random_numbers(_mix(seed, -1)):
         source = open_source(data, kind, own_objective=own_objective, batched=batched, version=version)
         name = name or source.name
@@ -377,12 +377,12 @@ def _packed(rows: Any, encoder: Encoder, name: str) -> Any:
 
 
 def check_options(given: Iterable[str], also: Iterable[str] = ()) -> None:
-    """Raise DataError for a name that is no option of the data. also: the names of other options there."""
+    """Raise DataError for a name that is not an option of the data. also: names of other valid options."""
     known = [f.name for f in fields(Encoder) if not f.name.startswith("_")]
     known = sorted({*known, *also} - {"kind", "own_objective", "version"})
     for name in sorted(set(given) - {f.name for f in fields(Encoder)}):
         hint = did_you_mean(name, known, "{}=") or f" There are {', '.join(known)}."
-        raise DataError(f"{name}= is no option of fit, evaluate or their data.{hint}")
+        raise DataError(f"{name}= is not an option of fit, evaluate or their data.{hint}")
 
 
 def _mix(seed: int, epoch: int) -> int:

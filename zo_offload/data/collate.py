@@ -23,14 +23,14 @@ _PAD_WITH = {
 
 @dataclass(frozen=True)
 class Collator:
-    """How rows become a batch. multiple: lengths are rounded up to it, not above limit; flags: kept as truth values."""
+    """Turns rows into a batch. multiple: lengths are rounded up to it, not above limit; flags: kept as truth values."""
 
     pad_token: int
     multiple: int = 1
     limit: int | None = None
     flags: frozenset[str] = frozenset()
     alone: bool = False
-    """The model takes single rows only: it cannot tell padding."""
+    """The model takes single rows only, since it cannot recognise padding."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]], where: str) -> Batch:
         if self.alone and len(rows) > 1:
@@ -47,7 +47,7 @@ class Collator:
     def _column(self, values: list[Any], key: str, where: str) -> Any:
         if key in self.flags and isinstance(values[0], bool):
             if any(value is not values[0] for value in values):
-                raise DataError(f"{where}: {key!r} is a switch of the model and differs between rows.")
+                raise DataError(f"{where}: {key!r} is a flag of the model and differs between rows.")
             return values[0]
         if isinstance(values[0], Mapping):
             return Collator.__call__(self, values, f"{where} {key!r}")
@@ -71,7 +71,7 @@ class Collator:
         return torch.stack(tensors)
 
     def _pad(self, tensors: list[Tensor], value: int) -> Tensor:
-        """To one length in the last dimension; the others must agree."""
+        """Pad the tensors to one length in the last dimension; the other dimensions must agree."""
         longest = max(t.shape[-1] for t in tensors)
         length = -(-longest // self.multiple) * self.multiple
         if self.limit is not None:
@@ -80,7 +80,7 @@ class Collator:
 
 
 def _tensor(value: Any, padding: int) -> Tensor:
-    """A row's value as a tensor; lists of lists of integers, as multiple choice has, are padded to their longest."""
+    """A row's value as a tensor; lists of lists of integers (multiple choice) are padded to the longest list."""
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], (list, tuple)):
         longest = max(len(inner) for inner in value)
         if any(len(inner) < longest for inner in value) and all(isinstance(i, int) for inner in value for i in inner):

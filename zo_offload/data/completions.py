@@ -1,4 +1,4 @@
-"""Rows with a prompt and, in a column or in a conversation's last message, the text that answers it."""
+"""Rows with a prompt and its answer: a text in a column, or a conversation's last message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .texts import as_text, bare_ids, check_not_empty, end_of_text, open_ids, te
 
 
 class Completion:
-    """Rows with a prompt and, in a column, the text that is to be answered."""
+    """Encodes rows with a prompt and, in a column, the text of the answer."""
 
     def __init__(
         self, kind: ModelKind, tokenizer: Any, prompt: Template, target_column: str, *, checked: bool, prefix: str = ""
@@ -21,7 +21,7 @@ class Completion:
         if tokenizer is None:
             raise DataError(f"{target_column!r} is text: pass tokenizer=")
         if kind.name == "masked":
-            raise DataError(f"{kind.model} does not write {target_column!r}: it says single tokens, at masks.")
+            raise DataError(f"{kind.model} does not write {target_column!r}: it predicts single tokens, at masks.")
         if checked:
             check_kind(kind, f"an answer in {target_column!r}")
         if target_column in prompt.columns:
@@ -33,7 +33,7 @@ class Completion:
         return [*self.prompt.columns, self.target_column]
 
     def encode(self, row: Mapping[str, Any], where: str, room: int | None) -> dict[str, Any]:
-        """As `Prompt.encode`; the answer ends with EOS, and is cut only where it does not fit by itself."""
+        """As `Prompt.encode`; the answer ends with EOS, and is cut only if it does not fit alone."""
         values = {column: as_text(row.get(column), where, column) for column in self.prompt.columns}
         check_not_empty(list(values.values()) or ["-"], where, list(values))
         target = as_text(row.get(self.target_column), where, self.target_column)
@@ -53,14 +53,14 @@ class Completion:
     def continued(
         self, text: str, target: str, room: int | None, where: str, *, rendered: bool = False
     ) -> dict[str, Any]:
-        """The target after the text, or in the decoder of a model that has one. rendered: a chat template wrote both,
-        with all that belongs around them."""
+        """The target after the text, or in the decoder if the model has one. rendered: a chat template wrote both, with
+        all special tokens around them."""
         if rendered:
             start, both = bare_ids(self.tokenizer, text), bare_ids(self.tokenizer, text + target)
         else:
             start, both = open_ids(self.tokenizer, text), open_ids(self.tokenizer, text + target)
         answer = both[len(start) :] if both[: len(start)] == start else bare_ids(self.tokenizer, target)
-        if self.kind.name == "seq2seq":  # what a decoder says must end, whatever the template ends with
+        if self.kind.name == "seq2seq":  # a decoder's text must end with EOS, whatever the template ends with
             return self._answered(start, closed(self.tokenizer, answer), room, 0)
         answer = answer if rendered else closed(self.tokenizer, answer)
         if room is not None:
@@ -69,7 +69,7 @@ class Completion:
         return continued(self.kind, start, answer)
 
     def _answered(self, ids: list[int], answer: list[int], room: int | None, ending: int) -> dict[str, Any]:
-        """An encoder-decoder's row, both cut as tokenizers truncate: the closing tokens stay."""
+        """An encoder-decoder's row; text and answer are cut as tokenizers truncate: the closing tokens stay."""
         ids, closes = keep_start(ids, room, ending), answer[-1:] == [end_of_text(self.tokenizer)]
         answer = keep_start(answer, room, int(closes))
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": answer}

@@ -1,8 +1,8 @@
-"""What names data: a digest of every row, and of how rows become a model's inputs.
+"""Digests that identify data: of all rows, and of the way that rows become a model's inputs.
 
-A row's bytes are those of its columns in order of their names: whatever holds it (a line of a file, a dict, a row of a
-`datasets.Dataset`), equal rows have equal bytes. Tensors and arrays count whole. What is only known to a class of the
-caller's own (a Dataset that makes its rows when they are asked for) is sampled, and `known` says so.
+A row's bytes are those of its columns in order of their names; equal rows have equal bytes in every container (a line
+of a file, a dict, a row of a `datasets.Dataset`). Tensors and arrays count whole. Rows that a class of the caller's own
+computes (a torch Dataset) are sampled, and `known` says so.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 SAMPLED = 4096
-"""Rows that are looked at where looking at all of them may take hours: evenly spaced."""
+"""Number of evenly spaced rows that are read when reading all rows may take hours."""
 HUGE = 1_000_000
-"""Rows of a `datasets.Dataset` from which on its own fingerprint is taken."""
+"""A `datasets.Dataset` with at least this many rows is identified by its own fingerprint."""
 TRIED = 64
 _PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
 
@@ -39,7 +39,7 @@ class RowsDigest:
 
 
 def rows_identity(rows: Any) -> dict[str, Any]:
-    """{"rows", "digest"} of rows with random access, and "known" where that is not a digest of them all."""
+    """{"rows", "digest"} of rows with random access; also "known" if the digest does not cover all rows."""
     count = len(rows)
     whole = getattr(rows, "digest", None)
     if isinstance(whole, str):  # a file, which was digested while it was scanned
@@ -59,7 +59,7 @@ def rows_identity(rows: Any) -> dict[str, Any]:
 
 
 def stream_identity(batches: Any) -> dict[str, Any]:
-    """What can be known of ready batches before they are read: all of a list, the make of a loader."""
+    """The identity of ready batches before they are read: all of a list, the settings of a loader."""
     about: dict[str, Any] = {"batches": type(batches).__name__}
     if isinstance(batches, (list, tuple)):
         return {**about, **rows_identity(batches)}
@@ -77,7 +77,7 @@ def stream_identity(batches: Any) -> dict[str, Any]:
 
 
 def encoder_identity(encoder: Any, rows: Any) -> dict[str, Any]:
-    """The encoder's options, its tokenizer, and a digest of what it makes of TRIED rows, evenly spaced."""
+    """The encoder's options, its tokenizer, and a digest of its output for TRIED evenly spaced rows."""
     options = {
         field.name: value
         for field in dataclasses.fields(encoder)
@@ -91,7 +91,7 @@ def encoder_identity(encoder: Any, rows: Any) -> dict[str, Any]:
 
 
 def legacy_rows_identity(rows: Any, fingerprint: Callable[[Mapping[str, Any]], int]) -> dict[str, Any]:
-    """Number and digest of rows as runs of the earlier format have them: of at most SAMPLED rows, evenly spaced."""
+    """Number and digest of rows in the earlier format of runs: of at most SAMPLED evenly spaced rows."""
     digest, count = hashlib.blake2b(digest_size=8), min(SAMPLED, len(rows))
     for i in (k * len(rows) // count for k in range(count)):
         row = rows[i]
@@ -113,7 +113,7 @@ def _is_hf(rows: Any) -> bool:
 
 
 def _hf_rows(rows: Any) -> Iterator[dict[str, Any]]:
-    """Rows of a `datasets.Dataset` as they are stored: images and sounds are not decoded, transforms not run."""
+    """Rows of a `datasets.Dataset` in their stored form: images and sounds are not decoded, transforms not run."""
     for table in rows.with_format("arrow").iter(batch_size=1000):
         yield from table.to_pylist()
 
@@ -139,7 +139,7 @@ def _tokenizer_digest(tokenizer: Any) -> str | None:
 
 
 def _feed(update: Callable[[Any], None], value: Any) -> None:
-    """A value's bytes: the same for equal values, in this process and in any other."""
+    """Feed a value's bytes to `update`: the same bytes for equal values, in every process."""
     kind = type(value)
     if kind in _PLAIN:
         update(f"{value!r};".encode("utf-8", "surrogatepass"))
@@ -181,5 +181,5 @@ def _feed_object(update: Callable[[Any], None], value: Any) -> None:
         return
     try:  # only written, never read back
         update(pickle.dumps(value, protocol=4))
-    except Exception:  # whatever its class says: its name is all that is known
+    except Exception:  # any error of its class: only its name is known then
         update(type(value).__qualname__.encode())

@@ -1,14 +1,15 @@
-"""Rows into model inputs and labels, by the kind of model.
+"""Encodes rows as model inputs and labels, by the kind of model.
 
-A *row* is a dict with text columns, or one that is tokenised already. An `Encoder` turns it into a dict of lists (or
-tensors of one shape), `collate` pads those into a batch. What a text becomes:
+A *row* is a dict with text columns, or a tokenised one. An `Encoder` turns it into a dict of lists (or tensors of one
+shape), and `collate` pads those into a batch. A text is encoded like this:
     causal            every token is predicted from those before it; the text ends with EOS
-    masked            some tokens are hidden and asked for, which ones a function of the run's seed and the row's place
-    classification    the label is a class, a number or a vector, as the head says
+    masked            some tokens are hidden and predicted, chosen by the run's seed and the row's index
+    classification    the label is a class, a number or a vector, depending on the head
     prompt            a template makes a prompt, one of a few *verbalizers* answers it; the loss is on the answer only,
                       accuracy compares them all (MeZO, section 3). With {columns} in the verbalizers: multiple choice
     prompt, completion    the loss is on the completion (`target_column`, or columns of those names); messages likewise
-Everything else is refused, with the row, the column and the value. The answer is never in what it is predicted from.
+Everything else is an error that names the row, the column and the value. An answer is never in the input that it is
+predicted from.
 """
 
 from __future__ import annotations
@@ -37,44 +38,44 @@ __all__ = ["ENCODING", "IGNORED", "Batch", "Encoder", "Row", "Task"]
 Row = Mapping[str, Any]
 Task = Literal["auto", "lm", "classification", "prompt"]
 ENCODING = 2
-"""Number of the present encoding; a run keeps the one that it was begun with. 1: see first_encoding.py."""
+"""Number of the present encoding; a run keeps the one that it began with. 1: see first_encoding.py."""
 
 
 @dataclass
 class Encoder:
-    """Encodes rows for one kind of model. Tokenised rows pass; text needs a tokenizer. Raises DataError."""
+    """Encodes rows for one kind of model. Tokenised rows are kept; text needs a tokenizer. Raises DataError."""
 
     kind: ModelKind
     own_objective: bool
-    """The loss is not the model's own: which labels it takes is not known here."""
+    """The loss is not the model's own, so the labels that it needs are not known here."""
     version: int
     """The encoding's number, see ENCODING."""
     tokenizer: Any = None
     task: str = "auto"
-    """A task of the papers or your own FILE.toml (docs/data_and_tasks.md), or what a text is learned as: lm (next
-    tokens), classification, prompt, or auto, as the model and the columns say."""
+    """A task of the papers, your own FILE.toml (docs/data_and_tasks.md), or how a text is learned: lm (next tokens),
+    classification, prompt, or auto (decided by the model and the columns)."""
     template: str | None = None
     """Prompt with columns in braces, such as 'Review: {text}\\nSentiment:'; with {mask} for a masked model."""
     verbalizers: Sequence[str] | Mapping[Any, str] | None = None
-    """One word a label, such as ' negative' ' positive', or columns: {choice1} {choice2}."""
+    """One word per label, such as ' negative' ' positive', or columns: {choice1} {choice2}."""
     text_column: str | Sequence[str] = "text"
-    """Column of the text; two make a pair."""
+    """Column of the text; two columns make a pair."""
     label_column: str = "label"
     """Column of the label."""
     target_column: str | None = None
-    """A text column that answers the prompt; without a template, the text column is the prompt."""
+    """A text column with the prompt's answer; without a template, the text column is the prompt."""
     prefix: str = ""
     """Text before every prompt, such as demonstrations."""
     max_length: int | None = None
-    """Longer texts are cut to so many tokens. Default: they are an error if the model cannot take them."""
+    """Longer texts are cut to this many tokens. Default: texts that are too long for the model are an error."""
     packing: bool = False
-    """Texts one after another, cut into rows of max_length tokens: nothing is padded or lost."""
+    """Concatenate texts and cut them into rows of max_length tokens: nothing is padded or lost."""
     length_buckets: bool = False
-    """Rows of similar length come in one batch: less padding, in an order that is still the seed's."""
+    """Put rows of similar length into one batch: less padding, in an order that still depends on the seed."""
     pad_to_multiple_of: int = 1
     """Batches are padded to a multiple of this."""
     loss: Literal["model", "options"] = "model"
-    """The model's own over the whole vocabulary, or the cross-entropy among the verbalizers alone."""
+    """The model's own loss over the whole vocabulary, or the cross-entropy among the verbalizers alone."""
     _prompt: Prompt | None = field(default=None, repr=False)
     _first: FirstEncoding | None = field(default=None, repr=False)
 
@@ -83,7 +84,7 @@ class Encoder:
         if self.max_length is not None and self.kind.positions is not None and self.max_length > self.kind.positions:
             raise DataError(f"max_length={self.max_length}, but the model takes at most {self.kind.positions} tokens.")
         if self.task not in KINDS:
-            find_task(self.task)  # says what there is, if it is none
+            find_task(self.task)  # raises an error that lists the tasks if this is none
             raise DataError(f"task={self.task!r} reads files of its own: pass it to fit or evaluate")
         if self.loss not in ("model", "options"):
             raise DataError(f"loss={self.loss!r}: choose 'model' (its own), or 'options' (among the verbalizers)")
@@ -111,7 +112,7 @@ class Encoder:
         if (self.template is not None and not answered) or (self.template is None and self.verbalizers is not None):
             raise DataError(
                 "template and verbalizers go together: template='{text} It was', verbalizers=[' bad', ' good']; or "
-                "template and target_column, for answers that stand in a column"
+                "template and target_column, for answers in a column"
             )
         if answered and self.task not in ("auto", "prompt"):
             raise DataError(f"task={self.task!r} with a prompt's answers: a template means task='prompt'")
@@ -136,14 +137,14 @@ class Encoder:
             self._first = FirstEncoding(self, {})
 
     def _tokens(self) -> int:
-        """Of the tokenizer, 0 where it does not say."""
+        """The tokenizer's number of tokens, 0 if unknown."""
         return len(self.tokenizer) if hasattr(self.tokenizer, "__len__") else 0
 
     def _can_mask(self) -> bool:
         return self.kind.name == "masked" and getattr(self.tokenizer, "mask_token", None) is not None
 
     def _pad_token(self) -> int:
-        """The config's, which tells a model where a row ends; else the tokenizer's; any token that exists will do."""
+        """The config's padding token, by which a model finds a row's end; else the tokenizer's, else any."""
         own = getattr(self.tokenizer, "pad_token_id", None)
         if self.version == 1:
             return own or 0
@@ -152,13 +153,13 @@ class Encoder:
 
     @property
     def options(self) -> list[list[int]]:
-        """The verbalizers' tokens, in the order of the labels; empty where they are another row's own."""
+        """The verbalizers' tokens, in the order of the labels; empty if each row has its own."""
         if self._first is not None:
             return self._first.answers
         return [] if self._prompt is None or self._prompt.by_row else self._prompt.options({}, "verbalizers")
 
     def options_of(self, row: Row, where: str) -> list[list[int]] | None:
-        """The verbalizers' tokens of a row that has its own; None where all rows have the same."""
+        """The verbalizers' tokens of a row that has its own; None if all rows have the same."""
         by_row = self._first is None and self._prompt is not None and self._prompt.by_row
         return self._prompt.options(row, where) if by_row and self._prompt is not None else None
 
@@ -170,7 +171,7 @@ class Encoder:
         return [] if self._prompt is None else [word.text for word in self._prompt.words.values()]
 
     def shown(self, row: Row, where: str) -> str:
-        """A row as a demonstration for other rows' prompts. Raises DataError for rows that are no prompts."""
+        """A row as a demonstration for other rows' prompts. Raises DataError for rows that are not prompts."""
         prompt = self._prompt or self._completion(row)
         if prompt is None:
             raise DataError("demonstrations are prompts with their answers: pass template= and verbalizers=, or "
@@ -181,7 +182,7 @@ class Encoder:
     # ---- rows --------------------------------------------------------------------------------------------------------
 
     def __call__(self, row: Row, where: str, draw: str) -> dict[str, Any]:
-        """One row's inputs and labels. where: how errors name the row; draw: what random masks are a function of."""
+        """One row's inputs and labels. where: the row's name in errors; draw: the key of its random masks."""
         if not isinstance(row, Mapping):
             raise DataError(f"{where}: expected a dict, found {type(row).__name__}.")
         if self._first is not None:
@@ -194,7 +195,7 @@ class Encoder:
         return encoded
 
     def check(self, row: Row, where: str) -> int:
-        """Raise DataError for what can be wrong with a row, without tokenising a text that surely fits; its size."""
+        """Raise DataError if a row is wrong, without tokenising texts that surely fit. Returns the row's size."""
         if not isinstance(row, Mapping) or self._first is not None or not self._is_text(row) or self._is_chat(row):
             encoded = self(row, where, "")
             return len(encoded.get("input_ids", ()))
@@ -212,8 +213,7 @@ class Encoder:
         return size
 
     def _may_not_fit(self, row: Row, size: int) -> bool:
-        """Whether a text of `size` bytes may be too long, or leave no room for its answer: a token is a byte at
-        least."""
+        """Whether a text of `size` bytes may be too long, or leave no room for its answer: tokens have >= 1 byte."""
         listed = () if self._prompt is None or self._prompt.listed is None else row[self._prompt.listed]
         around = sum(len(str(text).encode()) for text in (self.template or "", self.prefix, *self.words, *listed))
         size += around + 64  # special tokens
@@ -223,7 +223,7 @@ class Encoder:
         return size > self.max_length and (self._prompt is not None or self._completion(row) is not None)
 
     def _may_be_odd(self, texts: Sequence[str]) -> bool:
-        """Whether texts may have no tokens, a mask of their own, or tokens that the model has not."""
+        """Whether texts may have no tokens, a mask of their own, or tokens that the model does not have."""
         mask = getattr(self.tokenizer, "mask_token", None) if self.kind.name == "masked" else None
         masks = mask is not None and any(mask in text for text in texts)
         return masks or self._has_more_tokens or not any(c.isalnum() for text in texts for c in text)
@@ -237,7 +237,7 @@ class Encoder:
         return strings or chat or named
 
     def _columns(self, row: Row, where: str) -> list[str]:
-        """Text columns that this row is made of. Raises DataError if it lacks one, or its label."""
+        """The text columns that this row needs. Raises DataError if it lacks one, or its label."""
         completion = self._completion(row)
         prompt = self._prompt or completion
         names = prompt.columns if prompt is not None else self._texts
@@ -278,7 +278,7 @@ class Encoder:
         return self._plain(texts, where, draw)
 
     def _completion(self, row: Row) -> Completion | None:
-        """How the row's own columns are a prompt and its answer, if they are."""
+        """The encoding of the row's own columns as a prompt and its answer, if they are that."""
         kind, target, template = self.kind, self.target_column, self.template
         if self._prompt is not None or self.task not in ("auto", "prompt"):
             return None
@@ -326,7 +326,7 @@ class Encoder:
         return class_label(value, kind, where, self.label_column)
 
     def _read(self, texts: Sequence[str]) -> dict[str, Any]:
-        """What the tokenizer makes of the texts, as far as the model takes it."""
+        """The tokenizer's output for the texts, as far as the model takes it."""
         encoded = encoded_text(self.tokenizer, texts, self.max_length)
         known = self.kind.takes | {"input_ids", "attention_mask"}
         return {name: values for name, values in encoded.items() if name in known}

@@ -1,8 +1,8 @@
-"""Files of rows: .jsonl, .csv, .tsv and .txt are read where they lie (`row_file.py`), a folder that `datasets` saved
-through its memory map; .json, .parquet and compressed files into memory.
+"""Files of rows: rows of .jsonl, .csv, .tsv and .txt are read from disk on demand (`row_file.py`), a folder that
+`datasets` saved through its memory map; .json, .parquet and compressed files are read into memory.
 
-The text formats are read here and not by `datasets`, which brings pandas and pyarrow (200 MB), copies what it reads
-into a cache of its own, and does not name the line of what is wrong.
+The text formats are read here and not by `datasets`, which needs pandas and pyarrow (200 MB), copies its input into a
+cache of its own, and does not name the line of an error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PACKED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompres
 
 
 def open_file(path: str | Path, check: Callable[[FileRow], int]) -> Sequence[FileRow]:
-    """The rows of a file. check: sees each row of one that is read where it lies. Raises DataError with the line."""
+    """The rows of a file. check: called with each row of a file read on demand. Raises DataError with the line."""
     path = user_path(path)
     if path.is_dir():
         saved: Sequence[FileRow] = _saved(path)
@@ -59,7 +59,7 @@ def _unpacked(path: Path) -> list[FileRow]:
         try:
             copy.write_bytes(_PACKED[path.suffix.lower()](path.read_bytes()))
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-            raise DataError(f"{path} is no {path.suffix} file, or is cut short: {error}.") from error
+            raise DataError(f"{path} is not a {path.suffix} file, or is cut short: {error}.") from error
         try:
             return list(open_file(copy, lambda row: 0))
         except DataError as error:
@@ -67,7 +67,7 @@ def _unpacked(path: Path) -> list[FileRow]:
 
 
 def _json(path: Path, check: Callable[[FileRow], int]) -> Sequence[FileRow]:
-    """A list of objects, or an object a line, as some write them under this name."""
+    """A list of objects, or one object per line, which some programs also write as .json."""
     try:
         rows = json.loads(path.read_bytes(), object_pairs_hook=once)
     except json.JSONDecodeError as error:
@@ -93,13 +93,13 @@ def _parquet(path: Path) -> list[Any]:
 
 
 def _saved(path: Path) -> Any:
-    """A dataset as `save_to_disk` leaves it."""
+    """A dataset that `save_to_disk` wrote."""
     if (path / "dataset_dict.json").is_file():
         splits = sorted(child.name for child in path.iterdir() if child.is_dir())
         raise DataError(f"{path} is a DatasetDict of {', '.join(splits)}: give one of them, {path / splits[0]}.")
     if not (path / "state.json").is_file():
-        raise DataError(f"{path} is a folder, and no dataset that datasets saved. Give {_READ}, or --task for a folder "
-                        "of a task's files.")  # fmt: skip
+        raise DataError(f"{path} is a folder, but not a dataset that datasets saved. Give {_READ}, or --task for a "
+                        "folder of a task's files.")  # fmt: skip
     try:
         from datasets import load_from_disk
     except ImportError as error:

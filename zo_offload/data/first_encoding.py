@@ -1,7 +1,7 @@
-"""Rows as they were encoded before encodings had a number, for runs that were begun with it: the same bits.
+"""The first encoding of rows, from before encodings had a number, for runs that began with it: the same bits.
 
-Text for a causal model had no EOS, and a BOS that a text brought stood beside the tokenizer's. Where that encoding was
-wrong (an answer in the input of a masked or an encoder-decoder model, labels that nobody gave) such a run is refused.
+Text for a causal model had no EOS, and a text's own BOS was kept in addition to the tokenizer's. If that encoding was
+wrong (an answer in the input of a masked or an encoder-decoder model, labels that nobody gave), the run is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PER_TOKEN = ("attention_mask", "token_type_ids", "position_ids")
 
 
 class FirstEncoding:
-    """The first encoding under an encoder's options. Raises DataError for runs that it made wrong."""
+    """The first encoding with an encoder's options. Raises DataError for runs that it encoded wrongly."""
 
     def __init__(self, encoder: Any, words: Mapping[str, str]):
         self.options = encoder
@@ -41,7 +41,7 @@ class FirstEncoding:
 
     def _wrong(self, what: str) -> DataError:
         return DataError(
-            f"this run was begun by a version that {what}, so what it learned is not what was asked for. Begin it anew."
+            f"this run was begun by a version that {what}, so it was trained on wrong inputs. Start the run again."
         )
 
     def _check_kind(self, what: str, *right: str) -> None:

@@ -1,4 +1,4 @@
-"""Rows as instruction data has them, told by their columns: conversations, and instructions with their outputs.
+"""Rows of instruction data, recognised by their columns: conversations, and instructions with their outputs.
 
 messages         [{"role": "user", "content": ...}, ...]      through the tokenizer's chat template
 conversations    [{"from": "human", "value": ...}, ...]       the same
@@ -25,7 +25,7 @@ def has_conversation(row: Mapping[str, Any]) -> bool:
 
 
 def _is_split(row: Mapping[str, Any]) -> bool:
-    """Whether a prompt and its completion are messages themselves."""
+    """Whether a prompt and its completion are lists of messages."""
     return all(
         isinstance(row.get(name), (list, tuple)) and any(isinstance(m, Mapping) for m in row[name])
         for name in ("prompt", "completion")
@@ -37,8 +37,7 @@ def is_instruction(row: Mapping[str, Any]) -> bool:
 
 
 def messages_of(row: Mapping[str, Any]) -> Any:
-    """The messages of a row that has some, in roles that chat templates know; as they are where they are something
-    else."""
+    """A row's messages, with roles that chat templates know; unchanged if they have another form."""
     if "messages" in row:
         return row["messages"]
     if "conversations" in row:
@@ -53,8 +52,8 @@ def messages_of(row: Mapping[str, Any]) -> Any:
 
 
 def rendered(tokenizer: Any, messages: Any, where: str) -> tuple[str, str]:
-    """A conversation through the chat template: what comes before the answer, and the answer, which is the last
-    message. Raises DataError for what is no conversation, and for messages that say nothing."""
+    """A conversation through the chat template: the text before the answer, and the answer, which is the last message.
+    Raises DataError for anything but a conversation, and for empty messages."""
     template = getattr(tokenizer, "chat_template", None)
     if template is None:
         raise DataError(f"{where} holds messages, and the tokenizer has no chat template: set its chat_template.")
@@ -78,7 +77,7 @@ def _check_content(message: Mapping[str, Any], what: str, *, answers: bool) -> N
     if message.get("tool_calls") and not content:
         return
     if isinstance(content, (list, tuple)) and content:
-        return  # parts, which only the template knows
+        return  # a list of parts, which only the template understands
     if content is None or (isinstance(content, float) and math.isnan(content)) or isinstance(content, (list, tuple)):
         raise DataError(f"{what}, the {message['role']}'s, has no content ({content!r}). Remove such rows.")
     if isinstance(content, str):
@@ -88,5 +87,5 @@ def _check_content(message: Mapping[str, Any], what: str, *, answers: bool) -> N
 
 
 def instruction_template(row: Mapping[str, Any]) -> str:
-    """A template for a row of instruction and output, where the tokenizer has none of its own."""
+    """A template for a row of instruction and output, if the tokenizer has none of its own."""
     return "".join(part for part in PLAIN if "{input}" not in part or row.get("input"))

@@ -1,6 +1,6 @@
-"""Labels as a model's head takes them: classes within the head, numbers for a regression, a vector of several labels.
+"""Labels in the form of a model's head: classes within the head, numbers for a regression, a vector of several labels.
 
-Nothing is guessed: what is not a class of the head is an error that names the row, the column and the value.
+Nothing is guessed: a label that is not a class of the head is an error that names the row, the column and the value.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from ..errors import DataError
 from ..modules.kind import IGNORED, ModelKind
 from .texts import is_sequence
 
-SPANS = ("start_positions", "end_positions")  # of an answer, for question answering
+SPANS = ("start_positions", "end_positions")  # columns of an answer's span, for question answering
 
 
 def class_label(value: Any, kind: ModelKind, where: str, column: str) -> int | float | list[float]:
-    """A row's label for a classification: a class, a number where the head is for regression, or a 0/1 each label."""
+    """A row's label for classification: a class, a number if the head is for regression, or 0/1 for each label."""
     if is_sequence(value) and not (isinstance(value, Tensor) and value.dim() == 0):
         return _vector(value, kind, where, column)
     if kind.problem == "multi_label_classification":
-        raise DataError(f"{where}: {column}={value!r}, but {kind.model} has several labels a row: give 0 or 1 each.")
+        raise DataError(f"{where}: {column}={value!r}, but {kind.model} has several labels per row: give 0 or 1 each.")
     if kind.problem == "regression":
         return _number(value, where, column)
     names = dict(kind.class_ids)
@@ -35,18 +35,18 @@ def class_label(value: Any, kind: ModelKind, where: str, column: str) -> int | f
         return number
     if number != int(number):
         raise DataError(
-            f"{where}: {column}={value!r} is no class. {kind.model} has {kind.classes} classes, 0 to "
+            f"{where}: {column}={value!r} is not a class. {kind.model} has {kind.classes} classes, 0 to "
             f"{(kind.classes or 0) - 1}; for numbers load it with num_labels=1."
         )
     return _class(int(number), value, kind, where, column)
 
 
 def token_labels(labels: Sequence[Any], kind: ModelKind, tokens: int, where: str, column: str = "labels") -> list[int]:
-    """Labels a token: as many as tokens, each a class of the head (of the vocabulary, for language models)."""
+    """One label per token, each a class of the head (for language models, a token of the vocabulary)."""
     values = whole_numbers(labels, where, column)
     if kind.name == "tokens":
         if len(values) != tokens:
-            raise DataError(f"{where}: {len(values)} {column} for {tokens} tokens. Give one a token, -100 for none.")
+            raise DataError(f"{where}: {len(values)} {column} for {tokens} tokens. Give one per token, -100 for none.")
         for value in values:
             _class(value, value, kind, where, column)
     elif kind.name in ("causal", "masked") and len(values) != tokens:
@@ -67,7 +67,7 @@ def choice_label(value: Any, choices: int, where: str, column: str) -> int:
 
 
 def check_span(row: Mapping[str, Any], tokens: int, where: str) -> None:
-    """Raise DataError unless an answer's begin and end are given and lie within the tokens."""
+    """Raise DataError unless an answer's start and end are given and are within the tokens."""
     for column in SPANS:
         if column not in row:
             raise DataError(f"{where} lacks {column!r}: question answering learns from {' and '.join(SPANS)}.")
@@ -84,7 +84,7 @@ def whole_numbers(values: Any, where: str, column: str) -> list[int]:
     try:
         tensor = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{where}: column {column!r} is no list of integers: {error}.") from error
+        raise DataError(f"{where}: column {column!r} is not a list of integers: {error}.") from error
     if tensor.dim() != 1 or (len(tensor) and (tensor.is_floating_point() or tensor.dtype == torch.bool)):
         raise DataError(
             f"{where}: column {column!r} is {tensor.dtype} of shape {list(tensor.shape)}; expected integers."
@@ -96,7 +96,7 @@ def _vector(value: Any, kind: ModelKind, where: str, column: str) -> list[float]
     try:
         vector = torch.as_tensor(value, device="cpu").tolist()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise DataError(f"{where}: {column}={value!r} is no list of numbers: {error}.") from error
+        raise DataError(f"{where}: {column}={value!r} is not a list of numbers: {error}.") from error
     if kind.name == "classification":
         numbers = [_number(v, where, column) for v in vector]
         single = kind.problem == "single_label_classification"
@@ -105,7 +105,7 @@ def _vector(value: Any, kind: ModelKind, where: str, column: str) -> list[float]
                 f"{where}: {column} holds {len(numbers)} numbers, and {kind.model} has {kind.classes} classes."
             )
         if kind.problem != "regression" and any(not 0 <= v <= 1 for v in numbers):
-            raise DataError(f"{where}: {column}={vector!r}; of several labels each is between 0 and 1.")
+            raise DataError(f"{where}: {column}={vector!r}; each of several labels must be between 0 and 1.")
         return numbers
     return vector
 
@@ -113,7 +113,7 @@ def _vector(value: Any, kind: ModelKind, where: str, column: str) -> list[float]
 def _number(value: Any, where: str, column: str) -> float:
     number = _number_or_text(value, where, column)
     if not math.isfinite(number):
-        raise DataError(f"{where}: {column}={value!r} is no number. Remove such rows.")
+        raise DataError(f"{where}: {column}={value!r} is not a number. Remove such rows.")
     return float(number)
 
 

@@ -1,4 +1,4 @@
-"""What a forward is asked for: the model's own loss or an objective's, and what is opened around the model for it."""
+"""The loss of a forward: the model's own or an objective's; and the contexts opened around the model for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .micro_batches import Weighing, batch_rows, label_counts, rows_weigh
 from .outputs import describe, loss_of
 
 Batch = Mapping[str, Any]
-Objective = Callable[[nn.Module, Any], Any]  # a user's own says what its batch is: dict, Mapping, tuple
+Objective = Callable[[nn.Module, Any], Any]  # a user's own may take any batch: dict, Mapping, tuple
 
 _HEADS = (
     "ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForSequenceClassification",
@@ -37,8 +37,8 @@ _HEADS = (
 def model_loss(model: nn.Module, batch: Batch) -> Any:
     """The default objective: the loss that `model(**batch)` gives.
 
-    As `.loss` or ["loss"] of the output, as the first of a tuple, or as the output itself: one number, or a tensor of
-    no dimensions. Raises DataError where there is none.
+    The loss is `.loss` or ["loss"] of the output, the first element of a tuple, or the output itself: one number, or a
+    tensor without dimensions. Raises DataError if there is none.
     """
     name = type(unwrapped(model)).__name__
     try:
@@ -60,7 +60,7 @@ def model_loss(model: nn.Module, batch: Batch) -> Any:
 
 
 def plain_forward(model: nn.Module, batch: Batch) -> Any:
-    """A forward without a loss, to plan memory for one: an encoder-decoder that is given no answer begins one."""
+    """A forward without a loss, to plan memory for it: an encoder-decoder without an answer gets the start of one."""
     config = getattr(unwrapped(model), "config", None)
     given = {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & set(batch)
     if getattr(config, "is_encoder_decoder", False) and not given:
@@ -69,7 +69,7 @@ def plain_forward(model: nn.Module, batch: Batch) -> Any:
 
 
 def as_objective(objective: Any) -> Objective:
-    """An objective as it was given. Raises ConfigError if it cannot be called with a model and a batch."""
+    """The objective, unchanged. Raises ConfigError if it cannot be called with a model and a batch."""
     if not callable(objective):
         raise ConfigError(f"objective={str(objective)[:60]!r}: expected a function (model, batch) -> loss")
     try:
@@ -78,12 +78,12 @@ def as_objective(objective: Any) -> Objective:
         name = getattr(objective, "__name__", type(objective).__name__)
         raise ConfigError(f"objective={name}: expected a function (model, batch) -> loss; {error}") from None
     except ValueError:
-        pass  # something of C that does not tell
+        pass  # a C function without a signature
     return objective  # type: ignore[no-any-return]
 
 
 def scalar(loss: Any) -> Tensor | float:
-    """An objective's result as one number, or a tensor of no dimensions. Raises ConfigError."""
+    """An objective's result as one number, or a tensor without dimensions. Raises ConfigError."""
     hint = ""
     if isinstance(loss, Tensor):
         if loss.numel() == 1 and not loss.is_complex() and not loss.is_meta:
@@ -100,13 +100,13 @@ def scalar(loss: Any) -> Tensor | float:
 
 
 def weighing(model: nn.Module, objective: Objective) -> Weighing:
-    """What the losses of batches weigh among each other.
+    """The weights of batches' losses relative to each other.
 
-    The model's own: by labels that count, as its kind has them; the first label of a row is not predicted where logits
-    predict what follows, unless virtual tokens are before it. Rows where there are no labels, and for regression. A CTC
-    loss that is a sum over rows is added up, and an evaluation gives its mean. What a model adds to the mean (a
-    router's loss, say) is taken by the same weights, which is not exact. An objective's: what its attribute `weight`, a
-    function of the batch, says, or rows.
+    For the model's own loss: the number of labels that count, by the model's kind; where logits predict the next token,
+    the first label of a row is not predicted, unless virtual tokens come before it. Without labels, and for regression:
+    the number of rows. A CTC loss that is a sum over rows is added up, and an evaluation returns its mean. Terms that a
+    model adds to the mean (a router's loss, say) get the same weights, which is not exact. For an objective: its
+    attribute `weight`, a function of the batch, else the number of rows.
     """
     if getattr(objective, "weight", None) is not None:
         return Weighing(partial(_said, objective))
@@ -130,14 +130,13 @@ def _said(objective: Any, batch: Batch) -> dict[str, float]:
 
 def _counts(kind: ModelKind, shift: int, batch: Batch) -> dict[str, float]:
     counts = label_counts(batch, shift)
-    if kind.name == "other" and "labels" in counts:  # a module of one's own, which may shift them or not
+    if kind.name == "other" and "labels" in counts:  # a user's own module, which may shift labels or not
         counts["labels but the first of a row"] = label_counts(batch, 1)["labels"]
     return counts
 
 
 def puts_before(model: nn.Module) -> int:
-    """Positions that the logits have before those of the input: peft's virtual tokens, unless they are a prefix of
-    keys and values."""
+    """Number of logit positions before the input's: peft's virtual tokens, unless these are keys and values."""
     tokens = virtual_tokens(model)
     if not tokens:
         return 0
@@ -146,7 +145,7 @@ def puts_before(model: nn.Module) -> int:
 
 
 def _not_taken(model: nn.Module, batch: Batch) -> list[str]:
-    """Names in the batch that the model's forward has no argument for."""
+    """Names in the batch that are not arguments of the model's forward."""
     taken = inspect.signature(unwrapped(model).forward).parameters.values()
     if any(argument.kind is argument.VAR_KEYWORD for argument in taken):
         return []
@@ -154,7 +153,7 @@ def _not_taken(model: nn.Module, batch: Batch) -> list[str]:
 
 
 def _headless(model: nn.Module) -> str:
-    """What to do where the model is a body without a head."""
+    """Advice for a model that is a body without a head."""
     inner = unwrapped(model)
     if kind_of(model).name != "bare" or not isinstance(inner, PreTrainedModel):
         return ""
@@ -165,19 +164,19 @@ def _headless(model: nn.Module) -> str:
 
 
 def is_ours(objective: Objective) -> bool:
-    """Whether it is known what the objective asks of the model: nothing but a forward on the batch."""
+    """Whether the objective is known to do nothing but one forward on the batch."""
     return objective is model_loss or isinstance(objective, OptionsLoss)
 
 
 def own_loss(
     model: nn.Module, objective: Objective, parts: Sequence[nn.Module] | None = None
 ) -> contextlib.AbstractContextManager[None]:
-    """While open, the loss that the model itself computes is computed in chunks; not under an objective given."""
+    """While open, the model computes its own loss in chunks; has no effect with a user's objective."""
     return losses_in_chunks(model, parts) if is_ours(objective) else contextlib.nullcontext()
 
 
 def language_models(model: nn.Module) -> list[PreTrainedModel]:
-    """The model and what is inside of it, as far as that is transformers'."""
+    """The model and the models inside it that are transformers'."""
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
@@ -185,10 +184,10 @@ def language_models(model: nn.Module) -> list[PreTrainedModel]:
 def without_cache(
     model: nn.Module, objective: Objective, parts: Sequence[PreTrainedModel] | None = None
 ) -> Iterator[None]:
-    """While open, nothing is kept for tokens that a loss does not generate: `use_cache` is off in the configs.
+    """While open, `use_cache` is off in the configs: a loss generates no tokens and needs no cache.
 
-    Keys and values of every layer would stay for the whole pass, those of each lane. Not under an objective given.
-    parts: see `language_models`.
+    Otherwise every layer's keys and values would stay in memory for the whole pass, for each lane. Has no effect with a
+    user's objective. parts: see `language_models`.
     """
     parts = language_models(model) if parts is None else parts
     configs = [part.config for part in parts] if is_ours(objective) else []
@@ -205,6 +204,6 @@ def without_cache(
 
 @contextlib.contextmanager
 def for_a_loss(model: nn.Module, objective: Objective) -> Iterator[None]:
-    """All that a pass for losses opens around the model, for those who measure one."""
+    """All contexts that a pass for losses opens around the model, for callers that measure such a pass."""
     with without_cache(model, objective), own_loss(model, objective), inputs_in(model, input_dtype(model)):
         yield

@@ -1,7 +1,6 @@
-"""A batch, and what is known of it: found once, where it is first asked for, and carried along.
+"""A batch with its derived facts, each computed once, at its first use, and kept with the batch.
 
-`Batches` make these; a dict of a caller's own becomes one at the door (`as_made`). So nobody looks at a batch again for
-what somebody else has found.
+`Batches` make these; a caller's own dict becomes one when it enters (`as_made`). So no fact is computed twice.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from .sources import named_values
 class MadeBatch(dict[str, Any]):
     """The model's inputs by name; not changed once it is made.
 
-    of_rows: made of rows by us: the first dimension of every tensor is the row. options: tokens of each row's
-    verbalizers, where rows have their own.
+    of_rows: whether this package made it from rows; then every tensor's first dimension is the row. options: tokens of
+    each row's verbalizers, if rows have their own.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class MadeBatch(dict[str, Any]):
 
     @cached_property
     def fingerprint(self) -> int:
-        """What the journal keeps of it: crc32 over names, dtypes, shapes and contents."""
+        """The batch's crc32 over names, dtypes, shapes and contents, as the journal keeps it."""
         return fingerprint(self)
 
     @cached_property
@@ -50,12 +49,12 @@ class MadeBatch(dict[str, Any]):
 
     @cached_property
     def nbytes(self) -> int:
-        """Of all its tensors."""
+        """Bytes of all its tensors."""
         return tensor_bytes([self])
 
 
 def as_made(batch: Mapping[str, Any]) -> MadeBatch:
-    """Raises DataError where it is none: no dict, or tensors without values."""
+    """A dict as a MadeBatch. Raises DataError for anything but a dict, and for tensors without values."""
     if isinstance(batch, MadeBatch):
         return batch
     if not isinstance(batch, Mapping):
@@ -83,12 +82,12 @@ def fingerprint(batch: Any) -> int:
     return crc
 
 
-_PRINTED_WHOLE = 1000  # elements that numpy's repr tells, all of them
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the repr of an object that says nothing of what it holds
+_PRINTED_WHOLE = 1000  # numpy's repr prints arrays of up to so many elements whole
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in an object's default repr
 
 
 def _strided(value: Tensor) -> list[Tensor]:
-    """The ordinary tensors that a sparse or nested one is made of."""
+    """The strided tensors that a sparse or nested tensor consists of."""
     if value.is_nested:
         return list(value.unbind())
     if value.layout is torch.sparse_coo:
@@ -102,7 +101,7 @@ def _strided(value: Tensor) -> list[Tensor]:
 
 
 def batch_tokens(batch: Any) -> int:
-    """Tokens a batch makes the model read: attended ones, else input ids; rows where there are none."""
+    """Number of tokens that the model reads: attended tokens, else input ids; without either, the number of rows."""
     named = dict(named_values(batch))
     mask, ids = named.get("attention_mask"), named.get("input_ids")
     if isinstance(mask, Tensor):
@@ -111,7 +110,7 @@ def batch_tokens(batch: Any) -> int:
 
 
 def most_ids(batch: Any) -> int:
-    """Most rows of an embedding that a batch can ask for: padding is looked up too."""
+    """The most rows of an embedding that a batch can look up, including padding."""
     named = dict(named_values(batch))
     tensors = [value for value in named.values() if isinstance(value, Tensor)]
     return max((t.numel() for t in tensors if not t.is_floating_point()), default=0) or batch_rows(named)

@@ -1,4 +1,4 @@
-"""Random masks for plain text, as masked language models are trained, in a way that a resumed run repeats."""
+"""Random masks for plain text, as masked language models are trained; a resumed run repeats them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ MASKED, REPLACED, KEPT = (
     0.15,
     0.1,
     0.1,
-)  # of the tokens; of those masked: by a random one, by itself (BERT, section 3.1)
+)  # share of tokens; shares of the hidden ones: by a random token, by itself (BERT, section 3.1)
 
 
 class RandomMasks:
-    """Hides tokens of a row and asks for them: 15 %, of which 80 % are masks, 10 % other tokens, 10 % themselves.
+    """Hides 15 % of a row's tokens for prediction: 80 % of them become masks, 10 % other tokens, 10 % stay.
 
-    At least one token of a row is asked for. Which ones is a function of the row's tokens and `draw` alone.
+    At least one token of a row is predicted. The choice is a function of the row's tokens and `draw` alone.
     """
 
     def __init__(self, kind: ModelKind, tokenizer: Any):
@@ -29,7 +29,7 @@ class RandomMasks:
         self._tokens = min(len(tokenizer), kind.vocabulary or len(tokenizer))
 
     def __call__(self, ids: list[int], draw: str) -> tuple[list[int], list[int]]:
-        """(ids with masks, labels). A row of special tokens alone has no labels."""
+        """(ids with masks, labels). A row that has only special tokens has no labels."""
         key = hashlib.blake2b(f"masks {draw} {ids}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
         free = [i for i, token in enumerate(ids) if token not in self._special]

@@ -1,7 +1,7 @@
-"""What a batch's outputs say about the task: loss, accuracy, and how the verbalizers of a prompt compare.
+"""Measures of a batch's outputs: loss, accuracy, and scores of a prompt's verbalizers.
 
-Logits and labels are lined up by the kind of model: a causal one predicts a label one place before it, others where it
-stands; virtual tokens (peft's prompt tuning) lie before both, and have logits but no labels.
+Logits and labels are aligned by the kind of model: a causal model predicts a label one position before it, others at
+its position; virtual tokens (peft's prompt tuning) come before both, and have logits but no labels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Options = Sequence[list[int]]
 
 Keep = Callable[[Tensor, Tensor], None]
 
-_RIGHT = "right_option"  # in a batch with a row for each option: the index of the right one, one for each row before
+_RIGHT = "right_option"  # in a batch with a row for each option: the index of the right option for each original row
 _WORDS = "words_of_options"  # in a batch of verbalizers of one token each: [rows, options]
 
 
@@ -39,10 +39,10 @@ def measure(
 ) -> dict[str, tuple[float, float]]:
     """{"loss": (mean, weight), "accuracy": (share, rows)} of one batch, from a single forward.
 
-    Accuracy where the data defines it: over the verbalizers for prompts, over classes for class labels; rows whose
-    label does not count have none. If some verbalizer has several tokens, each row runs with each of them, scored by
-    the mean log-probability of its tokens, and the loss is that of the right ones. options: those of each row, where
-    rows have their own. keep: given what is compared, scores and which is right; see metrics.py.
+    Accuracy is there if the data defines it: over the verbalizers for prompts, over classes for class labels; rows
+    whose label does not count are left out. If a verbalizer has several tokens, each row runs with each verbalizer,
+    scored by the mean log-probability of its tokens, and the loss is that of the right ones. options: each row's
+    options, if rows have their own. keep: called with the scores and the index of the right one; see metrics.py.
     """
     options = options if options is not None or not encoder.options else [encoder.options] * len(batch["labels"])
     if options is not None and not _are_single(options):
@@ -73,8 +73,9 @@ def measure(
 class OptionsLoss:
     """An objective: cross-entropy among the verbalizers alone (MeZO's --train_as_classification).
 
-    Where some are of several tokens, among the means of their tokens' log-probabilities. The model's own loss is over
-    the whole vocabulary, so it also rewards making the verbalizers likely at all. Raises DataError without verbalizers.
+    If a verbalizer has several tokens, their scores are the means of their tokens' log-probabilities. The model's own
+    loss is over the whole vocabulary, so it also rewards making the verbalizers likely at all. Raises DataError without
+    verbalizers.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -83,7 +84,7 @@ class OptionsLoss:
         self.encoder = encoder
 
     def prepared(self, batch: Batch) -> Batch:
-        """A batch as the objective takes it, made on the host: with options of several tokens, a row for each."""
+        """The batch that the objective takes, made on the host: with options of several tokens, one row per option."""
         if _RIGHT in batch or _WORDS in batch:
             return batch
         options = [self.encoder.options] * len(batch["labels"])
@@ -106,12 +107,12 @@ def _are_single(options: Sequence[Options]) -> bool:
 
 
 def _logits(encoder: Encoder, model: nn.Module, batch: Batch) -> Tensor:
-    """The model's logits. A decoder's inputs are made of its labels; nothing else needs them."""
+    """The model's logits. Labels are passed only to a decoder, which makes its inputs from them."""
     left_out = {_RIGHT, _WORDS} if encoder.kind.name == "seq2seq" else {_RIGHT, _WORDS, "labels"}
     output = model(**{name: value for name, value in batch.items() if name not in left_out})
     logits = logits_of(output)
     if logits is None:
-        raise DataError(f"{encoder.kind.model} gave no logits to compare verbalizers by: {describe(output)}")
+        raise DataError(f"{encoder.kind.model} returned no logits to compare verbalizers by: {describe(output)}")
     return logits
 
 
@@ -121,7 +122,7 @@ def _words(options: Sequence[Options], device: torch.device) -> Tensor:
 
 
 def _option_logits(encoder: Encoder, words: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, options] logits of the words where each row is asked, and the index of the right one."""
+    """[rows, options] logits of the words at each row's answer, and the index of the right word."""
     at = (labels != IGNORED).int().argmax(1)  # the first token with a loss
     rows = torch.arange(len(labels), device=labels.device)
     right = (labels[rows, at][:, None] == words).int().argmax(-1)
@@ -133,8 +134,8 @@ def lined_up(logits: Tensor, labels: Tensor, shift: int) -> Tensor:
     before = logits.shape[1] - labels.shape[1]
     if before < 0:
         raise DataError(
-            f"the model gave logits of {logits.shape[1]} positions for labels of {labels.shape[1]}: which belong "
-            "together cannot be told, and so no accuracy. Evaluate without template and verbalizers"
+            f"the model returned logits of {logits.shape[1]} positions for labels of {labels.shape[1]}, so they cannot "
+            "be aligned, and accuracy cannot be computed. Evaluate without template and verbalizers"
         )
     return logits[:, before : logits.shape[1] - shift]
 
@@ -161,14 +162,14 @@ def _measure_options(
 
 
 def _table(values: Tensor, sizes: Sequence[int], missing: float) -> Tensor:
-    """[rows, most options] of a value an option, one row's after the other's."""
+    """[rows, most options] from a list with one value per option, row after row."""
     if len(set(sizes)) == 1:
         return values.view(-1, sizes[0])
     return nn.utils.rnn.pad_sequence(list(torch.split(values, list(sizes))), batch_first=True, padding_value=missing)
 
 
 def _scores(encoder: Encoder, model: nn.Module, wide: Batch) -> tuple[Tensor, Tensor]:
-    """Sums of the log-probabilities of each option's tokens, row by row, and how many those are."""
+    """Sums of the log-probabilities of each option's tokens, row by row, and the numbers of tokens."""
     labels, shift = wide["labels"], encoder.kind.shift
     logits, labels = lined_up(_logits(encoder, model, wide), labels, shift).float(), labels[:, shift:]
     scored = labels != IGNORED
@@ -177,7 +178,7 @@ def _scores(encoder: Encoder, model: nn.Module, wide: Batch) -> tuple[Tensor, Te
 
 
 def _expanded(encoder: Encoder, batch: Batch, options: Sequence[Options]) -> Batch:
-    """Each row once with each option in the place of its answer, and the indices of the right ones."""
+    """Each row once with each option in place of its answer, and the indices of the right options."""
     rows: list[dict[str, Any]] = []
     right: list[int] = []
     masks = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
@@ -185,10 +186,10 @@ def _expanded(encoder: Encoder, batch: Batch, options: Sequence[Options]) -> Bat
         answer = labels[labels != IGNORED].tolist()
         fitting = [i for i, option in enumerate(its) if answer[: len(option)] == option]
         if not fitting:
-            raise DataError(f"a row's labels {answer} are none of the verbalizers' tokens {list(its)}")
+            raise DataError(f"a row's labels {answer} do not match any of the verbalizers' tokens {list(its)}")
         index = max(fitting, key=lambda i: len(its[i]))
         right.append(index)
-        closing = answer[len(its[index]) :]  # an end of text, say
+        closing = answer[len(its[index]) :]  # for example an end of text
         kept, asked = ids[mask != 0].tolist(), labels[mask != 0].tolist() if labels.shape == ids.shape else []
         rows += [_answered(encoder, kept, asked, len(answer), option + closing) for option in its]
     longest, limit = max(len(row["input_ids"]) for row in rows), encoder.kind.positions
@@ -203,9 +204,9 @@ def _expanded(encoder: Encoder, batch: Batch, options: Sequence[Options]) -> Bat
 
 
 def _answered(encoder: Encoder, ids: list[int], asked: list[int], length: int, answer: list[int]) -> dict[str, Any]:
-    """A row's inputs with another answer. asked: its labels, in the place of ids; length: of the answer it has."""
+    """A row's inputs with another answer. asked: its labels, aligned with ids; length: the length of its own answer."""
     kind = encoder.kind.name
-    if kind in ("seq2seq", "masked"):  # the answer is not among what is read
+    if kind in ("seq2seq", "masked"):  # the answer is not in the model's input
         places = iter(answer)
         labels = answer if kind == "seq2seq" else [next(places) if x != IGNORED else IGNORED for x in asked]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
@@ -214,7 +215,7 @@ def _answered(encoder: Encoder, ids: list[int], asked: list[int], length: int, a
 
 @contextlib.contextmanager
 def _last_output(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """While open, what the model returns last is under "output", so that one forward serves loss and accuracy."""
+    """While open, the model's last output is stored under "output", so that one forward gives loss and accuracy."""
     last: dict[str, Any] = {}
     handle = model.register_forward_hook(lambda module, args, output: last.update(output=output))
     try:

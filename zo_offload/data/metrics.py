@@ -1,8 +1,8 @@
-"""`compute_metrics` as transformers' Trainer has it: a function of an evaluation's predictions and labels.
+"""`compute_metrics` as in transformers' Trainer: a function of an evaluation's predictions and labels.
 
-What a prediction is goes by the data: scores of the options for a prompt with verbalizers (`[rows, options]`, and the
-index of the right one), logits of the classes (`[rows, classes]`), else the model's logits and labels as they are,
-padded to the longest batch with -100.
+The predictions depend on the data: for a prompt with verbalizers the options' scores (`[rows, options]`, and the index
+of the right one), for classes their logits (`[rows, classes]`), else the model's logits and labels, padded to the
+longest batch with -100.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _OURS = frozenset({"step", "loss"})
 class Metrics:
     """Collects an evaluation's predictions, on the host, and computes its metrics.
 
-    preprocess: (logits, labels) -> what is kept of the logits, such as their argmax; for vocabularies, whose logits are
-    large.
+    preprocess: (logits, labels) -> the part of the logits to keep, such as their argmax; useful for vocabularies, whose
+    logits are large.
     """
 
     def __init__(self, compute: ComputeMetrics, preprocess: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
         for name, function in (("compute_metrics", compute), ("preprocess_logits_for_metrics", preprocess)):
             if function is not None and not callable(function):
-                raise ConfigError(f"{name}={function!r} is no function. Pass one, such as lambda seen: "
+                raise ConfigError(f"{name}={function!r} is not a function. Pass one, such as lambda seen: "
                                   "{'f1': ...seen.predictions, seen.label_ids...}")  # fmt: skip
         self._compute, self._preprocess = compute, preprocess
         self._seen: list[tuple[Tensor, Tensor]] = []
@@ -42,14 +42,14 @@ class Metrics:
         self._seen = []
 
     def see(self, scores: Tensor, right: Tensor) -> None:
-        """One batch's."""
+        """Add one batch's predictions."""
         kept = scores if self._preprocess is None else self._preprocess(scores, right)
         self._seen.append((kept.detach().float().cpu() if kept.is_floating_point() else kept.cpu(), right.cpu()))
 
     def values(self) -> dict[str, float]:
-        """The metrics by name. Raises DataError where nothing was predicted, ConfigError for what is no number."""
+        """The metrics by name. Raises DataError if nothing was predicted, ConfigError if a metric is not a number."""
         if not self._seen:
-            raise DataError("compute_metrics needs predictions, and the model gave no logits, or the data no labels")
+            raise DataError("compute_metrics needs predictions, but the model gave no logits or the data has no labels")
         scores, right = (_joined([pair[i] for pair in self._seen]) for i in (0, 1))
         self._seen = []
         found = self._compute(hf.EvalPrediction(predictions=scores.numpy(), label_ids=right.numpy()))
@@ -58,13 +58,13 @@ class Metrics:
         except (AttributeError, TypeError, ValueError):
             raise ConfigError(f"compute_metrics returned {found!r}; expected a dict of numbers") from None
         if taken := sorted(_OURS & set(values)):
-            raise ConfigError(f"compute_metrics returned {', '.join(map(repr, taken))}, which an evaluation has of its "
-                              "own. Give it another name")  # fmt: skip
+            raise ConfigError(f"compute_metrics returned {', '.join(map(repr, taken))}, a name that every evaluation "
+                              "uses itself. Give it another name")  # fmt: skip
         return values
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Batches one after another, those that are shorter padded along the second dimension."""
+    """The batches concatenated; shorter ones are padded along the second dimension."""
     if parts[0].dim() < 2:
         return torch.cat(parts)
     width = max(part.shape[1] for part in parts)

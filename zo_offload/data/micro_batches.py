@@ -1,12 +1,13 @@
-"""A batch cut into micro-batches, and what the loss of each weighs.
+"""A batch cut into micro-batches, and the weight of each micro-batch's loss.
 
 The loss of a batch is a mean over its labels that count, or over its rows. So the loss of the whole is the mean of the
-parts' losses, each weighted by how many of those it holds; and so is the loss of a data set from those of its batches.
-A part in which nothing counts weighs 0: its loss is a mean over nothing, and is not asked for.
+parts' losses, each weighted by the number of labels or rows that it holds; the loss of a data set follows from those of
+its batches in the same way. A part in which nothing counts has weight 0: its loss would be a mean over nothing, and is
+not computed.
 
-Rows are told by the first dimension. What has none of its own goes to every part whole; what may or may not have one
-(weights of as many classes as there are rows, patches of all images in one run) is refused by name, unless the caller
-says which entries are whole.
+The first dimension is the row. An entry without rows goes to every part whole. An entry that may or may not have rows
+(weights of as many classes as there are rows, patches of all images in one run) is an error that names it, unless the
+caller says which entries are whole.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import DataError
 from .encode import IGNORED, Batch
 
-_FIRST = ("input_ids", "inputs_embeds", "labels", "pixel_values", "input_features", "input_values")  # of what has rows
+_FIRST = ("input_ids", "inputs_embeds", "labels", "pixel_values", "input_features", "input_values")  # have rows
 _ONE_A_ROW = ("labels", "label", "target", "targets", "y")  # by name, also as numbers of one dimension
 
 
@@ -31,10 +32,11 @@ _ONE_A_ROW = ("labels", "label", "target", "targets", "y")  # by name, also as n
 
 @dataclass(frozen=True)
 class Weighing:
-    """What the losses of batches weigh among each other.
+    """The weights of batches' losses relative to each other.
 
-    counts(batch): by name, what its loss is a mean over; where that is not known or several means are added, each of
-    them. The first one weighs. summed: the loss is a sum over it, not a mean. model: for messages.
+    counts(batch): by name, the number of things that its loss is a mean over; if that is not known, or if several means
+    are added, each candidate. The first one is the weight. summed: the loss is a sum over it, not a mean. model: for
+    messages.
     """
 
     counts: Callable[[Mapping[str, Any]], dict[str, float]]
@@ -45,9 +47,9 @@ class Weighing:
         return next(iter(self.counts(batch).values()))
 
     def shares(self, parts: Sequence[Mapping[str, Any]]) -> list[float]:
-        """What each part's loss is multiplied by, to be divided by the sum of these, or by 1 if losses are sums.
+        """The factor of each part's loss; the weighted sum is divided by their sum, or by 1 if losses are sums.
 
-        Raises DataError where nothing counts in any part, and where it matters which of several counts is meant.
+        Raises DataError if nothing counts in any part, and if several counts give different weights.
         """
         counts = [self.counts(part) for part in parts]
         weights = [next(iter(count.values())) for count in counts]
@@ -56,14 +58,14 @@ class Weighing:
         if not agree(counts):
             held = "; ".join(f"{name}: {[int(count[name]) for count in counts]}" for name in counts[0])
             raise DataError(
-                f"micro_batches={len(parts)}: the loss of {self.model} may be a mean over different things, of which "
-                f"the parts hold different shares ({held}), so their losses do not add up to the batch's. Use "
+                f"micro_batches={len(parts)}: the loss of {self.model} may be a mean over one of several things, of "
+                f"which the parts hold different shares ({held}), so their losses do not add up to the batch's. Use "
                 "micro_batches=1, or an objective=(model, batch) -> loss with an attribute weight: batch -> number"
             )
         return weights
 
     def together(self, losses: Sequence[Any], weights: Sequence[float], divide: Callable[[Any, float], Any]) -> Any:
-        """The loss of the whole from those of its parts."""
+        """The loss of the whole from the losses of its parts."""
         if self.summed:
             return sum(losses[1:], losses[0])
         total = sum(w * loss for w, loss in zip(weights, losses, strict=True))
@@ -71,7 +73,7 @@ class Weighing:
 
 
 def agree(counts: Sequence[Mapping[str, float]]) -> bool:
-    """Whether all names of the counts give the parts the same shares."""
+    """Whether all counts give the parts the same shares."""
     names = list(counts[0])
     totals = {name: sum(count[name] for count in counts) for name in names}
     first = names[0]
@@ -82,20 +84,20 @@ def nothing_counts(parts: Sequence[Mapping[str, Any]]) -> str:
     """The message for a batch without a label that counts."""
     labels = sum(part["labels"].numel() for part in parts if isinstance(part.get("labels"), Tensor))
     return (
-        f"no label of the batch counts ({labels} labels, those that could are {IGNORED}), so its loss is a mean over "
+        f"no label of the batch counts ({labels} labels; all that could are {IGNORED}), so its loss is a mean over "
         "nothing. max_length may have cut the labels off, or the rows have none; leave such rows out"
     )
 
 
 def rows_weigh(batch: Mapping[str, Any]) -> dict[str, float]:
-    """The rows of a batch, as a count."""
+    """The number of rows of a batch, as a count."""
     return {"rows": float(batch_rows(batch))}
 
 
 def label_counts(batch: Mapping[str, Any], shift: int = 0) -> dict[str, float]:
-    """Labels that count, by name; rows where there are none. shift: how many at a row's start are never so."""
+    """Labels that count, by name; the rows if there are none. shift: labels at a row's start that never count."""
     counts = {name: _count(value, shift) for name, value in batch.items() if is_labels(name, value)}
-    if "shift_labels" in counts and "labels" in counts:  # made by a caller who shifts himself
+    if "shift_labels" in counts and "labels" in counts:  # made by a caller that shifts labels itself
         counts = {"shift_labels": _count(batch["shift_labels"], 0)}
     if not counts:
         counts = {name: float(n) for name, n in _inside(batch).items()}
@@ -103,7 +105,7 @@ def label_counts(batch: Mapping[str, Any], shift: int = 0) -> dict[str, float]:
 
 
 def is_labels(name: str, value: Any) -> bool:
-    """Whether an entry of a batch is a table of classes, one a row or more."""
+    """Whether an entry of a batch is a table of classes, one or more per row."""
     named = name in ("labels", "label", "shift_labels") or name.endswith(("_label", "_labels"))
     return named and isinstance(value, Tensor) and value.dim() > 0 and not value.dtype.is_floating_point
 
@@ -114,7 +116,7 @@ def _count(labels: Tensor, shift: int) -> float:
 
 
 def _inside(batch: Mapping[str, Any]) -> dict[str, int]:
-    """Of questions: positions that lie inside of the row. Others do not count, as for a row that was cut."""
+    """Number of answer positions inside their rows, for questions. Others do not count, as in a row that was cut."""
     ids = batch.get("input_ids")
     width = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() > 1 else None
     places = {name: batch.get(name) for name in ("start_positions", "end_positions")}
@@ -141,11 +143,11 @@ def batch_rows(batch: Mapping[str, Any], whole: Collection[str] | None = None) -
 
 
 def split_micro_batches(batch: Mapping[str, Any], parts: int, whole: Collection[str] | None = None) -> list[Batch]:
-    """The batch cut along its rows into `parts`, sizes differing by one at most; what has no rows goes to every part.
+    """The batch cut along its rows into `parts`, sizes differing by one at most; entries without rows go to every part.
 
-    Padding stays as it is, so that each row is computed as in the whole batch. whole: names of entries that go to every
-    part; if given, everything else that is as long as the batch is cut. Raises DataError with fewer rows, and for
-    entries of which it cannot be told.
+    Padding is kept, so that each row is computed as in the whole batch. whole: names of entries that go to every part;
+    if given, all other entries that are as long as the batch are cut. Raises DataError for fewer rows than parts, and
+    for entries that may or may not have rows.
     """
     if parts == 1:
         return [dict(batch)]
@@ -157,14 +159,14 @@ def split_micro_batches(batch: Mapping[str, Any], parts: int, whole: Collection[
     if batch.get("num_items_in_batch") is not None:
         raise DataError(
             "num_items_in_batch is in the batch, so the loss of a part is not its mean. Leave it out: micro_batches "
-            "weighs each part by the labels that count"
+            "weights each part by its labels that count"
         )
     if batch.get("return_loss") is not None and rows > 1:
         raise DataError(
             f"return_loss is in the batch: such a loss compares its {rows} rows with one another, so parts do not add "
             "up to it. Use micro_batches=1"
         )
-    if getattr(batch, "of_rows", False):  # made of rows by us
+    if getattr(batch, "of_rows", False):  # this package made it from rows
         whole = whole or ()
     return [
         {name: _part(name, value, rows, parts, i, whole) for name, value in batch.items()} for i in range(parts)
@@ -190,18 +192,18 @@ def _part(name: str, value: Any, rows: int, parts: int, i: int, whole: Collectio
 
 
 def _row_dimension(name: str, value: Any, rows: int, whole: Collection[str] | None) -> int | None:
-    """Which dimension is the row; None where there is none. Raises DataError where that cannot be told."""
+    """The row dimension; None if there is none. Raises DataError if it cannot be told."""
     shape = tuple(value.shape)
     if not shape:
         return None
-    if name == "position_ids" and len(shape) == 3 and shape[1] == rows:  # of text, height and width
+    if name == "position_ids" and len(shape) == 3 and shape[1] == rows:  # positions of text, height and width
         return 1
     numbers = len(shape) == 1 and (value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind == "f")
     if shape[0] == rows:
         if numbers and whole is None and name not in _ONE_A_ROW:
             raise DataError(_unclear(name, f"holds {rows} numbers, as many as the batch has rows"))
         return 0
-    if shape[0] == 1 or numbers or whole is not None:  # the same for every row: a mask, weights of classes
+    if shape[0] == 1 or numbers or whole is not None:  # the same for every row: a mask, class weights
         return None
     raise DataError(_unclear(name, f"has shape {list(shape)}, and the batch has {rows} rows"))
 
@@ -217,7 +219,7 @@ def _check_list(name: str, value: Sequence[Any], rows: int, whole: Collection[st
 
 def _unclear(name: str, what: str) -> str:
     return (
-        f"{name!r} {what}: it cannot be told whether micro_batches should cut it. If it is the same for every row, "
+        f"{name!r} {what}: it is unclear whether micro_batches should cut it. If it is the same for every row, "
         f"say so with whole=({name!r},); if each entry along its first dimension belongs to a row, with whole=(); if "
         "it holds what several rows share, use micro_batches=1"
     )

@@ -1,4 +1,4 @@
-"""Options of how rows are encoded: their names for type checkers, and what their values must be."""
+"""Options for encoding rows: their names for type checkers, and checks of their values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ..system.plain import is_whole, plain_option
 
 
 class DataOptions(TypedDict, total=False):
-    """What `fit` and `evaluate` take of how rows are encoded: the fields of `Encoder`, for type checkers.
-    preprocess_logits_for_metrics: (logits, labels) -> what compute_metrics gets of the logits."""
+    """The options of `fit` and `evaluate` for encoding rows: the fields of `Encoder`, for type checkers.
+    preprocess_logits_for_metrics: (logits, labels) -> the part of the logits that compute_metrics gets."""
 
     tokenizer: Any
     task: str
@@ -30,9 +30,9 @@ class DataOptions(TypedDict, total=False):
 
 
 def check_values(options: Any) -> None:
-    """Make the values of an `Encoder` plain, and raise DataError for one that is not what its option takes.
+    """Make the values of an `Encoder` plain, and raise DataError for a value that its option does not take.
 
-    A config file writes no, 5 or nothing where a text was meant, and none of them may become a word to be learned.
+    A config file may hold no, 5 or nothing where a text was meant, and none of these may become a trained word.
     """
     for name in ("template", "prefix", "label_column", "target_column", "text_column", "max_length",
                  "pad_to_multiple_of", "packing", "length_buckets"):  # fmt: skip
@@ -53,7 +53,7 @@ def check_values(options: Any) -> None:
             raise DataError(f"{name}={value!r}: expected True or False")
     _check_words(options.verbalizers)
     tokenizer = options.tokenizer
-    for_export = hasattr(tokenizer, "save_pretrained")  # all that tokenised rows need of one
+    for_export = hasattr(tokenizer, "save_pretrained")  # tokenised rows need no more of a tokenizer
     if tokenizer is not None and (isinstance(tokenizer, type) or not (callable(tokenizer) or for_export)):
         what = f"the class {tokenizer.__name__}" if isinstance(tokenizer, type) else f"a {type(tokenizer).__name__}"
         raise DataError(
@@ -71,6 +71,6 @@ def _check_words(verbalizers: Any) -> None:
     for word in words:
         if isinstance(word, bool) or not isinstance(word, (str, int, float)):
             raise DataError(
-                f"verbalizers={plain_option(verbalizers)!r}: {word!r} is no text. YAML takes yes, no, on, off and null "
-                "for other things: put words in quotes"
+                f"verbalizers={plain_option(verbalizers)!r}: {word!r} is not a text. YAML reads yes, no, on, off and "
+                "null as other values: put words in quotes"
             )

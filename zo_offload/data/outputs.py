@@ -1,7 +1,7 @@
-"""What a model returned: where the loss and the logits are, whatever form it has.
+"""Finds the loss and the logits in a model's output, in every form that it may have.
 
-transformers' models return an object with `.loss` and `.logits`, or with `return_dict=False` a tuple; modules of one's
-own a dict, a tuple, or the loss alone, as `Trainer` takes them.
+transformers' models return an object with `.loss` and `.logits`, or with `return_dict=False` a tuple; a user's own
+modules return a dict, a tuple, or the loss alone, as `Trainer` accepts them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def loss_of(output: Any) -> Any:
-    """The loss in what a model returned; None if there is none that can be told."""
+    """The loss in a model's output; None if none can be recognised."""
     loss = _named(output, "loss")
     if loss is None and isinstance(output, (tuple, list)) and output:
         loss = output[0]
@@ -24,7 +24,7 @@ def loss_of(output: Any) -> Any:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """The logits in what a model returned, if it names them or has them behind a loss."""
+    """The logits in a model's output, if they are named or follow a loss."""
     logits = _named(output, "logits")
     if logits is None and isinstance(output, (tuple, list)) and len(output) > 1 and _is_number(output[0]):
         logits = output[1]
@@ -32,7 +32,7 @@ def logits_of(output: Any) -> Tensor | None:
 
 
 def describe(value: Any) -> str:
-    """What a value is, for messages: its type, and shapes and names as far as it has them."""
+    """A description of a value, for messages: its type, and its shapes and names if it has any."""
     if isinstance(value, Tensor):
         kind = "a complex tensor" if value.is_complex() else "a tensor"
         return f"{kind} of shape {list(value.shape)}{' on meta' if value.is_meta else ''}"

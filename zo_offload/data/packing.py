@@ -1,7 +1,7 @@
-"""Texts one after another, cut into rows of as many tokens: no padding, and nothing of a long text is lost.
+"""Texts concatenated and cut into rows of equal length: no padding, and no part of a long text is lost.
 
-Each text ends with EOS, and a row may hold the end of one and the beginning of the next; attention crosses that border,
-as in transformers' own run_clm. In memory are the tokens, 4 bytes each.
+Each text ends with EOS, and a row may hold the end of one text and the beginning of the next; attention crosses that
+border, as in transformers' own run_clm. The tokens are kept in memory, 4 bytes each.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ PackedRow = dict[str, list[int]]
 
 
 class PackedRows(Sequence[PackedRow]):
-    """Rows of `encoder.max_length` tokens; the last one has what is left. Raises DataError with the row."""
+    """Rows of `encoder.max_length` tokens; the last row may be shorter. Raises DataError with the row."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], encoder: Encoder, name: str) -> None:
         tokenizer, kind = encoder.tokenizer, encoder.kind
         if kind.name not in ("causal", "other", "unknown"):
             raise DataError(
-                f"packing=True is for texts of which every token is learned, and {kind.model} is no causal LM."
+                f"packing=True is for texts of which every token is learned, but {kind.model} is not a causal LM."
             )
         if tokenizer is None:
             raise DataError("packing=True needs a tokenizer: pass tokenizer=")
@@ -51,7 +51,7 @@ class PackedRows(Sequence[PackedRow]):
         digest = RowsDigest()
         digest.add(self._ids.tobytes())
         self.digest = f"{width} {digest.hex()}"
-        """Of all tokens and the width, as a run keeps it."""
+        """Digest of all tokens, with the width, as a run keeps it."""
         self.longest = [0]
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
-"""Prompts: a template makes a text of a row, and the answer is one of a few *verbalizers*, or the text of a column.
+"""Prompts: a template makes a text from a row, and the answer is one of a few *verbalizers*, or the text of a column.
 
-Where the answer stands is the model's kind: after the prompt (causal), at the mask (masked), at the decoder (seq2seq).
-The loss is on the answer only, and the answer is never among what its own prediction is made from.
+The model's kind decides where the answer goes: after the prompt (causal), at the mask (masked), in the decoder
+(seq2seq). The loss is on the answer only, and the answer is never in the input of its own prediction.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ..modules.kind import IGNORED, ModelKind
 from ..system.plain import plain_value
 from .texts import as_text, bare_ids, check_not_empty, continuation, end_of_text, is_sequence, open_ids, text_ids
 
-MASK = "mask"  # the name in a template, {mask}, of the place that a masked model fills in
+MASK = "mask"  # {mask} in a template is the position that a masked model fills in
 
 
 class Template:
-    """A text with {column} in it; {{ and }} are braces. Raises DataError when made of one that cannot be filled."""
+    """A text with {column} in it; {{ and }} are literal braces. Raises DataError if it cannot be filled in."""
 
     def __init__(self, text: str, what: str):
         self.text, hint = text, "Braces are for columns, {column}; write {{ and }} for braces themselves."
@@ -36,26 +36,26 @@ class Template:
             odd = name is not None and not all(c.isalnum() or c in "_- " for c in name)
             if name is not None and (spec or conversion or not name or name.isdigit() or odd):
                 shown = f"{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}"
-                raise DataError(f"{what}={text!r}: {{{shown}}} is no name of a column. {hint}")
+                raise DataError(f"{what}={text!r}: {{{shown}}} is not a column's name. {hint}")
 
     def fill(self, values: Mapping[str, Any]) -> str:
         return string.Formatter().vformat(self.text, (), values)
 
     @property
     def text_alone(self) -> str:
-        """The text of one without columns."""
+        """The text of a template without columns."""
         return self.fill({})
 
     @property
     def last_words(self) -> str:
-        """What the text ends with, whatever is filled in."""
+        """The fixed end of the text, after the last column."""
         return self.literals[-1] if self.literals and self.ends_open else ""
 
 
 class Prompt:
-    """Rows as prompts with answers, for one kind of model. Raises DataError where that cannot be right.
+    """Encodes rows as prompts with answers, for one kind of model. Raises DataError if that cannot be right.
 
-    checked: the loss is the model's own, so its kind must be one that answers with words.
+    checked: the loss is the model's own, so the model must be of a kind that answers with words.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Prompt:
         texts = [word.text for word in self.words.values()]
         if self._each is not None and len(self._each.columns) != 1:
             raise DataError(
-                f"verbalizers={words!r}: give at least two, or the column that lists a row's own, {{column}}"
+                f"verbalizers={words!r}: give at least two, or {{column}}, the column that lists a row's own"
             )
         if self._each is None and (len(texts) < 2 or len(set(texts)) < len(texts)):
             raise DataError(f"verbalizers={texts}: give at least two different ones")
@@ -98,12 +98,12 @@ class Prompt:
 
     @property
     def columns(self) -> list[str]:
-        """Columns of text that a row must have, the label's aside."""
+        """The text columns that a row must have, besides the label's."""
         named = [c for t in (self.template, *self.words.values()) for c in t.columns]
         return [c for c in dict.fromkeys(named) if c != MASK or self.kind.name != "masked"]
 
     def answer_of(self, row: Mapping[str, Any], where: str) -> int:
-        """Which of the verbalizers is the row's, by its label."""
+        """Index of the row's verbalizer, found by its label."""
         label, known = plain_value(row.get(self.label_column)), list(self.words)
         if self._each is not None:
             return self._listed_answer(label, self._listed(row, where), where)
@@ -117,22 +117,22 @@ class Prompt:
         return known.index(found)
 
     def _listed_answer(self, label: Any, known: list[str], where: str) -> int:
-        """Of options that the row lists: the label is a text among them, or else an index."""
+        """Index of the answer among the row's own options: the label is one of their texts, or else an index."""
         said = f"{where}: {self.label_column}={label!r}"
         index = next((int(text) for text in _as_whole_number(label) if 0 <= int(text) < len(known)), None)
         if isinstance(label, str):
             index = known.index(label) if label in known else index
         elif index is not None and str(label) in known and known.index(str(label)) != index:
             raise DataError(
-                f"{said} is the index of {known[index]!r} in {self.listed!r}, and {str(label)!r} is another text "
-                "there. Give the label as a text."
+                f"{said} is the index of {known[index]!r} in {self.listed!r}, but {str(label)!r} is also a text "
+                "in it. Give the label as a text."
             )
         if index is None:
             raise DataError(f"{said} is none of {self.listed!r}: {known}, nor an index of them, from 0.")
         return index
 
     def options(self, row: Mapping[str, Any], where: str) -> list[list[int]]:
-        """The tokens of each verbalizer, filled in from the row where they name columns."""
+        """The tokens of each verbalizer; columns in it are filled in from the row."""
         if self._fixed is not None:
             return self._fixed
         values = self._values(row, where)
@@ -144,7 +144,7 @@ class Prompt:
         return self.template.fill(values) + self._templates(row, where)[self.answer_of(row, where)].fill(values)
 
     def _templates(self, row: Mapping[str, Any], where: str) -> list[Template]:
-        """The verbalizers, of which a row may list its own."""
+        """The verbalizers; a row may list its own."""
         if self._each is None:
             return list(self.words.values())
         braces = {ord("{"): "{{", ord("}"): "}}"}
@@ -176,10 +176,9 @@ class Prompt:
         return continued(self.kind, start, answer)
 
     def _check_longest(self, start: int, own: int, options: Sequence[Sequence[int]], where: str) -> None:
-        """Raise DataError where the row runs out of positions with another answer than its own, as an evaluation has
-        it."""
+        """Raise DataError if the row has too few positions for the other answers, which an evaluation needs."""
         limit, longest = self.kind.positions, max(map(len, options))
-        if limit is None or start + longest <= limit or start + own > limit:  # the last is told of the row itself
+        if limit is None or start + longest <= limit or start + own > limit:  # the last: an error of the row
             return
         cut = f"Pass max_length={limit - longest + 1} to cut the prompt" if longest < limit - 1 else "Leave it out"
         raise DataError(
@@ -200,14 +199,14 @@ class Prompt:
                 raise DataError(f"{where}: {word!r} is not in the tokenizer's vocabulary. Choose another word.")
             if self.masks and len(ids) != self.masks:
                 raise DataError(
-                    f"{where}: {word!r} is {len(ids)} tokens and the template has {self.masks} masks. A masked model "
-                    f"says a token a mask: choose words of as many tokens as there are {{{MASK}}}."
+                    f"{where}: {word!r} is {len(ids)} tokens, but the template has {self.masks} masks. A masked model "
+                    f"predicts one token per mask: choose words of as many tokens as there are {{{MASK}}}."
                 )
         for i, ids in enumerate(options):
             if (first := options.index(ids)) < i:
                 raise DataError(
-                    f"{where}: {words[first]!r} and {words[i]!r} are the same tokens {ids}: no answer could be told "
-                    "from the other. Choose other words."
+                    f"{where}: {words[first]!r} and {words[i]!r} are the same tokens {ids}: the answers could not be "
+                    "told apart. Choose other words."
                 )
         return options
 
@@ -227,13 +226,13 @@ class Prompt:
         filled = self.template.fill(dict.fromkeys(self.template.columns, "") | {MASK: mask})
         if mask not in filled:
             raise DataError(
-                f"template={self.template.text!r}: {self.kind.model} says what stands at a mask. Put {{{MASK}}} where "
-                f"the answer belongs, such as '{{text}} It was {{{MASK}}}.'"
+                f"template={self.template.text!r}: {self.kind.model} predicts the token at a mask. Put {{{MASK}}} "
+                f"where the answer belongs, such as '{{text}} It was {{{MASK}}}.'"
             )
         return filled.count(mask)
 
     def _before_mask(self) -> str:
-        """The template's own text right before its first mask."""
+        """The template's fixed text right before its first mask."""
         mask = self.tokenizer.mask_token
         for literal, name, *_ in string.Formatter().parse(self.template.text):
             if mask in literal:
@@ -246,8 +245,8 @@ class Prompt:
         ids, mask = text_ids(self.tokenizer, text), self.tokenizer.mask_token_id
         if ids.count(mask) != self.masks:
             raise DataError(
-                f"{where}: {ids.count(mask)} masks in the text, {self.masks} in the template: the row's own text has "
-                f"{self.tokenizer.mask_token!r} in it, or the tokenizer does not know it."
+                f"{where}: {ids.count(mask)} masks in the text, {self.masks} in the template: the row's own text "
+                f"contains {self.tokenizer.mask_token!r}, or the tokenizer does not know it."
             )
         ids = keep_around(ids, mask, room, where)
         rest = iter(answer)
@@ -263,46 +262,46 @@ def check_kind(kind: ModelKind, what: str) -> None:
             "nothing. Use its ForMaskedLM class, or set is_decoder."
         )
     if kind.name in ("classification", "tokens", "questions", "choice", "bare"):
-        raise DataError(f"{kind.model} has no head that says words, so {what} does not go with it: leave it out.")
+        raise DataError(f"{kind.model} has no head that predicts words, so {what} does not work with it: leave it out.")
 
 
 def mask_token(tokenizer: Any, kind: ModelKind) -> str:
     """The tokenizer's mask as text. Raises DataError if it has none."""
     if getattr(tokenizer, "mask_token", None) is None:
-        raise DataError(f"{kind.model} says what stands at a mask, and the tokenizer has no mask token.")
+        raise DataError(f"{kind.model} predicts the token at a mask, but the tokenizer has no mask token.")
     return str(tokenizer.mask_token)
 
 
 def text_ids_of_answer(tokenizer: Any, text: str) -> list[int]:
-    """A decoder's labels: the answer as the tokenizer writes targets, closed with EOS."""
+    """A decoder's labels: the answer as the tokenizer encodes targets, closed with EOS."""
     ids = list(tokenizer(text_target=text)["input_ids"])
     return closed(tokenizer, ids)
 
 
 def continued(kind: ModelKind, start: list[int], answer: list[int]) -> dict[str, Any]:
-    """A causal model's row: the loss is on the answer, which stands after all that it is predicted from."""
+    """A causal model's row: the loss is on the answer, which comes after all tokens that it is predicted from."""
     ids = start + answer
     labels = kind.placed([IGNORED] * len(start) + answer)
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
 def closed(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Tokens with an EOS at the end, where the tokenizer has one."""
+    """Tokens with an EOS at the end, if the tokenizer has one."""
     end = end_of_text(tokenizer)
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
 def keep_start(ids: list[int], room: int | None, tail: int) -> list[int]:
-    """At most `room` tokens: the first, and the closing ones (`tail` of them), as tokenizers truncate a text."""
+    """At most `room` tokens: the first ones and the `tail` closing ones, as tokenizers truncate a text."""
     if room is None or len(ids) <= room:
         return ids
     return ids[: max(0, room - tail)] + ids[len(ids) - tail :] if tail < room else ids[:room]
 
 
 def keep_end(ids: list[int], room: int | None, where: str, tail: int = 0) -> list[int]:
-    """At most `room` tokens: the first (it may be a BOS) and the last, where a prompt asks its question.
+    """At most `room` tokens: the first one (it may be a BOS) and the last ones, where a prompt asks its question.
 
-    tail: of closing tokens, counted among the last.
+    tail: number of closing tokens, counted among the last ones.
     """
     if room is None or len(ids) <= room:
         return ids
@@ -312,7 +311,7 @@ def keep_end(ids: list[int], room: int | None, where: str, tail: int = 0) -> lis
 
 
 def keep_around(ids: list[int], mask: int, room: int | None, where: str) -> list[int]:
-    """At most `room` tokens with all masks, the first and the last one; text before the masks goes first."""
+    """At most `room` tokens with all masks, the first and the last token; text before the masks is cut first."""
     if room is None or len(ids) <= room:
         return ids
     places = [i for i, token in enumerate(ids) if token == mask]
@@ -326,7 +325,7 @@ def keep_around(ids: list[int], mask: int, room: int | None, where: str) -> list
 
 
 def _as_whole_number(label: Any) -> list[str]:
-    """A label that is written as a truth value or a float, as the whole number that it is."""
+    """The whole number that a label means, if it is written as a truth value or a float."""
     if isinstance(label, bool):
         return [str(int(label))]
     try:

@@ -1,8 +1,8 @@
-"""Rows of a .jsonl, .csv, .tsv or .txt file, read when they are asked for: in memory is where each begins, 8 bytes.
+"""Rows of a .jsonl, .csv, .tsv or .txt file, read on demand: memory holds only each row's offset, 8 bytes.
 
-Opening reads the file once and checks every row, so what is wrong with one is said at once, with its line. A row is
-then read from its place and parsed again. A file that changes after it was opened is an error at the next row, so that
-a step never sees anything but what the run began with.
+Opening reads the file once and checks every row, so an error in a row is raised at once, with its line. A row is then
+read at its offset and parsed again. If the file changes after it was opened, the next row raises an error, so that a
+step never sees other rows than the run began with.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ FileRow = dict[str, Any]
 
 
 class RowFile(Sequence[FileRow]):
-    """The rows of one file; `open_rows` takes the class that its suffix asks for. May be read from several threads.
+    """The rows of one file; `open_rows` chooses the class by the suffix. May be read from several threads.
 
-    longest: places of the LONGEST_KEPT rows that `size_of` finds largest, the largest first, of equal ones the first.
+    longest: indices of the LONGEST_KEPT rows with the largest `size_of`, largest first; among equal rows the first
+    ones.
     """
 
     def __init__(self, path: Path, size_of: Callable[[FileRow], int]) -> None:
@@ -39,7 +40,7 @@ class RowFile(Sequence[FileRow]):
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         self._stamp = self._stamp_now()
         self._begins = array("q")
-        largest: list[tuple[int, int]] = []  # a heap of (size, -place)
+        largest: list[tuple[int, int]] = []  # a heap of (size, -index)
         digest = RowsDigest()
         for place, (begin, row) in enumerate(self._scan()):
             self._begins.append(begin)
@@ -50,14 +51,14 @@ class RowFile(Sequence[FileRow]):
         self.longest = [-place for _, place in sorted(largest, reverse=True)]
         self._begins.append(self._stamp[0])
         self.digest = digest.hex()
-        """Of all rows: see digests.py."""
+        """Digest of all rows: see digests.py."""
 
     def _scan(self) -> Iterator[tuple[int, FileRow]]:
-        """(first byte, row) of each row in order. DataError with the line of what is not one."""
+        """(first byte, row) of each row in order. Raises DataError with the line of a malformed row."""
         raise NotImplementedError
 
     def _parse(self, data: bytes) -> FileRow:
-        """The first row in bytes that begin with it."""
+        """Parse the row at the start of `data`."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -92,7 +93,7 @@ class RowFile(Sequence[FileRow]):
 
 
 class JsonlFile(RowFile):
-    """An object a line; empty lines are passed over."""
+    """One object per line; empty lines are skipped."""
 
     def _scan(self) -> Iterator[tuple[int, FileRow]]:
         begin = 0
@@ -119,7 +120,7 @@ class JsonlFile(RowFile):
 
 
 class TextFile(RowFile):
-    """A text a line, in column "text"; empty lines are passed over."""
+    """One text per line, in column "text"; empty lines are skipped."""
 
     def _scan(self) -> Iterator[tuple[int, FileRow]]:
         begin = _mark(self._fd)
@@ -141,13 +142,13 @@ class TextFile(RowFile):
 
 
 class CsvFile(RowFile):
-    """A header, then a record a row; a record may be of several lines where quotes say so. Fields are of any length."""
+    """A header, then one record per row; a quoted record may span several lines. Fields may have any length."""
 
     delimiter = ","
 
     def _scan(self) -> Iterator[tuple[int, FileRow]]:
         with open(os.dup(self._fd), newline="", encoding="utf-8-sig") as file:
-            at = _mark(self._fd)  # which the decoder takes away
+            at = _mark(self._fd)  # the decoder removes it
 
             def lines() -> Iterator[str]:
                 nonlocal at
@@ -163,7 +164,7 @@ class CsvFile(RowFile):
                 begin, lines_before = at, reader.line_num
                 while True:
                     with _fields_of_any_length():
-                        row = next(reader, None)  # takes a line at a time until a record is whole
+                        row = next(reader, None)  # reads lines until a record is complete
                     if row is None:
                         break
                     if None in row or None in row.values():
@@ -188,11 +189,11 @@ class CsvFile(RowFile):
             return next(csv.DictReader(text, self._header, strict=True, delimiter=self.delimiter))
 
 
-_QUOTES = "Where quotes are characters like others, put the field in quotes and double those in it, or write .jsonl."
+_QUOTES = "If quotes are ordinary characters, put the field in quotes and double the quotes in it, or write .jsonl."
 
 
 def _mark(fd: int) -> int:
-    """Bytes of the mark that some editors put before UTF-8."""
+    """Length in bytes of the byte order mark that some editors write before UTF-8."""
     return 3 if os.pread(fd, 3, 0) == b"\xef\xbb\xbf" else 0
 
 
@@ -204,7 +205,7 @@ class TsvFile(CsvFile):
 
 @contextlib.contextmanager
 def _fields_of_any_length() -> Iterator[None]:
-    """csv's limit on a field, which is the whole process's, away for the time of a record."""
+    """Lift csv's limit on a field, which holds for the whole process, while a record is read."""
     before = csv.field_size_limit(sys.maxsize)
     try:
         yield
@@ -213,7 +214,7 @@ def _fields_of_any_length() -> Iterator[None]:
 
 
 def open_rows(path: str | Path, size_of: Callable[[FileRow], int] = lambda row: 0) -> RowFile:
-    """Rows of a .jsonl (an object a line) or .csv (with a header). Raises DataError with the line."""
+    """Rows of a .jsonl (one object per line) or .csv (with a header). Raises DataError with the line."""
     path = user_path(path)
     if not path.is_file():
         raise DataError(f"{path} does not exist or is not a file.")

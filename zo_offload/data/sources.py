@@ -1,10 +1,9 @@
-"""What users give as data, told apart: rows with random access, a stream of rows, or batches that are ready.
+"""Recognises the form of users' data: rows with random access, a stream of rows, or ready batches.
 
-The rule: a DataLoader, and what is read in order and gives batches, are batches. An element is a batch if the tensor
+The rule: a DataLoader, and any iterable whose elements are batches, gives batches. An element is a batch if the tensor
 that its model knows has one dimension more than a row's (input_ids two, pixel_values four, ...). In a list of dicts
-with names of one's own it is a batch if all its tensors have the same first dimension and one has a second, or is
-called "labels".
-`batched=True` or `False` says it outright.
+with other names, an element is a batch if all its tensors have the same first dimension and one of them has a second,
+or is called "labels". `batched=True` or `False` overrides the rule.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Source:
 
 
 def open_source(data: Any, kind: ModelKind, *, own_objective: bool, batched: bool | None, version: int) -> Source:
-    """Which form the data has. Reads its first element; an iterator's is put back. Raises DataError for all else."""
+    """The form of the data. Reads its first element; an iterator's is put back. Raises DataError for other data."""
     name = type(data).__name__
     if hasattr(data, "iloc") and not hasattr(data, "columns"):
         raise DataError(f"data is a {name}, one column: give it a name and pass the frame, data.to_frame('text').")
@@ -63,12 +62,12 @@ def open_source(data: Any, kind: ModelKind, *, own_objective: bool, batched: boo
     if is_batch:
         return Source("batches", data, name)
     if isinstance(first, (tuple, list)) and any(isinstance(value, Tensor) for value in first):
-        raise DataError(f"{name} gives tuples, one a row: pass DataLoader(data, batch_size=...) and an objective=.")
+        raise DataError(f"{name} gives tuples, one per row: pass DataLoader(data, batch_size=...) and an objective=.")
     return Source("rows" if hasattr(data, "__len__") and hasattr(data, "__getitem__") else "stream", data, name)
 
 
 def named_values(batch: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of all that a batch holds; what lies in dicts, lists and tuples of tensors is named "a.0.b"."""
+    """(name, value) of everything in a batch; values inside dicts, lists and tuples of tensors are named "a.0.b"."""
     pairs = (
         batch.items() if isinstance(batch, Mapping) else enumerate(batch) if isinstance(batch, (list, tuple)) else ()
     )
@@ -83,8 +82,7 @@ def named_values(batch: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def rows_of_texts(batch: Any) -> list[dict[str, Any]] | None:
-    """The rows of a loader's batch, as a list of them, or with its texts in lists, as torch's default collation leaves
-    them; else None."""
+    """The rows of a loader's batch, if it is a list of rows, or has texts in lists, like torch's default collation."""
     if isinstance(batch, (list, tuple)) and batch and all(isinstance(row, Mapping) for row in batch):
         return [dict(row) for row in batch]
     columns = batch if isinstance(batch, Mapping) else {}
@@ -103,8 +101,8 @@ def _plain(value: Any) -> Any:
 def with_own_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
     """The same loader with persistent workers of its own.
 
-    They are in the midst of one epoch at a time: whoever else reads the given loader (an evaluation between two steps)
-    would end the epoch that is being read.
+    Workers serve one epoch at a time: another reader of the given loader (an evaluation between two steps) would end
+    the epoch that is being read.
     """
     own = copy.copy(loader)
     own._iterator = None
@@ -112,7 +110,7 @@ def with_own_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 class Chunks:
-    """Rows of a stream, `size` at a time in order; the last chunk is short if it must be."""
+    """Rows of a stream, `size` at a time in order; the last chunk may be short."""
 
     def __init__(self, rows: Iterable[Any], size: int):
         self.rows, self.size = rows, size
@@ -124,7 +122,7 @@ class Chunks:
 
 
 class _Again:
-    """An iterator whose first element was taken to look at it."""
+    """An iterator whose first element was read in advance."""
 
     def __init__(self, first: Any, rest: Iterator[Any]):
         self._all = itertools.chain([first], rest)
@@ -137,7 +135,7 @@ class _Again:
 
 
 def _peeked(data: Any) -> tuple[Any, Any]:
-    """The first element of an iterable, and the iterable with nothing missing."""
+    """The first element of an iterable, and the complete iterable."""
     iterator = iter(data)
     first = next(iterator, None)
     return first, (_Again(first, iterator) if iterator is data and first is not None else data)
@@ -174,7 +172,7 @@ def _share_rows(tensors: list[Tensor]) -> bool:
 
 
 def _was_batch(value: Any) -> bool:
-    """As batches were told from rows when encodings had no number."""
+    """The rule that told batches from rows when encodings had no number."""
     if not isinstance(value, Mapping):
         return False
     ids = value.get("input_ids", value.get("labels"))
@@ -190,7 +188,7 @@ def _is_rows(value: Any) -> bool:
 
 
 def as_tensor_batch(batch: Any, where: str, *, own_objective: bool) -> dict[str, Any]:
-    """A ready batch as a dict; of a tuple, or of a tensor alone, under places as names: see `as_given`."""
+    """A ready batch as a dict; elements of a tuple, or a tensor alone, are named by position: see `as_given`."""
     if isinstance(batch, Mapping):
         if not tensors_of(batch):
             kinds = ", ".join(f"{key}: {type(value).__name__}" for key, value in batch.items())
@@ -210,7 +208,7 @@ def as_tensor_batch(batch: Any, where: str, *, own_objective: bool) -> dict[str,
 
 
 def as_given(objective: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """The objective, called with the tuples and tensors that a loader gave where it gave no dicts."""
+    """The objective, called with a loader's own tuples and tensors if its batches are not dicts."""
 
     def given(batch: Mapping[str, Any]) -> Any:
         if list(batch) == [""]:

@@ -1,4 +1,4 @@
-"""What data holds, in a line, and its first rows as the model will see them, with what is learned marked."""
+"""A one-line summary of data, and its first rows as the model will see them, with learned tokens marked."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..modules.kind import IGNORED
 from .batches import Batches, RowBatches
 from .encode import Encoder
 
-LOOKED_AT = 64  # rows, evenly spaced
+LOOKED_AT = 64  # number of evenly spaced rows that are read
 LONGEST_SHOWN = 1200  # characters of a row
 
 
 def survey(batches: Batches) -> str:
-    """One line: rows, steps an epoch, tokens a row, and which answers there are."""
+    """One line: rows, steps per epoch, tokens per row, and the answers that occur."""
     if not isinstance(batches, RowBatches):
         return f"{getattr(batches, 'name', 'data')}: read in order; its rows are checked as they come"
     rows, name = batches.rows, batches.name
@@ -39,7 +39,7 @@ def survey(batches: Batches) -> str:
 
 
 def examples(batches: Batches, count: int = 3) -> list[str]:
-    """The first rows as the model will see them: what is learned stands in »«, what it is not shown after an arrow."""
+    """The first rows as the model will see them: learned tokens are in »«, hidden ones follow an arrow."""
     if not isinstance(batches, RowBatches):
         batch = batches.first()
         shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in batch.items() if isinstance(v, torch.Tensor))
@@ -59,7 +59,7 @@ def _learned(row: dict[str, Any]) -> int | None:
 
 
 def _answer(encoder: Encoder, row: Any, where: str) -> Any:
-    """A row's label, where it is one of a few."""
+    """A row's label, if it is one of a few."""
     value = row.get(encoder.label_column) if hasattr(row, "get") else None
     return value if isinstance(value, (str, int, bool)) else None
 
@@ -74,7 +74,7 @@ def _marked(encoder: Encoder, encoded: dict[str, Any]) -> str:
         return f"{_text(encoder, ids)} -> {labels}"
     if kind.name == "seq2seq":
         return f"{_text(encoder, ids)} -> »{_text(encoder, [x for x in labels if x != IGNORED])}«"
-    if kind.name == "causal":  # a label stands where its token does, or where it is predicted
+    if kind.name == "causal":  # a label is at its token's position, or where it is predicted
         later = 1 - kind.shift
         learned = [i >= later and labels[i - later] != IGNORED for i in range(len(ids))]
         return _runs(encoder, ids, learned, ids)
@@ -82,7 +82,7 @@ def _marked(encoder: Encoder, encoded: dict[str, Any]) -> str:
 
 
 def _runs(encoder: Encoder, ids: Sequence[int], learned: Sequence[bool], asked: Sequence[int]) -> str:
-    """The text, with runs of learned tokens marked; asked: what is learned there."""
+    """The text, with runs of learned tokens marked; asked: the tokens that are learned."""
     parts: list[str] = []
     begin = 0
     for end in range(1, len(ids) + 1):

@@ -1,6 +1,6 @@
-"""The files that data sets of the papers come in, as records.
+"""Reads the papers' data sets, in their file formats, as records.
 
-jsonl    an object a line                       tsv     tabs, a header, quotes are characters like others (GLUE)
+jsonl    one object per line                    tsv     tabs, a header, quotes are ordinary characters (GLUE)
 json     one object or a list of them           csv     commas, a header, quotes as usual
 trees    "(3 (2 It) (4 works))": text and label of the whole (Stanford Sentiment Treebank)
 trec     "HUM:ind Who wrote it ?": text, label (HUM) and fine (HUM:ind)
@@ -22,7 +22,7 @@ Record = Any
 
 
 def read_records(path: Path, form: str | None) -> Iterator[Record]:
-    """The records of a file in order; form: None for what its suffix says. Raises DataError with the line."""
+    """The records of a file in order; form: None: by the suffix. Raises DataError with the line."""
     form = path.suffix.lower().lstrip(".").replace("ndjson", "jsonl") if form is None else form
     if form not in FORMATS:
         raise DataError(f"{path}: {path.suffix or 'no suffix'} says no format; give one of {', '.join(FORMATS)}.")
@@ -81,7 +81,7 @@ def _trees(text: str, path: Path) -> Iterator[Record]:
             continue
         words = [_PLAIN.get(word, word) for word in _LEAF.findall(line)]
         if not words or not (root := re.match(r"\((\d+)\s", line.strip())):
-            raise DataError(f"{path} line {number} is no tree such as '(3 (2 It) (4 works))'.")
+            raise DataError(f"{path} line {number} is not a tree such as '(3 (2 It) (4 works))'.")
         yield {"text": " ".join(words).replace("\\/", "/"), "label": int(root[1])}
 
 
@@ -92,7 +92,7 @@ def _trec(text: str, path: Path) -> Iterator[Record]:
         fine, _, question = line.strip().partition(" ")
         coarse, colon, _ = fine.partition(":")
         if not colon or not question.strip():
-            raise DataError(f"{path} line {number} is no question such as 'HUM:ind Who wrote it ?'.")
+            raise DataError(f"{path} line {number} is not a question such as 'HUM:ind Who wrote it ?'.")
         yield {"text": question.strip(), "label": coarse, "fine": fine}
 
 

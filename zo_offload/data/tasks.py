@@ -1,22 +1,22 @@
-"""Tasks: what a data set's files hold, the prompt that is made of a row, and how answers are scored, in one TOML file.
+"""Tasks: one TOML file describes a data set's files, the prompt made from a row, and the scoring of answers.
 
     about = "..."
-    [files]                         # by split: names looked for in the folder, in order
+    [files]                         # by split: file names to try in the folder, in order
     train = ["train.jsonl"]
     dev = ["val.jsonl", "dev.jsonl"]
     [read]
     format = "jsonl"                # jsonl, json, tsv, csv, trees, trec; default: by the file's suffix
-    each = ["passage.questions"]    # a row for each element of this list in a record, and of the next one in that
+    each = ["passage.questions"]    # one row per element of this list in a record; a second list is inside an element
     skip = { gold_label = ["-"] }   # records that are left out
-    [columns]                       # of a row: where in the record they stand; default: the record's own
+    [columns]                       # a row's columns, as paths in the record; default: the record's own
     text = "passage.text"
-    label = ["label", "answer"]     # the first of these that is there
+    label = ["label", "answer"]     # the first of these that exists
     link = { path = "question", map = { cause = "because", effect = "so" } }
     [prompt]                        # options of the data, as `fit` takes them: template, verbalizers, loss, ...
     [score]                         # generate = true: texts are generated and compared with those in column `answers`
 
-The papers' tasks are in papers/; a task of one's own is a path to such a file. A name is found in the innermost element
-of `each` that has it; "answers.0.text" is the first one's, "answers.*.text" a list of all.
+The papers' tasks are in papers/; your own task is a path to such a file. A name is looked up in the innermost element
+of `each` that has it; "answers.0.text" is the first answer's text, "answers.*.text" the list of all.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Scoring:
     """Texts are generated, greedily, and compared with the row's answers by exact match and F1 over words."""
 
     answers: str
-    """Column of the right answers, a text or a list of them."""
+    """Column of the right answers, a text or a list of texts."""
     max_new_tokens: int = 32
 
 
@@ -98,13 +98,13 @@ class DataTask:
     def _row(self, scope: list[Any], where: str) -> dict[str, Any]:
         if not self.columns:
             if not isinstance(scope[-1], Mapping):
-                raise DataError(f"{where} is {str(scope[-1])[:60]!r}, no row with columns: say with [columns] which.")
+                raise DataError(f"{where} is {str(scope[-1])[:60]!r}, not a row with columns: name them in [columns].")
             return dict(scope[-1])
         return {name: _column(scope, place, where) for name, place in self.columns.items()}
 
 
 def find_task(name: str) -> DataTask:
-    """A paper's task by its name, or one's own by the path of its file. Raises DataError."""
+    """A paper's task by its name, or your own by the path of its file. Raises DataError."""
     path = user_path(name)
     if path.suffix != ".toml":
         path = PAPERS / f"{name}.toml"
@@ -122,11 +122,11 @@ def find_task(name: str) -> DataTask:
 
 
 KINDS = ("auto", "lm", "classification", "prompt")
-"""What `task` may say besides a task's name: what a text is learned as."""
+"""Values of `task` that are not a task's name: how a text is learned."""
 
 
 def task_of(task: str | None) -> DataTask | None:
-    """The data task that an option `task` names; None where it says what a text is learned as."""
+    """The data task that an option `task` names; None if the option says how a text is learned."""
     return None if task is None or task in KINDS else find_task(task)
 
 
@@ -137,7 +137,7 @@ def task_names() -> list[str]:
 def _made(path: Path, found: Mapping[str, Any]) -> DataTask:
     for section, values in found.items():
         if section not in _SECTIONS:
-            raise DataError(f"{path}: [{section}] is no part of a task.{did_you_mean(section, _SECTIONS)}")
+            raise DataError(f"{path}: [{section}] is not a section of a task.{did_you_mean(section, _SECTIONS)}")
         _expect(path, section, values, str if section == "about" else Mapping)
         known = _SECTIONS[section]
         for key in values if known is not None else ():
@@ -195,20 +195,20 @@ def _are_texts(value: Any) -> bool:
 
 
 def _check_place(path: Path, column: str, place: Any) -> None:
-    """Where a column stands: a path, several of which the first that is there is taken, or a table."""
+    """Check a column's place: a path, a list of paths of which the first existing one is used, or a table."""
     if isinstance(place, Mapping):
         for key, value in place.items():
             if key not in _PLACES:
                 raise DataError(f"{path}: column {column!r} has no {key!r}.{did_you_mean(key, _PLACES)}")
             _expect(path, f"{column}.{key}", value, _PLACES[key])
         if not {"path", "drop_answer"} & set(place):
-            raise DataError(f"{path}: column {column!r} says no path.")
+            raise DataError(f"{path}: column {column!r} names no path.")
     elif not isinstance(place, str) and not (place and _are_texts(place)):
         _wrong(path, f"column {column}", place, "a path, a list of them, or a table")
 
 
 def sampled(rows: Sequence[Any], count: int | None, seed: int, what: str = "rows") -> Sequence[Any]:
-    """So many of the rows, chosen by the seed, in their own order; None: all. Raises DataError if there are fewer."""
+    """`count` of the rows, chosen by the seed, in their own order; None: all. Raises DataError if there are fewer."""
     if count is None or count == len(rows):
         return rows
     if not 0 < count <= len(rows):
@@ -221,14 +221,14 @@ def sampled(rows: Sequence[Any], count: int | None, seed: int, what: str = "rows
 
 
 def _elements(record: Any, each: list[str], where: str, scope: tuple[Any, ...] = ()) -> Iterator[list[Any]]:
-    """The record with one element of each list in it, innermost last."""
+    """For each combination of elements of the nested lists `each`: the record and those elements, innermost last."""
     scope = (*scope, record)
     if not each:
         yield list(scope)
         return
     found = record if each[0] == "*" else _look(list(scope), each[0], where)
     if not isinstance(found, (Mapping, list)):
-        raise DataError(f"{where}: {each[0]!r}, which each names, is {str(found)[:60]!r} and no list.")
+        raise DataError(f"{where}: {each[0]!r}, named by each, is {str(found)[:60]!r}, not a list.")
     for element in found.values() if isinstance(found, Mapping) else found:
         yield from _elements(element, each[1:], where, scope)
 
@@ -237,7 +237,7 @@ _ABSENT = object()
 
 
 def _look(scope: Sequence[Any], path: str, where: str) -> Any:
-    """What stands at a path in the innermost element that has it. Raises DataError."""
+    """The value at a path in the innermost element that has it. Raises DataError."""
     for element in reversed(scope):
         found = _at(element, path.split("."))
         if found is not _ABSENT:
@@ -258,7 +258,7 @@ def _at(value: Any, parts: Sequence[str]) -> Any:
 
 
 def _column(scope: list[Any], place: Any, where: str) -> Any:
-    """A column's value: at a path, at the first of several, or as a table says."""
+    """A column's value: at a path, at the first existing path of several, or made by a table."""
     if isinstance(place, str):
         return _look(scope, place, where)
     if isinstance(place, list):
@@ -273,21 +273,21 @@ def _column(scope: list[Any], place: Any, where: str) -> Any:
 
 
 def _made_column(scope: list[Any], place: Mapping[str, Any], where: str) -> Any:
-    """As a table says."""
+    """A column's value, made by the rules of a table."""
     of_drop = "drop_answer" in place
     found = _look(scope, place["drop_answer" if of_drop else "path"], where)
     value: Any = _drop_answer(found) if of_drop else found
     if "slice_of" in place:  # characters from start to end, the last one included
         text = _look(scope, place["slice_of"], where)
         value = list(dict.fromkeys(text[span["start"] : span["end"] + 1] for span in value))
-    if "minus" in place:  # what is right too must not count as wrong
+    if "minus" in place:  # another right answer must not count as wrong
         others = _look(scope, place["minus"], where)
         value = [item for item in value if item not in others[1:] or item == others[0]]
     if "map" in place:
         if str(value) not in place["map"]:
-            raise DataError(f"{where}: {place['path']}={value!r}, and the task knows {', '.join(place['map'])}.")
+            raise DataError(f"{where}: {place['path']}={value!r}, but the task knows only {', '.join(place['map'])}.")
         value = place["map"][str(value)]
-    if "prefix" in place:  # an answer goes on where its prompt ends
+    if "prefix" in place:  # an answer continues its prompt
         value = f"{place['prefix']}{value}"
     return [value] if place.get("list") else value
 

@@ -1,4 +1,4 @@
-"""Texts into tokens: what a tokenizer adds before and after, once and only where it belongs."""
+"""Turns texts into tokens, with each special token once and only where it belongs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..errors import DataError
 
 
 def text_ids(tokenizer: Any, *texts: str) -> list[int]:
-    """Tokens of a text (or a pair) as the tokenizer gives them, with one BOS where the text brought its own too."""
+    """Tokens of a text (or a pair) as the tokenizer gives them; with one BOS even if the text has its own."""
     return without_second_start(tokenizer, list(tokenizer(*texts)["input_ids"]))
 
 
 def without_second_start(tokenizer: Any, ids: list[int]) -> list[int]:
-    """The tokens without the first, if that is the tokenizer's BOS (or CLS) before one that the text has itself."""
+    """The tokens without the first, if that is the tokenizer's BOS (or CLS) and the text has its own."""
     starts = {getattr(tokenizer, name, None) for name in ("bos_token_id", "cls_token_id")} - {None}
     return ids[1:] if len(ids) > 1 and ids[0] == ids[1] and ids[0] in starts else ids
 
@@ -31,9 +31,9 @@ def end_of_text(tokenizer: Any) -> int | None:
 
 
 def open_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text that is to be continued: without what a tokenizer closes it with (EOS, SEP).
+    """Tokens of a text to be continued: without the closing tokens (EOS, SEP) that the tokenizer adds.
 
-    What the text itself ends with stays: a template may put an EOS between a question and its answer.
+    Closing tokens of the text itself stay: a template may put an EOS between a question and its answer.
     """
     ids = text_ids(tokenizer, text)
     closing = {end_of_text(tokenizer), getattr(tokenizer, "sep_token_id", None)} - {None}
@@ -44,7 +44,7 @@ def open_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _closings(ids: list[int], closing: set[int | None]) -> int:
-    """How many closing tokens are at the end."""
+    """The number of closing tokens at the end."""
     return next((n for n, token in enumerate(reversed(ids)) if token not in closing), len(ids))
 
 
@@ -57,7 +57,7 @@ def continuation(tokenizer: Any, start: str, word: str) -> list[int]:
 
 
 def as_text(value: Any, where: str, column: str) -> str:
-    """A column's value as text. Raises DataError for nothing, NaN, lists, and text that is no Unicode."""
+    """A column's value as text. Raises DataError for None, NaN, lists, and text that is not valid Unicode."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise DataError(f"{where}: column {column!r} is empty ({value}). Remove such rows, or fill them in.")
     if isinstance(value, (int, float)):
@@ -69,13 +69,13 @@ def as_text(value: Any, where: str, column: str) -> str:
 
 
 def check_unicode(text: str, what: str) -> None:
-    """Raise DataError for half a character, which no tokenizer takes. what: names the text in messages."""
+    """Raise DataError for half a surrogate pair, which no tokenizer takes. what: names the text in messages."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{what} is no valid text: character {error.start} is half of a surrogate pair "
-            f"({text[error.start]!a}). Mend the file, or remove the row."
+            f"{what} is not valid text: character {error.start} is half of a surrogate pair "
+            f"({text[error.start]!a}). Repair the file, or remove the row."
         ) from error
 
 
@@ -86,7 +86,7 @@ def check_not_empty(texts: Sequence[str], where: str, columns: Sequence[str]) ->
 
 
 def encoded_text(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> dict[str, Any]:
-    """All that the tokenizer says of a text or a pair (masks, token types), in at most `max_length` tokens."""
+    """All outputs of the tokenizer for a text or a pair (masks, token types), in at most `max_length` tokens."""
     cut = {"truncation": True, "max_length": max_length} if max_length else {}
     encoded = {name: list(values) for name, values in tokenizer(*texts, **cut).items()}
     extra = len(encoded["input_ids"]) - len(without_second_start(tokenizer, encoded["input_ids"]))

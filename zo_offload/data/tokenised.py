@@ -1,7 +1,7 @@
-"""Rows that are tokenised already, or hold pictures or sound: what the model takes of them, and labels by its kind.
+"""Rows that are tokenised, or hold pictures or sound: selects the model's inputs, and makes labels for its kind.
 
-Labels are made only where the tokens say them: next tokens of a causal model, hidden tokens of a masked one. Those that
-are given are checked against the head.
+Labels are made only if they follow from the tokens: next tokens of a causal model, hidden tokens of a masked one. Given
+labels are checked against the head.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Encoded = dict[str, Any]
 
 
 WANTS = {
-    "unknown": "may be of any kind: say which (kind=)",
+    "unknown": "may be of any kind: name it (kind=)",
     "causal": "learns from text",
     "masked": "learns from text with a mask token",
     "seq2seq": "answers a text: pass target_column=, columns prompt and completion, or template= and verbalizers=",
     "classification": "learns classes: give each row a label",
-    "tokens": "learns a class a token: tokenise the text, and give labels of the same length",
-    "questions": f"learns where an answer stands: tokenise the text, and give {' and '.join(SPANS)}",
+    "tokens": "learns a class per token: tokenise the text, and give labels of the same length",
+    "questions": f"learns an answer's position: tokenise the text, and give {' and '.join(SPANS)}",
     "choice": "learns which input is right: tokenise the choices (input_ids a list of lists), and give labels",
-    "bare": "has no head, and so no loss: pass model_class= (--model-class), such as "
+    "bare": "has no head and therefore no loss: pass model_class= (--model-class), such as "
             "AutoModelForSequenceClassification, or an objective=",
     "other": "is none of transformers' kinds: pass task='lm' for next tokens, task='classification' for labels, or an "
              "objective=",
@@ -81,7 +81,7 @@ class TokenisedRows:
         return encoded
 
     def _kept(self, row: Mapping[str, Any]) -> Encoded:
-        """The columns that go to the model, the label under its name; what it does not take is left, and said once."""
+        """The columns that go to the model, the label under its name; others are left out, with one warning each."""
         kind, kept = self.kind, {}
         for name, value in row.items():
             label = name in ("labels", "label_ids", "label", self.label_column)
@@ -100,7 +100,7 @@ class TokenisedRows:
         return kept
 
     def _labelled(self, encoded: Encoded, ids: list[int] | None, where: str, draw: str) -> Encoded:
-        """With the labels that the kind of model learns from, checked, or made where tokens alone say them."""
+        """The row with labels for the kind of model: given ones are checked, missing ones made if possible."""
         kind, labels = self.kind, encoded.get("labels")
         if kind.name == "questions" and not self.own_objective:
             check_span(encoded, len(ids or ()), where)
@@ -124,9 +124,9 @@ class TokenisedRows:
         return encoded
 
     def _choices(self, encoded: Encoded, where: str) -> Encoded:
-        """A row of several inputs, of which one is right."""
+        """A row of several inputs, one of which is right."""
         if self.kind.name not in ("choice", "other", "unknown") and not self.own_objective:
-            raise DataError(f"{where}: input_ids are nested, and {self.kind.model} takes one sequence a row.")
+            raise DataError(f"{where}: input_ids are nested, but {self.kind.model} takes one sequence per row.")
         nested = [whole_numbers(ids, where, "input_ids")[: self.max_length] for ids in encoded["input_ids"]]
         encoded["input_ids"] = nested
         if "attention_mask" not in encoded:
@@ -143,7 +143,7 @@ class TokenisedRows:
         return encoded
 
     def hidden(self, ids: list[int], where: str, draw: str) -> Encoded:
-        """Some tokens hidden, and asked for."""
+        """The row with some tokens hidden, to be predicted."""
         if self.masks is None:
             raise DataError(f"{where} has no labels, and there is no tokenizer with a mask token to hide tokens with.")
         given, labels = self.masks(ids, draw)
@@ -153,9 +153,9 @@ class TokenisedRows:
 
 
 def next_tokens(kind: ModelKind, ids: list[int], room: int | None, where: str, mask: Any = None) -> Encoded:
-    """Every token is predicted from those before it; the first from nothing, which its label says.
+    """Labels by which every token is predicted from those before it; the first token has no prediction.
 
-    mask: of attention, of rows that are padded already: padding is not learned, and nothing is predicted from it.
+    mask: attention mask of rows that are already padded: padding is not learned, and nothing is predicted from it.
     """
     cut = ids[:room]
     if len(cut) < 2 <= len(ids):
@@ -170,16 +170,16 @@ def next_tokens(kind: ModelKind, ids: list[int], room: int | None, where: str, m
 
 
 def _check_lengths(encoded: Mapping[str, Any], where: str) -> None:
-    """Raise DataError for a column that says something of each token, and not of as many as there are."""
+    """Raise DataError for a per-token column whose length differs from the number of tokens."""
     tokens = len(encoded["input_ids"])
     for name in ("attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"):
         value: Any = encoded.get(name)
         if is_sequence(value) and not (len(value) and is_sequence(value[0])) and len(value) != tokens:
-            raise DataError(f"{where}: {len(value)} {name} for {tokens} input_ids. Give one a token.")
+            raise DataError(f"{where}: {len(value)} {name} for {tokens} input_ids. Give one per token.")
 
 
 def check_sizes(encoded: Encoded, kind: ModelKind, where: str) -> None:
-    """Raise DataError unless the tokens are of the model's vocabulary, and no more than it has positions for."""
+    """Raise DataError unless the tokens are in the model's vocabulary and fit its positions."""
     if "input_ids" not in encoded:
         return
     ids: Any = encoded["input_ids"]
@@ -202,7 +202,7 @@ def check_sizes(encoded: Encoded, kind: ModelKind, where: str) -> None:
     wrong = [] if kind.vocabulary is None or features else [t for r in rows for t in r if not 0 <= t < kind.vocabulary]
     if wrong:
         raise DataError(
-            f"{where} has token {wrong[0]}, and {kind.model} has {kind.vocabulary} tokens: is the tokenizer the "
+            f"{where} has token {wrong[0]}, but {kind.model} has {kind.vocabulary} tokens: is the tokenizer the "
             "model's? Call model.resize_token_embeddings for tokens that were added."
         )
 
@@ -214,7 +214,7 @@ def _counts(labels: Any, where: str) -> bool:
     try:
         return bool((torch.as_tensor(labels, device="cpu") != IGNORED).any())
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise DataError(f"{where}: labels={labels!r} are no numbers: {error}.") from error
+        raise DataError(f"{where}: labels={labels!r} are not numbers: {error}.") from error
 
 
 def _is_numeric(value: Any) -> bool:
