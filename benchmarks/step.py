@@ -44,15 +44,18 @@ from zo_offload.plan.blocks import BLOCK_NUMEL
 Work = Callable[[], Any]
 
 
-def make_model(name: str) -> nn.Module:
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def make_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     from transformers import OPTForCausalLM
 
     torch.manual_seed(0)
     with torch.device("meta"):
         model = OPTForCausalLM(opt_config(name))
-    model = model.to_empty(device="cpu").eval()
+    model = nn.Module.to(model, dtype).to_empty(device="cpu").eval()
     model.tie_weights()
-    noise = torch.randn(1 << 20) * 0.02
+    noise = (torch.randn(1 << 20) * 0.02).to(dtype)
     with torch.no_grad():
         for p in model.parameters():  # random enough for timing, and quick to make
             flat = p.view(-1)
@@ -106,14 +109,16 @@ def ways(
     wanted: Sequence[str],
     block_numels: Sequence[int],
     method: Method,
+    storage: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[str, Work, dict[str, Any]]]:
     """Each way of running, with its work set up; the next one is set up only when this one is done with."""
     for offload, block_numel in product(("none", "host", "disk"), block_numels):
         if f"ours {offload}" not in wanted:
             continue
         run_dir = f"{tempfile.mkdtemp(dir=folder)}/run" if offload == "disk" else None
-        settings: dict[str, Any] = dict(offload=offload, run_dir=run_dir, block_numel=block_numel)
-        engine = Engine(make_model(name), method=method, **settings)
+        settings: dict[str, Any] = dict(offload=offload, run_dir=run_dir, block_numel=block_numel, storage=storage)
+        engine = Engine(make_model(name, dtype), method=method, **settings)
         with engine:
             engine.step(batch)
             engine.step(batch)
@@ -132,7 +137,7 @@ def ways(
         del engine, streamer
         gc.collect()
     if "plain mezo" in wanted:
-        model = make_model(name)
+        model = make_model(name, dtype)
         yield "plain mezo", plain_mezo(model, batch), {}
         del model
         gc.collect()
@@ -141,7 +146,7 @@ def ways(
     for where in ("cpu", "disk"):
         if f"accelerate {where}" not in wanted:
             continue
-        model = make_model(name)
+        model = make_model(name, dtype)
         device = torch.device("cpu")
         model = cpu_offload(model, device) if where == "cpu" else disk_offload(model, f"{folder}/accelerate", device)
         yield f"accelerate {where}, twice", forwards(model, batch, 2), {}
@@ -189,8 +194,9 @@ def tiers_in_turn(options: argparse.Namespace, name: str, tokens: int, method: M
         engines = {
             tier: stack.enter_context(
                 Engine(
-                    make_model(name), method=method, storage=options.storage, fold_every=options.fold_every,
-                    snapshot_minutes=None, run_dir=f"{folder}/{tier}" if "disk" in tier else None, **how,
+                    make_model(name, DTYPES[options.dtype]), method=method, storage=options.storage,
+                    fold_every=options.fold_every, snapshot_minutes=None,
+                    run_dir=f"{folder}/{tier}" if "disk" in tier else None, **how,
                 )
             )
             for tier, how in TIERS.items()
@@ -230,7 +236,8 @@ def main() -> None:
     parser.add_argument("--block-numel", nargs="+", type=int, default=[BLOCK_NUMEL], help="of ours: elements a block")
     parser.add_argument("--method", choices=["mezo", "fzoo"], default="mezo")
     parser.add_argument("--tiers", action="store_true", help="memory, host and disk in turn, and what each costs")
-    parser.add_argument("--storage", help="of --tiers; default the model's own")
+    parser.add_argument("--storage", help="of ours; default the model's own dtype")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of all forwards, the plain ones too")
     parser.add_argument("--fold-every", type=int, help="of --tiers")
     parser.add_argument("--warm", type=int, default=8, help="of --tiers: steps before those that count")
     parser.add_argument("--folder", type=Path, help="of --tiers: where the run on disk is, default a temporary one")
@@ -242,17 +249,19 @@ def main() -> None:
     count = len(method.perturbations(0, 0))
     if options.method == "fzoo":
         options.ways = [way for way in options.ways if way.startswith("ours")]
-    common = about("step") | {"method": options.method, "forwards": count}
+    common = about("step") | {"method": options.method, "forwards": count, "dtype": options.dtype}
+    dtype = DTYPES[options.dtype]
     for name, tokens in product(options.models, options.tokens) if options.tiers else ():
         tiers_in_turn(options, name, tokens, method, common)
     for name in () if options.tiers else options.models:
-        plain = make_model(name)
+        plain = make_model(name, dtype)
         for tokens in options.tokens:
             ids = torch.randint(5, 50000, (1, tokens), generator=torch.Generator().manual_seed(1))
             batch = {"input_ids": ids, "labels": ids}
             floor = forwards(plain, batch, count)
             with tempfile.TemporaryDirectory() as folder:
-                for way, work, extra in ways(name, batch, folder, options.ways, options.block_numel, method):
+                settings = (options.ways, options.block_numel, method, options.storage, dtype)
+                for way, work, extra in ways(name, batch, folder, *settings):
                     ours, plainly = pairs(work, floor, options.repeats)
                     ratios = [a / b for a, b in zip(ours, plainly, strict=True)]
                     emit(

@@ -320,10 +320,10 @@ def test_a_base_with_nan_is_named(storage):
 
 def test_auto_takes_float32_where_nothing_moves_and_int8_masters_where_it_streams(tmp_path):
     with Engine(tiny_llama(), method=METHOD, storage="auto", offload="none") as engine:
-        assert engine.config.storage == "fp32" and "nothing has to move" in engine.storage_note
+        assert engine.config.storage == "fp32" and "nothing has to move" in engine.decided[0]
     run = tmp_path / "run"
     with Engine(tiny_llama(), method=METHOD, storage="auto", offload="disk", run_dir=run) as engine:
-        assert engine.config.storage == "int8+8" and "moves the least" in engine.storage_note
+        assert engine.config.storage == "int8+8" and "moves the least" in engine.decided[0]
         engine.fit(batches(), steps=2)
         weights = stored_weights(engine)
     with Engine.resume(run, tiny_llama(), offload="none") as engine:  # what was decided once holds for the run

@@ -52,6 +52,11 @@ def test_each_run_is_the_one_that_fit_makes(base, swept, tmp_path):
     got = read_history(folder / run["run"])
     assert [p.loss for p in got.points] == [p.loss for p in want.points] and got.evals == want.evals
     assert run["values"] == want.evals[-1] and run["steps"] == STEPS
+    # a run's own file is varied: its seed is the one of all runs, its rate is what --times are factors of
+    varied = ("--config", tmp_path / "a" / "config.json", "--times", 1, "--run-dir", tmp_path / "varied", "--quiet")
+    assert call("sweep", *varied) == 0
+    again = read_history(tmp_path / "varied" / "fzoo-lr5e-05-seed3")
+    assert [p.loss for p in again.points] == [p.loss for p in want.points]
     best = record["table"][0]
     assert (best["method"], best["lr"]) != ("mezo", 1e6) and best["failed"] == 0
     assert {run["what"] == "" for run in record["runs"]} == {True, False}, "a rate that diverges is told as such"

@@ -7,10 +7,14 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from support.texts import write_text_model
 from support.zoo.small import tiny_opt
 from zo_offload import Conservative, Engine, MeZO
 from zo_offload.cli import main
+from zo_offload.cli.before_after import examples
 from zo_offload.cli.chart import short, ticks
 from zo_offload.cli.history import read_history
 from zo_offload.cli.step_chart import StepTimes, read_times, step_chart
@@ -68,8 +72,9 @@ def test_one_step_is_timed_and_drawn(run):
         assert set(fetched) <= names and len(set(fetched)) >= len(names) - 2, "but for what was fetched ahead"
     assert all(start >= 0 and seconds >= 0 for _, _, start, seconds in times.spans)
     assert 0 < times.share("fused") < 1 and 0 <= times.share("wait") < 1
-    drawn = ElementTree.fromstring(step_chart(times))
-    assert len(drawn.findall(".//{*}title")) == sum(start <= times.seconds for _, _, start, _ in times.spans)
+    drawn = ElementTree.fromstring(step_chart(times)).findall(".//{*}title")
+    # of a slow step, bars too narrow to be seen are one
+    assert len(names) <= len(drawn) <= sum(start <= times.seconds for _, _, start, _ in times.spans)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"traceEvents": [{"ph": "X", "tid": 9}]}',
@@ -188,3 +193,51 @@ def test_ticks_are_round_and_hold_the_values(low, high):
 
 def test_numbers_of_an_axis_are_short():
     assert [short(v) for v in (0, 0.25, 2000, 12000, 3.2e9)] == ["0", "0.25", "2000", "12k", "3.2G"]
+
+
+WORDS = ["--template", "{text} It was", "--verbalizers", " bad", " good"]
+REVIEWS = [{"text": f"film {i}", "label": i % 2, "prompt": f"say {i}:", "completion": f" {i}{i}"} for i in range(6)]
+
+
+def loss_of(model, ids, tokenizer, word):
+    tail = torch.tensor([[*tokenizer(word, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]])
+    labels = torch.cat([torch.full_like(ids, -100), tail], 1)
+    with torch.no_grad():
+        return float(model(input_ids=torch.cat([ids, tail], 1), labels=labels).loss)
+
+
+@pytest.mark.parametrize("how", ["options", "text", "completion"])
+def test_the_page_shows_answers_before_and_after(tmp_path, capsys, how):
+    """The model's answers, as plain transformers gives them at the base and at the run's export."""
+    base, data, kept, out = (tmp_path / name for name in ("base", "rows.jsonl", "run", "tuned"))
+    write_text_model(base)
+    keys = {"options": ("text", "label"), "text": ("text",), "completion": ("prompt", "completion")}[how]
+    data.write_text("".join(json.dumps({key: row[key] for key in keys}) + "\n" for row in REVIEWS))
+    options = WORDS if how == "options" else []
+    assert call("fit", base, "--data", data, "--eval-data", data, "--steps", 4, "--batch-size", 3, "--lr", 0.02,
+                "--run-dir", kept, "--out", out, "--quiet", *options) == 0  # fmt: skip
+    found = examples(kept, 4)
+    assert call("report", kept, "--examples", 4) == 0
+    page = (kept / "report.html").read_text()
+    assert "Before and after" in page and "as wanted, of 4" in page
+    assert [row.text for row in found] != [row.wanted for row in found] and len(found) == 4
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for when, folder in (("before", base), ("after", out)):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        for row in found:
+            ids = tokenizer(row.text, return_tensors="pt")["input_ids"]
+            ids = ids[:, :-1] if int(ids[0, -1]) == tokenizer.eos_token_id else ids
+            if how == "options":
+                bad, good = (loss_of(model, ids, tokenizer, word) for word in (" bad", " good"))
+                want = "good" if good < bad else "bad"
+            else:
+                said = model.generate(ids, max_new_tokens=48, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+                want = tokenizer.decode(said, skip_special_tokens=True)
+            assert getattr(row, when) == want.strip(), (how, when, row)
+    assert call("report", kept, "--examples", 0) == 2
+    assert "--examples 0" in capsys.readouterr().err
+
+
+def test_a_run_of_a_module_has_no_answers_to_show(run, capsys):
+    assert call("report", run, "--examples", 2) == 2
+    assert "module in memory" in capsys.readouterr().err

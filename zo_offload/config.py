@@ -68,9 +68,10 @@ class EngineConfig:
     """Glob or globs of parameters that a quantized storage leaves in 16 or 32 bits, such as "embed_tokens"."""
     compute: str | None = None
     """Dtype of the perturbed weights and so of the forward. Default: fp32 on the CPU for a checkpoint (16-bit matmuls
-    are slow on most CPUs), the checkpoint's own on a GPU, the module's own dtypes for a model given in memory. "tf32"
-    (GPU): float32 weights and activations, products on the matrix units. In 16 bits a parameter whose weights are too
-    large for eps to move (norms, mostly) is perturbed with more than eps: `gains.py`."""
+    are slow on most CPUs), the checkpoint's own on a GPU. "auto": on a CPU bf16 where that is measured to be faster
+    when the run begins, and part of its record (`run/compute.py`). "tf32" (GPU): float32 weights and activations,
+    products on the matrix units. A module in memory is computed in its own dtypes. In 16 bits a parameter whose weights
+    are too large for eps to move (norms, mostly) is perturbed with more than eps: `gains.py`."""
     mode: Mode = "eval"
     """The mode of the model's modules while the engine runs them: "eval" (no dropout, batch norm by its running
     statistics), "train", or "as_is", each in the mode it is given in. Afterwards each has its own mode again. In every
@@ -148,8 +149,8 @@ class EngineConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(get_args(choices))}")
         if self.storage is not None and self.storage not in ("auto", "kept", *FORMATS):
             raise ConfigError(f"storage={self.storage!r}: choose one of auto, kept, {', '.join(FORMATS)}")
-        if self.compute is not None and self.compute not in DTYPES:
-            raise ConfigError(f"compute={self.compute!r}: choose one of {', '.join(DTYPES)}")
+        if self.compute is not None and self.compute not in ("auto", *DTYPES):
+            raise ConfigError(f"compute={self.compute!r}: choose one of auto, {', '.join(DTYPES)}")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"device={self.device!r}: expected 'cpu', 'cuda' or 'cuda:N'")
         if self.compute == "tf32" and self.device == "cpu":

@@ -124,7 +124,7 @@ class Engine:
         self.model, self.base, self.checkpoint, self.kind = opened.model, opened.base, opened.checkpoint, opened.kind
         self.config, self.method = prepared.config, prepared.method
         self.layout, self.offload, self.fold_every = prepared.layout, prepared.offload, prepared.fold_every
-        self.storage_note, self.device, self.run_dir = prepared.storage_note, opened.device, run.run_dir
+        self.decided, self.device, self.run_dir = prepared.decided, opened.device, run.run_dir
         weakref.finalize(self, release_dropped, run.closing, run.door, str(run.run_dir or "no run_dir"))
 
     @classmethod

@@ -84,8 +84,8 @@ def _fit(args: argparse.Namespace) -> int:
             from .pool_tools import invitation
 
             print(invitation(args, engine.ranks.port), flush=True)
-        if engine.storage_note and not args.resume and engine.ranks.leads:
-            print(f"storage auto takes {engine.config.storage}: {engine.storage_note}")
+        if engine.decided and not args.resume and engine.ranks.leads:
+            print(*engine.decided, sep="\n")
         result = engine.fit(
             args.data, **call, progress=not args.quiet, new_data=bool(args.new_data), **_data_options(args)
         )

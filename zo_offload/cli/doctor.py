@@ -25,6 +25,7 @@ def examine() -> int:
     print(f"native       {native.describe()}")
     print(f"cuda         {cuda_kernels.describe()}")
     print(f"memory       {available_bytes() / 1e9:.1f} GB available, {torch.get_num_threads()} threads")
+    print(f"bf16         {_bf16()}")
     print(f"copy         {_copy_gb_per_s():.1f} GB/s (read + write, one thread)")
     if torch.cuda.is_available():
         print(f"gpu          {_gpu()}")
@@ -38,6 +39,19 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "missing"
+
+
+def _bf16() -> str:
+    """What compute="auto" would take on this CPU, and why."""
+    import torch
+
+    from ..config import EngineConfig
+    from ..devices import make_device
+    from ..ranks.alone import Alone
+    from ..run.compute import decide_compute
+
+    config = EngineConfig(compute="auto")
+    return decide_compute(config, make_device("cpu"), torch.float32, Alone())[1]
 
 
 def _copy_gb_per_s() -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..journal.selection import larger_is_better
 from ..system.units import show_bytes
+from .before_after import Example
 from .chart import Curve, line_chart
 from .history import AXES, History
 from .step_chart import read_times, step_chart, told
@@ -20,7 +21,8 @@ svg { max-width: 640px }
 table { border-collapse: collapse } td, th { text-align: left; padding: 2px 14px 2px 0; vertical-align: top }
 td.number { text-align: right } tr + tr { border-top: 1px solid #eee }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(430px, 1fr)); gap: 1em }
-.warning { background: #fff3cd; padding: 4px 10px } code { white-space: pre-wrap; word-break: break-word }
+.warning { background: #fff3cd; padding: 4px 10px } .right { background: #e6f4ea } .wrong { background: #fdecea }
+code { white-space: pre-wrap; word-break: break-word }
 """
 
 
@@ -41,8 +43,8 @@ def charts(runs: Sequence[History], axis: str = "steps") -> dict[str, str]:
     return found
 
 
-def report(runs: Sequence[History]) -> str:
-    """The page of one run, or of several beside each other."""
+def report(runs: Sequence[History], examples: Mapping[str, Sequence[Example]] | None = None) -> str:
+    """The page of one run, or of several beside each other. examples: rows with answers, by the run's name."""
     names = [run.name for run in runs]
     title = ", ".join(names)
     body = [f"<h1>{escape(title)}</h1>"]
@@ -53,6 +55,8 @@ def report(runs: Sequence[History]) -> str:
         if axis == "bytes":
             body.append("<h2>Against bytes moved</h2>")
         body += ['<div class="charts">', *charts(runs, axis).values(), "</div>"]
+    for name, rows in (examples or {}).items():
+        body += ["<h2>Before and after</h2>", f"<h3>{escape(name)}</h3>" * (len(runs) > 1), _answers(rows)]
     body += ["<h2>Cost</h2>", _table(["", *names], _cost(runs))]
     body += _steps(runs)
     body += ["<h2>Settings</h2>", _table(["", *names], _settings(runs))]
@@ -63,6 +67,7 @@ def report(runs: Sequence[History]) -> str:
     )
 
 
+_LONGEST = 400  # characters of a row or an answer
 _HEADER = (
     "model", "method", "storage", "noise", "seed", "fold_every", "rounding", "objective", "data", "versions", "created"
 )  # fmt: skip
@@ -118,6 +123,24 @@ def _steps(runs: Sequence[History]) -> Iterable[str]:
         yield f"<h3>{escape(run.name)}</h3>" * (len(runs) > 1)
         yield step_chart(times)
         yield _table(["", run.name], ([what, share] for what, share in told(times).items()))
+
+
+def _answers(rows: Sequence[Example]) -> str:
+    """Rows with their answers; those that the model gives rightly stand out."""
+    lines = ["<table>", "<tr><th>row</th><th>wanted</th><th>before</th><th>after</th></tr>"]
+    for row in rows:
+        said = "".join(
+            f'<td class="{"right" if text == row.wanted else "wrong"}">{escape(_short(text))}</td>'
+            for text in (row.before, row.after)
+        )
+        lines.append(f"<tr><td>{escape(_short(row.text))}</td><td>{escape(_short(row.wanted))}</td>{said}</tr>")
+    right = [sum(text == row.wanted for row in rows for text in [getattr(row, when)]) for when in ("before", "after")]
+    lines.append(f"<tr><td>as wanted, of {len(rows)}</td><td></td><td>{right[0]}</td><td>{right[1]}</td></tr>")
+    return "\n".join([*lines, "</table>"])
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 def _settings(runs: Sequence[History]) -> Iterable[Sequence[str]]:

@@ -176,6 +176,8 @@ def _rate(rate: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
 def _sweep(sweep: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     from ..journal.calls import FitCall
 
+    if config is not None and "seed" in config.values:  # of one run, such as the file of a run that is to be varied
+        config.values.setdefault("seeds", [config.values.pop("seed")])
     _model(sweep, "checkpoint directory or cached hub id")
     sweep.add_argument("--methods", nargs="+", metavar="METHOD", help="several methods (default: that of --method)")
     sweep.add_argument("--rates", type=float, nargs="+", metavar="LR", help="learning rates (default: the method's)")

@@ -28,7 +28,9 @@ from ..plan.layout import Layout
 from ..plan.plan import Plan
 from ..quantized.sizes import file_bytes
 from ..quantized.table import method_of
+from ..ranks.alone import Alone
 from ..run.auto import Rates, compare
+from ..run.compute import decide_compute
 from ..run.memory import MemoryPlan, step_bytes
 from ..run.opening import built, with_adapter
 from ..run.prepare import Prepared, prepare
@@ -95,6 +97,7 @@ def plan_step(
     model = str(given)
     checkpoint = open_config(model, trust_remote_code=config.trust_remote_code, overrides=config.config_overrides)
     device = _device(config) if on is None else on
+    config, decided = decide_compute(config, device, checkpoint.dtype, Alone())
     dtype = _compute_dtype(config.compute, device, checkpoint, config.storage)
     model_built = built(checkpoint, dtype, model_class, config, None)
     module, base = model_built.model, model_built.base
@@ -106,7 +109,7 @@ def plan_step(
     batch = example_batch(module, kind, batch_size, tokens)
     prepared = prepare(
         module, base.dtype_of, config, method, device, example=batch, call=_forward, notes=model_built.notes,
-        kept_of=kept_of(base), offload="disk" if blind else None,
+        kept_of=kept_of(base), offload="disk" if blind else None, decided=(decided,) if decided else (),
     )  # fmt: skip
     part = split_micro_batches(batch, micro_batches, config.whole)[0]
     objective = model_loss if "labels" in batch else _forward
@@ -133,8 +136,7 @@ def details(planned: Planned, rate: Callable[[], Rates]) -> Iterator[str]:
     if (nbytes := file_bytes(settings, ((n, tuple(p.shape)) for n, p in plan.params.items()))) is not None:
         yield f"the files are quantized ({method_of(settings)}): about {show_bytes(nbytes)} on the disk"
     yield f"stored as {_formats(layout)}: {show_bytes(layout.total_bytes)} in {len(plan.blocks)} blocks"
-    if prepared.storage_note:
-        yield f"storage auto takes {prepared.config.storage}: {prepared.storage_note}"
+    yield from prepared.decided
     lives = {"none": "the device's memory", "host": "host memory", "disk": "files"}[prepared.offload]
     yield f"offload {prepared.offload}{' (auto)' * (config.offload == 'auto')}: blocks live in {lives}"
     yield from _blocks(plan, layout)

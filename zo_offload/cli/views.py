@@ -1,4 +1,4 @@
-"""`zo-offload plot` and `report`: runs as people look at them. Neither opens a model."""
+"""`zo-offload plot` and `report`: runs as people look at them. Neither opens a model, but `report --examples` does."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ def add_commands(commands: Any) -> None:
         file = f"{name}.{'svg' if name == 'plot' else 'html'}"
         view.add_argument("--out", help=f"the file to write ({file} in the first run's directory)")
         view.add_argument("--overwrite", action="store_true", help="replace --out if it is there")
+        if name == "report":
+            answers = "also show so many evaluation rows with the model's answers before and after; opens the model"
+            view.add_argument("--examples", type=int, metavar="N", help=answers)
         if name == "plot":
             axes = ["steps", "forwards", "bytes", "seconds"]
             view.add_argument("--y", default="loss", help="loss, accuracy, or what else was evaluated (%(default)s)")
@@ -43,7 +46,13 @@ def _report(args: argparse.Namespace) -> int:
     from .history import read_history
     from .page import report
 
-    return _write(args, "report.html", report([read_history(run) for run in args.runs]))
+    runs = [read_history(run) for run in args.runs]
+    shown = {}
+    if args.examples is not None:
+        from .before_after import examples
+
+        shown = {run.name: examples(run.path, args.examples) for run in runs}
+    return _write(args, "report.html", report(runs, shown))
 
 
 def _write(args: argparse.Namespace, name: str, text: str) -> int:

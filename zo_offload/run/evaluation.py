@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,20 +36,13 @@ def _generated(
     run: Run, batches: Batches, scoring: Scoring, tokenizer: Any, between: Callable[[], None]
 ) -> dict[str, float]:
     """Exact match and F1, means over the rows, of the line of text that the model generates greedily."""
-    check_generates(run.opened.model)
     assert isinstance(batches, RowBatches)
-    model: Any = run.opened.model
-
-    def generate(inputs: dict[str, Any], **options: Any) -> Any:
-        placed = as_inputs(inputs, input_dtype(model))
-        return run.forward(placed, lambda _, batch: model.generate(**batch, **options))
-
     sums = {"em": 0.0, "f1": 0.0}
     for begin in range(0, len(batches.rows), batches.batch_size):
         between()
         rows = [batches.rows[i] for i in range(begin, min(begin + batches.batch_size, len(batches.rows)))]
         prompts = [_prompt_of(batches, row, f"{batches.name} row {begin + i}") for i, row in enumerate(rows)]
-        said = texts_after(model, tokenizer, prompts, generate, max_new_tokens=scoring.max_new_tokens, do_sample=False)
+        said = texts_said(run, tokenizer, prompts, max_new_tokens=scoring.max_new_tokens)
         for i, (text, row) in enumerate(zip(said, rows, strict=True)):
             answers = row.get(scoring.answers)
             answers = answers if isinstance(answers, (list, tuple)) else [] if answers is None else [answers]
@@ -61,6 +54,18 @@ def _generated(
             sums["em"] += exact_match(line, answers)
             sums["f1"] += f1(line, answers)
     return {name: value / len(batches.rows) for name, value in sums.items()}
+
+
+def texts_said(run: Run, tokenizer: Any, prompts: Sequence[list[int]], *, max_new_tokens: int) -> list[str]:
+    """The texts that the model says after prompts of token ids, greedily. Raises ConfigError if it generates none."""
+    check_generates(run.opened.model)
+    model: Any = run.opened.model
+
+    def generate(inputs: dict[str, Any], **options: Any) -> Any:
+        placed = as_inputs(inputs, input_dtype(model))
+        return run.forward(placed, lambda _, batch: model.generate(**batch, **options))
+
+    return texts_after(model, tokenizer, prompts, generate, max_new_tokens=max_new_tokens, do_sample=False)
 
 
 def _prompt_of(batches: RowBatches, row: Any, where: str) -> list[int]:

@@ -40,6 +40,7 @@ from ..ranks.alone import Alone
 from ..stream.ingest import Base, ModuleBase
 from ..system.host_memory import process_bytes
 from ..system.plain import user_path
+from .compute import check_module, decide_compute
 from .prepare import Prepared, prepare
 
 _log = logging.getLogger(__name__)
@@ -141,11 +142,12 @@ def open_model(
     one_each = config.device == "cuda" and ranks.world > 1
     device = make_device(f"cuda:{ranks.local_rank}" if one_each else config.device)
     model, config = with_adapter(model, config, fresh)
-    checkpoint, given, adapted = None, None, None
+    checkpoint, given, adapted, decided = None, None, None, ""
     ties: tuple[Tied, ...] = ()
     if isinstance(model, nn.Module):
         if config.config_overrides:
             raise ConfigError("config_overrides change a checkpoint's config.json: for a module, change its own config")
+        check_module(config)
         given, module = model, without_wrapper(model)
         ties = tie(module)
         base = base if base is not None else ModuleBase(module)
@@ -154,6 +156,7 @@ def open_model(
             model, trust_remote_code=config.trust_remote_code, overrides=config.config_overrides
         )
         own = device.default_compute(checkpoint.dtype)
+        config, decided = decide_compute(config, device, checkpoint.dtype, ranks)
         compute = DTYPES[config.compute] if config.compute is not None else own
         adapted = built(checkpoint, compute, model_class, config, _absolute(model))
         base, module = adapted.base, adapted.model
@@ -161,6 +164,7 @@ def open_model(
     make = partial(
         prepare, module, base.dtype_of, method=method, device=device, example=example,
         notes=() if adapted is None else adapted.notes, sharers=ranks.local_world, kept_of=kept_of(base),
+        decided=(decided,) if decided else (),
     )  # fmt: skip
     prepared = make(config, offload=offload)
     agreed = _agreed(config, prepared, ranks)

@@ -50,8 +50,8 @@ _log = logging.getLogger(__name__)
 class Prepared:
     """A model with the format of each parameter, its blocks and its tier. No weight has been read.
 
-    config: as given, with storage="auto" replaced by the format it stands for. full_plan: the plan before method and
-    format limit the trained parameters.
+    config: as given, with "auto" of storage and compute replaced by what was chosen. full_plan: the plan before method
+    and format limit the trained parameters.
     """
 
     shadow: nn.Module | str
@@ -65,8 +65,8 @@ class Prepared:
     offload: str
     """Where blocks live: "none", "host" or "disk"; never "auto"."""
     fold_every: int
-    storage_note: str
-    """Why storage="auto" chose its format; empty if a format was named."""
+    decided: tuple[str, ...]
+    """A line for each setting of "auto": what was chosen, and why."""
 
     @property
     def in_place(self) -> bool:
@@ -201,14 +201,16 @@ def prepare(
     notes: tuple[str, ...] = (),
     sharers: int = 1,
     kept_of: Callable[[str], Format | None] = lambda name: None,
+    decided: tuple[str, ...] = (),
 ) -> Prepared:
     """Decide how a model is cut, stored and streamed. Reads no weights.
 
     dtype_of(name): dtype of a parameter of the base; kept_of(name): the format that holds the parameter's own codes.
     example: a batch to trace the forward with, and call: how to call the model on it; otherwise the model's dummy
     inputs are used. offload: a tier that is already decided; it overrides the settings. notes: the model's notes, which
-    become the plan's first. sharers: number of processes that each need this much of the host's memory. Raises
-    ConfigError for settings that contradict each other, BudgetError if a memory tier cannot hold the model.
+    become the plan's first. sharers: number of processes that each need this much of the host's memory. decided: lines
+    for settings of "auto" that were chosen before. Raises ConfigError for settings that contradict each other,
+    BudgetError if a memory tier cannot hold the model.
     """
     traced = {} if call is None else {"call": call}
     with undisturbed(model, config.mode, config.seed):
@@ -218,10 +220,9 @@ def prepare(
     trains = _with_gain(full, method)
     check_tunes(method.tunes, method.lr, method.eps, trains)
     _parts(trains, config, method)  # raises if the method finds no parts
-    note = ""
     if config.storage == "auto":
-        storage, note = choose_storage(trains, dtype_of, config, sharers)
-        config = replace(config, storage=storage)
+        storage, why = choose_storage(trains, dtype_of, config, sharers)
+        config, decided = replace(config, storage=storage), (*decided, f"storage auto takes {storage}: {why}")
     adapts = config.adapter is not None
     stored = decide_formats(
         trains, config.storage, dtype_of, config.keep, method.target, resident=adapts, kept_of=kept_of
@@ -230,7 +231,7 @@ def prepare(
     offload = choose_offload(config, layout, device, sharers) if offload is None else offload
     stays = _in_place(config, offload, device)
     every = choose_fold_every(config.fold_every, stored.plan, layout, stays, method.distribution, method.noises)
-    return Prepared(_shadow(model), full, stored.plan, layout, config, method, device, offload, every, note)
+    return Prepared(_shadow(model), full, stored.plan, layout, config, method, device, offload, every, decided)
 
 
 def _in_place(config: EngineConfig, offload: str, device: PlannedDevice) -> bool:

@@ -1,0 +1,100 @@
+"""compute="auto": the dtype of forwards that is faster on this CPU, float32 or bfloat16, measured before a run begins.
+
+CPUs with units for 16-bit products (AMX, AVX512-BF16, SVE-BF16) multiply bfloat16 two to four times as fast as float32;
+the others emulate it, many times slower, and no flag of the CPU says how its libraries do. So a small layer of a
+transformer is computed in both, at the tokens of a short batch and of a long one, on the threads that the run has.
+bfloat16 is taken where it is clearly faster at both. The choice decides the numbers of a run: it is made once, when the
+run begins, and kept in its record.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..config import DTYPES, EngineConfig
+from ..devices.base import PlannedDevice
+from ..errors import ConfigError
+from ..ranks.alone import Alone
+
+CLEARLY = 1.25
+"""So many times as fast in bfloat16 as in float32, or it is not taken: a measurement of milliseconds scatters by a
+tenth, and a forward has parts that gain nothing."""
+TOKENS = (32, 256)
+_WIDTH = 512
+_HEADS = 8
+
+
+def decide_compute(
+    config: EngineConfig, device: PlannedDevice, own: torch.dtype, ranks: Alone
+) -> tuple[EngineConfig, str]:
+    """(settings with what compute="auto" stands for, a line of why), for a checkpoint stored in `own`; the settings as
+    they are, and "", where a dtype was named. Ranks take what rank 0 measured, since all have to compute alike."""
+    measures = config.compute == "auto" and config.device == "cpu"
+    asked, found = ranks.first(
+        "opening", lambda: (config.compute, bf16_gains(torch.get_num_threads()) if measures else {})
+    )
+    if (asked == "auto") != (config.compute == "auto"):
+        raise ConfigError(f"compute={config.compute!r} here and {asked!r} on rank 0: all ranks compute alike")
+    if config.compute != "auto":
+        return config, ""
+    if config.device != "cpu":
+        own = device.default_compute(own)
+        return replace(config, compute=None), f"compute auto takes {own}: the checkpoint's own, as always on a GPU"
+    chosen = "bf16" if min(found.values()) >= CLEARLY else "fp32"
+    told = " and ".join(f"{gain:.1f} times as fast at {tokens} tokens" for tokens, gain in found.items())
+    return replace(config, compute=chosen), f"compute auto takes {chosen}: a layer in bf16 is {told} as in fp32 here"
+
+
+def check_module(config: EngineConfig) -> None:
+    """Raise ConfigError for a dtype that a module in memory would not be computed in: it has its own."""
+    if config.compute not in (None, "tf32"):
+        to = DTYPES.get(config.compute, torch.bfloat16)
+        raise ConfigError(
+            f"compute={config.compute!r} is for a checkpoint's directory. A module in memory is computed in the dtypes "
+            f"of its parameters: give the engine module.to({to}), and storage= for the format they are kept in"
+        )
+
+
+@functools.cache
+def bf16_gains(threads: int) -> dict[str, float]:
+    """How many times as fast a layer is in bfloat16 as in float32, by tokens; about a tenth of a second, once."""
+    assert threads == torch.get_num_threads(), "measured on the threads that compute"
+    return {str(tokens): round(_gain(tokens), 2) for tokens in TOKENS}
+
+
+def _gain(tokens: int) -> float:
+    layers = {dtype: _layer(tokens, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    best = dict.fromkeys(layers, float("inf"))
+    with torch.no_grad():
+        for _ in range(4):  # in turns, and the first of each warms up
+            for dtype, layer in layers.items():
+                start = time.perf_counter()
+                layer()
+                best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best[torch.float32] / best[torch.bfloat16]
+
+
+def _layer(tokens: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """The forward of a transformer's layer on zeros of `dtype`: norm, attention, norm, MLP."""
+    x_TD = torch.zeros(tokens, _WIDTH, dtype=dtype)
+    qkv, out, up, down = (
+        torch.zeros(rows, columns, dtype=dtype)
+        for rows, columns in ((3 * _WIDTH, _WIDTH), (_WIDTH, _WIDTH), (4 * _WIDTH, _WIDTH), (_WIDTH, 4 * _WIDTH))
+    )
+
+    def forward() -> Tensor:
+        q_HTE, k_HTE, v_HTE = (
+            F.linear(F.layer_norm(x_TD, (_WIDTH,)), qkv).view(tokens, 3, _HEADS, -1).permute(1, 2, 0, 3)
+        )
+        mixed_TD = F.scaled_dot_product_attention(q_HTE, k_HTE, v_HTE).transpose(0, 1).reshape(tokens, _WIDTH)
+        h_TD = x_TD + F.linear(mixed_TD, out)
+        return h_TD + F.linear(F.gelu(F.linear(F.layer_norm(h_TD, (_WIDTH,)), up)), down)
+
+    return forward

@@ -1,0 +1,109 @@
+"""A few rows, and what the model says to each: for people to see what a run has changed.
+
+An answer is the class or the option that the model prefers; elsewhere, the text that it writes greedily where the row's
+own answer stands. A row of plain text, which is all answer, is cut in half: the model continues the first half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.batches import RowBatches
+from ..data.encode import IGNORED, Encoder
+from ..errors import ConfigError
+from .active import Run
+from .batching import Batching
+from .evaluation import texts_said
+
+LONGEST_ANSWER = 48  # tokens
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A row as text, its own answer, and the model's."""
+
+    text: str
+    wanted: str
+    said: str
+
+
+def answered(run: Run, batching: Batching, data: Any, count: int, options: Mapping[str, Any]) -> list[Answered]:
+    """The model's answers to `count` rows of `data`, chosen by the run's seed as an evaluation chooses them.
+
+    options: of `make_batches`. Raises ConfigError for data whose answers are neither classes nor texts.
+    """
+    seen: list[tuple[Any, Any]] = []
+    options = {name: value for name, value in options.items() if name not in ("length_buckets", "packing")}
+    batches = batching.batches(data, count, options, shuffle=False, rows=count)
+    if not isinstance(batches, RowBatches):
+        raise ConfigError("examples are rows of a file or a list; this data is read in order, as batches")
+    run.start(batches.first(), objective=batching.objective_of(batches))
+    encoder, where = batches.encoder, [f"{batches.name} row {i}" for i in range(len(batches.rows))]
+    encoded = [encoder(row, name, "") for row, name in zip(batches.rows, where, strict=True)]
+    if encoder.words or encoder.options_of(batches.rows[0], where[0]) or encoder.kind.name == "classification":
+        keep = {"preprocess_logits_for_metrics": lambda scores, right: scores, **options}
+
+        def compute_metrics(found: Any) -> dict[str, float]:
+            seen.append((found.predictions, found.label_ids))
+            return {}
+
+        measured = batching.batches(data, count, keep, shuffle=False, rows=count, compute_metrics=compute_metrics)
+        run.measure(measured)
+        [(scores, right)] = seen
+        return [
+            Answered(_input(encoder, row), *(_choice(encoder, raw, name, values) for values in (truth, chosen)))
+            for row, raw, name, truth, chosen in zip(encoded, batches.rows, where, right, scores, strict=True)
+        ]
+    if encoder.kind.name not in ("causal", "seq2seq") or encoder.tokenizer is None:
+        raise ConfigError(
+            f"examples are of classes, of a prompt's options or of generated text; a {encoder.kind.model} without "
+            "them, or rows without a tokenizer, have none"
+        )
+    cut = [_cut(encoder, row) for row in encoded]
+    said = texts_said(run, encoder.tokenizer, [prompt for prompt, _ in cut], max_new_tokens=LONGEST_ANSWER)
+    return [
+        Answered(_text(encoder, prompt), _text(encoder, answer[:LONGEST_ANSWER]), text)
+        for (prompt, answer), text in zip(cut, said, strict=True)
+    ]
+
+
+def _choice(encoder: Encoder, row: Any, where: str, values: Any) -> str:
+    """A class, an option or a number by its name. values: its index, or the scores of all."""
+    if getattr(values, "ndim", 0) == 0 and float(values) != int(values):
+        return f"{float(values):.3g}"  # of a regression
+    if getattr(values, "ndim", 0) and len(values) == 1:
+        return f"{float(values[0]):.3g}"
+    index = int(values.argmax()) if getattr(values, "ndim", 0) else int(values)
+    if encoder.words:
+        return encoder.words[index].strip()
+    if own := encoder.options_of(row, where):
+        return _text(encoder, own[index])
+    return next((name for name, number in encoder.kind.class_ids if number == index), str(index))
+
+
+def _input(encoder: Encoder, encoded: Mapping[str, Any]) -> str:
+    ids = encoded.get("input_ids")
+    if ids is None:
+        return ", ".join(encoded)
+    labels = encoded.get("labels")
+    own = encoder.kind.name == "causal" and isinstance(labels, (list, tuple))
+    return _text(encoder, _cut(encoder, encoded)[0] if own else ids)
+
+
+def _cut(encoder: Encoder, encoded: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """(prompt, answer): a row's tokens before its answer, and the answer's."""
+    ids, labels = list(encoded["input_ids"]), encoded["labels"]
+    learned = [int(label) for label in labels if label != IGNORED]
+    if encoder.kind.name == "seq2seq":
+        return ids, learned
+    begin = len(ids) - len(learned)
+    begin = begin if begin > 1 else (len(ids) + 1) // 2  # nothing predicts the first token of a plain text
+    return ids[:begin], ids[begin:]
+
+
+def _text(encoder: Encoder, ids: Any) -> str:
+    if encoder.tokenizer is None:
+        return " ".join(str(int(token)) for token in ids)
+    return str(encoder.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)).strip()
