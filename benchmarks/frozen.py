@@ -43,7 +43,7 @@ def a_copy_a_lane(streamer: Streamer) -> None:
     """Give every lane its own copy of every weight from now on."""
     recipe = streamer._recipe
     streamer._recipes.clear()
-    streamer._recipe = lambda *parts: replace(found := recipe(*parts), once=[False] * len(found.once))
+    streamer._recipe = lambda *parts: replace(found := recipe(*parts), once=(False,) * len(found.once))
 
 
 def compare(

@@ -71,6 +71,9 @@ static_assert(sizeof(zo_update) == 24 && sizeof(zo_lane) == 24 && sizeof(zo_pass
 #endif
 // CPU library. Each returns a ZO_ERROR code; `threads` counts the caller, and the result does not depend on it.
 ZO_EXPORT int zo_cpu_pass(const zo_pass* pass, int isa, int threads);
+// `count` passes, one after another in memory, each followed by its updates and lanes: as many calls of the above, but
+// that none is run where one cannot be.
+ZO_EXPORT int zo_cpu_passes(const zo_pass* passes, zo_u32 count, int isa, int threads);
 // Fills the planes of `pass` (all of its format's; updates, lanes and rows are not looked at) from pass->numel values of
 // a plain format. not_finite: how many values are NaN or infinite, before and after rounding.
 ZO_EXPORT int zo_cpu_encode(const zo_pass* pass, const void* values, zo_u32 values_format, zo_u64* not_finite, int isa,

@@ -208,16 +208,17 @@ int check(const zo_pass& pass, const zo_work& work, int isa) {
   return ZO_OK;
 }
 
-}  // namespace
-
-int zo_cpu_pass(const zo_pass* pass, int isa, int threads) {
+zo_work work_of(const zo_pass* pass) {
   zo_work work = {};
   work.pass = pass;
   work.updates = pass->updates ? pass->updates : (const zo_update*)(pass + 1);
   work.lanes = pass->lanes ? pass->lanes : (const zo_lane*)(work.updates + pass->num_updates);
   work.last_fold = zo_last_fold(work.updates, pass->num_updates);
-  if (int error = check(*pass, work, isa)) return error;
+  return work;
+}
 
+int run_pass(zo_work work, int isa, int threads) {
+  const zo_pass* pass = work.pass;
   zo_key few[16];
   const zo_u64 num_keys = 2 * (zo_u64)pass->num_updates + pass->num_lanes + 1;
   zo_key* keys = num_keys <= 16 ? few : new (std::nothrow) zo_key[num_keys];
@@ -234,6 +235,30 @@ int zo_cpu_pass(const zo_pass* pass, int isa, int threads) {
   else
     run_range(job, pass_chunk, pass->offset, pass->numel, streams, threads);
   if (keys != few) delete[] keys;
+  return ZO_OK;
+}
+
+}  // namespace
+
+int zo_cpu_pass(const zo_pass* pass, int isa, int threads) {
+  const zo_work work = work_of(pass);
+  const int error = check(*pass, work, isa);
+  return error ? error : run_pass(work, isa, threads);
+}
+
+int zo_cpu_passes(const zo_pass* passes, zo_u32 count, int isa, int threads) {
+  const zo_pass* pass = passes;
+  for (zo_u32 i = 0; i < count; ++i) {
+    const zo_work work = work_of(pass);
+    if (int error = check(*pass, work, isa)) return error;
+    pass = (const zo_pass*)(work.lanes + pass->num_lanes);
+  }
+  pass = passes;
+  for (zo_u32 i = 0; i < count; ++i) {
+    const zo_work work = work_of(pass);
+    if (int error = run_pass(work, isa, threads)) return error;
+    pass = (const zo_pass*)(work.lanes + pass->num_lanes);
+  }
   return ZO_OK;
 }
 

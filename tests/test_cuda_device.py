@@ -18,10 +18,10 @@ from torch import nn
 
 import zo_offload.run.opening
 import zo_offload.run.wiring
-import zo_offload.stream.streamer
 from support import training
 from support.compare import assert_same
 from support.fake_cuda import COMPUTE, DelayedCpuDevice, FakeBackend, FakeCudaDevice
+from support.on_device import around_writes
 from support.training import METHOD
 from support.zoo.small import tiny_opt
 from zo_offload import BudgetError, DivergenceError, Engine, MeZO
@@ -417,20 +417,19 @@ def test_what_a_broken_off_pass_launched_is_waited_for(use, monkeypatch, when):
     """Kernels that were launched before an exception run on: the next pass must not fetch into what they write."""
     expected = resident()
     device = use(FakeCudaDevice())
-    original, writes = zo_offload.stream.streamer.fused_pass, 0
+    writes = 0
 
-    def broken_off(stored, fmt, **options):
+    def broken_off(run, mark):
         nonlocal writes
-        writes += options.get("write_back", False)
-        stops = options.get("write_back", False) and writes in (5, 24)
+        writes += 1
+        stops = writes in (5, 24)
         if stops and when == "before":
             raise KeyboardInterrupt
-        result = original(stored, fmt, **options)
+        run()
         if stops:
             raise KeyboardInterrupt
-        return result
 
-    monkeypatch.setattr(zo_offload.stream.streamer, "fused_pass", broken_off)
+    around_writes(monkeypatch, broken_off)
     losses, stopped = [], 0
     with Engine(small_opt(), method=METHOD, device="cuda", offload="host", num_slots=2) as engine:
         while len(losses) < STEPS:

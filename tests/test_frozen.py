@@ -24,7 +24,7 @@ from zo_offload.journal.journal import read_journal
 from zo_offload.kernels.records import Update
 from zo_offload.methods import Method
 from zo_offload.numerics.updates import UpdateLog
-from zo_offload.stream import streamer
+from zo_offload.stream import emitter
 from zo_offload.stream.scratch import ScratchPool
 from zo_offload.stream.streamer import Streamer
 
@@ -64,7 +64,7 @@ def a_copy_a_lane() -> Iterator[None]:
     recipe = Streamer._recipe
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            Streamer, "_recipe", lambda *parts: replace(found := recipe(*parts), once=[False] * len(found.shapes))
+            Streamer, "_recipe", lambda *parts: replace(found := recipe(*parts), once=(False,) * len(found.shapes))
         )
         yield
 
@@ -116,13 +116,21 @@ def copies_made(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> Counter[str]
     names = {spec.param_id: name for name, spec in engine.plan.params.items()}
     found = Counter[str]()
     for kind in ("fused_pass", "fused_rows"):
-        make = getattr(streamer, kind)
+        make = getattr(emitter, kind)
 
         def counted(*args: Any, make: Any = make, **kwargs: Any) -> None:
             found[names[kwargs["param_id"]]] += len(kwargs["outs"])
             make(*args, **kwargs)
 
-        monkeypatch.setattr(streamer, kind, counted)
+        monkeypatch.setattr(emitter, kind, counted)
+    call = emitter.Emitter._call
+
+    def together(share: Any, slot: Any, ready: Any, told: Any, mark: Any) -> None:
+        for part, (_, lanes, _, _) in zip(share.parts, told, strict=True):
+            found[part.piece.name] += len(lanes)
+        call(share, slot, ready, told, mark)
+
+    monkeypatch.setattr(emitter.Emitter, "_call", staticmethod(together))
     return found
 
 

@@ -24,9 +24,9 @@ from zo_offload.formats import CENTRED, FORMATS, KEPT
 from zo_offload.formats.grouped import cut
 from zo_offload.kernels import native
 from zo_offload.kernels.distributions import DISTRIBUTIONS, Distribution
-from zo_offload.kernels.records import Mask, Perturbation, Update
-from zo_offload.numerics.fused import fused_pass, fused_rows
-from zo_offload.numerics.fused_kernels import OnCpu, kernels_for
+from zo_offload.kernels.records import Mask, Perturbation, Update, Updates
+from zo_offload.numerics.fused import fused_pass, fused_rows, ready_pass, ready_passes
+from zo_offload.numerics.fused_kernels import Mark, OnCpu, kernels_for
 from zo_offload.numerics.noise import NoiseSpec, noise
 
 BF16, FP16, FP32 = FORMATS["bf16"], FORMATS["fp16"], FORMATS["fp32"]
@@ -141,6 +141,59 @@ def test_native_equals_the_reference(isa, part):
         assert_same(
             run(isa, *arguments, **options), run("reference", *arguments, **options), f"case {number} {options}"
         )
+
+
+@each_isa
+def test_passes_that_are_ready_equal_one_by_one_however_often_they_run(isa):
+    """Several parameters, formats and targets in one call, run twice with other updates and lanes."""
+    chance = random.Random(11)
+    for trial in range(40):
+        calls, told, alone = [], [], []
+        for fmt, target in chance.choices(TARGETS, k=3):
+            (stored, _), options = random_case(chance, fmt, target)
+            stored, residual = (None if t is None else copied(t, 0) for t in (stored, options.pop("residual")))
+            outs = [torch.zeros(options["numel"], dtype=d) for d in options.pop("dtypes")]
+            updates, writes = Updates(options.pop("updates")), options.pop("write_back")
+            lanes, _ = options.pop("perturbations"), options.pop("shift")
+            fixed = options | {"threads": 1}
+            calls.append((stored, fmt, fixed | dict(outs=outs, residual=residual)))
+            needs = updates.folds and residual is not None and target == "values"
+            told.append([(updates, lanes, writes, needs), (Updates(updates[:1]), lanes[::-1], writes, needs)])
+            again = stored.clone(), None if residual is None else residual.clone(), [out.clone() for out in outs]
+            alone.append((*again, fmt, fixed))
+        with using(isa):
+            ready = ready_passes([ready_pass(stored, fmt, **options) for stored, fmt, options in calls])
+            for turn in range(2):
+                told_now, mark = [part[turn] for part in told], Mark()
+                ready.run([(u, lanes, w, need and u.folds) for u, lanes, w, need in told_now], mark)
+                assert mark.is_done
+                for (stored, residual, outs, fmt, fixed), (updates, lanes, writes, _) in zip(
+                    alone, told_now, strict=True
+                ):
+                    fused_pass(stored, fmt, updates=updates, perturbations=lanes, write_back=writes,
+                               residual=residual, outs=outs, **fixed)  # fmt: skip
+                for (stored, residual, outs, *_), (got, fmt, options) in zip(alone, calls, strict=True):
+                    assert torch.equal(stored, got), (trial, fmt.name)
+                    assert residual is None or torch.equal(residual, options["residual"]), (trial, fmt.name)
+                    assert [*map(torch.equal, map(bits, outs), map(bits, options["outs"]))].count(False) == 0, (
+                        trial,
+                        fmt.name,
+                    )
+
+
+def test_a_fold_of_what_was_not_made_ready_for_it_is_refused_and_nothing_is_run():
+    """Of a split format without its residual part, and of values that never train."""
+    stored, _ = FORMATS["bf16+16"].split(ordinary(64))
+    with using(ISAS[-1]):
+        for bytes_, fmt in ((stored, FORMATS["bf16+16"]), (weights(FORMATS["int4"], 64), FORMATS["int4"])):
+            good = BF16.encode(ordinary(64))
+            fixed = dict(param_id=1, numel=64, offset=0, rounding="nearest", noise=SPEC, outs=[], residual=None)
+            fixed |= dict(target="values", mask=None, threads=1)
+            ready = ready_passes([ready_pass(data, f, **fixed) for data, f in ((good, BF16), (bytes_, fmt))])
+            before, fold = [good.clone(), bytes_.clone()], Updates([Update(1, 0.5)])
+            with pytest.raises(ConfigError, match="not made ready"):
+                ready.run([(fold, [], True, False)] * 2, Mark())
+            assert torch.equal(before[0], good) and torch.equal(before[1], bytes_)
 
 
 @each_isa

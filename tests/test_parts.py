@@ -22,7 +22,7 @@ from zo_offload.kernels.records import Gain, Smallest, Update
 from zo_offload.numerics.updates import Parts, UpdateLog, with_folds
 from zo_offload.replay import replayed
 from zo_offload.run.late import LateLog
-from zo_offload.stream import streamer
+from zo_offload.stream import emitter
 
 METHOD = LeZO(lr=1e-3, eps=1e-2, sparsity=0.6, weight_decay=0.1, batch_size=4)
 
@@ -82,13 +82,18 @@ def test_a_run_is_the_same_everywhere_after_a_resume_and_in_a_replay(method, sto
 
 def test_what_a_step_leaves_out_keeps_its_bits_and_is_one_tensor_for_all_lanes(monkeypatch):
     served: list[tuple[str, int]] = []
-    emit = streamer.Streamer._emit_one
+    one, run = emitter.Emitter.emit_one, emitter.Emitter._call
 
-    def counted(self, part, slot, writes, lanes, outs, rows):
-        served.append((part.name, len(outs)))
-        emit(self, part, slot, writes, lanes, outs, rows)
+    def alone(self, part, window, slot, writes, lanes, outs, rows):
+        served.append((part.piece.name, len(outs)))
+        one(self, part, window, slot, writes, lanes, outs, rows)
 
-    monkeypatch.setattr(streamer.Streamer, "_emit_one", counted)
+    def together(share, slot, ready, told, mark):
+        served.extend((part.piece.name, len(lanes)) for part, (_, lanes, _, _) in zip(share.parts, told, strict=True))
+        run(share, slot, ready, told, mark)
+
+    monkeypatch.setattr(emitter.Emitter, "emit_one", alone)
+    monkeypatch.setattr(emitter.Emitter, "_call", staticmethod(together))
     with Engine(llama(), method=METHOD, storage="fp32", fold_every=1) as engine:
         parts, before = engine.active.opened.prepared.parts, stored_weights(engine)
         assert parts.names == [f"model.layers.{i}" for i in range(3)]

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-import zo_offload.stream.streamer
 from benchmarks import interrupts
 from support.compare import assert_same
+from support.on_device import around_writes
 from support.zoo.models import save_tiny_llama
 from zo_offload import ConfigError, Engine, MeZO, StorageError
 from zo_offload.checkpoint.checkpoint import Checkpoint
@@ -142,23 +142,22 @@ def test_interrupts_at_random_bytecodes_leave_every_tier_as_it_would_have_been(t
 @pytest.mark.parametrize("offload", TIERS)
 def test_a_fold_that_was_just_done_is_not_done_again(offload, error, tmp_path, want, monkeypatch):
     """A signal that came during the native call raises as it returns: the bytes are new, nothing says so yet."""
-    real, count = zo_offload.stream.streamer.fused_pass, [0]
+    count = [0]
 
-    def passing(*args, **options):
-        real(*args, **options)
-        if options.get("write_back"):
-            count[0] += 1
-            if count[0] in (2, 7, 12):
-                raise error("as the native call returned")
+    def passing(run, mark):
+        run()
+        count[0] += 1
+        if count[0] in (2, 5, 9):
+            raise error("as the native call returned")
 
-    monkeypatch.setattr(zo_offload.stream.streamer, "fused_pass", passing)
+    around_writes(monkeypatch, passing)
     e = engine(tmp_path / "run", offload)
     for _ in range(6):
         try:
             go_on(e)
         except error:
             continue
-    assert count[0] > 12
+    assert count[0] > 9
     assert_whole(e, tmp_path / "run", want)
 
 
@@ -167,17 +166,16 @@ def test_a_block_of_which_nothing_is_known_is_read_again_or_the_engine_says_so(
     offload, slots, tmp_path, want, monkeypatch
 ):
     """Behind a window the tier has the bytes of before; used where they lie, these are the only ones."""
-    real, count = zo_offload.stream.streamer.fused_pass, [0]
+    count = [0]
 
-    def passing(*args, **options):
-        real(*args, **options)
-        if options.get("write_back"):
-            count[0] += 1
-            if count[0] == 3:
-                options["mark"].in_parts = True  # as without the native library
-                raise KeyboardInterrupt
+    def passing(run, mark):
+        run()
+        count[0] += 1
+        if count[0] == 3:
+            mark.in_parts = True  # as without the native library
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(zo_offload.stream.streamer, "fused_pass", passing)
+    around_writes(monkeypatch, passing)
     run = tmp_path / "run"
     e = engine(run, offload, num_slots=slots)
     with pytest.raises(KeyboardInterrupt):

@@ -127,6 +127,8 @@ class Library:
         self._isa_code = ISAS.index(self.isa)
         self._pass = lib.zo_cpu_pass
         self._pass.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int]
+        self._passes = lib.zo_cpu_passes
+        self._passes.argtypes = [ctypes.c_char_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_int]
         self._noise = lib.zo_cpu_noise
         u64, u32 = ctypes.c_uint64, ctypes.c_uint32
         self._encode = lib.zo_cpu_encode
@@ -157,8 +159,16 @@ class Library:
         """
         codes = [] if codes is None else codes
         codes.extend(map(self._pass, (pack_pass(**fields) + tail,), (self._isa_code,), (threads,)))
-        if codes[-1]:
-            raise NativeError(f"{self.path.name}: the pass asks for {_ERRORS.get(codes[-1], f'error {codes[-1]}')}")
+        self._check(codes[-1])
+
+    def run_passes(self, codes: list[int], packed: bytes, count: int, threads: int) -> None:
+        """zo_cpu_passes: `count` passes, each `pack_pass` and its tail, as one call. codes: as of `run_pass`."""
+        codes.extend(map(self._passes, (packed,), (count,), (self._isa_code,), (threads,)))
+        self._check(codes[-1])
+
+    def _check(self, code: int) -> None:
+        if code:
+            raise NativeError(f"{self.path.name}: the pass asks for {_ERRORS.get(code, f'error {code}')}")
 
     def encode(self, values: int, values_format: int, threads: int, **planes: Any) -> tuple[int, int]:
         """zo_cpu_encode from address `values`; how many values are not finite before, and after rounding."""

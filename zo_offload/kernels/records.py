@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 from ..errors import ConfigError
 
@@ -56,6 +56,21 @@ class Update:
     def flags(self) -> int:
         """Of struct zo_update."""
         return bool(self.fold) | (not self.begins) << 1
+
+
+class Updates(tuple[Update, ...]):
+    """Updates in step order, and what kernels are told of all of them, worked out once."""
+
+    folds: bool
+    """Whether any of them folds."""
+    packed: bytes
+    """Their structs zo_update, one after another."""
+
+    def __new__(cls, updates: Iterable[Update] = ()) -> Self:
+        made = super().__new__(cls, updates)
+        made.folds = any(update.fold for update in made)
+        made.packed = b"".join([update.packed for update in made])
+        return made
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from ..errors import ConfigError
 from ..formats import Format
 from ..kernels.device_updates import DeviceUpdates
 from ..kernels.records import Mask, Perturbation, Rounding, Target, Update
-from .fused_kernels import Mark, PassCall, kernels_for
+from .fused_kernels import Mark, PassCall, Ready, kernels_for
 from .noise import NoiseSpec
 
 _ROUNDINGS, _TARGETS = get_args(Rounding), get_args(Target)
@@ -84,20 +84,50 @@ def fused_pass(
     With `stored` on a GPU the CUDA kernels run, on torch's current stream, and this returns at once; updates may then
     be `DeviceUpdates`, whose coefficients the host need not know.
     """
-    _check_stored(stored, fmt, numel)
-    _check_call(param_id, offset, numel, rounding, perturbations, outs, stored.device)
-    if fmt.group and offset % fmt.group:
-        raise ConfigError(f"offset={offset}: {fmt.name} has groups of {fmt.group}, start at a multiple of that")
-    for out in outs:
-        if out.numel() != numel:
-            raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold the {numel} elements of this pass")
-    residual = _residual(residual, fmt, numel, updates, target, stored.device, master, mask)
-    call = PassCall(
-        stored=stored, residual=residual, fmt=fmt, numel=numel, offset=offset, param_id=param_id, updates=updates,
-        write_back=write_back, stochastic=rounding == "stochastic", noise=noise, perturbations=perturbations, outs=outs,
-        target_scales=target == "scales", threads=threads, master=master, mask=mask,
+    if len(perturbations) != len(outs):
+        raise ConfigError(f"{len(perturbations)} perturbations but {len(outs)} outputs: give one tensor a perturbation")
+    call = _pass_call(
+        stored, fmt, param_id=param_id, numel=numel, offset=offset, rounding=rounding, noise=noise, outs=outs,
+        threads=threads, target=target, master=master, mask=mask,
     )  # fmt: skip
+    call.residual = _residual(residual, fmt, numel, _folds(updates), target, stored.device, master, mask)
+    call.updates, call.write_back, call.perturbations = updates, write_back, perturbations
     kernels_for(stored, fmt, noise).run_pass(call, mark if mark is not None else Mark())
+
+
+def ready_pass(
+    stored: Tensor,
+    fmt: Format,
+    *,
+    param_id: int,
+    numel: int,
+    offset: int,
+    rounding: Rounding,
+    noise: NoiseSpec,
+    outs: Sequence[Tensor],
+    residual: Tensor | None,
+    target: Target,
+    mask: Mask | None,
+    threads: int | None,
+) -> PassCall:
+    """What of a `fused_pass` stays the same from call to call, checked as there, for `ready_passes`.
+
+    residual: what an update that folds may use; None: there is none, and of a split format none may fold.
+    """
+    call = _pass_call(
+        stored, fmt, param_id=param_id, numel=numel, offset=offset, rounding=rounding, noise=noise, outs=outs,
+        threads=threads, target=target, master=False, mask=mask,
+    )  # fmt: skip
+    folds = residual is not None and target == "values"
+    call.residual = _residual(residual, fmt, numel, folds, target, stored.device, False, mask)
+    return call
+
+
+def ready_passes(calls: Sequence[PassCall]) -> Ready | None:
+    """`fused_pass` of all these parameters as one call, as often as wanted: `run` is told what differs, and gives the
+    same bits. None where the kernels are called one by one. Holds addresses, and no memory."""
+    kinds = {type(kernels_for(call.stored, call.fmt, call.noise)) for call in calls}
+    return kernels_for(calls[0].stored, calls[0].fmt, calls[0].noise).ready(calls) if len(kinds) == 1 else None
 
 
 def fused_rows(
@@ -147,7 +177,9 @@ def fused_rows(
             f"rows {first_row}..{first_row + numel // row_numel - 1} are stored of a parameter with {total_rows} rows"
         )
     _check_stored(stored, fmt, numel)
-    _check_call(param_id, offset, numel, rounding, perturbations, outs, stored.device)
+    if len(perturbations) != len(outs):
+        raise ConfigError(f"{len(perturbations)} perturbations but {len(outs)} outputs: give one tensor a perturbation")
+    _check_call(param_id, offset, numel, rounding, outs, stored.device)
     if fmt.group and offset % fmt.group:
         raise ConfigError(f"first_row={first_row}: {fmt.name} has groups of {fmt.group}, start at one's first element")
     if rows.dtype != torch.int64 or rows.dim() != 1 or not rows.is_contiguous() or rows.device != stored.device:
@@ -159,7 +191,7 @@ def fused_rows(
     for out in outs:
         if out.numel() != count * row_numel:
             raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold {count} rows of {row_numel} elements")
-    residual = _residual(residual, fmt, numel, updates, target, stored.device, master, mask)
+    residual = _residual(residual, fmt, numel, _folds(updates), target, stored.device, master, mask)
     if count == 0:
         return
     call = PassCall(
@@ -169,6 +201,40 @@ def fused_rows(
         row_numel=row_numel, total_rows=total_rows,
     )  # fmt: skip
     kernels_for(stored, fmt, noise).run_pass(call, Mark())
+
+
+def _pass_call(
+    stored: Tensor,
+    fmt: Format,
+    *,
+    param_id: int,
+    numel: int,
+    offset: int,
+    rounding: Rounding,
+    noise: NoiseSpec,
+    outs: Sequence[Tensor],
+    threads: int | None,
+    target: Target,
+    master: bool,
+    mask: Mask | None,
+) -> PassCall:
+    """A pass over consecutive elements, checked but for what it is told of updates, perturbations and residual."""
+    _check_stored(stored, fmt, numel)
+    _check_call(param_id, offset, numel, rounding, outs, stored.device)
+    if fmt.group and offset % fmt.group:
+        raise ConfigError(f"offset={offset}: {fmt.name} has groups of {fmt.group}, start at a multiple of that")
+    for out in outs:
+        if out.numel() != numel:
+            raise ConfigError(f"an output of shape {tuple(out.shape)} cannot hold the {numel} elements of this pass")
+    return PassCall(
+        stored=stored, residual=None, fmt=fmt, numel=numel, offset=offset, param_id=param_id, updates=(),
+        write_back=False, stochastic=rounding == "stochastic", noise=noise, perturbations=(), outs=outs,
+        target_scales=target == "scales", threads=threads, master=master, mask=mask,
+    )  # fmt: skip
+
+
+def _folds(updates: Sequence[Update] | DeviceUpdates) -> bool:
+    return any(updates.folds if isinstance(updates, DeviceUpdates) else (update.fold for update in updates))
 
 
 def _check_stored(stored: Tensor, fmt: Format, numel: int) -> None:
@@ -184,14 +250,13 @@ def _residual(
     residual: Tensor | None,
     fmt: Format,
     numel: int,
-    updates: Sequence[Update] | DeviceUpdates,
+    folds: bool,
     target: str,
     device: torch.device,
     master: bool,
     mask: Mask | None,
 ) -> Tensor | None:
     """The residual part if this pass uses it, else None; ConfigError if it is needed and not there, or not right."""
-    folds = any(updates.folds if isinstance(updates, DeviceUpdates) else (update.fold for update in updates))
     if target not in _TARGETS:
         raise ConfigError(f"target={target!r}: choose one of {_TARGETS}")
     if mask is not None and target == "scales":
@@ -226,7 +291,6 @@ def _check_call(
     offset: int,
     numel: int,
     rounding: str,
-    perturbations: Sequence[Perturbation],
     outs: Sequence[Tensor],
     device: torch.device,
 ) -> None:
@@ -236,8 +300,6 @@ def _check_call(
         raise ConfigError(f"elements [{offset}, {offset} + {numel}): need 0 <= offset and offset + numel <= 2**62")
     if rounding not in _ROUNDINGS:
         raise ConfigError(f"rounding={rounding!r}: choose one of {_ROUNDINGS}")
-    if len(perturbations) != len(outs):
-        raise ConfigError(f"{len(perturbations)} perturbations but {len(outs)} outputs: give one tensor a perturbation")
     for out in outs:
         if out.device != device or not out.is_contiguous():
             raise ConfigError(

@@ -6,9 +6,9 @@ what the kernels there make of the format and the noise; a further device has it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..formats import Format, format_of, get_format
 from ..formats.codec import planes
 from ..kernels import native
 from ..kernels.device_updates import DeviceUpdates, UpdateTable
-from ..kernels.records import LANE, Mask, Perturbation, Update
+from ..kernels.records import LANE, Mask, Perturbation, Update, Updates
 from . import cuda_kernels, reference
 from .noise import NoiseSpec
 
@@ -96,11 +96,29 @@ class PassCall:
             raise ConfigError(f"rows {low}..{high} asked of a parameter with {self.total_rows} rows")
 
 
+Told = tuple[Updates | DeviceUpdates, Sequence[Perturbation], bool, bool]
+"""What a pass that is ready is told each time: updates, a perturbation an output, whether to write back, and whether
+the residual part is there to be used."""
+
+
+class Ready(Protocol):
+    """Fused passes over several parameters whose calls are made ready once and run many times, each time as one call
+    of the kernels. Holds addresses, and no memory: what lies there has to be there when it is run."""
+
+    def run(self, told: Sequence[Told], mark: Mark) -> None:
+        """Run all. told: of each, in the order of the calls. mark: as of `Kernels.run_pass`, of all that write."""
+
+
 class Kernels(Protocol):
     """What runs fused passes on one device."""
 
     def run_pass(self, call: PassCall, mark: Mark) -> None:
         """Run it. mark: says afterwards, whatever was raised on the way, whether the stored bytes were changed."""
+
+    def ready(self, calls: Sequence[PassCall]) -> Ready | None:
+        """The calls (without rows) ready to be run together, with whatever updates and perturbations; None: one by one
+        is all there is. Of a call its `residual` is what it may use, its updates and perturbations are not looked at.
+        """
 
 
 class Reference:
@@ -128,6 +146,9 @@ class Reference:
             outs=[out.view(call.rows.numel(), call.row_numel) for out in call.outs],
         )  # fmt: skip
 
+    def ready(self, calls: Sequence[PassCall]) -> Ready | None:
+        return None
+
 
 class OnCpu:
     """The native library."""
@@ -137,17 +158,71 @@ class OnCpu:
 
     def run_pass(self, call: PassCall, mark: Mark) -> None:
         call.check_rows()
-        updates, rows = call.host_updates(), call.rows
+        updates = call.host_updates()
         tail = b"".join([update.packed for update in updates] + [LANE.pack(*lane) for lane in call.lanes()])
         self._library.run_pass(
-            mark.codes, **planes(call.stored, call.residual, call.fmt, call.numel),
-            rows=0 if rows is None else rows.data_ptr(), num_rows=0 if rows is None else rows.numel(),
-            numel=call.computed, offset=call.offset, total=call.numel, num_updates=len(updates),
-            num_lanes=len(call.outs), param_id=call.param_id, distribution=call.noise.kind.name,
-            rounds=call.noise.rounds, write_back=call.write_back, stochastic=call.stochastic,
-            target_scales=call.target_scales, master=call.master, mask=call.mask, tail=tail,
-            threads=torch.get_num_threads() if call.threads is None else call.threads,
+            mark.codes, **_host_fields(call, call.residual), num_updates=len(updates), write_back=call.write_back,
+            tail=tail, threads=torch.get_num_threads() if call.threads is None else call.threads,
         )  # fmt: skip
+
+    def ready(self, calls: Sequence[PassCall]) -> Ready | None:
+        return _ReadyOnCpu(self._library, calls)
+
+
+def _host_fields(call: PassCall, residual: Tensor | None) -> dict[str, Any]:
+    """What `native.pack_pass` is told of a call, but for its updates and whether it writes."""
+    rows = call.rows
+    return dict(
+        **planes(call.stored, residual, call.fmt, call.numel), rows=0 if rows is None else rows.data_ptr(),
+        num_rows=0 if rows is None else rows.numel(), numel=call.computed, offset=call.offset, total=call.numel,
+        num_lanes=len(call.outs), param_id=call.param_id, distribution=call.noise.kind.name, rounds=call.noise.rounds,
+        stochastic=call.stochastic, target_scales=call.target_scales, master=call.master, mask=call.mask,
+    )  # fmt: skip
+
+
+class _ReadyPart:
+    """One of the calls of a `Ready`: its fields with and without its residual part, and where its outputs are."""
+
+    __slots__ = ("fields", "may_fold", "outs", "wide")
+
+    def __init__(self, call: PassCall, fields: Callable[[PassCall, Tensor | None], dict[str, Any]]) -> None:
+        self.fields = fields(call, None)
+        self.wide = self.fields if call.residual is None else fields(call, call.residual)
+        self.may_fold = call.target_scales or (
+            call.fmt.trains and (call.residual is not None or not call.fmt.residual_nbytes(call.numel))
+        )
+        self.outs = [(out.data_ptr(), format_of(out.dtype).code) for out in call.outs]
+
+    def checked(self, folds: bool, write_back: bool, residual: bool) -> dict[str, Any]:
+        """The fields for such a pass; ConfigError where it cannot be one."""
+        if folds and not (self.may_fold and (residual or self.wide is self.fields)):
+            raise ConfigError("an update folds into what was not made ready for it")
+        return {**(self.wide if residual else self.fields), "write_back": write_back}
+
+
+class _ReadyOnCpu:
+    """What `OnCpu.run_pass` packs at each call is packed once, but for updates and lanes."""
+
+    def __init__(self, library: native.Library, calls: Sequence[PassCall]) -> None:
+        self._library, self._threads = library, calls[0].threads
+        self._parts = [_ReadyPart(call, _host_fields) for call in calls]
+        self._heads: list[dict[tuple[int, bool, bool, bool], bytes]] = [{} for _ in calls]
+
+    def run(self, told: Sequence[Told], mark: Mark) -> None:
+        packed: list[bytes] = []
+        for part, heads, (updates, lanes, write_back, residual) in zip(self._parts, self._heads, told, strict=True):
+            if isinstance(updates, DeviceUpdates):
+                updates = Updates(updates.read())
+            kind = len(updates), updates.folds, write_back, residual
+            head = heads.get(kind)
+            if head is None:
+                fields = part.checked(updates.folds, write_back, residual)
+                head = heads[kind] = native.pack_pass(**fields, num_updates=len(updates))
+            packed += head, updates.packed
+            for (address, code), lane in zip(part.outs, lanes, strict=True):
+                packed.append(LANE.pack(lane.seed, address, lane.scale, code))
+        threads = torch.get_num_threads() if self._threads is None else self._threads
+        self._library.run_passes(mark.codes, b"".join(packed), len(self._parts), threads)
 
 
 class OnGpu:
@@ -166,6 +241,9 @@ class OnGpu:
             param_id=call.param_id, noise=call.noise, write_back=call.write_back, stochastic=call.stochastic,
             target_scales=call.target_scales, master=call.master, mask=call.mask, stream=self._kernels.stream(),
         )  # fmt: skip
+
+    def ready(self, calls: Sequence[PassCall]) -> Ready | None:
+        return None
 
 
 def _records(call: PassCall) -> DeviceUpdates | None:

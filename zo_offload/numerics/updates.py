@@ -20,7 +20,7 @@ from functools import lru_cache
 
 from ..errors import JournalError
 from ..kernels.float32 import scaled
-from ..kernels.records import Update
+from ..kernels.records import Update, Updates
 
 
 def with_folds(updates: Sequence[Update], step: int, fold_every: int) -> tuple[Update, ...]:
@@ -72,6 +72,7 @@ class UpdateLog:
         """The version that blocks are brought to: steps up to and including the last one that folds."""
         self._steps: list[tuple[Update, ...]] = []
         self._since = lru_cache(maxsize=64 + 8 * len(self.parts.names))(self._collect)
+        self._needed: dict[tuple[str | None, int], int] = {}  # what `needed` has found
 
     @property
     def steps(self) -> Sequence[tuple[Update, ...]]:
@@ -95,6 +96,7 @@ class UpdateLog:
         if any(update.fold for update in self._steps[-1]):
             self.folded = self.version
         self._since.cache_clear()
+        self._needed.clear()
 
     def cut(self, version: int) -> None:
         """Forget the steps from `version` on. No block may have them."""
@@ -106,8 +108,9 @@ class UpdateLog:
         last = next((i for i in reversed(range(len(self._steps))) if any(u.fold for u in self._steps[i])), -1)
         self.folded = self.base + last + 1
         self._since.cache_clear()
+        self._needed.clear()
 
-    def since(self, version: int, decay: bool, gain: float = 1.0, part: str | None = None) -> tuple[Update, ...]:
+    def since(self, version: int, decay: bool, gain: float = 1.0, part: str | None = None) -> Updates:
         """Updates a parameter at `version` still lacks; decay=False leaves weight decay out (biases, norms).
 
         gain: times each coefficient, rounded to float32. part: the parameter's. version: of a fold, as all stored
@@ -119,13 +122,17 @@ class UpdateLog:
 
     def needed(self, part: str | None, fold: int) -> int:
         """The version from which on a part's bytes are those of a fold: after the last step that trains it."""
-        return next((step + 1 for step in range(fold - 1, -1, -1) if self.parts.trains(part, step)), 0)
+        found = self._needed.get((part, fold))
+        if found is None:
+            trains = (step + 1 for step in range(fold - 1, -1, -1) if self.parts.trains(part, step))
+            found = self._needed[part, fold] = next(trains, 0)
+        return found
 
     def lacks(self, version: int, part: str | None) -> bool:
         """Whether a part's stored bytes at `version` are not those of the last fold."""
         return version < self.needed(part, self.folded)
 
-    def _collect(self, version: int, decay: bool, gain: float, part: str | None) -> tuple[Update, ...]:
+    def _collect(self, version: int, decay: bool, gain: float, part: str | None) -> Updates:
         flat, pending = list[Update](), False
         for step, updates in enumerate(self._steps[version - self.base :], version):
             trains = self.parts.trains(part, step)
@@ -133,4 +140,4 @@ class UpdateLog:
             pending = (pending or (trains and bool(updates))) and not any(update.fold for update in updates)
         if gain != 1.0:
             flat = [replace(update, coeff=scaled(update.coeff, gain)) for update in flat]
-        return tuple(flat) if decay else tuple(replace(update, decay=1.0) for update in flat)
+        return Updates(flat if decay else (replace(update, decay=1.0) for update in flat))

@@ -27,13 +27,15 @@ class Scratch:
     tensors: list[list[Tensor]]
     place: tuple[int, int] = (0, 0)
     """From which to which byte of the buffer."""
+    kept: dict[Any, Any] = field(default_factory=dict)
+    """What was worked out of these tensors' addresses; scratch that is handed out again brings it along."""
 
 
 @dataclass
 class _Buffer:
     memory: Tensor
     taken: list[tuple[int, int]] = field(default_factory=list)  # in order
-    cuts: dict[Any, list[list[Tensor]]] = field(default_factory=dict)  # what it was cut into before
+    cuts: dict[Any, Scratch] = field(default_factory=dict)  # what it was cut into before
 
     def gap(self, nbytes: int) -> tuple[int, int] | None:
         """The first free place of that size."""
@@ -56,6 +58,7 @@ class ScratchPool:
         self._alloc = alloc
         self._buffers: list[_Buffer] = []
         self._out: dict[int, tuple[_Buffer, Scratch]] = {}
+        self._sizes: dict[Any, tuple[list[int], int]] = {}  # bytes of each tensor of a kind of scratch, and of all
         self.peak_bytes = 0
 
     @property
@@ -82,19 +85,27 @@ class ScratchPool:
             # from `alloc`, not from the heap: these go back to the system at once, where the heap would keep them
             kinds = list(zip(shapes, dtypes, strict=True))
             return Scratch(None, _sets(copies, once, lambda i: self._alone(*kinds[i])))
-        sizes = [_nbytes(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-        total = sum(padded(n) * (1 if shared else copies) for n, shared in zip(sizes, once, strict=True))
-        buffer, place = self._place(max(_ALIGN, total))
-        key = (place, tuple(shapes), tuple(dtypes), copies, tuple(once))
-        tensors = buffer.cuts.get(key)
-        if tensors is None:  # views take microseconds each, and the same modules come again every step
+        kind = tuple(shapes), tuple(dtypes), copies, tuple(once)
+        sizes, total = self._sizes.get(kind) or self._size(kind)
+        buffer, place = self._place(total)
+        scratch = buffer.cuts.get((place, kind))
+        if scratch is None:  # views take microseconds each, and the same modules come again every step
             if len(buffer.cuts) >= _MOST_CUTS:
                 buffer.cuts.clear()
-            tensors = buffer.cuts[key] = _cut(buffer.memory[slice(*place)], shapes, dtypes, sizes, copies, once)
-        scratch = Scratch(buffer.memory, tensors, place)
+            tensors = _cut(buffer.memory[slice(*place)], shapes, dtypes, sizes, copies, once)
+            scratch = buffer.cuts[place, kind] = Scratch(buffer.memory, tensors, place)
         buffer.taken = sorted([*buffer.taken, place])
-        self._out[id(tensors)] = buffer, scratch
+        self._out[id(scratch.tensors)] = buffer, scratch
         return scratch
+
+    def _size(self, kind: tuple[Any, ...]) -> tuple[list[int], int]:
+        shapes, dtypes, copies, once = kind
+        sizes = [_nbytes(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        total = sum(padded(n) * (1 if shared else copies) for n, shared in zip(sizes, once, strict=True))
+        if len(self._sizes) >= _MOST_CUTS:
+            self._sizes.clear()
+        self._sizes[kind] = sizes, max(_ALIGN, total)
+        return self._sizes[kind]
 
     def give(self, tensors: list[list[Tensor]]) -> None:
         """Take back what `take` handed out (its `tensors`)."""
@@ -109,7 +120,7 @@ class ScratchPool:
             buffer.taken = []
 
     def clear(self) -> None:
-        self._buffers, self._out = [], {}
+        self._buffers, self._out, self._sizes = [], {}, {}
 
     def _alone(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._alloc(_nbytes(shape, dtype)).view(dtype).view(shape)

@@ -46,8 +46,9 @@ class Slot:
     version: dict[Piece, int] = field(default_factory=dict)
     stored: int = 0
     """The version that was fetched."""
-    writing: tuple[Piece, int, int, Mark] | None = None
-    """(piece, version before, version after, how far) of a pass that writes: between `begin_write` and `end_write`."""
+    writing: tuple[dict[Piece, int], int, Mark] | None = None
+    """(pieces with their versions before, version after, how far) of passes that write: between `begin_write` and
+    `end_write`."""
     dirty: bool = False
     residual: bool = False
     """The residual part is there too, or the block has none."""
@@ -116,19 +117,20 @@ class Slot:
             self.lent.give_back()
             self.lent, self.memory, self.streamed = None, self.own, {}
 
-    def begin_write(self, piece: Piece, after: int) -> Mark:
-        """Before a pass that brings a piece to version `after`: until `end_write` its version is UNKNOWN."""
+    def begin_write(self, pieces: Iterable[Piece], after: int) -> Mark:
+        """Before one call that brings pieces to version `after`: until `end_write` theirs is UNKNOWN."""
         assert self.lent is None, "lent bytes are not written to"
-        self.writing = (piece, self.version[piece], after, Mark())
-        self.version[piece] = UNKNOWN
-        return self.writing[3]
+        before, mark = {piece: self.version[piece] for piece in pieces}, Mark()
+        self.writing = (before, after, mark)
+        self.version.update(dict.fromkeys(before, UNKNOWN))
+        return mark
 
     def end_write(self) -> None:
-        """The pass is done."""
+        """The call is done."""
         assert self.writing is not None
-        piece, _, after, _ = self.writing
+        before, after, _ = self.writing
         self.dirty = True
-        self.version[piece] = after
+        self.version.update(dict.fromkeys(before, after))
         self.writing = None
 
     def uniform_version(self, plan: Plan) -> int:
@@ -145,10 +147,10 @@ class Slot:
     def mend(self) -> bool:
         """After a pass was broken off: find out what it did; whether the version of every piece is known."""
         if self.writing is not None:
-            piece, before, after, mark = self.writing
+            before, after, mark = self.writing
             if mark.is_done is not None:
                 self.dirty |= mark.is_done
-                self.version[piece] = after if mark.is_done else before
+                self.version.update(dict.fromkeys(before, after) if mark.is_done else before)
                 self.writing = None
         return self.writing is None
 

@@ -1,0 +1,367 @@
+"""What becomes of a block's bytes when an owner's turn comes: the lanes' weights, and the bytes of the last fold.
+
+What of this stays the same from visit to visit (where pieces lie, which of them train, checks, the kernels' calls but
+for what steps change) is worked out once: `Share`, and the calls that are kept ready with the scratch they write to. So
+a visit fills in versions, updates and seeds, and calls the kernels once for all parameters of an owner in a block. What
+cannot be made ready (gathered rows, masters, the reference's arithmetic) is done piece by piece: the same bits, slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ..kernels.device_updates import DeviceUpdates
+from ..kernels.float32 import scaled
+from ..kernels.records import ONE, STILL, Gains, Mask, Masks, Perturbation, Rounding, Target, Updates
+from ..numerics.fused import fused_pass, fused_rows, ready_pass, ready_passes
+from ..numerics.fused_kernels import Mark, Ready, Told
+from ..numerics.noise import NoiseSpec
+from ..numerics.updates import UpdateLog
+from ..plan.blocks import ParamSpec, Piece
+from ..plan.layout import Layout, Place
+from .fold_sample import FoldSample, Look
+from .scratch import Scratch
+from .slots import Slot
+from .window import BlockWindow
+
+_NOTHING = Updates()
+_MOST_KEPT = 4096  # ready calls with one scratch: of each owner of its shapes, in each place where its block may lie
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What of a piece is the same at every visit."""
+
+    piece: Piece
+    spec: ParamSpec
+    place: Place
+    decays: bool
+    lane_gain: float
+    update_gain: float
+    mask: Mask | None
+    of: str | None
+    """Which part of the model it is of, if single steps leave that out."""
+
+    @property
+    def trains(self) -> bool:
+        return self.spec.trainable
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """An owner's pieces in one block, or those of one portion of it."""
+
+    block: int
+    parts: tuple[Part, ...]
+    index: tuple[int, ...]
+    """Of each, the index of its parameter among the owner's."""
+    start_at: tuple[int, ...]
+    """Of each, its first element's place in what is there of the parameter."""
+    is_split: bool
+    """Some of it has a residual part."""
+    is_chosen: bool
+    """Single steps leave some of it out."""
+
+
+class Emitter:
+    """Fused passes over blocks in slots. decay, gains, masks: by canonical name."""
+
+    def __init__(
+        self,
+        specs: Mapping[str, ParamSpec],
+        layout: Layout,
+        log: UpdateLog,
+        *,
+        fold_every: int,
+        noise: NoiseSpec,
+        rounding: Rounding,
+        decay: Mapping[str, bool],
+        gains: Gains,
+        masks: Masks,
+        threads: int | None,
+    ) -> None:
+        self._layout, self._log, self._noise, self._rounding, self._threads = layout, log, noise, rounding, threads
+        self._fold_every, self._first_fold = fold_every, log.folded
+        self._masks = {name: mask for name, mask in masks.items() if specs[name].trainable}
+        self._parts = {
+            piece: Part(
+                piece, specs[piece.name], place, decay[piece.name], gains.get(piece.name, ONE).lane,
+                gains.get(piece.name, ONE).update, self._masks.get(piece.name),
+                log.parts.of.get(piece.name),
+            )
+            for piece, place in layout.places.items()
+        }  # fmt: skip
+        self._trained: dict[int, list[Part]] = {}  # by block
+        for part in self._parts.values():
+            if part.trains:
+                self._trained.setdefault(part.place.block, []).append(part)
+        self.changes = FoldSample(scales=layout.target == "scales", stochastic=rounding == "stochastic")
+        """How many of the stored values folds change."""
+
+    def share(self, block: int, pieces: Sequence[tuple[Piece, int, int]]) -> Share:
+        """pieces: in the block, each with the index of its parameter and its first element's place in that."""
+        parts = tuple(self._parts[piece] for piece, _, _ in pieces)
+        return Share(
+            block, parts, tuple(i for _, i, _ in pieces), tuple(at for _, _, at in pieces),
+            any(part.place.residual_nbytes for part in parts), any(part.of for part in parts),
+        )  # fmt: skip
+
+    def needed(self, block: int, fold: int) -> int:
+        """The version that a block must have for its bytes to be those of a fold: steps may leave all of it out."""
+        return max((self._log.needed(of, fold) for of in {part.of for part in self._trained.get(block, ())}), default=0)
+
+    # ---- an owner's pieces of a block --------------------------------------------------------------------------------
+
+    def emit(
+        self,
+        share: Share,
+        window: BlockWindow,
+        slot: Slot,
+        writes: bool,
+        lanes: Sequence[Perturbation],
+        once: Sequence[bool],
+        scratch: Scratch,
+        rows: Tensor | None,
+    ) -> None:
+        """Lanes' weights into scratch; folds first what is to be folded, for good where the visit writes.
+
+        once: of each of the owner's parameters, whether its first perturbation's tensor is that of all.
+        """
+        if rows is None and scratch.buffer is not None and not (window.exact and share.is_split):
+            folds = self._folding(share.parts, slot)
+            if folds:
+                self._prepare_fold(window, slot, writes)
+            ready = self._ready(share, slot, once, scratch)
+            if ready is not None:
+                self._run(share, slot, ready, self._told(share, slot, writes, lanes, once, folds), folds, writes)
+                return
+        for part, i, start_at in zip(share.parts, share.index, share.start_at, strict=True):
+            own = lanes[:1] if once[i] else lanes
+            outs = [tensors[i] for tensors in scratch.tensors[: len(own)]]
+            if rows is None:
+                outs = _cut(outs, part, start_at)
+            self.emit_one(part, window, slot, writes, own, outs, rows)
+
+    def _folding(self, parts: Sequence[Part], slot: Slot) -> tuple[Piece, ...]:
+        """Pieces of which an update that they lack folds."""
+        lacks, version = self._log.lacks, slot.version
+        return tuple([part.piece for part in parts if part.spec.trainable and lacks(version[part.piece], part.of)])
+
+    @staticmethod
+    def _prepare_fold(window: BlockWindow, slot: Slot, writes: bool) -> None:
+        """The slot's own bytes where they are written, and both parts of the block: once one piece is folded, both go
+        back. May bring an older version, where the tier finds damage."""
+        if writes:
+            window.own(slot)
+        if not slot.residual:
+            window.fetch_residual(slot)
+
+    def _ready(self, share: Share, slot: Slot, once: Sequence[bool], scratch: Scratch) -> Ready | None:
+        """The kernels' call for these pieces, where they lie now, into this scratch; None if there is no such call."""
+        key = share, slot.memory.data_ptr(), slot.memory.numel()
+        try:
+            return scratch.kept[key]  # type: ignore[no-any-return]
+        except KeyError:
+            pass
+        if len(scratch.kept) >= _MOST_KEPT:
+            scratch.kept.clear()
+        calls = []
+        for part, i, start_at in zip(share.parts, share.index, share.start_at, strict=True):
+            outs = _cut([tensors[i] for tensors in scratch.tensors[: 1 if once[i] else None]], part, start_at)
+            place, residual = part.place, None
+            if place.residual_nbytes and place.residual_offset + place.residual_nbytes <= slot.memory.numel():
+                residual = slot.memory[place.residual_offset : place.residual_offset + place.residual_nbytes]
+            calls.append(
+                ready_pass(
+                    slot.streamed_part(part.piece, place.offset, place.nbytes), place.fmt, param_id=part.spec.param_id,
+                    numel=part.piece.numel, offset=part.piece.start, rounding=self._rounding, noise=self._noise,
+                    outs=outs, residual=residual, target=self._target(part), mask=part.mask, threads=self._threads,
+                )
+            )  # fmt: skip
+        ready = scratch.kept[key] = ready_passes(calls)
+        return ready
+
+    def _told(
+        self,
+        share: Share,
+        slot: Slot,
+        writes: bool,
+        lanes: Sequence[Perturbation],
+        once: Sequence[bool],
+        folds: Sequence[Piece],
+    ) -> list[Told]:
+        """What steps change in the kernels' call: updates, perturbations, whether it writes and needs the residual."""
+        first, told = lanes[:1], list[Told]()
+        version, since = slot.version, self._log.since
+        for part, i in zip(share.parts, share.index, strict=True):
+            own = first if once[i] else lanes
+            if not part.spec.trainable:
+                told.append((_NOTHING, [STILL] * len(own), False, False))
+                continue
+            if share.is_chosen or part.lane_gain != 1.0:
+                own = self._own(part, own)
+            updates = since(version[part.piece], part.decays, part.update_gain, part.of)
+            fold = bool(folds) and part.piece in folds
+            told.append((updates, own, writes and fold, fold and part.place.residual_nbytes > 0))
+        return told
+
+    def _run(
+        self, share: Share, slot: Slot, ready: Ready, told: Sequence[Told], folds: Sequence[Piece], writes: bool
+    ) -> None:
+        """The kernels' call, and what is to be known of the slot's bytes before and after it."""
+        if not (folds and writes):
+            self._call(share, slot, ready, told, Mark())
+            return
+        looks = [self._look(part, slot) for part in share.parts if part.piece in folds]
+        mark = slot.begin_write(folds, self._log.folded)
+        self._call(share, slot, ready, told, mark)
+        slot.end_write()
+        for look in looks:
+            if look is not None:
+                self.changes.after(look)
+
+    @staticmethod
+    def _call(share: Share, slot: Slot, ready: Ready, told: Sequence[Told], mark: Mark) -> None:
+        """The kernels, for this share of the slot's bytes."""
+        ready.run(told, mark)
+
+    def _look(self, part: Part, slot: Slot) -> Look | None:
+        fold = (self._log.folded - self._first_fold) // self._fold_every
+        return self.changes.before(slot.memory, part.place, part.piece.numel, fold)
+
+    # ---- one piece: the slow way, and what only it can do ------------------------------------------------------------
+
+    def settle(self, window: BlockWindow, slot: Slot) -> None:
+        """Bring the pieces of a block that no module asked for to the last fold, as the others are."""
+        window.wait(slot)
+        folded, lacks = self._log.folded, self._log.lacks
+        for part in self._trained.get(slot.block, ()):
+            version = slot.version[part.piece]
+            if lacks(version, part.of):
+                self._fused(part, window, slot, True, (), ())
+            elif version < folded:  # its bytes are those of the fold as they are
+                slot.version[part.piece] = folded
+
+    def emit_one(
+        self,
+        part: Part,
+        window: BlockWindow,
+        slot: Slot,
+        writes: bool,
+        lanes: Sequence[Perturbation],
+        outs: Sequence[Tensor],
+        rows: Tensor | None,
+    ) -> None:
+        """One piece's weights, or those of gathered rows; masters of split formats in an exact pass."""
+        spec, place = part.spec, part.place
+        if window.exact and place.residual_nbytes:
+            self._emit_exact(part, window, slot, writes, outs, rows)
+            return
+        lanes = self._own(part, lanes)
+        if rows is None:
+            self._fused(part, window, slot, writes, lanes, outs)
+            return
+        residual = self._residual(part, window, slot)
+        fused_rows(
+            slot.memory[place.offset : place.offset + place.nbytes], place.fmt, param_id=spec.param_id,
+            numel=part.piece.numel, row_numel=spec.row_numel, rows=rows, first_row=part.piece.start // spec.row_numel,
+            total_rows=spec.shape[0], updates=self._lacking(part, slot), noise=self._noise, rounding=self._rounding,
+            perturbations=lanes, outs=outs, residual=residual, target=self._target(part), mask=part.mask,
+            threads=self._threads,
+        )  # fmt: skip
+
+    def _own(self, part: Part, lanes: Sequence[Perturbation]) -> Sequence[Perturbation]:
+        """A parameter's own perturbations: none if it does not train (in this step), else the lanes' times its gain."""
+        if not (part.trains and self._log.parts.trains(part.of, self._log.version)):
+            return [STILL] * len(lanes)
+        gain = part.lane_gain
+        return lanes if gain == 1.0 else [Perturbation(p.seed, scaled(p.scale, gain)) for p in lanes]
+
+    def _emit_exact(
+        self, part: Part, window: BlockWindow, slot: Slot, writes: bool, outs: Sequence[Tensor], rows: Tensor | None
+    ) -> None:
+        """A split parameter's masters, less what is pending, for lanes that are not perturbed."""
+        piece, spec, place = part.piece, part.spec, part.place
+        if not slot.residual:
+            window.fetch_residual(slot)
+        if self._folding((part,), slot):
+            if not writes:  # an early visit of a block that a later one of this pass will write: fold into a copy
+                slot = replace(slot, memory=slot.memory.clone(), version=dict(slot.version), streamed={}, lent=None)
+            self._fused(part, window, slot, True, (), ())
+        end = place.residual_offset + place.residual_nbytes
+        stored = slot.memory[place.offset : place.offset + place.nbytes]
+        residual = slot.memory[place.residual_offset : end]
+        still, updates = [STILL] * len(outs), self._lacking(part, slot)
+        if rows is None:
+            fused_pass(
+                stored, place.fmt, param_id=spec.param_id, numel=piece.numel, offset=piece.start, updates=updates,
+                write_back=False, noise=self._noise, perturbations=still, outs=outs, residual=residual, master=True,
+                mask=part.mask, threads=self._threads,
+            )  # fmt: skip
+            return
+        fused_rows(
+            stored, place.fmt, param_id=spec.param_id, numel=piece.numel, row_numel=spec.row_numel, rows=rows,
+            first_row=piece.start // spec.row_numel, total_rows=spec.shape[0], updates=updates, noise=self._noise,
+            perturbations=still, outs=outs, residual=residual, master=True, mask=part.mask, threads=self._threads,
+        )  # fmt: skip
+
+    def _fused(
+        self,
+        part: Part,
+        window: BlockWindow,
+        slot: Slot,
+        writes: bool,
+        lanes: Sequence[Perturbation],
+        outs: Sequence[Tensor],
+    ) -> None:
+        piece, place, spec = part.piece, part.place, part.spec
+        folds = self._folding((part,), slot)
+        if folds:
+            self._prepare_fold(window, slot, writes)
+        stored = slot.streamed_part(piece, place.offset, place.nbytes)
+        updates, residual = self._lacking(part, slot), self._residual(part, window, slot)
+        look = self._look(part, slot) if writes and folds else None
+        mark = slot.begin_write(folds, self._log.folded) if writes and folds else None
+        fused_pass(
+            stored, place.fmt, param_id=spec.param_id, numel=piece.numel, offset=piece.start, updates=updates,
+            write_back=mark is not None, rounding=self._rounding, noise=self._noise, perturbations=lanes, outs=outs,
+            residual=residual, target=self._target(part), mask=part.mask, threads=self._threads, mark=mark,
+        )  # fmt: skip
+        if mark is not None:
+            slot.end_write()
+        if look is not None:
+            self.changes.after(look)
+
+    def _residual(self, part: Part, window: BlockWindow, slot: Slot) -> Tensor | None:
+        """The piece's residual part if a fold needs it now, fetched if it is not there."""
+        if not self._folding((part,), slot):
+            return None
+        if not slot.residual:
+            window.fetch_residual(slot)
+        at, nbytes = part.place.residual_offset, part.place.residual_nbytes
+        return slot.memory[at : at + nbytes] if nbytes else None
+
+    def _target(self, part: Part) -> Target:
+        return self._layout.target if part.trains else "values"
+
+    def mask(self, name: str) -> Mask | None:
+        """Which of a parameter's elements train; None: all, or none of them."""
+        return self._masks.get(name)
+
+    def lacking(self, piece: Piece, slot: Slot) -> Updates | DeviceUpdates:
+        """The updates that a piece in a slot lacks."""
+        return self._lacking(self._parts[piece], slot)
+
+    def _lacking(self, part: Part, slot: Slot) -> Updates | DeviceUpdates:
+        if not part.trains:
+            return _NOTHING
+        return self._log.since(slot.version[part.piece], part.decays, part.update_gain, part.of)
+
+
+def _cut(outs: Sequence[Tensor], part: Part, start_at: int) -> list[Tensor]:
+    """Of tensors of a parameter what a piece fills."""
+    numel = part.piece.numel
+    return [out if out.numel() == numel else out.view(-1)[start_at : start_at + numel] for out in outs]
