@@ -95,11 +95,14 @@ def draw_method(rng: random.Random, steps: int) -> Method:
     for what, choices in {
         "directions": (2, 3, 4), "window": (1, 2, 5), "beta": (0.5, 0.9), "pool": (1, 3, 64), "grad_clip": (0.5, 100.0),
         "clip": (0.5, 37.0), "top": (0, 1), "sparsity": (0.0, 0.5, 0.9), "mask_seed": (0, 5),
+        "theta": (0.3, 1.35),
     }.items():  # fmt: skip
         if what in has and rng.random() < 0.8:
             options[what] = rng.choice(choices)
     if name == "fzoo-r" and "directions" in options:
         options["directions"] = rng.choice((4, 6))
+    if name == "conmezo" and options.get("window") == 1:
+        options["window"] = 3
     if name == "seed-pool":
         options["weight_decay"] = 0.0
     return kind(**options)

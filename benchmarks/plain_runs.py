@@ -7,7 +7,7 @@ formats, ids, gains and base that a run begins with, and for nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +20,9 @@ from zo_offload.formats import Format, get_format
 from zo_offload.formats.codec import encode_values
 from zo_offload.journal.masks import decide_masks
 from zo_offload.kernels.float32 import scaled
-from zo_offload.kernels.records import ONE, STILL, Mask, Perturbation, Update
+from zo_offload.kernels.records import ONE, STILL, Mask, Perturbation, Update, sums_of, with_coefficients
 from zo_offload.methods import Method
-from zo_offload.methods.base import Told
+from zo_offload.methods.outcome import Told
 from zo_offload.numerics.noise import NoiseSpec
 from zo_offload.numerics.reference import fused_pass
 from zo_offload.numerics.updates import left_out, with_folds
@@ -59,7 +59,7 @@ class Stored:
     def lane(self, perturbation: Perturbation, leaves_out: bool) -> Tensor:
         """What a lane computes with, in a step that trains the parameter or leaves it out."""
         scale = scaled(perturbation.scale, self.gain.lane) if self.gain.lane != 1 else perturbation.scale
-        lane = Perturbation(perturbation.seed, scale) if self.trains and not leaves_out else STILL
+        lane = replace(perturbation, scale=scale) if self.trains and not leaves_out else STILL
         out = torch.empty(self.numel, dtype=self.dtype)
         self._pass(write_back=False, lane=lane, out=out)
         return out.view(self.shape)
@@ -121,6 +121,12 @@ def plain_run(
     def out(name: str) -> bool:
         return not parts_of.trains(parts_of.of.get(name), step)
 
+    def bound(lanes: Sequence[Perturbation]) -> list[Perturbation]:
+        """With the coefficients of the sums that they are along."""
+        sums = sums_of(lanes)
+        known = dict(zip(sums, with_coefficients(sums, method.term_values(memory)), strict=True))
+        return [replace(lane, terms=known[lane.terms]) if lane.terms else lane for lane in lanes]
+
     def loss_of(lane: Perturbation, batch: dict[str, Tensor]) -> float:
         weights = {f"model.{name}": p.lane(lane, out(name)) for name, p in params.items()}
         rows = len(batch["input_ids"]) // micro_batches
@@ -136,9 +142,9 @@ def plain_run(
     after = [{name: p.value() for name, p in params.items()}]
     memory = torch.tensor(method.first_memory(), dtype=torch.float64)
     for step, (batch, lr) in enumerate(zip(batches, rates, strict=True)):
-        found = [loss_of(lane, batch) for lane in method.perturbations(seed, step)]
+        found = [loss_of(lane, batch) for lane in bound(method.perturbations(seed, step))]
         while method.comes_back and (more := method.next_lanes(seed, step, found, lr)):
-            found += [loss_of(lane, batch) for lane in more]
+            found += [loss_of(lane, batch) for lane in bound(more)]
         try:
             outcome = method.update(seed, step, found, lr, memory)
         except DivergenceError:

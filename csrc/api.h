@@ -9,7 +9,8 @@
 
 #define ZO_ABI_VERSION 9
 
-enum { ZO_OK = 0, ZO_ERROR_FORMAT = 1, ZO_ERROR_NOISE = 2, ZO_ERROR_ISA = 3, ZO_ERROR_MEMORY = 4, ZO_ERROR_MASK = 5 };
+enum { ZO_OK = 0, ZO_ERROR_FORMAT = 1, ZO_ERROR_NOISE = 2, ZO_ERROR_ISA = 3, ZO_ERROR_MEMORY = 4, ZO_ERROR_MASK = 5,
+       ZO_ERROR_TERMS = 6 };
 enum { ZO_SCALAR = 0, ZO_AVX2 = 1, ZO_AVX512 = 2, ZO_NUM_ISAS = 3 };
 
 enum {
@@ -22,11 +23,13 @@ struct zo_update {  // w <- fma(-coeff, z(seed), w * decay), then rounded to the
   zo_u32 flags, reserved;
 };
 
+enum { ZO_LANE_SUM = 256 };
 struct zo_lane {  // out <- round(fma(scale, z(seed), w)); neighbours of one seed share one z
-  zo_u64 seed;
+  zo_u64 seed;    // with ZO_LANE_SUM: z is a sum of noises, d = fma(coeff, z(seed), d) for each of its terms, from d = 0;
+                  // the index of the first term in the lower half, how many in the upper
   void* out;
   float scale;
-  zo_u32 format;  // of out
+  zo_u32 format;  // of out, and ZO_LANE_SUM
 };
 
 enum {
@@ -50,7 +53,8 @@ struct zo_pass {
   void* residual;            // split formats, when an update folds or with ZO_MASTER
   const zo_i64* rows;        // null, or num_rows row indices: row r is elements [r * numel, (r + 1) * numel); those that
                              // are not among the planes' elements are passed over, their outputs left as they are
-  const zo_update* updates;  // null: they follow this struct, and the lanes follow them
+  const zo_update* updates;  // null: they follow this struct, the terms follow them, and the lanes those
+  const zo_update* terms;    // of the sums that lanes are perturbed along: of each its seed and its coefficient
   const zo_lane* lanes;
   zo_u64 numel, offset, num_rows;
   zo_u64 total;              // elements the planes hold: where the last group ends. Without rows, numel; else whole rows
@@ -59,9 +63,10 @@ struct zo_pass {
   zo_u32 format, group;      // group: elements a scale, 16 .. 128, `offset` a multiple of it; 0: no groups
   zo_u32 param_id, distribution, rounds, flags;
   zo_u32 mask, mask_limit;   // with values as the target only
+  zo_u32 num_terms, reserved;
 };
 
-static_assert(sizeof(zo_update) == 24 && sizeof(zo_lane) == 24 && sizeof(zo_pass) == 136, "packed by Python");
+static_assert(sizeof(zo_update) == 24 && sizeof(zo_lane) == 24 && sizeof(zo_pass) == 152, "packed by Python");
 
 #if !defined(__CUDACC_RTC__)
 #if defined(_WIN32)
@@ -71,7 +76,7 @@ static_assert(sizeof(zo_update) == 24 && sizeof(zo_lane) == 24 && sizeof(zo_pass
 #endif
 // CPU library. Each returns a ZO_ERROR code; `threads` counts the caller, and the result does not depend on it.
 ZO_EXPORT int zo_cpu_pass(const zo_pass* pass, int isa, int threads);
-// `count` passes, one after another in memory, each followed by its updates and lanes: as many calls of the above, but
+// `count` passes, one after another in memory, each followed by its updates, terms and lanes: as many calls of the above, but
 // that none is run where one cannot be.
 ZO_EXPORT int zo_cpu_passes(const zo_pass* passes, zo_u32 count, int isa, int threads);
 // Fills the planes of `pass` (all of its format's; updates, lanes and rows are not looked at) from pass->numel values of

@@ -77,7 +77,8 @@ void make_key(zo_key* key, zo_u64 seed, zo_u32 param_id, zo_u32 tag) {
   key->fresh = 1;
 }
 
-// Noise, and for stochastic rounding random bits, of every update; noise of every lane whose seed is a new one.
+// Noise, and for stochastic rounding random bits, of every update; noise of every term, and of every lane whose seed is a
+// new one.
 void make_keys(const zo_pass& pass, zo_work* work, zo_key* keys) {
   const zo_u32 tag = tag_of(pass.distribution);
   work->tag = (int)tag;
@@ -89,17 +90,20 @@ void make_keys(const zo_pass& pass, zo_work* work, zo_key* keys) {
       make_key(keys++, work->updates[k].seed, pass.param_id, ZO_TAG_ROUNDING);
   work->mask_key = keys;
   if (pass.mask == ZO_MASK_RANDOM) make_key(keys++, pass.mask_seed, pass.param_id, ZO_TAG_MASK);
+  work->term_keys = keys;
+  for (zo_u32 k = 0; k < pass.num_terms; ++k) make_key(keys++, work->terms[k].seed, pass.param_id, tag);
   work->lane_keys = keys;
-  bool made = false;
+  const zo_lane* made = nullptr;  // whose noise is there
   zo_u64 bytes = 0;
-  zo_u64 seed = 0;
   for (zo_u32 j = 0; j < pass.num_lanes; ++j, ++keys) {
     const zo_lane& lane = work->lanes[j];
-    bytes += pass.numel * zo_format_bytes((int)lane.format);
+    const zo_u32 sum = lane.format & ZO_LANE_SUM;
+    bytes += pass.numel * zo_format_bytes((int)(lane.format ^ sum));
     keys->fresh = 0;
-    if (lane.scale == 0.0f || (made && lane.seed == seed)) continue;
-    make_key(keys, seed = lane.seed, pass.param_id, tag);
-    made = true;
+    if (lane.scale == 0.0f || (made && made->seed == lane.seed && (made->format & ZO_LANE_SUM) == sum)) continue;
+    if (!sum) make_key(keys, lane.seed, pass.param_id, tag);
+    keys->fresh = 1;
+    made = &lane;
   }
   work->past_cache = !pass.rows && bytes > PAST_CACHE;
 }
@@ -201,8 +205,11 @@ bool format_fits(const zo_pass& pass, bool folds) {
 int check(const zo_pass& pass, const zo_work& work, int isa) {
   if (!has_isa(isa)) return ZO_ERROR_ISA;
   if (!format_fits(pass, work.last_fold >= 0)) return ZO_ERROR_FORMAT;
-  for (zo_u32 j = 0; j < pass.num_lanes; ++j)
-    if (!zo_is_plain((int)work.lanes[j].format)) return ZO_ERROR_FORMAT;
+  for (zo_u32 j = 0; j < pass.num_lanes; ++j) {
+    const zo_lane& lane = work.lanes[j];
+    if (!zo_is_plain((int)(lane.format & ~(zo_u32)ZO_LANE_SUM))) return ZO_ERROR_FORMAT;
+    if (lane.format & ZO_LANE_SUM && (zo_u32)lane.seed + (lane.seed >> 32) > pass.num_terms) return ZO_ERROR_TERMS;
+  }
   if (pass.distribution >= ZO_NUM_NOISES || (pass.rounds != 7 && pass.rounds != 10)) return ZO_ERROR_NOISE;
   if (pass.mask >= ZO_NUM_MASKS || (pass.mask && pass.flags & ZO_TARGET_SCALES)) return ZO_ERROR_MASK;
   return ZO_OK;
@@ -212,7 +219,8 @@ zo_work work_of(const zo_pass* pass) {
   zo_work work = {};
   work.pass = pass;
   work.updates = pass->updates ? pass->updates : (const zo_update*)(pass + 1);
-  work.lanes = pass->lanes ? pass->lanes : (const zo_lane*)(work.updates + pass->num_updates);
+  work.terms = pass->terms ? pass->terms : work.updates + pass->num_updates;
+  work.lanes = pass->lanes ? pass->lanes : (const zo_lane*)(work.terms + pass->num_terms);
   work.last_fold = zo_last_fold(work.updates, pass->num_updates);
   return work;
 }
@@ -220,7 +228,7 @@ zo_work work_of(const zo_pass* pass) {
 int run_pass(zo_work work, int isa, int threads) {
   const zo_pass* pass = work.pass;
   zo_key few[16];
-  const zo_u64 num_keys = 2 * (zo_u64)pass->num_updates + pass->num_lanes + 1;
+  const zo_u64 num_keys = 2 * (zo_u64)pass->num_updates + pass->num_terms + pass->num_lanes + 1;
   zo_key* keys = num_keys <= 16 ? few : new (std::nothrow) zo_key[num_keys];
   if (!keys) return ZO_ERROR_MEMORY;
   make_keys(*pass, &work, keys);
@@ -229,7 +237,7 @@ int run_pass(zo_work work, int isa, int threads) {
   job.work = &work;
   const zo_kernels kernels = kernels_of(isa);
   job.segment = (pass->flags & ZO_TARGET_SCALES ? kernels.scales : kernels.segment)[pass->rounds == 10];
-  const zo_u64 streams = 1 + pass->num_updates + pass->num_lanes;
+  const zo_u64 streams = 1 + pass->num_updates + pass->num_terms + pass->num_lanes;
   if (pass->rows)
     run_rows(job, *pass, streams, threads);
   else

@@ -292,24 +292,51 @@ __attribute__((noinline)) void make_noise(const zo_key& key, zo_u64 g, int n, No
     philox_words<V, R, 1>(key, g >> 7, n / 128, noise.signs);
 }
 
+// w = fma(scale, z, w)
 template <class V, int R>
-__attribute__((noinline)) void update(float* w, const zo_update& u, const zo_key& key, zo_u64 g, int n, Noise& noise) {
-  if (u.decay != 1.0f) {
-    const typename V::F decay = V::f(u.decay);
-    for (int i = 0; i < n; i += V::WIDTH) V::store(w + i, V::mul(V::load(w + i), decay));
-  }
-  if (u.coeff == 0.0f) return;
-  const typename V::F scale = V::f(-u.coeff);
+__attribute__((noinline)) void add_noise(float* w, float by, const zo_key& key, zo_u64 g, int n, zo_u32* signs) {
+  const typename V::F scale = V::f(by);
   const auto add = [&](int i, typename V::F z) { V::store(w + i, zo_add_noise<V>(V::load(w + i), scale, z)); };
   if (key.tag == ZO_TAG_GAUSSIAN) {
     gaussian<V, R>(key, g, n, add);
   } else if (key.tag == ZO_TAG_BOX_MULLER) {
     box_muller<V, R>(key, g, n, add);
   } else {
-    philox_words<V, R, 1>(key, g >> 7, n / 128, noise.signs);
-    for (int i = 0; i < n; i += V::WIDTH) V::store(w + i, V::add_signed(V::load(w + i), scale, noise.signs, i));
+    philox_words<V, R, 1>(key, g >> 7, n / 128, signs);
+    for (int i = 0; i < n; i += V::WIDTH) V::store(w + i, V::add_signed(V::load(w + i), scale, signs, i));
   }
 }
+
+template <class V, int R>
+void update(float* w, const zo_update& u, const zo_key& key, zo_u64 g, int n, Noise& noise) {
+  if (u.decay != 1.0f) {
+    const typename V::F decay = V::f(u.decay);
+    for (int i = 0; i < n; i += V::WIDTH) V::store(w + i, V::mul(V::load(w + i), decay));
+  }
+  if (u.coeff != 0.0f) add_noise<V, R>(w, -u.coeff, key, g, n, noise.signs);
+}
+
+// What lane j is perturbed along: noise of its seed, or a sum of noises, which is floats whatever they are of.
+template <class V, int R>
+void make_lane_noise(const zo_work* work, zo_u32 j, zo_u64 g, int n, Noise& noise) {
+  const zo_lane& l = work->lanes[j];
+  if (!(l.format & ZO_LANE_SUM)) {
+    make_noise<V, R>(work->lane_keys[j], g, n, noise);
+    return;
+  }
+  __builtin_memset(noise.z, 0, 4 * n);
+  const zo_u32 first = (zo_u32)l.seed, count = (zo_u32)(l.seed >> 32);
+  for (zo_u32 k = first; k < first + count; ++k)
+    if (work->terms[k].coeff != 0.0f)
+      add_noise<V, R>(noise.z, work->terms[k].coeff, work->term_keys[k], g, n, noise.signs);
+}
+
+// Its distribution as `lane` goes by it: floats, or signs.
+inline int tag_of_lane(const zo_work* work, const zo_lane& l) {
+  return l.format & ZO_LANE_SUM ? (int)ZO_TAG_GAUSSIAN : work->tag;
+}
+
+inline int format_of_lane(const zo_lane& l) { return (int)(l.format & ~(zo_u32)ZO_LANE_SUM); }
 
 template <class V, bool PAST_CACHE>
 __attribute__((noinline)) void lane(const float* w, const Noise& noise, int tag, float scale, int format, zo_u8* out,
@@ -423,15 +450,15 @@ inline void clear_outside(const Cut& cut, float* w) {
 template <class V>
 void emit_lane(const zo_work* work, const zo_lane& l, const Cut& cut, zo_u64 out_at, float scale, const float* w,
                const Noise& noise, zo_u8* scratch) {
-  const int size = zo_format_bytes((int)l.format);
+  const int format = format_of_lane(l), tag = tag_of_lane(work, l), size = zo_format_bytes(format);
   zo_u8* out = (zo_u8*)l.out + out_at * size;
   if (cut.head || cut.count != cut.span) {
-    lane<V, false>(w, noise, work->tag, scale, (int)l.format, scratch, cut.span);
+    lane<V, false>(w, noise, tag, scale, format, scratch, cut.span);
     __builtin_memcpy(out, scratch + cut.head * size, (zo_u64)cut.count * size);
   } else if (work->past_cache && ((zo_u64)out & 63) == 0) {
-    lane<V, true>(w, noise, work->tag, scale, (int)l.format, out, cut.span);
+    lane<V, true>(w, noise, tag, scale, format, out, cut.span);
   } else {
-    lane<V, false>(w, noise, work->tag, scale, (int)l.format, out, cut.span);
+    lane<V, false>(w, noise, tag, scale, format, out, cut.span);
   }
 }
 
@@ -483,9 +510,9 @@ void segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
     if (pass.mask == ZO_MASK_MAGNITUDE && pass.num_lanes) mask_magnitude<V>(w, pass.mask_limit, span, mask);
     for (zo_u32 j = 0; j < pass.num_lanes; ++j) {
       const zo_lane& l = work->lanes[j];
-      if (work->lane_keys[j].fresh) make_noise<V, R>(work->lane_keys[j], cut.first, span, noise);
+      if (work->lane_keys[j].fresh) make_lane_noise<V, R>(work, j, cut.first, span, noise);
       if (pass.mask && l.scale != 0.0f) {
-        lane<V, false>(w, noise, work->tag, l.scale, ZO_FP32, (zo_u8*)other, span);
+        lane<V, false>(w, noise, tag_of_lane(work, l), l.scale, ZO_FP32, (zo_u8*)other, span);
         undo<V>(mask, w, other, span);
         emit_lane<V>(work, l, cut, out_at, 0.0f, other, noise, scratch.values);
       } else {
@@ -528,8 +555,8 @@ void scales_segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
     }
     for (zo_u32 j = 0; j < pass.num_lanes; ++j) {
       const zo_lane& l = work->lanes[j];
-      if (work->lane_keys[j].fresh) make_noise<V, R>(work->lane_keys[j], k0, GROUPS, noise);
-      lane<V, false>(scale, noise, work->tag, l.scale, ZO_FP32, (zo_u8*)moved, GROUPS);
+      if (work->lane_keys[j].fresh) make_lane_noise<V, R>(work, j, k0, GROUPS, noise);
+      lane<V, false>(scale, noise, tag_of_lane(work, l), l.scale, ZO_FP32, (zo_u8*)moved, GROUPS);
       for (zo_u64 at = g; at < stop;) {
         const Cut cut = cut_tile(pass, at, stop - at);
         Planes planes = bounce.planes();

@@ -6,15 +6,15 @@
 struct zo_key {  // of one Philox stream; round keys are widened so that SIMD code can broadcast them from memory
   zo_u64 k0[10], k1[10];
   zo_u32 param_id, tag;
-  zo_u32 fresh;  // of a lane: its noise is not that of the lane before
+  zo_u32 fresh;  // of a lane: its noise, or its sum of noises, is not that of the lane before
   zo_u32 unused;
 };
 
 struct zo_work {
   const zo_pass* pass;
-  const zo_update* updates;
+  const zo_update *updates, *terms;
   const zo_lane* lanes;
-  const zo_key *update_keys, *rounding_keys, *mask_key, *lane_keys;
+  const zo_key *update_keys, *rounding_keys, *mask_key, *term_keys, *lane_keys;
   int last_fold, tag;
   int past_cache;  // lanes are too large for a cache to keep: write them around it
   const void* values;  // to encode, in a plain format

@@ -117,13 +117,16 @@ ZO_DEV void write_fp16(zo_u8* p, int lo, int hi, const float (&w)[8]) {
   write_bytes<WHOLE, 2>(p, lo, hi, word);
 }
 
+ZO_DEV zo_u32 format_of(const zo_lane& lane) { return lane.format & ~(zo_u32)ZO_LANE_SUM; }
+
 // out: a lane's output; its dtype is the same for a whole launch's thread, so the branch never diverges
 template <bool WHOLE>
 ZO_DEV void write_lane(const zo_lane& lane, zo_u64 at, int lo, int hi, const float (&w)[8]) {
-  zo_u8* out = (zo_u8*)lane.out + at * (lane.format == ZO_FP32 ? 4 : 2);
-  if (lane.format == ZO_FP32)
+  const zo_u32 format = format_of(lane);
+  zo_u8* out = (zo_u8*)lane.out + at * (format == ZO_FP32 ? 4 : 2);
+  if (format == ZO_FP32)
     write_fp32<WHOLE>(out, lo, hi, w);
-  else if (lane.format == ZO_BF16)
+  else if (format == ZO_BF16)
     write_bf16<WHOLE>(out, lo, hi, w);
   else
     write_fp16<WHOLE>(out, lo, hi, w);

@@ -24,7 +24,7 @@
 #define ZO_CUDA_THREADS 256
 
 struct zo_cuda_args {  // the kernels' only parameter, by value
-  zo_pass pass;        // updates: device memory; lanes: unused
+  zo_pass pass;        // updates, terms: device memory; lanes: unused
   const float* scales;  // of the lanes, in device memory, or null: `lanes[j].scale`
   zo_u64 total_rows;    // of the whole parameter, with rows; others are answered with NaN, by every piece
   zo_i32 last_fold;     // index of the last update that folds, or -1: the host knows which fold
@@ -258,7 +258,54 @@ ZO_DEV zo_u32 mask_random(const zo_pass& pass, zo_u64 g) {
   return bits;
 }
 
-// WHOLE: the tile lies inside the run and everything is aligned; the hot loop has nothing else in it.
+// Of a lane along a sum: its first term in the lower half, how many in the upper.
+ZO_DEV zo_u32 first_term(const zo_lane& lane) { return (zo_u32)lane.seed; }
+ZO_DEV zo_u32 end_of_terms(const zo_lane& lane) { return (zo_u32)lane.seed + (zo_u32)(lane.seed >> 32); }
+
+// z = what a lane is perturbed along, of 8 elements: a sum of noises, or that of its seed alone, which is 0 + 1 * itself
+template <class Noise>
+ZO_DEV void make_along(const zo_pass& pass, const zo_lane& lane, zo_u64 g, float (&z)[8]) {
+  const bool sum = lane.format & ZO_LANE_SUM;
+  const zo_update* terms = sum ? pass.terms + (zo_u32)lane.seed : nullptr;
+  const zo_u32 count = sum ? (zo_u32)(lane.seed >> 32) : 1;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) z[j] = 0.0f;
+#pragma unroll 1
+  for (zo_u32 k = 0; k < count; ++k) {
+    const float coeff = sum ? terms[k].coeff : 1.0f;
+    if (coeff == 0.0f) continue;
+    Noise noise;
+    Noise::make(noise, g, sum ? terms[k].seed : lane.seed, pass.param_id, pass.rounds);
+    Noise::add(noise, 0, coeff, z, z);
+  }
+}
+
+// The lanes of 8 elements.
+template <class Noise>
+ZO_DEV void emit_eight(const zo_cuda_args& args, const Run& run, zo_u64 g, const float (&w)[8], zo_u32 mask) {
+  const Span s = span_of<false>(run.first, run.last, g);
+  if (s.lo >= s.hi) return;
+  float z[8];
+  zo_u64 made = 0;
+  zo_u32 kind = ~0u;  // of what is made: nothing yet
+#pragma unroll 1
+  for (zo_u32 j = 0; j < args.num_lanes; ++j) {
+    const zo_lane& lane = args.lanes[j];
+    const float scale = args.scales ? args.scales[j] : lane.scale;
+    if (scale != 0.0f && !(made == lane.seed && kind == (lane.format & ZO_LANE_SUM))) {
+      make_along<Noise>(args.pass, lane, g, z);
+      made = lane.seed;
+      kind = lane.format & ZO_LANE_SUM;
+    }
+    float out[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = scale != 0.0f && mask >> i & 1u ? zo_add_noise<S>(w[i], scale, z[i]) : w[i];
+    write_lane<false>(lane, g - run.first + run.out_at, s.lo, s.hi, out);
+  }
+}
+
+// WHOLE: the tile lies inside the run and everything is aligned, and no lane is along a sum; the hot loop has nothing else
+// in it. A sum would take registers from it, and what its noises cost is far above what wide accesses save.
 template <int FORMAT, class Noise, bool WHOLE>
 ZO_DEV void tile_of(const zo_cuda_args& args, const Run& run, zo_u64 start) {
   enum { CHUNKS = Noise::CHUNKS };
@@ -316,6 +363,10 @@ ZO_DEV void tile_of(const zo_cuda_args& args, const Run& run, zo_u64 start) {
   if (pass.mask == ZO_MASK_MAGNITUDE)
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) mask[c] = mask_magnitude(w[c], pass.mask_limit);
+  if constexpr (!WHOLE) {
+    emit_eight<Noise>(args, run, g, w[0], mask[0]);
+    return;
+  }
   zo_u64 made = 0;
   bool have = false;
 #pragma unroll 1
@@ -347,13 +398,13 @@ ZO_DEV bool aligned(const zo_cuda_args& args, const Run& run) {
   zo_u64 low = (zo_u64)args.pass.stored - run.base * bits / 8;
   if (residual_size(FORMAT)) low |= (zo_u64)args.pass.residual - run.base * residual_size(FORMAT);
   for (zo_u32 j = 0; j < args.num_lanes; ++j)
-    low |= (zo_u64)args.lanes[j].out + (run.out_at - run.first) * (args.lanes[j].format == ZO_FP32 ? 4 : 2);
+    low |= (zo_u64)args.lanes[j].out + (run.out_at - run.first) * (format_of(args.lanes[j]) == ZO_FP32 ? 4 : 2);
   return (low & 15) == 0 && run.valid && (run.base & 7) == 0;
 }
 
 template <int FORMAT, class Noise>
 ZO_DEV void tile(const zo_cuda_args& args, const Run& run, zo_u64 start, bool aligned) {
-  if (aligned && start >= run.first && start + 256 * Noise::CHUNKS <= run.last)
+  if (aligned && args.pass.num_terms == 0 && start >= run.first && start + 256 * Noise::CHUNKS <= run.last)
     tile_of<FORMAT, Noise, true>(args, run, start);
   else
 #pragma unroll 1
@@ -444,7 +495,18 @@ ZO_DEV void scales_tile(const zo_cuda_args& args, const Run& run, zo_u64 start) 
   for (zo_u32 j = 0; j < args.num_lanes; ++j) {
     const zo_lane& lane = args.lanes[j];
     const float by = args.scales ? args.scales[j] : lane.scale;
-    const float moved = by == 0.0f ? scale : Noise::add_one(index, lane.seed, pass.param_id, pass.rounds, by, scale);
+    float moved = scale;
+    if (by != 0.0f && lane.format & ZO_LANE_SUM) {
+      float sum = 0.0f;
+#pragma unroll 1
+      for (zo_u32 k = first_term(lane); k < end_of_terms(lane); ++k) {
+        const zo_update& term = pass.terms[k];
+        if (term.coeff != 0.0f) sum = Noise::add_one(index, term.seed, pass.param_id, pass.rounds, term.coeff, sum);
+      }
+      moved = zo_add_noise<S>(scale, by, sum);
+    } else if (by != 0.0f) {
+      moved = Noise::add_one(index, lane.seed, pass.param_id, pass.rounds, by, scale);
+    }
     group.scale = S::value(zo_fp32_round<S>(moved));
     if (s.lo >= s.hi) continue;
     float out[8];
@@ -462,6 +524,11 @@ ZO_DEV void scales_kernel(const zo_cuda_args& args) {
 #pragma unroll 1
     for (int c = 0; c < Noise::CHUNKS; ++c) scales_tile<FORMAT, Noise>(args, run, start + 256 * c);
   });
+}
+
+// Formats whose passes with signs as noise need few registers.
+constexpr bool is_light(int format) {
+  return format == ZO_FP32 || format == ZO_BF16 || format == ZO_FP16 || format == ZO_INT4;
 }
 
 template <class Noise>
@@ -489,7 +556,9 @@ ZO_DEV void noise_kernel(const zo_cuda_noise_args& args) {
 
 }  // namespace zo_cuda
 
-#define ZO_KERNEL extern "C" __global__ void __launch_bounds__(ZO_CUDA_THREADS, 2)
+// BLOCKS: of a multiprocessor, at least; the compiler has registers for as many.
+#define ZO_KERNEL_OF(BLOCKS) extern "C" __global__ void __launch_bounds__(ZO_CUDA_THREADS, BLOCKS)
+#define ZO_KERNEL ZO_KERNEL_OF(2)
 #define ZO_PASS_KERNELS(NAME, FORMAT)                                                     \
   ZO_KERNEL zo_pass_##NAME##_gaussian(const zo_cuda_args args) {                          \
     zo_cuda::pass_kernel<FORMAT, zo_cuda::Gaussian>(args);                                \
@@ -497,7 +566,7 @@ ZO_DEV void noise_kernel(const zo_cuda_noise_args& args) {
   ZO_KERNEL zo_pass_##NAME##_boxmuller(const zo_cuda_args args) {                         \
     zo_cuda::pass_kernel<FORMAT, zo_cuda::BoxMuller>(args);                               \
   }                                                                                       \
-  ZO_KERNEL zo_pass_##NAME##_rademacher(const zo_cuda_args args) {                        \
+  ZO_KERNEL_OF(zo_cuda::is_light(FORMAT) ? 3 : 2) zo_pass_##NAME##_rademacher(const zo_cuda_args args) {                        \
     zo_cuda::pass_kernel<FORMAT, zo_cuda::Rademacher>(args);                              \
   }
 #define ZO_SCALES_KERNELS(NAME, FORMAT)                                                   \

@@ -10,6 +10,9 @@
 //   mask = mask of w                                   if it is by magnitude
 //   for each lane:    out = round(fma(scale, z, w))  round(w) if scale == 0 or the mask has not the element
 //
+// A lane's z is the noise of its seed, or a sum of noises: from d = 0, for each of the sum's terms in their order,
+// d = fma(coeff, z, d), unless coeff == 0.
+//
 // With scales as the target, w is a group's scale and z's index the group's; after each update it is at least 1e-7,
 // folding rounds nothing, and an output is the element's code times its group's moved scale (plus the minimum; with
 // ZO_CENTRED, the code less 7.5 times the moved scale, plus the centre).

@@ -21,10 +21,10 @@ from zo_offload.formats.codec import encode_values, planes
 from zo_offload.kernels import native
 from zo_offload.kernels.device_updates import UpdateTable
 from zo_offload.kernels.distributions import BOX_MULLER, all_kinds, gaussian_table
-from zo_offload.kernels.records import Mask, Perturbation, Update
+from zo_offload.kernels.records import Mask, Perturbation, Terms, Update
 from zo_offload.numerics import cuda_kernels
 from zo_offload.numerics.fused import fused_pass, fused_rows
-from zo_offload.numerics.fused_kernels import Mark, OnGpu, PassCall
+from zo_offload.numerics.fused_kernels import Mark, OnCpu, OnGpu, PassCall
 from zo_offload.numerics.noise import NoiseSpec, noise
 
 REASONS = compilers()
@@ -390,6 +390,54 @@ def test_the_kernels_are_asked_who_they_are_as_on_a_gpu(kernels, monkeypatch):
     monkeypatch.setattr(kernels, "touch", None)
     assert kernels._abi() == cuda_kernels.ABI
     assert native.fingerprint(cuda_kernels._OnDevice(kernels)) == native.FINGERPRINT
+
+
+def along_sums(kernels, name, kind, target="values", mask=None, records=None):
+    """(stored, residual, outs) of the CPU library and of the kernel, with lanes along sums among others."""
+    fmt, results, numel = get_format(name), [], 3003
+    one = Terms((21, 22, 23), (2.0**-1, 0.0, -(2.0**-2)), records)
+    two = Terms((22, 11), (1.5, 2.0**-3), records, first=3)
+    lanes = [
+        Perturbation(11, EPS), Perturbation.along(one, EPS), Perturbation.along(one, -EPS), Perturbation(11, -EPS),
+        Perturbation.along(two, EPS), Perturbation.along(one, 0.0), Perturbation.along(one, EPS),
+    ]  # fmt: skip
+    updates = updates_for(name, "trailing") if target == "values" else UPDATES["trailing"]
+    for simulate in (False, True):
+        stored, residual = (None if part is None else part.clone() for part in values(numel, name))
+        residual = residual if any(update.fold for update in updates) and target == "values" else None
+        outs = [out_like(numel, DTYPES[j % 3]) for j in range(len(lanes))]
+        call = PassCall(
+            stored=stored, residual=residual, fmt=fmt, numel=numel, offset=640, param_id=7, updates=updates,
+            write_back=True, stochastic=False, noise=spec_of(kind), perturbations=lanes, outs=outs,
+            target_scales=target == "scales", threads=1, mask=mask,
+        )  # fmt: skip
+        kernels.touch = None
+        (OnGpu(kernels) if simulate else OnCpu(native.library())).run_pass(call, Mark())
+        results.append((stored, [] if residual is None else [residual], outs))
+    return results
+
+
+@pytest.mark.parametrize("name, kind", PAIRS)
+def test_lanes_along_sums_of_noises(kernels, name, kind):
+    """Made once for two lanes or again, of terms that count or do not, under a mask, from memory that has more."""
+    need(kernels, name, kind)
+    results = along_sums(kernels, name, kind, mask=Mask.smallest(2.0**-5))
+    assert_equal(results)
+    still, moved = results[1][2][5], results[1][2][2]
+    assert 0.05 < float((still.float() != moved.float()).float().mean()) < 0.9
+    known = [
+        Update(seed, coeff) for seed, coeff in [(21, 2.0**-1), (22, 0.0), (23, -(2.0**-2)), (22, 1.5), (11, 0.125)]
+    ]
+    records = torch.frombuffer(bytearray(b"".join(u.packed for u in known)), dtype=torch.uint8).view(-1, 24)
+    plain = along_sums(kernels, name, kind)
+    assert_equal(plain)
+    assert_same(plain[1], along_sums(kernels, name, kind, records=records)[1])
+
+
+@pytest.mark.parametrize("name, kind", SCALES)
+def test_scales_that_train_along_sums_of_noises(kernels, name, kind):
+    need(kernels, name, kind, "scales")
+    assert_equal(along_sums(kernels, name, kind, "scales"))
 
 
 @pytest.mark.parametrize("count", [3, 2 * cuda_kernels.MAX_LANES + 1])

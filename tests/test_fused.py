@@ -24,7 +24,7 @@ from zo_offload.formats import CENTRED, FORMATS, KEPT
 from zo_offload.formats.grouped import cut
 from zo_offload.kernels import native
 from zo_offload.kernels.distributions import DISTRIBUTIONS, Distribution
-from zo_offload.kernels.records import Mask, Perturbation, Update, Updates
+from zo_offload.kernels.records import Mask, Perturbation, Terms, Update, Updates
 from zo_offload.numerics.fused import fused_pass, fused_rows, ready_pass, ready_passes
 from zo_offload.numerics.fused_kernels import Mark, OnCpu, kernels_for
 from zo_offload.numerics.noise import NoiseSpec, noise
@@ -98,9 +98,10 @@ def random_case(chance: random.Random, fmt=None, target="values"):
         for _ in range(chance.choice([0, 0, 1, 1, 2, 5]))
     ]
     seeds = [chance.randrange(1 << 64) for _ in range(2)]
+    sums = [sum_of(chance, seeds) for _ in range(2)]
     lanes = [
-        Perturbation(chance.choice(seeds), chance.choice([f32(1e-3), f32(-1e-3), 0.0, 100.0]))
-        for _ in range(chance.choice([0, 1, 2, 2, 5]))
+        Perturbation(*chance.choice([(seed, scale) for seed in seeds] + [(0, scale, terms) for terms in sums]))
+        for scale in chance.choices([f32(1e-3), f32(-1e-3), 0.0, 100.0], k=chance.choice([0, 1, 2, 2, 5]))
     ]
     offset = chance.choice([0, 0, 1, 100, 128, 1023, 1024 * 7, (1 << 34) - 500, (1 << 40) + 3])
     values = ordinary(n, chance.randrange(99))
@@ -122,6 +123,12 @@ def random_case(chance: random.Random, fmt=None, target="values"):
         param_id=chance.randrange(1 << 32),
         mask=None if target == "scales" else chance.choice([None, *masks(chance)]),
     )
+
+
+def sum_of(chance, seeds):
+    """One noise, several, one twice, none that counts."""
+    terms = chance.choices(seeds + [0, 7], k=chance.choice([1, 1, 2, 5]))
+    return Terms(tuple(terms), tuple(chance.choices([0.0, 1.0, f32(-0.3), f32(1e-20), 7e3], k=len(terms))))
 
 
 def masks(chance):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import json
 import math
 import random
@@ -32,6 +33,7 @@ from zo_offload import (
     QZO,
     SPSA15,
     ConfigError,
+    ConMeZO,
     Conservative,
     DivergenceError,
     Engine,
@@ -55,7 +57,7 @@ from zo_offload.journal.identity import check_identity
 from zo_offload.kernels import scalars
 from zo_offload.kernels.float32 import fma
 from zo_offload.kernels.philox import half_words
-from zo_offload.kernels.records import STILL, Gain, Perturbation, Smallest
+from zo_offload.kernels.records import STILL, Gain, Perturbation, Smallest, Terms
 from zo_offload.methods import METHODS, method_from
 from zo_offload.methods.base import COEFF_LIMIT
 from zo_offload.modules import tiles
@@ -140,6 +142,25 @@ class Slopes:
             found.append(lr * (share * slope))
             share *= method.beta
         return found, (losses[0] + losses[1]) / 2, self.last[0]
+
+
+class Cone:
+    """Of one run: the momentum's coefficients, the last noise's first."""
+
+    def __init__(self):
+        self.m = []
+
+    def along(self, method):
+        length = math.sqrt(in_order(a * a for a in self.m))
+        if length == 0:
+            return [1.0] + [0.0] * len(self.m)
+        return [f32(math.sin(method.theta)), *(f32(math.cos(method.theta)) * (a / length) for a in self.m)]
+
+    def __call__(self, losses, lr, eps, method):
+        slope, direction = (losses[0] - losses[1]) / (2 * f32(eps)), self.along(method)
+        old = [0.0, *(method.beta * a for a in self.m)]
+        self.m = [a + (1 - method.beta) * (slope * c) for a, c in zip(old, direction, strict=True)][: method.window - 1]
+        return [lr * (slope * c) for c in direction], (losses[0] + losses[1]) / 2, slope
 
 
 class LeastOfThree:
@@ -291,6 +312,10 @@ def plus(w, scale, z):
     return torch.from_numpy(fma(np.float32(scale), z.numpy(), w.numpy()))
 
 
+def add(d, scale, z):
+    return {name: plus(of, f32(scale), z[name]) for name, of in d.items()}
+
+
 def plain(model, steps, method, scales, formula):
     """One lane, one parameter and one direction after another, in memory. scales: (direction, sign) of each lane."""
     ids = {name: spec.param_id for name, spec in make_plan(model, batches()[0]).params.items()}
@@ -304,11 +329,15 @@ def plain(model, steps, method, scales, formula):
             seeds = [step_seed(0, step_seed(0, step, 1 << 21) % method.pool, 1 << 20)]
         keep = keeps(step, w)
         z = [{n: noise(method.noise, s, ids[n], p.numel()).view(p.shape) for n, p in w.items()} for s in seeds]
+        d = z
+        if hasattr(formula, "along"):  # lanes see a sum of noises, in float32, term after term
+            d, zero = z + past, {name: torch.zeros_like(p) for name, p in w.items()}
+            d = [functools.reduce(lambda d, term: add(d, *term), zip(formula.along(method), d, strict=False), zero)]
         losses, lanes = [], [(direction, sign_of * method.eps) for direction, sign_of in scales]
         while lanes:
             for direction, scale in lanes:
                 for name, p in model.named_parameters():
-                    moved = plus(w[name], f32(scale) * method.gain(name, p.shape).lane, z[direction][name])
+                    moved = plus(w[name], f32(scale) * method.gain(name, p.shape).lane, d[direction][name])
                     p.data = torch.where(keep(name), moved, w[name])
                 with torch.no_grad():
                     losses.append(float(model(**batches()[step]).loss))
@@ -411,6 +440,10 @@ PROOFS = {
         MEAZO(lr=1e-4, beta=0.9, directions=2, batch_size=4), [(i, s) for i in range(2) for s in (1, -1)], Meazo
     ),
     "momentum": (Momentum(lr=1e-3, window=3, weight_decay=0.1, batch_size=4), [(0, 1), (0, -1)], Slopes),
+    "conmezo": (ConMeZO(lr=1e-3, window=3, weight_decay=0.1, batch_size=4), [(0, 1), (0, -1)], Cone),
+    "conmezo, narrow": (
+        ConMeZO(lr=1e-3, beta=0.5, theta=0.3, distribution="rademacher", batch_size=4), [(0, 1), (0, -1)], Cone
+    ),
     "conservative": (Conservative(lr=1e-2, weight_decay=0.1, batch_size=4), [(0, 1), (0, -1)], LeastOfThree),
     "fzoo-loo": (
         FZOOLeaveOneOut(lr=1e-3, directions=3, weight_decay=0.1, batch_size=4), [(i, 1) for i in range(3)], fzoo_loo
@@ -529,6 +562,38 @@ def test_the_page_shows_the_example():
     """docs/extending.md has the class as it is in examples/own_method.py."""
     text = EXAMPLE.read_text()
     assert text[text.index("@dataclass") :] in (EXAMPLE.parent.parent / "docs" / "extending.md").read_text()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Astray(MeZO):
+    """Its lanes are along sums of two noises, and it gives as many coefficients as it is told to."""
+
+    given: int = 2
+
+    def perturbations(self, run_seed: int, step: int) -> tuple[Perturbation, ...]:
+        terms = Terms((step_seed(run_seed, step), step_seed(run_seed, step, 1)))
+        return Perturbation.along(terms, self.eps32), Perturbation.along(terms, -self.eps32)
+
+    def term_coefficients(self, memory: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([1.0, 1e300, 0.5], dtype=torch.float64)[: self.given]  # what float32 does not hold is 0
+
+    def coefficients(self, losses: torch.Tensor, lr: float) -> torch.Tensor:
+        return torch.cat([lr * self.projected(losses), torch.zeros(1, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("wrong", [lambda: Terms(()), lambda: Terms((1,), (0.5, 0.5)), lambda: Terms((1,), (0.1,)),
+                                   lambda: Terms((-1,), (1.0,))])  # fmt: skip
+def test_sums_that_are_none_are_refused(wrong):
+    with pytest.raises(ConfigError, match="term|sum of"):
+        wrong()
+
+
+def test_a_method_gives_the_coefficients_that_its_lanes_need():
+    for given in (1, 3):
+        with pytest.raises(ConfigError, match=r"'Astray'.*step 0.*sums of 2 noises.*shape \(. ,\)".replace(" ,", ",")):
+            run(steps=1, method=Astray(lr=1e-3, given=given, batch_size=4))
+    assert_same(run(steps=2, method=Astray(lr=1e-3, batch_size=4)), run(steps=2, method=MeZO(lr=1e-3, batch_size=4)))
+    assert Astray(lr=1e-3).noises == Astray(lr=1e-3).lane_noises == 2
 
 
 @pytest.mark.parametrize("gain", [Gain(0.0, 1.0), Gain(1.0, 0.0)], ids=str)

@@ -63,7 +63,7 @@ class ReferenceLibrary:
             updates.append(SimpleNamespace(seed=seed, coeff=coeff, decay=decay, fold=bool(fold), begins=True))
         for k in range(num_updates, num_updates + num_lanes):
             seed, address, scale, code = struct.unpack_from("<QQfI", tail, 24 * k)
-            lanes.append(SimpleNamespace(seed=seed, scale=scale))
+            lanes.append(SimpleNamespace(seed=seed, scale=scale, terms=None))
             fmt = by_code[code]
             outs.append(self._bytes(address, fmt.nbytes(numel)).view(fmt.torch_dtype))
         reference.fused_pass(

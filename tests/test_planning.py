@@ -12,13 +12,13 @@ import pytest
 from support import training
 from support.training import METHOD
 from support.zoo.small import tiny_opt
-from zo_offload import Engine, MeZO
+from zo_offload import FZOO, ConMeZO, Engine, MeZO
 from zo_offload.checkpoint.checkpoint import Checkpoint
 from zo_offload.cli import hardware
 from zo_offload.cli import named_models as models
 from zo_offload.cli.answer import Machine, answer
 from zo_offload.cli.command import RUN, main
-from zo_offload.cli.costs import Work, step_seconds
+from zo_offload.cli.costs import Work, pass_seconds, step_seconds
 from zo_offload.cli.hardware import Link, backprop_gb, find_drive, find_gpu, find_link
 from zo_offload.cli.parser import parse
 from zo_offload.cli.scaling import shared
@@ -158,7 +158,7 @@ def test_names_numbers_and_what_is_between_them():
 def work(**more):
     base = dict(
         fetched=24e9, flushed=6e9, forward_flops=1e12, elements=12e9, streamed_bytes=24e9, lanes=2, fold_every=4,
-        distribution="gaussian", noises=1, tokens=2048,
+        distribution="gaussian", noises=1, lane_noises=1, tokens=2048,
     )  # fmt: skip
     return Work(**(base | more))
 
@@ -172,6 +172,15 @@ def test_the_formula_of_a_step():
     assert files.parts["host memory"] == pytest.approx(3.0)
     long = step_seconds(work(forward_flops=1e16), gpu, gpu.link)
     assert long.binds == "the GPU" and long.forwards == pytest.approx(1e16 / (0.65 * 165.2e12))
+
+
+def test_lanes_along_sums_cost_their_noises():
+    gpu = find_gpu("rtx-4090")
+    found = [pass_seconds(work(lane_noises=count), gpu) for count in (1, 33, 65)]
+    assert found[1] > 4 * found[0] and found[2] - found[1] == pytest.approx(
+        12e9 * 32 * 37 / (0.65 * gpu.instructions_per_ns * 1e9)
+    )
+    assert ConMeZO(window=33).lane_noises == 33 and FZOO(directions=8).lane_noises == 8 and MeZO().lane_noises == 1
 
 
 def test_a_timeline_is_of_the_ops_that_run(capsys, tmp_path):

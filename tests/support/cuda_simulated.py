@@ -11,7 +11,7 @@ import torch
 
 from zo_offload.kernels import native, nvrtc
 from zo_offload.kernels.driver import CudaError
-from zo_offload.kernels.records import LANE
+from zo_offload.kernels.records import LANE, UPDATE
 from zo_offload.numerics import cuda_kernels
 
 from .ptx_to_c import Simulated
@@ -93,12 +93,14 @@ class CpuKernels:
         assert library is not None
         library.gaussian_table(out)
 
-    def run_pass(self, *, updates, lanes, noise, stream, **call) -> None:
+    def run_pass(self, *, updates, lanes, noise, stream, terms=None, **call) -> None:
         library = native.library()
         assert library is not None
         listed = [] if updates is None else updates.read()
-        tail = [u.packed for u in listed] + [LANE.pack(*lane) for lane in lanes]
+        sums = b"" if terms is None else terms.numpy().tobytes()
+        tail = [u.packed for u in listed] + [sums] + [LANE.pack(*lane) for lane in lanes]
         library.run_pass(
-            num_updates=len(listed), num_lanes=len(lanes), distribution=noise.kind.name, rounds=noise.rounds,
+            num_updates=len(listed), num_terms=len(sums) // UPDATE.size, num_lanes=len(lanes),
+            distribution=noise.kind.name, rounds=noise.rounds,
             tail=b"".join(tail), threads=1, num_rows=0, **call,
         )  # fmt: skip

@@ -341,19 +341,21 @@ class HostKernels(CpuKernels):
         self.gpu = gpu
         self.launches = 0
 
-    def run_pass(self, *, updates: Any, lanes: Any, noise: Any, stream: int, **call: Any) -> None:
+    def run_pass(self, *, updates: Any, lanes: Any, terms: Any, noise: Any, stream: int, **call: Any) -> None:
         from zo_offload.kernels import native
-        from zo_offload.kernels.records import LANE
+        from zo_offload.kernels.records import LANE, UPDATE
 
         self.launches += 1
         library = native.library()
         assert library is not None
         with self.gpu.quiet():
             listed = [] if updates is None else updates.read()
-        tail = [u.packed for u in listed]
+            sums = b"" if terms is None else terms.cpu().numpy().tobytes()
+        tail = [*(u.packed for u in listed), sums]
         tail += [LANE.pack(seed, out - ELSEWHERE, scale, code) for seed, out, scale, code in lanes]
         call |= {name: call[name] - ELSEWHERE for name in _ADDRESSES if call.get(name)}
         library.run_pass(
-            num_updates=len(listed), num_lanes=len(lanes), distribution=noise.distribution, rounds=noise.rounds,
+            num_updates=len(listed), num_terms=len(sums) // UPDATE.size, num_lanes=len(lanes),
+            distribution=noise.distribution, rounds=noise.rounds,
             tail=b"".join(tail), threads=1, **{k: v for k, v in call.items() if k != "total_rows"},
         )  # fmt: skip

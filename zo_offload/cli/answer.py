@@ -126,7 +126,8 @@ def work_in(made: Planned) -> Work:
     return work_of(
         prepared.plan, prepared.layout, pinned=made.memory.window.pinned, offload=prepared.offload,
         fold_every=prepared.fold_every, lanes=prepared.perturbations, distribution=method.distribution,
-        noises=method.noises, rows=made.batch_size, tokens=made.tokens, share=shares(made.module, config),
+        noises=method.noises, lane_noises=method.lane_noises, rows=made.batch_size, tokens=made.tokens,
+        share=shares(made.module, config),
         attention=(layers, int(getattr(config, "hidden_size", 0) or 0)),
     )  # fmt: skip
 
@@ -310,7 +311,7 @@ def named_rates(found: Answer) -> Rates:
 
     gpu_seconds = found.step.forwards + found.step.passes
     each = gpu_seconds / max(1.0, found.work.elements)
-    return Rates(link_seconds, lambda fmt, every, lanes: each, f"on {machine.gpu.name}, the GPU's work as above")
+    return Rates(link_seconds, lambda *of_a_pass: each, f"on {machine.gpu.name}, the GPU's work as above")
 
 
 def compare(

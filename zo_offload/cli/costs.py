@@ -42,6 +42,8 @@ class Work:
     distribution: str
     noises: int
     """Streams of noise an update has."""
+    lane_noises: int
+    """And those that lanes have: one a direction, or one a term of the sum that they are along."""
     tokens: int
     """Of one forward."""
 
@@ -71,7 +73,7 @@ class Step:
 
 def work_of(
     plan: Plan, layout: Layout, *, pinned: frozenset[int], offload: str, fold_every: int, lanes: int,
-    distribution: str, noises: int, rows: int, tokens: int, share: Mapping[str, float],
+    distribution: str, noises: int, lane_noises: int, rows: int, tokens: int, share: Mapping[str, float],
     attention: tuple[int, int] = (0, 0),
 ) -> Work:  # fmt: skip
     """Of a step of `rows` rows of `tokens` tokens. share: of each parameter, how much of it a token computes with (of
@@ -88,7 +90,7 @@ def work_of(
     flops = 2.0 * active * rows * tokens + 2.0 * layers * width * rows * tokens * tokens
     return Work(
         fetched, flushed, lanes * flops, float(plan.numel), float(sum(layout.stream_bytes)), lanes, fold_every,
-        distribution, noises, rows * tokens,
+        distribution, noises, lane_noises, rows * tokens,
     )  # fmt: skip
 
 
@@ -97,8 +99,7 @@ def pass_seconds(work: Work, gpu: Gpu) -> float:
     noise = NOISE.get(work.distribution, NOISE["gaussian"])
     assert work.distribution in DISTRIBUTIONS
     pending = (work.fold_every + 1) / 2 * work.noises
-    directions = max(1, work.lanes // 2)
-    each = BASE + noise * (pending + directions) + FOLD / work.fold_every + 2.0 * max(0, work.lanes - 2)
+    each = BASE + noise * (pending + work.lane_noises) + FOLD / work.fold_every + 2.0 * max(0, work.lanes - 2)
     by_issue = work.elements * each / (ISSUED * gpu.instructions_per_ns * 1e9)
     by_memory = (work.streamed_bytes + 2.0 * work.lanes * work.elements) / (COPIED * gpu.memory_gb_per_s * 1e9)
     return max(by_issue, by_memory)

@@ -10,7 +10,7 @@ from ..journal.format import StepRecord, pack_step
 from ..kernels.records import Update
 from ..methods import METHODS, PRESETS, Method
 
-HEAD = ("method", "forwards", "visits", "noises", "remembers", "journal", "what it is")
+HEAD = ("method", "forwards", "visits", "noises", "in lanes", "remembers", "journal", "what it is")
 
 
 def table() -> Iterator[str]:
@@ -42,7 +42,7 @@ def _row(method: Method) -> tuple[str, ...]:
     record = StepRecord(0, updates, 0.0, 0.0, 0.0, scalars=tuple(scalars.tolist()))
     told = (type(method).__doc__ or "").partition("\n")[0].partition(": ")[0].rstrip(".")
     return (
-        method.name, str(forwards), "2" if comes_back else "1", str(method.noises),
+        method.name, str(forwards), "2" if comes_back else "1", str(method.noises), str(method.lane_noises),
         f"{len(method.first_memory())} numbers" if method.first_memory() else "-",
         f"{len(pack_step(record)[0])} B", told,
     )  # fmt: skip

@@ -298,7 +298,8 @@ def _compared(prepared: Prepared, dtype_of: Callable[[str], torch.dtype], rate: 
     yield f"all parameters streamed {rate.note}, {lanes} lanes:"
     yield f"  {'format':<12}{'fold every':>11}{'fetch':>12}{'flush':>12}{'held':>12}{'a step, at least':>18}"
     choices = compare(
-        prepared.full_plan, dtype_of, keep=config.keep, fold_every=config.fold_every, lanes=lanes,
+        prepared.full_plan, dtype_of, keep=config.keep, fold_every=config.fold_every,
+        lanes=method.perturbations(0, 0),
         distribution=method.distribution, noises=method.noises, link_seconds=rate.link_seconds,
         seconds_per_element=rate.pass_seconds,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ..kernels.records import noises_of
 from ..ranks.alone import cells
 from .answer import Answer, Machine, seconds_on
 from .costs import Step, Work
@@ -57,9 +58,11 @@ def shared(found: Answer, ranks: int, *, one_host: bool, rows: int = 1) -> Share
 
 def _seconds(machine: Machine, found: Answer, work: Work, mine: range, micro_batches: int, rows: int) -> Step:
     """Of a GPU that has these of a step's lanes: noise for as many perturbations as they are of."""
-    perturbations = len({lane // micro_batches for lane in mine})
+    perturbations, lanes = {lane // micro_batches for lane in mine}, found.planned.prepared.method.perturbations(0, 0)
+    noises = noises_of(lane for i, lane in enumerate(lanes) if i in perturbations)
     flops = work.forward_flops / work.lanes * rows * len(mine) / micro_batches
-    return seconds_on(machine, found.planned, replace(work, lanes=perturbations, forward_flops=flops))
+    share = replace(work, lanes=len(perturbations), lane_noises=noises, forward_flops=flops)
+    return seconds_on(machine, found.planned, share)
 
 
 def lines(found: Answer, ranks: int) -> Iterator[str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .float32 import scaled
-from .records import UPDATE, Update
+from .records import UPDATE, Terms, Update
 
 RECORD_BYTES = UPDATE.size
 _COEFF, _DECAY = 2, 3  # places among the record's six 32-bit words
@@ -56,6 +56,21 @@ class DeviceUpdates:
             Update(seed, coeff, decay, bool(flags & 1), not flags & 2)
             for seed, coeff, decay, flags, _ in UPDATE.iter_unpack(data)
         )
+
+
+def terms_on(
+    device: torch.device, upload: Callable[[Tensor], Tensor], sums: Sequence[Terms], coefficients: Tensor
+) -> list[Terms]:
+    """Sums whose coefficients (float32, on the device, one sum's after another's) the host does not know."""
+    records = torch.empty((coefficients.numel(), RECORD_BYTES), dtype=torch.uint8, device=device)
+    packed = bytearray(b"".join(terms.packed for terms in sums))
+    records.copy_(upload(torch.frombuffer(packed, dtype=torch.uint8)).view(-1, RECORD_BYTES))
+    records.view(torch.float32)[:, _COEFF] = coefficients
+    found, first = list[Terms](), 0
+    for terms in sums:
+        found.append(Terms(terms.seeds, records=records, first=first))
+        first += len(terms.seeds)
+    return found
 
 
 class UpdateTable:

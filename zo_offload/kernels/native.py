@@ -37,9 +37,10 @@ _ERRORS = {
     3: "an instruction set this CPU or build does not have",
     4: "no memory",
     5: "a mask it does not know, or cannot use this way",
+    6: "a sum of noises whose terms are not there",
 }
 # struct zo_pass of csrc/api.h
-_PASS = struct.Struct("<12Q10I")
+_PASS = struct.Struct("<13Q12I")
 PASS_BYTES = _PASS.size
 _FACTS = struct.Struct("<6I")
 _MOST_FORMATS = 256  # a library is asked for codes below this
@@ -64,6 +65,8 @@ def pack_pass(
     write_back: bool,
     stochastic: bool,
     updates: int = 0,
+    terms: int = 0,
+    num_terms: int = 0,
     scales: int = 0,
     minima: int = 0,
     residual: int = 0,
@@ -74,15 +77,16 @@ def pack_pass(
     centred: bool = False,
     mask: Mask | None = None,
 ) -> bytes:
-    """struct zo_pass. updates: their address, or 0 if they follow the struct. total: default `numel`. distribution: the
-    name of a row of `distributions.all_kinds`."""
+    """struct zo_pass. updates, terms: their addresses, or 0 if they follow the struct in this order. total: default
+    `numel`. distribution: the name of a row of `distributions.all_kinds`."""
     return _PASS.pack(
-        stored, scales, minima, residual, rows, updates, 0, numel, offset, num_rows, numel if total is None else total,
+        stored, scales, minima, residual, rows, updates, terms, 0, numel, offset, num_rows,
+        numel if total is None else total,
         0 if mask is None else mask.seed, num_updates, num_lanes, format, group, param_id, row(distribution).code,
         rounds,
         write_back | stochastic << 1 | target_scales << 2 | master << 3 | centred << 4,
         0 if mask is None else MASKS[mask.kind],
-        0 if mask is None else mask.limit,
+        0 if mask is None else mask.limit, num_terms, 0,
     )  # fmt: skip
 
 
@@ -151,7 +155,7 @@ class Library:
             )
 
     def run_pass(self, codes: list[int] | None = None, /, *, tail: bytes, threads: int, **fields: Any) -> None:
-        """zo_cpu_pass. `tail`: packed updates, then packed lanes; `fields`: of `pack_pass`, with host addresses.
+        """zo_cpu_pass. `tail`: packed updates, then terms, then lanes; `fields`: of `pack_pass`, with host addresses.
 
         codes: gets the library's code, 0 for a pass that was run, in the same move of the interpreter as the pass: an
         exception that a signal handler raises comes before both or after both. Nothing is checked here but what the

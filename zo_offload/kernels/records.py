@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, Self
+
+from torch import Tensor
 
 from ..errors import ConfigError
 
@@ -19,7 +22,9 @@ Trains = Literal["values", "scales", "shifts"]
 UPDATE = struct.Struct("<QffII")
 """struct zo_update of csrc/api.h: seed, coefficient, decay, flags (1: it folds, 2: not the first of its step), 0."""
 LANE = struct.Struct("<QQfI")
-"""struct zo_lane: seed, address of its output, scale, code of the output's format."""
+"""struct zo_lane: seed, address of its output, scale, code of the output's format. Of a lane along a sum (`SUM` is in
+the code): in place of the seed, the index of its first term, and 2**32 times how many it has."""
+SUM = 256
 
 
 def _check(what: str, seed: int, **scalars: float) -> None:
@@ -128,15 +133,105 @@ MASKS = {"magnitude": 1, "random": 2}
 MOST_LIMITS = {"magnitude": 0x7F7FFFFF, "random": 65536}
 
 
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """A sum of noises that lanes are perturbed along, in float32, term after term: d = fma(coeff, z(seed), d), from 0.
+
+    A term whose coefficient is 0 is passed over: no noise is made. One object is one sum: lanes that share it share
+    d, which is made once for those that follow one another.
+    """
+
+    seeds: tuple[int, ...]
+    coeffs: tuple[float, ...] | None = None
+    """One a seed, exactly float32. None: the method's `term_coefficients` say, or `records` has them."""
+    records: Tensor | None = None
+    """In device memory: struct zo_update of these terms and of other sums' that lanes beside have, uint8 [.., 24]."""
+    first: int = 0
+    """Index of the first term's record."""
+
+    packed: bytes = field(init=False, repr=False)
+    """struct zo_update of each term, if their coefficients are known here; their decays and flags say nothing."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ConfigError("a sum of noises has no term: give it one seed or more")
+        if self.coeffs is not None and len(self.coeffs) != len(self.seeds):
+            raise ConfigError(f"a sum of {len(self.seeds)} noises has {len(self.coeffs)} coefficients: give one a seed")
+        pairs = list(zip(self.seeds, self.coeffs or (0.0,) * len(self.seeds), strict=True))
+        for seed, coeff in pairs:
+            _check("a term", seed, coeff=coeff)
+        object.__setattr__(self, "packed", b"".join(UPDATE.pack(*pair, 1.0, 0, 0) for pair in pairs))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its coefficients are, here or in device memory."""
+        return self.coeffs is not None or self.records is not None
+
+    def read(self) -> bytes:
+        """`packed`, wherever the coefficients are. Waits for the device if they are there."""
+        if self.records is None:
+            return self.packed
+        return self.records[self.first : self.first + len(self.seeds)].cpu().numpy().tobytes()
+
+
 @dataclass(frozen=True)
 class Perturbation:
-    """One lane's weights: w + scale * z(seed). scale == 0 means the weights themselves (evaluation)."""
+    """One lane's weights: w + scale * z(seed), or w + scale * d along a sum d. scale == 0 means the weights themselves
+    (evaluation)."""
 
     seed: int
+    """0 with `terms`."""
     scale: float
+    terms: Terms | None = None
 
     def __post_init__(self) -> None:
         _check("a perturbation", self.seed, scale=self.scale)
+
+    @classmethod
+    def along(cls, terms: Terms, scale: float) -> Perturbation:
+        """Of a sum of noises."""
+        return cls(0, scale, terms)
+
+    def __str__(self) -> str:
+        return f"{'a sum' if self.terms is not None else f'seed {self.seed}'}, scale {self.scale:g}"
+
+
+def sums_of(lanes: Iterable[Perturbation]) -> tuple[Terms, ...]:
+    """The sums that lanes are perturbed along, each once, in the order of first use."""
+    return tuple(dict.fromkeys([lane.terms for lane in lanes if lane.terms is not None]))
+
+
+def places_of(lanes: Iterable[Perturbation]) -> dict[Terms, int]:
+    """Of each sum that lanes are along, the index of its first term where their terms lie one after another."""
+    places, count = dict[Terms, int](), 0
+    for terms in sums_of(lanes):
+        places[terms], count = count, count + len(terms.seeds)
+    return places
+
+
+def lane_of(lane: Perturbation, address: int, code: int, places: Mapping[Terms, int]) -> tuple[int, int, float, int]:
+    """Fields of struct zo_lane. address, code: of its output and that one's format; places: of sums' first terms."""
+    if lane.terms is None:
+        return lane.seed, address, lane.scale, code
+    return places[lane.terms] | len(lane.terms.seeds) << 32, address, lane.scale, code | SUM
+
+
+def seeds_of(lanes: Iterable[Perturbation]) -> tuple[int, ...]:
+    """The seeds of all noises that lanes are perturbed by, each once, in the order of first use."""
+    moved = [lane for lane in lanes if lane.scale != 0]
+    return tuple(dict.fromkeys(s for lane in moved for s in (lane.terms.seeds if lane.terms else (lane.seed,))))
+
+
+def noises_of(lanes: Iterable[Perturbation]) -> int:
+    """How many noises a pass makes for lanes: one a seed, and one a term of each sum."""
+    moved = [lane for lane in lanes if lane.scale != 0]
+    return len({lane.seed for lane in moved if not lane.terms}) + sum(len(terms.seeds) for terms in sums_of(moved))
+
+
+def with_coefficients(sums: Sequence[Terms], coefficients: Tensor) -> list[Terms]:
+    """Sums with their coefficients on the host. coefficients: float32, one sum's after another's."""
+    values = iter(coefficients.tolist())
+    return [Terms(terms.seeds, tuple(islice(values, len(terms.seeds)))) for terms in sums]
 
 
 STILL = Perturbation(0, 0.0)

@@ -227,8 +227,7 @@ class LaneRun:
         self.last = self.failed_in = ""
 
     def __str__(self) -> str:
-        p = self.lane.perturbation
-        return f"lane {self.index} (seed {p.seed}, scale {p.scale:g})"
+        return f"lane {self.index} ({self.lane.perturbation})"
 
 
 def code_of(call: Any) -> Any:

@@ -13,10 +13,11 @@ from pkgutil import iter_modules
 from typing import Any
 
 from ..errors import ConfigError
-from ..kernels.records import Mask, Perturbation, Smallest, Trains
+from ..kernels.records import Mask, Perturbation, Smallest, Terms, Trains
 from ..kernels.scalars import divide, sqrt, total
 from ..numerics.noise import step_seed
-from .base import METHODS, Method, Step, Told, lr_schedule
+from .base import METHODS, Method, lr_schedule
+from .conmezo import ConMeZO
 from .conservative import Conservative
 from .fzoo import FZOO
 from .fzoo_loo import FZOOLeaveOneOut
@@ -26,6 +27,7 @@ from .meazo import MEAZO
 from .mezo import MeZO
 from .momentum import Momentum
 from .nspsa import NSPSA
+from .outcome import Step, Told
 from .presets import PRESETS, check_tunes
 from .qzo import QZO, QZOShift
 from .random_mask import RandomMask
@@ -36,9 +38,9 @@ from .sparse_mezo import SparseMeZO
 from .spsa15 import SPSA15
 
 __all__ = [
-    "DEFAULT", "FZOO", "MEAZO", "METHODS", "NSPSA", "PRESETS", "QZO", "SPSA15", "Conservative", "FZOOLeaveOneOut",
-    "FZOOReuse", "LeZO", "Mask", "MeZO", "Method", "Momentum", "Perturbation", "QZOShift", "RandomMask", "RankSGD",
-    "SeedPool", "SignSGD", "Smallest", "SparseMeZO", "Step",
+    "DEFAULT", "FZOO", "MEAZO", "METHODS", "NSPSA", "PRESETS", "QZO", "SPSA15", "ConMeZO", "Conservative",
+    "FZOOLeaveOneOut", "FZOOReuse", "LeZO", "Mask", "MeZO", "Method", "Momentum", "Perturbation", "QZOShift",
+    "RandomMask", "RankSGD", "SeedPool", "SignSGD", "Smallest", "SparseMeZO", "Step", "Terms",
     "Told", "check_tunes", "divide", "known_record", "lr_schedule", "method_from", "method_training", "sqrt",
     "step_seed", "total",
 ]  # fmt: skip

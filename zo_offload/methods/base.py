@@ -14,6 +14,7 @@ A method may also
     remember           a few float64 numbers, a function of what the journal has of the steps before: `first_memory`,
                        `remember`, and `coefficients_from` in place of `coefficients`
     use more noises    than its lanes have, those of earlier steps say: `seeds`
+    use sums of noises as what its lanes are perturbed along, by coefficients that it remembers: `term_coefficients`
     come back          to the weights in the same step, with lanes that depend on the losses so far: `next_lanes`
     leave elements out of its lanes and updates, by their magnitude or by chance: `mask`
     leave parts out    of a model, other ones in each step: `part` and `trained_parts`
@@ -40,9 +41,10 @@ from torch import Tensor
 from .. import hf
 from ..errors import ConfigError, DivergenceError
 from ..kernels.distributions import DISTRIBUTIONS
-from ..kernels.records import ONE, Gain, Mask, Perturbation, Smallest, Trains, Update
+from ..kernels.records import ONE, Gain, Mask, Perturbation, Smallest, Trains, Update, noises_of, seeds_of
 from ..numerics.noise import LAYOUT_VERSION, Layout, NoiseSpec
 from ..numerics.updates import Parts
+from .outcome import Outcome, Step, Told
 from .presets import recipe
 
 METHODS: dict[str, type[Method]] = {}
@@ -51,43 +53,6 @@ METHODS: dict[str, type[Method]] = {}
 COEFF_LIMIT = 3e38  # what float32 holds, and a little less
 _PACKAGE = __name__.rpartition(".")[0]
 _TOLD = 9  # losses that an error names one by one
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step's losses became: `updates` to apply, and the scalars to record."""
-
-    updates: tuple[Update, ...]
-    loss: float
-    grad: float
-    scalars: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a step's losses came to, where the losses are.
-
-    coefficients: float32, one a noise; 0 where float32 does not hold it. sound: 0-d bool, whether it is a step at all.
-    memory: after the step, if it is one; else `skipped`.
-    """
-
-    coefficients: Tensor
-    loss: Tensor
-    grad: Tensor
-    scalars: Tensor
-    sound: Tensor
-    memory: Tensor
-    skipped: Tensor
-
-
-@dataclass(frozen=True)
-class Told:
-    """What the journal tells of a step, where the losses are: 0-d float64 tensors, and `scalars` a vector."""
-
-    loss: Tensor
-    grad: Tensor
-    scalars: Tensor
-    lr: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +184,8 @@ class Method(ABC):
 
     @abstractmethod
     def perturbations(self, run_seed: int, step: int) -> tuple[Perturbation, ...]:
-        """The step's lanes. A function of these two alone: `noise.step_seed(run_seed, step, i)` is noise i's seed."""
+        """The step's lanes. A function of these two alone: `noise.step_seed(run_seed, step, i)` is noise i's seed. What
+        a lane has from steps before, it has by `term_coefficients`."""
 
     @abstractmethod
     def coefficients(self, losses: Tensor, lr: float) -> Tensor:
@@ -253,6 +219,12 @@ class Method(ABC):
     def coefficients_from(self, memory: Tensor, losses: Tensor, lr: float) -> Tensor:
         """`coefficients` of a method that remembers: memory is what it was before the step."""
         return self.coefficients(losses, lr)
+
+    def term_coefficients(self, memory: Tensor) -> Tensor:
+        """Coefficients of the sums that lanes are perturbed along (`Perturbation.along(Terms(seeds), scale)`), where
+        those do not have them: float64, of one sum after another in the order in which a visit's lanes first use them.
+        memory: before the step. As `coefficients`; each is rounded to float32, and is 0 where that does not hold it."""
+        return memory[:0]
 
     def next_lanes(self, run_seed: int, step: int, losses: Sequence[float], lr: float) -> tuple[Perturbation, ...]:
         """Lanes of a further visit of the step, on the same rows; empty: it has no more. See `comes_back`.
@@ -314,12 +286,17 @@ class Method(ABC):
 
     def seeds(self, run_seed: int, step: int) -> tuple[int, ...]:
         """The seeds of the noises that the step's update is made of: those of its lanes, in the order of first use."""
-        return tuple(dict.fromkeys(lane.seed for lane in self.perturbations(run_seed, step) if lane.scale != 0))
+        return seeds_of(self.perturbations(run_seed, step))
 
     @property
     def noises(self) -> int:
         """Different noises of one step."""
         return len(self.seeds(0, 0))
+
+    @property
+    def lane_noises(self) -> int:
+        """How many noises a pass makes for the lanes of a step's first visit."""
+        return noises_of(self.perturbations(0, 0))
 
     @property
     def forwards(self) -> int:
@@ -332,6 +309,12 @@ class Method(ABC):
     def most_lanes(self) -> int:
         """How many lanes the largest visit of a step has: memory is planned for them."""
         return len(self.perturbations(0, 0))
+
+    @final
+    def term_values(self, memory: Tensor) -> Tensor:
+        """`term_coefficients` as lanes have them: float32."""
+        found = self.term_coefficients(memory)
+        return torch.where(found.abs() < COEFF_LIMIT, found, 0.0).to(torch.float32)
 
     @final
     def outcome(self, losses: Tensor, lr: float, memory: Tensor | None = None) -> Outcome:

@@ -19,8 +19,8 @@ from ..errors import ConfigError
 from ..kernels.records import Perturbation
 from ..kernels.scalars import divide, sqrt, total
 from ..numerics.noise import step_seed
-from .base import Told
 from .fzoo import FZOO
+from .outcome import Told
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..kernels.scalars import divide, sqrt, total
-from .base import Told
 from .nspsa import NSPSA
+from .outcome import Told
 
 
 @dataclass(frozen=True, kw_only=True)

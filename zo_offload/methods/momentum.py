@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..numerics.noise import step_seed
-from .base import Told
 from .mezo import MeZO
+from .outcome import Told
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,7 @@ def pack_args(
 ) -> bytes:
     """struct zo_cuda_args of csrc/cuda_kernels.h: `native.pack_pass` of the fields, then what is a GPU's own.
 
-    lanes: (seed, address, scale, format code). All addresses are device memory.
+    lanes: (seed, address, scale, format code), or as `records.LANE` says. All addresses are device memory.
     """
     head = native.pack_pass(num_lanes=0, **fields)
     listed = b"".join(LANE.pack(*lane) for lane in lanes)
@@ -197,6 +197,7 @@ class CudaKernels:
         stream: int,
         format: int,
         numel: int,
+        terms: Tensor | None = None,
         offset: int = 0,
         num_rows: int = 0,
         total_rows: int = 0,
@@ -206,7 +207,8 @@ class CudaKernels:
     ) -> None:
         """One fused pass; more lanes than a launch takes are split over several, the first of which writes back.
 
-        fields: others of `native.pack_pass`, with device addresses.
+        terms: of the lanes along sums, struct zo_update in device memory, [terms, 24 bytes]. fields: others of
+        `native.pack_pass`, with device addresses.
         """
         kind = noise.kind.name
         name = pass_kernel(format, kind, target_scales)
@@ -216,7 +218,9 @@ class CudaKernels:
             count = 0 if updates is None else len(updates)
             last_fold = -1 if updates is None else updates.last_fold
             args = pack_args(
-                updates=updates.address if count and updates is not None else 0, numel=numel, offset=offset,
+                updates=updates.address if count and updates is not None else 0,
+                terms=0 if terms is None else terms.data_ptr(), num_terms=0 if terms is None else len(terms),
+                numel=numel, offset=offset,
                 num_rows=num_rows, total_rows=total_rows, num_updates=count, last_fold=last_fold, format=format,
                 distribution=kind, rounds=noise.rounds, write_back=write_back,
                 target_scales=target_scales, lanes=lanes[:MAX_LANES], **fields,

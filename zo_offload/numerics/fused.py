@@ -10,7 +10,10 @@ The arithmetic, for each element, in float32, in this order:
     stored = the bytes of the last fold                      if write_back and any update folds
     w = decode(stored)                                       after the last fold, if split: lanes see the coarse plane
     mask = mask of w                                         if it is by magnitude
-    for each lane j:    out_j = round(fma(scale_j, z(seed_j), w))       (w itself if scale_j == 0, or not in the mask)
+    for each lane j:    out_j = round(fma(scale_j, z_j, w))             (w itself if scale_j == 0, or not in the mask)
+
+    z_j = z(seed_j); or, of a lane along a sum of noises, d: from d = 0, for each of its terms in their order,
+                        d = fma(coeff, z(seed), d)           unless coeff == 0
 
 `encode` rounds to nearest, or stochastically with random bits that are a function of (update seed, parameter,
 element). So the stored value after a step is a function of the first value and the updates alone, never of when a
@@ -37,7 +40,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..formats import Format
 from ..kernels.device_updates import DeviceUpdates
-from ..kernels.records import Mask, Perturbation, Rounding, Target, Update
+from ..kernels.records import Mask, Perturbation, Rounding, Target, Update, sums_of
 from .fused_kernels import Mark, PassCall, Ready, kernels_for
 from .noise import NoiseSpec
 
@@ -75,7 +78,7 @@ def fused_pass(
             if no update folds: then it is neither read nor written.
         master: outs are of both parts of a split format (evaluation), and no update may fold; needs `residual`.
         outs: one contiguous tensor a perturbation, `numel` elements of float32, bfloat16 or float16; may not overlap
-            `stored` or each other. Consecutive perturbations of one seed share one z.
+            `stored` or each other. Consecutive perturbations of one seed, or along one sum, share one z.
         threads: of the native library; default torch.get_num_threads(). Does not change the result.
         mark: says afterwards, whatever was raised on the way, whether `stored` was changed.
         mask: the elements that updates and lanes change; None: all.
@@ -84,8 +87,7 @@ def fused_pass(
     With `stored` on a GPU the CUDA kernels run, on torch's current stream, and this returns at once; updates may then
     be `DeviceUpdates`, whose coefficients the host need not know.
     """
-    if len(perturbations) != len(outs):
-        raise ConfigError(f"{len(perturbations)} perturbations but {len(outs)} outputs: give one tensor a perturbation")
+    _check_lanes(perturbations, outs)
     call = _pass_call(
         stored, fmt, param_id=param_id, numel=numel, offset=offset, rounding=rounding, noise=noise, outs=outs,
         threads=threads, target=target, master=master, mask=mask,
@@ -177,8 +179,7 @@ def fused_rows(
             f"rows {first_row}..{first_row + numel // row_numel - 1} are stored of a parameter with {total_rows} rows"
         )
     _check_stored(stored, fmt, numel)
-    if len(perturbations) != len(outs):
-        raise ConfigError(f"{len(perturbations)} perturbations but {len(outs)} outputs: give one tensor a perturbation")
+    _check_lanes(perturbations, outs)
     _check_call(param_id, offset, numel, rounding, outs, stored.device)
     if fmt.group and offset % fmt.group:
         raise ConfigError(f"first_row={first_row}: {fmt.name} has groups of {fmt.group}, start at one's first element")
@@ -231,6 +232,13 @@ def _pass_call(
         write_back=False, stochastic=rounding == "stochastic", noise=noise, perturbations=(), outs=outs,
         target_scales=target == "scales", threads=threads, master=master, mask=mask,
     )  # fmt: skip
+
+
+def _check_lanes(perturbations: Sequence[Perturbation], outs: Sequence[Tensor]) -> None:
+    if len(perturbations) != len(outs):
+        raise ConfigError(f"{len(perturbations)} perturbations but {len(outs)} outputs: give one tensor a perturbation")
+    if not all(terms.is_known for terms in sums_of(perturbations)):
+        raise ConfigError("a lane is perturbed along a sum whose coefficients are not known: give the sum's `coeffs`")
 
 
 def _folds(updates: Sequence[Update] | DeviceUpdates) -> bool:

@@ -6,7 +6,7 @@ what the kernels there make of the format and the noise; a further device has it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from ..formats import Format, format_of, get_format
 from ..formats.codec import planes
 from ..kernels import native
 from ..kernels.device_updates import DeviceUpdates, UpdateTable
-from ..kernels.records import LANE, Mask, Perturbation, Update, Updates
+from ..kernels.records import LANE, UPDATE, Mask, Perturbation, Terms, Update, Updates, lane_of, places_of
 from . import cuda_kernels, reference
 from .noise import NoiseSpec
 
@@ -80,11 +80,11 @@ class PassCall:
         """The updates as the host knows them. Waits for the device if they are there."""
         return self.updates.read() if isinstance(self.updates, DeviceUpdates) else self.updates
 
-    def lanes(self) -> list[tuple[int, int, float, int]]:
-        """zo_lane of each output: seed, address, scale, format code."""
+    def lanes(self, places: Mapping[Terms, int]) -> list[tuple[int, int, float, int]]:
+        """zo_lane of each output. places: of each sum that lanes are along, the index of its first term."""
         return [
-            (p.seed, out.data_ptr(), p.scale, format_of(out.dtype).code)
-            for p, out in zip(self.perturbations, self.outs, strict=True)
+            lane_of(lane, out.data_ptr(), format_of(out.dtype).code, places)
+            for lane, out in zip(self.perturbations, self.outs, strict=True)
         ]
 
     def check_rows(self) -> None:
@@ -158,11 +158,13 @@ class OnCpu:
 
     def run_pass(self, call: PassCall, mark: Mark) -> None:
         call.check_rows()
-        updates = call.host_updates()
-        tail = b"".join([update.packed for update in updates] + [LANE.pack(*lane) for lane in call.lanes()])
+        updates, places = call.host_updates(), places_of(call.perturbations)
+        terms = b"".join([terms.read() for terms in places])
+        tail = [update.packed for update in updates] + [terms] + [LANE.pack(*lane) for lane in call.lanes(places)]
         self._library.run_pass(
             mark.codes, **_host_fields(call, call.residual), num_updates=len(updates), write_back=call.write_back,
-            tail=tail, threads=torch.get_num_threads() if call.threads is None else call.threads,
+            num_terms=len(terms) // UPDATE.size, tail=b"".join(tail),
+            threads=torch.get_num_threads() if call.threads is None else call.threads,
         )  # fmt: skip
 
     def ready(self, calls: Sequence[PassCall]) -> Ready | None:
@@ -206,21 +208,24 @@ class _ReadyOnCpu:
     def __init__(self, library: native.Library, calls: Sequence[PassCall]) -> None:
         self._library, self._threads = library, calls[0].threads
         self._parts = [_ReadyPart(call, _host_fields) for call in calls]
-        self._heads: list[dict[tuple[int, bool, bool, bool], bytes]] = [{} for _ in calls]
+        self._heads: list[dict[tuple[int, int, bool, bool, bool], bytes]] = [{} for _ in calls]
 
     def run(self, told: Sequence[Told], mark: Mark) -> None:
         packed: list[bytes] = []
         for part, heads, (updates, lanes, write_back, residual) in zip(self._parts, self._heads, told, strict=True):
             if isinstance(updates, DeviceUpdates):
                 updates = Updates(updates.read())
-            kind = len(updates), updates.folds, write_back, residual
+            places = places_of(lanes)
+            terms = b"".join([terms.read() for terms in places])
+            kind = len(updates), len(terms), updates.folds, write_back, residual
             head = heads.get(kind)
             if head is None:
                 fields = part.checked(updates.folds, write_back, residual)
-                head = heads[kind] = native.pack_pass(**fields, num_updates=len(updates))
-            packed += head, updates.packed
+                num_terms = len(terms) // UPDATE.size
+                head = heads[kind] = native.pack_pass(**fields, num_updates=len(updates), num_terms=num_terms)
+            packed += head, updates.packed, terms
             for (address, code), lane in zip(part.outs, lanes, strict=True):
-                packed.append(LANE.pack(lane.seed, address, lane.scale, code))
+                packed.append(LANE.pack(*lane_of(lane, address, code, places)))
         threads = torch.get_num_threads() if self._threads is None else self._threads
         self._library.run_passes(mark.codes, b"".join(packed), len(self._parts), threads)
 
@@ -233,9 +238,10 @@ class OnGpu:
 
     def run_pass(self, call: PassCall, mark: Mark) -> None:
         mark.in_parts = True
-        rows = call.rows
+        rows, (terms, places) = call.rows, _terms(call)
         self._kernels.run_pass(
-            **planes(call.stored, call.residual, call.fmt, call.numel), updates=_records(call), lanes=call.lanes(),
+            **planes(call.stored, call.residual, call.fmt, call.numel), updates=_records(call),
+            lanes=call.lanes(places), terms=terms,
             rows=0 if rows is None else rows.data_ptr(), num_rows=0 if rows is None else rows.numel(),
             total_rows=call.total_rows, numel=call.computed, offset=call.offset, total=call.numel,
             param_id=call.param_id, noise=call.noise, write_back=call.write_back, stochastic=call.stochastic,
@@ -255,6 +261,18 @@ def _records(call: PassCall) -> DeviceUpdates | None:
     table = UpdateTable(call.stored.device)
     table.append(call.updates)
     return table.since(0, True)
+
+
+def _terms(call: PassCall) -> tuple[Tensor | None, Mapping[Terms, int]]:
+    """struct zo_update of the terms of all sums in device memory, and the index of each sum's first. In a run they are
+    there, all in one."""
+    places = places_of(call.perturbations)
+    records = next((terms.records for terms in places), None)
+    if records is not None and all(terms.records is records for terms in places):
+        return records, {terms: terms.first for terms in places}
+    found = bytearray(b"".join([terms.read() for terms in places]))
+    data = torch.frombuffer(found, dtype=torch.uint8).view(-1, UPDATE.size) if found else None
+    return None if data is None else data.to(call.stored.device), places
 
 
 _REFERENCE = Reference()

@@ -17,7 +17,7 @@ from ..formats import Format, format_of
 from ..formats.grouped import cut, paste, scales_plane
 from ..kernels.float32 import F32, fma
 from ..kernels.philox import TAG_MASK, chunks, half_words, rounding_bits
-from ..kernels.records import Mask, Perturbation, Update
+from ..kernels.records import UPDATE, Mask, Perturbation, Update
 from .noise import NoiseSpec
 
 LEAST_TRAINED_SCALE = np.float32(1e-7)
@@ -120,7 +120,14 @@ def _emit(
 def _perturbed(w: F32, perturbation: Perturbation, noise: NoiseSpec, param_id: int, offset: int) -> F32:
     if perturbation.scale == 0.0:
         return w
-    return fma(np.float32(perturbation.scale), _z(noise, perturbation.seed, param_id, len(w), offset), w)
+    if perturbation.terms is None:
+        along = _z(noise, perturbation.seed, param_id, len(w), offset)
+    else:
+        along = np.zeros(len(w), np.float32)
+        for seed, coeff, *_ in UPDATE.iter_unpack(perturbation.terms.read()):
+            if coeff != 0.0:
+                along = fma(np.float32(coeff), _z(noise, seed, param_id, len(w), offset), along)
+    return fma(np.float32(perturbation.scale), along, w)
 
 
 def _bytes(values: F32) -> Tensor:

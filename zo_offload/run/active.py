@@ -267,11 +267,11 @@ class Run:
         self._ranked.meet(parts.session)
         with self.work():
             stepper.begin()
-            step, losses = self.log.version, list[Any]()
+            step, late, losses = self.log.version, stepper.late, list[Any]()
             if (record := self._ranked.decided(step, batch.fingerprint)) is None:
                 self._ranked.before_step(parts, step, lr, batch.fingerprint, micro_batches)
                 losses = parts.passes.of_step(
-                    batch, stepper.current, lr, micro_batches, step=step, late=stepper.late, objective=objective
+                    batch, stepper.current, stepper.bound, lr, micro_batches, step=step, late=late, objective=objective
                 )
                 self._planned_bytes = max(self._planned_bytes, as_made(batch).nbytes // micro_batches)
                 record = self._ranked.decision(step, batch.fingerprint)

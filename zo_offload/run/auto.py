@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from ..devices.link import Link
 from ..errors import BudgetError, ConfigError
 from ..formats import FORMATS, Format
 from ..kernels.device_updates import DeviceUpdates, UpdateTable
-from ..kernels.records import Perturbation, Target, Update
+from ..kernels.records import Perturbation, Target, Terms, Update, sums_of
 from ..methods import method_training
 from ..numerics.fused import fused_pass
 from ..numerics.noise import NoiseSpec
@@ -42,6 +42,9 @@ STREAMED, RESIDENT = "int8+8", "fp32"
 _PROBE = 1 << 18  # elements
 _GPU_PROBE = 1 << 26  # long enough that the launch does not count
 USUAL_LINK_GBS = 25.0  # each way, PCIe 4 x16 in practice: used if there is no GPU to measure
+
+
+PassSeconds = Callable[[Format, int, Sequence[Perturbation], int], float]
 
 
 @dataclass(frozen=True)
@@ -98,16 +101,16 @@ def compare(
     *,
     keep: Any = None,
     fold_every: int | None = None,
-    lanes: int = 2,
+    lanes: Sequence[Perturbation] = (),
     distribution: str = "gaussian",
     noises: int = 1,
     link_seconds: Callable[[float, float], float] | None = None,
-    seconds_per_element: Callable[[Format, int, int], float] | None = None,
+    seconds_per_element: PassSeconds | None = None,
 ) -> Iterator[Choice]:
     """Every format that can train the plan's trained parameters, or their scales, all streamed; most bytes moved first.
 
-    link_seconds(fetched, flushed): seconds to move that many bytes. seconds_per_element(format, fold_every, lanes):
-    seconds of a fused pass.
+    link_seconds(fetched, flushed): seconds to move that many bytes. seconds_per_element(format, fold_every, lanes,
+    noises): seconds of a fused pass; noises: of a step's update.
     """
     found = []
     for name, fmt in FORMATS.items():
@@ -120,7 +123,7 @@ def compare(
         if link_seconds is not None:
             seconds = link_seconds(fetched, flushed)
         if seconds_per_element is not None:
-            seconds = max(seconds, seconds_per_element(fmt, every, lanes) * plan.numel)
+            seconds = max(seconds, seconds_per_element(fmt, every, lanes, noises) * plan.numel)
         found.append(Choice(name, layout, every, fetched, flushed, seconds))
     yield from sorted(found, key=lambda choice: -choice.wire_bytes)
 
@@ -145,7 +148,7 @@ class Rates:
     """The speed of fetches, flushes and fused passes. note: where the numbers come from."""
 
     link_seconds: Callable[[float, float], float]
-    pass_seconds: Callable[[Format, int, int], float] | None
+    pass_seconds: PassSeconds | None
     note: str
 
 
@@ -188,16 +191,18 @@ def copy_bytes_per_s() -> float:
 
 
 def pass_seconds(
-    fmt: Format, fold_every: int, lanes: int, *, device: torch.device | None = None, numel: int = _PROBE
-) -> float:
-    """Seconds of a fused pass per element, on average over the pending updates of `fold_every` steps."""
+    fmt: Format, fold_every: int, lanes: Sequence[Perturbation], noises: int = 1, *,
+    device: torch.device | None = None, numel: int = _PROBE,
+) -> float:  # fmt: skip
+    """Seconds of a fused pass per element, averaged over the pending updates of `fold_every` steps, `noises` each."""
     target: Any = "values" if fmt.trains else "scales"
     on_gpu = device is not None and device.type == "cuda"
     stored = torch.zeros(fmt.nbytes(numel), dtype=torch.uint8, device=device)
     residual = torch.zeros(fmt.residual_nbytes(numel), dtype=torch.uint8, device=device) if fmt.residual_bytes else None
-    outs = [torch.empty(numel, dtype=fmt.torch_dtype if on_gpu else None, device=device) for _ in range(lanes)]
-    perturbations = [Perturbation(1, 2.0**-10 * (-1) ** lane) for lane in range(lanes)]
-    counts = [fold_every] if fold_every == 1 else [1, fold_every]  # the cost is linear in the pending updates
+    outs = [torch.empty(numel, dtype=fmt.torch_dtype if on_gpu else None, device=device) for _ in lanes]
+    known = {terms: Terms(terms.seeds, (0.5,) * len(terms.seeds)) for terms in sums_of(lanes)}
+    perturbations = [replace(lane, terms=known[lane.terms]) if lane.terms else lane for lane in lanes]
+    steps = [fold_every] if fold_every == 1 else [1, fold_every]  # the cost is linear in the pending updates
 
     def once(updates: Sequence[Update] | DeviceUpdates) -> None:
         fused_pass(
@@ -206,8 +211,9 @@ def pass_seconds(
         )  # fmt: skip
 
     times = []
-    for count in counts:
-        updates: Any = [Update(k, 2.0**-12, fold=count == fold_every and k == count - 1) for k in range(count)]
+    for pending in steps:
+        last = noises * fold_every - 1
+        updates: Any = [Update(k, 2.0**-12, fold=k == last) for k in range(noises * pending)]
         if on_gpu:  # as in a run: the records are already on the device
             assert device is not None
             table = UpdateTable(device)

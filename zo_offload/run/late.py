@@ -25,7 +25,7 @@ from ..journal.format import StepRecord
 from ..kernels.device_updates import DeviceUpdates, UpdateTable
 from ..kernels.records import Update
 from ..methods import Method
-from ..methods.base import Outcome
+from ..methods.outcome import Outcome
 from ..numerics.updates import UpdateLog
 
 
@@ -41,18 +41,19 @@ class Launched:
     losses: Sequence[float] | None = None
     """None: the losses are in `later`."""
     later: Later | None = None
-    """Losses, then the coefficients the device applies, then 1.0 if it applies them."""
+    """Losses, coefficients of its lanes' terms, then those the device applies, then 1.0 if it applies them."""
     num_losses: int = 0
+    num_terms: int = 0
     decided: StepRecord | None = None
     """The step's record, if another process has decided it."""
 
-    def read(self) -> tuple[list[float], list[float], bool]:
-        """(losses, the device's coefficients, whether it applies them). Waits for them."""
+    def read(self) -> tuple[list[float], list[float], list[float], bool]:
+        """(losses, the device's coefficients of terms, and of updates, whether it applies those). Waits for them."""
         if self.losses is not None:
-            return list(self.losses), [], True
+            return list(self.losses), [], [], True
         assert self.later is not None
-        values = self.later.get()
-        return values[: self.num_losses], values[self.num_losses : -1], values[-1] == 1.0
+        values, first = self.later.get(), self.num_losses + self.num_terms
+        return values[: self.num_losses], values[self.num_losses : first], values[first:-1], values[-1] == 1.0
 
 
 class LateLog(UpdateLog):
@@ -109,6 +110,7 @@ def launch(
     log: LateLog,
     updates: Sequence[Update],
     losses: Tensor,
+    terms: Tensor | None,
     outcome: Outcome,
     limit: float,
     largest: float,
@@ -117,14 +119,16 @@ def launch(
 ) -> None:
     """Send losses and coefficients to the host, and give a step's coefficients to the log.
 
-    updates: the step's updates without their coefficients. losses: float64, on the device; outcome: the method's result
-    from them, on the device. limit: |coefficient| * max |z| must stay below it, so that the storage formats can hold
-    the update; largest: max |z|. before: called with the sent values, and with whether the step applies (0-d bool, on
-    the device), before the log has the step.
+    updates: the step's updates without their coefficients. losses: float64, on the device; terms: float32 there, the
+    coefficients of the sums that lanes were perturbed along; outcome: the method's result from the losses, on the
+    device. limit: |coefficient| * max |z| must stay below it, so that the storage formats can hold the update; largest:
+    max |z|. before: called with the sent values, and with whether the step applies (0-d bool, on the device), before
+    the log has the step.
     """
     exact = outcome.coefficients.double()
     applies = outcome.sound & (exact.abs() * largest < limit).all()
-    sent = later(torch.cat([losses, exact, applies.double().reshape(1)]))
+    lanes = [] if terms is None else [terms.double()]
+    sent = later(torch.cat([losses, *lanes, exact, applies.double().reshape(1)]))
     log.launch(updates, outcome.coefficients, applies, lambda: before(sent, applies))
 
 
@@ -136,6 +140,15 @@ def check_same(step: int, updates: Sequence[Update], coefficients: Sequence[floa
         raise ZOError(
             f"step {step}: the device applied coefficients {told}; from the same losses the host computes {found}. "
             "This is a fault in zo_offload or in the device; the run cannot be journaled"
+        )
+
+
+def check_terms(step: int, found: Sequence[float], told: Sequence[float]) -> None:
+    """The same of what lanes were perturbed along."""
+    if list(found) != list(told):
+        raise ZOError(
+            f"step {step}: the device perturbed lanes along sums with coefficients {list(told)}, the host computes "
+            f"{list(found)}. This is a fault in zo_offload or in the device; the run cannot be journaled"
         )
 
 

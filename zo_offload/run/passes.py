@@ -95,14 +95,17 @@ class Passes:
     # ---- losses ------------------------------------------------------------------------------------------------------
 
     def of_step(
-        self, batch: Batch, method: Method, lr: float, micro_batches: int, *, step: int, late: bool,
-        objective: Objective | None,
+        self, batch: Batch, method: Method, bound: Callable[[Sequence[Perturbation]], Sequence[Perturbation]],
+        lr: float, micro_batches: int, *, step: int, late: bool, objective: Objective | None,
     ) -> list[Any]:  # fmt: skip
-        """The losses of all lanes of one step of `method`, as `losses` returns them; fewer, if no more are needed."""
+        """The losses of all lanes of one step of `method`, as `losses` returns them; fewer, if no more are needed.
+
+        bound: gives lanes the coefficients of the sums that they are perturbed along.
+        """
         found, lanes = list[Any](), method.perturbations(self._seed, step)
         while lanes:
             more = self.losses(
-                batch, lanes, micro_batches, step=step, late=late, objective=objective,
+                batch, bound(lanes), micro_batches, step=step, late=late, objective=objective,
                 empty=method.on_nonfinite == "skip",
             )  # fmt: skip
             if more is None:

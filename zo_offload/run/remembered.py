@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..journal.format import StepRecord
 from ..methods import Method
-from ..methods.base import Told
+from ..methods.outcome import Told
 
 _KEPT = 8  # versions: more than the number of steps that may be taken back
 

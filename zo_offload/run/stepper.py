@@ -26,8 +26,8 @@ from torch import Tensor
 from ..devices import Device, Later
 from ..errors import ConfigError, DivergenceError
 from ..journal.journal import Journal, StepRecord
-from ..kernels.device_updates import UpdateTable
-from ..kernels.records import Gains, Update
+from ..kernels.device_updates import UpdateTable, terms_on
+from ..kernels.records import Gains, Perturbation, Update, sums_of, with_coefficients
 from ..methods import Method
 from ..numerics.updates import UpdateLog, with_folds
 from . import late
@@ -63,6 +63,7 @@ class Stepper:
         self._done: dict[int, StepRecord | DivergenceError] = {}  # settled, not yet returned
         self.memory = remembered(method, records)
         self._late_memory = self.memory.on(log.version, device.upload) if self.late else self.memory
+        self._lane_terms: Tensor | None = None  # coefficients that the step's lanes were given, on the device
         self._lock = threading.RLock()  # reentrant: a write of blocks may settle during a settle
 
     @property
@@ -85,6 +86,30 @@ class Stepper:
         if not self.late:
             self.settle_before(self.log.version + 1)
 
+    def bound(self, lanes: Sequence[Perturbation]) -> Sequence[Perturbation]:
+        """A visit's lanes of the next step, with the coefficients of the sums that they are perturbed along.
+
+        Raises ConfigError if the method gives other numbers of them than its lanes need.
+        """
+        sums = [terms for terms in sums_of(lanes) if not terms.is_known]
+        if not sums:
+            return lanes
+        method, step = self.current, self.log.version
+        values = method.term_values((self._late_memory if self.late else self.memory)[step])
+        count = sum(len(terms.seeds) for terms in sums)
+        if values.shape != (count,):
+            raise ConfigError(
+                f"method {method.name!r}: the lanes of step {step} are along sums of {count} noises whose coefficients "
+                f"they do not have, and its term_coefficients gave a tensor of shape {tuple(values.shape)}"
+            )
+        if self.late:
+            known = terms_on(self.device.torch_device, self.device.upload, sums, values)
+            self._lane_terms = values
+        else:
+            known = with_coefficients(sums, values)
+        of = dict(zip(sums, known, strict=True))
+        return [replace(lane, terms=of[lane.terms]) if lane.terms in of else lane for lane in lanes]
+
     def launch(self, losses: Sequence[float] | Sequence[Tensor], lr: float, batch_crc: int) -> Launched:
         """Launch a step with its losses (float64 scalars on the device if `late`). The log has the step when this
         returns, unless the step must be settled first."""
@@ -99,7 +124,9 @@ class Stepper:
             outcome = method.outcome(stacked, lr, memory if memory.numel() else None)
             unknown = [0.0] * len(outcome.coefficients)
             known = with_folds(method.updates(self.run_seed, step, unknown, lr), step, self.fold_every)
-            launched = Launched(step, lr, batch_crc, method, num_losses=len(losses))
+            terms, self._lane_terms = self._lane_terms, None
+            count = 0 if terms is None else terms.numel()
+            launched = Launched(step, lr, batch_crc, method, num_losses=len(losses), num_terms=count)
 
             def under_way(sent: Later, applies: Tensor) -> None:
                 if memory.numel():
@@ -108,7 +135,7 @@ class Stepper:
                 self._open.append(launched)
 
             largest = self.method.noise.kind.largest
-            late.launch(self.log, known, stacked, outcome, self.limit, largest, self.device.later, under_way)
+            late.launch(self.log, known, stacked, terms, outcome, self.limit, largest, self.device.later, under_way)
             return launched
         self._open.append(launched)
         return launched
@@ -147,7 +174,7 @@ class Stepper:
         step, lr = launched.step, launched.lr
         if launched.decided is not None:
             return self._apply(launched.decided)
-        losses, told, applies = launched.read()
+        losses, terms, told, applies = launched.read()
         error: DivergenceError | None = None
         stop = False
         try:
@@ -175,6 +202,8 @@ class Stepper:
             return record
         assert isinstance(self.log, LateLog)
         late.check_same(step, updates, told, applies)
+        if terms:
+            late.check_terms(step, launched.method.term_values(self.memory[step]).tolist(), terms)
         if error is not None:  # the device has applied this step as one that changes nothing; the journal says the same
             record = replace(record, updates=late.nothing(self.log.steps[step - self.log.base]))
         self._write(replace(record, skipped=False))

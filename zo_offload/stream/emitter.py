@@ -278,7 +278,7 @@ class Emitter:
         if not (part.trains and self._log.parts.trains(part.of, self._log.version)):
             return [STILL] * len(lanes)
         gain = part.lane_gain
-        return lanes if gain == 1.0 else [Perturbation(p.seed, scaled(p.scale, gain)) for p in lanes]
+        return lanes if gain == 1.0 else [replace(p, scale=scaled(p.scale, gain)) for p in lanes]
 
     def _emit_exact(
         self, part: Part, window: BlockWindow, slot: Slot, writes: bool, outs: Sequence[Tensor], rows: Tensor | None
