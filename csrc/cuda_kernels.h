@@ -526,9 +526,13 @@ ZO_DEV void scales_kernel(const zo_cuda_args& args) {
   });
 }
 
-// Formats whose passes with signs as noise need few registers.
+// Formats whose passes with signs as noise need so few registers that three blocks fit; older GPUs' compilers would spill.
 constexpr bool is_light(int format) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   return format == ZO_FP32 || format == ZO_BF16 || format == ZO_FP16 || format == ZO_INT4;
+#else
+  return format < 0;
+#endif
 }
 
 template <class Noise>
