@@ -35,7 +35,9 @@ from zo_offload.checkpoint.checkpoint import Checkpoint
 from zo_offload.checkpoint.kept import kept_formats, kept_part
 from zo_offload.checkpoint.recipe import Source
 from zo_offload.errors import CheckpointError, ConfigError
-from zo_offload.formats import decode_values
+from zo_offload.formats import decode_values, get_format
+from zo_offload.formats.grouped import pack
+from zo_offload.quantized.base import format_of_groups
 from zo_offload.quantized.files import Files, Spec
 from zo_offload.quantized.gguf_blocks import BLOCKS
 from zo_offload.quantized.gguf_file import GGUFFile
@@ -76,6 +78,21 @@ def test_blocks_are_decoded_as_ggml_decodes_them(case):
     kind = BLOCKS[record["settings"]["type"]]
     assert (kind.numel, kind.nbytes) == (record["expected"]["blocks"].shape[1], record["stored"]["blocks"].shape[1])
     assert_same(kind.decode(record["stored"]["blocks"]), record["expected"]["blocks"])
+    codes, scales, minima = kind.parts(record["stored"]["blocks"])
+    for held, shift in kind.kept:
+        fmt = get_format(format_of_groups(held, kind.group))
+        low = (torch.zeros_like(scales) if minima is None else minima) - shift * scales
+        plane = powers_of(scales) if held == "mxfp4" else scales.view(torch.uint8)
+        narrow = (codes + shift).reshape(-1).to(torch.int8).view(torch.uint8)
+        packed = fmt.pack_codes(narrow) if fmt.value_bits == 4 else narrow
+        least = low.view(torch.uint8).view(-1) if fmt.minimum_bytes else None
+        stored = pack(fmt, codes.numel(), packed, plane.view(-1), least)
+        found = decode_values(stored, None, fmt, codes.numel()).view(codes.shape)
+        assert bool((found == record["expected"]["blocks"]).all()), fmt.name
+
+
+def powers_of(scales):
+    return (scales.log2() + 127).to(torch.uint8)
 
 
 @pytest.mark.parametrize("case", [case for case in RECORDS if not case.startswith("gguf")])
@@ -200,6 +217,37 @@ def test_gguf_is_trained_from_disk_and_exported_with_its_tokenizer(gguf_model, t
     assert exported("ABCXYZ").input_ids == own("ABCXYZ").input_ids
     with Engine.resume(run) as engine:
         assert len(engine.fit(GGUF_ROWS, steps=4, batch_size=2).losses) == 1
+
+
+MIXED = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "ffn_gate": "Q5_K", "attn_output": "Q3_K", "token_embd": "Q8_0",
+         "ffn_up": "Q2_K", "output": "Q4_0"}  # fmt: skip
+MIXED_AS = {"embed": "int8_g32", "q_proj": "int4f_g32", "k_proj": "int4f_g32", "v_proj": "int8_g16",
+            "o_proj": "int8_g16", "gate": "int8f_g32", "up_": "int4f_g16", "down": "int8_g16",
+            "lm_head": "int4f_g32"}  # fmt: skip
+
+
+def test_ggufs_codes_are_kept_and_an_adapter_is_trained_on_them(tmp_path):
+    """A file of many types; rows of q and k come in another order."""
+    pytest.importorskip("gguf", reason="the package gguf writes the file of this test")
+    tiny = ZOO["llama"]
+    options = dict(hidden_size=256, intermediate_size=256, head_dim=64)
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, replace(tiny, options=tiny.options | options).build(), "llama", MIXED, "Q4_K")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+    settings = dict(offload="disk", run_dir=tmp_path / "run", storage="kept", block_numel=1 << 15, adapter="r=4")
+    with Engine(path, method=MeZO(lr=1e-2, batch_size=2), **settings) as engine:
+        with torch.no_grad():
+            assert_same(engine.run(ROWS_BATCH).logits, plain(**ROWS_BATCH).logits)
+        held = {name: fmt.name for name, fmt in engine.layout.formats.items() if fmt.group}
+        assert held == {name: MIXED_AS[part] for name in held for part in MIXED_AS if part in name} and len(held) == 16
+        found = as_stored(engine)
+        for name, weight in plain.named_parameters():
+            if (name := f"base_model.model.{name}") in held:
+                assert bool((found[name].view(weight.shape) == weight).all()), name
+        assert len(set(engine.fit(GGUF_ROWS, steps=3, batch_size=2).losses)) == 3
+        logits = engine.run(ROWS_BATCH).logits
+    with Engine.resume(tmp_path / "run") as engine:
+        assert_same(engine.run(ROWS_BATCH).logits, logits)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

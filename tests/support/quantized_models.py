@@ -204,6 +204,23 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 
+HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+"""Where the float16 scales of a block are, of the types that the package gguf does not write."""
+
+
+def any_blocks(w, kind):
+    """Random blocks of such a type in the place of a weight, of a weight's usual size."""
+    import gguf
+
+    numel, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    rows, blocks = w.shape[0], w.shape[1] // numel
+    raw = torch.randint(256, (rows, blocks, nbytes), generator=torch.Generator().manual_seed(rows), dtype=torch.uint8)
+    small = torch.rand(rows, blocks, 2, generator=torch.Generator().manual_seed(blocks)) * 1e-4
+    for place, at in enumerate(HALVES[kind.name]):
+        raw[:, :, at : at + 2] = small[:, :, place : place + 1].half().view(torch.uint8)
+    return raw.view(rows, -1).numpy()
+
+
 def write_gguf(path: Path, model, arch: str, kinds: dict[str, str], default: str, parts: int = 1) -> None:
     """A model of Llama's kind as llama.cpp's converter writes it, through the package gguf. kinds: type by the end of a
     tensor's name there. With a tokenizer of letters."""
@@ -239,7 +256,8 @@ def write_gguf(path: Path, model, arch: str, kinds: dict[str, str], default: str
         if arch == "llama" and short in heads:
             w = w.view(heads[short], 2, -1, w.shape[1]).transpose(1, 2).reshape(w.shape)
         kind = gguf.GGMLQuantizationType[kinds.get(short, default) if w.dim() > 1 else "F32"]
-        writer.add_tensor(f"{where}{short}.{last}", gguf.quantize(w.float().numpy(), kind), raw_dtype=kind)
+        raw = any_blocks(w, kind) if kind.name in HALVES else gguf.quantize(w.float().numpy(), kind)
+        writer.add_tensor(f"{where}{short}.{last}", raw, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,13 @@ from ..hf import (
     modeling_auto,
     transformers,
 )
+from ..quantized.base import Decoded
+from ..quantized.files import Files
 from ..quantized.gguf_file import GGUFFile
 from .architecture import MAX_COUNT, find_class, read_config
 from .dequantized import without_settings
 from .files import CONFIG, carried_files, has_weights
+from .kept import made_of
 from .meta_model import construct
 from .recipe import Join, Reader, Recipe, Source, Turn
 from .safetensors_io import Entry
@@ -148,6 +152,10 @@ class Tower:
         ]
 
 
+def _part(name: str, files: Files, start: int, count: int) -> Tensor:
+    return files.part(name, start, count)
+
+
 class GGUFWeights:
     """The tensors of GGUF files under the names and in the order of rows that transformers' model has."""
 
@@ -235,6 +243,25 @@ class GGUFWeights:
 
     def _read(self, name: str, start: int, out: Tensor) -> None:
         self._owner[name].read_into(name, start, out)
+
+    @cached_property
+    def files(self) -> Files:
+        """The tensors as the files name them, decoded."""
+        specs = {name: owner.tensors[name].spec for name, owner in self._owner.items()}
+        return Files(specs, self._read)
+
+    @cached_property
+    def weights(self) -> dict[str, Decoded]:
+        """Those of the model's tensors that are quantized, with their own codes."""
+        inner = {
+            name: Decoded(name, spec.shape, spec.dtype, (name,), partial(_part, name), self._owner[name].kept(name))
+            for name, spec in self.files.specs.items()
+        }
+        return {
+            name: Decoded(name, self.entries[name].shape, recipe.dtype, (), partial(_part, name), kept)
+            for name, recipe in self._recipes.items()
+            if name not in self._less_one and (kept := made_of(recipe, inner))
+        }
 
     def close(self) -> None:
         for file in self._files:

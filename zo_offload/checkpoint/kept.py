@@ -8,6 +8,7 @@ format's group, a scale is still one a group.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -65,17 +66,29 @@ class KeepsCodes:
 
 def kept_formats(recipe: Recipe, weights: Mapping[str, Decoded], files: Files) -> tuple[Format, ...]:
     """The formats that hold a weight's codes; reads scales where it depends on them."""
+    return tuple(get_format(kept.format) for kept in made_of(recipe, weights) if kept.fits(files))
+
+
+def made_of(recipe: Recipe, weights: Mapping[str, Decoded]) -> tuple[Kept, ...]:
+    """How what is made of weights is kept: in formats that all of them are in, if their groups stay whole."""
     sources = [weights.get(name) for name in dict.fromkeys(_sources(recipe))]
     if any(weight is None or not weight.kept for weight in sources):
         return ()
     found = [{kept.format: kept for kept in weight.kept} for weight in sources if weight is not None]
+    formats = [get_format(name) for name in found[0] if all(name in kept for kept in found)]
     return tuple(
-        get_format(name)
-        for name in found[0]
-        if all(name in kept for kept in found)
-        and _is_whole(recipe, get_format(name).group)
-        and all(kept[name].fits(files) for kept in found)
+        Kept(
+            fmt.name,
+            partial(kept_codes, recipe, fmt, weights),
+            partial(_all_fit, tuple(kept[fmt.name] for kept in found)),
+        )
+        for fmt in formats
+        if _is_whole(recipe, fmt.group)
     )
+
+
+def _all_fit(kept: tuple[Kept, ...], files: Files) -> bool:
+    return all(one.fits(files) for one in kept)
 
 
 def kept_part(
@@ -85,7 +98,8 @@ def kept_part(
     codes, scales, minima = kept_codes(recipe, fmt, weights, files, start, count)
     scales = scales[:: fmt.group].contiguous()
     is_fp8 = fmt.kernel.startswith("fp8")
-    if not bool(torch.isfinite(scales).all()) or (is_fp8 and bool(((codes & 0x7F) == 0x7F).any())):
+    is_finite = all(bool(torch.isfinite(plane).all()) for plane in (scales, minima) if plane is not None)
+    if not is_finite or (is_fp8 and bool(((codes & 0x7F) == 0x7F).any())):
         raise CheckpointError(f"{what}: its codes or scales hold NaN or infinity")
     if isinstance(fmt, FourBits):
         codes = fmt.pack_codes(codes)

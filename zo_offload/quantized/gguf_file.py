@@ -14,6 +14,7 @@ import math
 import os
 import struct
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .files import Spec
+from .base import Codes, Kept, kept_as
+from .files import Files, Spec
 from .gguf_blocks import BLOCKS, PLAIN, BlockType
+from .packed_float import LARGEST_EXPONENT
 
 _SIMPLE = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -63,14 +66,54 @@ class GGUFFile:
         if tensor.kind is None:
             self._pread(name, tensor.begin + start * out.dtype.itemsize, out.view(torch.uint8))
             return
-        size = tensor.kind.numel
         for at in range(0, len(out), _RUN):
             part = out[at : at + _RUN]
-            first, last = (start + at) // size, -(-(start + at + len(part)) // size)
-            raw = torch.empty((last - first) * tensor.kind.nbytes, dtype=torch.uint8, device="cpu")
-            self._pread(name, tensor.begin + first * tensor.kind.nbytes, raw)
-            values = tensor.kind.decode(raw.view(last - first, -1)).reshape(-1)
-            part.copy_(values[start + at - first * size :][: len(part)])
+            blocks, begin = self._blocks(name, tensor.kind, start + at, len(part))
+            part.copy_(tensor.kind.decode(blocks).reshape(-1)[begin : begin + len(part)])
+
+    def kept(self, name: str) -> tuple[Kept, ...]:
+        """The storage formats that hold a tensor's codes, the smallest first."""
+        kind = self.tensors[name].kind
+        if kind is None:
+            return ()
+        found: tuple[Kept, ...] = ()
+        for held, shift in kind.kept:
+            run, fits = partial(self._codes, name, held, shift), partial(self._fits, name, held)
+            found += kept_as(held, kind.group, run, fits=fits)
+        return found
+
+    def _codes(self, name: str, held: str, shift: int, files: Files, start: int, count: int) -> Codes:
+        """Of elements [start, start + count) code, scale and minimum, each an element."""
+        kind = self.tensors[name].kind
+        assert kind is not None
+        blocks, begin = self._blocks(name, kind, start, count)
+        codes, scales, minima = kind.parts(blocks)
+        if shift:
+            codes, minima = codes + shift, -shift * scales
+        if held == "mxfp4":
+            scales = blocks[:, :1]
+
+        def cut(plane: Tensor, each: int) -> Tensor:
+            return plane.repeat_interleave(each, 1).reshape(-1)[begin : begin + count]
+
+        narrow = codes.to(torch.int8 if held == "int8" else torch.uint8).view(torch.uint8)
+        return cut(narrow, 1), cut(scales, kind.group), None if minima is None else cut(minima, kind.group)
+
+    def _fits(self, name: str, held: str, files: Files) -> bool:
+        """Whether mxfp4's codes are finite numbers: reads all of them."""
+        tensor = self.tensors[name]
+        if held != "mxfp4" or tensor.kind is None:
+            return True
+        runs = range(0, tensor.spec.numel, _RUN)
+        blocks = (self._blocks(name, tensor.kind, at, min(_RUN, tensor.spec.numel - at))[0] for at in runs)
+        return all(int(raw[:, 0].max()) <= LARGEST_EXPONENT for raw in blocks)
+
+    def _blocks(self, name: str, kind: BlockType, start: int, count: int) -> tuple[Tensor, int]:
+        """The blocks that elements [start, start + count) lie in, uint8 [n, nbytes], and where in them they begin."""
+        first, last = start // kind.numel, -(-(start + count) // kind.numel)
+        raw = torch.empty((last - first) * kind.nbytes, dtype=torch.uint8, device="cpu")
+        self._pread(name, self.tensors[name].begin + first * kind.nbytes, raw)
+        return raw.view(last - first, -1), start - first * kind.numel
 
     def _pread(self, name: str, at: int, out: Tensor) -> None:
         view, done = out.numpy().data if len(out) else memoryview(b""), 0

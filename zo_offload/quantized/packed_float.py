@@ -36,14 +36,15 @@ class ModelOptimizer:
                 yield packed_float(files, name, name, f"{name}_scale_2")
 
 
-_LARGEST = 252  # 6 * 2 ** (252 - 127) is finite
+LARGEST_EXPONENT = 252
+"""Of mxfp4's scales: 6 * 2 ** (252 - 127) is finite."""
 
 
 def all_finite(files: Files, scale: str) -> bool:
     """Whether no mxfp4 code under these exponents is infinite or NaN."""
     many = files.specs[scale].numel
     runs = (files.part(scale, start, min(RUN, many - start)) for start in range(0, many, RUN))
-    return all(int(run.view(torch.uint8).max()) <= _LARGEST for run in runs)
+    return all(int(run.view(torch.uint8).max()) <= LARGEST_EXPONENT for run in runs)
 
 
 def packed_float(files: Files, codes: str, name: str, whole: str | None) -> Decoded:
