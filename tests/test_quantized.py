@@ -435,10 +435,35 @@ KEPT = {
     "awq": (partial(awq, group=32), WRITERS["awq"][1] | {"group_size": 32}, "int4f_g32"),
     "compressed-tensors": (partial(pack_quantized, group=64), WRITERS["compressed-tensors"][1], "int4_g64"),
     "nvfp4": (nvfp4, WRITERS["nvfp4"][1], "nvfp4"),
+    "mxfp4": (*WRITERS["mxfp4"], "fp8_e4m3"),
     "nf4": (nf4, WRITERS["nf4"][1], "nf4"),
     "nf4 32": (partial(nf4, block=32), WRITERS["nf4"][1], "nf4_g32"),
 }  # fmt: skip
-KEPT_MODELS = [(scheme, "llama") for scheme in KEPT] + [(scheme, "mixtral") for scheme in ("fp8 powers", "awq")]
+KEPT_MODELS = [(scheme, "llama") for scheme in KEPT if scheme != "mxfp4"]
+KEPT_MODELS += [("fp8 powers", "mixtral"), ("awq", "mixtral"), ("mxfp4", "gpt-oss")]
+
+
+@pytest.mark.parametrize("change", [None, "zeros", "far", "nan"])
+def test_gpt_oss_is_kept_in_fp8_where_neighbours_scales_are_near(change):
+    chance = torch.Generator().manual_seed(1)
+    outputs, groups = 180, 3
+    blocks = torch.randint(256, (2, outputs, groups, 16), dtype=torch.uint8, generator=chance)
+    scales = torch.randint(113, 128, (2, outputs, groups), dtype=torch.uint8, generator=chance)
+    if change == "zeros":
+        blocks[1, 7, 1], scales[1, 7, 1] = 0x80, 0
+    elif change is not None:
+        scales[1, 7, 1] = {"far": 100, "nan": 255}[change]
+    files = in_memory({"x_blocks": blocks, "x_scales": scales})
+    (weight,), _ = find(files, {"quant_method": "mxfp4"}, torch.bfloat16)
+    source, weights = Source("x", *shape_and_dtype(weight)), {"x": weight}
+    formats = kept_formats(source, weights, files)
+    assert [fmt.name for fmt in formats] == ([] if change in ("far", "nan") else ["fp8_e4m3"])
+    for fmt in formats:
+        whole = torch.empty(source.numel, dtype=torch.bfloat16)
+        weight.read_into(files, 0, whole)
+        for start in (0, 128 * 45, 128 * 50):
+            stored = kept_part(source, fmt, weights, files, start, source.numel - start, "x")
+            assert_same(decode_values(stored, None, fmt, source.numel - start).bfloat16(), whole[start:])
 
 
 def fp8_powers(name, w):
@@ -467,8 +492,9 @@ def as_stored(engine):
 def test_kept_codes_decode_to_what_the_library_rounds(tmp_path, monkeypatch, scheme, model):
     """Also where experts are merged on the way, and where a block ends inside of a weight."""
     writer, settings, name_of_format = KEPT[scheme]
-    monkeypatch.setitem(WRITERS, "this", (writer, settings))
-    path, plain, _ = written(tmp_path, model, "this", hidden=128, inner=256)
+    kind = scheme if scheme == "mxfp4" else "this"  # experts alone
+    monkeypatch.setitem(WRITERS, kind, (writer, settings))
+    path, plain, _ = written(tmp_path, model, kind, hidden=128, inner=256)
     expected = Checkpoint.open(plain)
     expected.build_model()
     trained = dict(trainable="*norm*", method=MeZO(lr=1e-2, batch_size=2))
@@ -477,7 +503,7 @@ def test_kept_codes_decode_to_what_the_library_rounds(tmp_path, monkeypatch, sch
         losses = engine.fit(batches(3, vocab=96), steps=3).losses
         assert len(set(losses)) == 3
         held = [name for name, fmt in engine.layout.formats.items() if fmt.name == name_of_format]
-        assert len(held) >= 8 and any("mlp" in name for name in held)
+        assert len(held) >= (4 if model == "gpt-oss" else 8) and any("mlp" in name for name in held)
         weights = dict(engine.weights())
         found = as_stored(engine)
         for name in held:

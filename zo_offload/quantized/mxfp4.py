@@ -8,6 +8,7 @@ X [E, in, out]: the model's parameter has inputs before outputs. Exact in bf16.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .base import Decoded, Wanted, by_rows, need
+from ..formats.codec import encode_values
+from ..formats.fp8 import FP8E4M3
+from ..formats.grouped import each, scales_plane
+from .base import RUN, Codes, Decoded, Kept, Wanted, by_rows, kept_rows, need
 from .bits import E2M1, nibbles, powers
 from .files import Files
 
@@ -33,6 +37,30 @@ class MXFP4:
             scales = f"{name.removesuffix('_blocks')}_scales"
             need(files, scales, name, spec.shape[:3], torch.uint8)
             yield _experts(files, name, scales)
+
+
+_FP8 = FP8E4M3()
+_SPREAD, _MOST = 14, 240  # of exponents; the largest, whose fp8 scale is one
+
+
+def _fits(files: Files, name: str, scales: str, expert: int, outputs: int, groups: int) -> bool:
+    """Whether fp8_e4m3 holds an expert: in each 128 neighbours, which lie in rows of one block, scales are near."""
+    many = outputs * groups
+    found = files.part(scales, expert * many, many)
+    if bool((found == 255).any()):
+        return False
+    if bool((found == 0).any()):  # mostly of blocks of zeros, for which any scale does
+        codes = files.part(name, expert * many * 16, many * 16).view(many, 16)
+        is_zero = ((codes & 0x77) == 0).all(1)
+        found = torch.where(is_zero, 255, found)
+    again = _FP8.group // math.gcd(outputs, _FP8.group)  # rows until groups begin with a row again
+    turned, at_once = found.view(outputs, groups).T, max(1, RUN // (again * outputs))
+    for first in range(0, groups, at_once):
+        grouped = turned[first : first + at_once].repeat(1, again).view(-1, _FP8.group).short()
+        largest = torch.where(grouped == 255, 0, grouped).amax(1)
+        if int(largest.max()) > _MOST or bool((largest - grouped.amin(1) > _SPREAD).any()):
+            return False
+    return True
 
 
 def _experts(files: Files, name: str, scales: str) -> Decoded:
@@ -53,5 +81,18 @@ def _experts(files: Files, name: str, scales: str) -> Decoded:
             first += end - begin
         return torch.cat(parts).to(torch.bfloat16)
 
+    def kept(files: Files, first: int, last: int) -> Codes:
+        """As fp8_e4m3 encodes them, which rounds nothing of them where `fits`."""
+        values = rows(files, first, last).float().reshape(-1)
+        stored, _ = encode_values(values, _FP8)
+        exponent = each(scales_plane(_FP8, stored, values.numel()), _FP8.group, values.numel())
+        return stored[: values.numel()].view(-1, outputs), exponent.view(-1, outputs), None
+
+    def fits(files: Files) -> bool:
+        return all(_fits(files, name, scales, expert, outputs, groups) for expert in range(experts))
+
     plain = name.removesuffix("_blocks")
-    return Decoded(plain, (experts, inputs, outputs), torch.bfloat16, (name, scales), by_rows(outputs, rows, 32))
+    keeps: tuple[Kept, ...] = ()
+    if outputs % 4 == 0:  # groups end where blocks of 32 rows do
+        keeps = (Kept(_FP8.name, kept_rows(outputs, kept, 32), fits),)
+    return Decoded(plain, (experts, inputs, outputs), torch.bfloat16, (name, scales), by_rows(outputs, rows, 32), keeps)
