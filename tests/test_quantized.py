@@ -33,11 +33,11 @@ from support.zoo.models import ZOO, tokens
 from zo_offload import Engine, MeZO
 from zo_offload.checkpoint.checkpoint import Checkpoint
 from zo_offload.checkpoint.kept import kept_formats, kept_part
-from zo_offload.checkpoint.recipe import Source
+from zo_offload.checkpoint.recipe import Join, Source
 from zo_offload.errors import CheckpointError, ConfigError
 from zo_offload.formats import decode_values, get_format
 from zo_offload.formats.grouped import pack
-from zo_offload.quantized.base import format_of_groups
+from zo_offload.quantized.base import formats_of_groups
 from zo_offload.quantized.files import Files, Spec
 from zo_offload.quantized.gguf_blocks import BLOCKS
 from zo_offload.quantized.gguf_file import GGUFFile
@@ -80,7 +80,7 @@ def test_blocks_are_decoded_as_ggml_decodes_them(case):
     assert_same(kind.decode(record["stored"]["blocks"]), record["expected"]["blocks"])
     codes, scales, minima = kind.parts(record["stored"]["blocks"])
     for held, shift in kind.kept:
-        fmt = get_format(format_of_groups(held, kind.group))
+        fmt = get_format(formats_of_groups(held, kind.group)[0])
         low = (torch.zeros_like(scales) if minima is None else minima) - shift * scales
         plane = powers_of(scales) if held == "mxfp4" else scales.view(torch.uint8)
         narrow = (codes + shift).reshape(-1).to(torch.int8).view(torch.uint8)
@@ -441,6 +441,37 @@ KEPT = {
 }  # fmt: skip
 KEPT_MODELS = [(scheme, "llama") for scheme in KEPT if scheme != "mxfp4"]
 KEPT_MODELS += [("fp8 powers", "mixtral"), ("awq", "mixtral"), ("mxfp4", "gpt-oss")]
+
+
+@pytest.mark.parametrize(
+    ("groups", "order", "expected"),
+    [
+        ([160], False, ["int4f_g32", "int4f_g16"]),  # and 96 that are left
+        ([112], False, ["int4f_g16"]),
+        ([64], True, []),
+        ([256, 64], False, ["int4f_g64", "int4f_g32", "int4f_g16"]),  # two that become one
+        ([64, 96], False, ["int4f_g32", "int4f_g16"]),
+    ],
+)
+def test_groups_that_are_not_alike_are_kept_in_those_that_fit_into_all(groups, order, expected):
+    stored, decoded, parts = {}, [], []
+    for number, group in enumerate(groups):
+        w = torch.randn(32, 256, generator=torch.Generator().manual_seed(number)) * 0.02
+        tensors, values = gptq(f"{number}.weight", w, group=group, order=order)
+        stored |= {name: t.contiguous() for name, t in tensors.items()}
+        decoded.append(values)
+        parts.append(Source(f"{number}.weight", w.numel(), torch.float16))
+    files = in_memory(stored)
+    weights = {
+        weight.name: weight for weight in find(files, {"quant_method": "gptq", "group_size": groups[0]}, torch.half)[0]
+    }
+    recipe = Join(1, parts) if len(parts) > 1 else parts[0]
+    formats = [fmt for fmt in kept_formats(recipe, weights, files) if fmt.kernel == "int4f"]
+    assert [fmt.name for fmt in formats] == expected
+    for fmt in formats:
+        n, start = recipe.numel, 3 * fmt.group
+        found = decode_values(kept_part(recipe, fmt, weights, files, start, n - start, "w"), None, fmt, n - start)
+        assert_same(found.half(), torch.cat(decoded).reshape(-1)[start:])
 
 
 @pytest.mark.parametrize("change", [None, "zeros", "far", "nan"])

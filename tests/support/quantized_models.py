@@ -40,8 +40,9 @@ def gptq(name, w, bits=4, group=16, order=True):
     index = torch.arange(inputs) // group
     if order:
         index = index[torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs))]
-    scale, zero = torch.empty(outputs, inputs // group), torch.empty(outputs, inputs // group)
-    for g in range(inputs // group):
+    groups = -(-inputs // group)
+    scale, zero = torch.empty(outputs, groups), torch.empty(outputs, groups)
+    for g in range(groups):
         part = w[:, index == g].float()
         low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
         scale[:, g] = ((high - low) / (2**bits - 1)).half().float()

@@ -44,15 +44,24 @@ class Kept:
 _NAMES = {(fmt.kernel, fmt.group): fmt.name for fmt in (FORMATS | KEPT).values() if fmt.group}
 
 
-def format_of_groups(kind: str, group: int) -> str | None:
-    """The storage format of a kind ("int4f", "int8", ...) in the largest groups that lie in groups of `group`."""
-    return next((_NAMES[kind, n] for n in (128, 64, 32, 16) if group % n == 0 and (kind, n) in _NAMES), None)
+def formats_of_groups(kind: str, group: int) -> list[str]:
+    """The storage formats of a kind ("int4f", "int8", ...) whose groups lie in groups of `group`, the largest first; of
+    smaller groups than need be those alone that nobody can choose."""
+    found = [_NAMES[kind, n] for n in (128, 64, 32, 16) if group % n == 0 and (kind, n) in _NAMES]
+    return [name for place, name in enumerate(found) if place == 0 or name in KEPT]
+
+
+def run_length(index: Tensor) -> int:
+    """How many neighbours of a row share a group, of groups by input: the largest of 128 .. 16; 1 if fewer do."""
+    for n in (128, 64, 32, 16):
+        if len(index) % n == 0 and bool((index.view(-1, n) == index.view(-1, n)[:, :1]).all()):
+            return n
+    return 1
 
 
 def kept_as(kind: str, group: int, run: Callable[[Files, int, int], Codes], **options: Any) -> tuple[Kept, ...]:
-    """A weight's codes in that format; () if groups of `group` do not fit into any of the kind."""
-    name = format_of_groups(kind, group)
-    return () if name is None else (Kept(name, run, **options),)
+    """A weight's codes in those formats; () if groups of `group` do not fit into any of the kind."""
+    return tuple(Kept(name, run, **options) for name in formats_of_groups(kind, group))
 
 
 def is_exact(scales: Spec) -> bool:

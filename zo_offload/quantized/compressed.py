@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .base import FLOATS, Codes, Decoded, Kept, Wanted, by_rows, is_exact, kept_as, kept_rows, need
+from .base import FLOATS, Codes, Decoded, Kept, Wanted, by_rows, is_exact, kept_as, kept_rows, need, run_length
 from .bits import padded_words, stream
 from .files import Files
 from .packed_float import packed_float
@@ -120,23 +120,23 @@ def _packed(files: Files, name: str, groups: list[dict[str, Any]]) -> Decoded:
 
     def above(files: Files, first: int, last: int) -> Codes:
         unpacked, least, factor = parts(files, first, last)
+        factor, least = factor[:, place[::group]], least[:, place[::group]]
         return unpacked.to(torch.uint8), factor, -(factor * least)
 
     def signed(files: Files, first: int, last: int) -> Codes:
         unpacked, least, factor = parts(files, first, last)
-        return (unpacked - least[:, place]).to(torch.int8).view(torch.uint8), factor, None
+        return (unpacked - least[:, place]).to(torch.int8).view(torch.uint8), factor[:, place[::group]], None
 
     keeps: tuple[Kept, ...] = ()
-    group = inputs // many
-    if bool((place == torch.arange(inputs, device="cpu") // group).all()):
-        if bits == 4 and zero not in files and scales.dtype == torch.bfloat16:  # minima that are bf16, too
-            keeps += kept_as("int4", group, kept_rows(inputs, above))
-        if bits <= 4 and is_exact(scales):
-            keeps += kept_as("int4f", group, kept_rows(inputs, above))
-        if bits < 8 or zero not in files:
-            keeps += kept_as("int8", group, kept_rows(inputs, signed))
-        if bits > 4 and is_exact(scales):
-            keeps += kept_as("int8f", group, kept_rows(inputs, above))
+    group = run_length(place)
+    if bits == 4 and zero not in files and scales.dtype == torch.bfloat16:  # minima that are bf16, too
+        keeps += kept_as("int4", group, kept_rows(inputs, above))
+    if bits <= 4 and is_exact(scales):
+        keeps += kept_as("int4f", group, kept_rows(inputs, above))
+    if bits < 8 or zero not in files:
+        keeps += kept_as("int8", group, kept_rows(inputs, signed))
+    if bits > 4 and is_exact(scales):
+        keeps += kept_as("int8f", group, kept_rows(inputs, above))
     if zero in files:
         given = files.specs[zero]
         words = -(-outputs * bits // 32) if dense else -(-outputs // (32 // bits))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .base import FLOATS, Codes, Decoded, Kept, Wanted, by_rows, is_exact, kept_as, kept_rows, need
+from .base import FLOATS, Codes, Decoded, Kept, Wanted, by_rows, is_exact, kept_as, kept_rows, need, run_length
 from .bits import stream
 from .files import Files
 
@@ -93,23 +93,21 @@ def _weight(files: Files, module: str, settings: Mapping[str, Any]) -> Decoded:
 
     def signed(files: Files, first: int, last: int) -> Codes:
         codes, zero, scale = parts(files, first, last)
-        return (codes - zero[:, index]).to(torch.int8).view(torch.uint8), scale, None
+        return (codes - zero[:, index]).to(torch.int8).view(torch.uint8), scale[:, index[::group]], None
 
     def above(files: Files, first: int, last: int) -> Codes:
         codes, zero, scale = parts(files, first, last)
-        return codes.to(torch.uint8), scale, -(scale * zero)
+        return codes.to(torch.uint8), scale[:, index[::group]], -(scale * zero)[:, index[::group]]
 
     uses = tuple(f"{module}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx") if f"{module}.{part}" in files)
     keeps: tuple[Kept, ...] = ()
-    group = inputs // groups
-    if inputs % groups == 0 and bool((index == torch.arange(inputs, device="cpu") // group).all()):
-        exact = is_exact(files.specs[f"{module}.scales"])
-        if bits <= 4 and exact:
-            keeps += kept_as("int4f", group, kept_rows(inputs, above, _ALIGN))
-        if bits <= 4 or symmetric:
-            keeps += kept_as("int8", group, kept_rows(inputs, signed, _ALIGN))
-        if bits == 8 and exact:
-            keeps += kept_as("int8f", group, kept_rows(inputs, above, _ALIGN))
+    group, exact = run_length(index), is_exact(files.specs[f"{module}.scales"])
+    if bits <= 4 and exact:
+        keeps += kept_as("int4f", group, kept_rows(inputs, above, _ALIGN))
+    if bits <= 4 or symmetric:
+        keeps += kept_as("int8", group, kept_rows(inputs, signed, _ALIGN))
+    if bits == 8 and exact:
+        keeps += kept_as("int8f", group, kept_rows(inputs, above, _ALIGN))
     return Decoded(f"{module}.weight", (outputs, inputs), dtype, uses, by_rows(inputs, rows, _ALIGN), keeps)
 
 
