@@ -396,13 +396,14 @@ def test_a_gguf_file_that_is_damaged_is_an_error_of_ours(tmp_path):
 KEPT_AS = {
     "awq-g32": "int4f_g32", "bnb-fp4-b64-float32": "fp4", "bnb-fp4-b64-nested-bfloat16": "fp4", "bnb-int8": "",
     "bnb-nf4-b128-float32": "nf4", "bnb-nf4-b64-float16": "nf4", "bnb-nf4-b64-nested-bfloat16": "nf4",
-    "ct-fp8-block": "", "ct-fp8-channel": "fp8f", "ct-fp8-tensor": "fp8f", "ct-int3-g32-asym-bfloat16": "int4f_g32",
-    "ct-int4-channel": "int4", "ct-int4-g128-asym-bfloat16": "int4f", "ct-int4-g128-sym-float16": "int4f",
-    "ct-int4-g32-asym-float16": "int4f_g32", "ct-int4-g32-sym-bfloat16": "int4f_g32", "ct-int8-channel": "int8",
-    "ct-int8-g32-asym-bfloat16": "int8f_g32", "ct-int8-g64-sym-bfloat16": "int8_g64", "ct-mxfp4": "mxfp4",
-    "ct-nvfp4": "nvfp4", "gptq-2-g32-asym-v1": "int4f_g32", "gptq-3-g32-asym-v1": "int4f_g32",
-    "gptq-3-g32-sym-v2": "int4f_g32", "gptq-4-g128-asym-v1": "int4f", "gptq-4-g32-sym-v1": "int4f_g32",
-    "gptq-4-g64-asym-v2": "int4f_g64", "gptq-8-g32-asym-v2": "int8f_g32", "gptq-8-g32-sym-v1": "int8_g32",
+    "ct-fp8-block": "fp8f_g64", "ct-fp8-channel": "fp8f", "ct-fp8-tensor": "fp8f",
+    "ct-int3-g32-asym-bfloat16": "int4f_g32", "ct-int4-channel": "int4", "ct-int4-g128-asym-bfloat16": "int4f",
+    "ct-int4-g128-sym-float16": "int4f", "ct-int4-g32-asym-float16": "int4f_g32",
+    "ct-int4-g32-sym-bfloat16": "int4f_g32", "ct-int8-channel": "int8", "ct-int8-g32-asym-bfloat16": "int8f_g32",
+    "ct-int8-g64-sym-bfloat16": "int8_g64", "ct-mxfp4": "mxfp4", "ct-nvfp4": "nvfp4",
+    "gptq-2-g32-asym-v1": "int4f_g32", "gptq-3-g32-asym-v1": "int4f_g32", "gptq-3-g32-sym-v2": "int4f_g32",
+    "gptq-4-g128-asym-v1": "int4f", "gptq-4-g32-sym-v1": "int4f_g32", "gptq-4-g64-asym-v2": "int4f_g64",
+    "gptq-8-g32-asym-v2": "int8f_g32", "gptq-8-g32-sym-v1": "int8_g32",
 }  # fmt: skip
 """Case -> the format that storage="kept" takes; "": none holds its codes."""
 

@@ -95,8 +95,8 @@ class Int8F(_AboveMinimum):
 
 
 class FP8F(_Kept):
-    """1.031 bytes a parameter: float8_e4m3fn times a float32 scale for each 128. fp8 whose scales are not powers of
-    two."""
+    """1.031 bytes a parameter (group 64: 1.0625, 32: 1.125): float8_e4m3fn times a float32 scale for each 128. fp8
+    whose scales are not powers of two."""
 
     kind: ClassVar[str] = "fp8f"
     code: ClassVar[int] = 14

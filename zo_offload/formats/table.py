@@ -23,8 +23,8 @@ FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (*_PLAIN, *_SCALED, *_SPL
 CENTRED: dict[str, Format] = {fmt.about_centre.name: fmt.about_centre for fmt in _SCALED if fmt.minimum_bytes}
 """Not to be chosen: a method chooses them."""
 _KEPT: tuple[Format, ...] = (
-    Int4F(), Int4F(64), Int4F(32), Int4F(16), Int8F(), Int8F(64), Int8F(32), Int8(64), Int8(32), Int8(16), FP8F(),
-    MXFP4(), NVFP4(), FP4(), FP4(32), NF4(32),
+    Int4F(), Int4F(64), Int4F(32), Int4F(16), Int8F(), Int8F(64), Int8F(32), Int8(64), Int8(32), Int8(16),
+    FP8F(), FP8F(64), FP8F(32), MXFP4(), NVFP4(), FP4(), FP4(32), NF4(32),
 )  # fmt: skip
 KEPT: dict[str, Format] = {fmt.name: fmt for fmt in _KEPT}
 """Not to be chosen: a quantized checkpoint's codes are in them (`storage="kept"`)."""

@@ -114,11 +114,12 @@ def scaled(
         if lead * up * across == 1:
             index = torch.zeros_like(index)
         begin, end = int(index[0]), int(index[-1]) + 1
-        values = scales(files.part(scale, begin * across, (end - begin) * across)).view(-1, across)[index - begin]
+        values = scales(files.part(scale, begin * across, (end - begin) * across)).view(-1, across)
+        values = values[index - begin][:, places]
         codes = files.rows(name, first, last).view(torch.uint8)
         if zero is None:
             return codes, values, None
-        given = files.part(zero, begin * across, (end - begin) * across).view(-1, across)[index - begin]
+        given = files.part(zero, begin * across, (end - begin) * across).view(-1, across)[index - begin][:, places]
         return codes ^ 0x80, values, -(values * (given.float() + 128))  # codes from 0 up
 
     def kept_exponents(files: Files, first: int, last: int) -> Codes:
@@ -127,13 +128,14 @@ def scaled(
 
     uses = (name, scale) + ((zero,) if zero else ())
     keeps: tuple[Kept, ...] = ()
-    group = width if across == 1 else wide
-    if width % group == 0 and spec.dtype == torch.int8:
+    group = width if across == 1 else math.gcd(width, wide)  # a last block may be cut
+    places = torch.arange(0, width, max(1, group), device="cpu").div(wide, rounding_mode="floor")
+    if spec.dtype == torch.int8:
         if zero is None:
             keeps = kept_as("int8", group, kept_rows(width, kept))
         elif is_exact(grid):
             keeps = kept_as("int8f", group, kept_rows(width, kept))
-    elif width % group == 0 and spec.dtype == torch.float8_e4m3fn:
+    elif spec.dtype == torch.float8_e4m3fn:
         keeps = kept_as("fp8_e4m3", group, kept_rows(width, kept_exponents), fits=lambda f: _powers(f, scale))
         keeps += kept_as("fp8f", group, kept_rows(width, kept))
     return Decoded(name, spec.shape, dtype, uses, by_rows(width, of_rows), keeps)
