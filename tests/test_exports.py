@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -247,3 +248,41 @@ def test_a_model_in_the_place_of_an_adapter_is_not_read_with_it(base, tmp_path):
     assert not any("adapter" in name for name in names(tmp_path / "out"))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.config.vocab_size == LLAMA["vocab_size"]
+
+
+def test_an_export_as_fp8_is_what_transformers_and_we_read(tmp_path):
+    """Half the bytes, each value within the format's error, and the same logits from both readers."""
+    tiny = ZOO["llama"]
+    options = dict(hidden_size=128, intermediate_size=256, head_dim=64)
+    model = replace(tiny, options=tiny.options | options).build(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    run, out = tmp_path / "run", tmp_path / "out"
+    with Engine(tmp_path / "base", method=MeZO(lr=1e-3, batch_size=2), offload="disk", run_dir=run) as engine:
+        engine.fit([BATCH], steps=1)
+        trained = dict(engine.weights())
+    assert main(["export", str(run), "--out", str(out), "--as", "fp8", "--max-shard", "100KB"]) == 0
+    files = [load_file(path) for path in out.glob("*.safetensors")]
+    stored = {name: tensor for file in files for name, tensor in file.items()}
+    narrow = {name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert len(files) > 2 and sum(name.split(".")[-2] == "down_proj" for name in narrow) == 2
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    for name, weight in loaded.named_parameters():
+        if name not in narrow:
+            assert torch.equal(weight, trained[name]), name
+            continue
+        scale = stored[f"{name}_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+        assert torch.equal(weight, (stored[name].float() * scale).bfloat16()), name
+        error = (weight.float() - trained[name].float()).abs()
+        assert bool((error <= trained[name].float().abs() * 2.0**-4 * 1.05 + scale * 2.0**-9).all()), name
+    with Engine(out, storage="kept", trainable="*norm*") as engine:
+        assert {fmt.name for name, fmt in engine.layout.formats.items() if name in narrow} == {"fp8f"}
+    with Engine(out, offload="none") as engine, torch.no_grad():
+        assert torch.equal(engine.run(BATCH).logits, loaded.float()(**BATCH).logits)
+    with Engine(tmp_path / "base", adapter="r=2") as engine:
+        with pytest.raises(ConfigError, match="an adapter is not exported as fp8; with merge"):
+            engine.save_pretrained(tmp_path / "adapter", scheme="fp8")
+        engine.save_pretrained(tmp_path / "merged", scheme="fp8", merge=True)
+    with Engine(ZOO["mixtral"].build()) as engine, pytest.raises(ConfigError, match="stacked experts: not supported"):
+        engine.save_pretrained(tmp_path / "experts", scheme="fp8")
+    assert not (tmp_path / "experts").exists() and not (tmp_path / "adapter").exists()
+    assert torch.float8_e4m3fn in {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()}

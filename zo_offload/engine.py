@@ -417,14 +417,16 @@ class Engine:
         max_shard_bytes: int | float | str = 5e9,
         overwrite: bool = False,
         merge: bool = False,
+        scheme: str | None = None,
     ) -> list[Path]:
         """Write the weights as a checkpoint that plain transformers loads; only one block is in memory at a time.
 
         Configs and tokenizer are written too. step: the weights of an earlier step, or "best"; see `at`. overwrite:
         write into a directory that is not empty; see `export.save_pretrained`. For a model with an adapter, only the
         adapter is written, for `PeftModel.from_pretrained`; ConfigError if anything else was trained. merge: write the
-        whole model with the adapter merged into its weights; one adapted layer at a time is then whole in memory. With
-        several ranks, rank 0 writes; on the other ranks this does nothing and does not wait.
+        whole model with the adapter merged into its weights; one adapted layer at a time is then whole in memory.
+        scheme: "fp8" rounds the linear layers to 8-bit floats in blocks of 128 x 128, which transformers reads; the run
+        stays as it is. With several ranks, rank 0 writes; on the other ranks this does nothing and does not wait.
         """
         if not self.ranks.leads:
             return []
@@ -432,11 +434,11 @@ class Engine:
         if step is not None and not is_now:
             with self.at(step) as then:
                 return then.save_pretrained(
-                    directory, max_shard_bytes=max_shard_bytes, overwrite=overwrite, merge=merge
+                    directory, max_shard_bytes=max_shard_bytes, overwrite=overwrite, merge=merge, scheme=scheme
                 )
         return save(
             self.active, Path(directory), self.batching.to_export(), max_shard_bytes=max_shard_bytes,
-            overwrite=overwrite, merge=merge,
+            overwrite=overwrite, merge=merge, scheme=scheme,
         )  # fmt: skip
 
     @entry

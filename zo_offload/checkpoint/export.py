@@ -26,13 +26,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..hf import PreTrainedModel
 from ..modules.away import is_away
 from ..modules.parameters import streams
 from ..quantized.files import Spec
 from ..system.plain import user_path
-from . import tokenizers
+from . import as_fp8, tokenizers
 from .adapters import Run, is_peft, save_adapter
 from .conversion import Group, names_to_save, saving_groups
 from .files import INDEX, SINGLE, is_run
@@ -73,6 +73,7 @@ def save_pretrained(
     overwrite: bool = False,
     tokenizer: Any = None,
     run: Run | None = None,
+    scheme: str | None = None,
 ) -> list[Path]:
     """Writes `model` to `directory`; returns the files, weights first.
 
@@ -82,7 +83,7 @@ def save_pretrained(
     files (tokenizer, generation config, chat template, licence) go along. Without it the model's own configs do.
     tokenizer (anything with a `save_pretrained`): goes along in the place of the checkpoint's. A model that is not a
     PreTrainedModel becomes plain safetensors of its state dict; of a PeftModel its adapters are written, as peft does.
-    run: see `adapters.save_adapter`.
+    run: see `adapters.save_adapter`. scheme: "fp8" rounds linear layers to that (`as_fp8.py`).
 
     A shard holds at most max_shard_bytes of tensors, or one tensor. The config's dtype is that of most elements.
     Raises CheckpointError: target not empty (unless overwrite), disk full, a parameter that nothing covers.
@@ -91,6 +92,12 @@ def save_pretrained(
     target = given.resolve()
     _check_target(target, checkpoint, overwrite)
     known = None if names is None else set(names)
+    if scheme not in (None, "fp8"):
+        raise ConfigError(f"an export as {scheme!r} is not known; fp8 is")
+    if scheme is not None and is_peft(model):
+        raise ConfigError(
+            f"an adapter is not exported as {scheme}; with merge=True (--merge) the model is, with it in it"
+        )
     entries = None if is_peft(model) else _Entries(model, known, weights)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -100,7 +107,7 @@ def save_pretrained(
                     tokenizers.save(tokenizer, work)
                 save_adapter(work, model, weights, METADATA, run)
             else:
-                _write(work, model, entries, checkpoint, tokenizer, int(max_shard_bytes), target)
+                _write(work, model, entries, checkpoint, tokenizer, int(max_shard_bytes), target, scheme)
             return [given / file.relative_to(target) for file in publish(work, target)]
     except OSError as error:
         raise CheckpointError(
@@ -112,22 +119,28 @@ def save_pretrained(
 
 def _write(
     work: Path, model: nn.Module, entries: _Entries, checkpoint: Origin | None, tokenizer: Any,
-    max_shard_bytes: int, target: Path,
+    max_shard_bytes: int, target: Path, scheme: str | None,
 ) -> None:  # fmt: skip
     """All files of an export, in `work`: the small ones first, whose names the weights' metadata then holds."""
     groups, outputs = _outputs(model, entries)
-    _write_small_files(work, model, checkpoint, _main_dtype(outputs), tokenizer)
+    narrow = as_fp8.names_in_fp8(model, outputs) if scheme == "fp8" else frozenset[str]()
+    settings = as_fp8.settings(model, narrow) if narrow else None
+    _write_small_files(work, model, checkpoint, _main_dtype(outputs), tokenizer, settings)
     small = sorted(file.relative_to(work).as_posix() for file in work.rglob("*") if file.is_file())
     metadata = {**METADATA, "files": json.dumps(small)}
-    shards = _into_shards(outputs, max_shard_bytes, metadata)
+    shards = _into_shards(as_fp8.with_scales(outputs, narrow), max_shard_bytes, metadata)
     files = _shard_names(len(shards), target)
     if target.exists():
         earlier_files(target, files)  # raises for weights of others, before ours are written
     with _Files(work, shards, files, metadata) as writing:
         reader = Reader(entries.read_into)
         for name, recipe in _in_order(groups, entries):
-            for start, values in chunks(partial(recipe.fill, reader), recipe.dtype, 0, recipe.numel):
-                writing.write(name, start, values)
+            if name in narrow:
+                as_fp8.write(name, outputs[name], recipe, reader, writing.write)
+                writing.end(f"{name}{as_fp8.SCALES}")
+            else:
+                for start, values in chunks(partial(recipe.fill, reader), recipe.dtype, 0, recipe.numel):
+                    writing.write(name, start, values)
             writing.end(name)
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard.tensors}
@@ -293,7 +306,7 @@ def _shard_names(count: int, target: Path) -> list[str]:
 
 
 def _write_small_files(
-    work: Path, model: nn.Module, checkpoint: Origin | None, dtype: torch.dtype | None, tokenizer: Any
+    work: Path, model: nn.Module, checkpoint: Origin | None, dtype: torch.dtype | None, tokenizer: Any, settings: Any
 ) -> None:
     if checkpoint is not None and checkpoint.path is not None:
         for source in checkpoint.carried:
@@ -308,6 +321,8 @@ def _write_small_files(
         return
     config = copy.deepcopy(model.config if checkpoint is None else checkpoint.config)
     config.architectures = [type(model).__name__]
+    if settings is not None:
+        config.quantization_config = settings
     if dtype is not None:
         config.dtype = dtype
         for name in getattr(config, "sub_configs", {}):

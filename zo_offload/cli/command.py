@@ -328,7 +328,7 @@ def _export(args: argparse.Namespace) -> int:
         if args.step is not None and engine.active.run_dir is None:
             raise ConfigError(f"--step {args.step} is of a run, and {args.model} is none")
         files = engine.save_pretrained(args.out, step=args.step, max_shard_bytes=args.max_shard,
-                                       merge=bool(args.merge))  # fmt: skip
+                                       merge=bool(args.merge), scheme=args.scheme)  # fmt: skip
     print(f"wrote {len(files)} files to {args.out}")
     return 0
 

@@ -21,7 +21,7 @@ Which = int | Literal["best"]
 
 def save(
     run: Run, directory: Path, tokenizer: Any, *, max_shard_bytes: int | float | str = 5e9, overwrite: bool = False,
-    merge: bool = False,
+    merge: bool = False, scheme: str | None = None,
 ) -> list[Path]:  # fmt: skip
     """Write the current weights; see `Engine.save_pretrained`."""
     if wrong := run.opened.cannot_be_saved(merge):
@@ -34,7 +34,7 @@ def save(
             directory, model=run.opened.model if whole is None else whole.model, names=names,
             weights=whole or parts.streamer.reader, checkpoint=run.opened.checkpoint,
             max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")), overwrite=overwrite,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer, scheme=scheme,
             run=lambda call: parts.passes.forward([Lane(STILL, {})], lambda *_: call(), exact=True)[0],
         )  # fmt: skip
 
