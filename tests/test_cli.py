@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+from support.texts import write_text_model
 from zo_offload.cli import doctor, main
 from zo_offload.kernels import native
 
@@ -323,3 +324,26 @@ def test_what_is_not_training_is_done_by_rank_0_alone(rank, printed, trained, ca
         monkeypatch.setenv(name, str(value))
     assert call("eval", trained / "run", "--data", trained / "dev.jsonl") == 0
     assert printed in capsys.readouterr().out if printed else not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["fit", "{base}", "--data", "x", "--merge"], "--merge says how --out is written"),
+        (
+            ["fit", "{base}", "--data", "x", "--merge", "--out", "{base}-out"],
+            "merge=True is for a model with an adapter",
+        ),
+        (["fit", "{base}", "--data", "x", "--new-data"], "give it with --resume"),
+        (["fit", "{base}", "--data", "x", "--num-labels", "3"], "LlamaForCausalLM has no head of classes"),
+        (["fit", "{base}", "--data", "x", "--patience", "3"], "is for other ranks, and there are none"),
+        (["eval", "{base}", "--data", "x", "--demonstrations", "y"], "are what --shots N takes"),
+        (["journal", "show", "x", "--to", "3"], "--to is of journal cut, not of show"),
+        (["journal", "check", "x", "--last", "3"], "--last is of journal show, not of check"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused_before_anything_is_read(tmp_path, capsys, argv, said):
+    write_text_model(tmp_path / "base")
+    assert main([arg.replace("{base}", str(tmp_path / "base")) for arg in argv]) == 2
+    assert said in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]

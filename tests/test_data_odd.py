@@ -267,3 +267,60 @@ def test_one_column_of_a_table_is_no_table_but_makes_prompts(base):
         assert engine.generate(column, max_new_tokens=2) == engine.generate(["one", "two"], max_new_tokens=2)
         with pytest.raises(DataError, match=r"data is a Series, one column: .* data.to_frame\('text'\)"):
             engine.fit(column, task="lm")
+
+
+TOKENS = [{"input_ids": [5, 6, 7, 8]}] * 4
+READY = [{"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "labels": torch.tensor([[5, 6, 7], [8, 9, 10]])}] * 3
+
+
+@pytest.mark.parametrize("data, options, message", [
+    (TOKENS, dict(prefix="Read:"), "prefix='Read:': nothing in the data .*rows that are tokens already"),
+    (TOKENS, dict(text_column="body"), "text_column='body'"),
+    (TOKENS, dict(task="sst2"), "task='sst2'"),
+    (READY, dict(max_length=2), "max_length=2: .*batches that are ready"),
+    (READY, dict(pad_to_multiple_of=8), "pad_to_multiple_of=8"),
+    (READY, dict(label_column="y", task="lm"), "label_column='y', task='lm'"),
+    (READY, dict(batch_size=4), "batch_size=4: the data has batches that are ready, of 2 rows"),
+    ([{"text": "a b c d e"}] * 4, dict(label_column="y"), "label_column='y': .*texts without an answer"),
+    ([{"prompt": "a b", "completion": "c"}] * 4, dict(label_column="y"), "prompts with their answers"),
+], ids=lambda x: " ".join(x) if isinstance(x, dict) else "")  # fmt: skip
+def test_an_option_that_nothing_in_the_data_is_looked_at_for_is_refused(base, data, options, message):
+    with Engine(base, method=MeZO(batch_size=2), tokenizer=byte_tokenizer()) as engine:
+        with pytest.raises(DataError, match=message):
+            engine.fit(data, steps=1, **options)
+        assert engine.active.parts is None, "no weight was read"
+        # what only the other data are encoded by is not idle
+        if "prefix" in options:
+            engine.fit(data, eval_data=[{"prompt": "a b", "completion": "c"}] * 2, steps=1, **options)
+
+
+def test_a_run_keeps_options_that_it_was_begun_with_and_an_evaluation_only_warns(base, caplog):
+    with Engine(base, method=MeZO(batch_size=2), tokenizer=byte_tokenizer()) as engine:
+        engine.evaluate(TOKENS, prefix="Read:")
+    assert "prefix='Read:'" in caplog.text
+
+
+def test_a_warm_up_that_the_schedule_has_not_is_refused(base):
+    for schedule in ("constant", "constant_with_warmup", "linear"):
+        with Engine(base, method=MeZO(batch_size=2, warmup_steps=2, schedule=schedule)) as engine:
+            if schedule == "constant":
+                with pytest.raises(ConfigError, match="warmup_steps=2: schedule 'constant' has no warm-up"):
+                    engine.fit(TOKENS, steps=1)
+            else:
+                engine.fit(TOKENS, steps=1)
+
+
+def test_settings_of_a_head_of_classes_are_refused_by_a_model_without_one(base):
+    said = "num_labels=3: LlamaForCausalLM has no head of classes.*--model-class.*--template"
+    with pytest.raises(ConfigError, match=said):
+        Engine(base, num_labels=3)
+    with pytest.raises(ConfigError, match="id2label="):
+        Engine(base, id2label={0: "bad", 1: "good"})
+    given = dict(model_class="AutoModelForSequenceClassification", id2label={0: "bad", 1: "good", 2: "so"})
+    with Engine(base, **given) as engine:
+        assert (engine.kind.classes, dict(engine.kind.class_ids)) == (3, {"bad": 0, "good": 1, "so": 2})
+        assert engine.model.config.id2label == given["id2label"]
+    with pytest.raises(ConfigError, match="model_class= is for a checkpoint"):
+        Engine(engine.model, model_class="AutoModel")
+    with pytest.raises(ConfigError, match="base= is of a module on meta"):
+        Engine(base, base=object())

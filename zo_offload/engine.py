@@ -31,6 +31,7 @@ from .checkpoint.basis import Basis
 from .checkpoint.load_options import as_settings
 from .config import EngineConfig, EngineSettings, check_settings
 from .data.batches import check_options
+from .data.idle import idle_of
 from .data.losses import Batch, Objective, as_objective, model_loss
 from .data.metrics import ComputeMetrics
 from .data.options import DataOptions
@@ -366,7 +367,10 @@ class Engine:
         batches = self.batching.batches(
             data, rows, {**data_options}, shuffle=False, rows=eval_rows, compute_metrics=compute_metrics, shots=few
         )
-        self.active.start(batches.first(), objective=self.batching.objective_of(batches))
+        first = batches.first()
+        if idle := idle_of([batches], data_options):
+            _log.warning("%s", idle)
+        self.active.start(first, objective=self.batching.objective_of(batches))
         try:
             self.active.check_objective(self.journal)
         except JournalError as error:

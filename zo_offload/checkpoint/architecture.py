@@ -35,6 +35,8 @@ def read_config(directory: Path, *, trust_remote_code: bool = False, overrides: 
     given = dict(overrides or {})
     raw = _read_json(path)
     _check_values(path, {**raw, **given})
+    if isinstance(named := given.get("id2label"), Mapping):  # by numbers, as transformers has them
+        given["id2label"] = {int(label): name for label, name in named.items()}
     if raw.get("auto_map") and not trust_remote_code and raw.get("model_type") not in transformers.CONFIG_MAPPING:
         raise _needs_trust(path, f"model_type {raw.get('model_type')!r} is defined by code of its own")
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..modules.kind import ModelKind
 
 OVERRIDES = ("num_labels", "id2label", "label2id", "problem_type", "attn_implementation")
 """Settings of a checkpoint's config.json."""
@@ -33,6 +34,22 @@ REFUSED = {
 """Arguments that nothing here is like, and what there is."""
 
 
+_OF_CLASSES = ("num_labels", "id2label", "label2id", "problem_type")
+_NO_CLASSES = ("causal", "masked", "seq2seq", "choice", "bare")
+
+
+def check_overrides(kind: ModelKind, overrides: Mapping[str, Any] | None) -> None:
+    """Raise ConfigError for settings of a head of classes, of a model that has none: it would not look at them."""
+    asked = [name for name in _OF_CLASSES if name in (overrides or {})] if kind.name in _NO_CLASSES else []
+    if asked:
+        assert overrides is not None
+        raise ConfigError(
+            f"{asked[0]}={overrides[asked[0]]!r}: {kind.model} has no head of classes and does not look at it. Pass "
+            "model_class='AutoModelForSequenceClassification' (--model-class) for one, or leave it out and give "
+            "template= and verbalizers= (--template, --verbalizers)"
+        )
+
+
 def as_settings(model: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """(model, settings of the engine) of a call with some of from_pretrained's arguments. Raises ConfigError.
 
@@ -43,6 +60,9 @@ def as_settings(model: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, An
         if name in settings:
             raise ConfigError(f"{name}= is an argument of from_pretrained that has no place here: {instead}")
     overrides = {name: settings.pop(name) for name in OVERRIDES if name in settings}
+    if isinstance(overrides.get("id2label"), Mapping):  # numbers, which JSON has as names
+        named = {str(label): name for label, name in overrides["id2label"].items()}
+        overrides = {"label2id": {name: int(label) for label, name in named.items()}, **overrides, "id2label": named}
     if overrides:
         written = dict(settings.get("config_overrides") or {})
         if twice := sorted(overrides.keys() & written.keys()):

@@ -75,7 +75,13 @@ def _fit(args: argparse.Namespace) -> int:
         raise ConfigError(
             "--keep-best with --out exports an earlier step, which is made from the journal: give --run-dir"
         )
+    if args.merge and not args.out:
+        raise ConfigError("--merge says how --out is written: give --out, or leave it out")
+    if args.new_data and not args.resume:
+        raise ConfigError("--new-data lets a run go on with other data: give it with --resume, or leave it out")
     engine = _engine_to_fit(args)
+    if args.out and (wrong := engine.active.opened.cannot_be_saved(bool(args.merge))):
+        raise ConfigError(f"--out {args.out}: {wrong}")
     if args.dry_run:
         return _dry_run(args, engine)
     call = {name: getattr(args, name) for name in _names(FitCall) if name not in ("data", "options")}
@@ -272,6 +278,8 @@ def _eval(args: argparse.Namespace) -> int:
     from ..journal.run_directory import JOURNAL, to_json
 
     missing = ConfigError("--data is missing: what to evaluate on")
+    if args.demonstrations is not None and args.shots is None:
+        raise ConfigError("--demonstrations are what --shots N takes: give that too, or leave them out")
     if args.data is None and not (Path(args.model) / JOURNAL).exists():
         raise missing
     with _open(args) as engine:
@@ -351,8 +359,11 @@ def _journal(args: argparse.Namespace) -> int:
     from . import journal_tools
 
     path = Path(args.path)
+    for name, action in (("to", "cut"), ("last", "show")):
+        if getattr(args, name) is not None and args.action != action:
+            raise ConfigError(f"--{name} is of journal {action}, not of {args.action}: leave it out")
     if args.action == "show":
-        for line in journal_tools.show(path, args.last):
+        for line in journal_tools.show(path, args.last or 10):
             print(line)
     elif args.action == "csv":
         journal_tools.write_csv(path, sys.stdout)
@@ -432,6 +443,9 @@ def _ranks(args: argparse.Namespace) -> Any:
         raise ConfigError(f"--{next(iter(given)).replace('_', '-')} goes with --serve HOST:PORT")
     if args.patience is None:
         return "auto"
+    if launched()[1] < 2:
+        raise ConfigError(f"--patience {args.patience:g} is for other ranks, and there are none: give it under "
+                          "torchrun, or with --serve")  # fmt: skip
     from ..ranks.find import Group
 
     return Group(patience=args.patience)

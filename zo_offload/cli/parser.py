@@ -249,7 +249,7 @@ def _replay(replay: Parser, argv: Sequence[str], config: ConfigFile | None) -> N
 def _journal(journal: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     journal.add_argument("action", nargs="?", choices=["show", "check", "cut", "csv"], help="show, check, cut or csv")
     journal.add_argument("path", nargs="?", help="journal.zoj, or the run directory (its blocks are seen to then)")
-    journal.add_argument("--last", type=count, default=10, help="show: how many steps (default: 10)")
+    journal.add_argument("--last", type=count, help="show: how many steps (default: 10)")
     journal.add_argument("--to", type=int, help="cut: how many steps to keep")
 
 

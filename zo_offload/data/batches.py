@@ -320,6 +320,7 @@ class StreamBatches(Batches):
         whole = isinstance(batch, (list, tuple)) and self.encoder.own_objective  # which takes it as it is
         rows = batch if isinstance(self.batches, Chunks) else None if whole else rows_of_texts(batch)
         if rows is None:
+            self.encoder.forms.add("batch")
             return MadeBatch(as_tensor_batch(batch, where, own_objective=self.encoder.own_objective))
         encoded = [self.encoder(row, f"{where} row {i}", f"{draw} {i}") for i, row in enumerate(rows)]
         return MadeBatch(self.encoder.collate(encoded, where), of_rows=True)

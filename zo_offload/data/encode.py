@@ -88,6 +88,8 @@ class Encoder:
             raise DataError(f"task={self.task!r} reads files of its own: pass it to fit or evaluate")
         if self.loss not in ("model", "options"):
             raise DataError(f"loss={self.loss!r}: choose 'model' (its own), or 'options' (among the verbalizers)")
+        self.forms: set[str] = set()
+        """Forms that rows were found to have so far: see idle.py."""
         self._texts = [self.text_column] if isinstance(self.text_column, str) else list(self.text_column)
         self._has_more_tokens = self._tokens() > (self.kind.vocabulary or math.inf)
         self._set_task()
@@ -190,6 +192,7 @@ class Encoder:
         elif self._is_text(row):
             encoded = self._text(row, where, draw)
         else:
+            self.forms.add("tokens" if "input_ids" in row else "features")
             encoded = self._tokenised(row, where, draw)
         check_sizes(encoded, self.kind, where)
         return encoded
@@ -203,6 +206,7 @@ class Encoder:
         names = self._columns(row, where)
         texts = [as_text(row[name], where, name) for name in names]
         check_not_empty(texts, where, names)
+        self.forms.add(self._form(row))
         if self._prompt is not None:
             self._prompt.options(row, where), self._prompt.answer_of(row, where)
         elif self._completion(row) is None and self._has_class(row):
@@ -262,7 +266,8 @@ class Encoder:
 
     def _text(self, row: Row, where: str, draw: str) -> dict[str, Any]:
         self._check_tokenizer(row, where)
-        if self._is_chat(row):
+        self.forms.add(form := self._form(row))
+        if form == "chat":
             return self._chat(row, where)
         names = self._columns(row, where)
         if self._prompt is not None:
@@ -276,6 +281,16 @@ class Encoder:
         if self._has_class(row):
             return {**self._read(texts), "labels": self._class(row, where)}
         return self._plain(texts, where, draw)
+
+    def _form(self, row: Row) -> str:
+        """What a row with text becomes: see idle.py."""
+        if self._is_chat(row):
+            return "chat"
+        if self._prompt is not None:
+            return "prompt"
+        if self._completion(row) is not None:
+            return "completion"
+        return "class" if self._has_class(row) else "plain"
 
     def _completion(self, row: Row) -> Completion | None:
         """The encoding of the row's own columns as a prompt and its answer, if they are that."""

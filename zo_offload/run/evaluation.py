@@ -13,8 +13,9 @@ from ..data.encode import IGNORED
 from ..data.tasks import Scoring, task_of
 from ..data.texts import as_text
 from ..devices.placing import as_inputs, input_dtype
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..journal.calls import FitCall
+from ..methods import lr_schedule
 from ..system.plain import user_path
 from .active import Run
 from .generation import check_generates, texts_after
@@ -83,14 +84,20 @@ def with_defaults(call: FitCall, run: Run) -> FitCall:
 
     A task in a folder is evaluated on its dev split. With a task or a recipe the best step is kept, if there is an
     evaluation and a base to rebuild it from. A recipe's loss is over the verbalizers, if they are the same for all
-    rows. Raises DataError.
+    rows. Raises DataError; ConfigError for a warm-up that the schedule has not.
     """
     task, options = task_of(call.options.get("task")), dict(call.options)
     if task is not None and str(options["task"]).endswith(".toml"):  # the process may change its directory
         options["task"] = str(user_path(options["task"]).absolute())
     if run.last_fit is not None:
         return replace(call, options=options)
-    is_recipe = run.method.tunes is not None
+    method = run.method
+    if method.warmup_steps and lr_schedule(method.schedule, method.warmup_steps, method.warmup_steps + 2)(0) == 1.0:
+        raise ConfigError(
+            f"warmup_steps={method.warmup_steps}: schedule {method.schedule!r} has no warm-up. Choose one that has, "
+            "such as constant_with_warmup, linear or cosine (schedule=, --schedule), or leave it out"
+        )
+    is_recipe = method.tunes is not None
     if (
         task is not None
         and call.eval_data is None

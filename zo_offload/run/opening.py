@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import adapter_configs, merging
+from ..checkpoint import adapter_configs, load_options, merging
 from ..checkpoint.adapted import Built, adapt
 from ..checkpoint.adapters import beside_adapter, beside_forward
 from ..checkpoint.checkpoint import Checkpoint
@@ -148,10 +148,14 @@ def open_model(
         if config.config_overrides:
             raise ConfigError("config_overrides change a checkpoint's config.json: for a module, change its own config")
         check_module(config)
+        if fresh and model_class is not None:
+            raise ConfigError("model_class= is for a checkpoint: a module in memory has a class already, leave it out")
         given, module = model, without_wrapper(model)
         ties = tie(module)
         base = base if base is not None else ModuleBase(module)
     else:
+        if fresh and base is not None:
+            raise ConfigError("base= is of a module on meta; a checkpoint has its weights itself: leave it out")
         checkpoint = Checkpoint.open(
             model, trust_remote_code=config.trust_remote_code, overrides=config.config_overrides
         )
@@ -161,6 +165,8 @@ def open_model(
         adapted = built(checkpoint, compute, model_class, config, _absolute(model))
         base, module = adapted.base, adapted.model
     kind = kind_of(module)
+    if fresh:
+        load_options.check_overrides(kind, config.config_overrides)
     make = partial(
         prepare, module, base.dtype_of, method=method, device=device, example=example,
         notes=() if adapted is None else adapted.notes, sharers=ranks.local_world, kept_of=kept_of(base),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.batches import Batches
+from ..data.idle import check_idle
 from ..data.losses import Batch
 from ..data.made import as_made
 from ..data.metrics import ComputeMetrics
@@ -93,6 +94,9 @@ def _train(
         evaluation = batching.batches(
             call.eval_data, rows, call.options, shuffle=False, rows=call.eval_rows, compute_metrics=compute_metrics
         )
+    first = batches.batch(0)
+    data = [batches] if evaluation is None else [batches, evaluation]
+    check_idle(data, call.options, call.batch_size, first, goes_on=run.last_fit is not None)
     steps = _steps(call, batches, method.steps)
     if evaluation is not None and evaluation.is_read_once and call.eval_every is not None and call.eval_every < steps:
         raise ConfigError(
@@ -107,7 +111,7 @@ def _train(
     if run.journal is not None:
         binding.check(run.journal)
     run.start_steps(
-        batches.batch(0), micro_batches, batching.objective_of(batches), largest=batches.largest(), admit=binding.check
+        first, micro_batches, batching.objective_of(batches), largest=batches.largest(), admit=binding.check
     )
     run.bind(binding, replace(call, steps=steps, batch_size=rows), batches)
     if run.ranks.world > 1:
