@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -324,3 +325,27 @@ def test_settings_of_a_head_of_classes_are_refused_by_a_model_without_one(base):
         Engine(engine.model, model_class="AutoModel")
     with pytest.raises(ConfigError, match="base= is of a module on meta"):
         Engine(base, base=object())
+
+
+def test_rows_that_teach_nothing_are_told_of_before_the_first_step_with_their_number(base):
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": labels} for labels in ([5, 6, 7, 8], [-100] * 4, [5] + [-100] * 3)]
+    with pytest.warns(UserWarning, match="4 of 6 rows have no label that counts, the first is list row 1: "):
+        made = make_batches(rows * 2, batch_size=3, kind=CAUSAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.identity(), made.batch(0)
+        make_batches(rows, batch_size=3, kind=CAUSAL, own_objective=True)
+
+
+@pytest.mark.parametrize("row, options", [
+    ({"labels": 1, "label": 0}, {}), ({"labels": 1, "label_ids": 0}, {}),
+    ({"labels": 1, "y": 1}, {"label_column": "y"}),
+])  # fmt: skip
+def test_a_row_with_two_labels_is_refused(row, options):
+    heads = ModelKind("classification", "a classifier", classes=2, takes=TAKEN)
+    rows = [{"input_ids": [5, 6], **row}]
+    name = next(name for name in row if name != "labels")
+    with pytest.raises(DataError, match=f"row 0 has {name!r} .* and 'labels' .1.: which is the label cannot be told"):
+        make(rows, kind=heads, **options)
+    if not options:
+        assert make([{**rows[0], name: 1}], kind=heads)["labels"] == [1]

@@ -8,7 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForQuestionAnswering,
+    EarlyStoppingCallback,
+    TrainerCallback,
+)  # fmt: skip
 
 from support.compare import assert_same
 from support.training import METHOD, ROWS
@@ -361,3 +367,22 @@ def test_old_evaluations_that_do_not_say_their_rows_count(base, tmp_path):
     with Engine.resume(tmp_path / "run") as engine:
         result = engine.fit(ROWS, eval_data=DEV, steps=4, compute_metrics=Scripted(0.3))
     assert result.best["step"] == 2 and len(result.evals) == 2
+
+
+def test_compute_metrics_of_a_model_that_finds_answers_sees_what_trainer_gives():
+    config = dict(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    model = BertForQuestionAnswering(BertConfig(**config)).eval()
+    rows = [{"input_ids": [*range(3, 9 + i)], "start_positions": 1, "end_positions": 2 + i} for i in range(3)]
+    with torch.no_grad():
+        alone = [model(input_ids=torch.tensor([row["input_ids"]])) for row in rows]
+    seen = []
+    with Engine(model) as engine:
+        values = engine.evaluate(rows, batch_size=2, compute_metrics=lambda p: seen.append(p) or {"em": 0.5})
+    assert values["em"] == 0.5 and set(values) == {"loss", "em"}
+    ((starts, ends), right), pads = seen[0], -100
+    assert [x.tolist() for x in right] == [[1, 1, 1], [2, 3, 4]]
+    assert starts.shape == ends.shape == (3, 8) and (starts[:2, 7] == pads).all()
+    for i, output in enumerate(alone):
+        width = len(rows[i]["input_ids"])
+        assert abs(starts[i, :width] - output.start_logits[0].numpy()).max() < 1e-6  # beside a longer row
+        assert abs(ends[i, :width] - output.end_logits[0].numpy()).max() < 1e-6

@@ -127,6 +127,7 @@ class RowBatches(Batches):
         self._identity: dict[str, Any] | None = None
         self._row_sizes: Tensor | None = None
         self._longest = self._check_rows()
+        encoder.tell_uncounted(len(rows))
         for i in self._longest:
             encoder(rows[i], f"{name} row {i}", "")
 

@@ -15,6 +15,7 @@ predicted from.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from .options import check_values
 from .prompts import Prompt, Template, check_kind, closed
 from .tasks import KINDS, find_task
 from .texts import as_text, check_not_empty, encoded_text, text_ids
-from .tokenised import WANTS, TokenisedRows, check_sizes, next_tokens
+from .tokenised import WANTS, TokenisedRows, check_sizes, next_tokens, nothing_counts
 
 __all__ = ["ENCODING", "IGNORED", "Batch", "Encoder", "Row", "Task"]
 
@@ -90,6 +91,8 @@ class Encoder:
             raise DataError(f"loss={self.loss!r}: choose 'model' (its own), or 'options' (among the verbalizers)")
         self.forms: set[str] = set()
         """Forms that rows were found to have so far: see idle.py."""
+        self.uncounted = ("", 0)
+        """The first row that was checked and has no label that counts, and how many there are."""
         self._texts = [self.text_column] if isinstance(self.text_column, str) else list(self.text_column)
         self._has_more_tokens = self._tokens() > (self.kind.vocabulary or math.inf)
         self._set_task()
@@ -201,6 +204,8 @@ class Encoder:
         """Raise DataError if a row is wrong, without tokenising texts that surely fit. Returns the row's size."""
         if not isinstance(row, Mapping) or self._first is not None or not self._is_text(row) or self._is_chat(row):
             encoded = self(row, where, "")
+            if not self.own_objective and nothing_counts(encoded, self.kind):
+                self.uncounted = (self.uncounted[0] or where, self.uncounted[1] + 1)
             return len(encoded.get("input_ids", ()))
         self._check_tokenizer(row, where)
         names = self._columns(row, where)
@@ -215,6 +220,16 @@ class Encoder:
         if self._may_not_fit(row, size) or self._may_be_odd(texts):
             self(row, where, "")
         return size
+
+    def tell_uncounted(self, rows: int) -> None:
+        """Warn of rows, of so many that were checked, that teach nothing."""
+        (first, count), self.uncounted = self.uncounted, ("", 0)  # they are looked at again later
+        if count:
+            warnings.warn(
+                f"{count} of {rows} rows have no label that counts, the first is {first}: nothing is learned from "
+                "them, and a batch of no others ends the run. Leave them out",
+                stacklevel=4,
+            )
 
     def _may_not_fit(self, row: Row, size: int) -> bool:
         """Whether a text of `size` bytes may be too long, or leave no room for its answer: tokens have >= 1 byte."""

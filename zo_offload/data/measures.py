@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from .encode import IGNORED, Batch, Encoder
-from .outputs import describe, logits_of
+from .labels import SPANS
+from .outputs import describe, logits_of, spans_of
 from .prompts import continued
 
 Options = Sequence[list[int]]
 """Tokens of each verbalizer, in the order of the labels."""
 
-Keep = Callable[[Tensor, Tensor], None]
+Keep = Callable[[Any, Any], None]
 
 _RIGHT = "right_option"  # in a batch with a row for each option: the index of the right option for each original row
 _WORDS = "words_of_options"  # in a batch of verbalizers of one token each: [rows, options]
@@ -49,6 +50,9 @@ def measure(
         return _measure_options(encoder, model, batch, options, keep)
     with _last_output(model) as last:
         values = {"loss": (float(loss(model, batch)), weight)}
+    if keep is not None and (span := spans_of(last.get("output"))) and set(SPANS) <= batch.keys():
+        keep(span, tuple(batch[name] for name in SPANS))
+        return values
     logits, labels = logits_of(last.get("output")), batch.get("labels")
     if logits is None or not isinstance(labels, Tensor):
         return values

@@ -31,6 +31,16 @@ def logits_of(output: Any) -> Tensor | None:
     return logits if isinstance(logits, Tensor) else None
 
 
+def spans_of(output: Any) -> tuple[Tensor, Tensor] | None:
+    """Logits of where an answer begins and ends, if a model names them, or has a pair of a row each behind a loss."""
+    start, end = _named(output, "start_logits"), _named(output, "end_logits")
+    if start is None and isinstance(output, (tuple, list)) and len(output) > 2 and _is_number(output[0]):
+        start, end = output[1], output[2]
+    if isinstance(start, Tensor) and isinstance(end, Tensor) and start.dim() == 2 and start.shape == end.shape:
+        return start, end
+    return None
+
+
 def describe(value: Any) -> str:
     """A description of a value, for messages: its type, and its shapes and names if it has any."""
     if isinstance(value, Tensor):

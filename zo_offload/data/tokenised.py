@@ -54,7 +54,7 @@ class TokenisedRows:
     _left_out: set[str] = field(default_factory=set)
 
     def __call__(self, row: Mapping[str, Any], where: str, draw: str) -> Encoded:
-        encoded = self._kept(row)
+        encoded = self._kept(row, where)
         if not encoded:
             raise DataError(
                 f"{where}: {self.kind.model} takes none of its columns {', '.join(map(repr, row))}. Name them as its "
@@ -80,7 +80,7 @@ class TokenisedRows:
             raise DataError(f"{where}: max_length={room} cuts away every label that counts. Raise it.")
         return encoded
 
-    def _kept(self, row: Mapping[str, Any]) -> Encoded:
+    def _kept(self, row: Mapping[str, Any], where: str) -> Encoded:
         """The columns that go to the model, the label under its name; others are left out, with one warning each."""
         kind, kept = self.kind, {}
         for name, value in row.items():
@@ -94,10 +94,25 @@ class TokenisedRows:
             elif name not in self._left_out:
                 self._left_out.add(name)
                 warnings.warn(f"{kind.model} takes no {name!r}: the column is left out", stacklevel=2)
+        self._check_one_label(row, kept, where)
         for name in (self.label_column, "label", "label_ids"):
             if name in kept and "labels" not in kept and name not in kind.takes:
                 kept["labels"] = kept.pop(name)
         return kept
+
+    def _check_one_label(self, row: Mapping[str, Any], kept: Encoded, where: str) -> None:
+        """Raise DataError where it cannot be told which of two columns is the label."""
+        if self.own_objective or self.kind.name in ("other", "unknown") or "labels" not in kept:
+            return
+        for name in dict.fromkeys((self.label_column, "label", "label_ids")):
+            if name == "labels" or name not in kept or name in self.kind.takes:
+                continue
+            said = name == self.label_column != "label"  # by the caller
+            if said or (self.kind.name == "classification" and not _are_equal(kept[name], kept["labels"])):
+                raise DataError(
+                    f"{where} has {name!r} ({str(kept[name])[:40]}) and 'labels' ({str(kept['labels'])[:40]}): which "
+                    "is the label cannot be told. Take one of the columns out"
+                )
 
     def _labelled(self, encoded: Encoded, ids: list[int] | None, where: str, draw: str) -> Encoded:
         """The row with labels for the kind of model: given ones are checked, missing ones made if possible."""
@@ -205,6 +220,22 @@ def check_sizes(encoded: Encoded, kind: ModelKind, where: str) -> None:
             f"{where} has token {wrong[0]}, but {kind.model} has {kind.vocabulary} tokens: is the tokenizer the "
             "model's? Call model.resize_token_embeddings for tokens that were added."
         )
+
+
+def nothing_counts(encoded: Encoded, kind: ModelKind) -> bool:
+    """Whether a row's labels are all such as have no loss."""
+    labels: Any = encoded.get("labels")
+    if labels is None or isinstance(labels, (float, str)):
+        return False
+    if not is_sequence(labels):
+        return bool(kind.name == "classification" and labels == IGNORED)
+    values = labels.reshape(-1).tolist() if hasattr(labels, "reshape") else labels
+    return not any(label != IGNORED for label in values[kind.shift :])
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    values = [torch.as_tensor(x, device="cpu").tolist() if hasattr(x, "dtype") else x for x in (one, other)]
+    return bool(values[0] == values[1])
 
 
 def _counts(labels: Any, where: str) -> bool:
