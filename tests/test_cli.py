@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from support.texts import write_text_model
-from zo_offload.cli import doctor, main
+from zo_offload.cli import command, doctor, main
 from zo_offload.kernels import native
 
 POSITIONS = 64
@@ -347,3 +348,23 @@ def test_an_option_that_would_do_nothing_is_refused_before_anything_is_read(tmp_
     assert main([arg.replace("{base}", str(tmp_path / "base")) for arg in argv]) == 2
     assert said in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_second_interrupt_while_the_first_is_told_ends_it_all_the_same(monkeypatch):
+    def stopped(args):
+        raise KeyboardInterrupt
+
+    class Interrupted:
+        def write(self, text):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(command.RUN, "methods", stopped)
+    monkeypatch.setattr(sys, "stderr", Interrupted())
+    assert main(["methods"]) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "a caller's process keeps its handler"
+    monkeypatch.setattr(sys, "argv", ["zo-offload", "methods"])
+    try:
+        assert main() == 130
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "the program hears no more while it goes"
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

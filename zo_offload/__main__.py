@@ -7,4 +7,5 @@ import sys
 from .cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["doctor"]))
+    sys.argv[1:] = sys.argv[1:] or ["doctor"]
+    sys.exit(main())

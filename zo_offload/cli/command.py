@@ -27,12 +27,21 @@ from .parser import IDENTITY, NOT_SETTINGS, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. Errors a user can cause are one line on standard error."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one command; returns the exit status. Errors a user can cause are one line on standard error.
+
+    Without argv it is the program itself: once its command has ended, SIGINT is ignored until the process is gone.
+    """
+    is_program, argv = argv is None, sys.argv[1:] if argv is None else argv
     if "--serve" in argv or argv[:1] in (["join"], ["ranks"]):
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # of each line that breaks torch would print a stack
-    with printable():
-        return _run(argv)
+    try:
+        with printable():
+            return _run(argv)
+    except KeyboardInterrupt as stop:  # one more, while the one before it was told
+        return 128 + int(getattr(stop, "signum", signal.SIGINT))
+    finally:
+        if is_program:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(argv: Sequence[str]) -> int:
