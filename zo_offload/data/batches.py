@@ -148,8 +148,8 @@ class RowBatches(Batches):
         return self._collated(self._shuffled(epoch)[begin : begin + self.batch_size].tolist(), step)
 
     def epoch(self) -> Iterator[Batch]:
-        begins = range(0, len(self.rows), self.batch_size)
-        batches = (self._collated(range(begin, min(begin + self.batch_size, len(self.rows)))) for begin in begins)
+        count, size = len(self.rows), self.batch_size
+        batches = (self._collated(range(begin, min(begin + size, count))) for begin in range(0, count, size))
         return read_apart(lambda: batches, _mix(self.seed, -1))
 
     def identity(self) -> dict[str, Any] | None:
@@ -307,9 +307,7 @@ class StreamBatches(Batches):
     def _open(self) -> Iterator[Any]:
         """The batches from the first on."""
         if self._persistent and self.encoder.version > 1 and self.batches.generator is None:
-            torch.empty(
-                (), dtype=torch.int64, device="cpu"
-            ).random_()  # as a loader draws for its workers when it starts them
+            torch.empty((), dtype=torch.int64, device="cpu").random_()  # as a loader draws when it starts its workers
         return iter(self.batches)
 
     def _is_short(self, batch: Any) -> bool:
