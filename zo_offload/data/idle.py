@@ -50,7 +50,7 @@ def check_idle(
     """
     wrong = idle_of(data, given)
     ready = all(batches.encoder.forms == {"batch"} for batches in data)
-    if not wrong and ready and batch_size is not None and (rows := batch_rows(first)) != batch_size:
+    if not wrong and ready and not goes_on and batch_size is not None and (rows := batch_rows(first)) != batch_size:
         wrong = (
             f"batch_size={batch_size}: the data has batches that are ready, of {rows} rows. Leave it out, or change "
         )

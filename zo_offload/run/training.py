@@ -68,14 +68,9 @@ def train(
 
 
 def _train(
-    run: Run,
-    batching: Batching,
-    call: FitCall,
-    new_data: bool,
-    progress: bool,
-    callbacks: list[Any],
+    run: Run, batching: Batching, call: FitCall, new_data: bool, progress: bool, callbacks: list[Any],
     compute_metrics: ComputeMetrics | None,
-) -> FitResult:
+) -> FitResult:  # fmt: skip
     call, method = with_defaults(call.after(run.last_fit), run), run.method
     if run.ranks.world > 1 and (compute_metrics is not None or any(map(is_trainer_callback, callbacks))):
         raise ConfigError(
