@@ -387,7 +387,7 @@ def test_data_that_cannot_be_used_is_named(tokenizer, llama):
         (lambda: batches_of([1, 2]), "row 0: expected a dict, found list"),
         (lambda: make({"input_ids": 1}, batch_size=1), "data is a dict"),
         (lambda: make(3, batch_size=1), "data is a int"),
-        (lambda: make(iter([(torch.ones(1),)]), batch_size=1), "gives tuples, one a row"),
+        (lambda: make(iter([(torch.ones(1),)]), batch_size=1), "gives tuples, one per row"),
         (lambda: make(iter([{"a": {}}]), batch_size=1, batched=True).batch(0), r"holds no tensors \(a: dict\)"),
         (lambda: make(DataLoader(Squares(), 10, drop_last=True), batch_size=1).batch(0), "gave no batches"),
         (lambda: batches_of({"a": 1.0, "b": 1}, {"a": 1.0}, batch_size=2, kind=UNKNOWN).batch(0), "different"),

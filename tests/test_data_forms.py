@@ -147,7 +147,7 @@ def test_a_text_that_is_longer_than_the_model_can_be_packed(base):
 
 
 @pytest.mark.parametrize("data, options, message", [
-    (ROWS, dict(packing=True, kind=ModelKind("classification", "a classifier")), "a classifier is no causal LM"),
+    (ROWS, dict(packing=True, kind=ModelKind("classification", "a classifier")), "a classifier is not a causal LM"),
     ([{"words": "a"}], dict(packing=True), "row 0 lacks 'text', its columns are 'words'. Pass text_column="),
     ([{"text": None}], dict(packing=True), "row 0: column 'text' is empty"),
     (iter(ROWS), dict(packing=True), "packing and length_buckets are for a file"),
@@ -205,7 +205,7 @@ def test_two_columns_make_a_pair_on_the_command_line(base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("make_it, message", [
-    (lambda path: path.mkdir(), "is a folder, and no dataset that datasets saved"),
+    (lambda path: path.mkdir(), "is a folder, but not a dataset that datasets saved"),
     (lambda path: datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(path),
      "is a DatasetDict of train: give one of them"),
 ], ids=["folder", "dict"])  # fmt: skip

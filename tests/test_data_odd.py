@@ -161,8 +161,8 @@ def test_a_long_prefix_counts():
     (dict(text_column=["text", "text", "text"], template=None, verbalizers=None, task="lm"), "takes a text or a pair"),
     (dict(label_column=["label"]), "label_column=.*expected a text"),
     (dict(prefix=None), "prefix=None: expected a text"),
-    (dict(verbalizers={"0": False, "1": True}), "False is no text. YAML takes yes, no"),
-    (dict(template="{text!r}"), r"\{text!r\} is no name of a column"),
+    (dict(verbalizers={"0": False, "1": True}), "False is not a text. YAML reads yes, no"),
+    (dict(template="{text!r}"), r"\{text!r\} is not a column's name"),
     (dict(tokenizer=tf.AutoTokenizer), "tokenizer= is the class AutoTokenizer"),
     (dict(tokenizer=byte_tokenizer().backend_tokenizer), r"PreTrainedTokenizerFast\(tokenizer_object="),
 ], ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")  # fmt: skip
@@ -191,8 +191,8 @@ def test_a_resume_repeats_options_of_any_form(base, tmp_path, options):
     (dict(eval_every=1), "eval_every=1 is of evaluations, and there is none"),
     (dict(eval_rows=1), "eval_rows=1 is of evaluations"),
     (dict(metric="f1"), "metric='f1' is of evaluations"),
-    (dict(compute_metrics=len), "compute_metrics is of evaluations"),
-    (dict(compute_metrics="accuracy", eval_data=ROWS), "compute_metrics='accuracy' is no function"),
+    (dict(compute_metrics=len), "compute_metrics needs an evaluation"),
+    (dict(compute_metrics="accuracy", eval_data=ROWS), "compute_metrics='accuracy' is not a function"),
     (dict(save_dir="x"), "save_dir='x': nothing is exported"),
     (dict(eval_data=iter(ROWS), eval_every=1), "eval_data is an iterator, which can be read once"),
 ], ids=lambda x: " ".join(x) if isinstance(x, dict) else "")  # fmt: skip
@@ -254,7 +254,7 @@ def test_metrics_see_labels_that_are_numbers(problem, label):
 @pytest.mark.parametrize("data, message", [
     (pd.DataFrame([[5, 1], [4, 0]]), "takes none of its columns 0, 1"),
     ([{"input_ids": [1, 2], "label": 0}, {"input_ids": [1, 2]}], "column 'labels' does not make a batch"),
-    ([{"input_ids": [1, 2], "label": ["a"]}] * 2, "labels=.* are no numbers"),
+    ([{"input_ids": [1, 2], "label": ["a"]}] * 2, "labels=.* are not numbers"),
 ], ids=["no header", "a class and none", "texts for labels"])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*the column is left out")
 def test_odd_rows_are_named(base, data, message):

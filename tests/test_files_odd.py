@@ -60,7 +60,7 @@ def test_a_mark_before_utf8_is_no_text(tmp_path):
     ("a.txt", "one\rtwo\r", "has carriage returns and no line ends"),
     ("a.csv", "text,label,text\na,0,b\n", "the header has 'text' twice"),
     ("a.tsv", 'text\tlabel\n"Good\t1\nbad\t0\nfine"\t1\n', "line 2: a field begins with a quote, .* in line 4"),
-    ("a.tsv", 'text\tlabel\n"Good" film\t1\n', "Where quotes are characters like others"),
+    ("a.tsv", 'text\tlabel\n"Good" film\t1\n', "If quotes are ordinary characters"),
     ("a.jsonl", '{"text": "a", "text": "b"}\n', "line 1 is not JSON: 'text' is there twice"),
     ("a.json", '[{"text": "a", "text": "b"}]', "'text' is there twice"),
     ("a.jsonl", '{"text": ' + "[" * 200_000, "line 1 is not JSON: maximum recursion"),
@@ -95,10 +95,10 @@ ASKED = '[prompt]\ntemplate = "{text} is"\nverbalizers = [" bad", " good"]\n'
     (FILES + ASKED + '[score]\ngenerate = true\nanswers = "text"\nmax_new_tokens = "a"\n', "max_new_tokens = 'a'"),
     (FILES + ASKED + '[read]\nskip = { text = "two" }\n', "skip text = 'two': expected a list"),
     (FILES + ASKED + '[read]\neach = "text"\n', "each = 'text': expected a list of texts"),
-    (FILES + ASKED + '[read]\neach = ["text"]\n', "record 0: 'text', which each names, is 'one fine day' and no list"),
+    (FILES + ASKED + '[read]\neach = ["text"]\n', "record 0: 'text', named by each, is 'one fine day', not a list"),
     (FILES + ASKED + "[read]\nformat = []\n", r"format=\[\]: choose one of"),
     (FILES + ASKED + '[columns]\ntext = 5\nlabel = "label"\n', "column text = 5: expected a path"),
-    (FILES + ASKED + '[columns]\ntext = { prefix = " " }\n', "column 'text' says no path"),
+    (FILES + ASKED + '[columns]\ntext = { prefix = " " }\n', "column 'text' names no path"),
     (FILES + ASKED + '[columns]\ntext = { path = "text", prefx = " " }\n', "no 'prefx'. Did you mean prefix"),
     (FILES + ASKED + '[columns]\ntext = { path = "text", slice_of = "label" }\n', "record 0 is not what the task's"),
     ("[files]\ntrain = 5\n" + ASKED, "files train = 5: expected a file's name"),
@@ -140,7 +140,7 @@ def test_labels_that_are_texts_name_their_words(base, data, capsys):
 
 @pytest.mark.parametrize("content, message", [
     ("steps: 2\nsteps: 3\n", "'steps' is there twice"),
-    ("template: '{text} is'\nverbalizers: {0: no, 1: yes}\n", "False is no text. YAML takes yes, no"),
+    ("template: '{text} is'\nverbalizers: {0: no, 1: yes}\n", "False is not a text. YAML reads yes, no"),
 ], ids=["a key twice", "no and yes"])  # fmt: skip
 def test_a_config_that_yaml_would_misread_is_refused(base, data, capsys, content, message):
     config = data.parent / "fit.yaml"
@@ -165,7 +165,7 @@ def test_a_config_is_utf8_and_has_a_home(base, data, monkeypatch, capsys):
     (("fit", "--steps", "1e3"), "expected a whole number, not '1e3'"),
     (("export", "--step", "last"), "'last' is no step's number, nor best"),
     (("generate", "--prompt", "a", "--temperature", "nan"), "nan is no temperature"),
-    (("generate", "--prompt", "a\udcff"), "prompt 0 is no valid text"),
+    (("generate", "--prompt", "a\udcff"), "prompt 0 is not valid text"),
     (("journal", "show", "--last", "0"), "0 is less than 1"),
 ], ids=lambda x: " ".join(x[:3]).encode("ascii", "replace").decode() if isinstance(x, tuple) else "")  # fmt: skip
 def test_a_value_is_told_in_words(base, capsys, args, message):

@@ -250,14 +250,14 @@ REFUSED = {
     "label on a masked model": ("masked", [TEXT] * 2, {}, "template= and verbalizers="),
     "prompt without a mask": ("masked", REVIEWS, PROMPT, r"Put {mask} where the answer belongs"),
     "two masks, words of one": ("masked", REVIEWS, dict(template="{text} {mask} {mask}", verbalizers=["a", "good"]),
-                                "'a' is 1 tokens and the template has 2 masks"),
+                                "'a' is 1 tokens, but the template has 2 masks"),
     "mask in the text": ("masked", rows_with(TEXT, {"text": "a <mask>", "label": 0}, 0), CLOZE, "row 0: 2 masks"),
     "text for an encoder-decoder": ("t5", [{"text": "the film"}] * 2, {}, "target_column="),
     "tokens for an encoder-decoder": ("t5", [IDS] * 2, {}, "row 0 has no labels"),
     "text for token classes": ("tokens", [{"text": "the film"}] * 2, {}, "labels of the same length"),
     "text for questions": ("questions", [{"text": "the film"}] * 2, {}, "start_positions"),
     "no head": ("bare", [{"text": "the film"}] * 2, {}, "--model-class"),
-    "prompt for a classifier": ("classifier", REVIEWS, PROMPT, "no head that says words"),
+    "prompt for a classifier": ("classifier", REVIEWS, PROMPT, "no head that predicts words"),
     "words alike": ("causal", REVIEWS, dict(template="{text}", verbalizers=["good", " good"]), "the same tokens"),
     "words unknown": ("causal", REVIEWS, dict(template="{text}", verbalizers=["good", "nice"]), "'nice' is not in"),
     "choices alike deep in": ("causal", rows_with({"text": "a", "x": "good", "label": 0},
@@ -271,7 +271,7 @@ REFUSED = {
                                      "holds the answer"),
     "class beyond the head": ("classifier", rows_with(TEXT, {**TEXT, "label": 4}), {}, "row 5: label=4.* 2 classes"),
     "class below 0": ("classifier", rows_with(TEXT, {**TEXT, "label": -1}), {}, "row 5: label=-1"),
-    "class between": ("classifier", rows_with(TEXT, {**TEXT, "label": 0.5}), {}, "row 5: label=0.5 is no class"),
+    "class between": ("classifier", rows_with(TEXT, {**TEXT, "label": 0.5}), {}, "row 5: label=0.5 is not a class"),
     "class not a number": ("classifier", rows_with(TEXT, {**TEXT, "label": float("nan")}), {}, "row 5: label=nan"),
     "class None": ("classifier", rows_with(TEXT, {**TEXT, "label": None}), {}, "row 5: label=None"),
     "class in words": ("classifier", rows_with(TEXT, {**TEXT, "label": "spam"}), {}, "row 5: label='spam'.*label2id"),
@@ -548,7 +548,7 @@ def test_a_run_that_the_first_encoding_made_wrong_is_refused_by_name(tmp_path, m
             old.setattr(f"zo_offload.{module}.ENCODING", 1)
         old.setattr("zo_offload.data.first_encoding.FirstEncoding._check_kind", lambda *args: None)
         fit_run(way, tmp_path / "run", rows, 2, dict(options))
-    with pytest.raises(DataError, match="begun by a version that .* Begin it anew"):
+    with pytest.raises(DataError, match="begun by a version that .* Start the run again"):
         fit_run(way, tmp_path / "run", rows, 4, dict(options), resume=True)
 
 

@@ -207,7 +207,7 @@ def test_a_task_of_ones_own_is_one_file(base, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change, message", [
-    ("[promt]\n", r"\[promt\] is no part of a task. Did you mean prompt\?"),
+    ("[promt]\n", r"\[promt\] is not a section of a task. Did you mean prompt\?"),
     ("[read]\nformat = 'jsnl'\n", r"format='jsnl': choose one of jsonl.*Did you mean jsonl\?"),
     ("[read]\nech = []\n", r"\[read\] has no 'ech'. Did you mean each\?"),
     ("[", "is not TOML"),
