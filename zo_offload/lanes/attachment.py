@@ -160,7 +160,7 @@ class Attachment:
         specs = [plan.params[name] for name in names]
         strides = tuple(s.strides if tuple(s.shape) == tuple(found[s.name]) else None for s in specs)
         block = blocks[0] if blocks else owner.block
-        return Portion(pieces, block, len(blocks) > 1, names, params, shapes, resting, strides)
+        return Portion(pieces, block, len(blocks) > 1, names, params, shapes, resting, strides, any(strides))
 
     def _compute_in_portions(self, plan: Plan) -> None:
         """Give every module whose weights are cut, and that can, a forward that computes portion by portion."""
@@ -236,12 +236,18 @@ class Attachment:
 
     def _moved(self, lane: LaneRun, served: Served) -> list[str]:
         """Parameters of an owner about to be served that hold neither a placeholder nor what one around it has."""
-        with _no_function_modes():
-            moved = [(n, p) for n, p, address in served.resting if p.data_ptr() != address]
-            if not moved:
-                return []
-            around = {id(p): w.data_ptr() for frame in lane.frames for p, w in frame.held()}
-            return [name for name, p in moved if p.data_ptr() != around.get(id(p))]
+        if torch._C._len_torch_function_stack():  # a lane's function modes are for what the model does
+            with torch._C.DisableTorchFunction():
+                return self._moved_from(lane, served)
+        return self._moved_from(lane, served)
+
+    @staticmethod
+    def _moved_from(lane: LaneRun, served: Served) -> list[str]:
+        moved = [(n, p) for n, p, address in served.resting if p.data_ptr() != address]
+        if not moved:
+            return []
+        around = {id(p): w.data_ptr() for frame in lane.frames for p, w in frame.held()}
+        return [name for name, p in moved if p.data_ptr() != around.get(id(p))]
 
     def _note_replaced(self, lane: LaneRun) -> None:
         """A lane is about to give way. Where the forward gave a weight that it holds other data, no other lane may come
@@ -330,7 +336,10 @@ class Attachment:
 
     def _leave(self, lane: LaneRun, failed: bool) -> None:
         """Take the innermost owner's weights out of the model and give up the lane's share of them."""
-        with _no_function_modes():
+        if torch._C._len_torch_function_stack():  # a lane's function modes are for what the model does
+            with torch._C.DisableTorchFunction():
+                self._take_out(lane, failed)
+        else:
             self._take_out(lane, failed)
 
     def _take_out(self, lane: LaneRun, failed: bool) -> None:
@@ -338,7 +347,7 @@ class Attachment:
         if watch is not None:
             watch.leave(lane, frame, check=not failed)
             watch.mode.recorder = None  # what hub and source do with memory is not the model's doing
-        elif frame.is_rewritten() or frame.replaced():
+        elif frame.is_changed():
             self._control.rewritten.add(frame.served.owner.name)
         del lane.frames[-1]
         served = frame.served

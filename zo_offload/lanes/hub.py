@@ -311,11 +311,11 @@ class Hub:
         index = [places.setdefault(lane.lane.perturbation, len(places)) for lane in group]
         rows = gather(served, group, self._host_of, self._upload) if served.rows else None
         scratch = self.source.emit(served.owner, list(places), rows, portion.pieces, fresh=watch is not None)
-        emission = Emission(scratch, len(group), self.source.release)
-        if rows is None and any(portion.strides):
+        emission = Emission(scratch, len(group), self.source.release, portion.params)
+        if rows is None and portion.is_laid_out:
             scratch = laid_out_as(portion.strides, emission.scratch)
             self.source.release(emission.scratch)
-            emission = Emission(scratch, len(group), None)
+            emission = Emission(scratch, len(group), None, portion.params)
         frames = [Frame(served, portion, scratch[i], emission) for i in index]
         return frames if watch is None else watch.serve(group, frames, rows)
 

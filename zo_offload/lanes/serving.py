@@ -82,6 +82,8 @@ class Portion:
     """What the parameters hold while the owner does not run."""
     strides: tuple[tuple[int, ...] | None, ...]
     """How each is to lie in memory; None: as it comes, row by row."""
+    is_laid_out: bool
+    """Some are to lie otherwise than they come."""
 
 
 class Served:
@@ -97,12 +99,20 @@ class Served:
 
 
 class Emission:
-    """Scratch of one emit, until the last of its lanes has left the owner."""
+    """Scratch of one emit, until the last of its lanes has left the owner. params: those that hold it."""
 
-    __slots__ = ("lanes_inside", "release", "scratch")
+    __slots__ = ("lanes_inside", "release", "scratch", "writes")
 
-    def __init__(self, scratch: list[list[Tensor]], lanes_inside: int, release: Callable[[Any], None] | None) -> None:
+    def __init__(
+        self,
+        scratch: list[list[Tensor]],
+        lanes_inside: int,
+        release: Callable[[Any], None] | None,
+        params: Sequence[nn.Parameter],
+    ) -> None:
         self.scratch, self.lanes_inside, self.release = scratch, lanes_inside, release
+        self.writes = _writes(params) if lanes_inside > 1 else -1
+        """How often the parameters had been changed in place before; -1: one lane alone may do so."""
 
     def leave(self) -> None:
         self.lanes_inside -= 1
@@ -135,12 +145,11 @@ def each_once(scratch: Sequence[Sequence[Tensor]], make: Callable[[int, Tensor],
 class Frame:
     """An owner that is running in a lane, with the lane's weights for it, or for this portion of it."""
 
-    __slots__ = ("emission", "origins", "portion", "served", "weights", "writes")
+    __slots__ = ("emission", "origins", "portion", "served", "weights")
 
     def __init__(self, served: Served, portion: Portion, weights: list[Tensor], emission: Emission) -> None:
         self.served, self.portion, self.weights, self.emission = served, portion, weights, emission
         self.origins: list[Origin] = []  # of the weights, in a watched run
-        self.writes = _writes(portion.params) if emission.lanes_inside > 1 else -1
 
     def held(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Parameters, and what the lane was given for each."""
@@ -151,17 +160,22 @@ class Frame:
         names = zip(self.portion.names, self.held(), strict=True)
         return [name for name, (p, w) in names if p.data_ptr() != w.data_ptr()]
 
-    def is_rewritten(self) -> bool:
-        """Whether a weight was changed in place since the lane came in, where others were served with it.
-
-        Changes through `.data` are not seen.
-        """
-        return self.writes >= 0 and self.writes != _writes(self.portion.params)
+    def is_changed(self) -> bool:
+        """Whether a parameter holds other data than the lane was given; or, where others were served with the lane, a
+        weight was changed in place since. Changes of values through `.data` are not seen."""
+        for p, w in zip(self.portion.params, self.weights, strict=True):
+            if p.data_ptr() != w.data_ptr():
+                return True
+        return self.emission.writes >= 0 and self.emission.writes != _writes(self.portion.params)
 
 
 def _writes(params: Sequence[nn.Parameter]) -> int:
     """How often parameters have been changed in place, as torch counts; to give one other data is no change."""
-    return sum(p._version for p in params if not p.is_inference())
+    count = 0
+    for p in params:
+        if not p.is_inference():
+            count += p._version
+    return count
 
 
 class PlainState:

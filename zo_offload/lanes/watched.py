@@ -77,7 +77,7 @@ class WatchedRun:
             place = [next(i for i, row in enumerate(emission.scratch) if row is f.weights) for f in frames]
             if emission.release is not None:
                 emission.release(emission.scratch)
-            emission = Emission(copies, len(frames), None)
+            emission = Emission(copies, len(frames), None, first.portion.params)
             origins = self._track(names, copies)
             assert origins is not None
             frames = [Frame(first.served, first.portion, copies[i], emission) for i in place]

@@ -22,6 +22,7 @@ ModeState = tuple[Any, ...]
 _Result = TypeVar("_Result")
 
 _c = torch._C
+_autocasts, _autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
 
 
 def current_modes() -> ModeState:
@@ -30,10 +31,7 @@ def current_modes() -> ModeState:
     (grad, inference, (autocast cpu, cuda: enabled and dtype), default dtype, attention kernels, the two mode stacks).
     Autocast's weight cache is not here: the hub keeps it off, because it is keyed by parameter.
     """
-    autocast = (
-        torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"),
-        torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
-    )  # fmt: skip
+    autocast = _autocasts("cpu"), _autocast_dtype("cpu"), _autocasts("cuda"), _autocast_dtype("cuda")
     kernels = (
         _c._get_flash_sdp_enabled(), _c._get_mem_efficient_sdp_enabled(), _c._get_math_sdp_enabled(),
         _c._get_cudnn_sdp_enabled(),

@@ -48,7 +48,7 @@ LEAVES: tuple[type, ...] = (
 _BARE = frozenset(vars(nn.Module())) - {"training"}  # what torch keeps in every module
 _OF_TORCH = ("_parameters", "_buffers", "_modules")
 _CLASSES_LEFT_OUT = ("torch", "transformers", "typing", "abc")  # nothing is kept in the classes of these
-_HOOKS = {
+HOOKS = {
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
 }
@@ -128,13 +128,13 @@ class Hooks(Place):
     """
 
     def __init__(self, held: dict[str, Any]) -> None:
-        self._held = held  # the module's attributes, which are a place of their own
+        self.held = held  # the module's attributes, which are a place of their own
         super().__init__(held["_forward_hooks"])
 
     def now(self) -> Any:
         """(attribute, id of the hook) -> hook, and option -> True."""
-        held, found = self._held, {}
-        for hooks, options in _HOOKS.items():
+        held, found = self.held, {}
+        for hooks, options in HOOKS.items():
             for key, hook in held[hooks].items():
                 if not _is_ours(hook):
                     found[hooks, key] = hook
@@ -154,9 +154,9 @@ class Hooks(Place):
 
     def put(self, key: Any, value: Any) -> None:
         for attribute, hook in self.now().keys() - value.keys():
-            del self._held[attribute][hook]
+            del self.held[attribute][hook]
         for (attribute, hook), what in value.items():
-            self._held[attribute][hook] = what
+            self.held[attribute][hook] = what
 
 
 class ClassNames(Place):

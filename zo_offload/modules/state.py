@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 from .generators import Generators, lane_seed, own_random_numbers
+from .glance import Glance
 from .modes import module_modes
 from .places import GONE, LEAVES, Place, Reach
 from .watch import storage_key
@@ -42,6 +43,7 @@ class ModuleState:
     def __init__(self, model: nn.Module, generators: Generators) -> None:
         self._model, self._generators = model, generators
         self._reach: Reach | None = None
+        self._glance: Glance | None = None  # of the places in reach
         self._cells: dict[Cell, Place] = {}  # that lanes are known to change
         self._memory: dict[int, Tensor] = {}  # that they are known to change: bytes of a storage, by its key
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # the bytes written in this pass, and what they were before
@@ -70,13 +72,15 @@ class ModuleState:
     def _note(self, watching: bool) -> bool:
         reach = self._reach
         if reach is not None and not watching:
-            others = [(place, key) for place in reach.places for key in place.changed()]
+            assert self._glance is not None
+            others = self._glance.changed()
             plain = (*LEAVES, type(GONE))
             if all(isinstance(v, plain) for place, key in others for v in (place.get(key), place.noted(key))):
-                for place, _ in others:  # the caller has set a number, say
-                    place.note()
+                if others:  # the caller has set a number, say
+                    self._glance.note([place for place, _ in others])
                 return True
         reach = self._reach = Reach(self._model)
+        self._glance = Glance(reach.places)
         for generator in reach.generators:
             self._generators.meet(generator)
         self._storages = {key: t for t in reach.tensors if (key := storage_key(t)) is not None}
@@ -113,14 +117,13 @@ class ModuleState:
 
     def _learn(self) -> list[Cell]:
         """Cells that were changed and were not known to be."""
-        assert self._reach is not None
+        assert self._glance is not None
         new: list[Cell] = []
-        for place in self._reach.places:
-            for key in place.changed():
-                cell = id(place.target), key
-                if cell not in self._cells:
-                    self._cells[cell] = place
-                    new.append(cell)
+        for place, key in self._glance.changed():
+            cell = id(place.target), key
+            if cell not in self._cells:
+                self._cells[cell] = place
+                new.append(cell)
         return new
 
     # ---- the end of a lane or of a pass ------------------------------------------------------------------------------

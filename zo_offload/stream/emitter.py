@@ -44,10 +44,7 @@ class Part:
     mask: Mask | None
     of: str | None
     """Which part of the model it is of, if single steps leave that out."""
-
-    @property
-    def trains(self) -> bool:
-        return self.spec.trainable
+    trains: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +87,7 @@ class Emitter:
             piece: Part(
                 piece, specs[piece.name], place, decay[piece.name], gains.get(piece.name, ONE).lane,
                 gains.get(piece.name, ONE).update, self._masks.get(piece.name),
-                log.parts.of.get(piece.name),
+                log.parts.of.get(piece.name), specs[piece.name].trainable,
             )
             for piece, place in layout.places.items()
         }  # fmt: skip
@@ -148,7 +145,7 @@ class Emitter:
     def _folding(self, parts: Sequence[Part], slot: Slot) -> tuple[Piece, ...]:
         """Pieces of which an update that they lack folds."""
         lacks, version = self._log.lacks, slot.version
-        return tuple([part.piece for part in parts if part.spec.trainable and lacks(version[part.piece], part.of)])
+        return tuple([part.piece for part in parts if part.trains and lacks(version[part.piece], part.of)])
 
     @staticmethod
     def _prepare_fold(window: BlockWindow, slot: Slot, writes: bool) -> None:
@@ -198,7 +195,7 @@ class Emitter:
         version, since = slot.version, self._log.since
         for part, i in zip(share.parts, share.index, strict=True):
             own = first if once[i] else lanes
-            if not part.spec.trainable:
+            if not part.trains:
                 told.append((_NOTHING, [STILL] * len(own), False, False))
                 continue
             if share.is_chosen or part.lane_gain != 1.0:

@@ -31,6 +31,14 @@ class Scratch:
     """What was worked out of these tensors' addresses; scratch that is handed out again brings it along."""
 
 
+@dataclass(eq=False)
+class _Kind:
+    """Scratch of some shapes: bytes of each tensor, and of all."""
+
+    sizes: list[int]
+    nbytes: int
+
+
 @dataclass
 class _Buffer:
     memory: Tensor
@@ -40,11 +48,11 @@ class _Buffer:
     def gap(self, nbytes: int) -> tuple[int, int] | None:
         """The first free place of that size."""
         start = 0
-        for low, high in [*self.taken, (self.memory.numel(), 0)]:
+        for low, high in self.taken:
             if start + nbytes <= low:
-                return start, start + nbytes
+                break
             start = high
-        return None
+        return (start, start + nbytes) if start + nbytes <= self.memory.numel() else None
 
 
 class ScratchPool:
@@ -58,7 +66,7 @@ class ScratchPool:
         self._alloc = alloc
         self._buffers: list[_Buffer] = []
         self._out: dict[int, tuple[_Buffer, Scratch]] = {}
-        self._sizes: dict[Any, tuple[list[int], int]] = {}  # bytes of each tensor of a kind of scratch, and of all
+        self._kinds: dict[Any, _Kind] = {}
         self.peak_bytes = 0
 
     @property
@@ -85,27 +93,27 @@ class ScratchPool:
             # from `alloc`, not from the heap: these go back to the system at once, where the heap would keep them
             kinds = list(zip(shapes, dtypes, strict=True))
             return Scratch(None, _sets(copies, once, lambda i: self._alone(*kinds[i])))
-        kind = tuple(shapes), tuple(dtypes), copies, tuple(once)
-        sizes, total = self._sizes.get(kind) or self._size(kind)
-        buffer, place = self._place(total)
+        asked = tuple(shapes), tuple(dtypes), copies, tuple(once)
+        kind = self._kinds.get(asked) or self._kind(asked)
+        buffer, place = self._place(kind.nbytes)
         scratch = buffer.cuts.get((place, kind))
         if scratch is None:  # views take microseconds each, and the same modules come again every step
             if len(buffer.cuts) >= _MOST_CUTS:
                 buffer.cuts.clear()
-            tensors = _cut(buffer.memory[slice(*place)], shapes, dtypes, sizes, copies, once)
+            tensors = _cut(buffer.memory[slice(*place)], shapes, dtypes, kind.sizes, copies, once)
             scratch = buffer.cuts[place, kind] = Scratch(buffer.memory, tensors, place)
         buffer.taken = sorted([*buffer.taken, place])
         self._out[id(scratch.tensors)] = buffer, scratch
         return scratch
 
-    def _size(self, kind: tuple[Any, ...]) -> tuple[list[int], int]:
-        shapes, dtypes, copies, once = kind
+    def _kind(self, asked: tuple[Any, ...]) -> _Kind:
+        shapes, dtypes, copies, once = asked
         sizes = [_nbytes(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
         total = sum(padded(n) * (1 if shared else copies) for n, shared in zip(sizes, once, strict=True))
-        if len(self._sizes) >= _MOST_CUTS:
-            self._sizes.clear()
-        self._sizes[kind] = sizes, max(_ALIGN, total)
-        return self._sizes[kind]
+        if len(self._kinds) >= _MOST_CUTS:
+            self._kinds.clear()
+        kind = self._kinds[asked] = _Kind(sizes, max(_ALIGN, total))
+        return kind
 
     def give(self, tensors: list[list[Tensor]]) -> None:
         """Take back what `take` handed out (its `tensors`)."""
@@ -120,7 +128,7 @@ class ScratchPool:
             buffer.taken = []
 
     def clear(self) -> None:
-        self._buffers, self._out, self._sizes = [], {}, {}
+        self._buffers, self._out, self._kinds = [], {}, {}
 
     def _alone(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._alloc(_nbytes(shape, dtype)).view(dtype).view(shape)
