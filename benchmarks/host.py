@@ -1,15 +1,13 @@
 """What the host does between two modules: microseconds of its time for each owner that is served in a step.
 
-    python -m benchmarks.host [--repeats 40] [--layers 24] [--gpu]
+    python -m benchmarks.host [--repeats 40] [--layers 24]
 
-One JSON line a tier. OPT of that many layers, so narrow (32) that nothing but the host's own work takes time; one thread,
-two lanes, a batch of 16 tokens. `turn_us` is a step's CPU seconds less those of as many plain forwards of the same model,
-divided by the owners that it serves: hooks, switches between lanes, the kernels' calls with their few elements, journal
-and window. `forward_us` is the plain forwards' share. CPU seconds of the process, since others on the machine disturb
-these less than the clock; medians, and the quickest, over blocks of steps.
-
---gpu: the CUDA device's code on the tests' GPU that is none, whose kernels are the CPU's: what is counted, not timed, is
-telling there (launches an owner). A change is compared with what it replaces in turns, with the same command in both.
+One JSON line a tier. OPT of that many layers, so narrow (32) that nothing but the host's own work takes time; one
+thread, two lanes, a batch of 16 tokens. `turn_us` is a step's CPU seconds less those of as many plain forwards of the
+same model, divided by the owners that it serves: hooks, switches between lanes, the kernels' calls with their few
+elements, journal and window. `forward_us` is the plain forwards' share. CPU seconds of the process, since others on
+the machine disturb these less than the clock; medians, and the quickest, over blocks of steps. A change is compared
+with what it replaces in turns, with this command in both checkouts.
 """
 
 from __future__ import annotations

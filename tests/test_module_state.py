@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from zo_offload import Engine, MeZO
 from zo_offload.errors import PlanError
 from zo_offload.modules.generators import Generators, lane_seed
+from zo_offload.modules.glance import Glance
+from zo_offload.modules.places import Reach
 from zo_offload.numerics.noise import NoiseSpec, assign_param_ids, noise, step_seed
 
 EPS = float(torch.tensor(1e-2))
@@ -630,3 +632,49 @@ def test_outputs_that_transformers_captures_are_each_lanes_own_at_every_step(cap
     found = [losses("module", "none"), losses("block", "disk"), losses("lane", "none")]
     assert found[0] == found[1] == found[2]
     assert found[0][0] == pytest.approx(plain, rel=1e-6)
+
+
+# ---- one look for all places -----------------------------------------------------------------------------------------
+
+
+def test_one_look_finds_what_asking_each_place_finds():
+    """Attributes, what they lead to, buffers and hooks changed by chance, put back and noted again."""
+    chance = random.Random(8)
+    for _ in range(12):
+        model = WithMore()
+        reach = Reach(model)
+        glance = Glance(reach.places)
+        modules = list(model.modules())
+        for turn in range(40):
+            module = chance.choice(modules)
+            kind = chance.randrange(9)
+            if kind == 0:
+                module.n = chance.choice([1, 2, turn])
+            elif kind == 1:
+                model.table[chance.choice("ab")] = chance.choice([1, None, turn])
+            elif kind == 2:
+                model.seen.append(turn)
+            elif kind == 3:
+                module.register_buffer(f"b{turn % 3}", chance.choice([None, torch.zeros(1)]))
+            elif kind == 4:
+                module.register_forward_pre_hook(lambda m, args: None, with_kwargs=False, prepend=turn % 2 == 0)
+            elif kind == 5:
+                module._forward_hooks = collections.OrderedDict()
+            elif kind == 6 and "n" in vars(module):
+                del module.n
+            elif kind == 7:
+                for place in reach.places:
+                    place.put_back()
+            want = {(id(place.target), str(key)) for place in reach.places for key in place.changed()}
+            assert {(id(place.target), str(key)) for place, key in glance.changed()} == want, (turn, kind)
+            if turn % 5 == 4:
+                glance.note([place for place in reach.places if place.changed()])
+                assert glance.changed() == [], "all noted"
+
+
+class WithMore(Stack):
+    """With attributes that lead to more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.seen = {"a": 1}, [0]

@@ -204,7 +204,9 @@ def sums_of(lanes: Iterable[Perturbation]) -> tuple[Terms, ...]:
 def places_of(lanes: Iterable[Perturbation]) -> dict[Terms, int]:
     """Of each sum that lanes are along, the index of its first term where their terms lie one after another."""
     places, count = dict[Terms, int](), 0
-    for terms in sums_of(lanes):
+    for terms in [lane.terms for lane in lanes if lane.terms is not None]:
+        if terms in places:
+            continue
         places[terms], count = count, count + len(terms.seeds)
     return places
 

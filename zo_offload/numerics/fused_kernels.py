@@ -212,11 +212,14 @@ class _ReadyOnCpu:
 
     def run(self, told: Sequence[Told], mark: Mark) -> None:
         packed: list[bytes] = []
+        pack, before = LANE.pack, None
+        places, terms = dict[Terms, int](), b""
         for part, heads, (updates, lanes, write_back, residual) in zip(self._parts, self._heads, told, strict=True):
             if isinstance(updates, DeviceUpdates):
                 updates = Updates(updates.read())
-            places = places_of(lanes)
-            terms = b"".join([terms.read() for terms in places])
+            if lanes is not before:  # most often they are those of the part before
+                before, places = lanes, places_of(lanes)
+                terms = b"".join([terms.read() for terms in places]) if places else b""
             kind = len(updates), len(terms), updates.folds, write_back, residual
             head = heads.get(kind)
             if head is None:
@@ -224,8 +227,11 @@ class _ReadyOnCpu:
                 num_terms = len(terms) // UPDATE.size
                 head = heads[kind] = native.pack_pass(**fields, num_updates=len(updates), num_terms=num_terms)
             packed += head, updates.packed, terms
-            for (address, code), lane in zip(part.outs, lanes, strict=True):
-                packed.append(LANE.pack(*lane_of(lane, address, code, places)))
+            pairs = zip(part.outs, lanes, strict=True)
+            if places:
+                packed += [pack(*lane_of(lane, address, code, places)) for (address, code), lane in pairs]
+            else:
+                packed += [pack(lane.seed, address, lane.scale, code) for (address, code), lane in pairs]
         threads = torch.get_num_threads() if self._threads is None else self._threads
         self._library.run_passes(mark.codes, b"".join(packed), len(self._parts), threads)
 
