@@ -43,8 +43,11 @@ enum {
 
 // Which elements a pass changes; of the others it only rounds what it is told to round. By magnitude: those with
 // |w| <= limit, a float32's bits, w as it is before a step's first update, and for lanes as it is after all updates. By
-// chance: those whose 16 random bits (8 elements a block, as for rounding, of `mask_seed`) are less than `limit`.
-enum { ZO_MASK_NONE = 0, ZO_MASK_MAGNITUDE = 1, ZO_MASK_RANDOM = 2, ZO_NUM_MASKS = 3 };
+// chance: those whose 16 random bits (8 elements a block, as for rounding, of `mask_seed`) are less than `limit`. By a
+// list: `mask_seed` is its address, of zo_u32 starts[limit + 1] and zo_u16 places[starts[limit]]; the listed elements among
+// [1024 t, 1024 (t + 1)) of the parameter are 1024 t + places[starts[t] .. starts[t + 1] - 1].
+enum { ZO_MASK_NONE = 0, ZO_MASK_MAGNITUDE = 1, ZO_MASK_RANDOM = 2, ZO_MASK_LISTED = 3, ZO_NUM_MASKS = 4 };
+enum { ZO_LISTED = 1024 };
 
 struct zo_pass {
   void* stored;              // values plane, from the parameter's element `offset` on; as below

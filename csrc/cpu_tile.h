@@ -365,6 +365,17 @@ __attribute__((noinline)) void mask_random(const zo_key& key, zo_u64 g, zo_u32 l
   for (int i = 0; i < n; i += V::WIDTH) V::store_bits(mask + i, zo_mask_random<V>(V::load16(random + i), limit));
 }
 
+inline void mask_listed(const zo_pass& pass, zo_u64 g, int n, zo_u32* mask) {
+  __builtin_memset(mask, 0, 4 * n);
+  for (zo_u64 tile = g / ZO_LISTED; tile * ZO_LISTED < g + n; ++tile) {
+    const zo_listed list = zo_listed_at(pass, tile);
+    for (zo_u32 k = list.from; k < list.to; ++k) {
+      const zo_u64 at = tile * ZO_LISTED + list.places[k] - g;  // wraps around below g
+      if (at < (zo_u64)n) mask[at] = ~0u;
+    }
+  }
+}
+
 // changed = as it was where the mask has not the element
 template <class V>
 __attribute__((noinline)) void undo(const zo_u32* mask, const float* was, float* changed, int n) {
@@ -491,6 +502,7 @@ void segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
     else
       decode<V>(format, planes, grid, w, span);
     if (pass.mask == ZO_MASK_RANDOM) mask_random<V, R>(*work->mask_key, cut.first, pass.mask_limit, span, random, mask);
+    if (pass.mask == ZO_MASK_LISTED) mask_listed(pass, cut.first, span, mask);
     for (zo_u32 k = 0; k < pass.num_updates; ++k) {
       if (pass.mask == ZO_MASK_MAGNITUDE && !(k && work->updates[k].flags & ZO_UPDATE_SAME_STEP))
         mask_magnitude<V>(w, pass.mask_limit, span, mask);

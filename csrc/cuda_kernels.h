@@ -262,6 +262,17 @@ ZO_DEV zo_u32 mask_random(const zo_pass& pass, zo_u64 g) {
 ZO_DEV zo_u32 first_term(const zo_lane& lane) { return (zo_u32)lane.seed; }
 ZO_DEV zo_u32 end_of_terms(const zo_lane& lane) { return (zo_u32)lane.seed + (zo_u32)(lane.seed >> 32); }
 
+ZO_DEV zo_u32 mask_listed(const zo_pass& pass, zo_u64 g) {
+  const zo_listed list = zo_listed_at(pass, g / ZO_LISTED);
+  zo_u32 bits = 0;
+#pragma unroll 1
+  for (zo_u32 k = list.from; k < list.to; ++k) {
+    const zo_u32 at = list.places[k] - (zo_u32)(g % ZO_LISTED);  // wraps around below g
+    if (at < 8) bits |= 1u << at;
+  }
+  return bits;
+}
+
 // z = what a lane is perturbed along, of 8 elements: a sum of noises, or that of its seed alone, which is 0 + 1 * itself
 template <class Noise>
 ZO_DEV void make_along(const zo_pass& pass, const zo_lane& lane, zo_u64 g, float (&z)[8]) {
@@ -317,7 +328,10 @@ ZO_DEV void tile_of(const zo_cuda_args& args, const Run& run, zo_u64 start) {
   zo_u32 mask[CHUNKS];
   Noise noise;
 #pragma unroll
-  for (int c = 0; c < CHUNKS; ++c) mask[c] = pass.mask == ZO_MASK_RANDOM ? mask_random(pass, g + 256 * c) : 0xffu;
+  for (int c = 0; c < CHUNKS; ++c)
+    mask[c] = pass.mask == ZO_MASK_RANDOM   ? mask_random(pass, g + 256 * c)
+              : pass.mask == ZO_MASK_LISTED ? mask_listed(pass, g + 256 * c)
+                                            : 0xffu;
 #pragma unroll
   for (int c = 0; c < CHUNKS; ++c) {
     const Eight e = eight_of<WHOLE>(run, g + 256 * c);

@@ -56,6 +56,17 @@ ZO_HD typename B::F zo_where(typename B::U mask, typename B::F a, typename B::F 
   return B::value(B::xor_(B::bits(b), B::and_(mask, B::xor_(B::bits(a), B::bits(b)))));
 }
 
+// What a list says of ZO_LISTED elements: places [from, to) of `places`.
+struct zo_listed {
+  const zo_u16* places;
+  zo_u32 from, to;
+};
+ZO_HD zo_listed zo_listed_at(const zo_pass& pass, zo_u64 tile) {
+  const zo_u32* starts = (const zo_u32*)pass.mask_seed;
+  if (tile >= pass.mask_limit) return zo_listed{nullptr, 0, 0};
+  return zo_listed{(const zo_u16*)(starts + pass.mask_limit + 1), starts[tile], starts[tile + 1]};
+}
+
 // index of the last update that folds, or -1
 ZO_HD int zo_last_fold(const zo_update* updates, zo_u32 count) {
   int last = -1;

@@ -115,7 +115,8 @@ def run_simulated(
     """`kernels.run_pass` as `OnGpu` would call it, allowed to touch nothing else."""
     given = device_updates(updates)
     rows = options.pop("rows", None)
-    kernels.touch = [t for t in (stored, residual, rows, given.records, *outs) if t is not None]
+    listed = None if options.get("mask") is None else options["mask"].elements
+    kernels.touch = [t for t in (stored, residual, rows, given.records, listed, *outs) if t is not None]
     kernels.run_pass(
         **planes(stored, residual, fmt, options.pop("plane_numel", numel)), numel=numel, updates=given, param_id=7,
         noise=spec_of(kind, rounds), stream=0, rows=0 if rows is None else rows.data_ptr(),
@@ -221,7 +222,10 @@ def test_the_pass_has_the_bits_of_the_cpu_library(kernels, name, kind, which, st
     )
 
 
-MASKS = {"small": Mask.smallest(2.0**-5), "by chance": Mask.random(0.3, (1 << 63) + 5)}
+LIST = torch.randperm(3003, generator=torch.Generator().manual_seed(1))[:900].sort().values + 640
+MASKS = {
+    "small": Mask.smallest(2.0**-5), "by chance": Mask.random(0.3, (1 << 63) + 5), "listed": Mask.listed(LIST, 3643)
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name, kind", PAIRS)

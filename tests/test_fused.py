@@ -121,8 +121,14 @@ def random_case(chance: random.Random, fmt=None, target="values"):
         shift=chance.choice([0, 0, 1, 3]),
         noise=NoiseSpec(chance.choice(["gaussian", "rademacher"]), chance.choice([7, 10])),
         param_id=chance.randrange(1 << 32),
-        mask=None if target == "scales" else chance.choice([None, *masks(chance)]),
+        mask=None if target == "scales" else chance.choice([None, *masks(chance), *near(chance, offset, n, fmt)]),
     )
+
+
+def near(chance, offset, numel, fmt):
+    """A list for elements that are not too far from the first: it has a number for each 1024 before them."""
+    offset = offset // fmt.group * fmt.group if fmt.group else offset
+    return [listed(chance, offset, numel)] * 2 if offset < 1 << 20 else []
 
 
 def sum_of(chance, seeds):
@@ -136,6 +142,14 @@ def masks(chance):
     thresholds = [0.0, f32(0.003), f32(0.03)]
     shares = [(1e-3, 1), (0.75, 1 << 63), (1.0, 5)]
     return [*map(Mask.smallest, thresholds), *(Mask.random(*share) for share in shares)]
+
+
+def listed(chance, offset, numel):
+    """Some elements of a parameter, a slice of which passes: none of the slice, a few, all; and some beside it."""
+    few = [chance.randrange(numel) for _ in range(chance.choice([0, 1, 3, 200]))] if numel else []
+    inside = sorted({offset + at for at in (range(numel) if chance.random() < 0.2 else few)})
+    beside = [at for at in (offset - 1, offset - 1030) if at >= 0] or [offset + numel]
+    return Mask.listed(torch.tensor(sorted({*inside, *beside, offset + numel + 5})), offset + numel + 6)
 
 
 @each_isa

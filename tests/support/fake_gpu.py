@@ -351,6 +351,7 @@ class HostKernels(CpuKernels):
         with self.gpu.quiet():
             listed = [] if updates is None else updates.read()
             sums = b"" if terms is None else terms.cpu().numpy().tobytes()
+            call["mask"] = None if call.get("mask") is None else call["mask"].on(lambda elements: elements.cpu())
         tail = [*(u.packed for u in listed), sums]
         tail += [LANE.pack(seed, out - ELSEWHERE, scale, code) for seed, out, scale, code in lanes]
         call |= {name: call[name] - ELSEWHERE for name in _ADDRESSES if call.get(name)}

@@ -4,7 +4,8 @@ A method asks for them (`Method.mask`). One by chance is as it is asked for. Of 
 found in the base: the magnitude that so many of the parameter's elements do not exceed, to the last bit, read a chunk
 at a time in one pass (two, of weights with more bits than bfloat16) that counts magnitudes by their upper and lower 16
 bits. All are in the journal's header: a resumed or replayed run takes them from there, and one whose header has none
-has none.
+has none. Of a list of elements the header has its length and digest; the list itself is in the run directory's
+`masks.safetensors` (by parameter, int64 indices), and where that is not at hand, the method gives it again.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ..checkpoint.weights import Base, chunks
@@ -23,10 +26,13 @@ from ..errors import ConfigError, JournalError
 from ..kernels.records import Mask, Masks, Smallest
 from ..methods import Method
 from ..plan.plan import Plan
+from ..system import diskio
 
 _log = logging.getLogger(__name__)
 
 _BINS = 1 << 16
+LISTS = "masks.safetensors"
+"""In a run directory."""
 
 
 def decide_masks(plan: Plan, method: Method, base: Base, run_seed: int) -> dict[str, Mask]:
@@ -50,6 +56,8 @@ def decide_masks(plan: Plan, method: Method, base: Base, run_seed: int) -> dict[
         else:
             zeros.append(name)
     _check_zeros(plan, method, asked, zeros)
+    if found and all(mask.kind == "listed" and not mask.limit for mask in found.values()):
+        raise ConfigError(f"method {method.name!r}: its lists of elements have none of any parameter that trains")
     return found
 
 
@@ -108,8 +116,20 @@ def record_of(masks: Masks) -> dict[str, list[Any]]:
     return {name: [mask.kind, mask.limit, mask.seed] for name, mask in sorted(masks.items())}
 
 
-def masks_of(header: Mapping[str, Any], plan: Plan, where: str) -> dict[str, Mask]:
-    """The masks that a journal's header tells; none in one that tells of none. Raises JournalError on other things."""
+def save_lists(run_dir: Path, masks: Masks) -> None:
+    """Write the lists among a run's masks; nothing if there are none."""
+    if lists := {name: mask.indices for name, mask in masks.items() if mask.kind == "listed"}:
+        diskio.replace_file(run_dir / LISTS, save(lists))
+
+
+def masks_of(
+    header: Mapping[str, Any], plan: Plan, where: str, *, method: Method | None = None, run_dir: Path | None = None
+) -> dict[str, Mask]:
+    """The masks that a journal's header tells; none in one that tells of none. Raises JournalError on other things.
+
+    Lists are those in run_dir, else what the method gives; JournalError where one is not that of the header. Without
+    a method there are none: the masks are what the header has of them.
+    """
     record = header.get("masks", {})
     try:
         found = {name: Mask(kind, limit, seed) for name, (kind, limit, seed) in record.items()}
@@ -117,4 +137,18 @@ def masks_of(header: Mapping[str, Any], plan: Plan, where: str) -> dict[str, Mas
         raise JournalError(f"{where}: the header's masks are malformed: {str(record)[:100]}") from error
     if odd := [name for name in found if name not in plan.params]:
         raise JournalError(f"{where}: the header has masks that cannot be of this model: {', '.join(odd[:5])}")
+    listed = {name: mask for name, mask in found.items() if mask.kind == "listed"}
+    if not listed or method is None:
+        return found
+    file = None if run_dir is None else run_dir / LISTS
+    lists = load(diskio.read_file(file)) if file is not None and file.exists() else {}
+    for name, mask in listed.items():
+        spec, there = plan.params[name], name in lists
+        given = Mask.listed(lists[name], spec.numel) if there else method.mask(int(header["seed"]), name, spec.shape)
+        if given != mask or not isinstance(given, Mask):
+            raise JournalError(
+                f"{where}: {file if there else 'what the method reads'} has another list of {name!r}'s elements than "
+                f"the run, whose header has {mask.limit} elements with digest {mask.seed:016x}. Restore {LISTS}"
+            )
+        found[name] = given
     return found

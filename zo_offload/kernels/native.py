@@ -82,11 +82,11 @@ def pack_pass(
     return _PASS.pack(
         stored, scales, minima, residual, rows, updates, terms, 0, numel, offset, num_rows,
         numel if total is None else total,
-        0 if mask is None else mask.seed, num_updates, num_lanes, format, group, param_id, row(distribution).code,
+        0 if mask is None else mask.words[0], num_updates, num_lanes, format, group, param_id, row(distribution).code,
         rounds,
         write_back | stochastic << 1 | target_scales << 2 | master << 3 | centred << 4,
         0 if mask is None else MASKS[mask.kind],
-        0 if mask is None else mask.limit, num_terms, 0,
+        0 if mask is None else mask.words[1], num_terms, 0,
     )  # fmt: skip
 
 

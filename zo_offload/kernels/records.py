@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal, Self
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -85,12 +87,16 @@ class Mask:
     magnitude: those with |w| at most a threshold, whose float32 bits `limit` is. w is float32 and current: before the
     first update of each step for its updates, after all updates for lanes; so a step's lanes and its updates have the
     same mask, but in a split format, where lanes see the coarse part and folds the master. random: those whose 16
-    random bits, a function of (seed, parameter, element), are less than `limit`.
+    random bits, a function of (seed, parameter, element), are less than `limit`. listed: those of a list, `limit` of
+    them, whose digest `seed` is.
     """
 
-    kind: Literal["magnitude", "random"]
+    kind: Literal["magnitude", "random", "listed"]
     limit: int
     seed: int = 0
+    elements: Tensor | None = field(default=None, compare=False, repr=False)
+    """Of a list, as kernels read it, uint8: for each 1024 elements and one more the number of listed ones before them
+    (uint32), then each listed element's place among its 1024 (uint16). None: known by its digest alone."""
 
     def __post_init__(self) -> None:
         most = MOST_LIMITS.get(self.kind, -1)
@@ -114,6 +120,43 @@ class Mask:
             raise ConfigError(f"share={share}: expected more than 0 and at most 1")
         return cls("random", max(1, round(share * 65536)), seed)
 
+    @classmethod
+    def listed(cls, indices: Tensor, numel: int) -> Mask:
+        """Of the elements with these indices in a parameter of so many, int64 [any], rising."""
+        at = indices.to("cpu", torch.int64).contiguous()
+        odd = at.dim() != 1 or bool((at[1:] <= at[:-1]).any())
+        if odd or (at.numel() and (int(at[0]) < 0 or int(at[-1]) >= numel)):
+            raise ConfigError(
+                f"a mask of listed elements needs indices from 0 to {numel - 1} in one dimension, each larger than the "
+                f"one before; there are {at.numel()} of shape {tuple(at.shape)}"
+            )
+        tiles = -(-numel // LISTED)
+        starts = torch.searchsorted(at, torch.arange(tiles + 1, device="cpu") * LISTED).to(torch.int32)
+        places = (at % LISTED).to(torch.int16)
+        digest = hashlib.blake2b(at.numpy().tobytes(), digest_size=8).digest()
+        packed = torch.cat([starts.view(torch.uint8), places.view(torch.uint8)])
+        return cls("listed", at.numel(), int.from_bytes(digest, "little"), packed)
+
+    def on(self, upload: Callable[[Tensor], Tensor]) -> Mask:
+        """With its list where a tensor is brought like this."""
+        return self if self.elements is None else replace(self, elements=upload(self.elements))
+
+    @property
+    def indices(self) -> Tensor:
+        """Of a list that is here: int64 [limit]."""
+        assert self.elements is not None
+        end = self.elements.numel() - 2 * self.limit
+        counts = self.elements[:end].view(torch.int32).to(torch.int64).diff()
+        first = torch.repeat_interleave(torch.arange(len(counts), device="cpu") * LISTED, counts)
+        return first.add(self.elements[end:].view(torch.int16))
+
+    @property
+    def words(self) -> tuple[int, int]:
+        """`mask_seed` and `mask_limit` of struct zo_pass: of a list, its address and how many 1024s it is of."""
+        if self.elements is None:
+            return self.seed, self.limit
+        return self.elements.data_ptr(), (self.elements.numel() - 2 * self.limit) // 4 - 1
+
     @property
     def threshold(self) -> float:
         """Of a mask by magnitude: the largest |w| that it has."""
@@ -128,9 +171,11 @@ class Smallest:
     share: float
 
 
-MASKS = {"magnitude": 1, "random": 2}
+MASKS = {"magnitude": 1, "random": 2, "listed": 3}
 """Codes of csrc/api.h."""
-MOST_LIMITS = {"magnitude": 0x7F7FFFFF, "random": 65536}
+MOST_LIMITS = {"magnitude": 0x7F7FFFFF, "random": 65536, "listed": 0x7FFFFFFF}
+LISTED = 1024
+"""Elements whose listed ones lie together."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,6 +33,7 @@ from .qzo import QZO, QZOShift
 from .random_mask import RandomMask
 from .rank import RankSGD
 from .seed_pool import SeedPool
+from .senszoq import SensZOQ
 from .sign import SignSGD
 from .sparse_mezo import SparseMeZO
 from .spsa15 import SPSA15
@@ -40,7 +41,7 @@ from .spsa15 import SPSA15
 __all__ = [
     "DEFAULT", "FZOO", "MEAZO", "METHODS", "NSPSA", "PRESETS", "QZO", "SPSA15", "ConMeZO", "Conservative",
     "FZOOLeaveOneOut", "FZOOReuse", "LeZO", "Mask", "MeZO", "Method", "Momentum", "Perturbation", "QZOShift",
-    "RandomMask", "RankSGD", "SeedPool", "SignSGD", "Smallest", "SparseMeZO", "Step", "Terms",
+    "RandomMask", "RankSGD", "SeedPool", "SensZOQ", "SignSGD", "Smallest", "SparseMeZO", "Step", "Terms",
     "Told", "check_tunes", "divide", "known_record", "lr_schedule", "method_from", "method_training", "sqrt",
     "step_seed", "total",
 ]  # fmt: skip

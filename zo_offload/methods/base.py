@@ -244,7 +244,8 @@ class Method(ABC):
 
     def mask(self, run_seed: int, name: str, shape: torch.Size) -> Mask | Smallest | None:
         """The elements of a parameter that its lanes perturb and its updates change; None: all. Asked once, when a run
-        begins, and kept in its journal (`journal/masks.py`). Of values: a method that trains scales has none."""
+        begins, and kept in its journal (`journal/masks.py`); of `Mask.listed` its digest is, and the list in the run
+        directory. Of values: a method that trains scales has none."""
         return None
 
     def part(self, name: str) -> str | None:

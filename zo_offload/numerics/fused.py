@@ -267,6 +267,9 @@ def _residual(
     """The residual part if this pass uses it, else None; ConfigError if it is needed and not there, or not right."""
     if target not in _TARGETS:
         raise ConfigError(f"target={target!r}: choose one of {_TARGETS}")
+    if mask is not None and mask.kind == "listed" and (mask.elements is None or mask.elements.device != device):
+        where = "not here" if mask.elements is None else f"on {mask.elements.device}"
+        raise ConfigError(f"the list of a mask's {mask.limit} elements is {where}: bring it to {device}")
     if mask is not None and target == "scales":
         raise ConfigError("target='scales': a mask is of values; the scales of groups have none")
     if master and folds:

@@ -36,6 +36,11 @@ def _kept(mask: Mask | None, w: F32, noise: NoiseSpec, param_id: int, offset: in
     if mask.kind == "magnitude":
         kept: np.ndarray[Any, Any] = (w.view(np.uint32) & np.uint32(0x7FFFFFFF)) <= np.uint32(mask.limit)
         return kept
+    if mask.kind == "listed":
+        at = mask.indices.numpy()
+        kept = np.zeros(len(w), bool)
+        kept[at[(at >= offset) & (at < offset + len(w))] - offset] = True
+        return kept
     return half_words(noise.rounds, mask.seed, param_id, TAG_MASK, len(w), offset) < mask.limit
 
 

@@ -71,7 +71,10 @@ def _begin(
     """The session of a replay: nothing is written, and blocks are made from the base when they are fetched."""
     check_identity(identity_of(opened, str(header.get("base"))), header)
     check_sample(opened.base, header)
-    gains, masks = gains_of(header, opened.prepared.plan, where), masks_of(header, opened.prepared.plan, where)
+    plan, run_dir = opened.prepared.plan, Path(where)
+    run_dir = run_dir if run_dir.is_dir() else run_dir.parent
+    gains = gains_of(header, plan, where)
+    masks = masks_of(header, plan, where, method=opened.prepared.method, run_dir=run_dir)
 
     def check() -> None:
         check_identity({"base": opened.base.digest()}, header)

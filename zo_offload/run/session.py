@@ -17,7 +17,7 @@ from ..journal.format import history_start
 from ..journal.gains import decide_gains, gains_of, record_of
 from ..journal.identity import about_base, check_identity, check_sample, header_of, identity, warn_of_versions
 from ..journal.journal import Journal
-from ..journal.masks import decide_masks, masks_of
+from ..journal.masks import decide_masks, masks_of, save_lists
 from ..journal.masks import record_of as record_of_masks
 from ..journal.mirror import Mirror
 from ..kernels.records import Gains, Masks
@@ -157,7 +157,11 @@ class Maker:
         warn_of_versions(known, "the run")
         check_identity(self._identity(self._base.digest()), known)
         plan, where = self._prepared.plan, "the run's journal"
-        tier, gains, masks = self._memory_tier(), gains_of(known, plan, where), masks_of(known, plan, where)
+        tier, gains, masks = (
+            self._memory_tier(),
+            gains_of(known, plan, where),
+            masks_of(known, plan, where, method=self._prepared.method),
+        )
         self._ingest(tier)
         return Session(tier, self._stepper(updates, journal, gains), gains, masks, journal, reopened=True)
 
@@ -239,6 +243,7 @@ class Maker:
             self._clear(run_dir)
         gains, masks = self._first_gains(), self._first_masks()
         if self._leads:
+            save_lists(run_dir, masks)
             run_directory.save_config(run_dir, opened.name, opened.model_class, prepared.config, prepared.method)
         files = None
         if prepared.offload == "disk":
@@ -293,7 +298,9 @@ class Maker:
             undo.callback(files.close)
             again = all_blocks
         gains = gains_of(journal.header, prepared.plan, str(journal.path))
-        masks = masks_of(journal.header, prepared.plan, str(journal.path))
+        masks = masks_of(
+            journal.header, prepared.plan, str(journal.path), method=prepared.method, run_dir=self.opened.run_dir
+        )
         stepper = self._stepper(updates, journal, gains)
         origin.begin(journal, stepper)
         if again:

@@ -91,7 +91,7 @@ class Streamer:
             rounding=rounding,
             decay={name: decays(spec) for name, spec in plan.params.items()},
             gains=gains or {},
-            masks=masks or {},
+            masks={name: mask.on(device.upload) for name, mask in (masks or {}).items()},
             threads=threads,
         )
         self._recipes: dict[tuple[str, Piece | None, int], _Recipe] = {}
