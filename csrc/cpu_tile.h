@@ -292,65 +292,6 @@ __attribute__((noinline)) void make_noise(const zo_key& key, zo_u64 g, int n, No
     philox_words<V, R, 1>(key, g >> 7, n / 128, noise.signs);
 }
 
-// w = fma(scale, z, w)
-template <class V, int R>
-__attribute__((noinline)) void add_noise(float* w, float by, const zo_key& key, zo_u64 g, int n, zo_u32* signs) {
-  const typename V::F scale = V::f(by);
-  const auto add = [&](int i, typename V::F z) { V::store(w + i, zo_add_noise<V>(V::load(w + i), scale, z)); };
-  if (key.tag == ZO_TAG_GAUSSIAN) {
-    gaussian<V, R>(key, g, n, add);
-  } else if (key.tag == ZO_TAG_BOX_MULLER) {
-    box_muller<V, R>(key, g, n, add);
-  } else {
-    philox_words<V, R, 1>(key, g >> 7, n / 128, signs);
-    for (int i = 0; i < n; i += V::WIDTH) V::store(w + i, V::add_signed(V::load(w + i), scale, signs, i));
-  }
-}
-
-template <class V, int R>
-void update(float* w, const zo_update& u, const zo_key& key, zo_u64 g, int n, Noise& noise) {
-  if (u.decay != 1.0f) {
-    const typename V::F decay = V::f(u.decay);
-    for (int i = 0; i < n; i += V::WIDTH) V::store(w + i, V::mul(V::load(w + i), decay));
-  }
-  if (u.coeff != 0.0f) add_noise<V, R>(w, -u.coeff, key, g, n, noise.signs);
-}
-
-// What lane j is perturbed along: noise of its seed, or a sum of noises, which is floats whatever they are of.
-template <class V, int R>
-void make_lane_noise(const zo_work* work, zo_u32 j, zo_u64 g, int n, Noise& noise) {
-  const zo_lane& l = work->lanes[j];
-  if (!(l.format & ZO_LANE_SUM)) {
-    make_noise<V, R>(work->lane_keys[j], g, n, noise);
-    return;
-  }
-  __builtin_memset(noise.z, 0, 4 * n);
-  const zo_u32 first = (zo_u32)l.seed, count = (zo_u32)(l.seed >> 32);
-  for (zo_u32 k = first; k < first + count; ++k)
-    if (work->terms[k].coeff != 0.0f)
-      add_noise<V, R>(noise.z, work->terms[k].coeff, work->term_keys[k], g, n, noise.signs);
-}
-
-// Its distribution as `lane` goes by it: floats, or signs.
-inline int tag_of_lane(const zo_work* work, const zo_lane& l) {
-  return l.format & ZO_LANE_SUM ? (int)ZO_TAG_GAUSSIAN : work->tag;
-}
-
-inline int format_of_lane(const zo_lane& l) { return (int)(l.format & ~(zo_u32)ZO_LANE_SUM); }
-
-template <class V, bool PAST_CACHE>
-__attribute__((noinline)) void lane(const float* w, const Noise& noise, int tag, float scale, int format, zo_u8* out,
-                                    int n) {
-  const typename V::F s = V::f(scale);
-  if (scale == 0.0f)
-    emit<V, PAST_CACHE>(format, out, n, [&](int i) { return V::load(w + i); });
-  else if (tag != ZO_TAG_RADEMACHER)
-    emit<V, PAST_CACHE>(format, out, n,
-                        [&](int i) { return zo_add_noise<V>(V::load(w + i), s, V::load(noise.z + i)); });
-  else
-    emit<V, PAST_CACHE>(format, out, n, [&](int i) { return V::add_signed(V::load(w + i), s, noise.signs, i); });
-}
-
 // ---- masks: a word an element, all ones where it is perturbed and updated
 
 template <class V>
@@ -376,11 +317,87 @@ inline void mask_listed(const zo_pass& pass, zo_u64 g, int n, zo_u32* mask) {
   }
 }
 
-// changed = as it was where the mask has not the element
-template <class V>
-__attribute__((noinline)) void undo(const zo_u32* mask, const float* was, float* changed, int n) {
-  for (int i = 0; i < n; i += V::WIDTH)
-    V::store(changed + i, zo_where<V>(V::load_bits(mask + i), V::load(changed + i), V::load(was + i)));
+// A changed vector, where the mask has its elements.
+template <class V, bool MASKED>
+ZO_HD typename V::F kept(const zo_u32* mask, int i, typename V::F changed, typename V::F was) {
+  if constexpr (MASKED)
+    return zo_where<V>(V::load_bits(mask + i), changed, was);
+  else
+    return changed;
+}
+
+// w = fma(scale, z, w), where the mask has the element
+template <class V, int R, bool MASKED>
+__attribute__((noinline)) void add_noise(float* w, float by, const zo_key& key, zo_u64 g, int n, zo_u32* signs,
+                                         const zo_u32* mask) {
+  const typename V::F scale = V::f(by);
+  const auto add = [&](int i, typename V::F z) {
+    const typename V::F was = V::load(w + i);
+    V::store(w + i, kept<V, MASKED>(mask, i, zo_add_noise<V>(was, scale, z), was));
+  };
+  if (key.tag == ZO_TAG_GAUSSIAN) {
+    gaussian<V, R>(key, g, n, add);
+  } else if (key.tag == ZO_TAG_BOX_MULLER) {
+    box_muller<V, R>(key, g, n, add);
+  } else {
+    philox_words<V, R, 1>(key, g >> 7, n / 128, signs);
+    for (int i = 0; i < n; i += V::WIDTH) {
+      const typename V::F was = V::load(w + i);
+      V::store(w + i, kept<V, MASKED>(mask, i, V::add_signed(was, scale, signs, i), was));
+    }
+  }
+}
+
+template <class V, int R, bool MASKED>
+void update(float* w, const zo_update& u, const zo_key& key, zo_u64 g, int n, Noise& noise, const zo_u32* mask) {
+  if (u.decay != 1.0f) {
+    const typename V::F decay = V::f(u.decay);
+    for (int i = 0; i < n; i += V::WIDTH) {
+      const typename V::F was = V::load(w + i);
+      V::store(w + i, kept<V, MASKED>(mask, i, V::mul(was, decay), was));
+    }
+  }
+  if (u.coeff != 0.0f) add_noise<V, R, MASKED>(w, -u.coeff, key, g, n, noise.signs, mask);
+}
+
+// What lane j is perturbed along: noise of its seed, or a sum of noises, which is floats whatever they are of.
+template <class V, int R>
+void make_lane_noise(const zo_work* work, zo_u32 j, zo_u64 g, int n, Noise& noise) {
+  const zo_lane& l = work->lanes[j];
+  if (!(l.format & ZO_LANE_SUM)) {
+    make_noise<V, R>(work->lane_keys[j], g, n, noise);
+    return;
+  }
+  __builtin_memset(noise.z, 0, 4 * n);
+  const zo_u32 first = (zo_u32)l.seed, count = (zo_u32)(l.seed >> 32);
+  for (zo_u32 k = first; k < first + count; ++k)
+    if (work->terms[k].coeff != 0.0f)
+      add_noise<V, R, false>(noise.z, work->terms[k].coeff, work->term_keys[k], g, n, noise.signs, 0);
+}
+
+// Its distribution as `lane` goes by it: floats, or signs.
+inline int tag_of_lane(const zo_work* work, const zo_lane& l) {
+  return l.format & ZO_LANE_SUM ? (int)ZO_TAG_GAUSSIAN : work->tag;
+}
+
+inline int format_of_lane(const zo_lane& l) { return (int)(l.format & ~(zo_u32)ZO_LANE_SUM); }
+
+template <class V, bool PAST_CACHE, bool MASKED>
+__attribute__((noinline)) void lane(const float* w, const Noise& noise, int tag, float scale, const zo_u32* mask,
+                                    int format, zo_u8* out, int n) {
+  const typename V::F s = V::f(scale);
+  if (scale == 0.0f)
+    emit<V, PAST_CACHE>(format, out, n, [&](int i) { return V::load(w + i); });
+  else if (tag != ZO_TAG_RADEMACHER)
+    emit<V, PAST_CACHE>(format, out, n, [&](int i) {
+      const typename V::F was = V::load(w + i);
+      return kept<V, MASKED>(mask, i, zo_add_noise<V>(was, s, V::load(noise.z + i)), was);
+    });
+  else
+    emit<V, PAST_CACHE>(format, out, n, [&](int i) {
+      const typename V::F was = V::load(w + i);
+      return kept<V, MASKED>(mask, i, V::add_signed(was, s, noise.signs, i), was);
+    });
 }
 
 // ---- one run of consecutive elements
@@ -457,25 +474,35 @@ inline void clear_outside(const Cut& cut, float* w) {
   __builtin_memset(w + cut.end, 0, 4 * (cut.span - cut.end));
 }
 
-// One output of a tile, w + scale * noise, through a bounce buffer where the tile is cut.
+// mask: null if it has all elements.
+template <class V, bool PAST_CACHE>
+void any_lane(const float* w, const Noise& noise, int tag, float scale, const zo_u32* mask, int format, zo_u8* out,
+              int n) {
+  if (mask)
+    lane<V, PAST_CACHE, true>(w, noise, tag, scale, mask, format, out, n);
+  else
+    lane<V, PAST_CACHE, false>(w, noise, tag, scale, mask, format, out, n);
+}
+
+// One output of a tile, w + scale * noise where the mask has the element, through a bounce buffer where the tile is cut.
 template <class V>
 void emit_lane(const zo_work* work, const zo_lane& l, const Cut& cut, zo_u64 out_at, float scale, const float* w,
-               const Noise& noise, zo_u8* scratch) {
+               const Noise& noise, const zo_u32* mask, zo_u8* scratch) {
   const int format = format_of_lane(l), tag = tag_of_lane(work, l), size = zo_format_bytes(format);
   zo_u8* out = (zo_u8*)l.out + out_at * size;
   if (cut.head || cut.count != cut.span) {
-    lane<V, false>(w, noise, tag, scale, format, scratch, cut.span);
+    any_lane<V, false>(w, noise, tag, scale, mask, format, scratch, cut.span);
     __builtin_memcpy(out, scratch + cut.head * size, (zo_u64)cut.count * size);
   } else if (work->past_cache && ((zo_u64)out & 63) == 0) {
-    lane<V, true>(w, noise, tag, scale, format, out, cut.span);
+    any_lane<V, true>(w, noise, tag, scale, mask, format, out, cut.span);
   } else {
-    lane<V, false>(w, noise, tag, scale, format, out, cut.span);
+    any_lane<V, false>(w, noise, tag, scale, mask, format, out, cut.span);
   }
 }
 
 template <class V, int R>
 void segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
-  alignas(64) float w[TILE], other[TILE];
+  alignas(64) float w[TILE];
   alignas(64) zo_u32 mask[TILE];
   alignas(64) zo_u16 random[TILE];
   Bounce bounce, scratch;
@@ -506,9 +533,10 @@ void segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
     for (zo_u32 k = 0; k < pass.num_updates; ++k) {
       if (pass.mask == ZO_MASK_MAGNITUDE && !(k && work->updates[k].flags & ZO_UPDATE_SAME_STEP))
         mask_magnitude<V>(w, pass.mask_limit, span, mask);
-      if (pass.mask) __builtin_memcpy(other, w, 4 * span);
-      update<V, R>(w, work->updates[k], work->update_keys[k], cut.first, span, noise);
-      if (pass.mask) undo<V>(mask, other, w, span);
+      if (pass.mask)
+        update<V, R, true>(w, work->updates[k], work->update_keys[k], cut.first, span, noise, mask);
+      else
+        update<V, R, false>(w, work->updates[k], work->update_keys[k], cut.first, span, noise, mask);
       if (!(work->updates[k].flags & ZO_UPDATE_FOLD)) continue;
       if (stochastic)
         philox_words<V, R, V::GROUPS>(work->rounding_keys[k], cut.first >> 3, span / 8, (zo_u32*)random);
@@ -523,13 +551,7 @@ void segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
     for (zo_u32 j = 0; j < pass.num_lanes; ++j) {
       const zo_lane& l = work->lanes[j];
       if (work->lane_keys[j].fresh) make_lane_noise<V, R>(work, j, cut.first, span, noise);
-      if (pass.mask && l.scale != 0.0f) {
-        lane<V, false>(w, noise, tag_of_lane(work, l), l.scale, ZO_FP32, (zo_u8*)other, span);
-        undo<V>(mask, w, other, span);
-        emit_lane<V>(work, l, cut, out_at, 0.0f, other, noise, scratch.values);
-      } else {
-        emit_lane<V>(work, l, cut, out_at, l.scale, w, noise, scratch.values);
-      }
+      emit_lane<V>(work, l, cut, out_at, l.scale, w, noise, pass.mask ? mask : 0, scratch.values);
     }
     g += cut.count;
     out_at += cut.count;
@@ -560,7 +582,7 @@ void scales_segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
     __builtin_memset(scale, 0, sizeof scale);
     __builtin_memcpy(scale + begin, stored, 4 * (end - begin));
     for (zo_u32 k = 0; k < pass.num_updates; ++k) {
-      update<V, R>(scale, work->updates[k], work->update_keys[k], k0, GROUPS, noise);
+      update<V, R, false>(scale, work->updates[k], work->update_keys[k], k0, GROUPS, noise, 0);
       for (int i = begin; i < end; ++i) scale[i] = zo_trained_scale(scale[i]);
       if (pass.flags & ZO_WRITE_BACK && (int)k == work->last_fold)
         __builtin_memcpy(stored, scale + begin, 4 * (end - begin));
@@ -568,7 +590,7 @@ void scales_segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
     for (zo_u32 j = 0; j < pass.num_lanes; ++j) {
       const zo_lane& l = work->lanes[j];
       if (work->lane_keys[j].fresh) make_lane_noise<V, R>(work, j, k0, GROUPS, noise);
-      lane<V, false>(scale, noise, tag_of_lane(work, l), l.scale, ZO_FP32, (zo_u8*)moved, GROUPS);
+      lane<V, false, false>(scale, noise, tag_of_lane(work, l), l.scale, 0, ZO_FP32, (zo_u8*)moved, GROUPS);
       for (zo_u64 at = g; at < stop;) {
         const Cut cut = cut_tile(pass, at, stop - at);
         Planes planes = bounce.planes();
@@ -580,7 +602,7 @@ void scales_segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
         for (int k = cut.begin / grid.group; k < (cut.end + grid.group - 1) / grid.group; ++k)
           grid.scale[k] = moved[cut.first / group + k - k0];
         decode<V>(format, planes, grid, w, cut.span);
-        emit_lane<V>(work, l, cut, out_at + (at - g), 0.0f, w, noise, bounce.values);
+        emit_lane<V>(work, l, cut, out_at + (at - g), 0.0f, w, noise, 0, bounce.values);
         at += cut.count;
       }
     }
