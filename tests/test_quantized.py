@@ -34,6 +34,7 @@ from zo_offload import Engine, MeZO
 from zo_offload.checkpoint.checkpoint import Checkpoint
 from zo_offload.checkpoint.kept import kept_formats, kept_part
 from zo_offload.checkpoint.recipe import Join, Source
+from zo_offload.cli.report import open_config
 from zo_offload.errors import CheckpointError, ConfigError
 from zo_offload.formats import decode_values, get_format
 from zo_offload.formats.grouped import pack
@@ -248,6 +249,10 @@ def test_ggufs_codes_are_kept_and_an_adapter_is_trained_on_them(tmp_path):
         logits = engine.run(ROWS_BATCH).logits
     with Engine.resume(tmp_path / "run") as engine:
         assert_same(engine.run(ROWS_BATCH).logits, logits)
+    for given in (path, tmp_path):  # the file, and a directory with one
+        checkpoint = open_config(str(given))
+        checkpoint.build_model()
+        assert checkpoint.kept_formats("model.layers.0.self_attn.q_proj.weight")[0].name == "int4f_g32"
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import has_weights
+from ..checkpoint.gguf import find_gguf
 from ..checkpoint.weights import kept_of
 from ..config import DTYPES, EngineConfig
 from ..data.losses import model_loss
@@ -179,9 +180,9 @@ def _formats(layout: Layout) -> str:
 def open_config(
     model: str, *, trust_remote_code: bool = False, overrides: Mapping[str, Any] | None = None
 ) -> Checkpoint:
-    """A checkpoint to plan with: a directory, a config's own file, a known name, or a run directory (its base). Of
-    weight files the headers are read, so what `fit` would refuse is refused here; those beside a file are not looked
-    for."""
+    """A checkpoint to plan with: a directory, a GGUF file, a config's own file, a known name, or a run directory (its
+    base). Of weight files the headers are read, so what `fit` would refuse is refused here; those beside a config's
+    file are not looked for."""
     path = Path(model)
     if not path.exists() and models.is_named(model):
         return Checkpoint.open(models.named_config(model))
@@ -190,11 +191,11 @@ def open_config(
         if base is None:
             raise ConfigError(f"{path} is a run of a module in memory, of which no configuration is known")
         return open_config(base, trust_remote_code=trust_remote_code, overrides=overrides)
-    if path.is_file() and path.name != "config.json":
+    if path.is_file() and path.name != "config.json" and path.suffix != ".gguf":
         return Checkpoint.open(models.config_of_file(path))
     if not path.exists() and "/" not in model:
         raise models.unknown(model)
-    weights = path.name != "config.json" and path.is_dir() and has_weights(path)
+    weights = path.name != "config.json" and (bool(find_gguf(path)) or (path.is_dir() and has_weights(path)))
     return Checkpoint.open(
         path.parent if path.name == "config.json" else model, weights=weights, trust_remote_code=trust_remote_code,
         overrides=overrides,
