@@ -136,7 +136,8 @@ def test_a_run_is_resumed_replayed_evaluated_and_exported(base, tmp_path, capsys
         got = engine.generate({"input_ids": IDS}, max_new_tokens=3, do_sample=False)
     model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
     assert torch.equal(got, model.eval().generate(input_ids=IDS, max_new_tokens=3, do_sample=False))
-    assert "LORA adapter of " in call("plan", base, "--lora", 4)
+    planned = call("plan", base, "--lora", 4)
+    assert "LORA adapter of " in planned and planned.splitlines()[-1].endswith(" --lora 4")  # the command to fit it
 
 
 def test_a_run_from_an_adapters_directory_knows_it_wherever_it_is(base, tmp_path):

@@ -95,9 +95,10 @@ def _of_run(path: Path, args: argparse.Namespace, settings: dict[str, Any]) -> t
 
 
 def _method_words(args: argparse.Namespace) -> list[str]:
-    """The method's options as they were given."""
+    """Options of the method, and what of the model trains, as they were given."""
     words: list[str] = []
-    for name in ("method", "preset", *args.method_options, "trainable", "fold_every", "compute", "seed"):
+    trained = ("lora", "adapter", "trainable")
+    for name in ("method", "preset", *args.method_options, *trained, "fold_every", "compute", "seed"):
         value = getattr(args, name, None)
         if value is None or value is False:
             continue
