@@ -242,7 +242,7 @@ def test_masks(kernels, name, kind, which):
     masked = both(kernels, name, 3003, mask=MASKS[which], stochastic=which == "small", **options)
     assert_equal(masked)
     moved = float((masked[1][2][0] != masked[1][2][3]).float().mean())
-    assert 0.05 < moved < 0.9, "of the lanes' elements some are perturbed, and others not"
+    assert not get_format(name).encodes or 0.05 < moved < 0.9, "some of the lanes' elements are perturbed, others not"
 
 
 @pytest.mark.parametrize("name, kind", SCALES)
