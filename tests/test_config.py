@@ -98,7 +98,7 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(files, tmp_path):
         ("offload: dsk", "offload='dsk': choose one of auto, none, host, disk. Did you mean disk?"),
         ("seed: [1, 2]", "seed=[1, 2]: expected a whole number"),
         ("- a\n- b", "expected options by name"),
-        ("a: [", "is not read"),
+        ("a: [", "is malformed"),
     ],
     ids=lambda text: text[:14].replace("\n", " "),
 )
@@ -112,9 +112,9 @@ def test_what_is_wrong_in_a_config_is_said(tmp_path, capsys, text, message):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["fit", "base", "--dta", "x"], "--dta is no option of it. Did you mean --data?"),
-        (["fit", "base", "--data", "x", "--stpes=3"], "--stpes is no option of it. Did you mean --steps?"),
-        (["fitt"], "'fitt' is no command. Did you mean fit?"),
+        (["fit", "base", "--dta", "x"], "--dta is not an option of it. Did you mean --data?"),
+        (["fit", "base", "--data", "x", "--stpes=3"], "--stpes is not an option of it. Did you mean --steps?"),
+        (["fitt"], "'fitt' is not a command. Did you mean fit?"),
         (["fit", "--data", "x"], "MODEL is missing: checkpoint directory"),
         (["plan"], "MODEL is missing"),
         (["journal", "shw", "x"], "invalid choice: 'shw'"),
@@ -201,7 +201,7 @@ def test_version_and_module(capsys):
         main(["--version"])
     assert capsys.readouterr().out == f"zo-offload {__version__}\n"
     done = subprocess.run([sys.executable, "-m", "zo_offload", "fit", "--version"], capture_output=True, text=True)
-    assert done.returncode == 2 and "--version is no option" in done.stderr, "the module takes the same commands"
+    assert done.returncode == 2 and "--version is not an option" in done.stderr, "the module takes the same commands"
 
 
 def test_a_reader_that_has_enough_is_no_error(files):

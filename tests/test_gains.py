@@ -210,7 +210,7 @@ def test_a_preset_of_adapters_does_not_train_a_whole_model(name):
 
 def test_a_preset_of_whole_models_warns_where_a_small_part_trains():
     with (
-        pytest.warns(UserWarning, match="rates for whole models, and"),
+        pytest.warns(UserWarning, match="rates for whole models, but"),
         Engine(tiny_llama(), method=MeZO.preset("opt"), trainable="model.norm"),
     ):
         pass

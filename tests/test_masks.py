@@ -234,7 +234,7 @@ def test_a_mask_of_a_method_that_trains_scales_is_refused():
     class Both(QZO):
         mask = RandomMask.mask
 
-    with pytest.raises(ConfigError, match="method 'Both' trains scales: a mask is of the values"):
+    with pytest.raises(ConfigError, match="method 'Both' trains scales: a mask selects values"):
         Both()
 
 

@@ -661,7 +661,7 @@ def test_a_class_goes_by_its_own_name_and_takes_no_other():
             pass
 
     assert METHODS["mezo"] is MeZO
-    with pytest.raises(TypeError, match="Late.update: what becomes of losses is said once"):
+    with pytest.raises(TypeError, match="Late.update: the way from losses to updates is written once"):
 
         class Late(MeZO):
             def update(self, *args):

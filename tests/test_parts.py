@@ -163,7 +163,7 @@ def test_layers_are_what_a_model_numbers():
 
 
 def test_a_model_without_layers_to_choose_among_is_refused():
-    with pytest.raises(ConfigError, match=r"there are none\. Take mezo"):
+    with pytest.raises(ConfigError, match=r"there are none\. Use mezo"):
         Engine(torch.nn.Sequential(torch.nn.Linear(2, 2))[0], method=METHOD, example={"input": torch.ones(1, 2)})
     with pytest.raises(ConfigError, match=r"there is only model\.layers\.1"):
         Engine(llama(), method=METHOD, trainable="model.layers.1")

@@ -104,7 +104,7 @@ def test_a_config_of_any_name_and_a_run(capsys, tmp_path):
     assert one(lines, "stored as int8+8") and "--storage int8+8" in lines[-1]
     (tmp_path / "no.json").write_text("{}")
     assert main(["plan", str(tmp_path / "no.json")]) == 2
-    assert "is no config.json of a model" in capsys.readouterr().err
+    assert "is not a config.json of a model" in capsys.readouterr().err
 
 
 def test_tables_over_gpus_and_drives(capsys):

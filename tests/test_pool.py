@@ -184,7 +184,7 @@ def test_who_is_unlike_is_refused_by_name(party):
     assert "base: the journal has" in base.error()
     assert "does not let this member in: its token is not the keeper's" in token.error()
     assert "data.digest: the journal has" in data.error()
-    with pytest.raises(Exception, match="has not this token's seal"):
+    with pytest.raises(Exception, match="lacks this token's seal"):
         list(roster(party.address, "of another"))
     lines = list(roster(party.address, TOKEN))
     assert "lanes are late after" in lines[0] and "(keeper)" in lines[1]
@@ -305,7 +305,7 @@ def test_a_value_without_the_seal_is_no_value():
     other.put("b", {"x": 1})
     mine.line.set("c", mine.line.get("a"))  # under another name
     for name in ("b", "c"):
-        with pytest.raises(Unsealed, match="has not this token's seal"):
+        with pytest.raises(Unsealed, match="lacks this token's seal"):
             mine.get(name)
     with pytest.raises(Unsealed):
         Sealed(mine.line, "ours, of us", "a later era").get("a")

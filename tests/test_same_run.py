@@ -247,8 +247,8 @@ class Loss:
 @pytest.mark.parametrize(
     "first, then, message",
     [
-        (tenfold, None, "was trained with objective='.*tenfold', and would go on with the model's own loss"),
-        (None, tenfold, "was trained with the model's own loss, and would go on with objective='.*tenfold'"),
+        (tenfold, None, "was trained with objective='.*tenfold', but would go on with the model's own loss"),
+        (None, tenfold, "was trained with the model's own loss, but would go on with objective='.*tenfold'"),
         (tenfold, squared, "tenfold.*squared"),
         (Loss(), None, "Loss"),
         (lambda m, b: tenfold(m, b), None, "<lambda>"),

@@ -78,7 +78,7 @@ def test_the_same_command_goes_on_where_it_was(base, swept, capsys):
 @pytest.mark.parametrize(
     "more, said",
     [
-        (("--batch-size", 2), "holds a sweep with batch_size=4, and 2 is asked now"),
+        (("--batch-size", 2), "holds a sweep with batch_size=4, but 2 is given now"),
         (("--seeds", 1, 1), "twice"),
         (("--rates", 1e-3), "give one of them"),
         (("--window", 3), "is an option of none of mezo, fzoo"),
@@ -108,4 +108,4 @@ def test_the_mean_over_seeds_decides_and_the_worst_is_told():
     name, rows = table(runs, "loss")
     assert name == "loss" and rows[0].lr == 1.0 and rows[0].worst == 0.5
     *_, last = lines(name, rows)
-    assert "--lr 1." in last and "report others" in last
+    assert "--lr 1." in last and "report results on others" in last

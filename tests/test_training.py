@@ -333,7 +333,7 @@ def test_the_command_line_exports_the_best_step(base, tmp_path, capsys):
     assert json.loads(said("eval", run, "--step", "best")[0])["loss"] == best["loss"], (
         "data and batch size are the run's"
     )
-    assert said("fit", run, "--resume", "--quiet")[0] == "no step was left: the run has 4; --steps says how many in all"
+    assert said("fit", run, "--resume", "--quiet")[0] == "no step was left: the run has 4; --steps gives the total"
     assert main(["fit", str(base), "--data", str(path), "--keep-best", "--out", str(tmp_path / "x")]) == 2
     assert "give --run-dir" in capsys.readouterr().err
     assert main(["export", str(base), "--step", "best", "--out", str(tmp_path / "x")]) == 2

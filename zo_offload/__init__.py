@@ -41,7 +41,7 @@ _SHOWN = (
     "Engine", "EngineConfig", "FZOO", "FitResult", "Group", "MeZO", "Method", "PRESETS", "QZO", "Stopped", "ZOError",
     "__version__",
 )  # fmt: skip
-"""What dir() and help() show: what most people write. Every method and error is there too; docs/api.md has all."""
+"""Names that dir() and help() show. All methods and errors can be imported too; docs/api.md has the full list."""
 
 if TYPE_CHECKING:
     from .checkpoint.checkpoint import Checkpoint as Checkpoint
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    if name == "__all__" or name[:1].isupper():  # a class of a method: their list is METHODS
+    if name == "__all__" or name[:1].isupper():  # a method's class: METHODS lists them
         known = import_module(".methods", __name__).METHODS.values()
         found = {kind.__name__: kind for kind in known if kind.own()}
         if name == "__all__":

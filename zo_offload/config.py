@@ -115,27 +115,28 @@ class EngineConfig:
     time, "lane" runs one lane after another (models whose modules keep tensors between calls). "auto": module if it
     fits the budget, else block."""
     whole: Collection[str] | None = None
-    """Names of entries in a ready-made batch that go whole to every micro-batch, such as ("class_weights",); all else
-    that is as long as the batch is then cut along its rows. None: what cannot be told is refused by name."""
+    """Names of entries in a ready-made batch that go whole to every micro-batch, such as ("class_weights",); all other
+    entries that are as long as the batch are then cut along its rows. None: an entry that may be either is an error."""
     trainable: Any = None
-    """Which parameters train: a glob on module paths, a list of them, a predicate (name, parameter), "requires_grad",
+    """The trained parameters: a glob on module paths, a list of them, a predicate (name, parameter), "requires_grad",
     or None for all."""
     seed: int = 0
     """Run seed: noise and data order are functions of it and the step."""
     run_dir: str | Path | None = None
     """Journal, metrics and (for disk) blocks. Needed by offload="disk" and by resume."""
     snapshot_minutes: float | None = 10.0
-    """With a run_dir: every trained block is brought to the disk once in so many minutes, in the background, so that a
-    resumed run replays no more than that. None: never (the journal alone rebuilds the run, from its base)."""
+    """With a run_dir: every trained block is written to the disk once per this many minutes, in the background, so that
+    a resumed run replays at most the steps of that time. None: never (the journal alone rebuilds the run from its
+    base)."""
     snapshot_steps: int | None = None
-    """The same interval in steps; takes the place of snapshot_minutes."""
+    """The same interval in steps; replaces snapshot_minutes."""
     trust_remote_code: bool = False
-    """Whether code that comes with a checkpoint may run: the classes of config, model and tokenizer are its own then. A
-    run keeps this; a journal does not, so `replay` is to be told again."""
+    """Whether a checkpoint's own code may run, for its classes of config, model and tokenizer. A run keeps this
+    setting; a journal does not, so pass it to `replay` again."""
     adapter: Any = None
-    """An adapter of peft's to train on a checkpoint whose own weights stay as they are: the directory of one, a config
-    such as LoraConfig(r=16), its fields as a dict, or "r=16", "prefix=5" (`checkpoint/adapter_configs.py`). A new one
-    is made from the seed as peft makes it after torch.manual_seed(seed). It is kept in float32 on the device."""
+    """A peft adapter to train on a checkpoint whose own weights stay frozen: its directory, a config such as
+    LoraConfig(r=16), its fields as a dict, or "r=16", "prefix=5" (`checkpoint/adapter_configs.py`). A new adapter is
+    initialised as peft does it after torch.manual_seed(seed). It is kept in float32 on the device."""
     config_overrides: Mapping[str, Any] | None = None
     """Settings of a checkpoint's config.json to replace, such as {"num_labels": 5, "attn_implementation": "eager"}."""
 
@@ -194,7 +195,7 @@ class EngineConfig:
             raise ConfigError("offload='disk' needs run_dir=...: the blocks are written there")
 
     def _check_kinds(self) -> None:
-        """A setting may come from a file that somebody edited: what is not of its kind is told here, by name."""
+        """Raise ConfigError, with the name, for a setting of a wrong type: it may come from an edited file."""
         always = ("block_numel", "io_threads", "scrub_every", "seed", "device", "overlap")
         numbers = ("num_slots", "prefetch", "threads", "fold_every", "snapshot_steps")
         for names, kind, what in (
@@ -226,7 +227,7 @@ class EngineConfig:
 
 class EngineSettings(TypedDict, total=False):
     """The fields of `EngineConfig` as keywords, for type checkers and completion; and arguments of from_pretrained that
-    `checkpoint/load_options.py` makes fields of."""
+    `checkpoint/load_options.py` turns into fields."""
 
     offload: Offload
     storage: str | None
@@ -263,9 +264,9 @@ class EngineSettings(TypedDict, total=False):
 
 
 def check_settings(given: Iterable[str]) -> None:
-    """Raise ConfigError for a name that is no setting of an engine."""
+    """Raise ConfigError for a name that is not a setting of an engine."""
     known = [field.name for field in fields(EngineConfig)]
-    own = ["method", "objective", "tokenizer", "model_class", "example", "base", "config"]  # of Engine itself
+    own = ["method", "objective", "tokenizer", "model_class", "example", "base", "config"]  # Engine's own arguments
     for name in given:
         if name not in known:
             hint = did_you_mean(name, [*known, *own], "{}=") or f" There are {', '.join(sorted(known))}."

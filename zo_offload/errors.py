@@ -1,7 +1,7 @@
 """Every error a caller can cause.
 
-All derive from `ZOError`, which is a `ValueError`: what was asked, what was found, what to do. They are raised
-before memory is taken or anything is written wherever the cause can be known by then.
+All derive from `ZOError`, which is a `ValueError`. The messages say what was asked, what was found, and what to do.
+They are raised before memory is taken or anything is written, if the cause can be known by then.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ class ZOError(ValueError):
 
 
 class ConfigError(ZOError):
-    """An option has a value that cannot work, alone or beside another."""
+    """An option has a value that cannot work, alone or together with another."""
 
 
 class CheckpointError(ZOError):
@@ -24,7 +24,7 @@ class PlanError(ZOError):
 
 
 class BudgetError(ZOError):
-    """What was asked does not fit the given memory; the message names what would."""
+    """A request does not fit the given memory; the message names one that would."""
 
 
 class DataError(ZOError):
@@ -40,15 +40,15 @@ class DivergenceError(ZOError):
 
 
 class StorageError(OSError, ZOError):
-    """A file of a run cannot be written or read: disk full, read-only, gone. What was journaled is not lost."""
+    """A file of a run cannot be written or read: disk full, read-only, gone. Journaled steps are not lost."""
 
     def __str__(self) -> str:
         return str(self.strerror or super().__str__())
 
 
 class TornError(ZOError):
-    """Weights in memory were half written when something broke in. The engine must be reopened; the run is whole."""
+    """An interruption left weights in memory half written. The engine must be reopened; the run is intact."""
 
 
 class RankError(ZOError):
-    """Another rank of this run failed, ended or does not come, or ranks differ; what was journaled is not lost."""
+    """Another rank of this run failed, ended or does not come, or ranks differ; journaled steps are not lost."""

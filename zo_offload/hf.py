@@ -1,8 +1,8 @@
-"""All that is taken from transformers (5.17 and newer), in one place: nothing else in the package imports it.
+"""All imports from transformers (5.17 and newer): no other module of the package imports it.
 
-Whoever follows a new release reads this list, and then the modules that use what has changed. Names that are looked up
-as a user writes them (a class of config.json, a head) are attributes of `transformers`, which is here too. Each is
-loaded when it is first asked for: a command that needs no model does not wait for transformers.
+For a new release, read this list and then the modules that use changed names. Names that a user writes (a class in
+config.json, a head) are looked up as attributes of `transformers`, which is also here. Each name is loaded at its first
+use: a command that needs no model does not wait for transformers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _PUBLIC = (
     "TrainerControl", "TrainerState", "TrainingArguments", "get_scheduler",
 )  # fmt: skip
 
-# where models are built and initialised, weights renamed and converted, losses found: may move with any release
+# building and initialising models, renaming and converting weights, losses: may move with any release
 _INTERNAL = {
     "get_model_conversion_mapping": "conversion_mapping",
     "PrefixChange": "core_model_loading",

@@ -4,8 +4,8 @@
     with replayed("base/", "run/journal.zoj") as engine:        # or: an engine at that step, to evaluate or generate
         engine.evaluate("dev.jsonl")
 
-The journal's header says how the run stored and computed its weights, so nothing else is asked; a fine-tune can be
-passed on as that one file. `run/replaying.py` has how.
+The journal's header holds all settings for storing and computing the weights, so no others are needed; a fine-tune can
+be shared as that one file. `run/replaying.py` implements it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def replay(
 ) -> list[Path]:
     """Write the weights after `to` steps (default: all) as a checkpoint for plain transformers; returns its files.
 
-    merge: of a run with an adapter, see `Engine.save_pretrained`. options: of `replayed`. Raises JournalError if the
-    base is not the journal's: a sample of its tensors is compared first, all of it before anything appears under `out`.
+    merge: for a run with an adapter, see `Engine.save_pretrained`. options: those of `replayed`. Raises JournalError if
+    the base is not the journal's: a sample of its tensors is compared first, and the whole base before anything appears
+    under `out`.
     """
     with replayed(base, journal, to=to, **options) as engine:
         return engine.save_pretrained(out, max_shard_bytes=max_shard_bytes, overwrite=overwrite, merge=merge)
@@ -54,7 +55,7 @@ def replayed(
 ) -> Engine:
     """An engine at the weights after `to` steps of a journal. It evaluates, generates and exports; it does not train.
 
-    options: `objective`, `method` (a class of the caller's own, or one of it) and settings that do not alter the
-    numbers (device, threads, order, ...).
+    options: `objective`, `method` (the caller's own method or its class) and settings that do not alter the numbers
+    (device, threads, order, ...).
     """
     return Engine.of(replayed_run(base, load_journal(journal), str(journal), to=to, **options), tokenizer)

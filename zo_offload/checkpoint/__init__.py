@@ -1,4 +1,4 @@
-"""transformers checkpoints, read and written a run of elements at a time."""
+"""transformers checkpoints, read and written one chunk of elements at a time."""
 
 from .basis import Basis
 from .checkpoint import Checkpoint, save_pretrained

@@ -1,12 +1,13 @@
-"""A checkpoint with an adapter of peft's on it, built without the checkpoint's weights.
+"""A checkpoint with a peft adapter, built without the checkpoint's weights.
 
-peft wraps the model while its parameters are on meta, as it would wrap one in memory. What it makes for an adapter it
-makes with values, and then moves to where the base is; there each value is kept as it passes. So a new adapter is
-exactly what `torch.manual_seed(seed)` and `peft.get_peft_model(model, config)` give on the model in float32, and a
-loaded one what `PeftModel.from_pretrained` gives; they are kept in float32. What peft copies of the base (a head in
-modules_to_save) is read from the base, and what it would compute from the base's values is refused by name.
+peft wraps the model while its parameters are on meta, as it would wrap one in memory. It makes an adapter's tensors
+with values, and then moves them to the base's device (meta); this module keeps each value when it is moved. So a new
+adapter is exactly that of `torch.manual_seed(seed)` and `peft.get_peft_model(model, config)` on the model in float32,
+and a loaded one that of `PeftModel.from_pretrained`; they are kept in float32. Tensors that peft copies from the base
+(a head in modules_to_save) are read from the base; tensors that it would compute from the base's values are an error
+that names them.
 
-Memory: the adapter, whatever the base.
+Memory: the adapter, for a base of any size.
 """
 
 from __future__ import annotations
@@ -44,20 +45,20 @@ WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 
 @dataclass(frozen=True)
 class Built:
-    """A model on meta, but for its buffers, and where its weights come from."""
+    """A model on meta, except its buffers, with the source of its weights."""
 
     model: nn.Module
     base: Base
     notes: tuple[str, ...]
     config: Mapping[str, Any] | None = None
-    """An adapter's settings, all that peft decided included, as far as numbers depend on them."""
+    """The adapter's settings that numbers depend on, including those that peft decided."""
 
 
 class AdaptedBase:
-    """A base's weights and an adapter's (`weights.Base`), by the names that they have in peft's model."""
+    """A base's weights and an adapter's (`weights.Base`), by their names in peft's model."""
 
     def __init__(self, base: Checkpoint, of_base: Mapping[str, str], values: Mapping[str, Tensor]) -> None:
-        """of_base: name -> canonical name in the base. values: name -> value, of the adapter's own."""
+        """of_base: name -> canonical name in the base. values: name -> value, for the adapter's own parameters."""
         self._base, self._of_base, self._values = base, dict(of_base), dict(values)
 
     def shape_of(self, name: str) -> torch.Size:
@@ -103,9 +104,9 @@ class AdaptedBase:
 def adapt(checkpoint: Checkpoint, model: PreTrainedModel, adapter: Any, *, seed: int, named: str | None) -> Built:
     """`model`, as `checkpoint.build_model` gave it, with an adapter: a directory, or peft's fields (`adapter_configs`).
 
-    seed: a new adapter's values are made from it. named: what an exported adapter says that its base is. Raises
-    ConfigError, CheckpointError: an adapter that peft cannot make or load without the base in memory, one of another
-    base, tensors that lack or are too many.
+    seed: for a new adapter's values. named: the base's name in an exported adapter. Raises ConfigError,
+    CheckpointError: an adapter that peft cannot make or load without the base in memory, an adapter of another base,
+    missing or additional tensors.
     """
     directory = Path(adapter).expanduser().absolute() if isinstance(adapter, str) else None
     where = "adapter" if directory is None else f"adapter {directory}"
@@ -166,15 +167,15 @@ def _wrap(model: PreTrainedModel, config: Any, where: str, seed: int, watch: _Wa
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """peft warns of what is meant here: a base without values, a base of another name."""
+    """Suppress peft's warnings about intended things: a base without values, a base with another name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps what tensors on meta stand for: a value that was moved there, or a parameter of the base that was copied.
-    One that is written to afterwards stands for nothing."""
+    """Keeps the origin of tensors on meta: a value that was moved there, or a copied parameter of the base. A tensor
+    that is written to afterwards has no origin."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -228,8 +229,8 @@ def _key(tensor: Tensor) -> int:
 def _values_of(
     model: nn.Module, of_base: Mapping[int, str], watch: _Watch
 ) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """Of each parameter: its value, or its name in the base, or (third) that it has neither. Values leave the model:
-    its parameters are then on meta, and its buffers are not."""
+    """Each parameter's value, or its name in the base; third, the parameters with neither. Values leave the model: its
+    parameters are then on meta, its buffers are not."""
     values: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     unknown: list[str] = []
@@ -258,7 +259,7 @@ def _values_of(
 
 
 def _as_kept(value: Tensor) -> Tensor:
-    """An adapter's value as it is kept: in float32, in memory of its own."""
+    """An adapter's value in the kept form: float32, in its own memory."""
     value = value.detach()
     return value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True).contiguous()
 

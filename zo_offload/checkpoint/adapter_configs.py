@@ -1,7 +1,7 @@
-"""What adapter a run is asked for: an adapter's directory, or a configuration of peft's to make a new one from.
+"""The `adapter=` setting: an adapter's directory, or a peft configuration for a new adapter.
 
-`adapter=` takes peft's config object, its fields as a dict, a text of some of them, or a directory that peft (or an
-export of ours) wrote. It is kept as plain JSON, so that a run's files can hold it: a dict of peft's fields, or a path.
+`adapter=` takes peft's config object, its fields as a dict, a text with some of them, or a directory that peft (or our
+export) wrote. It is kept in a run's files as plain JSON: a dict of peft's fields, or a path.
 
     "r=16"                                          LoRA of that rank; all else is peft's default
     "r=16,lora_alpha=32,target_modules=q_proj+v_proj"    more of LoraConfig's fields; + between several names
@@ -31,13 +31,13 @@ _TASKS = {
 }  # fmt: skip
 _INITS = ("gaussian", "orthogonal")
 _ONLY_BEGINS = ("eva",)
-"""Beginnings that leave the base as it is: once they are trained and saved, how they began does not matter."""
+"""Initialisations that do not change the base: once the adapter is trained and saved, they do not matter."""
 _OF_FILES = frozenset({"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"})
-"""Fields that say where an adapter belongs or how it is opened, and nothing of its arithmetic."""
+"""Fields about an adapter's origin and loading, which do not affect its arithmetic."""
 
 
 def plain(adapter: Any) -> dict[str, Any] | str | None:
-    """`adapter=` as JSON: peft's fields, or a directory's path as it was given. Raises ConfigError."""
+    """`adapter=` as JSON: peft's fields, or the given path of a directory. Raises ConfigError."""
     if adapter is None:
         return None
     if isinstance(adapter, Path):
@@ -99,8 +99,7 @@ def _json(value: Any, what: str) -> Any:
 
 
 def of_numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's fields that the arithmetic of an adapter may depend on, less those that are not set: a newer peft has
-    more of these."""
+    """A config's set fields that the arithmetic of an adapter may depend on; not unset ones: a newer peft has more."""
     return {name: value for name, value in sorted(fields.items()) if name not in _OF_FILES and not _is_unset(value)}
 
 
@@ -137,7 +136,7 @@ def read_fields(directory: Path) -> dict[str, Any]:
 
 
 def base_of(directory: Path) -> Path:
-    """The local folder that an adapter's config names as its base. CheckpointError, which says how to give another."""
+    """The local folder that an adapter's config names as its base. Otherwise raises CheckpointError with the remedy."""
     named = read_fields(directory).get("base_model_name_or_path")
     if isinstance(named, str) and named:
         for folder in (Path(named).expanduser(), directory / named):
@@ -150,8 +149,8 @@ def base_of(directory: Path) -> Path:
 
 
 def make_config(fields: Mapping[str, Any], where: str, kind: ModelKind, *, loads: bool) -> Any:
-    """peft's config of these fields. kind: of the model, whose task it gets if the fields name none. loads: its weights
-    are read from files; prompts are then the embeddings themselves, without the network that made them.
+    """peft's config of these fields. kind: the model's kind, which gives the task if the fields name none. loads: its
+    weights are read from files; prompts are then the embeddings themselves, without the network that made them.
 
     Raises ConfigError: peft is missing, does not know the type or a field, or refuses a value.
     """

@@ -1,7 +1,8 @@
-"""A PEFT model's adapter, written as peft itself writes it: adapter_config.json and adapter_model.safetensors.
+"""Writes a PEFT model's adapter in peft's own form: adapter_config.json and adapter_model.safetensors.
 
-peft chooses which tensors belong to an adapter, and renames them; it is asked with tensors on meta first, so that only
-those are read, and then again with their values. The base is not read: an adapter of megabytes takes megabytes.
+peft chooses the tensors of an adapter, and renames them. It is called first with tensors on meta, so that only the
+chosen ones are read, and then again with their values. The base is not read, so an adapter of megabytes needs only
+megabytes of memory.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..modules.away import shapes_only
 from .weights import Weights
 
 Run = Callable[[Callable[[], Any]], Any]
-"""Calls a function where the model's modules can be called at its current weights, and returns what it gives."""
+"""Calls a function while the model's modules have their current weights, and returns its result."""
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -45,7 +46,7 @@ def adapter_names(model: Any) -> set[str]:
 
 
 def beside_adapter(model: nn.Module, trained: set[str]) -> str:
-    """What is wrong with exporting the adapter of a PEFT model: "" unless more than the adapter is trained."""
+    """The reason against exporting only the adapter of a PEFT model; "" unless more than the adapter is trained."""
     lost = sorted(trained - adapter_names(model)) if is_peft(model) else []
     if not lost:
         return ""
@@ -123,8 +124,8 @@ def save_adapter(
 ) -> None:
     """Writes all adapters of the model into `work`, the default one at its root.
 
-    weights: current values by canonical name; None: the model's own. run: for adapters that are what a module of them
-    gives (prompts), and not its weights. Raises CheckpointError if peft cannot save it.
+    weights: current values by canonical name; None: the model's own. run: for adapters (prompts) whose files hold a
+    module's output and not its weights. Raises CheckpointError if peft cannot save it.
     """
     names = adapter_names(model)
     values: dict[str, Tensor] = {}
@@ -169,7 +170,7 @@ def _canonical(model: nn.Module) -> dict[str, str]:
 
 
 def chosen(model: Any, state: dict[str, Tensor], adapter: str) -> dict[str, Tensor]:
-    """What peft saves of one adapter, by the names in its files, out of a state dict. Raises CheckpointError."""
+    """The tensors of a state dict that peft saves for one adapter, by their names in its files. CheckpointError."""
     from peft import get_peft_model_state_dict
 
     try:

@@ -1,9 +1,9 @@
-"""A checkpoint's config.json, and the model class that is meant.
+"""A checkpoint's config.json, and its model class.
 
-config.json is a stranger's: what transformers would do with it beyond making a config (load kernels from a hub, build a
-list as long as a number in it, run the checkpoint's own code) is refused or bounded first. Code that comes with a
-checkpoint runs only with trust_remote_code=True, and then it is the checkpoint's class that is used wherever its
-`auto_map` names one, as in transformers.
+config.json is untrusted: things that transformers would do beyond making a config (load kernels from a hub, build a
+list as long as a number in it, run the checkpoint's own code) are refused or limited first. A checkpoint's own code
+runs only with trust_remote_code=True; then the checkpoint's class is used wherever its `auto_map` names one, as in
+transformers.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .meta_model import config_parts
 
 MAX_CONFIG_BYTES = 32 << 20
 MAX_COUNT = 1_000_000
-"""The largest number of layers, classes and the like that is taken."""
+"""The largest accepted number of layers, classes and the like."""
 _COUNTS = re.compile(r"num_labels|layer|block|depth|stages|experts", re.IGNORECASE)
 _IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 
 def read_config(directory: Path, *, trust_remote_code: bool = False, overrides: Mapping[str, Any] | None = None) -> Any:
-    """transformers' config of a checkpoint directory, with `overrides` in the place of what config.json says.
+    """transformers' config of a checkpoint directory, with settings replaced by `overrides`.
 
-    Raises CheckpointError, also for an override that the config has no such setting for.
+    Raises CheckpointError, also for an override that is not a setting of the config.
     """
     path = directory / CONFIG
     given = dict(overrides or {})
@@ -104,7 +104,7 @@ def find_class(
 
 
 def sibling_classes(config: Any) -> list[type[PreTrainedModel]]:
-    """The bare and the pretrained model's classes of a config, as transformers has them."""
+    """transformers' classes of the bare and of the pretrained model for a config."""
     found = []
     for auto in (transformers.AutoModel, transformers.AutoModelForPreTraining):
         choice = auto._model_mapping.get(type(config), ())
@@ -162,7 +162,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_values(path: Path, values: Mapping[str, Any]) -> None:
-    """What would be taken as it stands: names of classes, and numbers that lists are made as long as."""
+    """Check values that transformers uses without checks: class names, and numbers that become lengths of lists."""
     architectures, auto_map = values.get("architectures"), values.get("auto_map")
     if not isinstance(architectures, (list, type(None))) or not all(isinstance(n, str) for n in architectures or ()):
         raise CheckpointError(f"{path}: architectures is {architectures!r:.100}; expected a list of class names.")
@@ -175,7 +175,7 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _check_implementations(path: Path, config: Any) -> None:
-    """A name with a "/" is a repository of kernels, which transformers would fetch and run."""
+    """Raise for a name with a "/": it is a repository of kernels, which transformers would fetch and run."""
     for part in config_parts(config):
         for name in (getattr(part, key, None) for key in _IMPLEMENTATIONS):
             if name is not None and (not isinstance(name, str) or "/" in name):

@@ -1,4 +1,4 @@
-"""A basis of what a model's own linear layers are given, as an adapter of peft's that trains in it.
+"""A basis of the inputs of a model's linear layers, as a peft adapter that trains in it.
 
     y = x W^T + b + (x B) C^T + c      B [in, rank]: the basis, frozen; C [out, rank] and c [out]: trained, 0 at first;
                                        no c where some of the layers have no bias b
@@ -26,8 +26,8 @@ from .adapted import WEIGHTS
 
 @dataclass(frozen=True)
 class Basis:
-    """vectors: by a linear layer's path, float32 [rank, in], its rows orthonormal. outs: each layer's outputs. biased:
-    whether all of the layers have biases."""
+    """vectors: by a linear layer's path, float32 [rank, in], with orthonormal rows. outs: each layer's number of
+    outputs. biased: whether all of the layers have biases."""
 
     vectors: Mapping[str, Tensor]
     outs: Mapping[str, int]
@@ -38,7 +38,7 @@ class Basis:
         return max(len(rows) for rows in self.vectors.values())
 
     def config(self) -> Any:
-        """peft's, of an adapter in this basis. Raises ConfigError if peft is missing."""
+        """peft's config of an adapter in this basis. Raises ConfigError if peft is missing."""
         try:
             import peft
         except ImportError as error:
@@ -52,7 +52,7 @@ class Basis:
         )  # fmt: skip
 
     def save(self, directory: str | Path) -> None:
-        """An adapter's directory, as peft writes one; C and c are 0. Raises ConfigError if something is there."""
+        """Write an adapter's directory in peft's form; C and c are 0. Raises ConfigError if `directory` exists."""
         target = Path(directory)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ConfigError(f"{target} is there already; give a fresh directory for the basis")

@@ -1,21 +1,21 @@
 """A transformers checkpoint, opened without loading it.
 
 `Checkpoint.build_model` gives the model with its parameters on meta and everything else real (buffers, ties, config);
-`Checkpoint.read_into` then gives any run of a parameter's elements: bit for bit what `from_pretrained` would have put
-there, in the dtype of the file. Names are canonical: the first name of a parameter in `model.named_parameters()`;
-persistent buffers go by their name in `named_buffers()`. Memory: what is asked for, and a few MB. Only where
-transformers transposes a whole tensor, or computes with it, are the tensors it converts together in memory at once,
-until the last element of them was read; and parameters that the files lack stay in memory.
+`Checkpoint.read_into` then reads any range of a parameter's elements: bit-equal to `from_pretrained`'s, in the dtype of
+the file. Names are canonical: the first name of a parameter in `model.named_parameters()`; persistent buffers have
+their name in `named_buffers()`. Memory: the requested elements, and a few MB. Only if transformers transposes a whole
+tensor, or computes with it, are the tensors of that conversion in memory together, until their last element was read;
+and parameters that the files lack stay in memory.
 
 Parameters the files lack (a fresh classification head) are made by the model's own `_init_weights`, in fp32 and then
 rounded to the checkpoint's dtype, with a generator seeded per module by (seed, module path): the same values whatever
 else is missing and whatever dtype the model is built in.
 
-The files must hold the model, all of it and nothing that it would pass over (`completeness.py`): else CheckpointError
-before a weight is read. What is made anew or not used all the same is in `notes`, and logged.
+The files must hold the whole model and nothing that it would ignore (`completeness.py`): otherwise CheckpointError is
+raised before a weight is read. New or unused tensors that are allowed are in `notes`, and logged.
 
 The digest of a checkpoint (`weights.py`) is independent of sharding, of the order of reading and of the names in the
-files. Every read notes the crc of what it gave, so after an ingestion `digest()` reads nothing again.
+files. Every read records the crc of its elements, so after an ingestion `digest()` reads nothing again.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class _Layout:
-    """Where the entries of one built model come from."""
+    """The sources of the entries of one built model."""
 
     model: PreTrainedModel  # conversions may look up shapes in it; its tensors' data is not used
     canonical: dict[str, str]  # every name in the state dict -> canonical name
@@ -76,13 +76,13 @@ class Checkpoint(KeepsCodes):
         trust_remote_code: bool = False, gguf: Path | None = None,
     ) -> None:  # fmt: skip
         """Use `open`."""
-        self.config = config  # as read; never modified
+        self.config = config  # as read; never changed
         self.path = path
         self.trust_remote_code = trust_remote_code
-        self.carried = carried  # tokenizer, generation config, chat template, ...: to go along with an export
+        self.carried = carried  # tokenizer, generation config, chat template, ...: copied into exports
         self._file_of: dict[str, TensorFile] = dict(files_by_tensor(files))
-        self.gguf = gguf  # the file that its tokenizer is in, of a GGUF model that has one
-        self.settings: Settings = {}  # how its files say that they are quantized
+        self.gguf = gguf  # the file with the tokenizer, for a GGUF model that has one
+        self.settings: Settings = {}  # the quantization settings of its files
         self._layout: _Layout | None = None
         self._crcs = Crcs()
         self._reader = Reader(self._read_into)
@@ -98,11 +98,11 @@ class Checkpoint(KeepsCodes):
     ) -> Checkpoint:
         """Opens a directory, a GGUF file, a hub id ("org/name") or a transformers config object; reads headers only.
 
-        weights=False, or a config object: no weights are looked for; such a checkpoint can be built and planned with,
-        not loaded from. A hub id goes through `huggingface_hub.snapshot_download` with its default settings (cache,
-        HF_HUB_OFFLINE); a directory is never looked up anywhere else. trust_remote_code: code that comes with the
-        checkpoint may run; it is the checkpoint's classes that are built then. overrides: settings of config.json to
-        replace (num_labels, attn_implementation, ...). Raises CheckpointError.
+        weights=False, or a config object: weights are not searched for; such a checkpoint can be built and planned, but
+        not loaded. A hub id goes through `huggingface_hub.snapshot_download` with its default settings (cache,
+        HF_HUB_OFFLINE); a directory is never looked up on the hub. trust_remote_code: the checkpoint's own code may
+        run, and its classes are then built. overrides: settings of config.json to replace (num_labels,
+        attn_implementation, ...). Raises CheckpointError.
         """
         if isinstance(path, transformers.PretrainedConfig):
             return cls(copy.deepcopy(path), None, [], [])
@@ -129,7 +129,7 @@ class Checkpoint(KeepsCodes):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What `from_pretrained(dtype="auto")` would use: the config's dtype, else that of the first float tensor."""
+        """The dtype of `from_pretrained(dtype="auto")`: the config's dtype, else that of the first float tensor."""
         configured = getattr(self.config, "dtype", None)
         if configured is not None:
             found = getattr(torch, configured, None) if isinstance(configured, str) else configured
@@ -148,10 +148,10 @@ class Checkpoint(KeepsCodes):
     ) -> PreTrainedModel:
         """The model with its parameters on meta, buffers real, ties made, in eval mode, its config's use_cache off.
 
-        dtype: of the parameters ("auto": `self.dtype`); some models keep a few in fp32, as in `from_pretrained`.
-        model_class: a class, the name of one, or of an auto class ("AutoModelForCausalLM"); default: the first of
-        config.architectures. seed: for the parameters of a new head; `missing` names them. What `load`, `missing` and
-        the rest say is about the model built last. Raises CheckpointError: unknown class, shapes that do not match,
+        dtype: the parameters' ("auto": `self.dtype`); some models keep a few in fp32, as in `from_pretrained`.
+        model_class: a class, its name, or that of an auto class ("AutoModelForCausalLM"); default: the first of
+        config.architectures. seed: for the parameters of a new head; `missing` names them. `load`, `missing` and the
+        other methods refer to the model built last. Raises CheckpointError: unknown class, shapes that do not match,
         tensors that the files lack or that have no place in the model.
         """
         cls = find_class(self.config, model_class, self.path, trust_remote_code=self.trust_remote_code)
@@ -191,17 +191,17 @@ class Checkpoint(KeepsCodes):
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Names of a new head's tensors: the files lack them, and they are initialised afresh."""
+        """Names of a new head's tensors: the files lack them, and they are initialised."""
         return self._built().differences.new
 
     @property
     def unexpected(self) -> tuple[str, ...]:
-        """Names in the files that the model has no use for (less those that transformers knows to be harmless)."""
+        """Names in the files that the model does not use (without those that transformers knows to be harmless)."""
         return self._built().differences.unused
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user is to be told: a new head, tensors that are not used."""
+        """Notes for the user: a new head, unused tensors."""
         return completeness.notes(self._built().differences)
 
     def shape_of(self, name: str) -> torch.Size:
@@ -217,14 +217,14 @@ class Checkpoint(KeepsCodes):
         return self._meta(name).nbytes
 
     def load(self, name: str) -> Tensor:
-        """One parameter or persistent buffer, contiguous, in memory of its own, in the dtype of the file."""
+        """A parameter or persistent buffer, contiguous, in its own memory, in the dtype of the file."""
         meta = self._meta(name)
         out = torch.empty(meta.shape, dtype=meta.dtype, device="cpu")
         self.read_into(name, 0, out.view(-1))
         return out
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Elements [start, start + len(out)) of one into `out`: 1-D, contiguous, of the dtype of the file."""
+        """Read elements [start, start + len(out)) of a tensor into `out`: 1-D, contiguous, in the file's dtype."""
         name, meta = self._built().canonical.get(name, name), self._meta(name)
         self._fill(name, start, out)
         self._crcs.add(name, start * meta.dtype.itemsize, out, meta.nbytes)
@@ -250,7 +250,7 @@ class Checkpoint(KeepsCodes):
         return self._built().recipes.get(self._built().canonical.get(name, name))
 
     def digest_of(self, name: str) -> str:
-        """16 hex digits over one's name, dtype, shape and content; reads it if not all of it was read before."""
+        """16 hex digits over a tensor's name, dtype, shape and content; reads it unless all of it was read before."""
         meta = self._meta(name)
 
         def read() -> Iterator[Tensor]:
@@ -260,7 +260,7 @@ class Checkpoint(KeepsCodes):
         return entry_digest(name, meta.dtype, meta.shape, self._crcs.of(name, read))
 
     def digest(self) -> str:
-        """16 hex digits over names, dtypes, shapes and contents; reads only what was not read before."""
+        """16 hex digits over all names, dtypes, shapes and contents; reads only elements that were not read before."""
         layout = self._built()
         return together({name: self.digest_of(name) for name in (*layout.parameters, *layout.buffers)})
 
@@ -289,7 +289,7 @@ class Checkpoint(KeepsCodes):
         self._file_of[source].read_into(source, start, out)
 
     def _construct(self, cls: type[PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
-        """On meta. No more of it than the files can hold, whatever numbers config.json has."""
+        """Build the model on meta, no larger than the files can hold, whatever numbers config.json has."""
         most = 64 * len(self._file_of) + 8192 if self.has_weights else MAX_REGISTRATIONS
         return construct(cls, self.config, dtype, most=most)
 
@@ -302,7 +302,7 @@ class Checkpoint(KeepsCodes):
             _log.log(logging.WARNING if found.new else logging.INFO, "%s: %s", self.path, note)
 
     def _siblings(self, model: PreTrainedModel) -> tuple[PreTrainedModel | None, list[PreTrainedModel]]:
-        """Models of other classes of this config, on meta, to compare names with."""
+        """Models of other classes for this config, on meta, to compare names with."""
 
         def build(cls: type[PreTrainedModel]) -> PreTrainedModel | None:
             try:
@@ -335,7 +335,7 @@ class Checkpoint(KeepsCodes):
                 )
 
     def _lay_out(self, model: PreTrainedModel, sources: dict[str, Group], unexpected: set[str]) -> _Layout:
-        """Ties the model and says where each of its entries comes from."""
+        """Tie the model and find the source of each of its entries."""
         absent = {name for name in model.state_dict() if name not in sources}
         if self.has_weights:
             self._untie_what_differs(model, sources, absent)

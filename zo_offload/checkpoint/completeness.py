@@ -1,8 +1,8 @@
-"""Whether the files of a checkpoint hold the model: all of it, and nothing that the model would pass over.
+"""Checks that the files of a checkpoint hold the whole model, and nothing that the model would ignore.
 
-Names are compared in the terms of the body (the model without its head: `base_model_prefix`), and with *siblings*: the
-class that config.json names, and those that transformers builds for the same config as the bare and as the pretrained
-model. So the rules know no model by name:
+Names are compared relative to the body (the model without its head: `base_model_prefix`), and with *siblings*: the
+class that config.json names, and transformers' classes of the bare and of the pretrained model for the same config. So
+the rules need no model's name:
 
     a tensor that the files lack
         new    a task's head on the body of another class: the class that config.json names has no such tensor, and the
@@ -12,8 +12,8 @@ model. So the rules know no model by name:
         unused  a sibling has it (a pooler, a language model's head), or it is of a whole module beside the body
         alien   any other: of a layer that config.json does not count, of a fork with other names, an adapter's, a bias
 
-What transformers itself knows to be harmless (`_keys_to_ignore_on_load_*`) is neither, nor are constants that older
-versions kept in files (causal masks, position ids). Lost and alien ones are errors.
+Tensors that transformers itself knows to be harmless (`_keys_to_ignore_on_load_*`) are neither, nor are constants in
+files of older versions (causal masks, position ids). Lost and alien tensors are errors.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ QUANTIZED: tuple[tuple[str, str], ...] = (
     (r"_(blocks|scales)$", "MXFP4"),
     (r"\.(scales|zeros|qscales|codebooks|codes|B_24|W_q)$", "a quantizer"),
 )
-"""Endings of names that only quantized weights have, and whose they are. Only tensors without a place are asked."""
+"""Name endings that only quantized weights have, with their quantization. Only tensors without a place are checked."""
 
 _SETTINGS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quanto_qmap.json")
 
 
 @dataclass(frozen=True)
 class Differences:
-    """What files and model do not share."""
+    """The differences between files and model."""
 
     lost: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
@@ -70,9 +70,9 @@ def differences(
     siblings: Siblings,
     in_files: Mapping[str, Tensor],
 ) -> Differences:
-    """Sorts the names that the files lack and those that the model has no place for; `siblings` is asked if need be.
+    """Classify the names that the files lack and those that the model has no place for; may call `siblings`.
 
-    in_files: tensors on meta, of the files.
+    in_files: the files' tensors, on meta.
     """
     missing = sorted(name for name in missing if not _COUNTERS.search(name))
     unexpected = sorted(name for name in unexpected if not _is_constant(name, in_files.get(name)))
@@ -94,7 +94,7 @@ def differences(
 def check(
     found: Differences, model: PreTrainedModel, path: Path | None, shapes: Mapping[str, Tensor], total: int
 ) -> None:
-    """Raise CheckpointError if a tensor is lost or alien. shapes: of names in files and model; total: of the files."""
+    """Raise CheckpointError if a tensor is lost or alien. shapes: for names in files and model; total: in files."""
     if not found.lost and not found.alien:
         return
     parts = []
@@ -123,7 +123,7 @@ def check_quantized(names: Iterable[str], path: Path | None) -> None:
 
 
 def notes(found: Differences) -> tuple[str, ...]:
-    """What a user is to be told of files that hold the model all the same."""
+    """Notes for the user about allowed differences."""
     told = []
     if found.new:
         told.append(f"a new head: the checkpoint has no {_listed(found.new)}; made from the run's seed, to be trained")
@@ -143,7 +143,7 @@ def _names(model: PreTrainedModel) -> set[str]:
 
 
 def _relative(model: PreTrainedModel, name: str) -> str:
-    """A name in the terms of the body; a head's as it is."""
+    """A name relative to the body; a head's name unchanged."""
     prefix = model.base_model_prefix
     return name.removeprefix(f"{prefix}.") if prefix else name
 
@@ -158,7 +158,7 @@ def _is_in_body(model: PreTrainedModel, name: str) -> bool:
 
 
 def _is_beside(model: PreTrainedModel, name: str) -> bool:
-    """Of a module that the model has nothing of: another head, another tower."""
+    """Whether a name belongs to a module that the model lacks: another head, another tower."""
     first, _, rest = _relative(model, name).partition(".")
     return bool(rest) and not _is_in_body(model, name) and not hasattr(model, first)
 

@@ -1,11 +1,11 @@
-"""Names in a checkpoint's files against names in a transformers model, both ways, one group of tensors at a time.
+"""Converts between tensors in a checkpoint's files and in a transformers model, one group of tensors at a time.
 
-transformers 5 may rename, merge (one fused tensor of all experts), split (a fused qkv) or permute tensors when it
-loads a checkpoint, and undoes that when it saves. It does so for a whole model at once. Here its own transforms are
-asked which tensors belong together, and tried on meta tensors to learn what comes out and where each element of it
-comes from (`recipe.py`); a transform that does more than move elements is run on its group when one of its tensors is
-wanted. Everything that depends on the internals of transformers (5.17 to 5.23) and is not about building a model is in
-this module.
+transformers 5 may rename, merge (one fused tensor of all experts), split (a fused qkv) or permute tensors when it loads
+a checkpoint, and undoes that when it saves. It does so for a whole model at once. This module uses its transforms to
+find the tensors that belong together, and runs them on meta tensors to find the outputs and the source of each element
+(`recipe.py`); a transform that does more than move elements is run on its group when one of its tensors is read.
+Everything that depends on the internals of transformers (5.17 to 5.23) and is not about building a model is in this
+module.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .recipe import Finder, Reader, Recipe, Source, Whole
 @dataclass
 class Group:
     """Tensors that are converted together. sources: names to read, in order; outputs: final name -> meta tensor;
-    recipes: final name -> how its elements come from the sources'."""
+    recipes: final name -> the sources of its elements."""
 
     sources: list[str]
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Group:
         return cls([name], {name: meta}, {name: Source(name, meta.numel(), meta.dtype)}, [name], None, name)
 
     def _convert(self, tensors: list[Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """The sources, converted, by the names that the transform gives."""
+        """The converted sources, by the transform's names."""
         assert self._transform is not None
         if len({t.dtype for t in tensors}) > 1:  # torch.stack and friends would refuse or depend on the order
             common = tensors[0].dtype
@@ -73,7 +73,7 @@ class Group:
         return {name: t[0] if isinstance(t, list) else t for name, t in converted.items()}
 
     def _try(self, metas: Mapping[str, Tensor], model: nn.Module, rename: Callable[[str], str]) -> None:
-        """Learns outputs and recipes by running on meta tensors."""
+        """Find outputs and recipes by a run on meta tensors."""
         given = [metas[name].detach() for name in self.sources]  # tensors of our own: recipes go by identity
         recipes = [Source(name, t.numel(), t.dtype) for name, t in zip(self.sources, given, strict=True)]
         if self._transform is None:
@@ -102,9 +102,9 @@ class Group:
 def loading_groups(
     model: PreTrainedModel, metas: Mapping[str, Tensor]
 ) -> tuple[list[Group], set[str], list[WeightTransform]]:
-    """How `from_pretrained` would fill this model from files that hold `metas` (name -> meta tensor).
+    """The groups by which `from_pretrained` would fill this model from files with `metas` (name -> meta tensor).
 
-    Returns the groups, the names nothing in the model takes, and the transforms that were used (transformers keeps
+    Returns the groups, the names that the model does not use, and the transforms that were used (transformers keeps
     these on the model, to undo them when saving). Follows `convert_and_load_state_dict_in_model`.
     """
     wanted = model.state_dict()
@@ -134,7 +134,7 @@ def loading_groups(
 
 
 def saving_groups(model: PreTrainedModel, metas: Mapping[str, Tensor]) -> list[Group]:
-    """How `save_pretrained` would name and shape the entries `metas` of this model's state dict in its files.
+    """The groups by which `save_pretrained` would write the entries `metas` of this model's state dict.
 
     Follows `revert_weight_conversion`: the transforms used when the model was loaded, in reverse order and direction;
     for a model that was not loaded, the registered ones (those that add or remove a prefix left out).
@@ -214,4 +214,4 @@ def _collect(groups: dict[str, Group], first: str, key: str, pattern: str | None
     elif group._transform is not None:
         group.sources.append(key)
         group._patterns.append(pattern or key)
-    # else: two files' names lead to one parameter; transformers takes the first in its order, and so do we
+    # else: two names in files map to one parameter; like transformers, use the first in its order

@@ -1,4 +1,4 @@
-"""A checkpoint's quantized tensors as if its files held the weights that they stand for, decoded as they are read."""
+"""Presents a checkpoint's quantized tensors as ordinary weights, decoded when they are read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST = 32 << 20
 
 
 class TensorFile(Protocol):
-    """What holds tensors and reads elements of them: `safetensors_io.SafetensorsFile`, and what is seen as one."""
+    """A file of tensors that reads their elements: `safetensors_io.SafetensorsFile`, or an object like it."""
 
     @property
     def entries(self) -> Mapping[str, Entry]: ...
@@ -34,7 +34,7 @@ class TensorFile(Protocol):
 
 
 class Dequantized:
-    """Decoded weights by the name that they have where a model is not quantized."""
+    """Decoded weights, by their names in an unquantized model."""
 
     def __init__(self, weights: list[Decoded], files: Files) -> None:
         self.weights = {weight.name: weight for weight in weights}
@@ -46,14 +46,14 @@ class Dequantized:
         self.weights[name].read_into(self.files, start, out)
 
     def close(self) -> None:
-        """Nothing is open here: the tensors' files are closed by whoever opened them."""
+        """Does nothing: the tensors' files are closed by their owner."""
 
 
 def dequantized(
     file_of: Mapping[str, TensorFile], settings: Settings, dtype: torch.dtype, where: Path
 ) -> dict[str, TensorFile]:
-    """Which file each tensor is in, with decoded weights in the place of the tensors they are made of. dtype: of the
-    model; where: the checkpoint, for errors. CheckpointError: see `quantized.table.find`."""
+    """The file of each tensor, with decoded weights in place of their quantized tensors. dtype: the model's; where: the
+    checkpoint, for errors. CheckpointError: see `quantized.table.find`."""
     specs = {name: Spec(file.entries[name].dtype, file.entries[name].shape) for name, file in file_of.items()}
     files = Files(specs, lambda name, start, out: file_of[name].read_into(name, start, out))
     try:
@@ -66,7 +66,7 @@ def dequantized(
 
 
 def settings_of(config: Any, directory: Path) -> Settings:
-    """How a checkpoint says that it is quantized; {} if it does not. CheckpointError: nothing that could say so."""
+    """A checkpoint's quantization settings; {} if it has none. Raises CheckpointError if they are malformed."""
     for part in config_parts(config):
         found = getattr(part, "quantization_config", None)
         if found is None:
@@ -83,7 +83,7 @@ def settings_of(config: Any, directory: Path) -> Settings:
 
 
 def without_settings(config: Any) -> None:
-    """Takes quantization_config out of a config: what is built and exported from it is not quantized."""
+    """Remove quantization_config from a config: models built and exported from it are not quantized."""
     for part in config_parts(config):
         if hasattr(part, "quantization_config"):
             delattr(part, "quantization_config")

@@ -1,12 +1,12 @@
-"""Writes a model as a transformers checkpoint, a run of elements in memory at a time.
+"""Writes a model as a transformers checkpoint, with one chunk of elements in memory at a time.
 
-Names, splits and ties are those that transformers' own `save_pretrained` writes for the model, so that plain
-`from_pretrained` gives the same weights bit for bit. All headers are known before a weight is read; elements are then
-read in the order of the blocks that hold them, and each is written to its place in its file. Only where transformers
-transposes a whole tensor or computes with it are those it converts together in memory at once.
+Names, splits and ties are those of transformers' own `save_pretrained` for the model, so that plain `from_pretrained`
+gives the same weights bit for bit. All headers are known before a weight is read; elements are then read in the order
+of their blocks, and each is written to its place in its file. Only if transformers transposes a whole tensor or
+computes with it are the tensors of that conversion in memory together.
 
-How an export takes its place, whole and at once, is in `publish.py`. Of a PEFT model its adapter is written, as peft
-writes it (`adapters.py`).
+`publish.py` moves a finished export into place atomically. For a PEFT model the adapter is written, in peft's form
+(`adapters.py`).
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ METADATA = {"format": "pt", "producer": PRODUCER}
 
 
 class Origin(Protocol):
-    """What is read here of the checkpoint that a model came from (`checkpoint.Checkpoint`)."""
+    """The parts of a model's original checkpoint that an export reads (`checkpoint.Checkpoint`)."""
 
     @property
     def path(self) -> Path | None:
-        """Its directory; None of a config alone."""
+        """Its directory; None for a config alone."""
 
     @property
     def carried(self) -> Sequence[Path]:
-        """Files that go along: tokenizer, generation config, chat template, ..."""
+        """Files to copy: tokenizer, generation config, chat template, ..."""
 
     @property
     def config(self) -> Any:
-        """As read."""
+        """The config as read."""
 
 
 def save_pretrained(
@@ -85,8 +85,8 @@ def save_pretrained(
     PreTrainedModel becomes plain safetensors of its state dict; of a PeftModel its adapters are written, as peft does.
     run: see `adapters.save_adapter`. scheme: "fp8" rounds linear layers to that (`as_fp8.py`).
 
-    A shard holds at most max_shard_bytes of tensors, or one tensor. The config's dtype is that of most elements.
-    Raises CheckpointError: target not empty (unless overwrite), disk full, a parameter that nothing covers.
+    A shard holds at most max_shard_bytes of tensors, or one tensor. The config's dtype is that of most elements. Raises
+    CheckpointError: target not empty (unless overwrite), disk full, a parameter without a value.
     """
     given = user_path(directory)
     target = given.resolve()
@@ -121,7 +121,7 @@ def _write(
     work: Path, model: nn.Module, entries: _Entries, checkpoint: Origin | None, tokenizer: Any,
     max_shard_bytes: int, target: Path, scheme: str | None,
 ) -> None:  # fmt: skip
-    """All files of an export, in `work`: the small ones first, whose names the weights' metadata then holds."""
+    """Write all files of an export into `work`: the small ones first, so that the weights' metadata can list them."""
     groups, outputs = _outputs(model, entries)
     narrow = as_fp8.names_in_fp8(model, outputs) if scheme == "fp8" else frozenset[str]()
     settings = as_fp8.settings(model, narrow) if narrow else None
@@ -149,13 +149,13 @@ def _write(
 
 
 class _Entries:
-    """State dict entries by the name they are saved under, from `weights` or from the model."""
+    """State dict entries by their names in the files, from `weights` or from the model."""
 
     def __init__(self, model: nn.Module, names: set[str] | None, weights: Weights | None):
         self._tensors = names_to_save(model)
         self._weights = weights
         canonical = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
-        self._given: dict[str, str] = {}  # name -> canonical name, of what is read from `weights`
+        self._given: dict[str, str] = {}  # name -> canonical name, for entries read from `weights`
         if (names is None) != (weights is None):
             raise CheckpointError("save_pretrained needs both names and weights, or neither.")
         for name, tensor in self._tensors.items():
@@ -170,7 +170,7 @@ class _Entries:
                 raise CheckpointError(f"parameter or buffer {which!r} cannot be saved: it is {where}.")
 
     def metas(self) -> dict[str, Tensor]:
-        """Shapes and dtypes as they are to be saved."""
+        """Shapes and dtypes in the files."""
         return {
             name: torch.empty(tensor.shape, dtype=self._dtype(name, tensor), device="meta")
             for name, tensor in self._tensors.items()
@@ -183,7 +183,7 @@ class _Entries:
         return self._weights.dtype_of(self._given[name])
 
     def place_of(self, name: str, element: int) -> int:
-        """The block it is fetched with, where `weights` come in blocks."""
+        """The block of an element, if `weights` come in blocks."""
         placed = self._weights if name in self._given else None
         return placed.place_of(self._given[name], element) if isinstance(placed, Placed) else 0
 
@@ -196,12 +196,12 @@ class _Entries:
 
 
 def _leaves(p: nn.Parameter) -> bool:
-    """Whether a parameter is one that an engine takes out of the model."""
+    """Whether an engine takes this parameter out of the model."""
     return streams(p) or is_away(p)
 
 
 def _outputs(model: nn.Module, entries: _Entries) -> tuple[list[Group], dict[str, Spec]]:
-    """What goes into the files, under its final names."""
+    """The groups and tensors to write, by their final names."""
     metas = entries.metas()
     if isinstance(model, PreTrainedModel):
         groups = saving_groups(model, metas)
@@ -214,7 +214,7 @@ def _outputs(model: nn.Module, entries: _Entries) -> tuple[list[Group], dict[str
 
 
 def _main_dtype(outputs: Mapping[str, Spec]) -> torch.dtype | None:
-    """That of most floating elements."""
+    """The dtype of most floating elements."""
     elements: Counter[torch.dtype] = Counter()
     for tensor in outputs.values():
         if tensor.dtype.is_floating_point:
@@ -223,8 +223,8 @@ def _main_dtype(outputs: Mapping[str, Spec]) -> torch.dtype | None:
 
 
 def _in_order(groups: list[Group], entries: _Entries) -> list[tuple[str, Recipe]]:
-    """All that is to be written, in the order of the blocks that it is read from; in a block, of its elements. So each
-    block is fetched once, also where several tensors lie in turns in it (experts) or become many."""
+    """All tensors to write, in the order of their blocks, and in a block of their elements. So each block is fetched
+    once, even if several tensors are interleaved in it (experts) or one becomes many."""
     found = [
         (entries.place_of(*recipe.origin()), index, recipe.origin(), name, recipe)
         for index, group in enumerate(groups)
@@ -234,7 +234,7 @@ def _in_order(groups: list[Group], entries: _Entries) -> list[tuple[str, Recipe]
 
 
 def _into_shards(outputs: Mapping[str, Spec], max_bytes: int, metadata: dict[str, str]) -> list[Shard]:
-    # wide elements first: none is then at an odd place behind a mask's bytes, which would begin another shard
+    # wide elements first: otherwise a mask's bytes could misalign the next tensor, which would start another shard
     outputs = dict(sorted(outputs.items(), key=lambda entry: -entry[1].dtype.itemsize))
     shards: list[Shard] = []
     waiting = {name: tensor.shape for name, tensor in outputs.items()}
@@ -280,7 +280,7 @@ class _Files:
 
 
 def _first_bytes(shapes: dict[str, tuple[int, ...]], max_bytes: int) -> dict[str, tuple[int, ...]]:
-    """The tensors, from the first on, that one shard could hold if all had one byte an element."""
+    """The first tensors that one shard could hold if all had one byte per element."""
     taken: dict[str, tuple[int, ...]] = {}
     total = 0
     for name, shape in shapes.items():
@@ -292,8 +292,7 @@ def _first_bytes(shapes: dict[str, tuple[int, ...]], max_bytes: int) -> dict[str
 
 
 def _shard_names(count: int, target: Path) -> list[str]:
-    """File names of the weights. Shards get such as no file in `target` has: who is reading the export that is there
-    must not go on into this one."""
+    """File names of the weights. Shards get new names in `target`: a reader of the old export must not mix them."""
     if count == 1:
         return [SINGLE]
     taken = {file.name for file in target.glob("model-*.safetensors")} if target.exists() else set()
@@ -312,7 +311,7 @@ def _write_small_files(
         for source in checkpoint.carried:
             name = source.relative_to(checkpoint.path)
             if tokenizer is not None and is_of_tokenizer(name.as_posix()):
-                continue  # the one that was trained with takes its place
+                continue  # the tokenizer used in training replaces it
             (work / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, work / name)
     if tokenizer is not None:

@@ -1,4 +1,4 @@
-"""What is in a checkpoint directory: the weight files to read and the small files to carry along.
+"""Finds the files of a checkpoint directory: weights to read and small files to copy.
 
 Nothing here trusts an index: shard names must be plain file names inside the directory.
 """
@@ -29,7 +29,7 @@ _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w.
 
 
 def resolve_path(path: str | os.PathLike[str], *, weights: bool, code: bool = False) -> Path:
-    """The directory meant by a path or a hub id (org/name, org/name@revision); it holds a config.json.
+    """The directory of a path or a hub id (org/name, org/name@revision); it holds a config.json.
 
     Raises CheckpointError.
     """
@@ -101,8 +101,8 @@ def _is_of_model(path: Path) -> bool:
 
 
 def _of_other_names(directory: Path, pattern: str) -> list[Path]:
-    """Weights by other names than the usual: a variant's (model.fp16.safetensors), consolidated.safetensors, parts
-    without an index. Nothing if there are none."""
+    """Weights with other names than the usual: a variant's (model.fp16.safetensors), consolidated.safetensors, parts
+    without an index. Empty if there are none."""
     files = sorted(path for path in directory.glob(pattern) if _is_of_model(path))
     indices = sorted(path for path in directory.glob(f"{pattern}.index*.json") if _is_of_model(path))
     if len(indices) == 1:

@@ -1,9 +1,9 @@
-"""GGUF models: their configuration and tokenizer as transformers reads them, their tensors streamed.
+"""GGUF models: configuration and tokenizer are read by transformers, tensors are streamed.
 
-transformers (with the package gguf) says what config a file describes and which of the model's tensors each of its own
-is; it is not asked to load any. What it does to tensors on the way is done here on runs of elements: rows of q and k of
-Llama's family are put back in order, norms that are stored plus one are lessened, an expert's gate and up become one.
-Of architectures for which it does more the files are refused, by name.
+transformers (with the package gguf) gives a file's config, and the model's name of each of its tensors; it loads no
+tensors. Its conversions are done here on chunks of elements: rows of q and k in Llama's family are put back in order, 1
+is subtracted from norms that are stored plus one, an expert's gate and up are joined. Architectures for which it does
+more are an error that names them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _COUNTS = re.compile(r"block_count|expert_count|head_count|layer")
 _DONE = ("TensorProcessor", "LlamaTensorProcessor", "NemotronTensorProcessor", "Gemma2TensorProcessor",
          "Qwen2MoeTensorProcessor")  # fmt: skip
-"""What transformers does to tensors, of what is done here too."""
+"""transformers' tensor processors whose conversions are also implemented here."""
 _FACTORS = "rope_freqs.weight"  # of rotary positions, computed from the config by the model
 
 
@@ -55,16 +55,16 @@ class OpenedGGUF:
     config: Any
     tensors: GGUFWeights
     carried: list[Path]
-    """Small files that go along with an export."""
+    """Small files to copy into an export."""
     tokenizer: Path | None
-    """The file that a tokenizer is in."""
+    """The file with the tokenizer."""
 
 
 def open_gguf(
     files: list[Path], *, trust_remote_code: bool = False, overrides: Mapping[str, Any] | None = None
 ) -> OpenedGGUF:
     """A GGUF model, its tensors named as transformers' model names them; reads headers. A config.json and a tokenizer
-    beside the files come before what is in them. CheckpointError."""
+    next to the files override those inside. Raises CheckpointError."""
     tensors, directory = GGUFWeights(files), files[0].parent
     beside = (directory / CONFIG).is_file()
     if beside:
@@ -78,7 +78,7 @@ def open_gguf(
 
 
 def find_gguf(path: str | Path) -> list[Path]:
-    """The files of the GGUF model that a path means; [] if it means none. CheckpointError: several, a part missing."""
+    """The files of the GGUF model at a path; [] if there is none. Raises CheckpointError: several, a part missing."""
     given = Path(path).expanduser()
     if given.is_file() and given.suffix == ".gguf":
         return _parts(given)
@@ -131,11 +131,11 @@ def _read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
 
 
 class Tower:
-    """A model as transformers' naming sees it, without the insides of its layers.
+    """A model for transformers' naming code, without the modules inside its layers.
 
-    transformers asks every module of a model anew, and makes a table of all layers' names for each: quadratic in the
-    layers, and minutes for eighty. A layer's parts have no names of their own in a GGUF file; what holds layers may (a
-    file of BloomModel, opened as BloomForCausalLM).
+    transformers makes a table of all layers' names again for every module: quadratic in the layers, and minutes for
+    eighty. A layer's parts have no names of their own in a GGUF file; modules that contain layers may (a file of
+    BloomModel, opened as BloomForCausalLM).
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -157,7 +157,7 @@ def _part(name: str, files: Files, start: int, count: int) -> Tensor:
 
 
 class GGUFWeights:
-    """The tensors of GGUF files under the names and in the order of rows that transformers' model has."""
+    """The tensors of GGUF files, with the names and the row order of transformers' model."""
 
     def __init__(self, files: list[Path]) -> None:
         self._files = [GGUFFile(file) for file in files]
@@ -178,7 +178,7 @@ class GGUFWeights:
         return "tokenizer.ggml.model" in self._files[0].values
 
     def name_as(self, cls: type[PreTrainedModel], config: Any) -> None:
-        """Gives the tensors the names of a model's. CheckpointError: transformers has none for this architecture."""
+        """Rename the tensors as in a model. Raises CheckpointError if transformers has no names for it."""
         arch = str(self._files[0].values.get("general.architecture", ""))
         processor: Any = TENSOR_PROCESSORS.get(arch, TensorProcessor)
         processor = processor(config=config.to_dict())

@@ -1,8 +1,8 @@
-"""A checkpoint's own codes as blocks of a storage format: nothing is decoded, and nothing rounded.
+"""A checkpoint's own codes as blocks of a storage format: nothing is decoded and nothing is rounded.
 
-A weight of the model may be one of the files, or be merged, cut or stacked of several (`recipe.py`). Its codes, and
-each element's scale and minimum, are then put together as its values would be; where the parts meet at multiples of the
-format's group, a scale is still one a group.
+A weight of the model may be a tensor of the files, or be merged, cut or stacked from several (`recipe.py`). Its codes,
+and each element's scale and minimum, are then combined in the same way as its values would be; if the parts meet at
+multiples of the format's group, there is still one scale per group.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Coded(Protocol):
 
 
 class KeepsCodes:
-    """What a checkpoint says of its codes (`weights.Keeping`)."""
+    """A checkpoint's interface to its codes (`weights.Keeping`)."""
 
     _file_of: dict[str, TensorFile]
 
@@ -144,7 +144,7 @@ def _sources(recipe: Recipe) -> Iterator[str]:
 
 
 def _is_whole(recipe: Recipe, group: int) -> bool:
-    """Whether the parts of a weight meet at multiples of `group` only."""
+    """Whether the parts of a weight meet only at multiples of `group`."""
     if isinstance(recipe, Source):
         return True
     if isinstance(recipe, Join):
@@ -159,7 +159,7 @@ def _is_whole(recipe: Recipe, group: int) -> bool:
 
 
 def _retyped(recipe: Recipe, dtype: torch.dtype) -> Recipe:
-    """The same of elements of another dtype."""
+    """The same recipe for elements of another dtype."""
     if isinstance(recipe, Join):
         return Join(recipe.rows, [_retyped(part, dtype) for part in recipe.parts])
     if isinstance(recipe, Cut):

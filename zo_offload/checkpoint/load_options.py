@@ -1,5 +1,4 @@
-"""Arguments that users of transformers' `from_pretrained` pass: taken as they are meant there, or refused with what
-stands here in their place. None is passed over."""
+"""Arguments of transformers' `from_pretrained`: each has the same meaning here, or is an error."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ REFUSED = {
     "tp_plan": "one device computes", "device_mesh": "one device computes",
     "peft_config": "adapter= takes it", "adapter_kwargs": "adapter= takes a directory",
 }  # fmt: skip
-"""Arguments that nothing here is like, and what there is."""
+"""Arguments without an equivalent, with advice on what to use."""
 
 
 _OF_CLASSES = ("num_labels", "id2label", "label2id", "problem_type")

@@ -1,7 +1,7 @@
-"""An adapter merged into its base while it is written: the whole model, as peft's `merge_and_unload` gives it.
+"""Merges an adapter into its base during an export: the whole model, as from peft's `merge_and_unload`.
 
-peft merges a layer at a time, and so is it asked here: one layer gets its values, in float32, and what it becomes is
-rounded once to the dtype of the export. The rest is read as it is. Memory: one adapted layer, and its change.
+peft merges one layer at a time, and so does this module: one layer gets its values, in float32, and the merged result
+is rounded once to the dtype of the export. Other weights are read unchanged. Memory: one adapted layer, and its change.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .weights import Placed, Weights
 
 
 def why_not(model: nn.Module) -> str:
-    """What keeps an adapter from being merged; "" if nothing does."""
+    """Why an adapter cannot be merged; "" if it can."""
     if not is_peft(model):
         return "merge=True is for a model with an adapter, and this one has none: leave it out"
     configs: Any = cast(Any, model).peft_config
@@ -30,14 +30,14 @@ def why_not(model: nn.Module) -> str:
 
 
 class Merged:
-    """The weights of the model without its adapter, which is in them (`weights.Placed`). See the module.
+    """The plain model's weights with the adapter merged into them (`weights.Placed`). See the module.
 
     model: peft's. shadow: a copy of it on meta. weights: current values, by the names in peft's model; `names` has
     those of the plain one.
     """
 
     def __init__(self, model: nn.Module, shadow: nn.Module, weights: Weights, known: set[str]) -> None:
-        """known: names that `weights` has. Raises ConfigError where peft cannot merge."""
+        """known: names that `weights` has. Raises ConfigError if peft cannot merge."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self._shadow, self._weights = shadow, weights

@@ -1,4 +1,4 @@
-"""Builds a transformers model with its parameters on meta and makes real what must be: buffers, fresh parameters.
+"""Builds a transformers model with its parameters on meta, and makes buffers and new parameters real.
 
 `from_pretrained` does the same before it loads weights; this follows it step by step (transformers 5.17 to 5.23).
 """
@@ -26,9 +26,9 @@ from ..hf import initialization as hf_init
 from ..modules.modes import in_contexts
 
 MAX_REGISTRATIONS = 1_000_000
-"""Modules and parameters of a model that is built from its config alone."""
+"""The most modules and parameters of a model that is built from its config alone."""
 MAX_MADE_BYTES = 16 << 30
-"""The most bytes of buffers and new parameters together, which a config alone can make as large as it likes."""
+"""The most bytes of buffers and new parameters together, whose size a config alone determines."""
 
 
 def construct(
@@ -36,8 +36,8 @@ def construct(
 ) -> PreTrainedModel:
     """cls(config) with everything on meta, nothing tied and nothing initialised yet. The config is copied.
 
-    most: modules and parameters that may be registered on the way. CheckpointError: more, or the class refuses the
-    config.
+    most: the most modules and parameters that may be registered. Raises CheckpointError if there are more, or if the
+    class refuses the config.
     """
     config = copy.deepcopy(config)
     for part in config_parts(config):
@@ -60,7 +60,7 @@ def construct(
 
 @contextlib.contextmanager
 def _at_most(most: int, name: str) -> Iterator[None]:
-    """Ends the building of a model with CheckpointError once it has registered more modules and parameters."""
+    """Raise CheckpointError in the construction of a model once it has registered more modules and parameters."""
     count, is_open = 0, True
 
     def registered(module: nn.Module, key: str, value: Any) -> None:
@@ -84,7 +84,7 @@ def _at_most(most: int, name: str) -> Iterator[None]:
 
 
 def keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype, names: Iterable[str]) -> None:
-    """Makes fp32 the parameters and buffers among `names` that the class wants so (`_keep_in_fp32_modules`)."""
+    """Convert to fp32 the parameters and buffers among `names` that the class keeps so (`_keep_in_fp32_modules`)."""
     plan = model._get_dtype_plan(dtype)
     if not plan:
         return
@@ -98,7 +98,7 @@ def keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype, names: Iterable[str
 
 
 def replace_tensors(model: nn.Module, by_id: dict[int, Tensor]) -> None:
-    """Puts other tensors in the place of parameters and buffers, wherever they are registered (ties stay ties)."""
+    """Replace parameters and buffers by other tensors, wherever they are registered (ties stay ties)."""
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
@@ -107,9 +107,9 @@ def replace_tensors(model: nn.Module, by_id: dict[int, Tensor]) -> None:
 
 
 def make_real(model: PreTrainedModel, loaded: dict[str, Tensor], fresh: Iterable[str], seed: int) -> dict[str, Tensor]:
-    """Makes all buffers real: the `loaded` ones as given, the others by the model's own `_init_weights`.
+    """Make all buffers real: the `loaded` ones as given, the others by the model's own `_init_weights`.
 
-    Returns the values, in fp32, that it gives to the parameters named in `fresh`; these stay on meta in the model.
+    Returns the fp32 values of `_init_weights` for the parameters named in `fresh`; these stay on meta in the model.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' init functions skip these
@@ -139,7 +139,7 @@ def make_real(model: PreTrainedModel, loaded: dict[str, Tensor], fresh: Iterable
 
 @torch.no_grad()
 def _initialise(model: PreTrainedModel, seed: int) -> None:
-    """`model.initialize_weights()` for what is not initialised, each module from a seed of its own."""
+    """`model.initialize_weights()` for uninitialised modules, each with its own seed."""
 
     def visit(module: nn.Module, path: str, owner: PreTrainedModel) -> None:
         for name, child in module.named_children():

@@ -1,11 +1,11 @@
-"""pytorch_model.bin, a run of a tensor's elements at a time, through torch's weights-only loader.
+"""pytorch_model.bin, read one chunk of elements at a time, through torch's weights-only loader.
 
-The loader is asked for tensors on meta: it unpickles names, shapes and places (tensors and plain containers, no code),
-and reads no values. Elements are then `pread` from their places, as from a safetensors file. A tensor that does not lie
-row by row in its storage is read whole, and held until another one is asked for; files of before torch 1.6, which are
-no archives, are read whole.
+The loader makes tensors on meta: it unpickles names, shapes and offsets (tensors and plain containers, no code), and
+reads no values. Elements are then `pread` at their offsets, as from a safetensors file. A tensor that is not row-major
+in its storage is read whole, and held until another one is read; files from before torch 1.6, which are not archives,
+are read whole.
 
-File layout: a zip archive, stored and not compressed: `<name>/data.pkl`, and `<name>/data/<key>` a storage each.
+File layout: a zip archive, stored and not compressed: `<name>/data.pkl`, and one storage in each `<name>/data/<key>`.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from ..errors import CheckpointError
 from .safetensors_io import Entry, SafetensorsFile
 
 MAX_PICKLE_BYTES = 256 << 20
-"""Of the names and shapes alone: half a million tensors take a hundred."""
+"""Limit of the pickle with names and shapes: half a million tensors take a hundred MiB."""
 _ADVICE = (
     "If you trust it: load it in transformers and save_pretrained it to another directory, which writes safetensors."
 )
 
 
 def open_weights(path: Path) -> SafetensorsFile:
-    """A file of weights, by the end of its name."""
+    """Open a file of weights, by its suffix."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else PickledFile(path)
 
 
 class PickledFile(SafetensorsFile):
-    """One file; read as a SafetensorsFile is. Raises CheckpointError on what the loader refuses."""
+    """One file, with the interface of SafetensorsFile. Raises CheckpointError if the loader refuses it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fd = -1
         self._lock = threading.Lock()
         self._whole: dict[str, Tensor] = {}
-        """Of a file that is no archive: all of it."""
+        """All tensors of a file that is not an archive."""
         self._strided: dict[str, Tensor] = {}
-        """On meta: tensors that do not lie row by row."""
+        """Tensors that are not row-major, on meta."""
         self._held: tuple[str, Tensor] | None = None
         self.metadata: dict[str, str] = {}
         archive = zipfile.is_zipfile(path)
@@ -116,7 +116,7 @@ def _load(path: Path, where: str) -> dict[str, Tensor]:
 
 
 def _records(path: Path) -> dict[int, int]:
-    """Where the archive's records begin, and their bytes. Raises CheckpointError on what is not as torch writes it."""
+    """Offset -> size of the archive's records. Raises CheckpointError if it is not in torch's form."""
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
@@ -137,14 +137,14 @@ def _records(path: Path) -> dict[int, int]:
 
 
 def _begin(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
-    """Where a record's bytes begin: behind its header, whose name and extra field have lengths of their own."""
+    """The offset of a record's bytes: after its header, whose name and extra field vary in length."""
     file.seek(entry.header_offset + 26)
     lengths = file.read(4)
     return entry.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
 
 
 def _place(storage: Any, what: str) -> int:
-    """Where a storage begins in its file, as the loader says of one on meta."""
+    """A storage's offset in its file, as the loader reports it for a storage on meta."""
     place = getattr(storage, "_checkpoint_offset", None)
     if not isinstance(place, int):
         raise CheckpointError(

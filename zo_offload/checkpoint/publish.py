@@ -1,18 +1,18 @@
-"""How a finished export takes its place: a reader finds the old one, the new one, or none, and never parts of both.
+"""Moves a finished export into place: a reader finds the old one, the new one, or none, but never parts of both.
 
-Everything is written and synced in a directory beside the target, `.<target>.zo-export-<8 hex digits>`, and locked by
-the process that writes it; one that a killed process left is removed by the next export to the same place. Then:
+Everything is written and synced in a directory next to the target, `.<target>.zo-export-<8 hex digits>`, which the
+writing process locks; the next export to the same target removes one that a killed process left. Then:
 
     nothing there, or an empty directory     one rename
     an export, and files beside it           the files are linked into the new directory, and the two directories
                                              exchange their names (Linux: renameat2), which is one move; then the old
                                              one, which has the other's name now, is removed
-    where that cannot be (directories in     the file without which no library opens the directory (config.json) is
-    it, a mount point, no such system call)  removed first and put there last: in between there is no export
+    if that is impossible (directories in    the file without which no library opens the directory (config.json) is
+    it, a mount point, no such system call)  removed first and added last: in between there is no export
 
-What goes away is what an earlier export of ours says it wrote (`files` in the metadata of its weights), and files that
-the new one has by the same name. All else stays. A reader that is under way while the directories change hands may
-find a shard gone, which is an error: shards of two exports never have the same name.
+Removed are the files that an earlier export of ours wrote (`files` in the metadata of its weights), and files whose
+names the new one uses. All others stay. If the directories are exchanged during a read, the reader may find a shard
+missing, which is an error: shards of two exports never have the same name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .tokenizers import FILES as TOKENIZER_FILES
 
 PRODUCER = "zo_offload"
 HEADS = (CONFIG, "adapter_config.json")
-"""Without them nothing opens a directory."""
+"""Files without which no library opens a directory."""
 _EXCHANGE = 2  # RENAME_EXCHANGE
 _AT_FDCWD = -100
 _PLAIN = re.compile(r"(additional_chat_templates/)?[^/\\:\0]+")
@@ -45,21 +45,21 @@ _PLAIN = re.compile(r"(additional_chat_templates/)?[^/\\:\0]+")
 
 @contextmanager
 def workplace(target: Path) -> Iterator[Path]:
-    """A directory beside the target to write into, gone at the end; so is what killed exports left there."""
+    """A directory next to the target to write into, removed at the end; also removes those of killed exports."""
     _clear_left(target)
     work = target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}")
     work.mkdir(mode=0o777)
     fd = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)  # held until it is closed: nobody else takes the directory for a left one
+        fcntl.flock(fd, fcntl.LOCK_EX)  # held until it is closed: others see that the directory is in use
         yield work
     finally:
-        shutil.rmtree(work, ignore_errors=True)  # ours, or the old export that changed places with it
+        shutil.rmtree(work, ignore_errors=True)  # ours, or the old export that was exchanged with it
         os.close(fd)
 
 
 def publish(work: Path, target: Path) -> list[Path]:
-    """Put the finished export in `work` into the target's place; returns its files there, weights first."""
+    """Move the finished export in `work` to the target; returns its files there, weights first."""
     names = sorted((f.relative_to(work) for f in work.rglob("*") if f.is_file()), key=_order)
     for name in names:
         diskio.sync_path(work / name)
@@ -79,9 +79,9 @@ def publish(work: Path, target: Path) -> list[Path]:
 
 
 def earlier_files(target: Path, new: Collection[str]) -> set[Path]:
-    """Of a directory: what an earlier export of ours wrote there, by names inside of it. new: names of the new weights.
+    """The files that an earlier export of ours wrote into a directory, relative to it. new: names of the new weights.
 
-    Raises CheckpointError for weights of others, which the new ones would stand beside.
+    Raises CheckpointError for other weights, which would be mixed with the new ones.
     """
     found: set[Path] = set()
     for file in sorted([*target.glob("model*.safetensors"), *target.glob("adapter_model*.safetensors")]):
@@ -101,7 +101,7 @@ def earlier_files(target: Path, new: Collection[str]) -> set[Path]:
 
 
 def _listed(text: object) -> list[str]:
-    """Names in the metadata of an export's weights, which anyone could have written: plain ones only."""
+    """File names from the metadata of an export's weights; only plain names, since the metadata is untrusted."""
     try:
         names = json.loads(text) if isinstance(text, str) else []
     except (ValueError, RecursionError):
@@ -118,7 +118,7 @@ def _replace(work: Path, names: list[Path], target: Path) -> None:
     if _can_link(kept, target) and _link(kept, target, work) and _exchange(work, target):
         _bring_late(work, target, {*old, *names, *kept})
         return
-    for name in kept:  # that were linked in vain
+    for name in kept:  # that were linked without effect
         (work / name).unlink(missing_ok=True)
     try:
         _move_in(work, names, target, old)
@@ -130,7 +130,7 @@ def _replace(work: Path, names: list[Path], target: Path) -> None:
 
 
 def _can_link(kept: list[Path], target: Path) -> bool:
-    """Whether all that stays are files in the directory itself: another directory may be in use where it is."""
+    """Whether all kept files are in the directory itself: another directory inside it may be in use."""
     folders = {p.name for p in target.iterdir() if p.is_dir()} - {"additional_chat_templates"}
     return not folders and all(len(name.parts) == 1 for name in kept)
 
@@ -147,7 +147,7 @@ def _link(kept: list[Path], target: Path, work: Path) -> bool:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Two directories get each other's names in one move. False: this system, or this directory, cannot do it."""
+    """Exchange the names of two directories atomically. False: the system or the directory does not allow it."""
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "renameat2"):
         return False
@@ -156,7 +156,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _bring_late(work: Path, target: Path, known: set[Path]) -> None:
-    """What others put into the old directory after it was looked at goes on into the new one."""
+    """Move files that others added to the old directory meanwhile into the new one."""
     for file in work.iterdir():
         if (
             Path(file.name) not in known
@@ -167,7 +167,7 @@ def _bring_late(work: Path, target: Path, known: set[Path]) -> None:
 
 
 def _move_in(work: Path, names: list[Path], target: Path, old: set[Path]) -> None:
-    """File by file. Without its head nothing opens the directory, so that is removed first and put there last."""
+    """Replace file by file. Without its head no library opens the directory, so it is removed first and added last."""
     for head in HEADS:
         (target / head).unlink(missing_ok=True)
     diskio.sync_directory(target)
@@ -193,8 +193,8 @@ def _move_in(work: Path, names: list[Path], target: Path, old: set[Path]) -> Non
 
 
 def _order(name: Path) -> tuple[int, str]:
-    """Weights, index, small files, config: a reader that finds an index finds all that it names. Of a tokenizer the
-    files that make one come last: without them its settings are none, and with them all of its settings are there."""
+    """Order: weights, index, small files, config: a reader that finds an index finds all its files. A tokenizer's main
+    files come last: without them there is no tokenizer, and once they exist all its settings do."""
     ranks = {INDEX: 1, "tokenizer.json": 3, **dict.fromkeys(HEADS, 5)}
     makes_one = name.name in TOKENIZER_FILES or name.suffix in (".model", ".tiktoken")
     rank = 0 if name.suffix == ".safetensors" else ranks.get(name.name, 4 if makes_one else 2)
@@ -206,7 +206,7 @@ def _prefix(target: Path) -> str:
 
 
 def _clear_left(target: Path) -> None:
-    """Remove directories that a killed export to this place left: by their names, and if nobody holds their lock."""
+    """Remove directories of killed exports to this target, recognised by name, if nobody holds their lock."""
     pattern = re.compile(re.escape(_prefix(target)) + "[0-9a-f]{8}")
     for left in [p for p in target.parent.iterdir() if pattern.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]:
         fd = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

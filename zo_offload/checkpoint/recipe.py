@@ -1,13 +1,13 @@
-"""How a tensor is made of parts of others, so that any run of its elements can be made without the rest.
+"""Recipes: how a tensor is composed from parts of others, so that any range of its elements can be made alone.
 
-What transformers does to tensors between files and model (merge experts into one, split a fused projection, permute
-rotary halves) moves elements and computes nothing. A `Recipe` is such a tensor, by where its elements are: flattened,
-in C order, elements [start, stop) of it are asked of its parts, down to the tensors in the files. `Finder` finds the
-recipes by watching a conversion run on meta tensors; an operation that it does not know gives no recipe, and then the
-conversion has to be run on whole tensors (`Whole`).
+transformers' conversions between files and model (merge experts into one, split a fused projection, permute rotary
+halves) only move elements. A `Recipe` describes such a tensor by the sources of its elements: elements [start, stop),
+flattened in C order, are read from its parts, down to the tensors in the files. `Finder` finds the recipes by watching
+a conversion on meta tensors; for an operation that it does not know there is no recipe, and the conversion must run on
+whole tensors (`Whole`).
 
-Memory: what is asked for, and SCRATCH elements beside it. Only a permutation that mixes more than that (a transposed
-matrix) is made whole, and held by the `Reader` while its elements are asked for in order.
+Memory: the requested elements, and SCRATCH more. Only a permutation that mixes more than that (a transposed matrix) is
+made whole, and held by the `Reader` while its elements are read in order.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import CheckpointError
 
 SCRATCH = 1 << 20
-"""Elements that a recipe may take beside those asked for."""
+"""Elements of memory that a recipe may use besides the requested ones."""
 
 ReadInto = Callable[[str, int, Tensor], None]
 """(source, start, out): elements [start, start + len(out)) of a source, flattened, into the 1-D tensor out."""
 
 
 class Reader:
-    """Where recipes get elements of the sources from. Holds what was last made whole until all of it was given."""
+    """Reads elements of sources for recipes. Holds the last tensor that was made whole until all of it was used."""
 
     def __init__(self, read_into: ReadInto) -> None:
         self.read_into = read_into
@@ -44,7 +44,7 @@ class Reader:
         self._lock = threading.RLock()
 
     def hold(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made again only if something else was held in between."""
+        """The result of `make`, computed again only if another result was held in between."""
         with self._lock:
             if self._held is None or self._held[0] != key:
                 self._held, self._given = None, set()  # before the next one is made
@@ -52,7 +52,7 @@ class Reader:
             return self._held[1]
 
     def ended(self, key: Hashable, name: str = "", names: int = 1) -> None:
-        """The last elements of one of `names` tensors held under a key were given."""
+        """Call after the last elements of one of the `names` tensors under a key were used."""
         with self._lock:
             if self._held is not None and self._held[0] == key:
                 self._given.add(name)
@@ -67,15 +67,15 @@ class Recipe:
     dtype: torch.dtype
 
     def fill(self, reader: Reader, start: int, out: Tensor) -> None:
-        """Elements [start, start + len(out)) into `out`, 1-D and of this dtype."""
+        """Write elements [start, start + len(out)) into `out`, 1-D and of this dtype."""
         raise NotImplementedError
 
     def origin(self, element: int = 0) -> tuple[str, int]:
-        """Source of an element, and its place there (of a permuted row's: the row's first)."""
+        """An element's source, and its index there (in a permuted row: that of the row's first element)."""
         raise NotImplementedError
 
     def part(self, reader: Reader, start: int, count: int) -> Tensor:
-        """The same, in memory of its own."""
+        """The same, in a new tensor."""
         out = torch.empty(count, dtype=self.dtype, device="cpu")
         self.fill(reader, start, out)
         return out
@@ -83,7 +83,7 @@ class Recipe:
 
 @dataclass(eq=False)
 class Source(Recipe):
-    """A tensor as it is."""
+    """A tensor of the files, unchanged."""
 
     name: str
     numel: int
@@ -154,7 +154,7 @@ class Join(Recipe):
 
 @dataclass(eq=False)
 class Cut(Recipe):
-    """Of each of `rows` rows, elements [begin, begin + width): a slice, a chunk, one of a stack."""
+    """Elements [begin, begin + width) of each of `rows` rows: a slice, a chunk, one tensor of a stack."""
 
     rows: int
     of: Recipe
@@ -220,13 +220,13 @@ class Turn(Recipe):
 
 @dataclass(eq=False)
 class Whole(Recipe):
-    """One output of a conversion that is not understood, or the only one: all of its outputs are made at once."""
+    """One output of a conversion without recipes: all its outputs are made at once."""
 
     name: str
     run: Callable[[Reader], Mapping[str, Tensor]]
     """All outputs; the same function for all of them."""
     count: int
-    """Of the outputs."""
+    """Number of outputs."""
     source: str
     numel: int
     dtype: torch.dtype
@@ -242,8 +242,8 @@ class Whole(Recipe):
 
 
 def as_floats(recipe: Recipe, meta: Tensor, built: torch.dtype, what: str) -> tuple[Recipe, Tensor]:
-    """A parameter of the files as it is read: float64 as float32, rounded once, the most that anything is stored in.
-    CheckpointError where it holds no floating numbers and the model's, of dtype `built`, does."""
+    """A parameter of the files with float64 rounded once to float32, the widest storage. Raises CheckpointError if it
+    does not hold floating numbers although the model's parameter, of dtype `built`, does."""
     if meta.dtype is torch.float64:
         return Cast(recipe, torch.float32), meta.to(torch.float32)
     if built.is_floating_point and not meta.dtype.is_floating_point:
@@ -258,10 +258,10 @@ def as_floats(recipe: Recipe, meta: Tensor, built: torch.dtype, what: str) -> tu
 
 
 class Finder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While open, keeps the recipes of the meta tensors that come out of the sources'.
+    """While open, records recipes of the meta tensors that are made from the sources.
 
-    Knows the operations that move elements; what any other makes has no recipe, and after one that writes into a tensor
-    nothing has.
+    Knows the operations that move elements; results of others have no recipe, and after an operation that writes into a
+    tensor no result has one.
     """
 
     def __init__(self) -> None:
@@ -298,7 +298,7 @@ class Finder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
 
-# Of an operation: (its tensors, their recipes, its arguments by name, what it gave) -> recipes of what it gave.
+# For an operation: (its tensors, their recipes, its arguments by name, its results) -> recipes of its results.
 _Handler = Callable[[Sequence[Tensor], Sequence[Recipe], Mapping[str, Any], Sequence[Tensor]], list[Recipe | None]]
 
 

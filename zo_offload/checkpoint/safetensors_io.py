@@ -1,11 +1,11 @@
-"""Safetensors files, a run of a tensor's elements at a time.
+"""Safetensors files, read and written one chunk of elements at a time.
 
-Reading checks the header as a stranger's bytes before anything is read: sizes, offsets, dtypes and that the tensors
-tile the data without gaps. Elements are then one `pread` into memory of the caller's: unlike a mapping it cannot turn
-into a bus error when the file is cut short under us, cannot alias the file, holds no page but those asked for, and may
-be called from any number of threads.
+Before any read, the header is checked as untrusted bytes: sizes, offsets, dtypes, and that the tensors fill the data
+without gaps. Elements are then read by one `pread` into the caller's memory: unlike a mapping it cannot cause a bus
+error if the file is cut meanwhile, cannot alias the file, holds only the requested pages, and may be called from any
+number of threads.
 
-Writing begins with the header, from names, dtypes and shapes; elements then arrive in any order, each in its place.
+Writing begins with the header, from names, dtypes and shapes; elements can then be written in any order.
 
 File layout, little-endian (https://github.com/huggingface/safetensors): header bytes u64 | JSON header, padded with
 blanks | data. Header: name -> {"dtype", "shape", "data_offsets": [begin, end]} from the data, and "__metadata__".
@@ -34,7 +34,7 @@ from ..system import diskio
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 MAX_HEADER_PARTS = 5_000_000
-"""Most brackets, braces, colons and commas of a header, ten or so a tensor: the memory it takes goes with them."""
+"""The most brackets, braces, colons and commas of a header, about ten per tensor: they determine its memory."""
 READ_CHUNK_BYTES = 1 << 30  # Linux moves at most 0x7ffff000 bytes a call
 
 _TORCH_NAMES = {
@@ -63,7 +63,7 @@ class Entry:
 
 
 class SafetensorsFile:
-    """One file: its header, checked, and tensors on demand. Raises CheckpointError on any damage it can see."""
+    """One file: its checked header, and tensors on demand. Raises CheckpointError on any visible damage."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -72,7 +72,7 @@ class SafetensorsFile:
         self.metadata, self.entries = read_header(path)
 
     def read(self, name: str) -> Tensor:
-        """The tensor, in memory of its own."""
+        """The whole tensor, in new memory."""
         entry = self.entries[name]
         out = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         self.read_into(name, 0, out.view(-1))
@@ -119,7 +119,7 @@ class SafetensorsFile:
 
 
 def files_by_tensor(files: Iterable[SafetensorsFile]) -> dict[str, SafetensorsFile]:
-    """Which file each tensor is in. CheckpointError if one is in two: which of them is meant nobody can say."""
+    """The file of each tensor. Raises CheckpointError if a tensor is in two files."""
     found: dict[str, SafetensorsFile] = {}
     for file in files:
         for name in file.entries:
@@ -164,10 +164,10 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
 
 
 def _check_parts(path: Path, raw: bytes) -> None:
-    """Before it is parsed: a header of nothing but brackets would take thirty times its size in memory."""
+    """Check the header before it is parsed: one of only brackets would take thirty times its size in memory."""
     if sum(map(raw.count, (b"[", b"{", b":", b","))) <= MAX_HEADER_PARTS:
         return
-    parts = 0  # now without those in strings
+    parts = 0  # now without characters in strings
     for found in re.finditer(rb'"(?:[^"\\]++|\\.)*+"|[\[{:,]', raw, re.DOTALL):
         parts += found.end() - found.start() == 1
         if parts > MAX_HEADER_PARTS:
@@ -226,17 +226,17 @@ def _check_tiling(path: Path, entries: dict[str, Entry], data_begin: int, size: 
 
 
 class Shard:
-    """What one file is to hold, tensors in the order of their bytes.
+    """The planned contents of one file, with tensors in the order of their bytes.
 
-    header_room: bytes kept for the header; `header_bound` gives one that suffices. Tensor offsets stay multiples of
-    the element size (`fits` says whether the next one's would be).
+    header_room: bytes reserved for the header; `header_bound` gives a sufficient number. Tensor offsets stay multiples
+    of the element size (`fits` tells whether the next one's would be).
     """
 
     def __init__(self, header_room: int) -> None:
         self.nbytes = 0
         self.tensors: dict[str, Spec] = {}
         self.begins: dict[str, int] = {}
-        """Where each tensor begins, in bytes from the first one."""
+        """Each tensor's offset in bytes, from the first tensor."""
         self.room = -(-header_room // 8) * 8
 
     def fits(self, tensor: Spec, max_bytes: int) -> bool:
@@ -251,7 +251,7 @@ class Shard:
         self.nbytes += tensor.nbytes
 
     def header(self, metadata: dict[str, str]) -> bytes:
-        """The file's first bytes, up to its data; blanks fill the room."""
+        """The file's bytes before its data, padded with blanks."""
         entries: dict[str, Any] = {"__metadata__": metadata}
         for name, tensor in self.tensors.items():
             offsets = [self.begins[name], self.begins[name] + tensor.nbytes]
@@ -279,7 +279,7 @@ class ShardWriter:
             diskio.write_at(self._file.fileno(), values.view(torch.uint8).numpy().data, at)
 
     def finish(self) -> None:
-        """Everything on the medium."""
+        """Sync the file to the medium."""
         os.fsync(self._file.fileno())
         self._file.close()
 

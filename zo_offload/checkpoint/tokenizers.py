@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, as transformers loads it; its own code runs only where that is trusted."""
+"""A checkpoint's tokenizer, loaded by transformers; its own code runs only if it is trusted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..hf import AutoTokenizer, transformers
 _log = logging.getLogger(__name__)
 
 FILES = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
-"""What a tokenizer consists of, beside files named tokenizer*; older checkpoints have nothing else."""
+"""A tokenizer's files besides those named tokenizer*; older checkpoints have only these."""
 
 
 _NAMES = re.compile(
@@ -23,20 +23,20 @@ _NAMES = re.compile(
 
 
 def is_of_tokenizer(name: str) -> bool:
-    """Whether a file is one of a tokenizer's, by its path in a checkpoint."""
+    """Whether a file belongs to a tokenizer, by its path in a checkpoint."""
     return name.startswith("additional_chat_templates/") or _NAMES.fullmatch(name) is not None
 
 
 def check_saves(tokenizer: Any) -> None:
-    """Raise CheckpointError if an export could not write this tokenizer: found out before training, not after."""
+    """Raise CheckpointError, before training, if an export could not write this tokenizer."""
     if not hasattr(tokenizer, "save_pretrained"):
-        return  # any callable will do to make batches; the export then says that it has none
+        return  # any callable can make batches; the export then warns that it writes no tokenizer
     with tempfile.TemporaryDirectory() as folder:
         save(tokenizer, Path(folder))
 
 
 def save(tokenizer: Any, folder: Path) -> None:
-    """The tokenizer's files. Raises CheckpointError if it cannot be written; OSError of the disk passes through."""
+    """Write the tokenizer's files. Raises CheckpointError if that fails; OSError of the disk passes through."""
     if not hasattr(tokenizer, "save_pretrained"):
         _log.warning("the tokenizer (%s) has no save_pretrained and is not exported", type(tokenizer).__name__)
         return
@@ -56,8 +56,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a directory, a cached hub id or a GGUF file. Raises CheckpointError; asks nothing and runs
-    nothing."""
+    """The tokenizer of a directory, a cached hub id or a GGUF file. CheckpointError; never prompts or runs unasked."""
     place, options = path, dict[str, Any]()
     if Path(path).suffix == ".gguf" and Path(path).is_file():
         place, options = Path(path).parent, {"gguf_file": Path(path).name}

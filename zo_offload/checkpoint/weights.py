@@ -1,6 +1,6 @@
-"""Weights by canonical name, a chunk of elements at a time: what blocks are filled from and checkpoints written from.
+"""Weights by canonical name, one chunk of elements at a time: the source of blocks and of written checkpoints.
 
-Also the digests by which weights are known, taken as they are read:
+Also digests of weights, computed while they are read:
     per tensor   blake2b-8 of "<canonical name> <dtype> <shape> <crc32 of its bytes>"
     together     blake2b-8 of the lines "<name> <digest of the tensor>" in order of names
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..formats import Format
 
 CHUNK = 1 << 20
-"""Elements that are read, converted and written at a time: they stay in a core's cache. A multiple of every group."""
+"""Elements read, converted and written at a time: they fit in a core's cache. A multiple of every group."""
 
 
 class Weights(Protocol):
@@ -40,7 +40,7 @@ class Placed(Weights, Protocol):
     """Weights that are fetched a block at a time."""
 
     def place_of(self, name: str, element: int) -> int:
-        """The block of an element: who reads in this order fetches each once."""
+        """The block of an element: reading in this order fetches each block once."""
         ...
 
 
@@ -58,29 +58,28 @@ class Keeping(Protocol):
 
 
 def kept_of(base: object) -> Callable[[str], Format | None]:
-    """Of a base's names: the format that has their codes already; None of all of a base that keeps nothing."""
+    """name -> the format that already has its codes; None for every name of a base without codes."""
     if not isinstance(base, Keeping):
         return lambda name: None
     return lambda name: next(iter(base.kept_formats(name)), None)
 
 
 class Base(Weights, Protocol):
-    """Where a run's first weights come from."""
+    """The source of a run's initial weights."""
 
     def digest_of(self, name: str) -> str:
         """Identity of one tensor's name, dtype, shape and content; reads what `read_into` has not read before."""
         ...
 
     def digest(self) -> str:
-        """Identity of all its names, dtypes, shapes and contents; reads only what was not read before."""
+        """Identity of all its names, dtypes, shapes and contents; reads only elements that were not read before."""
         ...
 
 
 def chunks(
     fill: Callable[[int, Tensor], None], dtype: torch.dtype, start: int, stop: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """(start, values) of elements [start, stop) in order, as `fill(start, out)` gives them; each tensor holds until the
-    next one is asked for."""
+    """(start, values) of elements [start, stop) in order, filled by `fill(start, out)`; each valid until the next."""
     buffer = torch.empty(min(CHUNK, stop - start), dtype=dtype, device="cpu")
     for at in range(start, stop, CHUNK):
         values = buffer[: min(CHUNK, stop - at)]
@@ -110,16 +109,16 @@ def together(digests: Mapping[str, str]) -> str:
 
 
 class Crcs:
-    """crc32 of tensors whose bytes pass in chunks: in order at no cost, in any order, from any thread. A chunk counts
-    once, and those of one tensor may not overlap (a tensor whose chunks do is summed again by whoever needs it)."""
+    """crc32 of tensors whose bytes are added in chunks, in any order, from any thread; free if in order. Each chunk
+    counts once, and chunks of one tensor must not overlap (otherwise the tensor is summed again when needed)."""
 
     def __init__(self) -> None:
         self._whole: dict[str, int] = {}
-        self._parts: dict[str, dict[int, tuple[int, int]]] = {}  # name -> end -> (begin, crc) of bytes read in a row
+        self._parts: dict[str, dict[int, tuple[int, int]]] = {}  # name -> end -> (begin, crc) of contiguous bytes read
         self._lock = threading.Lock()
 
     def add(self, name: str, begin: int, data: Tensor, total: int) -> None:
-        """Bytes [begin, begin + data.nbytes) of a tensor of `total` bytes have passed."""
+        """Add bytes [begin, begin + data.nbytes) of a tensor of `total` bytes."""
         if name in self._whole:
             return
         with self._lock:
@@ -132,7 +131,7 @@ class Crcs:
                 self._join(name, parts, total)
 
     def _join(self, name: str, parts: dict[int, tuple[int, int]], total: int) -> None:
-        """The tensor's crc, if its parts lie end to end. Else they overlap, and are forgotten."""
+        """Compute the tensor's crc if its parts are contiguous. Otherwise they overlap, and are dropped."""
         at = crc = 0
         for end, (start, part) in sorted(parts.items(), key=lambda entry: entry[1][0]):
             if start != at:
@@ -143,7 +142,7 @@ class Crcs:
         self._parts.pop(name, None)
 
     def of(self, name: str, read: Callable[[], Iterator[Tensor]]) -> int:
-        """The tensor's crc. read: all of it in order, if not all of it has passed."""
+        """The tensor's crc. read: reads all of it in order, if not all of it was added."""
         if name not in self._whole:
             crc = 0
             for values in read():
@@ -157,7 +156,7 @@ _ONE = 1 << 31
 
 
 def combine(first: int, second: int, nbytes: int) -> int:
-    """crc32 of two byte strings in a row, from theirs and the length of the second (as zlib's crc32_combine)."""
+    """crc32 of two concatenated byte strings, from their crcs and the second's length (like zlib's crc32_combine)."""
     return _times(_power(8 * nbytes), first) ^ second
 
 

@@ -1,5 +1,5 @@
-"""What people ask before they buy, rent or begin: where the weights live, how long it takes, what it wears, whether
-another tool is the better one. From public rates of hardware that is named, or numbers; `report.py` has the details."""
+"""Answers questions before a run: where the weights live, how long it takes, how much it wears the disk, and whether
+another tool is better. Uses public rates of named hardware, or given numbers; `report.py` has the details."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from .hardware import (
 )
 from .report import Planned, plan_step
 
-HOST_SHARE, HOST_KEPT = 0.92, 6e9  # of host memory that blocks may take, and what the system and the process keep
-LOCKED_GB_PER_S = 1.5  # page-locking, measured by others at 1 to 2
-READ_GB_PER_S = 1.0  # of a checkpoint that is ingested where no drive is named
+HOST_SHARE, HOST_KEPT = 0.92, 6e9  # host memory: share that blocks may take; bytes for the system and the process
+LOCKED_GB_PER_S = 1.5  # page-locking; others measured 1 to 2
+READ_GB_PER_S = 1.0  # reading a checkpoint at ingest, if no drive is named
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What was named of it. host_bytes, drive: None if nothing was said."""
+    """The named hardware. host_bytes, drive: None if not given."""
 
     gpu: Gpu
     link: Link
@@ -49,7 +49,7 @@ class Machine:
 
     @property
     def room(self) -> float:
-        """Bytes that blocks may take in host memory; any number where nothing was said."""
+        """Bytes that blocks may take in host memory; unlimited if it was not given."""
         return float("inf") if self.host_bytes is None else HOST_SHARE * self.host_bytes - HOST_KEPT
 
 
@@ -66,8 +66,8 @@ class Answer:
 
 
 def answer(model: str, machine: Machine, *, method: Method, made: Planned | None = None, **options: Any) -> Answer:
-    """Tier and storage chosen where they are not given, and the seconds of a step. options: of `plan_step`. made: of
-    the same model and options, for another machine.
+    """Tier and storage, chosen if they are not given, and the seconds of a step. options: those of `plan_step`. made: a
+    plan of the same model and options for another machine.
 
     Raises BudgetError if the batch does not fit that GPU.
     """
@@ -133,7 +133,7 @@ def work_in(made: Planned) -> Work:
 
 
 def shares(module: Any, config: Any) -> dict[str, float]:
-    """Of routed experts, the part that a token computes with."""
+    """For routed experts, the share that a token computes with."""
     top = next((v for k in ("num_experts_per_tok", "moe_topk", "top_k_experts") if (v := getattr(config, k, None))), 0)
     found = {}
     for name, part in module.named_modules():
@@ -286,7 +286,7 @@ def _warnings(found: Answer) -> Iterator[str]:
 
 
 def command(made: Planned, steps: int | None, options: Sequence[str], device: str = "cuda") -> str:
-    """The `fit` that was planned for. options: of the method, as they were given."""
+    """The command line of the planned `fit`. options: the method's, as they were given."""
     config, prepared = made.prepared.config, made.prepared
     where = f"checkpoints/{made.model}" if models.is_named(made.model) else made.model
     words = ["zo-offload", "fit", where, "--data", "train.jsonl", "--run-dir", "runs/1", "--device", device]
@@ -302,7 +302,7 @@ def command(made: Planned, steps: int | None, options: Sequence[str], device: st
 
 
 def named_rates(found: Answer) -> Rates:
-    """Those of `report.details`, of the machine that was named."""
+    """The rates of the named machine, for `report.details`."""
     machine, work = found.machine, found.work
 
     def link_seconds(fetched: float, flushed: float) -> float:
@@ -317,7 +317,7 @@ def named_rates(found: Answer) -> Rates:
 def compare(
     title: str, machines: Sequence[tuple[str, Machine]], steps: int, plan: Callable[[Machine], Answer]
 ) -> Iterator[str]:
-    """A line a machine."""
+    """One line per machine."""
     yield f"{title:<16}{'offload':>9}{'storage':>9}{'s a step':>10}{'binds':>13}{f'{steps} steps':>14}  with gradients"
     for name, machine in machines:
         try:
@@ -335,7 +335,7 @@ def compare(
 
 
 def machines(kind: str, machine: Machine) -> list[tuple[str, Machine]]:
-    """Those that --compare names."""
+    """The machines that --compare asks for."""
     if kind == "gpus":
         return [(name, replace(machine, gpu=(gpu := find_gpu(name)), link=gpu.link)) for name in gpu_names()]
     return [(name, replace(machine, drive=find_drive(name))) for name in drive_names()]

@@ -1,6 +1,6 @@
 """Line charts as SVG: curves of runs, for a page or a file.
 
-Written here because a report has to come from the machine that ran, where no plotting library need be.
+Written here because reports are made on the machine of the run, which may have no plotting library.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from html import escape
 WIDTH, HEIGHT = 640, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 34, 48
 COLOURS = ("#2563ab", "#c8501e", "#2b8a3e", "#8e44ad", "#b8860b", "#0f8b8d", "#d6336c", "#555555")
-"""Told apart in grey as well as in colour; a ninth curve begins again, dashed."""
+"""Distinct in grey as well as in colour; from the ninth curve on they repeat, dashed."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """(x, y) pairs in the order of x, and what the legend calls them. dots: mark each pair."""
+    """(x, y) pairs in the order of x, with a name for the legend. dots: mark each pair."""
 
     name: str
     pairs: Sequence[tuple[float, float]]
@@ -86,7 +86,7 @@ def _drawn(curve: Curve, number: int, places: Sequence[tuple[float, float]]) -> 
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers, evenly spaced, of which the first is at most low and the last at least high."""
+    """About `count` evenly spaced round numbers, from at most `low` to at least `high`."""
     if not high > low:
         room = abs(low) * 0.1 or 1.0
         low, high = low - room, high + room

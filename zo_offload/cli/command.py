@@ -1,7 +1,7 @@
 """The command line: zo-offload fit | plan | eval | generate | export | ... . Only it prints.
 
-Exit status: 0 done; 1 found not sound (journal check, doctor); 2 an error that is said on one line; 128 + a signal's
-number if that stopped it.
+Exit status: 0 done; 1 a check failed (journal check, doctor); 2 an error, printed on one line; 128 + a signal's number
+if that signal stopped it.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def _run(argv: Sequence[str]) -> int:
     try:
         args = parse(argv, RUN)
         if args.run is not _fit and launched()[0] > 0:
-            return 0  # of several processes one does what is not training
+            return 0  # among several processes only one does anything but training
         status = int(args.run(args))
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader has enough: `zo-offload plan ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
+    except BrokenPipeError:  # the reader has closed the pipe: `zo-offload plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest of the buffer
         return 128 + signal.SIGPIPE
     except (ZOError, OSError) as error:
         text = " ".join(str(error).split())
@@ -66,9 +66,9 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _tell_launcher(text: str) -> None:
-    """The error where torchrun looks for it: it shows the first that one of its processes had."""
+    """Write the error where torchrun looks for it: it shows the first error of its processes."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path and not isinstance(sys.exc_info()[1], RankError):  # that is another's, which tells it
+    if path and not isinstance(sys.exc_info()[1], RankError):  # another process's error, which that process reports
         about = {"py_callstack": "", "timestamp": str(int(time.time()))}
         Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": about}}))
 
@@ -126,7 +126,7 @@ def _dry_run(args: argparse.Namespace, engine: Any) -> int:
 
 
 def _engine_to_fit(args: argparse.Namespace) -> Any:
-    """A new run's engine, or that of one that is resumed."""
+    """The engine of a new run, or of a resumed one."""
     from ..engine import Engine
     from .method_options import make_method
 
@@ -149,7 +149,7 @@ def _print_result(result: Any, run_dir: Path | None) -> None:
     from ..journal.run_directory import METRICS, to_json
 
     if result.steps == 0 and not result.stopped:
-        print(f"no step was left: the run has {result.last_step}; --steps says how many in all")
+        print(f"no step was left: the run has {result.last_step}; --steps gives the total")
     print(
         f"{result.steps} steps, {result.tokens_per_s:.0f} tokens/s, resident weights "
         f"{result.resident_bytes / 1e6:.1f} MB of {result.model_bytes / 1e6:.1f} MB"
@@ -215,7 +215,7 @@ def _rate(args: argparse.Namespace) -> int:
         print(f"lr {trial.lr:<10.3g} loss {trial.first:.4f}, then {trial.last:.4f}  {trial.what}", flush=True)
     found = best(trials)
     if found is None:
-        raise ConfigError("none of these rates went through: try smaller ones, --rates")
+        raise ConfigError("none of these rates worked: try smaller ones, --rates")
     print(f"best of these in {args.steps} steps: --lr {found.lr:.3g}. A long run may need half of it, or a decay")
     return 0
 
@@ -318,7 +318,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _evaluated_at(engine: Any, step: int | str | None, data: str, asked: dict[str, Any]) -> dict[str, float]:
-    """An evaluation at a step; None: the last."""
+    """An evaluation at a step; None: at the last step."""
     if step is None:
         return dict(engine.evaluate(data, **asked))
     with engine.at(step) as then:
@@ -343,7 +343,7 @@ def _export(args: argparse.Namespace) -> int:
     _check_out(args.out)
     with _open(args) as engine:
         if args.step is not None and engine.active.run_dir is None:
-            raise ConfigError(f"--step {args.step} is of a run, and {args.model} is none")
+            raise ConfigError(f"--step {args.step} is for runs, but {args.model} is not a run")
         files = engine.save_pretrained(args.out, step=args.step, max_shard_bytes=args.max_shard,
                                        merge=bool(args.merge), scheme=args.scheme)  # fmt: skip
     print(f"wrote {len(files)} files to {args.out}")
@@ -402,18 +402,18 @@ RUN = {
 }  # fmt: skip
 
 
-# ---- what was given --------------------------------------------------------------------------------------------------
+# ---- arguments -------------------------------------------------------------------------------------------------------
 
 
 def _own_method(args: argparse.Namespace) -> dict[str, Any]:
-    """The class of a user's own that a run was made with, if one is named: the run has its fields."""
+    """The user's own method class that a run was made with, if one is named: the run holds its fields."""
     if args.method is None:
         return {}
     from .method_options import find_class
 
     kind = find_class(args.method)
     if kind.own():
-        raise ConfigError(f"a run keeps the method that it was begun with: leave out --method {args.method}")
+        raise ConfigError(f"a run keeps the method that it began with: leave out --method {args.method}")
     return {"method": kind}
 
 
@@ -430,12 +430,12 @@ def _open(args: argparse.Namespace) -> Any:
         given = {**_own_method(args), **_given(args, *_movable(), "model_class")}
         return Engine.resume(args.model, args.base, **given, **_tokenizer(args), ranks=None)
     if args.base is not None:
-        raise ConfigError(f"--base {args.base} says where the base of a run is now, and {args.model} is not a run")
+        raise ConfigError(f"--base {args.base} is the new path of a run's base, but {args.model} is not a run")
     if args.method is not None:
-        raise ConfigError(f"--method {args.method} says what a run was made with, and {args.model} is not a run")
+        raise ConfigError(f"--method {args.method} is the method of a run, but {args.model} is not a run")
     adapts = args.lora is not None or args.adapter is not None or is_adapter(Path(args.model))
     frozen = args.storage in FORMATS and not FORMATS[args.storage].trains and not adapts
-    # nothing is trained here: the values as the format has them will do
+    # nothing is trained here: the format's plain values are enough
     method = method_training("shifts") if frozen else None
     return Engine(
         args.model, method=method, model_class=args.model_class, **_settings(args), **_tokenizer(args), ranks=None
@@ -443,7 +443,7 @@ def _open(args: argparse.Namespace) -> Any:
 
 
 def _ranks(args: argparse.Namespace) -> Any:
-    """The processes that this one was launched with: they train together."""
+    """The processes that were launched together with this one: they train together."""
     if args.serve is not None:
         from .pool_tools import pool_of
 
@@ -461,7 +461,7 @@ def _ranks(args: argparse.Namespace) -> Any:
 
 
 def _check_out(out: str | None, run_dir: str | None = None) -> None:
-    """Raise before any work is done if `out` cannot be exported to. run_dir: of the run that is trained first."""
+    """Raise before any work is done if exports to `out` are impossible. run_dir: the run that is trained first."""
     if out is None:
         return
     path = Path(out).absolute()
@@ -481,7 +481,7 @@ def _check_out(out: str | None, run_dir: str | None = None) -> None:
 
 
 def _refuse(args: argparse.Namespace, *names: str) -> None:
-    """Raise if one of these options, which a run keeps from its beginning, was given."""
+    """Raise if one of these options was given: a run keeps them from its beginning."""
     if given := _given(args, *names):
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(f"{args.model} is a run and keeps its own settings: leave out {options}")
@@ -516,7 +516,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _tokenizer(args: argparse.Namespace) -> dict[str, Any]:
-    """The tokenizer of another directory, where one was named."""
+    """The tokenizer of another directory, if one was named."""
     if getattr(args, "tokenizer", None) is None:
         return {}
     from ..checkpoint.tokenizers import load_tokenizer
@@ -540,19 +540,19 @@ def _data_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _unescaped(text: str) -> str:
-    """A text of the command line, where a line's end is written as backslash and n."""
+    """A text of the command line, with backslash and n turned into line ends."""
     return text.replace("\\n", "\n")
 
 
 def _words(given: Any) -> Any:
-    """Verbalizers: a word a label, or one JSON object of words by label."""
+    """Verbalizers: one word per label, or one JSON object of words by label."""
     if isinstance(given, Mapping):
         return given
     if len(given) == 1 and given[0].lstrip().startswith("{"):
         try:
             by_label = json.loads(given[0], object_pairs_hook=once)
         except ValueError:
-            by_label = None  # a template: the column that lists a row's own
+            by_label = None  # a template with the column that lists a row's own
         if isinstance(by_label, dict):
             return {label: _unescaped(word) if isinstance(word, str) else word for label, word in by_label.items()}
     return [_unescaped(word) for word in given]

@@ -1,4 +1,4 @@
-"""Config files: a flat YAML or JSON whose keys are the names of options, or the config.json of a run, which repeats it.
+"""Config files: a flat YAML or JSON file with options by name, or a run's config.json, which repeats the run.
 
     model: base/
     data: train.jsonl
@@ -6,7 +6,7 @@
     method: fzoo
     lr: 5e-5
 
-Options of the command line come before those of the file.
+Options of the command line override those of the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..system.plain import once, user_path
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """values: by the option's name. method: of a run's config.json, the method's whole record."""
+    """values: by the option's name. method: the method's whole record, for a run's config.json."""
 
     path: str
     values: dict[str, Any] = field(default_factory=dict)
@@ -39,8 +39,8 @@ def read_config(path: str) -> ConfigFile:
     try:
         is_json = Path(path).suffix.lower() == ".json"
         found = json.loads(text, object_pairs_hook=once) if is_json else _yaml(text)
-    except Exception as error:  # yaml's errors are of a module that is loaded here
-        raise ConfigError(f"--config {path} is not read: {' '.join(str(error).split())}") from error
+    except Exception as error:  # yaml's error classes are in a module that is loaded only here
+        raise ConfigError(f"--config {path} is malformed: {' '.join(str(error).split())}") from error
     if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
         raise ConfigError(f"--config {path}: expected options by name, such as 'lr: 1e-6', found {str(found)[:60]!r}")
     if {"settings", "method", "model"} <= set(found):
@@ -49,7 +49,7 @@ def read_config(path: str) -> ConfigFile:
 
 
 def _yaml(text: str) -> Any:
-    """As yaml.safe_load, but a key that stands twice is an error: YAML takes the last."""
+    """As yaml.safe_load, but a repeated key is an error: YAML uses the last one."""
     import yaml
 
     loader: Any = yaml.SafeLoader
@@ -67,7 +67,7 @@ def _yaml(text: str) -> Any:
 def _of_run(path: str, record: Mapping[str, Any]) -> ConfigFile:
     fit = dict(record.get("fit") or {})
     if record["model"] is None:
-        raise ConfigError(f"--config {path} is of a run whose model was made in memory: repeat it in Python")
+        raise ConfigError(f"--config {path} belongs to a run whose model was made in memory: repeat it in Python")
     options = fit.pop("options", None) or {}
     values = {
         "model": record["model"],

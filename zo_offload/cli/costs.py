@@ -1,4 +1,4 @@
-"""Seconds a step, by what could bind it: the formula of docs/planning.md. Nothing is measured here.
+"""Seconds per step for each possible bottleneck: the formula of docs/planning.md. Nothing is measured here.
 
 link      (fetched + flush_cost x flushed) / link        both ways at once are not the sum
 host      (fetched + flushed) / host memory's bandwidth
@@ -18,47 +18,47 @@ from ..plan.plan import Plan
 from ..run.memory import step_bytes
 from .hardware import Drive, Gpu, Link
 
-SHORT, LONG = 0.5, 0.65  # of the peak that products reach, below and from 1024 tokens a forward
-ISSUED, COPIED = 0.65, 0.8  # of full issue, and of the memory's rate, that a fused pass reaches
-# Instructions an element of the bf16 passes on sm_90, read from SASS (docs/gpu.md): decode, tile and output; a stream
+SHORT, LONG = 0.5, 0.65  # share of the peak that products reach, below and from 1024 tokens per forward
+ISSUED, COPIED = 0.65, 0.8  # shares of full issue and of the memory's rate that a fused pass reaches
+# Instructions per element of the bf16 passes on sm_90, read from SASS (docs/gpu.md): decode, tile and output; a stream
 # of noise; a fold.
 BASE, NOISE, FOLD = 20.3, {"gaussian": 37.0, "rademacher": 8.0}, 6.5
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one step moves and computes. Bytes, multiply-adds' flops, elements."""
+    """The work of one step: bytes moved, flops of multiply-adds, elements."""
 
     fetched: float
     flushed: float
     forward_flops: float
-    """Of all lanes, on the whole batch."""
+    """Flops of all lanes, on the whole batch."""
     elements: float
-    """Weights that fused passes make."""
+    """Number of weights that fused passes write."""
     streamed_bytes: float
     """Storage bytes that fused passes read."""
     lanes: int
     fold_every: int
     distribution: str
     noises: int
-    """Streams of noise an update has."""
+    """Number of noises per update."""
     lane_noises: int
-    """And those that lanes have: one a direction, or one a term of the sum that they are along."""
+    """Number of noises in the lanes: one per direction, or one per term of a sum that lanes go along."""
     tokens: int
-    """Of one forward."""
+    """Tokens of one forward."""
 
     def rows(self, factor: float) -> Work:
-        """The same with so many times the rows."""
+        """The work with `factor` times the rows."""
         more = {"forward_flops": self.forward_flops * factor, "tokens": max(1, round(self.tokens * factor))}
         return Work(**{**vars(self), **more})
 
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds a step takes of each part, on one set of hardware."""
+    """Seconds of a step, for each part of the hardware."""
 
     parts: Mapping[str, float]
-    """link, host memory, drive, GPU: those that are known."""
+    """Seconds of link, host memory, drive and GPU, if known."""
     forwards: float
     passes: float
 
@@ -76,8 +76,9 @@ def work_of(
     distribution: str, noises: int, lane_noises: int, rows: int, tokens: int, share: Mapping[str, float],
     attention: tuple[int, int] = (0, 0),
 ) -> Work:  # fmt: skip
-    """Of a step of `rows` rows of `tokens` tokens. share: of each parameter, how much of it a token computes with (of
-    routed experts a part, of an embedding's table nothing). attention: (layers, width) of causal attention."""
+    """The work of a step with `rows` rows of `tokens` tokens. share: for each parameter, the share that a token
+    computes with (part of routed experts, 0 for an embedding's table). attention: (layers, width) of causal
+    attention."""
     moves = offload != "none"
     fetched, flushed = step_bytes(plan, layout, pinned, fold_every) if moves else (0.0, 0.0)
     used: dict[str, float] = {}
@@ -95,7 +96,7 @@ def work_of(
 
 
 def pass_seconds(work: Work, gpu: Gpu) -> float:
-    """Of the fused passes of a step: bound by instructions or by memory."""
+    """Seconds of a step's fused passes: limited by instructions or by memory."""
     noise = NOISE.get(work.distribution, NOISE["gaussian"])
     assert work.distribution in DISTRIBUTIONS
     pending = (work.fold_every + 1) / 2 * work.noises
@@ -108,7 +109,7 @@ def pass_seconds(work: Work, gpu: Gpu) -> float:
 def step_seconds(
     work: Work, gpu: Gpu, link: Link, *, drive: Drive | None = None, host_gb_per_s: float | None = None
 ) -> Step:
-    """drive: blocks live in files on it."""
+    """Seconds of a step. drive: the drive that holds the blocks' files, if any."""
     reached = SHORT if work.tokens < 1024 else LONG
     forwards = work.forward_flops / (reached * gpu.tensor_tflops * 1e12)
     passes = pass_seconds(work, gpu)

@@ -1,4 +1,4 @@
-"""The doctor: what was found here, and whether one tiny step streamed from disk equals the same one in memory."""
+"""The doctor: lists what is installed, and checks that a tiny step streamed from disk equals one in memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 
 
 def examine() -> int:
-    """Print versions, the native library, memory, copy bandwidth, and the result of one step streamed from disk. 0 if
-    all is well."""
+    """Print versions, the native library, memory, copy bandwidth, and a streamed step's result. Returns 0 if sound."""
     import torch
 
     from .. import __version__

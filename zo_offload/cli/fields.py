@@ -1,9 +1,9 @@
 """Options from the fields of dataclasses: the field's type, its default, and the docstring under it.
 
-An option is defined once, as a field; the flag of the command line, the key of a config file and the keyword of Python
-have its name. Its help is the docstring's first sentence, and the sentence that begins with "Default", if there is
-one. A field's metadata may say otherwise: "help", "choices" (the values it may have), and "option": False, which keeps
-it off the command line.
+An option is defined once, as a field; the command line's flag, the config file's key and the Python keyword have its
+name. Its help is the docstring's first sentence, and the sentence that begins with "Default", if there is one. A
+field's metadata can override this: "help", "choices" (allowed values), and "option": False, which keeps it off the
+command line.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..system.nearest import did_you_mean
 @dataclass(frozen=True)
 class Option:
     parsed: dict[str, Any]
-    """How argparse reads it."""
+    """Arguments of argparse's add_argument."""
     default: Any
     help: str
 
@@ -38,8 +38,8 @@ class Option:
 def options_of(
     kind: type, given: Mapping[str, dict[str, Any]] | None = None, *, lists: bool = True
 ) -> dict[str, Option]:
-    """The fields of a dataclass that a command line can give, by name. given: argparse's words for fields whose type
-    does not say them; lists: whether fields of several texts are options too."""
+    """A dataclass's fields that can be options, by name. given: argparse's arguments for fields whose type does not
+    imply them; lists: whether fields of several texts are options too."""
     hints, told = get_type_hints(kind), docstrings(kind)
     found = {}
     for part in dataclasses.fields(kind):
@@ -53,7 +53,7 @@ def options_of(
 
 
 def add_options_of(group: Any, options: Mapping[str, Option]) -> None:
-    """A flag for each option; None is "not given"."""
+    """Add a flag for each option; None means "not given"."""
     for name, option in options.items():
         text = option.help.replace("%", "%%")
         if option.default not in (None, dataclasses.MISSING, True, False) and "Default" not in text:
@@ -67,8 +67,8 @@ def flag(name: str) -> str:
 
 @functools.cache
 def docstrings(kind: type) -> dict[str, str]:
-    """What stands under each field of a class and its bases: the first sentence, and the one of its default. Nothing
-    where the source is not at hand."""
+    """The docstring under each field of a class and its bases: the first sentence, and the one about its default. Empty
+    if the source is not available."""
     found: dict[str, str] = {}
     for cls in reversed(kind.__mro__[:-1]):
         try:
@@ -95,7 +95,7 @@ def _short(text: str) -> str:
 
 
 def _parsed(hint: Any, lists: bool) -> dict[str, Any] | None:
-    """argparse's words for a type; None for one that is no word."""
+    """argparse's arguments for a type; None for types that a flag cannot have."""
     if get_origin(hint) in (Union, types.UnionType):
         inner = [part for part in get_args(hint) if part is not type(None)]
         if lists and any(get_origin(part) in _SEVERAL for part in inner):
@@ -119,18 +119,18 @@ _SEVERAL = (Sequence, Collection, list, tuple)
 
 
 def json_object(text: str) -> Any:
-    """argparse's type of an object in JSON."""
+    """argparse type: a JSON object."""
     try:
         value = json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     return value
 
 
 def as_option(action: argparse.Action, value: Any, where: str) -> Any:
-    """A config file's value as the flag would have it. Raises ConfigError."""
+    """A config file's value, converted as the flag's. Raises ConfigError."""
     several = action.nargs in ("+", "*")
     if value is None or (several and isinstance(value, Mapping)):
         return value
@@ -148,7 +148,7 @@ def _one(action: argparse.Action, value: Any, where: str) -> Any:
     kind = action.type or str
     wrong = isinstance(value, (list, bool)) or (isinstance(value, Mapping) and kind is not json_object)
     if not wrong and not (kind is json_object and isinstance(value, Mapping)):
-        try:  # as text: YAML takes 1e-6 for one, and 3.5 is no whole number
+        try:  # as text: YAML reads 1e-6 as text, and 3.5 is not a whole number
             value = kind(str(value))  # type: ignore[operator]
         except (ValueError, argparse.ArgumentTypeError) as error:
             told = str(error) if isinstance(error, argparse.ArgumentTypeError) else f"expected {_WORDS.get(kind, kind)}"
@@ -163,7 +163,7 @@ def _one(action: argparse.Action, value: Any, where: str) -> Any:
 
 
 def count(text: str) -> int:
-    """argparse's type of a number that is at least 1."""
+    """argparse type: a whole number of at least 1."""
     try:
         value = int(text)
     except ValueError:
@@ -174,7 +174,7 @@ def count(text: str) -> int:
 
 
 def which_step(text: str) -> int | str:
-    """argparse's type of a step's number, or "best"."""
+    """argparse type: a step's number, or "best"."""
     try:
         return text if text == "best" else int(text)
     except ValueError:
@@ -182,7 +182,7 @@ def which_step(text: str) -> int | str:
 
 
 def temperature(text: str) -> float:
-    """argparse's type of a number that is 0 or more, and has an end."""
+    """argparse type: a finite number of at least 0."""
     try:
         value = float(text)
     except ValueError:

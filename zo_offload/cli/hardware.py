@@ -1,4 +1,4 @@
-"""GPUs, links and drives by name, with their public rates (`hardware.json`, which says where each is from)."""
+"""GPUs, links and drives by name, with their public rates (`hardware.json` names the sources)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..errors import BudgetError, ConfigError
 from ..system.units import show_bytes
 
 CONTEXT_BYTES = 500_000_000
-"""Device memory of a CUDA context and the matrix libraries' workspaces, where there is no GPU to ask."""
-AUTOMATIC_SHARE = 0.8  # of the free memory, as `devices.cuda` takes where no budget is given
+"""Device memory of a CUDA context and the matrix libraries' workspaces, used if there is no GPU to measure."""
+AUTOMATIC_SHARE = 0.8  # of the free memory; `devices.cuda` takes it if no budget is given
 
 
 @functools.cache
@@ -27,8 +27,8 @@ def _table() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Link:
-    """Between host and GPU. gb_per_s: each way, of page-locked memory; flush_cost: the share of its own time that a
-    flush costs the fetches beside it (both ways at once are not the sum)."""
+    """A link between host and GPU. gb_per_s: each way, with page-locked memory; flush_cost: the share of a flush's time
+    by which it delays concurrent fetches (both directions at once do not reach the sum)."""
 
     name: str
     gb_per_s: float
@@ -37,7 +37,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Drive:
-    """Gigabytes a second; written_tb: rated terabytes written, for each terabyte of its capacity."""
+    """A drive, in gigabytes per second; written_tb: rated terabytes written, per terabyte of capacity."""
 
     name: str
     read_gb_per_s: float
@@ -55,7 +55,7 @@ class Gpu:
     memory_gb_per_s: float
     tensor_tflops: float
     instructions_per_ns: float
-    """Thread instructions a nanosecond, at full issue."""
+    """Thread instructions per nanosecond, at full issue."""
     bf16: bool
     capability: str
     link: Link
@@ -63,12 +63,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class AbsentGpu:
-    """A GPU that is not here, as a plan sees it: of its memory nothing is known but what `device_memory` says, or its
-    data sheet."""
+    """A GPU that is not present, for planning: its memory is known only from `device_memory` or its data sheet."""
 
     memory_bytes: int | None
     automatic: bool = False
-    """Without device_memory, plan for what a run there would take: four fifths of the free memory."""
+    """Without device_memory, plan for the memory that a run would take: four fifths of the free memory."""
 
     @property
     def kind(self) -> str:
@@ -82,7 +81,7 @@ class AbsentGpu:
         return own
 
     def free_bytes(self) -> int:
-        """What blocks could take; 0 if nothing was said, so that "auto" plans to stream."""
+        """The bytes that blocks could take; 0 if unknown, so that "auto" plans to stream."""
         return max(0, (self.memory_bytes or 0) - CONTEXT_BYTES)
 
     def budget(self, asked: int | None, *, chosen: bool = False) -> int | None:
@@ -105,7 +104,7 @@ def drive_names() -> list[str]:
 
 
 def find_gpu(name: str) -> Gpu:
-    """By its name, upper or lower case, with or without "NVIDIA GeForce". ConfigError lists what there is."""
+    """A GPU by its name, in upper or lower case, with or without "NVIDIA GeForce". ConfigError lists the known ones."""
     plain = name.lower().replace("nvidia", "").replace("geforce", "").strip(" -").replace(" ", "-")
     table = _table()["gpus"]
     if plain not in table:
@@ -118,25 +117,25 @@ def find_gpu(name: str) -> Gpu:
 
 
 def find_link(text: str, other: Link | None = None) -> Link:
-    """ "pcie4-x8", or gigabytes a second each way; of a number the flushes' cost is `other`'s."""
+    """A link by name ("pcie4-x8"), or by gigabytes per second each way; a number has the flush cost of `other`."""
     table = _table()["links"]
     if text.lower() in table:
         rate, cost, _ = table[text.lower()]
         return Link(text.lower(), rate, cost)
     rate = _number(text)
     if rate is None:
-        raise ConfigError(f"--link {text}: give gigabytes a second, or one of {', '.join(table)}")
+        raise ConfigError(f"--link {text}: give gigabytes per second, or one of {', '.join(table)}")
     return Link(f"{rate:g} GB/s", rate, 0.5 if other is None else other.flush_cost)
 
 
 def find_drive(text: str) -> Drive:
-    """ "nvme-gen4", or gigabytes a second of reading; of a number, writing is taken to be a quarter of it."""
+    """A drive by name ("nvme-gen4"), or by gigabytes read per second; a number implies a quarter of it for writing."""
     table = _table()["drives"]
     if text.lower() in table:
         return Drive(text.lower(), *table[text.lower()][:4])
     rate = _number(text)
     if rate is None:
-        raise ConfigError(f"--disk {text}: give gigabytes a second of reading, or one of {', '.join(table)}")
+        raise ConfigError(f"--disk {text}: give gigabytes read per second, or one of {', '.join(table)}")
     usual = Drive(f"{rate:g} GB/s", *table["nvme-gen4"][:4])
     return replace(usual, read_gb_per_s=rate, burst_gb_per_s=rate, write_gb_per_s=rate / 4)
 
@@ -150,7 +149,7 @@ def _number(text: str) -> float | None:
 
 
 def backprop_gb(kind: str, billions: float) -> float:
-    """GPU memory that "qlora" or "lora" with backprop takes for a model of so many parameters, on short rows."""
+    """GPU memory of "qlora" or "lora" with backprop, for a model of `billions` parameters on short rows."""
     points = _table()[f"{kind}_gb"]
     at = bisect_left([x for x, _ in points], billions)
     if at == 0:

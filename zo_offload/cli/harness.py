@@ -1,11 +1,11 @@
-"""lm-eval-harness on weights that stream: each of its tasks evaluates a checkpoint or a run under offload.
+"""lm-eval-harness with streamed weights: its tasks evaluate a checkpoint or a run under offload.
 
     python -m zo_offload.cli.harness --model zo_offload --model_args pretrained=runs/a,offload=disk --tasks arc_easy
     lm_eval.simple_evaluate(model=StreamedLM("runs/a"), tasks=[...])
 
 lm-eval's own HFLM makes the requests, truncates, batches, caches and scores; only the model that it calls is an engine.
-A batch of requests is one pass of the weights, a generated token another, so a large batch_size costs little where
-the weights stream. Wants lm-eval (pip install lm-eval), which this package does not depend on.
+A batch of requests is one pass over the weights, and so is each generated token, so a large batch_size costs little if
+the weights stream. Needs lm-eval (pip install lm-eval), which this package does not depend on.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _HFLM = (
     "truncation", "logits_cache", "softmax_dtype", "add_bos_token", "prefix_token_id", "think_end_token",
     "enable_thinking", "chat_template_args",
 )  # fmt: skip
-"""What HFLM takes that does not say where a model is from or where it is put."""
+"""HFLM's arguments, except those for a model's source and placement."""
 
 
 class _Streamed:
-    """What HFLM calls as its model."""
+    """The object that HFLM calls as its model."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.config = engine, engine.model.config
@@ -51,7 +51,7 @@ class _Streamed:
         self.dtype = next(iter(engine.plan.params.values())).dtype
 
     def __call__(self, input_ids: Tensor, **more: Tensor) -> Any:
-        """Logits, of every position."""
+        """Logits of every position."""
         return self.engine.run({"input_ids": input_ids, **more}, lambda model, batch: model(**batch))
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
@@ -66,9 +66,9 @@ class _Streamed:
 class StreamedLM(HFLM):  # type: ignore[misc]
     """lm-eval's model class over an engine. pretrained: a run directory, a checkpoint or an Engine, which stays open.
 
-    step: of a run, an earlier step or "best" (default: the last). base: where a run's base is now. settings: fields of
-    `EngineConfig` (storage, offload, device_memory, adapter, ...) and of HFLM those of how requests are made. Raises
-    ConfigError on any other.
+    step: a run's earlier step or "best" (default: the last). base: the present path of a run's base. settings: fields
+    of `EngineConfig` (storage, offload, device_memory, adapter, ...) and HFLM's arguments for making requests. Raises
+    ConfigError for any other.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class StreamedLM(HFLM):  # type: ignore[misc]
         for name, value in settings.items():
             if name not in known:
                 hint = did_you_mean(name, known)
-                raise ConfigError(f"{name}={value!r} is no setting of the engine or of requests.{hint}")
+                raise ConfigError(f"{name}={value!r} is not a setting of the engine or of requests.{hint}")
         if not str(batch_size).isdigit():
             raise ConfigError(f"batch_size={batch_size!r}: give a number; each size that is tried streams all weights")
         given = {name: value for name, value in settings.items() if name in _ENGINE}
@@ -99,23 +99,23 @@ class StreamedLM(HFLM):  # type: ignore[misc]
 
 
 def _opened(model: str, step: int | str | None, base: str | None, settings: dict[str, Any], tokenizer: Any) -> Engine:
-    """An engine on a run or a checkpoint that is evaluated, and not trained."""
+    """An engine on a run or a checkpoint, for evaluation only."""
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer, trust_remote_code=bool(settings.get("trust_remote_code")))
     if (Path(model) / run_directory.JOURNAL).exists():
         engine = Engine.resume(model, base, tokenizer=tokenizer, ranks=None, **settings)
         return engine if step is None else engine.at(step)  # type: ignore[arg-type]
     if step is not None or base is not None:
-        raise ConfigError(f"step={step!r}, base={base!r} are of a run, and {model} is none")
+        raise ConfigError(f"step={step!r}, base={base!r} are for runs, but {model} is not a run")
     storage = settings.get("storage")
     adapts = settings.get("adapter") is not None or is_adapter(Path(model))
     frozen = storage in FORMATS and not FORMATS[storage].trains and not adapts
-    method = method_training("shifts") if frozen else None  # nothing is trained: the values as the format has them
+    method = method_training("shifts") if frozen else None  # nothing is trained: the format's plain values
     return Engine(model, method=method, tokenizer=tokenizer, ranks=None, **settings)
 
 
 def main() -> None:
-    """lm-eval's own command line, with --model zo_offload known to it."""
+    """lm-eval's own command line, extended by --model zo_offload."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

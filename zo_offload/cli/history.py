@@ -1,7 +1,7 @@
-"""What a run has done, read from its directory for people: losses, evaluations, time and traffic, step by step.
+"""A run's history, read from its directory for people: losses, evaluations, time and traffic, step by step.
 
-The journal says which steps count. metrics.jsonl, which is history and may hold steps that were given up or done twice,
-says what they cost; of a step that is there twice the last counts. Nothing here opens the model.
+The journal decides which steps count. metrics.jsonl has their costs; it may also hold steps that were discarded or
+repeated, and the last entry of a repeated step counts. Nothing here opens the model.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ..journal.format import load_journal
 from ..journal.learning_watch import is_skipped, warnings_of
 
 AXES = {"steps": "steps", "forwards": "forward passes", "bytes": "bytes moved", "seconds": "seconds"}
-"""What curves can be drawn against, and how an axis is named."""
+"""The quantities for the x axis, and the axis' titles."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A step: its loss (None: not finite), rate, and what the run had cost by its end (`AXES`; bytes: in and out)."""
+    """A step: its loss (None: not finite), rate, and the run's costs up to its end (`AXES`; bytes: in and out)."""
 
     step: int
     loss: float | None
@@ -33,7 +33,7 @@ class Point:
 
 @dataclass(frozen=True)
 class History:
-    """A run's steps in order, its evaluations ({"step": ..., "loss": ...}), and what its files say of it."""
+    """A run's steps in order, its evaluations ({"step": ..., "loss": ...}), and facts from its files."""
 
     path: Path
     header: Mapping[str, Any]
@@ -45,7 +45,7 @@ class History:
     flush_bytes: float
     seconds: float
     waited: float
-    """Seconds in which compute waited for blocks."""
+    """Seconds that compute waited for blocks."""
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -53,7 +53,7 @@ class History:
         return self.path.resolve().name
 
     def measured(self) -> list[str]:
-        """Names of what evaluations hold, the loss first."""
+        """Names of the evaluated values, the loss first."""
         names = {key for values in self.evals for key in values} - {"step"}
         return sorted(names, key=lambda name: (name != "loss", name))
 
@@ -67,7 +67,7 @@ class History:
         ]
 
     def losses(self, axis: str, windows: int = 100) -> list[tuple[float, float]]:
-        """(cost on `axis`, training loss): means over so many stretches of equal length, at their ends."""
+        """(cost on `axis`, training loss): means over `windows` stretches of equal length, at their ends."""
         finite = [(point.cost[axis], point.loss) for point in self.points if point.loss is not None]
         size = max(1, math.ceil(len(finite) / windows))
         parts = [finite[k : k + size] for k in range(0, len(finite), size)]
@@ -78,7 +78,7 @@ def read_history(run: Path | str) -> History:
     """The history of the run in this directory. Raises ConfigError if it holds none."""
     path = Path(run)
     if not (path / run_directory.JOURNAL).is_file():
-        raise ConfigError(f"{path} holds no run: {run_directory.JOURNAL} is not there")
+        raise ConfigError(f"{path} holds no run: {run_directory.JOURNAL} does not exist")
     contents = load_journal(path / run_directory.JOURNAL)
     steps = contents.steps
     metrics = run_directory.read_metrics(path / run_directory.METRICS)
@@ -95,7 +95,7 @@ def read_history(run: Path | str) -> History:
         values = lines.get(record.step, {})
         new = {key: _number(values.get(name)) for key, name in _COUNTED.items()}
         new["waited"] *= new["seconds"]
-        # each call of fit counts from zero; within one, tokens grow with each step (or, where rows have none, seconds)
+        # each call of fit counts from zero; within a call tokens grow with each step (without tokens: seconds)
         grows = "tokens" if new["tokens"] else "seconds"
         begins = not last or new[grows] <= last[grows]
         for key, value in new.items():
@@ -125,7 +125,7 @@ def _number(value: Any) -> float:
 
 
 def _forwards(header: Mapping[str, Any]) -> int:
-    """Forwards of a step of the run's method; of a class of one's own, which is not at hand here, none are known."""
+    """Forwards per step of the run's method; unknown for a user's own class, which is not available here."""
     record = header.get("method")
     if not isinstance(record, dict):
         return 0
@@ -137,7 +137,7 @@ def _forwards(header: Mapping[str, Any]) -> int:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The run's configuration; empty if it is gone or damaged, which keeps a run from going on, not from being seen."""
+    """The run's configuration; empty if it is missing or damaged: the run can then be shown, but not resumed."""
     try:
         return run_directory.load_config(path)
     except JournalError:

@@ -1,4 +1,4 @@
-"""What people do with a journal: look at it, check it and its blocks, give up its last steps, read it elsewhere."""
+"""Commands for a journal: show it, check it and its blocks, cut off its last steps, write it as CSV."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLUMNS = (
 
 
 def journal_file(path: Path) -> Path:
-    """The journal that is meant by its path or by its run directory."""
+    """The journal's file, given by its path or by its run directory."""
     file = path / run_directory.JOURNAL if path.is_dir() else path
     if not file.is_file():
         raise JournalError(f"{file} does not exist")
@@ -33,7 +33,7 @@ def journal_file(path: Path) -> Path:
 
 
 def show(path: Path, last: int = 10) -> Iterator[str]:
-    """Lines for people: what the run is, and its last steps."""
+    """Lines for people: a description of the run, and its last steps."""
     file = journal_file(path)
     size = file.stat().st_size
     contents = load_journal(file)
@@ -43,7 +43,7 @@ def show(path: Path, last: int = 10) -> Iterator[str]:
     yield from _warnings(contents)
     for key in ("model", "base", "plan", "storage", "fold_every", "rounding", "seed", "noise", "method",
                 "objective", "data", "versions", "created"):  # fmt: skip
-        if key != "data" or key in header:  # else it is a note, below
+        if key != "data" or key in header:  # otherwise it is a note, shown below
             yield f"  {key:<11} {json.dumps(header.get(key))}"
     for note in (note for note in contents.notes if "warning" not in note.values):
         yield f"  note after {note.step} steps: {json.dumps(note.values, sort_keys=True)}"
@@ -53,7 +53,7 @@ def show(path: Path, last: int = 10) -> Iterator[str]:
 
 
 def _warnings(contents: Contents) -> Iterator[str]:
-    """Where the steps taught the model nothing, as far as the records tell, and what was noted on the way."""
+    """Warnings of steps that taught the model nothing, from the records, and warnings noted during the run."""
     noted = [str(note.values["warning"]) for note in contents.notes if "warning" in note.values]
     for text in (*warnings_of(contents.steps), *noted):
         yield f"  warning: {text}"
@@ -98,9 +98,9 @@ def _check_blocks(directory: Path, contents: Contents) -> Iterator[tuple[bool, s
 
 
 def cut(path: Path, to: int) -> Path:
-    """Give up the steps from `to` on; returns where the journal as it was is kept. Block states past it are dropped.
+    """Discard the steps from `to` on; returns the path of the old journal's copy. Later block states are dropped.
 
-    Works on a journal that is damaged further on. Raises JournalError if fewer than `to` steps can be read.
+    Works on a journal that is damaged after step `to`. Raises JournalError if fewer than `to` steps can be read.
     """
     file = journal_file(path)
     lock = RunLock.take(file.parent)
@@ -115,7 +115,7 @@ def cut(path: Path, to: int) -> Path:
         os.link(file, backup)
         _forget_blocks(
             file.parent / run_directory.BLOCKS, to
-        )  # first: what is cut off must not come back as a newer block
+        )  # first: a discarded step must not come back in a newer block
         diskio.replace_file(file, data[: contents.ends[to]])
         return backup
     finally:
@@ -137,7 +137,7 @@ def _forget_blocks(directory: Path, to: int) -> None:
 
 
 def write_csv(path: Path, out: IO[str]) -> None:
-    """One row an update (a step may have several), with a header line."""
+    """Write one row per update (a step may have several), with a header line."""
     file = journal_file(path)
     writer = csv.writer(out)
     writer.writerow(COLUMNS)

@@ -1,6 +1,6 @@
 """Methods on the command line: options from the fields of their classes, and classes from a user's own file.
 
-A field of a method's dataclass is an option, as `fields.py` has it.
+Each field of a method's dataclass is an option; see `fields.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OWN = "FILE.py:CLASS"
 
 
 def find_class(text: str | None) -> type[Method]:
-    """The method of that name, or the class of a user's own that "file.py:Class" or "package.module:Class" names."""
+    """The method of that name, or the user's own class named by "file.py:Class" or "package.module:Class"."""
     if text is None:
         return DEFAULT
     if text in METHODS:
@@ -57,7 +57,7 @@ def _module(place: str) -> types.ModuleType:
         spec.loader.exec_module(module)
     except ConfigError:
         raise
-    except Exception as error:  # whatever the user's own file raises
+    except Exception as error:  # any error of the user's own file
         raise ConfigError(f"--method: {place} cannot be loaded: {type(error).__name__}: {error}") from error
     return module
 
@@ -67,12 +67,12 @@ def _own() -> list[str]:
 
 
 def add_options(command: argparse.ArgumentParser, argv: Sequence[str], method: str | None = None) -> None:
-    """--method, --preset and an option a field of any method. argv, method: a class of a user's own in the one, or of a
-    config file as the other, has its options too.
+    """Add --method, --preset and one option per field of any method. argv, method: a user's own class, named in argv or
+    by a config file's method, adds its options too.
 
-    The parsed arguments have `method_options`, the names of all of them but --method and --preset.
+    The parsed arguments have `method_options`, the names of all these options but --method and --preset.
     """
-    group = command.add_argument_group("method", "what a step does; an option is of the methods that have it")
+    group = command.add_argument_group("method", "how a step is taken; an option applies to the methods that have it")
     names = ",".join(_own())
     group.add_argument("--method", metavar=f"{{{names},{OWN}}}", help=f"{_about()}. Default: {DEFAULT.name}")
     group.add_argument("--preset", help=f"a published recipe of the method: {_presets()}")
@@ -97,8 +97,8 @@ def add_options(command: argparse.ArgumentParser, argv: Sequence[str], method: s
 
 
 def make_method(args: argparse.Namespace) -> Method:
-    """The method that parsed options name, or that a run's config.json has, with those options in the place of its own.
-    Raises ConfigError for an option that it does not have."""
+    """The method that parsed options name, or that a run's config.json holds, with the parsed options replacing its
+    own. Raises ConfigError for an option that it does not have."""
     record = getattr(args, "method_record", None)
     kept = None
     if record is not None and not args.preset and (args.method is None or "class" in record):
@@ -123,7 +123,7 @@ def make_methods(args: argparse.Namespace) -> list[Method]:
     if args.methods is None:
         return [make_method(args)]
     if args.method is not None or getattr(args, "method_record", None) is not None:
-        raise ConfigError("--methods names them all: leave out --method, and a run's config.json as --config")
+        raise ConfigError("--methods names all methods: leave out --method, and a run's config.json as --config")
     kinds = [find_class(name) for name in args.methods]
     given = [name for name in args.method_options if getattr(args, name) is not None]
     for name in given:
@@ -152,7 +152,7 @@ def _options_of(kind: type[Method]) -> dict[str, Option]:
 
 
 def _help(option: str, having: Sequence[type[Method]]) -> str:
-    """Its first sentence, and its defaults by method where they differ or not all methods have it."""
+    """An option's help: its first sentence, and its defaults by method if they differ or not all methods have it."""
     defaults = {kind.name: _options_of(kind)[option].default for kind in having}
     general = option in {part.name for part in dataclasses.fields(Method)}
     text = (docstrings(Method) if general else {}).get(option) or _options_of(having[0])[option].help

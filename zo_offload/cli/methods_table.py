@@ -1,4 +1,4 @@
-"""`zo-offload methods`: what each method costs a step, from the methods themselves."""
+"""`zo-offload methods`: the costs of a step for each method, computed from the methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEAD = ("method", "forwards", "visits", "noises", "in lanes", "remembers", "jour
 
 
 def table() -> Iterator[str]:
-    """A line a method, as GitHub's tables have them."""
+    """One line per method, as a GitHub table."""
     made: list[Callable[[], Method]] = [METHODS[name] for name in sorted(METHODS) if METHODS[name].own()]
     rows = [HEAD, *(_row(method()) for method in made)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
@@ -25,7 +25,7 @@ def table() -> Iterator[str]:
 
 
 def presets() -> Iterator[str]:
-    """A line a recipe."""
+    """One line per recipe."""
     for name, recipes in sorted(PRESETS.items()):
         for recipe, fields in recipes.items():
             told = (

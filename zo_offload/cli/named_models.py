@@ -1,6 +1,6 @@
-"""Configurations of well-known models by their usual names (`models.json`): to plan with, without a download.
+"""Configurations of well-known models by their usual names (`models.json`), for planning without a download.
 
-A layer's shapes and counts are as published; what shapes no weight is transformers' default.
+Shapes and counts of layers are as published; settings that affect no weight's shape are transformers' defaults.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def named_config(model: str) -> Any:
 
 
 def published_as(model: str) -> str:
-    """What its published files are stored in, where that is not 16 bits; "" else."""
+    """The format of its published files if it is not 16 bits, else ""."""
     return str(_table().get(model.lower(), {}).get("published_as", ""))
 
 
@@ -52,14 +52,14 @@ def config_of_file(path: Path) -> Any:
         kind = fields.pop("model_type")
         return hf.AutoConfig.for_model(kind, **fields)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no config.json of a model: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{path} is not a config.json of a model: {type(error).__name__}: {error}") from error
 
 
 def unknown(model: str) -> ConfigError:
-    """No directory, file or known name: what is near."""
+    """The error for a model that is no directory, file or known name; it lists similar names."""
     near = difflib.get_close_matches(model.lower(), model_names(), 4, 0.4)
     like = f"; names like it are {', '.join(near)}" if near else f"; such as {', '.join(model_names()[::12])}"
     return ConfigError(
-        f"{model} does not exist, and is no name that is known{like}. Give a directory with config.json, or a config's "
+        f"{model} does not exist, and is not a known name{like}. Give a directory with config.json, or a config's "
         "own file"
     )

@@ -1,4 +1,4 @@
-"""Standard output and error as they may be: closed, or of an encoding that has not every character."""
+"""Output to standard output and error that may be closed, or whose encoding may lack characters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def printable() -> Iterator[None]:
-    """While open, printing raises for neither: what an encoding lacks is written as backslash and number."""
+    """While open, printing raises in neither case: characters that an encoding lacks become backslash escapes."""
     streams = sys.stdout, sys.stderr
     changed: list[tuple[io.TextIOWrapper, str | None]] = []
     with open(os.devnull, "w") as nowhere:

@@ -1,4 +1,4 @@
-"""A run as one self-contained HTML page: what it was, what it reached, what it cost. No script, nothing is loaded."""
+"""A run as one self-contained HTML page: its settings, results and costs. No script, nothing is loaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ code { white-space: pre-wrap; word-break: break-word }
 
 
 def charts(runs: Sequence[History], axis: str = "steps") -> dict[str, str]:
-    """Names and <svg>s: the loss in training and on held-out rows, then each other number that was evaluated."""
+    """Names and <svg>s: the loss in training and on held-out rows, then each other evaluated number."""
     several = len(runs) > 1
     called = {id(run): f"{run.name}, " if several else "" for run in runs}
     trained = [
@@ -44,7 +44,7 @@ def charts(runs: Sequence[History], axis: str = "steps") -> dict[str, str]:
 
 
 def report(runs: Sequence[History], examples: Mapping[str, Sequence[Example]] | None = None) -> str:
-    """The page of one run, or of several beside each other. examples: rows with answers, by the run's name."""
+    """The page of one run, or of several side by side. examples: rows with answers, by the run's name."""
     names = [run.name for run in runs]
     title = ", ".join(names)
     body = [f"<h1>{escape(title)}</h1>"]
@@ -104,7 +104,7 @@ def _cost(runs: Sequence[History]) -> Iterable[Sequence[str]]:
         *(f"{run.seconds:.0f} s, {run.seconds / n:.3g} s a step" for run, n in zip(runs, steps, strict=True)),
     ]
     waited = [f"{100 * run.waited / run.seconds:.1f} %" if run.seconds else "not known" for run in runs]
-    yield ["of it compute waited for blocks", *waited]
+    yield ["of this, compute waited for blocks", *waited]
     for what, total in (("into the window", "fetch_bytes"), ("out of it", "flush_bytes")):
         moved = [getattr(run, total) for run in runs]
         yield [what, *(f"{show_bytes(n)}, {show_bytes(n / k)} a step" for n, k in zip(moved, steps, strict=True))]
@@ -113,12 +113,12 @@ def _cost(runs: Sequence[History]) -> Iterable[Sequence[str]]:
 
 
 def _steps(runs: Sequence[History]) -> Iterable[str]:
-    """One step of each run that timed one."""
+    """The timed step of each run that has one."""
     found = [(run, times) for run in runs if (times := read_times(run.path)) is not None]
     if not found:
         return
     yield "<h2>One step, as it ran</h2>"
-    yield "<p>What is neither waiting nor making weights is the model's own forward, of all lanes.</p>"
+    yield "<p>Time that is neither waiting nor making weights is the model's own forward, for all lanes.</p>"
     for run, times in found:
         yield f"<h3>{escape(run.name)}</h3>" * (len(runs) > 1)
         yield step_chart(times)

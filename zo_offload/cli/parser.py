@@ -1,7 +1,7 @@
-"""What the command line takes: commands, their options, and config files. `command.py` has what they do.
+"""Parses the command line: commands, their options, and config files. `command.py` runs the commands.
 
 Most options are fields of dataclasses: `FitCall` (the run), `EngineConfig` (the engine), `Encoder` (the data), and the
-methods. They are read when their command is asked for: their classes import torch.
+methods. They are read only for the requested command, since their classes import torch.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ IDENTITY = (
     "config_overrides",
     "attn_implementation",
 )  # fmt: skip
-"""What numbers depend on: a run keeps it."""
-NOT_SETTINGS = ("num_labels", "attn_implementation")  # no field of EngineConfig
-_MODEL_ONLY = ("rounding", "fold_every", "order", "trainable", "snapshot_minutes", "snapshot_steps")  # of training
+"""Options that numbers depend on: a run keeps them."""
+NOT_SETTINGS = ("num_labels", "attn_implementation")  # not fields of EngineConfig
+_MODEL_ONLY = ("rounding", "fold_every", "order", "trainable", "snapshot_minutes", "snapshot_steps")  # training only
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line, with the nearest name; nothing is abbreviated."""
+    """An argument parser whose errors are one line, with the nearest name; options cannot be abbreviated."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{**options, "allow_abbrev": False})
@@ -39,16 +39,16 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def known(self) -> dict[str, argparse.Action]:
-        """Options and arguments by their names in a config file."""
+        """The options and arguments, by their names in a config file."""
         return {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
 
     def unknown(self, extras: Sequence[str]) -> NoReturn:
-        """Refuse what was not understood."""
+        """Raise an error for unknown arguments."""
         name = next((extra for extra in extras if extra.startswith("-")), extras[0]).partition("=")[0]
-        self.error(f"{name} is no option of it.{did_you_mean(name, self._option_string_actions)}")
+        self.error(f"{name} is not an option of it.{did_you_mean(name, self._option_string_actions)}")
 
     def take(self, config: ConfigFile) -> None:
-        """The file's values in the place of what is not given. Raises ConfigError."""
+        """Use the file's values for arguments that are not given. Raises ConfigError."""
         known = self.known()
         for name in config.values:
             if name not in known:
@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str], run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.Namespace:
-    """The arguments of a command, with what runs it. run: by the command's name."""
+    """The arguments of a command, with the function that runs it. run: functions by command name."""
     from .. import __version__
 
     parser = Parser(prog="zo-offload", description="Fine-tune models far larger than the device.")
@@ -79,14 +79,14 @@ def parse(argv: Sequence[str], run: Mapping[str, Callable[[argparse.Namespace], 
             if config is not None:
                 command.take(config)
     if asked is not None and not asked.startswith("-") and asked not in commands.choices:
-        parser.error(f"{asked!r} is no command.{did_you_mean(asked, commands.choices)}")
+        parser.error(f"{asked!r} is not a command.{did_you_mean(asked, commands.choices)}")
     args, extras = parser.parse_known_args(argv)
     if extras:
         chosen.unknown(extras)
     for name, action in chosen.known().items():
         if action.nargs == "?" and not action.option_strings and getattr(args, name) is None:
             chosen.error(f"{action.metavar or name} is missing: {action.help}")
-    for name in _PATHS:  # no shell has replaced the ~ of --run-dir=~/a, or of one in a config file
+    for name in _PATHS:  # no shell replaces the ~ in --run-dir=~/a, or in a config file
         if isinstance(value := getattr(args, name, None), str) and value.startswith("~"):
             setattr(args, name, str(user_path(value)))
     return args
@@ -114,23 +114,23 @@ def _fit(fit: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     _model(fit, "checkpoint directory or cached hub id; with --resume, the run directory")
     _base(fit)
     fit.add_argument("--resume", action="store_true", default=None,
-                     help="continue the run in MODEL; what is not given (data, steps) is as it was")  # fmt: skip
+                     help="continue the run in MODEL; data, steps and so on stay as before unless given")  # fmt: skip
     fit.add_argument("--new-data", action="store_true", default=None,
                      help="go on with other data than the run was begun with")  # fmt: skip
-    dry = "show what the data holds, and its first rows as the model will see them; no step"
+    dry = "show a summary of the data, and its first rows as the model will see them; no step"
     fit.add_argument("--dry-run", action="store_true", default=None, help=dry)
     fit.add_argument("--out", help="export the tuned checkpoint here: the last step, with --keep-best the best")
     _merge(fit)
-    waits = "under torchrun, or with --serve: seconds to wait for another rank (learnt)"
+    waits = "under torchrun, or with --serve: seconds to wait for another rank (default: measured)"
     fit.add_argument("--patience", type=float, help=waits)
     fit.add_argument("--serve", metavar="HOST:PORT", help="let others join the run there (docs/ranks.md)")
-    _token_file(fit, "with --serve: a file with what members must know (default: RUN_DIR/token, made)")
-    audit = "with --serve: the share of others' lanes that is computed again and compared (default: 0.02)"
+    _token_file(fit, "with --serve: a file with the token that members need (default: RUN_DIR/token, created)")
+    audit = "with --serve: share of the members' lanes that is recomputed and compared (default: 0.02)"
     fit.add_argument("--audit", type=float, help=audit)
-    tolerance = "with --serve: the part of a loss by which these may differ (default: 0.001)"
+    tolerance = "with --serve: relative difference that such losses may have (default: 0.001)"
     fit.add_argument("--tolerance", type=float, help=tolerance)
     fit.add_argument("--quiet", action="store_true", default=None, help="show no progress")
-    run = fit.add_argument_group("run", "how long, how it is evaluated, and what is kept")
+    run = fit.add_argument_group("run", "length, evaluation, and what is kept")
     add_options_of(run, options_of(FitCall, {"data": {"type": str}, "eval_data": {"type": str}} | _COUNTS, lists=False))
     _engine(fit)
     _data(fit)
@@ -139,24 +139,24 @@ def _fit(fit: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
 
 def _plan(plan: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     _model(plan, "checkpoint or run directory, a config's file, or a name such as llama-3-70b")
-    plan.add_argument("--tokens", type=count, help="tokens a row (default: 512, or as many as the model takes)")
+    plan.add_argument("--tokens", type=count, help="tokens per row (default: 512, or the model's maximum)")
     plan.add_argument("--batch-size", type=count, help="rows (default: fit's)")
     plan.add_argument("--micro-batches", type=count, default=1, help="parts a batch is cut into (default: 1)")
-    plan.add_argument("--steps", type=count, help="steps in all, for hours and wear")
+    plan.add_argument("--steps", type=count, help="total steps, for hours and wear")
     plan.add_argument("--gpu", help="such as rtx-4090, t4, a100, h200: planned for with its public rates")
     plan.add_argument("--host-memory", dest="machine_memory", help="of that machine, such as 128GB")
-    plan.add_argument("--host-bandwidth", type=float, help="GB/s that its memory reads, where it could bind")
+    plan.add_argument("--host-bandwidth", type=float, help="GB/s that its memory reads, a possible bottleneck")
     plan.add_argument("--disk", help="nvme-gen3, nvme-gen4, nvme-gen4-qlc, nvme-gen5, nvme-datacenter, or GB/s")
     plan.add_argument(
         "--disk-size", type=float, default=2.0, metavar="TB", help="of the drive, for its wear (default: 2)"
     )
     plan.add_argument("--link", help="GB/s that blocks move at, or pcie4-x8 (default: the GPU's, or measured)")
-    plan.add_argument("--compare", choices=["gpus", "disks"], help="a table over all GPUs or drives that are known")
+    plan.add_argument("--compare", choices=["gpus", "disks"], help="a table of all known GPUs or drives")
     plan.add_argument(
-        "--ranks", type=count, metavar="N", help="a table: tokens/s of 1, 2, 4, ... N GPUs, and what binds"
+        "--ranks", type=count, metavar="N", help="a table: tokens/s of 1, 2, 4, ... N GPUs, and the bottleneck"
     )
-    plan.add_argument("--timeline", metavar="FILE", help="what one step would do when, for ui.perfetto.dev")
-    _engine(plan, without=["host_memory"])  # how memory is locked: here the flag says how much there is
+    plan.add_argument("--timeline", metavar="FILE", help="write a predicted timeline of one step, for ui.perfetto.dev")
+    _engine(plan, without=["host_memory"])  # there it is how memory is locked; here the flag gives its size
     _methods(plan, argv, config)
 
 
@@ -166,7 +166,7 @@ def _rate(rate: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     rates = "learning rates (default: a tenth to ten times the method's)"
     rate.add_argument("--rates", type=float, nargs="+", help=rates)
     rate.add_argument("--steps", type=count, default=20, help="steps at each rate (default: 20)")
-    rate.add_argument("--batch-size", type=count, help="rows a step (default: the method's)")
+    rate.add_argument("--batch-size", type=count, help="rows per step (default: the method's)")
     rate.add_argument("--micro-batches", type=count, help="parts a batch is cut into (default: 1)")
     _engine(rate)
     _data(rate)
@@ -185,7 +185,7 @@ def _sweep(sweep: Parser, argv: Sequence[str], config: ConfigFile | None) -> Non
     sweep.add_argument("--times", type=float, nargs="+", metavar="FACTOR", help=times)
     sweep.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="a run for each (default: 0)")
     sweep.add_argument("--quiet", action="store_true", default=None, help="show no progress within a run")
-    run = sweep.add_argument_group("run", "how long, how it is evaluated, and what is kept; of every run")
+    run = sweep.add_argument_group("run", "length, evaluation, and what is kept, for every run")
     add_options_of(run, options_of(FitCall, {"data": {"type": str}, "eval_data": {"type": str}} | _COUNTS, lists=False))
     _engine(sweep, without=["seed"])
     _data(sweep)
@@ -194,31 +194,31 @@ def _sweep(sweep: Parser, argv: Sequence[str], config: ConfigFile | None) -> Non
 
 def _basis(basis: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     _opens(basis)
-    basis.add_argument("--data", help="rows of the task: the first batch of them is looked at")
+    basis.add_argument("--data", help="rows of the task: the first batch of them is used")
     basis.add_argument("--batch-size", type=count, default=16, help="rows of that batch (default: 16)")
-    basis.add_argument("--rank", type=count, default=4, help="directions a layer (default: 4)")
-    basis.add_argument("--layers", nargs="+", help="globs of the layers meant (default: all but the vocabulary's head)")
-    basis.add_argument("--out", help="fresh directory for it: an adapter of peft's that is 0 yet")
+    basis.add_argument("--rank", type=count, default=4, help="directions per layer (default: 4)")
+    basis.add_argument("--layers", nargs="+", help="globs of the layers (default: all but the vocabulary's head)")
+    basis.add_argument("--out", help="fresh directory for it: a peft adapter that is still 0")
     _data(basis)
 
 
 def _eval(evaluate: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     _opens(evaluate)
-    evaluate.add_argument("--data", help="what to evaluate on; of a run that has --eval-data, that")
+    evaluate.add_argument("--data", help="what to evaluate on (default: the run's --eval-data)")
     evaluate.add_argument("--batch-size", type=count, help="rows at a time (default: a run's, else 16)")
-    evaluate.add_argument("--eval-rows", type=count, help="so many rows, chosen by the seed (default: all)")
-    evaluate.add_argument("--step", type=which_step, help="of a run: this step, or best (default: the last)")
-    shots = "a table: with so many demonstrations before each prompt; of a run, its base too"
+    evaluate.add_argument("--eval-rows", type=count, help="number of rows, chosen by the seed (default: all)")
+    evaluate.add_argument("--step", type=which_step, help="for a run: this step, or best (default: the last)")
+    shots = "a table: with this many demonstrations before each prompt; for a run, its base too"
     evaluate.add_argument("--shots", type=int, nargs="+", metavar="N", help=shots)
-    evaluate.add_argument("--demonstrations", help="where they are from (default: a task's train split, a run's data)")
+    evaluate.add_argument("--demonstrations", help="their source (default: a task's train split, a run's data)")
     _data(evaluate)
 
 
 def _generate(generate: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     _opens(generate)
     generate.add_argument("--prompt", nargs="+", help="texts to be continued")
-    generate.add_argument("--max-new-tokens", type=count, default=32, help="at most so many (default: 32)")
-    coldest = "0 (default): the likeliest token each time"
+    generate.add_argument("--max-new-tokens", type=count, default=32, help="maximum number of new tokens (default: 32)")
+    coldest = "0 (default): always the likeliest token"
     generate.add_argument("--temperature", type=temperature, default=0.0, help=coldest)
 
 
@@ -239,7 +239,7 @@ def _replay(replay: Parser, argv: Sequence[str], config: ConfigFile | None) -> N
     replay.add_argument("--out", help="directory to write")
     _merge(replay)
     replay.add_argument("--adapter", metavar="DIR", help="the adapter that the run began with, if it was moved")
-    replay.add_argument("--max-shard", default="5GB", help="bytes a file at most (default: 5GB)")
+    replay.add_argument("--max-shard", default="5GB", help="largest file (default: 5GB)")
     replay.add_argument("--overwrite", action="store_true", help="write into a directory that is not empty")
     replay.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base")
     _own_class(replay)
@@ -257,17 +257,17 @@ def _join(join: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     from ..config import EngineConfig
 
     join.add_argument("address", nargs="?", metavar="HOST:PORT", help="where `fit --serve` listens, or a tunnel to it")
-    join.add_argument("base", nargs="?", metavar="BASE", help="the run's base, here: a checkpoint directory or hub id")
-    join.add_argument("--data", help="the run's data, where it is here (default: the keeper's path)")
+    join.add_argument("base", nargs="?", metavar="BASE", help="the run's base here: a checkpoint directory or hub id")
+    join.add_argument("--data", help="the run's data on this machine (default: the keeper's path)")
     _token_file(join, "a file with the keeper's token (or it in ZO_OFFLOAD_TOKEN)")
-    join.add_argument("--patience", type=float, help="seconds after which another's lanes are late (the keeper's)")
-    wait = "seconds for which a keeper that is gone is looked for (default: 300)"
+    join.add_argument("--patience", type=float, help="seconds until another's lanes are late (default: keeper's)")
+    wait = "seconds to look for a keeper that does not answer (default: 300)"
     join.add_argument("--wait", type=float, default=300.0, help=wait)
     join.add_argument("--quiet", action="store_true", default=None, help="show no progress")
-    join.add_argument("--method", metavar="FILE.py:CLASS", help="your own class, where the run was made with one")
-    join.add_argument("--model-class", help="such as AutoModelForSequenceClassification, where the run's is your own")
-    join.add_argument("--tokenizer", help="directory or cached hub id, where the run was given one")
-    group = join.add_argument_group("engine", "where weights live here; what numbers depend on is the run's")
+    join.add_argument("--method", metavar="FILE.py:CLASS", help="your own class, if the run was made with one")
+    join.add_argument("--model-class", help="such as AutoModelForSequenceClassification, if the run's is your own")
+    join.add_argument("--tokenizer", help="directory or cached hub id, if the run was given one")
+    group = join.add_argument_group("engine", "where weights live here; settings that numbers depend on are the run's")
     kept = (*IDENTITY, *_MODEL_ONLY, "whole")
     add_options_of(group, {name: option for name, option in _settings(EngineConfig).items() if name not in kept})
     _config(join)
@@ -283,24 +283,24 @@ def _token_file(command: Parser, text: str) -> None:
 
 
 def _nothing(command: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
-    """No options."""
+    """Add no options."""
 
 
 _COMMANDS: dict[str, tuple[str, _Add]] = {
     "fit": ("fine-tune a checkpoint, or go on with a run", _fit),
-    "plan": ("what a run would take, on hardware here or named; reads no weights", _plan),
-    "join": ("train with a run that somebody else serves, from anywhere, for as long as you like", _join),
-    "ranks": ("who is in a run that is served, and how fast each is", _ranks),
-    "methods": ("what each method costs a step, and the recipes there are", _nothing),
-    "rate": ("a few steps at each of several learning rates; trains nothing to keep", _rate),
-    "sweep": ("a run for each of several methods, rates and seeds, and a table of what they reached", _sweep),
-    "basis": ("directions that a model's layers are given inputs in, for --adapter", _basis),
+    "plan": ("time and memory of a run, on this or named hardware; reads no weights", _plan),
+    "join": ("join a run that somebody else serves, from anywhere, for as long as you like", _join),
+    "ranks": ("list the members of a served run, and their speed", _ranks),
+    "methods": ("costs of a step for each method, and all recipes", _nothing),
+    "rate": ("try a few steps at each of several learning rates; keeps no weights", _rate),
+    "sweep": ("one run for each of several methods, rates and seeds, and a table of results", _sweep),
+    "basis": ("main directions of the inputs of a model's layers, for --adapter", _basis),
     "eval": ("loss and accuracy of a checkpoint or a run", _eval),
-    "generate": ("text from a checkpoint or a run; one pass of the weights a token", _generate),
+    "generate": ("text from a checkpoint or a run; one pass of the weights per token", _generate),
     "export": ("a run's weights as a checkpoint for plain transformers", _export),
     "replay": ("the weights of any step, from the base and a journal alone", _replay),
     "journal": ("show, check or cut a journal, or print it as CSV", _journal),
-    "doctor": ("what is installed here, and whether a tiny step works", _nothing),
+    "doctor": ("show what is installed, and check that a tiny step works", _nothing),
 }
 
 
@@ -332,7 +332,7 @@ def _config(command: Parser) -> None:
 
 
 def _opens(command: Parser) -> None:
-    """A checkpoint or a run that is opened, and not trained."""
+    """Add options for opening a checkpoint or a run without training."""
     _model(command, "checkpoint or run directory")
     _base(command)
     _own_class(command)
@@ -350,7 +350,7 @@ def _engine(command: Parser, without: Sequence[str] = ()) -> None:
     attention = "such as eager or sdpa, instead of the model's own choice"
     group.add_argument("--attn-implementation", help=attention)
     group.add_argument("--num-labels", type=count, help="classes of a new head, instead of config.json's")
-    tokenizer = "directory or cached hub id, where the checkpoint has none or another is meant"
+    tokenizer = "directory or cached hub id, if the checkpoint has none or to use another"
     group.add_argument("--tokenizer", help=tokenizer)
 
 
@@ -383,13 +383,13 @@ def _methods(command: Parser, argv: Sequence[str], config: ConfigFile | None) ->
 
 
 def _own_class(command: Parser) -> None:
-    command.add_argument("--method", metavar="FILE.py:CLASS", help="of a run: your own class that it was made with")
+    command.add_argument("--method", metavar="FILE.py:CLASS", help="for a run: your own class that it was made with")
 
 
 def _merge(command: Parser) -> None:
-    text = "of an adapter: export the whole model, with it in it"
+    text = "for an adapter: export the whole model with the adapter merged"
     command.add_argument("--merge", action="store_true", default=None, help=text)
 
 
 def _base(command: Parser) -> None:
-    command.add_argument("--base", help="of a run: where its base checkpoint is now, if it was moved")
+    command.add_argument("--base", help="for a run: the new path of its base checkpoint, if it was moved")

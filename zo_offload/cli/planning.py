@@ -1,4 +1,4 @@
-"""`zo-offload plan`: the answer for hardware that is named, the details, and at the end the `fit` it planned for."""
+"""`zo-offload plan`: the answer for named hardware, the details, and at the end the planned `fit` command."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .method_options import make_method
 from .report import details, plan_step
 
 USUAL_STEPS = 20_000
-"""Of the paper's recipe, where --steps says nothing."""
+"""The paper's recipe, used without --steps."""
 
 
 def plan_lines(args: argparse.Namespace, settings: dict[str, Any]) -> Iterator[str]:
-    """Lines of the report. settings: of the engine, as they were given."""
+    """Lines of the report. settings: the engine's, as they were given."""
     method = make_method(args)
     if (Path(args.model) / run_directory.JOURNAL).exists():
         method, settings = _of_run(Path(args.model), args, settings)
@@ -67,7 +67,7 @@ def plan_lines(args: argparse.Namespace, settings: dict[str, Any]) -> Iterator[s
 
 
 def _here(args: argparse.Namespace, method: Method, options: dict[str, Any]) -> Iterator[str]:
-    """On the device that `settings` name: measured where it is there."""
+    """The report for the device in `settings`, with measured rates if it is present."""
     rate = None if args.link is None else find_link(args.link).gb_per_s
     made = plan_step(args.model, method=method, **options)
     yield from details(made, lambda: rates(made.prepared.config.device, rate))
@@ -83,7 +83,7 @@ def _machine(args: argparse.Namespace) -> Machine:
 
 
 def _of_run(path: Path, args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Method, dict[str, Any]]:
-    """Method and settings of a run, under those that were given."""
+    """A run's method and settings, overridden by given ones."""
     record = run_directory.load_config(path)
     known = {
         name: value

@@ -1,4 +1,4 @@
-"""Runs that are shared by whoever joins: `fit --serve`, `join` and `ranks` of the command line."""
+"""Runs that others can join: `fit --serve`, `join` and `ranks` of the command line."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _LOOK_S, _WAIT_FOR_ERA_S = 0.05, 5.0
 
 
 def pool_of(args: argparse.Namespace) -> Pool:
-    """The pool that `fit --serve` keeps. Its token: of --token-file, the environment, or the run's own file."""
+    """The pool that `fit --serve` keeps. Its token is in --token-file, the environment, or the run's own file."""
     run_dir = args.model if args.resume else args.run_dir
     if run_dir is None:
-        raise ConfigError("--serve needs --run-dir: who joins is told its journal")
+        raise ConfigError("--serve needs --run-dir: members get its journal")
     token = _token(args)
     options = {name: getattr(args, name) for name in ("audit", "tolerance") if getattr(args, name) is not None}
     return Pool(address=args.serve, token=token or _own_token(Path(run_dir)), patience=args.patience, **options)
 
 
 def invitation(args: argparse.Namespace, port: int) -> str:
-    """How others join, in one line."""
+    """One line that says how to join."""
     address = f"{args.serve.rpartition(':')[0]}:{port}"
     given = args.token_file is not None or VARIABLE in os.environ
     run_dir = args.model if args.resume else args.run_dir
@@ -46,7 +46,7 @@ def _token(args: argparse.Namespace) -> str | None:
 
 
 def _own_token(run_dir: Path) -> str:
-    """The token in a run's directory, made there at the first time; nobody else can read the file."""
+    """The token in a run's directory, created at first use; only the user can read the file."""
     path = run_dir / TOKEN
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -66,7 +66,7 @@ def members_token(args: argparse.Namespace) -> str:
 
 
 def join(args: argparse.Namespace, settings: dict[str, Any], *, show: bool) -> Any:
-    """Train with a run until it ends; joins anew where it has parted from what was joined. The last fit's result."""
+    """Train with a run until it ends; joins again if the two have parted. Returns the last fit's result."""
     from ..engine import Engine
 
     while True:
@@ -82,13 +82,13 @@ def join(args: argparse.Namespace, settings: dict[str, Any], *, show: bool) -> A
 
 
 def roster(address: str, token: str) -> Iterator[str]:
-    """Lines of who is in a pool, and how fast. Raises RankError."""
+    """Lines with a pool's members and their speed. Raises RankError."""
     line = dialled(address)
     try:
         began = time.monotonic()
         while (era := line.get(ERA)) is None or (found := Sealed(line, token, era.decode()).get("roster")) is None:
             if time.monotonic() - began > _WAIT_FOR_ERA_S:
-                raise RankError(f"{address} is a store, and no keeper's of a pool")
+                raise RankError(f"{address} is a store, but no pool's keeper serves it")
             time.sleep(_LOOK_S)
     finally:
         line.close()

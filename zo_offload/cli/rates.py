@@ -1,7 +1,8 @@
 """`zo-offload rate`: a few steps at each of several rates, from the same weights, on the same batches and noise.
 
-A rate past its limit shows within some steps, and the runs can be compared step by step, since only the rate differs.
-What is best in a few steps is often a little above what is best in many: below it is safe, twice as much often is not.
+A rate that is too high shows within some steps, and the trials can be compared step by step, since only the rate
+differs. The best rate for a few steps is often a little above the best for many: a lower one is safe, twice as much
+often is not.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ from ..errors import ConfigError, DivergenceError
 from ..methods import Method
 
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""Times the method's own rate, where no rates are given."""
+"""Factors of the method's own rate, used if no rates are given."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Some steps at one rate. first, last: mean losses of the first and of the second half of them; NaN: it ended
-    before, as `what` tells."""
+    """Some steps at one rate. first, last: mean losses of their first and second half; NaN: ended before: `what`."""
 
     lr: float
     first: float
@@ -33,12 +33,12 @@ class Trial:
 def try_rates(
     make: Callable[[Method], Engine], method: Method, fit: dict[str, Any], rates: Sequence[float], steps: int
 ) -> Iterator[Trial]:
-    """A trial a rate, in this order. make: an engine with the run's settings. fit: arguments of `Engine.fit`.
+    """One trial per rate, in this order. make: makes an engine with the run's settings. fit: arguments of `Engine.fit`.
 
-    The rates are tried without the method's schedule, which is of another length.
+    The rates are tried without the method's schedule, which is for a longer run.
     """
     if steps < 4:
-        raise ConfigError(f"steps={steps}: expected at least 4 to compare rates by")
+        raise ConfigError(f"steps={steps}: expected at least 4, to compare rates")
     for lr in rates:
         changed = method.with_options(lr=lr, schedule="constant", warmup_steps=0, on_nonfinite="stop")
         losses: list[float] = []
@@ -54,7 +54,7 @@ def try_rates(
 
 
 def best(trials: Sequence[Trial]) -> Trial | None:
-    """The one with the least loss in its second half; None if all ended before."""
+    """The trial with the least loss in its second half; None if all ended before."""
     sound = [trial for trial in trials if math.isfinite(trial.last)]
     return min(sound, key=lambda trial: trial.last, default=None)
 

@@ -1,4 +1,4 @@
-"""What `zo-offload plan` shows: blocks, lifts, memory by term, traffic. Reads no weights."""
+"""The details of `zo-offload plan`: blocks, lifts, memory by term, traffic. Reads no weights."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ from .hardware import CONTEXT_BYTES, AbsentGpu
 
 @dataclass(frozen=True)
 class Planned:
-    """A step that was planned, and what it was planned with."""
+    """A planned step, and the inputs of the plan."""
 
     model: str
     checkpoint: Checkpoint
     base: Any
-    """Where weights come from: the checkpoint, or it and an adapter."""
+    """The source of weights: the checkpoint, or the checkpoint and an adapter."""
     module: Any
     prepared: Prepared
     plan_of_memory: MemoryPlan | None
-    """None: left out."""
+    """None: memory was not planned."""
     batch_size: int
     tokens: int
     micro_batches: int
@@ -84,13 +84,12 @@ def plan_step(
     blind: bool = False,
     **settings: Any,
 ) -> Planned:
-    """Everything that is decided before a step of a model, given by a checkpoint's directory, a config.json, or a name
-    such as opt-175b. No weights are read.
+    """Plan a step of a model: a checkpoint's directory, a config.json, or a name such as opt-175b. Reads no weights.
 
-    settings: those of `EngineConfig`, decided as a run with a run directory decides them (`prepare.py`). tokens: a row;
-    default 512, or as many as the model takes. A GPU need not be there. on: a device in place of the one that
-    `settings` name. blind: leave memory out, for `Planned.with_memory`, and take files for the tier: the host is not
-    this one. Raises ZOError, as the run would.
+    settings: those of `EngineConfig`, resolved as for a run with a run directory (`prepare.py`). tokens: tokens per
+    row; default 512, or the model's maximum. A GPU need not be present. on: a device that replaces the one in
+    `settings`. blind: plan no memory (`Planned.with_memory` does it later) and assume the disk tier, because the plan
+    is for another host. Raises ZOError, as the run would.
     """
     method = method if method is not None else DEFAULT()
     config = EngineConfig(**{"run_dir": "-", **settings})
@@ -127,7 +126,7 @@ def plan_step(
 
 
 def details(planned: Planned, rate: Callable[[], Rates]) -> Iterator[str]:
-    """Blocks, memory by term, traffic, and every format at these rates."""
+    """Lines about blocks, memory by term, traffic, and every format at these rates."""
     prepared, memory = planned.prepared, planned.memory
     plan, layout, config = prepared.plan, prepared.layout, prepared.config
     yield (
@@ -152,7 +151,7 @@ def _forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
 
 
 def _device(config: EngineConfig) -> PlannedDevice:
-    """The device, or what a plan can know of a GPU that is not here."""
+    """The device, or an AbsentGpu if it is not present."""
     if config.device == "cpu" or torch.cuda.is_available():
         return make_device(config.device)
     asked = config.device_memory
@@ -162,7 +161,7 @@ def _device(config: EngineConfig) -> PlannedDevice:
 def _compute_dtype(
     compute: str | None, device: PlannedDevice, checkpoint: Checkpoint, storage: str | None
 ) -> torch.dtype:
-    """As an engine would choose it: fp32 on the CPU, the checkpoint's own on a GPU (of a bare size, the storage's)."""
+    """The engine's choice: fp32 on the CPU, on a GPU the checkpoint's own dtype (without one, the storage's)."""
     if compute is not None:
         return DTYPES[compute]
     named = checkpoint.path is None and storage in FORMATS
@@ -189,7 +188,7 @@ def open_config(
     if (path / run_directory.JOURNAL).exists():
         base = run_directory.load_config(path)["model"]
         if base is None:
-            raise ConfigError(f"{path} is a run of a module in memory, of which no configuration is known")
+            raise ConfigError(f"{path} is a run of a module in memory, whose configuration is not known")
         return open_config(base, trust_remote_code=trust_remote_code, overrides=overrides)
     if path.is_file() and path.name != "config.json" and path.suffix != ".gguf":
         return Checkpoint.open(models.config_of_file(path))
@@ -203,7 +202,7 @@ def open_config(
 
 
 def example_batch(module: Any, kind: ModelKind, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
-    """Token ids and labels of that size; the model's own dummy inputs where it takes no token ids."""
+    """Token ids and labels of that size; the model's own dummy inputs if it takes no token ids."""
     if getattr(module, "main_input_name", "input_ids") != "input_ids":
         return dict(module.dummy_inputs)
     ids = torch.ones(batch_size, tokens, dtype=torch.int64, device="cpu")
@@ -221,7 +220,7 @@ def _number(value: int) -> str:
 
 def _blocks(plan: Plan, layout: Layout) -> Iterator[str]:
     rows = plan.describe()
-    table: list[tuple[str, int, int]] = []  # name, index of the first row, how many: equal neighbours share a line
+    table: list[tuple[str, int, int]] = []  # name, first row, number of rows: equal neighbours share a line
     index = 0
     while index < len(rows):
         end = index

@@ -1,8 +1,8 @@
-"""How a step shrinks, or its batch grows, with the GPUs that share it: tokens a second by their number, and what binds.
+"""Predicts tokens per second, and the bottleneck, for several GPUs that share a step.
 
 Each GPU fetches all blocks over its own link and keeps a whole copy (docs/ranks.md), and computes its share of the
-lanes. Those of one host read its memory, or its drive, together; those of hosts of their own (a pool) do not. What
-ranks tell each other, some milliseconds a step, is left out. Nothing is measured here.
+lanes. GPUs of one host share its memory or drive; GPUs on separate hosts (a pool) do not. The messages between ranks,
+some milliseconds per step, are left out. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _OWN_HOSTS, _ONE_HOST = "hosts of their own", "one host"
 
 @dataclass(frozen=True)
 class Shared:
-    """A step by several GPUs: seconds and what binds; tokens: of its batch; idle: GPUs without a lane."""
+    """A step by several GPUs: seconds and bottleneck; tokens: in its batch; idle: GPUs without a lane."""
 
     ranks: int
     seconds: float
@@ -34,13 +34,12 @@ class Shared:
 
 
 def counts(ranks: int) -> list[int]:
-    """1, 2, 4, ... and the number itself."""
+    """1, 2, 4, ... and `ranks` itself."""
     return sorted({ranks, *(1 << i for i in range(ranks.bit_length()) if 1 << i <= ranks)})
 
 
 def shared(found: Answer, ranks: int, *, one_host: bool, rows: int = 1) -> Shared:
-    """The same step among several GPUs. rows: so many times the rows, and micro-batches. one_host: its memory, and its
-    drive, are read by all of them."""
+    """The same step on several GPUs. rows: factor of rows and micro-batches. one_host: they share memory and drive."""
     made, work = found.planned, found.work
     micro_batches = made.micro_batches * rows
     lanes = work.lanes * micro_batches
@@ -57,7 +56,7 @@ def shared(found: Answer, ranks: int, *, one_host: bool, rows: int = 1) -> Share
 
 
 def _seconds(machine: Machine, found: Answer, work: Work, mine: range, micro_batches: int, rows: int) -> Step:
-    """Of a GPU that has these of a step's lanes: noise for as many perturbations as they are of."""
+    """Seconds of a GPU that has the lanes `mine` of a step: it makes noise for the perturbations of these lanes."""
     perturbations, lanes = {lane // micro_batches for lane in mine}, found.planned.prepared.method.perturbations(0, 0)
     noises = noises_of(lane for i, lane in enumerate(lanes) if i in perturbations)
     flops = work.forward_flops / work.lanes * rows * len(mine) / micro_batches
@@ -66,7 +65,7 @@ def _seconds(machine: Machine, found: Answer, work: Work, mine: range, micro_bat
 
 
 def lines(found: Answer, ranks: int) -> Iterator[str]:
-    """A table: the same step, and one with as many times the rows, on one host and on hosts of their own."""
+    """A table: the same step, and one with `ranks` times the rows, on one host and on separate hosts."""
     made, lanes = found.planned, found.work.lanes * found.planned.micro_batches
     yield f"GPUs that share a run, a whole copy of the blocks each (docs/ranks.md); {lanes} lanes a step"
     counted = f"{'tokens/s':>10}{'binds':>13}"

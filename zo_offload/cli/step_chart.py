@@ -1,4 +1,4 @@
-"""One step of a run as bars over time: what compute waited for, what was fetched, made and flushed. An SVG."""
+"""One step of a run as an SVG of bars over time: waits of compute, fetches, fused passes and flushes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..system import diskio
 from .chart import COLOURS, ticks
 
 _WIDTH, _LEFT, _ROW, _TOP = 960, 110, 26, 30
-_LEAST = 0.25  # of a pixel: what is narrower is drawn as wide, and only where nothing is yet
+_LEAST = 0.25  # pixels: narrower bars are drawn this wide, and only where there is no bar yet
 _ROWS = {
     "wait": "compute waits", "fused": "weights are made", "fetch": "blocks fetched", "flush": "blocks flushed",
 }  # fmt: skip
@@ -24,14 +24,14 @@ _MOST_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class StepTimes:
-    """spans: (what, block's name, start, seconds)."""
+    """The times of one step. spans: (what, block's name, start, seconds)."""
 
     step: int
     seconds: float
     spans: Sequence[tuple[str, str, float, float]]
 
     def share(self, what: str) -> float:
-        """Of the step in which at least one thread did this."""
+        """Share of the step during which at least one thread did `what`."""
         covered = end = 0.0
         for start, stop in sorted((a, min(a + s, self.seconds)) for kind, _, a, s in self.spans if kind == what):
             covered += max(0.0, stop - max(start, end))
@@ -40,7 +40,7 @@ class StepTimes:
 
 
 def read_times(run: Path) -> StepTimes | None:
-    """The step that a run timed; None if it timed none, or the file is not to be read. It is a picture, not the run."""
+    """A run's timed step; None if there is none, or if the file is unreadable, since the run does not depend on it."""
     path = run / FILE
     try:
         if path.stat().st_size > _MOST_BYTES:
@@ -59,7 +59,7 @@ def read_times(run: Path) -> StepTimes | None:
 
 
 def step_chart(times: StepTimes) -> str:
-    """An <svg>; a bar's block shows where the pointer rests on it."""
+    """An <svg>; the pointer on a bar shows its block."""
     marks = [tick for tick in ticks(0.0, times.seconds * 1e3) if tick <= times.seconds * 1e3 * 1.02]
     height = _TOP + _ROW * len(LANES) + 34
     parts = [

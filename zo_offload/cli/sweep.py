@@ -1,11 +1,11 @@
 """`zo-offload sweep`: one run for each method, rate and seed of a small grid, each in a directory of its own.
 
-    DIR/fzoo-lr0.01-seed0/     a run as fit leaves it: plot, report, eval and resume take it
-    DIR/sweep.json             what was asked, what each run reached, and the table
+    DIR/fzoo-lr0.01-seed0/     an ordinary run of fit: plot, report, eval and resume take it
+    DIR/sweep.json             the sweep's settings, each run's result, and the table
 
-The same command again goes on where it was: what ended is not run again, a run that was stopped is resumed. Settings
-are compared by the last evaluation of their runs, or the best one with keep_best; the mean over seeds decides, and the
-worst seed is told beside it. What was chosen by an evaluation has to be reported on other rows than it.
+The same command again continues the sweep: finished runs are not repeated, a stopped run is resumed. Settings are
+compared by the last evaluation of their runs, or the best one with keep_best; the mean over seeds decides, and the
+worst seed is shown next to it. Results of the chosen setting must be reported on other rows than those that chose it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Reached:
-    """What a run reached. values: of the evaluation that counts; empty if it ended before one, as `what` tells."""
+    """A run's result. values: those of the evaluation that counts; empty if it ended before one (see `what`)."""
 
     run: str
     method: str
@@ -55,8 +55,8 @@ class Reached:
 
 @dataclass(frozen=True)
 class Row:
-    """The runs of one method and rate. failed: those that ended before their evaluation, or whose value is no number;
-    a row with such is no candidate for the best."""
+    """The runs of one method and rate. failed: number of runs that ended before their evaluation, or whose value is not
+    a number; a row with failed runs cannot be the best."""
 
     method: str
     lr: float
@@ -66,14 +66,14 @@ class Row:
     worst: float
     best: float
     spread: float
-    """The standard deviation over seeds, by N - 1; NaN of fewer than two."""
+    """The standard deviation over seeds, by N - 1; NaN for fewer than two seeds."""
 
 
 def grid(
     methods: Sequence[Method], rates: Sequence[float], times: Sequence[float], seeds: Sequence[int]
 ) -> list[Point]:
-    """Every method at every rate with every seed. rates: for all of the methods; times: factors of each one's own
-    rate; neither: its own. Raises ConfigError on two points of one name."""
+    """Every method at every rate with every seed. rates: for all methods; times: factors of each method's own rate;
+    neither: its own rate. Raises ConfigError if two points have the same name."""
     if rates and times:
         raise ConfigError("--rates are learning rates, and --times are factors of the method's own: give one of them")
     points = []
@@ -94,11 +94,11 @@ def sweep(
     fit: Mapping[str, Any],
     asked: Mapping[str, Any],
 ) -> Iterator[tuple[Reached, bool]]:
-    """What each point reached, in order, and whether it was reached before. make: the engine of a run in a directory,
-    and whether the run was begun there. fit: arguments of `Engine.fit`. asked: all that the runs share, as JSON; a
-    folder is of one such.
+    """Each point's result, in order, and whether it is from an earlier call. make(point, directory, begun): a run's
+    engine; begun: whether the run exists there already. fit: arguments of `Engine.fit`. asked: the settings that all
+    runs share, as JSON; all runs of a folder have the same.
 
-    Raises ConfigError if the folder is of another sweep.
+    Raises ConfigError if the folder holds another sweep.
     """
     known = _known(folder, asked)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def sweep(
 
 
 def table(runs: Sequence[Reached], metric: str | None = None) -> tuple[str, list[Row]]:
-    """The metric that was compared by, and a row a method and rate, the best first."""
+    """The metric of the comparison, and one row per method and rate, the best first."""
     values = next((run.values for run in runs if run.values), None)
     name = Selection(metric).name(values) if values is not None else metric or "loss"
     sign = -1.0 if larger_is_better(name) else 1.0
@@ -140,8 +140,8 @@ def lines(name: str, rows: Sequence[Row]) -> Iterator[str]:
     first = rows[0]
     if first.failed == 0:
         yield (
-            f"best by its mean {name}: --method {first.method} --lr {first.lr:.6g}. It was chosen by these rows: "
-            "report others"
+            f"best by its mean {name}: --method {first.method} --lr {first.lr:.6g}. It was chosen on these rows: "
+            "report results on others"
         )
 
 
@@ -165,7 +165,7 @@ def _run(point: Point, path: Path, make: Callable[[Point, Path, bool], Engine], 
 
 
 def _known(folder: Path, asked: Mapping[str, Any]) -> dict[str, Reached]:
-    """What was reached before in this folder."""
+    """Earlier results in this folder."""
     path = folder / FILE
     if not path.exists():
         return {}
@@ -178,7 +178,7 @@ def _known(folder: Path, asked: Mapping[str, Any]) -> dict[str, Reached]:
     for key in sorted({*before, *asked}):
         if before.get(key) != asked.get(key):
             raise ConfigError(
-                f"{folder} holds a sweep with {key}={before.get(key)!r}, and {asked.get(key)!r} is asked now: runs of "
+                f"{folder} holds a sweep with {key}={before.get(key)!r}, but {asked.get(key)!r} is given now: runs of "
                 "both cannot be compared. Give another directory as --run-dir"
             )
     return {run.run: dataclasses.replace(run, values=_numbers(run.values)) for run in runs}
@@ -196,7 +196,7 @@ def _write(folder: Path, asked: Mapping[str, Any], known: Mapping[str, Reached],
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
+    """The value, or None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,9 +1,9 @@
-"""What a step would do when: a simulation of the very ops that run, on streams with the costs of `costs.py`.
+"""Predicted timeline of a step: a simulation of the same ops that a run executes, with the costs of `costs.py`.
 
-The ops, their slots and what each waits for are those of `stream.schedule`. A stream takes one op after another; an op
-starts when its stream is free and all that it waits for has ended. A flush slows the fetches beside it by the link's
-`flush_cost`; on a drive reading and writing take turns. Residual parts are fetched, and blocks flushed, in the one pass
-of `fold_every` in which a fold lands. The host enqueues ahead and is taken to cost nothing.
+The ops, their slots and dependencies are those of `stream.schedule`. A stream executes one op after another; an op
+starts when its stream is free and all its dependencies have ended. A flush slows concurrent fetches by the link's
+`flush_cost`; a drive either reads or writes. Residual parts are fetched, and blocks flushed, only in the one pass of
+`fold_every` that folds. The host enqueues ahead at no cost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _STREAMS = ("compute", "fetch", "flush")
 
 @dataclass(frozen=True)
 class Span:
-    """One op: seconds from the beginning of the trace."""
+    """One op, in seconds from the start of the trace."""
 
     stream: str
     name: str
@@ -36,15 +36,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """spans: of the last two passes, of which the last one folds. step_s: on average over fold_every passes."""
+    """spans: ops of the last two passes, the last of which folds. step_s: mean over fold_every passes."""
 
     spans: tuple[Span, ...]
     step_s: float
     busy_s: Mapping[str, float]
-    """Seconds that each stream works, a step."""
+    """Seconds per step that each stream is busy."""
 
     def write(self, path: Path) -> None:
-        """As a trace that ui.perfetto.dev and chrome://tracing open."""
+        """Write a trace that ui.perfetto.dev and chrome://tracing open."""
         named = [
             {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": stream}}
             for tid, stream in enumerate(_STREAMS)
@@ -63,7 +63,7 @@ def simulate(
     plan: Plan, layout: Layout, window: WindowSize, work: Work, step: Step, link: Link, *, offload: str,
     drive: Drive | None = None, share: Mapping[str, float] | None = None,
 ) -> Timeline:  # fmt: skip
-    """Two rounds of `fold_every` passes, of which the second is looked at."""
+    """Simulate two rounds of `fold_every` passes; the result is the second round."""
     costs = _Costs(plan, layout, work, step, link, drive if offload == "disk" else None, share or {})
     pinned = frozenset(range(len(plan.blocks))) if offload == "none" else window.pinned
     visits, every = tuple(plan.visits), work.fold_every

@@ -1,4 +1,4 @@
-"""`zo-offload plot` and `report`: runs as people look at them. Neither opens a model, but `report --examples` does."""
+"""`zo-offload plot` and `report`: charts and pages of runs. Only `report --examples` opens a model."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 from ..errors import ConfigError
 
 _OURS = b"zo_offload"
-"""Both kinds of file say in their first bytes who wrote them."""
+"""Both kinds of file name this package in their first bytes."""
 
 
 def add_commands(commands: Any) -> None:
     for name, run, what in (
-        ("plot", _plot, "a curve of runs as an SVG file: the loss or what else was evaluated, against what it cost"),
+        ("plot", _plot, "runs' curves as an SVG file: the loss or another evaluated value, against its cost"),
         ("report", _report, "runs as one HTML page: curves, cost and settings"),
     ):
         view = commands.add_parser(name, help=what)
         view.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
         file = f"{name}.{'svg' if name == 'plot' else 'html'}"
         view.add_argument("--out", help=f"the file to write ({file} in the first run's directory)")
-        view.add_argument("--overwrite", action="store_true", help="replace --out if it is there")
+        view.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
         if name == "report":
-            answers = "also show so many evaluation rows with the model's answers before and after; opens the model"
+            answers = "also show this many evaluation rows with the model's answers before and after; opens the model"
             view.add_argument("--examples", type=int, metavar="N", help=answers)
         if name == "plot":
             axes = ["steps", "forwards", "bytes", "seconds"]
-            view.add_argument("--y", default="loss", help="loss, accuracy, or what else was evaluated (%(default)s)")
-            view.add_argument("--x", default="steps", choices=axes, help="against what (%(default)s)")
+            view.add_argument("--y", default="loss", help="loss, accuracy, or another evaluated value (%(default)s)")
+            view.add_argument("--x", default="steps", choices=axes, help="the x axis (%(default)s)")
         view.set_defaults(run=run)
 
 
@@ -56,7 +56,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _write(args: argparse.Namespace, name: str, text: str) -> int:
-    """To --out, or beside the first run's journal, where a file of the same kind that this wrote is replaced."""
+    """Write to --out, or next to the first run's journal, where only a file that this command wrote is replaced."""
     out = Path(args.out or Path(args.runs[0], name))
     ours = not args.out and out.is_file() and _OURS in out.read_bytes()[:400]
     if out.exists() and not (args.overwrite or ours):

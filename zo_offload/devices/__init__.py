@@ -1,4 +1,4 @@
-"""Devices: memory, streams and events behind one interface, `base.Device`. The CPU is a real one, not a mock.
+"""Devices: memory, streams and events behind one interface, `base.Device`. The CPU is a real device, not a mock.
 
 On the CPU streams are worker threads; on CUDA they are CUDA streams with a worker each that enqueues (`cuda.py`).
 """

@@ -1,9 +1,8 @@
-"""What a device has to answer. `CpuDevice` and `CudaDevice` do; a third one is a class with these methods, and a name
-in `make_device`.
+"""The interface of devices, implemented by `CpuDevice` and `CudaDevice`; a third one needs these methods and a name in
+`make_device`.
 
-A device is memory, streams and events. It says where blocks are computed with and what that memory takes, it gives
-ordered queues for fetches and flushes, and it says when something is done. Kernels are chosen by where the stored bytes
-are (`fused.kernels_for`).
+A device is memory, streams and events. It provides the memory in which blocks are computed, ordered queues for fetches
+and flushes, and events for completion. Kernels are chosen by the device of the stored bytes (`fused.kernels_for`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from .streams import Event, Later, Stream
 
 
 class PlannedDevice(Protocol):
-    """What a plan asks of a device; one that is not there can answer it (`report.py`)."""
+    """The part of the interface that plans use; a device that is not present can provide it (`report.py`)."""
 
     @property
     def kind(self) -> str:
@@ -28,10 +27,10 @@ class PlannedDevice(Protocol):
 
     @property
     def own_memory(self) -> bool:
-        """Blocks are computed with in memory of its own, beside the host's, where blocks can live too."""
+        """Whether the device computes in its own memory, separate from the host's, where blocks can live too."""
 
     def default_compute(self, own: torch.dtype) -> torch.dtype:
-        """The dtype of forwards where none is asked for, of a checkpoint in `own`."""
+        """The default dtype of forwards, for a checkpoint in `own`."""
 
     def free_bytes(self) -> int:
         """What can still be allocated on it."""
@@ -44,11 +43,11 @@ class PlannedDevice(Protocol):
 
 
 class Device(PlannedDevice, Protocol):
-    """What a run asks of a device."""
+    """The part of the interface that runs use."""
 
     @property
     def torch_device(self) -> torch.device:
-        """Where the model computes."""
+        """The torch device of the model's computation."""
 
     @property
     def late(self) -> bool:
@@ -72,22 +71,22 @@ class Device(PlannedDevice, Protocol):
         """An ordered queue: `submit(fn, after, event)` runs fn once the events in `after` are done."""
 
     def event(self) -> Event:
-        """One that whoever runs its op will set; waiting on it raises what the op raised."""
+        """An event that the runner of its op will set; waiting on it raises the op's error."""
 
     def mark(self) -> Event:
-        """Done once all that was computed so far is."""
+        """An event that is done once all computation so far is done."""
 
     def later(self, values: Tensor) -> Later:
         """values (float64) for the host to read when it wants to."""
 
     def upload(self, tensor: Tensor) -> Tensor:
-        """A host tensor where the model computes, enqueued behind what was computed so far."""
+        """Copy a host tensor to the compute device, enqueued after all computation so far."""
 
     def synchronize(self) -> None:
-        """Wait until all that was computed so far is done."""
+        """Wait until all computation so far is done."""
 
     def trim(self) -> None:
         """Give back memory that an allocator keeps though nothing uses it."""
 
     def measure_link(self) -> Link | None:
-        """How fast blocks come and go, where they do over a link of the device's own."""
+        """Measure the speed of fetches and flushes, if the device has a link of its own."""

@@ -1,5 +1,5 @@
-"""How fast blocks can move between host and device: fetch alone, flush alone, both at once. Measured, never assumed:
-on some hosts the two directions take each other's bandwidth."""
+"""Measures how fast blocks can move between host and device: fetch alone, flush alone, both at once. It is never
+assumed, since on some hosts the two directions share bandwidth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Page-locked host memory: exact, let go with the memory it is of, and pageable where the system refuses.
+"""Page-locked host memory: of exact size, unlocked together with its memory, and pageable if the system refuses.
 
 Copies between a GPU and memory that is not locked work too: the driver stages them, at a half or less of the speed,
 and a copy to the host then keeps its thread until it is done. So a refusal never ends a run. How much may be locked

@@ -1,4 +1,4 @@
-"""A model's buffers and a batch's tensors on the device that computes; nothing here waits for that device."""
+"""Moves a model's buffers and a batch's tensors to the compute device, without waiting for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams and events as every device has them: ops in order on worker threads, and what is done before what.
+"""Streams and events of all devices: ops run in order on worker threads, and events order them.
 
 A device whose work runs by itself once it is enqueued (`cuda.py`) says what done means there, not how ops
 are handed over.

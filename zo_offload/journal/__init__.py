@@ -1,1 +1,1 @@
-"""What a run keeps in its directory, and what must be equal for it to go on."""
+"""A run's files, and the facts that must be equal for the run to go on."""

@@ -1,11 +1,11 @@
-"""What a run's steps are bound to beside its identity: their data, and a schedule's length if rates depend on it.
+"""Binds a run's steps to their data, and to a schedule's length if rates depend on it.
 
-Neither is known when a run's weights are put in place (an evaluation, a generation, a step may come first), so they are
-a note in the journal, written before the first step of the first `fit`:
+Neither is known when a run's weights are stored (an evaluation, a generation or a step may come first), so they are a
+note in the journal, written before the first step of the first `fit`:
     {"data": {"rows": 40, "digest": "...", "batch_size": 4, "micro_batches": 1, ...}, "horizon": 2000 or null}
-A later `fit` must find the same data, or be told `new_data=True`: then a new note follows. The horizon stays: steps may
-be added to a schedule that does not depend on their number, and no further than the horizon to one that does.
-A run of the earlier format has its data in its header, or none, and no horizon.
+A later `fit` must have the same data, or `new_data=True`: then a new note follows. The horizon stays: a schedule that
+does not depend on the number of steps can be continued at will, another one only up to the horizon. A run of the
+earlier format has its data in its header, or none, and no horizon.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NEW_DATA = "To go on with other data on purpose, pass new_data=True (--new-data)
 
 
 def depends_on_steps(method: Method, steps: int) -> bool:
-    """Whether the method's learning rate at some step depends on how many steps there are in all."""
+    """Whether the method's learning rate at some step depends on the total number of steps."""
     steps = max(steps, method.warmup_steps + 2)
     one, other = (lr_schedule(method.schedule, method.warmup_steps, n) for n in (steps, 3 * steps))
     return any(one(step) != other(step) for step in {0, *range(0, steps, max(1, steps // 64)), steps - 1})
@@ -34,9 +34,9 @@ def depends_on_steps(method: Method, steps: int) -> bool:
 
 @dataclass(frozen=True)
 class Binding:
-    """What one call of `fit` would have a run's steps be of.
+    """The data and number of steps of one call of `fit`.
 
-    data: `Batches.identity` and how it is cut; legacy: the same as the earlier format has it. steps: in all.
+    data: `Batches.identity` and the number of micro-batches; legacy: the same in the earlier format. steps: the total.
     """
 
     data: dict[str, Any]
@@ -47,7 +47,7 @@ class Binding:
 
     @classmethod
     def of(cls, batches: Batches, micro_batches: int, method: Method, steps: int, *, new_data: bool = False) -> Binding:
-        """What a call's batches are, and its number of steps if the method's learning rate depends on it."""
+        """The binding of a call: its data, and its number of steps if the method's learning rate depends on it."""
         data = {**(batches.identity() or {}), "micro_batches": micro_batches}
 
         def legacy() -> dict[str, Any] | None:
@@ -58,7 +58,7 @@ class Binding:
         return cls(json.loads(json.dumps(data)), legacy, steps, horizon, new_data)
 
     def check(self, journal: Journal) -> None:
-        """Raise JournalError unless a run may go on with this; a run without steps may go on with anything."""
+        """Raise JournalError unless the run may go on with this binding; a run without steps may go on with any."""
         if not journal.steps:
             return
         if not journal.takes_notes:
@@ -74,7 +74,7 @@ class Binding:
         check_horizon(bound.get("horizon"), self.steps)
 
     def bind(self, journal: Journal) -> int | None:
-        """Keep this with the run if it is not what it is bound to; the horizon that holds. StorageError."""
+        """Note this binding in the journal if it is new; return the horizon in force. Raises StorageError."""
         bound = bound_to(journal) if journal.steps else None
         horizon = self.horizon if bound is None else bound.get("horizon")
         if bound is None or bound["data"] != self.data:
@@ -83,18 +83,18 @@ class Binding:
 
 
 def bound_to(journal: Journal) -> dict[str, Any] | None:
-    """The last note of data, None if there is none."""
+    """The data of the last such note, None if there is none."""
     notes = (note.values for note in reversed(journal.notes))
     return next((values for values in notes if isinstance(values.get("data"), dict)), None)
 
 
 def bound_from(journal: Journal) -> int:
-    """The first step that was taken on the data that the run is bound to now."""
+    """The first step on the data that the run is bound to now."""
     return next((note.step for note in reversed(journal.notes) if isinstance(note.values.get("data"), dict)), 0)
 
 
 def check_same_data(batches: Batches, records: list[StepRecord]) -> None:
-    """Raise JournalError unless the data gives the batches that the journal's first and last step were taken on."""
+    """Raise JournalError unless the data yields the batches of the journal's first and last step."""
     for record in (records[0], records[-1]) if records else ():
         if not record.batch_crc:
             continue
@@ -111,7 +111,7 @@ def check_horizon(horizon: int | None, steps: int) -> None:
     if horizon is not None and steps > horizon:
         raise ConfigError(
             f"steps={steps}: the run's learning rate depends on the number of steps, and it was begun for {horizon}. "
-            f"Go on to at most {horizon}, or begin a new run (a constant schedule can be gone on with at will)"
+            f"Go on to at most {horizon}, or begin a new run (a constant schedule has no such limit)"
         )
 
 

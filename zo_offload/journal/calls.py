@@ -1,7 +1,7 @@
-"""How `fit` was called, kept in a run's config.json, so that a resumed run repeats what is not said again.
+"""The arguments of `fit`, kept in a run's config.json, so that a resumed run repeats arguments that are not given.
 
-Kept are paths (absolute), numbers and plain options; data that was in memory, a tokenizer object and the like are not,
-and have to be given again.
+Absolute paths, numbers and plain options are kept; data in memory, a tokenizer object and the like are not, and must be
+given again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _COUNTS = ("steps", "batch_size", "micro_batches", "eval_every", "save_every", "
            "train_rows", "eval_rows")  # fmt: skip
 _OF_EVALUATIONS = ("eval_every", "eval_rows", "metric", "keep_best", "early_stopping")
 IN_MEMORY = True
-"""In the record of a call, in the place of evaluation data that was no file."""
+"""In the record of a call, stands for evaluation data that was not a file."""
 
 
 @dataclass(frozen=True)
@@ -31,52 +31,52 @@ class FitCall:
     file, with the first sentence under it as its help. eval_data=False: none, whatever there was before."""
 
     data: Any = None
-    """Training data: a file or folder (docs/data_and_tasks.md); for a resumed run, what it was begun with."""
+    """Training data: a file or folder (docs/data_and_tasks.md); for a resumed run, the data that it began with."""
     eval_data: Any = None
     """Evaluation data, of the same form."""
     steps: int | None = None
-    """Steps in all, those before a resume included. Default: the method's."""
+    """Total number of steps, including those before a resume. Default: the method's."""
     epochs: float | None = None
-    """Passes over the data in all, in place of steps."""
+    """Total number of passes over the data, in place of steps."""
     batch_size: int | None = None
-    """Rows a step. Default: the method's."""
+    """Rows per step. Default: the method's."""
     train_rows: int | None = None
-    """So many rows of the data, chosen by the seed. Default: all."""
+    """Number of rows of the data to use, chosen by the seed. Default: all."""
     eval_rows: int | None = None
-    """So many rows of the evaluation data, chosen by the seed. Default: all."""
+    """Number of rows of the evaluation data to use, chosen by the seed. Default: all."""
     micro_batches: int | None = None
-    """Parts that a batch is cut into, each a lane of its own. Default: 1."""
+    """Number of parts that a batch is cut into, each with its own lanes. Default: 1."""
     eval_every: int | None = None
     """Steps between two evaluations; there is always one at the end."""
     brake: bool | None = None
-    """Halve the learning rate from where the loss rises, as often as it does."""
+    """Halve the learning rate whenever the loss rises."""
     metric: str | None = None
-    """What evaluations are compared by: loss, accuracy, or a name that compute_metrics gives. Default: accuracy where
-    the data defines it, else loss."""
+    """The metric that compares evaluations: loss, accuracy, or one of compute_metrics. Default: accuracy, else loss."""
     keep_best: bool | None = None
-    """The run's result is its best evaluated step by `metric`, not its last: what --out exports. A step is a number in
-    the journal; nothing is copied. A model that was given in memory is exported to save_dir/best when it improves."""
+    """Make the best evaluated step by `metric` the run's result, in place of the last: --out exports it. Nothing is
+    copied, since the journal rebuilds any step. A model that was given in memory is exported to save_dir/best when it
+    improves."""
     early_stopping: int | None = None
-    """Stop when so many evaluations in a row brought no better `metric`; 0: never. Default: never."""
+    """Stop after this many evaluations in a row without a better `metric`; 0: never. Default: never."""
     save_every: int | None = None
-    """Steps between two exports, to save_dir/step-N. (Any step can be had from the journal later: these cost disk.)"""
+    """Steps between two exports, to save_dir/step-N. (The journal rebuilds any step later; exports cost disk.)"""
     save_dir: str | None = None
-    """Where save_every, and keep_best of a model in memory, export to. Default: saved/ in the run directory."""
+    """Directory for the exports of save_every, and of keep_best for a model in memory. Default: RUN_DIR/saved."""
     log_every: int | None = None
-    """Steps between two lines of the log. Default: a progress bar on a terminal, else a line in half a minute."""
+    """Steps between two lines of the log. Default: a progress bar on a terminal, else one line per half minute."""
     report_to: str | None = None
     """Trackers that get losses and metrics: tensorboard, wandb, ... (transformers' names, with commas between)."""
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """As the record will have it: what a resumed run repeats must be what this one does."""
+        """Make values plain, as in the record: a resumed run must repeat exactly this call."""
         for name in (*_COUNTS, "epochs"):
             object.__setattr__(self, name, plain_value(getattr(self, name)))
         options = {name: plain_option(value) for name, value in self.options.items()}
         object.__setattr__(self, "options", options)
 
     def after(self, record: Mapping[str, Any] | None) -> FitCall:
-        """This call, with what it leaves out taken from an earlier one's `record`."""
+        """This call, with missing arguments taken from an earlier call's `record`."""
         known = record if isinstance(record, Mapping) else {}
         options = known.get("options")
         call = replace(self, options={**(options if isinstance(options, Mapping) else {}), **self.options})
@@ -85,7 +85,7 @@ class FitCall:
             f.name: known.get(f.name) for f in fields(self) if getattr(self, f.name) is None and f.name not in left_out
         }
         if self.epochs is not None:
-            missing["steps"] = self.steps  # the earlier call's are not meant
+            missing["steps"] = self.steps  # the earlier call's steps do not apply
         if missing.get("eval_data") is IN_MEMORY:
             missing["eval_data"] = None
             warnings.warn(
@@ -99,7 +99,7 @@ class FitCall:
         return replace(call, eval_data=None, eval_every=None, eval_rows=None, metric=None)
 
     def record(self) -> dict[str, Any]:
-        """The part of this call that can be kept, as JSON. Its epochs are steps by now."""
+        """The part of this call that can be kept, as JSON. Epochs were converted to steps before."""
         kept = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in _PATHS:
             path = kept[name]
@@ -111,7 +111,7 @@ class FitCall:
         return {name: value for name, value in kept.items() if value is not None or name in _ALWAYS}
 
     def check(self) -> None:
-        """Raise ConfigError on what cannot be, or if there is no data."""
+        """Raise ConfigError for impossible values, or if there is no data."""
         for name in _COUNTS:
             value, least = getattr(self, name), 0 if name == "early_stopping" else 1
             if value is not None and not is_whole(value, least):
@@ -140,7 +140,7 @@ class FitCall:
 
 OPTIONS = ("train_data", *(f.name for f in fields(FitCall)[1:-1]), "progress", "callback", "callbacks",
            "compute_metrics", "preprocess_logits_for_metrics", "new_data")  # fmt: skip
-"""Keywords of `fit` beside those of the data."""
+"""Keywords of `fit` besides those of the data."""
 
 _ALWAYS = ("data", "eval_data", "steps", "batch_size", "micro_batches", "eval_every", "options")
 

@@ -1,4 +1,4 @@
-"""A journal's bytes: written by `journal.Journal`, read by whoever wants the run.
+"""A journal's bytes: written by `journal.Journal`, read by any reader of the run.
 
 Under one header, a step is fully given by its updates (seed, coefficient, decay); noise is recomputed from the seed.
 Replaying the records over the base weights rebuilds the weights of any step, so this file is the run and every block
@@ -45,15 +45,15 @@ or, of scalars (what a method keeps of a step beside loss and grad, for the step
 
 The crc of a record covers all before it (`chain`), so records cannot be swapped, left out or taken from another run.
 
-History. What the weights after t steps depend on, and nothing of when or where it was written, is named by 8 bytes:
+History. 8 bytes name everything that the weights after t steps depend on, but not when or where it was written:
     history(0)    blake2b-8 of the JSON (sorted keys, no spaces) of the header's HISTORY keys
     history(t+1)  blake2b-8 of history(t) | u64 step t | u8 flags (bits 1 and 3 as above) | of each update: u64 seed,
                   f32 coefficient, f32 decay, u8 fold; a step that was taken without an update has one of zeros
 Two journals of equal history have equal weights, so a block of one is a block of the other.
 
-What a reader does with a bad record: if a later record says that the bad one was on the disk, the file is damaged and
-JournalError says where. Else the bad record and what follows are the unfinished tail of a crash (a power cut may leave
-any of its pages) and are dropped, as is a step whose last record is missing.
+Bad records: if a later record says that the bad one was on the disk, the file is damaged and JournalError names the
+place. Otherwise the bad record and everything after it are the unfinished tail of a crash (a power cut may leave any of
+its pages) and are dropped, like a step whose last record is missing.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ from ..system import diskio
 
 MAGIC = b"ZOJ4"
 VERSIONS = {b"ZOJ2": 2, b"ZOJ3": 3, MAGIC: 4}
-"""What a journal begins with -> what its records are of."""
+"""A journal's first bytes -> the version of its records."""
 TAKES_NOTES, PACKED = 3, 4
-"""From these versions on there are notes; noises and scalars."""
+"""The first versions with notes; with noises and scalars."""
 RECORD_BYTES = 64
 _BODY = struct.Struct("<QQffdddIII")
 _STEP, _FLAGS_AT = struct.Struct("<Q"), 48
@@ -89,15 +89,15 @@ FOLD, SKIPPED, MORE, HALVED, NOTE, NOISES, SCALARS = 1, 2, 4, 8, 16, 32, 64
 _STEP_FLAGS = FOLD | SKIPPED | MORE | HALVED
 _MAX_HEADER_BYTES = 1 << 24
 MAX_TAIL_BYTES = 1 << 20
-"""More unreadable bytes than this at the end are damage: no second of steps is that long."""
+"""More unreadable bytes than this at the end are damage: one second of steps is never that long."""
 HISTORY = ("base", "plan", "trainable", "storage", "fold_every", "rounding", "seed", "noise", "method", "gains")
-"""The header's keys that say what updates mean, and what they are applied to."""
+"""The header's keys that define the meaning of updates, and the weights that they are applied to."""
 _HEAD_OF_STEP, _UPDATE = struct.Struct("<QQB"), struct.Struct("<QffB")
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step as the journal keeps it: the updates it applied and the scalars a reader wants to see."""
+    """One step as the journal keeps it: its updates, and scalars for readers."""
 
     step: int
     updates: tuple[Update, ...]
@@ -107,14 +107,14 @@ class StepRecord:
     skipped: bool = False
     batch_crc: int = 0
     halved: bool = False
-    """eps is half of what it was from the next step on (method.on_nonfinite="halve_eps")."""
+    """eps is halved from the next step on (method.on_nonfinite="halve_eps")."""
     scalars: tuple[float, ...] = ()
-    """What the method keeps of the step beside loss and grad, float64: `Method.scalars`."""
+    """The method's further numbers of the step, float64: `Method.scalars`."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """Something to keep with a run, told when `step` steps had been taken. values: of JSON."""
+    """Values kept with a run, noted after `step` steps. values: JSON."""
 
     step: int
     values: dict[str, Any]
@@ -122,9 +122,10 @@ class Note:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a journal's bytes say. begin: where the records begin; good: how many bytes hold whole steps and notes; the
-    rest is a crash's tail. chain[t]: the checksum of all before step t, ends[t]: how many bytes the first t steps and
-    the notes before the last of them take. version: of `VERSIONS`."""
+    """The contents of a journal. begin: offset of the first record; good: number of bytes with whole steps and notes;
+    the rest is a crash's tail. chain[t]: the checksum of everything before step t; ends[t]: number of bytes of the
+    first t
+    steps and the notes before the last of them. version: of `VERSIONS`."""
 
     header: dict[str, Any]
     steps: list[StepRecord]
@@ -152,7 +153,7 @@ def pack_header(header: dict[str, Any]) -> bytes:
 def pack_step(record: StepRecord, chain: int = 0, lag: int = 0, version: int = 4) -> tuple[bytes, int]:
     """The bytes of one step (all records but the last flagged MORE) and the chain after it. version: the journal's."""
     updates = record.updates or (Update(0, 0.0),)
-    alone = updates  # updates that have a record each
+    alone = updates  # updates with a record of their own
     if version >= PACKED and all(u.decay == 1.0 for u in updates[1:]) and not any(u.fold for u in updates[:-1]):
         alone = updates[:1]
     lag = min(lag, 0xFFFFFFFF)
@@ -199,7 +200,7 @@ def pack_note(note: Note, chain: int = 0, lag: int = 0) -> tuple[bytes, int]:
 
 
 class _Reading:
-    """What the records so far came to, and the step or note that is not whole yet."""
+    """The state after the records so far, with the step or note that is not complete yet."""
 
     def __init__(self, version: int, name: str) -> None:
         self.version, self.name = version, name
@@ -208,10 +209,10 @@ class _Reading:
         self.updates: list[Update] = []
         self.scalars: list[float] = []
         self.text = b""
-        self.first: tuple[Any, ...] | None = None  # of the open step: what its first record says
+        self.first: tuple[Any, ...] | None = None  # the fields of the open step's first record
 
     def take(self, body: memoryview, end: int) -> bool | None:
-        """One record that ends at byte `end`: None if it cannot be, else whether it ended a step (or a note)."""
+        """Read one record that ends at byte `end`: None if impossible, else whether it ended a step (or a note)."""
         _, part, flags, count, _ = _NOTE.unpack(body)
         kind = flags & (NOTE | NOISES | SCALARS)
         if kind == NOTE and self.version >= TAKES_NOTES and not flags & ~(NOTE | MORE) and self.first is None:
@@ -266,9 +267,9 @@ class _Reading:
 
 
 def read_journal(data: bytes, name: str = "journal", *, damaged_end: bool = False) -> Contents:
-    """Everything a journal's bytes say. Raises JournalError on damage that is not a crash's tail.
+    """The contents of a journal's bytes. Raises JournalError on damage that is not a crash's tail.
 
-    damaged_end: take the steps before the damage, whatever follows it.
+    damaged_end: return the steps before the damage, whatever follows it.
     """
     header, offset, crc = _read_header(data, name)
     found = _Reading(VERSIONS[data[:4]], name)
@@ -294,7 +295,7 @@ def read_journal(data: bytes, name: str = "journal", *, damaged_end: bool = Fals
 
 
 def load_journal(path: Path) -> Contents:
-    """What a journal's file says; nothing is changed. Raises JournalError."""
+    """The contents of a journal's file; nothing is changed. Raises JournalError."""
     try:
         return read_journal(diskio.read_file(path), str(path))
     except FileNotFoundError:

@@ -1,17 +1,17 @@
-"""Gains: how much of a method's perturbation and of its update one parameter gets.
+"""Gains: the factors of a method's perturbation and update for each parameter.
 
     lanes    w +- eps * gain.lane * z
     update   w - lr * grad * gain.update * z
 
-Both are 1 but where the method (`Method.gain`) or a parameter's stored form asks for something else, and are decided
-once, when a run begins. They
-are in the journal's header: a resumed or replayed run takes them from there, and a run whose header has none has none.
+Both are 1 unless the method (`Method.gain`) or a parameter's stored form needs other values. They are decided once,
+when a run begins, and kept in the journal's header: a resumed or replayed run takes them from there, and a run whose
+header has no gains has none.
 
 **Lanes of 16 bits** (`Gain(g, 1 / g)`). A weight of 1 in bfloat16 has neighbours 0.004 and 0.008 away, so eps = 1e-3
 rounds to nothing there, while the update would still apply all of z: the loss would not see what is updated. Such a
 parameter is perturbed with an eps of its own, g * eps, g the least power of two that its weights resolve
 (`RESOLVED`), and its update is divided by g: (L+ - L-) / (2 g eps) is the slope along its z, as ever, so a learning
-rate means what it means in float32. What "its weights" are is the root mean square of a sample of the base's.
+rate has the same meaning as in float32. The size of "its weights" is the root mean square of a sample of the base's.
 
 **Scales that train** (`Gain(1 / c, 1 / c)`). c is the format's `code_rms`, so eps and lr are in units of weights: a
 group's weights change by eps, root mean square, where its scale changes by eps / c, in any format.
@@ -36,15 +36,15 @@ from ..plan.plan import Plan
 
 _log = logging.getLogger(__name__)
 
-SAMPLE = 4096  # elements of a parameter that are looked at
+SAMPLE = 4096  # elements of a parameter in the sample
 RESOLVED = 1.0
 """Least eps of a parameter, in distances between neighbours of its typical weight."""
 MOST = 256.0
-"""The largest gain. An eps that is still too small with it is refused: it would not be what was asked for any more."""
+"""The largest gain. An eps that is still too small with it is an error: a larger gain would be another method."""
 
 
 def decide_gains(plan: Plan, layout: Layout, method: Method, base: Base) -> dict[str, Gain]:
-    """The gains of a run that begins. Reads a few elements of each trained parameter where that can matter.
+    """The gains of a new run. Reads a few elements of each trained parameter if they can matter.
 
     Raises ConfigError if eps would not move most of the weights in the lanes' dtype.
     """
@@ -70,7 +70,7 @@ def decide_gains(plan: Plan, layout: Layout, method: Method, base: Base) -> dict
 
 
 def _own_gain(method: Method, name: str, shape: torch.Size) -> Gain:
-    """What the method itself gives a parameter that trains. Raises ConfigError if one of the two is no gain."""
+    """The method's own gain of a trained parameter. Raises ConfigError if one of its two factors is invalid."""
     gain = method.gain(name, shape)
     if not (0 < gain.lane < math.inf and 0 < gain.update < math.inf):
         raise ConfigError(
@@ -120,7 +120,7 @@ def _check_lost(plan: Plan, method: Method, lost: Mapping[str, float]) -> None:
 
 
 def _tell(plan: Plan, method: Method, gains: Gains) -> None:
-    """In the log: which parameters are perturbed by more than eps."""
+    """Log the parameters that are perturbed by more than eps."""
     wider = {name: gain for name, gain in gains.items() if gain.lane * gain.update != 1.0 or plan.params[name]}
     coarse = [name for name in wider if plan.params[name].dtype in _NARROW and gains[name].lane > gains[name].update]
     if coarse and not method.unit_scales:
@@ -145,7 +145,7 @@ def record_of(gains: Gains) -> dict[str, list[float]]:
 
 
 def gains_of(header: Mapping[str, Any], plan: Plan, where: str) -> dict[str, Gain]:
-    """The gains that a journal's header tells; none in one that tells of none. Raises JournalError on other things."""
+    """The gains in a journal's header, if any. Raises JournalError if they are malformed."""
     record = header.get("gains", {})
     try:
         found = {name: Gain(_float32(lane), _float32(update)) for name, (lane, update) in record.items()}

@@ -1,4 +1,4 @@
-"""What a run is: everything that must be equal for its journal to mean the same weights, with digests that name it."""
+"""A run's identity: everything that must be equal for its journal to mean the same weights, as digests."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ FORMAT = 3
 SINCE_3 = ("format", "config", "compute", "model_type")
 """Keys that runs of format 2 do not have; they stay without."""
 _SHAPES_NO_NUMBER = frozenset({"transformers_version", "use_cache"})
-"""A config's keys, beside names that begin with "_", that say where it was written or what generation asks for."""
+"""A config's keys that do not affect the numbers (besides names with "_" in front): origin, and generation."""
 _OF_FILES = frozenset({"architectures", "dtype", "torch_dtype"})
-"""A config's keys that say how to build and load a model, which one that is in memory has behind it."""
+"""A config's keys about building and loading a model; a model in memory is built already."""
 
 
 def identity(
@@ -56,10 +56,10 @@ def identity(
     about: Mapping[str, Any],
     modes: str,
 ) -> dict[str, Any]:
-    """What must be equal for a journal to mean the same weights; checked on resume, key by key.
+    """Everything that must be equal for a journal to mean the same weights; checked on resume, key by key.
 
-    about: of `about_base`. modes: which modules train while the engine runs them (`modes.modes_of`). What steps are
-    computed on (data, objective) is kept beside it: see binding.py.
+    about: from `about_base`. modes: which modules train while the engine runs them (`modes.modes_of`). Data and
+    objective are kept separately: see binding.py.
     """
     trained = "\n".join(sorted(name for name, spec in plan.params.items() if spec.trainable))
     shapes = "\n".join(
@@ -90,13 +90,13 @@ def identity(
 def about_base(
     model: nn.Module | None, directory: Path | None, config: EngineConfig, adapter: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What a base is beside its weights: the class that computes with them, and what its config.json says.
+    """The facts of a base besides its weights: the class that computes with them, and its config.json.
 
-    directory: of a checkpoint; None for a module in memory, which has the config that it carries, if any, and whose
-    class is the caller's own to keep. adapter: the settings of one that was put on a checkpoint; its weights are the
-    base's. Raises CheckpointError.
+    directory: a checkpoint's; None for a module in memory, which has its own config, if any, and whose class the caller
+    must keep. adapter: the settings of an adapter that was put on a checkpoint; its weights belong to the base. Raises
+    CheckpointError.
     """
-    if directory is not None and (directory / "config.json").exists():  # a GGUF file has none, but what it holds
+    if directory is not None and (directory / "config.json").exists():  # a GGUF file has no config.json
         path = directory / "config.json"
         try:
             found = json.loads(diskio.read_file(path))
@@ -112,7 +112,7 @@ def about_base(
 
 
 def _of_numbers(config: Any) -> Any:
-    """A config as JSON, without what says where it comes from."""
+    """A config as JSON, without the keys about its origin."""
     if isinstance(config, Mapping):
         pairs = ((str(key), value) for key, value in config.items())
         return {k: _of_numbers(v) for k, v in pairs if k not in _SHAPES_NO_NUMBER and not k.startswith("_")}
@@ -126,7 +126,7 @@ def _of_numbers(config: Any) -> Any:
 
 
 def objective_name(objective: Callable[..., Any], default: Callable[..., Any]) -> str | None:
-    """What an objective goes by: its module and qualified name, or those of its class; None for the default one."""
+    """An objective's name: its module and qualified name, or those of its class; None for the default objective."""
     if objective is default:
         return None
     named: Any = objective if hasattr(objective, "__qualname__") else type(objective)
@@ -138,18 +138,18 @@ def objective_name(objective: Callable[..., Any], default: Callable[..., Any]) -
 def check_objective(wanted: str | None, header: Mapping[str, Any], where: str) -> None:
     """Raise JournalError if the steps of a journal were computed with another objective than `wanted`.
 
-    A function goes by its name, wherever its file was run from; of a lambda it is only known that it is one.
+    A function is identified by its name, wherever its file is; all lambdas look the same.
     """
     if "objective" not in header or _same_name(wanted, header["objective"]):
         return
     found = header["objective"]
     if wanted is None:
         raise JournalError(
-            f"{where} was trained with objective={found!r}, and would go on with the model's own loss: pass it again, "
+            f"{where} was trained with objective={found!r}, but would go on with the model's own loss: pass it again, "
             "Engine.resume(run_dir, objective=...)"
         )
     was = "the model's own loss" if found is None else f"objective={found!r}"
-    raise JournalError(f"{where} was trained with {was}, and would go on with objective={wanted!r}. Pass the same one")
+    raise JournalError(f"{where} was trained with {was}, but would go on with objective={wanted!r}. Pass the same one")
 
 
 def _same_name(one: str | None, other: str | None) -> bool:
@@ -162,7 +162,7 @@ def _same_name(one: str | None, other: str | None) -> bool:
 
 
 def warn_of_versions(header: Mapping[str, Any], where: str) -> None:
-    """A warning if a run was begun with other versions of what computes its losses."""
+    """Warn if a run began with other versions of the libraries that compute its losses."""
     found = header.get("versions")
     here = {"torch": torch.__version__, "transformers": transformers.__version__}
     differ = [
@@ -188,7 +188,7 @@ def header_of(
     masks: Masks,
     objective: str | None,
 ) -> dict[str, Any]:
-    """The journal's header: the identity, and what `replay` needs to make the same engine from the base alone."""
+    """The journal's header: the identity, and everything that `replay` needs to make the same engine from the base."""
     settings = run_directory.settings_of(config)
     if settings["trainable"] == run_directory.PREDICATE:
         settings["trainable"] = sorted(name for name, spec in plan.params.items() if spec.trainable)
@@ -211,7 +211,7 @@ def header_of(
 
 
 def check_sample(base: Base, header: dict[str, Any]) -> None:
-    """Raise JournalError if the base is visibly not the journal's: a few of its tensors, against their digests.
+    """Raise JournalError if a few tensors of the base do not match the journal's digests.
 
     The whole base is compared when it is read (`digest`); a run whose blocks are all on the disk does not read it.
     """
@@ -233,13 +233,13 @@ def _sampled(plan: Plan) -> list[str]:
 
 
 def _cuts(plan: Plan, name: str) -> str:
-    """Where a parameter is cut: pieces may be multiplied one by one, and a product's last bits depend on its size."""
+    """A parameter's cuts: pieces may be multiplied one by one, and a product's last bits depend on its size."""
     pieces = plan.pieces_of(name)
     return f" cut {[piece.start for piece in pieces]}" if len(pieces) > 1 else ""
 
 
 def _modes_without(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """`modes` of a run of a version that had none: a checkpoint's modules evaluated, others were as they were given."""
+    """`modes` for a run of a version without it: a checkpoint's modules were in eval mode, others as given."""
     if found.get("model") is not None:
         return "eval"
     modes = str(wanted.get("mode"))
@@ -260,7 +260,7 @@ def check_identity(wanted: dict[str, Any], found: dict[str, Any]) -> None:
     wanted = _with_class_of(wanted, found)
     differ: list[str] = []
     for key in sorted(wanted):
-        # a config in memory has a setting more in another version of transformers; a file has not
+        # another version of transformers may add settings to a config in memory, but not to a file
         shared = key == "config" and wanted.get("model_type") is None
         differ += differences(key, found.get(key), wanted[key], shared=shared)
     if differ:
@@ -268,9 +268,9 @@ def check_identity(wanted: dict[str, Any], found: dict[str, Any]) -> None:
 
 
 def _with_class_of(wanted: dict[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """`wanted`, the class of its method named as the journal names it if it is the same from another module's view.
+    """`wanted`, with the method's class named as in the journal if only the module's name differs.
 
-    Before classes had names of their own, a user's went by that of the package's class that it stood on.
+    Before classes had names of their own, a user's class had the name of the package's class that it was derived from.
     """
     method, known = wanted.get("method"), found.get("method")
     if not isinstance(method, dict) or not isinstance(known, dict) or not {"class"} <= method.keys() & known.keys():
@@ -284,8 +284,7 @@ def _with_class_of(wanted: dict[str, Any], found: Mapping[str, Any]) -> dict[str
 
 
 def differences(name: str, found: Any, wanted: Any, *, shared: bool = False) -> list[str]:
-    """Each part of two JSON values that is not equal, by its path. shared: names that only one of two objects has do
-    not count."""
+    """Each part of two JSON values that differs, by its path. shared: ignore names that only one of two objects has."""
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
         keys = found.keys() & wanted.keys() if shared else found.keys() | wanted.keys()
         parts = (differences(f"{name}.{key}", found.get(key), wanted.get(key), shared=shared) for key in sorted(keys))

@@ -1,8 +1,8 @@
-"""The open journal of a run; `format.py` says what its bytes are.
+"""The open journal of a run; `format.py` defines its bytes.
 
-Group commit: a step is given to the system at once (a killed process loses none) and synced within `commit_s`, one
-second, or when a block that contains it is about to be written, whichever is first. So a power cut costs the last
-second of steps at most, and nothing that any block file contains.
+Group commit: a step is handed to the system at once (a killed process loses none) and synced within `commit_s`, one
+second, or when a block that contains it is about to be written, whichever is first. So a power cut loses at most the
+last second of steps, and none that a block file contains.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ COMMIT_S = 1.0
 class Journal:
     """The open journal of a run. `append` hands a step to the system at once; `make_durable` waits for the disk.
 
-    `append` may be broken off anywhere (by what a signal handler raises): `mend` makes the file and what is known of it
-    one again.
+    `append` may be interrupted anywhere (by a signal handler's exception): `mend` makes the file and this object
+    consistent again.
     """
 
     def __init__(self, path: Path, contents: Contents, fd: int, commit_s: float = COMMIT_S) -> None:
         self.path, self.header, self.steps, self.commit_s = path, contents.header, contents.steps, commit_s
         self.notes, self.takes_notes, self.version = contents.notes, contents.takes_notes, contents.version
         self.dropped_bytes = 0
-        self._history = [history_start(contents.header)]  # of as many steps as were asked for
+        self._history = [history_start(contents.header)]  # filled up to the last requested step
         self._history_lock = threading.Lock()
         self._chain, self._size, self._fd = contents.chain, contents.good, fd
-        self._before = (self._size, self._chain[-1], len(self.notes))  # before what was last added: size, chain, notes
+        self._before = (self._size, self._chain[-1], len(self.notes))  # size, chain, notes before the last addition
         self._synced = 0
-        self._writing = False  # something is being added: the file may hold more than is known of
+        self._writing = False  # during an addition: the file may hold more than this object knows
         self._failed: StorageError | None = None
         self._write_lock, self._sync_lock = threading.Lock(), threading.Lock()
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: a step was added; False: the end
@@ -65,8 +65,7 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any], commit_s: float = COMMIT_S) -> Journal:
-        """A new journal, held against others, its header on the disk. Refuses a path that exists: a run is never
-        overwritten."""
+        """A new journal, locked, with its header on the disk. Raises if the path exists: a run is never overwritten."""
         head = pack_header(header)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -91,7 +90,7 @@ class Journal:
     def open(cls, path: Path, commit_s: float = COMMIT_S, *, alone: bool = False) -> Journal:
         """An existing journal, ready to append; a cut tail is dropped (`dropped_bytes`).
 
-        alone: hold it against others, so that nobody else appends to it. Raises ConfigError if somebody does.
+        alone: lock it, so that no other process appends to it. Raises ConfigError if it is locked already.
         """
         try:
             fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
@@ -119,7 +118,7 @@ class Journal:
     def append(self, record: StepRecord) -> None:
         """Add one step. After this returns a killed process has not lost it; see `make_durable` for a power cut.
 
-        Raises StorageError, and from then on always: the journal ends with the last step that was added whole.
+        Raises StorageError, and then again at every call: the journal ends with the last whole step.
         """
         assert record.step == len(self.steps)
         assert all(math.isfinite(u.coeff) for u in record.updates)
@@ -133,9 +132,9 @@ class Journal:
         self._commit_soon()
 
     def note(self, values: dict[str, Any]) -> None:
-        """Keep `values` (of JSON) with the run, told at the present step. Durable with the next step that is.
+        """Note `values` (JSON) at the present step. Durable with the next durable step.
 
-        Does nothing in a journal of the earlier format, whose readers know no notes. Raises StorageError.
+        Does nothing in a journal of the earlier format, which has no notes. Raises StorageError.
         """
         if not self.takes_notes:
             return
@@ -149,7 +148,7 @@ class Journal:
             self._writing = False
 
     def mend(self, version: int) -> None:
-        """After an `append` that was broken off: the journal holds `version` steps, at most one less than it did.
+        """After an interrupted `append`: cut the journal to `version` steps, at most one less than before.
 
         Raises StorageError.
         """
@@ -161,7 +160,7 @@ class Journal:
             self._cut_back()
 
     def _put(self, data: bytes) -> None:
-        """Bytes at the end of the file. `_writing` is to be cleared once all that is known of the file says so too."""
+        """Append bytes to the file. The caller clears `_writing` once this object's fields match the file."""
         self._cut_back()
         self._check_size()
         self._before = (self._size, self._chain[-1], len(self.notes))
@@ -177,7 +176,7 @@ class Journal:
         self._size += len(data)
 
     def _cut_back(self) -> None:
-        """Take out of the file what was being added when that was broken off."""
+        """Remove an interrupted addition from the file."""
         if not self._writing or self._failed is not None:
             return
         self._size, chain, notes = self._before
@@ -198,7 +197,7 @@ class Journal:
             self._check()
 
     def _check_size(self) -> None:
-        """Raise StorageError, now and always, if somebody else has written to the file or cut it."""
+        """Raise StorageError, now and at every later call, if another process has changed the file."""
         found = os.fstat(self._fd).st_size
         if found != self._size:
             self._failed = StorageError(
@@ -209,11 +208,11 @@ class Journal:
             self._check()
 
     def chain(self, version: int) -> int:
-        """The checksum of all before step `version`: what blocks of the earlier format name their history by."""
+        """The checksum of everything before step `version`; blocks of the earlier format name their history by it."""
         return self._chain[version]
 
     def history(self, version: int) -> int:
-        """Names what the weights after `version` steps depend on, whenever and wherever it was written."""
+        """8 bytes that name everything that the weights after `version` steps depend on: see `format.py`."""
         with self._history_lock:
             while len(self._history) <= version:
                 step = len(self._history) - 1
@@ -249,7 +248,7 @@ class Journal:
                 let_go(fd)
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:  # a run whose beginning failed; its steps, if any, are with the system
+        if getattr(self, "_fd", -1) >= 0:  # for a run whose start failed; its steps, if any, are with the system
             os.close(self._fd)
 
     def _fail(self, error: OSError) -> None:
@@ -277,7 +276,7 @@ class Journal:
                 while (left := end - time.monotonic()) > 0:
                     if not self._wake.get(timeout=left):
                         return
-            self._woken = False  # before the steps are counted: one that comes now wakes us again
+            self._woken = False  # before the steps are counted: a step that comes now wakes this thread again
             try:
                 self.make_durable(len(self.steps))
             except StorageError:

@@ -1,4 +1,4 @@
-"""Whether a run learns anything: a warning, with its number, where the records say that it does not.
+"""Warns, with numbers, if a run's records show that it learns nothing.
 
     skipped     more than half of the steps were skipped
     lanes       the losses of a step's lanes were equal: the perturbation does not reach the loss
@@ -6,8 +6,8 @@
     rising      the mean loss is far above what it was (`rising.py`)
     vanishing   updates were folded, but next to none of the stored values changed (`FoldSample`)
 
-All but the last follow from a journal's records, so `journal show` and `journal check` say them too. Each is told
-once, when it is found among the last `WINDOW` steps; what a result or a progress line shows goes on counting.
+All but the last follow from a journal's records, so `journal show` and `journal check` report them too. Each is
+reported once, when it is found in the last `WINDOW` steps; results and progress lines keep counting.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from .journal import StepRecord
 from .rising import WINDOW as RISING
 from .rising import LossWatch, Rise
 
-WINDOW = 20  # steps: so many are looked at
-LEAST = 4  # a run that ends earlier is looked at if it took so many
+WINDOW = 20  # number of steps that are watched
+LEAST = 4  # steps of a shorter run that are enough for a warning
 VANISHED = 0.01
-"""Fewer than these, of the stored values that updates reached, changed."""
+"""Updates vanish if a smaller share of the updated stored values changed."""
 LEAST_SAMPLE = 1000  # values
 
 
 class LearningWatch:
-    """Sees every step's record. sample: of the folds, where they can be looked at; read now and then. tell: given each
-    warning once, kind and text."""
+    """Gets every step's record. sample: a sample of the folds, if available; read now and then. tell: called once per
+    warning, with its kind and text."""
 
     def __init__(
         self, sample: FoldSample | None = None, tell: Callable[[str, str], None] = lambda kind, text: None
@@ -40,7 +40,7 @@ class LearningWatch:
         self._loss = LossWatch()
         self._rise: Rise | None = None
         self._rise_at = 0
-        self._found: list[str] = []  # kinds, in the order they were found in
+        self._found: list[str] = []  # kinds of warnings, in order
 
     def see(self, record: StepRecord) -> None:
         """One step, in order."""
@@ -59,13 +59,13 @@ class LearningWatch:
             self._look(self._steps % WINDOW == 0)
 
     def finish(self) -> None:
-        """The end of a run, or of a part of it: also a short one is looked at."""
+        """Call at the end of a run or of a part of it, so that short runs are checked too."""
         if self._steps >= LEAST:
             self._look(True)
 
     @property
     def warnings(self) -> list[str]:
-        """What was found so far, with its numbers as they are now."""
+        """The warnings so far, with their present numbers."""
         return [self._text(kind) for kind in self._found]
 
     @property
@@ -92,7 +92,7 @@ class LearningWatch:
 
     def _vanishes(self) -> bool:
         updated = sum(any(update.coeff != 0.0 for update in record.updates) for record in self._last)
-        if self._sample is None or 2 * updated < len(self._last):  # no update, none to vanish: that is another warning
+        if self._sample is None or 2 * updated < len(self._last):  # no updates: that is another warning
             return False
         least = 0.0 if self._sample.stochastic else VANISHED
         return self._sample.looked >= LEAST_SAMPLE and self._sample.share() <= least
@@ -136,7 +136,7 @@ def _lanes_were_equal(record: StepRecord) -> bool:
 
 
 def warnings_of(records: Sequence[StepRecord]) -> list[str]:
-    """What a journal's records say by themselves."""
+    """The warnings that follow from a journal's records."""
     watch = LearningWatch()
     for record in records:
         watch.see(record)

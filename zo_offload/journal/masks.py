@@ -1,4 +1,4 @@
-"""Masks of a run: which elements of a parameter its method perturbs and updates, found once, when the run begins.
+"""A run's masks: the elements of a parameter that its method perturbs and updates, found once, when the run begins.
 
 A method asks for them (`Method.mask`). One by chance is as it is asked for. Of the smallest weights the threshold is
 found in the base: the magnitude that so many of the parameter's elements do not exceed, to the last bit, read a chunk
@@ -36,9 +36,9 @@ LISTS = "masks.safetensors"
 
 
 def decide_masks(plan: Plan, method: Method, base: Base, run_seed: int) -> dict[str, Mask]:
-    """The masks of a run that begins. Reads the base's trained parameters if the method asks for their smallest.
+    """The masks of a new run. Reads the base's trained parameters if the method asks for their smallest weights.
 
-    Raises ConfigError if more than half of what is asked about has nothing but zeros among its smallest.
+    Raises ConfigError if in more than half of the weights that are asked for, the smallest ones are all 0.
     """
     found, zeros = dict[str, Mask](), list[str]()
     asked = {
@@ -76,7 +76,7 @@ def smallest_limit(base: Base, name: str, share: float) -> int:
 
 
 def _magnitudes(base: Base, name: str, take: Callable[[Tensor], Tensor]) -> Tensor:
-    """How many of a parameter's magnitudes fall into each bin."""
+    """Number of a parameter's magnitudes in each bin."""
     counts = torch.zeros(_BINS, dtype=torch.int64, device="cpu")
     for _, values in chunks(partial(base.read_into, name), base.dtype_of(name), 0, base.shape_of(name).numel()):
         bits = values.float().view(torch.int32) & 0x7FFFFFFF
@@ -87,14 +87,14 @@ def _magnitudes(base: Base, name: str, take: Callable[[Tensor], Tensor]) -> Tens
 def _bin_of(
     counted: Callable[[Callable[[Tensor], Tensor]], Tensor], take: Callable[[Tensor], Tensor], rank: int
 ) -> tuple[int, int]:
-    """The bin of the element of that rank (from 1 on), and its rank in there."""
+    """The bin of the element with that rank (from 1 on), and its rank in the bin."""
     below = counted(take).cumsum(0)
     at = int(torch.searchsorted(below, rank))
     return at, rank - (int(below[at - 1]) if at else 0)
 
 
 def _check_zeros(plan: Plan, method: Method, asked: Mapping[str, Mask | Smallest], zeros: list[str]) -> None:
-    """Zeros would leave their mask with the first update and never come back: such a parameter trains as a whole."""
+    """Check parameters that train whole since their smallest weights are 0 and would leave a mask."""
     if not zeros:
         return
     numel = sum(plan.params[name].numel for name in zeros)

@@ -1,10 +1,10 @@
-"""The journal as the ranks have it that do not write it: the same records, in memory.
+"""The journal on ranks that do not write it: the same records, in memory.
 
-One run has one journal, which rank 0 writes. The others take the same steps from the same numbers, and need the records
-to know what their blocks are of (`history`) and how the run began; a file of theirs would be one more to keep in step,
-and could never be newer than what rank 0's says when the run is resumed. So on these ranks nothing is written ahead of
-blocks. If rank 0's journal lacks steps that such blocks have (a power cut on its host), those blocks are given up when
-the run is resumed, and made again from base and journal.
+One run has one journal, which rank 0 writes. The other ranks take the same steps from the same numbers, and need the
+records for their blocks' `history` and for the start of the run. A file of their own would have to be kept in step, and
+could never be newer than rank 0's when the run is resumed. So on these ranks nothing is written ahead of blocks. If
+rank 0's journal lacks steps that such blocks have (a power cut on its host), those blocks are discarded when the run is
+resumed, and rebuilt from base and journal.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .journal import Journal
 
 
 class Mirror(Journal):
-    """A journal in memory. path: of the file that rank 0 writes, for messages."""
+    """A journal in memory. path: rank 0's file, for messages."""
 
     def __init__(self, path: Path, data: bytes) -> None:
         super().__init__(path, read_journal(data, str(path)), fd=-1)
 
     @classmethod
     def begun(cls, path: Path, header: dict[str, Any]) -> Mirror:
-        """Of a run that has no steps yet."""
+        """The mirror of a run without steps."""
         return cls(path, pack_header(header))
 
     def make_durable(self, version: int) -> None:
@@ -32,7 +32,7 @@ class Mirror(Journal):
         self._synced = len(self.steps)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: no file is open."""
 
     def _put(self, data: bytes) -> None:
         self._cut_back()
@@ -41,7 +41,7 @@ class Mirror(Journal):
         self._size += len(data)
 
     def _cut_file(self) -> None:
-        """There is none."""
+        """Does nothing: there is no file."""
 
     def _commit_soon(self) -> None:
-        """There is no disk to wait for."""
+        """Does nothing: there is no disk to wait for."""

@@ -1,9 +1,9 @@
-"""Whether a run's loss rises: the sign of a rate past its limit, told from the losses of its steps alone.
+"""Detects a rising loss, the sign of a rate that is too high, from the losses of a run's steps alone.
 
-Means over windows of `WINDOW` steps. The loss rises if the present window's mean is above the best one's by a tenth of
-it and 2.5 times what single losses deviate by (from differences of neighbours before this window, which a trend hardly
-touches): five times and more what a mean of ten deviates by. So it is found within some ten steps of a divergence, and
-not before the 20th step.
+It compares means over windows of `WINDOW` steps. The loss rises if the present window's mean is above the best window's
+by a tenth of it and by 2.5 times the deviation of single losses (from differences of neighbours before this window,
+which a trend hardly affects): at least five times the deviation of a mean of ten. So a divergence is found within some
+ten steps, and not before the 20th step.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Rise:
 
 
 class LossWatch:
-    """Sees every step's record, in order. Steps that were skipped do not count."""
+    """Gets every step's record, in order. Skipped steps do not count."""
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=WINDOW)
-        self._steps: deque[float] = deque([0.0], maxlen=WINDOW)  # squares of differences, of the window
+        self._steps: deque[float] = deque([0.0], maxlen=WINDOW)  # squared differences in the window
         self._best, self._squares, self._seen = math.inf, 0.0, 0
 
     def see(self, record: StepRecord) -> Rise | None:
-        """How far the loss has risen; None if it has not."""
+        """Add a record; return how far the loss has risen, None if it has not."""
         if record.skipped or not math.isfinite(record.loss):
             return None
         if len(self._last) == WINDOW:
@@ -60,9 +60,9 @@ class LossWatch:
 
 
 class Brake:
-    """Halves the rate when the loss rises, and looks anew from there.
+    """Halves the rate when the loss rises, and then starts watching again.
 
-    A function of the records before, so a run that is resumed brakes where it would have.
+    A function of the earlier records, so a resumed run brakes at the same steps.
 
     A step's rate depends on the records up to the one before the last: on a GPU the last one is not read yet.
     """
@@ -70,8 +70,8 @@ class Brake:
     def __init__(self, records: Sequence[StepRecord] = ()) -> None:
         self._watch = LossWatch()
         self.seen = 0
-        """How many records it has seen."""
-        self._from: list[int] = []  # steps from which on the rate is half of what it was
+        """Number of records seen."""
+        self._from: list[int] = []  # steps from which the rate is halved once more
         self.follow(records)
 
     def see(self, record: StepRecord) -> Rise | None:
@@ -84,11 +84,11 @@ class Brake:
         return rise
 
     def follow(self, records: Sequence[StepRecord]) -> None:
-        """See those that were not seen yet: the journal has steps that nobody asked for."""
+        """See the records that were not seen yet."""
         for record in records[self.seen - records[0].step if records else 0 :]:
             if self.see(record) is not None:
                 _log.info("step %d: the loss rises; a brake halves the rate from step %d", record.step, record.step + 2)
 
     def factor(self, step: int) -> float:
-        """What a step's rate is to be multiplied by."""
+        """The factor of a step's rate."""
         return float(0.5 ** sum(step >= begin for begin in self._from))

@@ -1,15 +1,15 @@
-"""A run directory: what a run was asked to do, what it did, and where its blocks lie.
+"""A run directory: a run's settings, its journal and metrics, and its blocks.
 
     config.json      how the engine was made (for `Engine.resume`) and how `fit` was last called; plain JSON
     journal.zoj      every step, see journal.py; written when the first weights are in place: without it, no run
-    metrics.jsonl    one line a step or evaluation, for people and plots
-    timeline.json    the times of one step, for people: see run/timed.py; only where blocks stream
+    metrics.jsonl    one line per step or evaluation, for people and plots
+    timeline.json    the times of one step, for people: see run/timed.py; only if blocks stream
     blocks/          the blocks of offload="disk", or the snapshots of a run in memory; see tiers/block_file.py
     lock             held by the process that uses the directory, see lock.py
-    ranks/N/         of a run over several processes: blocks/ and lock of rank N, from 1 on
+    ranks/N/         for a run over several processes: blocks/ and lock of rank N, from 1 on
 
-Nothing here is ever unpickled, and nothing is deleted by this package but a run of no steps that is begun again. A run
-is not begun in a directory that holds anything of somebody else's under these names, or a checkpoint.
+Nothing here is ever unpickled, and this package deletes nothing but a run without steps that starts again. A run cannot
+start in a directory that holds a checkpoint, or foreign files with these names.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json",
 def check_fresh(run_dir: Path) -> None:
     """Raise ConfigError if a new run cannot start in run_dir: it holds a run, a checkpoint, or files of the same names.
 
-    What a run left that took no step (its journal is missing, or empty) is taken over: it had trained nothing.
+    The files of a run that took no step (its journal is missing, or empty) are reused: it had trained nothing.
     """
     try:
         if not run_dir.exists():
@@ -60,7 +60,7 @@ def check_fresh(run_dir: Path) -> None:
         ours = _is_config(run_dir / CONFIG)
         if (run_dir / CONFIG).exists() and not ours:
             raise ConfigError(
-                f"{here} holds a {CONFIG} that is not a run's: a checkpoint or an export lies there, and a run would "
+                f"{here} holds a {CONFIG} that is not a run's: it holds a checkpoint or an export, and a run would "
                 "overwrite it. Give another directory"
             )
         if found := sorted(path.name for pattern in _WEIGHTS for path in run_dir.glob(pattern)):
@@ -80,11 +80,11 @@ def check_fresh(run_dir: Path) -> None:
         raise diskio.storage_error(error, "looking at", run_dir, then="Nothing was changed.") from error
 
 
-_NO_STEPS_BYTES = 1 << 20  # a larger journal has steps: not worth reading to know
+_NO_STEPS_BYTES = 1 << 20  # a larger journal has steps: no need to read it
 
 
 def is_without_steps(run_dir: Path) -> bool:
-    """Whether run_dir holds the journal of a run that took no step yet. A journal that cannot be read took some."""
+    """Whether run_dir holds the journal of a run without steps. An unreadable journal counts as having steps."""
     path = run_dir / JOURNAL
     try:
         if path.stat().st_size > _NO_STEPS_BYTES:
@@ -103,7 +103,7 @@ def takes_notes(run_dir: Path) -> bool:
 
 
 def save_fit(run_dir: Path, fit: Mapping[str, Any]) -> None:
-    """Keep how `fit` was called, in config.json beside what is there."""
+    """Add the arguments of `fit` to config.json."""
     record = load_config(run_dir)
     if record.get("fit") != fit:
         _write(run_dir / CONFIG, {**record, "fit": fit})
@@ -127,8 +127,8 @@ def _is_record(record: Any) -> bool:
 
 
 def settings_of(config: EngineConfig) -> dict[str, Any]:
-    """The engine's settings as plain JSON; a predicate for `trainable` is named as one. Without trust_remote_code: a
-    journal is passed on, and trust is not."""
+    """The engine's settings as plain JSON; a predicate for `trainable` is recorded only as such. Without
+    trust_remote_code: a journal may be passed on to others, who must decide on trust themselves."""
     trainable = config.trainable if isinstance(config.trainable, (str, list, tuple, type(None))) else PREDICATE
     settings = {**asdict(dataclasses.replace(config, trainable=None)), "run_dir": None, "trainable": trainable}
     settings.pop("trust_remote_code", None)
@@ -136,7 +136,7 @@ def settings_of(config: EngineConfig) -> dict[str, Any]:
 
 
 def method_of(method: Method) -> dict[str, Any]:
-    """A method's name and fields as JSON has them; of one that is not the package's own, its class, too."""
+    """A method's name and fields as JSON; for a user's own method also its class."""
     fields: dict[str, Any] = json.loads(json.dumps({**asdict(method), "name": method.name}))
     return fields if method.own() else {**fields, "class": method_class(method)}
 
@@ -152,7 +152,7 @@ def save_config(
     config: EngineConfig,
     method: Method,
 ) -> None:
-    """Write config.json beside and rename: it is there whole or not at all."""
+    """Write config.json to a temporary file and rename it: it exists whole or not at all."""
     settings = settings_of(config)
     if config.trust_remote_code:
         settings["trust_remote_code"] = True
@@ -187,8 +187,8 @@ def load_config(run_dir: Path) -> dict[str, Any]:
 
 
 def resumed(run_dir: Path, *, tells: bool) -> tuple[dict[str, Any], str | None]:
-    """(config.json, the journal's bytes in base64) of a run that is to go on. tells: other ranks are to have the bytes;
-    None for them where the run is begun anew. Raises JournalError if run_dir holds no run."""
+    """(config.json, the journal's bytes in base64) of a run to resume. tells: other ranks need the bytes; the bytes are
+    None if the run starts again. Raises JournalError if run_dir holds no run."""
     record = load_config(run_dir)
     path = run_dir / JOURNAL
     if not path.exists() and (run_dir / METRICS).exists():
@@ -199,12 +199,12 @@ def resumed(run_dir: Path, *, tells: bool) -> tuple[dict[str, Any], str | None]:
 
 
 def with_mode(settings: dict[str, Any], model: str | None) -> dict[str, Any]:
-    """Settings with the `mode` that a run had before there was that setting: a module in memory was run as it was."""
+    """Settings with the `mode` of runs from before that setting: a module in memory ran in its own mode."""
     return {"mode": "as_is" if model is None else "eval", **settings}
 
 
 def check_settings(settings: dict[str, Any], where: str) -> None:
-    """Raise JournalError if settings that were read from a file have a name that EngineConfig lacks."""
+    """Raise JournalError if settings from a file have a name that EngineConfig lacks."""
     known = {field.name for field in dataclasses.fields(EngineConfig)} - {"trust_remote_code"}
     if unknown := sorted(set(settings) - known):
         raise JournalError(f"{where} has settings that this version does not know: {', '.join(unknown)}")
@@ -213,8 +213,8 @@ def check_settings(settings: dict[str, Any], where: str) -> None:
 def make_method(record: dict[str, Any], given: Method | type[Method] | None = None) -> Method:
     """The method that `method_of` or a journal's header describes. JournalError on options it does not have.
 
-    given: by the caller, for a method that is a class of their own; a class is given the run's fields. The layout of
-    the noise is the run's, unless another than the newest was asked for: that is not this run.
+    given: the caller's method or method class, for a class of their own; a class gets the run's fields. The noise
+    layout is the run's, unless the caller asked for another one than the newest: then it is another run.
     """
     if isinstance(given, Method):
         if given.noise_layout != LAYOUT_VERSION:
@@ -232,9 +232,9 @@ def make_method(record: dict[str, Any], given: Method | type[Method] | None = No
 
 
 class Metrics:
-    """Append-only metrics.jsonl; lines past the journal's end are kept, they are history.
+    """Append-only metrics.jsonl; lines past the journal's end are kept as history.
 
-    Metrics are for people: if they cannot be written (disk full) the run goes on without them, and says so once.
+    Metrics are for people: if they cannot be written (disk full), the run goes on without them and warns once.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -271,20 +271,19 @@ class Metrics:
 
 
 def _open_now(path: str, flags: int) -> int:
-    """Opens a file for writing; a pipe that nobody reads is an error, not a wait."""
+    """Open a file for writing; a pipe without a reader is an error instead of a wait."""
     return os.open(path, flags | os.O_NONBLOCK, 0o644)
 
 
 def to_json(values: Mapping[str, Any]) -> str:
-    """A line of JSON; NaN and infinity, which JSON has not, as null."""
+    """A line of JSON; NaN and infinity, which JSON does not have, become null."""
     return json.dumps(
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}, allow_nan=False
     )
 
 
 def read_metrics(path: Path | None) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in order. Those that a crash cut are passed over; a file that cannot be read has none,
-    and a warning says so."""
+    """The lines of metrics.jsonl in order. Lines that a crash cut are skipped; an unreadable file gives a warning."""
     try:
         lines = diskio.read_file(path).splitlines() if path is not None else []
     except FileNotFoundError:
@@ -302,8 +301,8 @@ def read_metrics(path: Path | None) -> list[dict[str, Any]]:
 
 
 def evaluations(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The evaluations among lines of metrics.jsonl, the last of each step; of those on other data than the newest none:
-    what is best among them all, nobody could say."""
+    """The evaluations among lines of metrics.jsonl, the last one of each step; those on other data than the newest are
+    left out, since they cannot be compared."""
     found: dict[int, tuple[Any, dict[str, float]]] = {}
     for values in metrics:
         evals = {
@@ -319,6 +318,6 @@ def evaluations(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
 
 
 def evaluated_data(metrics: Sequence[Mapping[str, Any]]) -> str | None:
-    """Which rows the newest evaluation was on; None where none says it."""
+    """The rows of the newest evaluation; None if unknown."""
     told = [values["data"] for values in metrics if "data" in values]
     return told[-1] if told and isinstance(told[-1], str) else None

@@ -1,6 +1,6 @@
-"""Which of a run's evaluations is the best, and whether it is time to stop: functions of the evaluations alone.
+"""Finds a run's best evaluation, and decides early stopping: functions of the evaluations alone.
 
-So a resumed run has the best step, and stops, where one that was never stopped would.
+So a resumed run has the same best step, and stops at the same step, as a run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 
-_SMALLER = ("loss", "perplexity", "error", "wer", "cer", "mse", "rmse", "mae")  # what a name ends with
+_SMALLER = ("loss", "perplexity", "error", "wer", "cer", "mse", "rmse", "mae")  # endings of names
 _SMALLER_WORDS = frozenset((*_SMALLER, "ppl", "nll", "bpb", "bpc", "bits", "ece", "brier", "ter", "mape", "distance"))
 
 Values = Mapping[str, float]
@@ -20,16 +20,17 @@ Values = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Selection:
-    """metric: its name, with or without "eval_"; None: accuracy where there is one, else loss. patience: evaluations
-    without a better one before `why_over` says so; 0: never. every: steps between two evaluations; for patience, those
-    in between, where `fit` was ended early, do not count."""
+    """metric: its name, with or without "eval_"; None: accuracy if there is one, else loss. patience: evaluations
+    without improvement until `why_over` asks to stop; 0: never. every: steps between two evaluations; evaluations in
+    between,
+    from an early end of `fit`, do not count for patience."""
 
     metric: str | None = None
     patience: int = 0
     every: int = 1
 
     def name(self, values: Values) -> str:
-        """The metric among those of an evaluation. ConfigError if it is none of them."""
+        """The metric's name in an evaluation. Raises ConfigError if the evaluation lacks it."""
         names = [name for name in values if name != "step"]
         wanted = None if self.metric is None else self.metric.removeprefix("eval_")
         if wanted is None:
@@ -42,7 +43,7 @@ class Selection:
         return wanted
 
     def best(self, evals: Sequence[Values]) -> Values | None:
-        """The best evaluation, of equal ones the first; None where there is none that is a number."""
+        """The best evaluation, among equal ones the first; None if none has a finite value."""
         best: Values | None = None
         for values in evals:
             name = self.name(values)
@@ -69,6 +70,6 @@ class Selection:
 
 
 def larger_is_better(name: str) -> bool:
-    """By the words of its name: "error_rate" and "val/nll" are better when smaller."""
+    """Whether a larger value is better, by the words of the name: for "error_rate" and "val/nll" smaller is better."""
     words = re.split(r"[\W_]+", name.lower())
     return not (name.lower().endswith(_SMALLER) or _SMALLER_WORDS & set(words))

@@ -1,13 +1,13 @@
-"""What a hub does to a model while it is attached: parameters away, hooks on the owners, cut weights in portions.
+"""Attaches a hub to a model: parameters are away, owners have hooks, cut weights come in portions.
 
-The hooks run inside lanes. A pre-hook gives control to the hub until the owner's weights are installed; the hook after
-the forward takes them out again. `hub.Hub` decides who runs when.
+The hooks run inside lanes. A pre-hook passes control to the hub until the owner's weights are installed; the hook after
+the forward removes them. `hub.Hub` decides which lane runs.
 
-A plain nn.Linear whose weight the plan cuts has a forward of its own meanwhile, which computes piece by piece
-(`tiles.py`), and so have stacked experts (`experts.py`), run by run: always, so that results are the same however they
-are served. Where such a module is an owner itself, its pre-hook waits for the first portion and its forward for the
-others; where its weights are there whole (lifted, or because somebody else has hooks on it) it takes the portions out
-of them.
+While attached, a plain nn.Linear whose weight the plan cuts has another forward, which computes piece by piece
+(`tiles.py`), and stacked experts have one that computes run by run (`experts.py`): always, so that the results do not
+depend on how they are served. If such a module is an owner itself, its pre-hook waits for the first portion and its
+forward for the others; if its weights are there whole (lifted, or because the module has other hooks), it takes the
+portions from them.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from .serving import LaneRun, PlainState, Portion, Served
 
 
 class Attachment:
-    """A model with its values put aside and hooks on the owners of a plan.
+    """A model whose values are put aside, with hooks on the owners of a plan.
 
-    control: who runs, of the hub that the model is attached to.
+    control: the control of the hub that the model is attached to.
     """
 
     def __init__(self, model: nn.Module, control: Control) -> None:
         self.model, self._control = model, control
         self.params: dict[str, nn.Parameter] = {}
-        """Those that stream, while attached."""
+        """The parameters that stream, while attached."""
         self.served: list[Served] = []
         """The owners, in the plan's order, while hooks are on."""
         self._own_data: dict[str, Tensor] = {}
         self._resting: dict[str, Tensor] = {}
-        self._begun: dict[str, PlainState] = {}  # of owners whose weights the forward changes in place
+        self._begun: dict[str, PlainState] = {}  # state of owners whose weights the forward changes in place
         self._handles: list[RemovableHandle] = []
         self._tiled: list[tuple[nn.Module, Callable[..., Tensor]]] = []  # and the forward each was given
         self._mark = object()  # on every hook of ours
@@ -96,19 +96,19 @@ class Attachment:
         self.params, self._own_data, self._resting = {}, {}, {}
 
     def mend(self, plan: Plan) -> None:
-        """After anything was broken off: every parameter of an attached model rests, and all hooks are on, once."""
+        """After an interruption: make every parameter of an attached model rest, and put all hooks on, once."""
         self.rest()
         if self.params and not self._hooked:
             self.take_hooks_off()
             self.put_hooks_on(plan)
 
     def rest(self) -> None:
-        """Every parameter holds its placeholder."""
+        """Give every parameter its placeholder."""
         for name, p in self.params.items():
             set_data(p, self._resting[name])
 
     def put_hooks_on(self, plan: Plan) -> None:
-        """Hooks on the owners of a plan, and forwards in portions; there are none."""
+        """Put hooks on the owners of a plan, and forwards in portions on cut modules; there must be none yet."""
         owners = plan.owners
         count: dict[str, int] = {}
         for owner in owners:
@@ -139,12 +139,12 @@ class Attachment:
         self._hooked = True
 
     def _mine(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """A hook that `take_hooks_off` finds on its module, whatever broke off its registering."""
+        """Mark a hook, so that `take_hooks_off` finds it even if its registration was interrupted."""
         vars(hook)["zo_offload"] = self._mark
         return hook
 
     def _portions(self, plan: Plan, owner: Owner, module: nn.Module) -> list[Portion]:
-        """What the owner is served in: all at once, or portion by portion."""
+        """The portions in which the owner is served: one with everything, or several."""
         portions = plan.portions(owner)
         if len(portions) == 1 or not computes_in_portions(module) or has_hooks(module):
             return [self._portion(plan, owner, None)]
@@ -182,7 +182,7 @@ class Attachment:
                 vars(module)["forward"] = forward
 
     def take_hooks_off(self) -> None:
-        """The model's own forwards and hooks again."""
+        """Restore the model's own forwards and hooks."""
         self._hooked = False
         for handle in self._handles:
             handle.remove()
@@ -221,9 +221,9 @@ class Attachment:
         return enter
 
     def _cannot_be_served(self, lane: LaneRun, served: Served, what: str, path: Sequence[Running]) -> NoReturn:
-        """An owner is called where its weights cannot be given to it: one around it, of `path`, must hold them.
+        """Handle an owner that cannot get its weights at this call: an owner around it, of `path`, must hold them.
 
-        No lane can wait inside of vmap, grad, ...; what a forward put into a parameter would be overwritten.
+        No lane can wait inside vmap, grad, ...; data that a forward put into a parameter would be overwritten.
         """
         what = f"{served.owner.name!r} {what}"
         watch = self._control.watch
@@ -250,8 +250,7 @@ class Attachment:
         return [name for name, p in moved if p.data_ptr() != around.get(id(p))]
 
     def _note_replaced(self, lane: LaneRun) -> None:
-        """A lane is about to give way. Where the forward gave a weight that it holds other data, no other lane may come
-        in between."""
+        """Called before a lane yields. If its forward replaced a weight's data, no other lane may run in between."""
         for frame in lane.frames:
             with _no_function_modes():
                 replaced = frame.replaced()
@@ -277,7 +276,7 @@ class Attachment:
         return enter_rows
 
     def _tiled_forward(self, module: Any, pieces: Sequence[slice], served: Served | None) -> Callable[[Tensor], Tensor]:
-        """What takes the place of a cut layer's forward. served: None if its weight never comes in pieces."""
+        """The forward that replaces a cut layer's own. served: None if its weight never comes in pieces."""
 
         def forward(input: Tensor) -> Tensor:
             lane = self._lane_inside(served)
@@ -309,12 +308,12 @@ class Attachment:
         return forward
 
     def _lane_inside(self, served: Served | None) -> LaneRun | None:
-        """The lane that runs, if it is inside of this owner and nothing else; it is there for its first portion."""
+        """The running lane, if this owner is its innermost; it then has its first portion."""
         lane = self._control.lane
         return lane if served is not None and lane and lane.frames and lane.frames[-1].served is served else None
 
     def _next_portion(self, lane: LaneRun, k: int) -> None:
-        """Give up the portion that a lane holds and wait for the k-th, unless that is the first."""
+        """Release a lane's portion and wait for the k-th, unless that is the first."""
         if k:
             self._leave(lane, failed=False)
             lane.portion = k
@@ -375,5 +374,5 @@ class Attachment:
 
 
 def _no_function_modes() -> contextlib.AbstractContextManager[Any]:
-    """A lane's function modes are for what the model does."""
+    """Turn off a lane's function modes, which are only for the model's own ops."""
     return torch._C.DisableTorchFunction() if torch._C._len_torch_function_stack() else contextlib.nullcontext()

@@ -1,7 +1,7 @@
-"""Who runs: control between the hub and its lanes, one greenlet at a time, and what a lane finds when it runs.
+"""Passes control between the hub and its lanes, one greenlet at a time, with each lane's modes.
 
-The hub begins and ends a run and says which lane goes on; a lane that stands before an owner gives way until the hub
-has served it. The hooks on the model (`attachment.py`) ask here in which lane they were called.
+The hub begins and ends a run and chooses the lane that continues; a lane before an owner yields until the hub has
+served it. The hooks on the model (`attachment.py`) find here the lane in which they were called.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Control:
 
     def __init__(self) -> None:
         self.lane: LaneRun | None = None
-        """The lane that runs."""
+        """The running lane."""
         self.watch: WatchedRun | None = None
-        """What watches the run under way."""
+        """The watch of the current run."""
         self.rewritten: set[str] = set()
-        """Owners of which a lane of the run under way changed a weight in place that others have too, unwatched."""
+        """Owners in which a lane of the current, unwatched run changed in place a weight that other lanes share."""
         self._home: greenlet.greenlet | None = None  # the hub's own greenlet, while a run is under way
         self._thread = 0  # in which lanes run
         self._modes: ModeState  # torch's modes as the run found them
@@ -36,19 +36,19 @@ class Control:
 
     @property
     def is_running(self) -> bool:
-        """Whether a run is under way, or was broken off and not cleaned up yet."""
+        """Whether a run is under way, or was interrupted and is not cleaned up yet."""
         return self._home is not None
 
     # ---- the hub's side ----------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """A run begins, in the greenlet, the thread and the modes of the caller."""
+        """Begin a run, in the caller's greenlet, thread and modes."""
         self._thread, self._modes, self._aborting = threading.get_ident(), current_modes(), False
         self.rewritten = set()
         self._home = greenlet.getcurrent()
 
     def launch(self, lane: LaneRun, work: Callable[[], Any]) -> None:
-        """Make the greenlet of a lane: `work` from its first `switch_to` on, watched if the run is."""
+        """Make a lane's greenlet: it runs `work` from its first `switch_to` on, watched if the run is."""
         watch = self.watch
 
         def body() -> None:
@@ -78,7 +78,7 @@ class Control:
             watch.mode.recorder = None
 
     def end_lanes(self, lanes: list[LaneRun]) -> None:
-        """End what still runs, unwatched; torch's modes are as the run found them."""
+        """End lanes that still run, unwatched; torch's modes are then those before the run."""
         self._aborting = True
         if self.watch is not None:
             self.watch.mode.recorder = None
@@ -93,17 +93,17 @@ class Control:
         restore_modes(self._modes)
 
     def end(self) -> None:
-        """The run is over and cleaned up."""
+        """End the run after its clean-up."""
         self._home = None
 
     # ---- a lane's side -----------------------------------------------------------------------------------------------
 
     def lane_here(self) -> LaneRun | None:
-        """The lane that runs; None where none does, or the caller is in another thread."""
+        """The running lane; None if there is none, or if the caller is in another thread."""
         return self.lane if threading.get_ident() == self._thread else None
 
     def wait(self, lane: LaneRun) -> None:
-        """Give control to the hub until it has installed what the lane wants."""
+        """Pass control to the hub until it has installed the weights that the lane waits for."""
         if self._aborting:
             raise greenlet.GreenletExit
         if torch.is_autocast_cache_enabled():  # its casts of weights are kept by parameter: another lane's weights
@@ -116,7 +116,7 @@ class Control:
 
 
 def _first_of(error: BaseException) -> BaseException:
-    """What broke a lane off, where torch complains about the mode that was being entered or left just then."""
+    """The original error of a lane, if torch raised another one about a mode that was being entered or left."""
     if isinstance(error, RuntimeError) and "mode stack" in str(error) and error.__context__ is not None:
         return error.__context__
     return error

@@ -1,7 +1,7 @@
-"""Hollow models: parameters that are there in name, shape and place, while their weights are elsewhere.
+"""Hollow models: parameters keep name, shape and device, while their weights are elsewhere.
 
-A placeholder takes a few bytes and is loud if it is computed with. A parameter keeps its identity; what it holds is
-changed by `set_data`, which no mode of torch sees.
+A placeholder takes a few bytes and gives NaN if it is used. A parameter keeps its identity; its data is changed by
+`set_data`, which no mode of torch sees.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ set_data: Callable[[nn.Parameter, Tensor], None] = torch.Tensor.data.__set__  # 
 
 
 def placeholder(like: Tensor, device: torch.device | str | None = None) -> Tensor:
-    """NaN (integers: the lowest value) expanded to a tensor's shape: a few bytes, and loud if computed with."""
+    """NaN (integers: the lowest value) expanded to a tensor's shape: takes a few bytes, and shows up if used."""
     if like.dtype.is_floating_point or like.dtype.is_complex:
         value: float = float("nan")
     else:
@@ -55,7 +55,7 @@ def install(frame: Frame) -> None:
 
 
 def uninstall(frames: list[Frame]) -> None:
-    """Let the parameters of these owners rest."""
+    """Give the parameters of these owners their placeholders."""
     for frame in frames:
         for p, rest in zip(frame.portion.params, frame.portion.resting, strict=True):
             set_data(p, rest)

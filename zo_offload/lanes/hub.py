@@ -1,20 +1,20 @@
 """Lanes: perturbed forwards of the unmodified model in lockstep, one greenlet each.
 
-A lane is one forward under one perturbation. Forward pre-hooks on the plan's owners hand control to the hub, which
-waits until every lane stands before an owner, serves the earliest of those in the plan (makes its scratch weights,
-lets each lane through) and goes on. Lanes need not meet owners in the same order, nor the same owners.
+A lane is one forward with one perturbation. Forward pre-hooks on the plan's owners pass control to the hub, which waits
+until every lane is before an owner, serves the owner that comes first in the plan (makes its scratch weights and lets
+each lane through) and continues. Lanes need not reach the same owners, or in the same order.
 
 While an owner runs in a lane its parameters hold that lane's scratch; at all other times a Parameter keeps its
-identity, shape, dtype and device, and its values are NaN. An owner whose children switch lanes has its weights
-changed with the lane. Lanes that are served together share scratch where they have the same perturbation
-(micro-batches), and of a parameter that does not train all of them share one tensor. An `nn.Embedding` gets only the
-rows that the waiting lanes ask for, and remapped ids. An `nn.Linear` whose weight is cut, and stacked experts that are,
-get portion after portion: to the hub each is an owner's call of its own, so lanes are in lockstep over (call, portion).
+identity, shape, dtype and device, and its values are NaN. If an owner's children switch lanes, its weights are switched
+too. Lanes that are served together share scratch if they have the same perturbation (micro-batches), and all of them
+share one tensor of a frozen parameter. An `nn.Embedding` gets only the rows that the waiting lanes look up, and
+remapped ids. A cut `nn.Linear`, and cut stacked experts, get portion after portion: for the hub each portion is a
+separate call, so lanes are in lockstep over (call, portion).
 
-Orders of service (results are the same bit for bit):
+Orders of service (results are bit-equal):
     module  all lanes waiting at the earliest owner are served together; noise is made once
-    block   one lane at a time through a block; scratch of one lane, only hidden states are held per lane. What lies in
-            several blocks and is served at once is served to all lanes together, since each block passes by once
+    block   one lane at a time through a block; scratch of one lane, only hidden states are held per lane. A portion
+            that lies in several blocks is served to all lanes together, since each block is visited once
     lane    one lane after another; for models whose modules keep tensors between calls
 
 A plan can be wrong (`watch.py`), so the first run of each kind of batch is watched. A weight used while it is away
@@ -57,8 +57,8 @@ Order = Literal["module", "block", "lane"]
 class Hub:
     """Runs lanes of one model. Use as a context manager, or `attach` and `detach`.
 
-    While attached, the model's own values are put aside (those of a hollow model are nothing) and put back on
-    detach; the model can be called through `run` only. Not thread-safe; one run at a time.
+    While attached, the model's own values are put aside (a hollow model has none) and restored on detach; the model can
+    only be called through `run`. Not thread-safe; one run at a time.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, source: Source, *, order: Order = "module") -> None:
@@ -66,17 +66,17 @@ class Hub:
             raise PlanError(f"order={order!r}: choose 'module', 'block' or 'lane'")
         self.model, self.source, self.order = model, source, order
         self.trace: Trace | None = None
-        """What the last watched run saw; `relift(plan, trace)` refines a plan that was not traced."""
+        """The trace of the last watched run; `relift(plan, trace)` refines a plan that was not traced."""
         self.notes: tuple[str, ...] = ()
         """Remarks of the last watched run."""
         self.activation_bytes = 0
-        """The most that the lanes of the last watched run held at once, their batches not counted."""
-        self._host_of: Callable[[Tensor], Tensor | None] | None = None  # of the run under way, as is this:
+        """The most bytes that the lanes of the last watched run held at once, without their batches."""
+        self._host_of: Callable[[Tensor], Tensor | None] | None = None  # for the current run, like this:
         self._upload: Callable[[Tensor], Tensor] = _as_it_is
         self._control = Control()
         self._attachment = Attachment(model, self._control)
-        self._installed: LaneRun | None = None  # whose weights are in the model
-        self._lanes: list[LaneRun] = []  # of the run under way
+        self._installed: LaneRun | None = None  # the lane whose weights are in the model
+        self._lanes: list[LaneRun] = []  # of the current run
         self._unentered: list[Frame] = []  # served, but their lanes have not gone on yet
         self._generators, self._rng_kinds = Generators(), frozenset[str]()
         self._state = ModuleState(model, self._generators)
@@ -110,7 +110,7 @@ class Hub:
         self.detach()
 
     def adopt(self, plan: Plan) -> None:
-        """Take another plan of the same model (a relifted one); the next run is watched again."""
+        """Use another plan of the same model (a relifted one); the next run is watched again."""
         attached = self._attachment.is_attached
         if attached:
             self._attachment.take_hooks_off()
@@ -119,14 +119,14 @@ class Hub:
             self._attachment.put_hooks_on(plan)
 
     def mend(self) -> None:
-        """End a run that something broke off, even in its clean-up, and leave the model as between runs."""
+        """End a run that was interrupted, even in its clean-up, and restore the model's state between runs."""
         if self._control.is_running:
             self._clean_up(self._lanes)
         self._lanes = []
         self._attachment.mend(self.plan)
 
     def is_inside(self) -> bool:
-        """Whether the caller is code that a lane of this hub runs."""
+        """Whether the caller runs inside a lane of this hub."""
         now = greenlet.getcurrent()
         return any(lane.glet is now for lane in self._lanes)
 
@@ -144,14 +144,14 @@ class Hub:
     ) -> list[Any]:
         """Results of `call(model, lane.batch)` (default `model(**batch)`), in lane order, under no_grad.
 
-        Every lane starts with the same random numbers: those of `seed`, and the generators end as they were; without
-        one, those of the generators as they are, which end as after one forward. Every lane starts with the modules as
-        they are, and they end as they were (`modules/state.py`). watch: None watches the first run of each kind of
-        batch, and under each combination of the modules' modes. host_of: the host's copy of a tensor of the batches,
-        where they are on a GPU; None for one it does not have. upload: brings a host tensor to where they are.
+        Every lane starts with the same random numbers: those of `seed`, and the generators are restored at the end;
+        without a seed, those of the present generators, which are then advanced as by one forward. Every lane starts
+        with the modules' present state, which is restored at the end (`modules/state.py`). watch: None watches the
+        first run of each kind of batch, for each combination of the modules' modes. host_of: returns the host's copy of
+        a batch's tensor on a GPU, or None. upload: copies a host tensor to the batches' device.
 
-        Raises what a lane raised, with a note that names lane and module; PlanFault (see there), with the generators
-        as they were; PlanError for what no plan can follow. The hub can be used again after any of them.
+        Raises the error of a lane, with a note that names lane and module; PlanFault (see there), with the generators
+        restored; PlanError if no plan is possible. The hub can be used again after any of them.
         """
         if not self._attachment.is_attached:
             raise PlanError("the hub is not attached to its model: use `with hub:` or call attach()")
@@ -173,7 +173,7 @@ class Hub:
         return results
 
     def _own(self, lane: Lane) -> Lane:
-        """The lane with a batch that is its own as far as it needs: it may take entries out, or change tensors."""
+        """The lane with its own batch, as far as needed: it may remove entries, or change tensors."""
         batch = copy.copy(lane.batch) if isinstance(lane.batch, dict) else lane.batch
         if self._own_batches:
             batch = tree_map_only(Tensor, Tensor.clone, dict(batch) if isinstance(batch, Mapping) else batch)
@@ -219,7 +219,7 @@ class Hub:
                 torch.set_autocast_cache_enabled(cache)
 
     def _loop(self, lanes: list[LaneRun]) -> None:
-        """Let lanes run to the next owner, serve the earliest, until all are through or one failed."""
+        """Run lanes to their next owner and serve the earliest, until all lanes have ended or one has failed."""
         waiting: list[LaneRun] = []
         one_by_one = list(lanes) if self.order == "lane" else []
         for lane in lanes[:1] if one_by_one else lanes:
@@ -245,7 +245,7 @@ class Hub:
                     return
 
     def _pick(self, waiting: list[LaneRun], last: LaneRun | None, block: int) -> list[LaneRun]:
-        """The lanes to let through next; all want the same portion. last, block: what was served before."""
+        """The lanes to serve next; all wait for the same portion. last, block: the lane and block served before."""
         alone = self.order != "module"
         if alone and last in waiting:
             portion = self._portion_of(last)
@@ -260,7 +260,7 @@ class Hub:
         return [lane for lane in waiting if lane.want == first.want and lane.portion == first.portion]
 
     def _portion_of(self, lane: LaneRun) -> Portion:
-        """What a lane waits for."""
+        """The portion that a lane waits for."""
         return self._attachment.served[lane.want].portions[lane.portion]
 
     def _resume(self, lane: LaneRun, waiting: list[LaneRun], frame: Frame | None = None) -> bool:
@@ -288,7 +288,7 @@ class Hub:
         return True
 
     def _locate(self, lane: LaneRun) -> None:
-        """Find the call of the plan that a lane stands before: the next one of that owner, if any is left."""
+        """Find a lane's next call in the plan: the next one of its owner, if any is left."""
         if lane.portion:
             return  # in the midst of it
         calls, cursor = self.plan.calls, lane.cursor
@@ -304,7 +304,7 @@ class Hub:
         lane.cursor = lane.position + 1
 
     def _serve(self, group: list[LaneRun]) -> list[Frame]:
-        """Scratch of what the lanes of a group wait for, one frame a lane."""
+        """Emit scratch for the lanes of a group; returns one frame per lane."""
         served, portion = self._attachment.served[group[0].want], self._portion_of(group[0])
         watch = self._control.watch
         places: dict[Perturbation, int] = {}
@@ -322,7 +322,7 @@ class Hub:
     # ---- the end of a run ----------------------------------------------------------------------------------------
 
     def _clean_up(self, lanes: list[LaneRun]) -> None:
-        """End what still runs, take weights out, release scratch; whatever happened, the hub is as before the run."""
+        """End running lanes, remove weights, release scratch; afterwards the hub has its state before the run."""
         odd = self._control.watch is not None or any(lane.error is not None for lane in lanes)
         self._control.end_lanes(lanes)
         self._installed = None
@@ -343,7 +343,7 @@ class Hub:
         self._lanes = []
 
     def _judge(self, lanes: list[LaneRun], watch: WatchedRun, start: dict[str, Any], alone: bool) -> None:
-        """Keep what a watched run saw; raise if its results are wrong, with the generators as they were."""
+        """Keep the trace of a watched run; raise if its results are wrong, with the generators restored."""
         self.trace = watch.trace(lanes)
         self.notes = self.trace.notes
         self.activation_bytes = watch.mode.peak_bytes
@@ -360,7 +360,7 @@ class Hub:
             raise
 
     def _settle_state(self, lanes: list[LaneRun]) -> None:
-        """The modules as before the run. PlanFault if lanes shared what they had not been known to change."""
+        """Restore the modules' state before the run. Raises PlanFault if lanes changed shared state unexpectedly."""
         new = self._state.end()
         if self._control.rewritten:
             where = ", ".join(repr(name) for name in sorted(self._control.rewritten)[:3])
@@ -372,7 +372,7 @@ class Hub:
         return PlanFault(f"{message}: run it again", self.trace or Trace({}, (), False))
 
     def _settle_rng(self, lanes: list[LaneRun], start: dict[str, Any], first: dict[str, Any], alone: bool) -> None:
-        """Learn which generators the lanes drew from; leave them as one forward would."""
+        """Find the generators that the lanes drew from, and advance them as by one forward."""
         if self._control.watch is not None:
             for lane in lanes:
                 self._rng_kinds |= drawn_from(first, lane.rng)

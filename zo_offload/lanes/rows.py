@@ -1,6 +1,6 @@
-"""Rows of an embedding: which of them the waiting lanes ask for, and where each of their ids is among those.
+"""Rows of an embedding: the rows that the waiting lanes look up, and each id's index among them.
 
-An embedding that holds its table alone is served the rows in use, not the table, and is called with remapped ids.
+An embedding with no other parameter than its table is served only the rows in use, and is called with remapped ids.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ def gather(
     host_of: Callable[[Tensor], Tensor | None] | None = None,
     upload: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Tensor:
-    """Rows [U] that the lanes of a group ask for; each lane's ids become places among them.
+    """Rows [U] that the lanes of a group look up; each lane's ids become indices into them.
 
-    F.embedding checks padding_idx against the number of rows, so there are at least padding_idx + 1 (the last ones
-    are row 0 again). Ids on a GPU are looked up on the host (`host_of`; `upload` brings back what was found), since to
-    look at them there is to wait. Those that the host does not have (positions that the model counts out, say) are
-    asked for one by one, repeats and all, or, where that is no fewer, all rows of the embedding: the same weights, and
-    a row that does not exist comes as NaN.
+    F.embedding checks padding_idx against the number of rows, so there are at least padding_idx + 1 rows (the last ones
+    repeat row 0). Ids on a GPU are read from the host's copy (`host_of`; `upload` copies the result back), since
+    reading them on the GPU would wait. Ids without a host copy (positions that the model computes, say) are looked up
+    one by one, with repeats, or, if that is no fewer, all rows of the embedding are used: the weights are the same, and
+    a row that does not exist is NaN.
     """
     ids = [lane.ids for lane in group if lane.ids is not None]
     assert len(ids) == len(group)
@@ -46,7 +46,7 @@ def gather(
 
 
 def unseen(ids: list[Tensor], num_rows: int) -> tuple[Tensor, Tensor]:
-    """Rows to ask for, and where each id is among them, without looking at the ids."""
+    """Rows to look up, and each id's index among them, without reading the ids."""
     rows = torch.cat([i.reshape(-1) for i in ids]).long()
     if rows.numel() <= num_rows:
         return rows, torch.arange(rows.numel(), device=rows.device)
@@ -55,7 +55,7 @@ def unseen(ids: list[Tensor], num_rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _unique(served: Served, ids: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Different ids in order, and where each id is among them. IndexError for one the embedding does not have."""
+    """The distinct ids in order, and each id's index among them. Raises IndexError for an id out of range."""
     rows, places = torch.unique(torch.cat([i.reshape(-1) for i in ids]).long(), return_inverse=True)
     num_rows = served.portions[0].shapes[0][0]
     if rows.numel() and (int(rows[0]) < 0 or int(rows[-1]) >= num_rows):

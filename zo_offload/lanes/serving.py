@@ -1,11 +1,11 @@
-"""What a run of lanes is made of: owners, their scratch weights, and the lanes that hold them.
+"""The objects of a run of lanes: owners, their scratch weights, and the lanes that hold them.
 
 While an owner does not run, its parameters hold placeholders (`hollow.py`). A `Frame` is one call of an owner in one
-lane, with the lane's weights for it; a lane is inside of its frames, outermost first. An `Emission` is the scratch of
-all lanes that were served together, and goes back to its source when the last of them has left the owner.
+lane, with the lane's weights for it; a lane has a stack of frames, outermost first. An `Emission` is the scratch of all
+lanes that were served together; it is released to its source when the last of them has left the owner.
 
-An owner is served in `Portion`s: one, with all it has, or one for each piece of a linear layer's weight or run of
-stacked experts. Then its call is as many frames, one after another.
+An owner is served in `Portion`s: one with everything, or one for each piece of a linear layer's weight or run of
+stacked experts. Its call then consists of as many frames, one after another.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Lane:
-    """One perturbed forward: whose weights, on which micro-batch."""
+    """One perturbed forward: its perturbation and its micro-batch."""
 
     perturbation: Perturbation
     batch: Any
 
 
 class Source(Protocol):
-    """Where scratch weights come from. Called under the modes of `Hub.run`'s caller and no_grad."""
+    """The source of scratch weights. Called under the modes of `Hub.run`'s caller and no_grad."""
 
     def emit(
         self,
@@ -52,34 +52,34 @@ class Source(Protocol):
     ) -> list[list[Tensor]]:
         """[perturbation][parameter of owner.params], in the parameters' shapes, dtypes and device.
 
-        A parameter that does not train may be one tensor for all perturbations: no lane that runs beside others changes
-        its weights in place.
+        A frozen parameter may be one tensor for all perturbations: lanes that run together do not change their weights
+        in place.
 
-        rows: int64 [U], only for owners with `rows`: the result is [U, D], row i that of id rows[i].
-        pieces: one of the owner's portions (`Plan.portions`): only the parameters that it has pieces of, and of those
-        only these rows of dim 0, `Plan.shapes`. Portions are asked for in order.
-        fresh: the run is watched, which must tell one module's scratch from the next one's: best in memory of its own.
+        rows: int64 [U], only for owners with `rows`: the result is [U, D], row i is that of id rows[i]. pieces: one of
+        the owner's portions (`Plan.portions`): only parameters with pieces in it, and only these rows of dim 0,
+        `Plan.shapes`. Portions are requested in order. fresh: the run is watched and must distinguish one module's
+        scratch from the next one's: use new memory if possible.
         """
 
     def release(self, scratch: list[list[Tensor]]) -> None:
-        """Every lane that used `scratch` (the object `emit` returned) has left. May come in a lane's modes."""
+        """Every lane that used `scratch` (the object `emit` returned) has left. May be called in a lane's modes."""
 
 
 @dataclass(frozen=True)
 class Portion:
-    """What of an owner is served at once: all of it, or some pieces of its cut parameters."""
+    """The part of an owner that is served at once: everything, or some pieces of its cut parameters."""
 
     pieces: tuple[Piece, ...] | None
     """None: all."""
     block: int
-    """The first of the blocks that it lies in."""
+    """The first of its blocks."""
     spans: bool
-    """It lies in several: they pass by once, so all lanes are served together."""
+    """Whether it is in several blocks: each is visited once, so all lanes are served together."""
     names: tuple[str, ...]
     params: tuple[nn.Parameter, ...]
     shapes: tuple[tuple[int, ...], ...]
     resting: tuple[Tensor, ...]
-    """What the parameters hold while the owner does not run."""
+    """The parameters' placeholders while the owner does not run."""
     strides: tuple[tuple[int, ...] | None, ...]
     """How each is to lie in memory; None: as it comes, row by row."""
     is_laid_out: bool
@@ -87,7 +87,7 @@ class Portion:
 
 
 class Served:
-    """One owner as the hub sees it: its module, and its parameters in the portions that they are served in."""
+    """The hub's view of an owner: its module, and its parameters in their portions."""
 
     __slots__ = ("index", "module", "overlaps", "owner", "portions", "resting", "rows")
 
@@ -123,7 +123,7 @@ class Emission:
 
 
 def laid_out_as(strides: Sequence[tuple[int, ...] | None], scratch: list[list[Tensor]]) -> list[list[Tensor]]:
-    """Copies of scratch weights that lie in memory as the model's own; one of each tensor."""
+    """Copies of scratch weights with the strides of the model's own; one copy per tensor."""
 
     def copy(i: int, w: Tensor) -> Tensor:
         wanted = strides[i]
@@ -133,7 +133,7 @@ def laid_out_as(strides: Sequence[tuple[int, ...] | None], scratch: list[list[Te
 
 
 def each_once(scratch: Sequence[Sequence[Tensor]], make: Callable[[int, Tensor], Made]) -> list[list[Made]]:
-    """`make(parameter's place, tensor)` of scratch, asked for once of a tensor that several lanes have."""
+    """`make(parameter's index, tensor)` for scratch, called once for a tensor that several lanes share."""
     made: dict[int, Made] = {}
     for weights in scratch:
         for i, w in enumerate(weights):
@@ -152,11 +152,11 @@ class Frame:
         self.origins: list[Origin] = []  # of the weights, in a watched run
 
     def held(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Parameters, and what the lane was given for each."""
+        """Parameters, and the lane's tensor for each."""
         return zip(self.portion.params, self.weights, strict=True)
 
     def replaced(self) -> list[str]:
-        """Parameters that hold other data than the lane was given."""
+        """Parameters whose data is not the lane's tensor."""
         names = zip(self.portion.names, self.held(), strict=True)
         return [name for name, (p, w) in names if p.data_ptr() != w.data_ptr()]
 
@@ -179,10 +179,11 @@ def _writes(params: Sequence[nn.Parameter]) -> int:
 
 
 class PlainState:
-    """Numbers, flags and words in the attributes of a module and those in it.
+    """Numbers, flags and texts in the attributes of a module and its submodules.
 
-    A forward that changes a weight in place remembers that it did (RWKV: `layers_are_rescaled`). The change is gone
-    with the call, as the weight is, so what is remembered must be: every call begins with both as they were.
+    A forward that changes a weight in place may record that in an attribute (RWKV: `layers_are_rescaled`). The change
+    ends with the call, like the weight, so the attribute must be restored too: every call begins with the former state
+    of both.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -201,7 +202,7 @@ class PlainState:
 
 
 class LaneRun:
-    """One lane of the run under way."""
+    """One lane of the current run."""
 
     __slots__ = (
         "cells",
@@ -245,14 +246,14 @@ class LaneRun:
 
 
 def code_of(call: Any) -> Any:
-    """What of a call may steer the way through the model: its code, and that of the functions that it is bound to."""
+    """The properties of a call that may affect the path through the model: its code, and that of bound functions."""
     if isinstance(call, partial):
         return tuple(code_of(part) for part in (call.func, *call.args) if callable(part))
     return getattr(call, "__code__", type(call))
 
 
 def kind_of(batch: Any) -> Any:
-    """What of a batch may steer the way through the model."""
+    """The properties of a batch that may affect the path through the model."""
     if isinstance(batch, Mapping):
         return tuple((k, kind_of(v)) for k, v in sorted(batch.items(), key=lambda item: str(item[0])))
     if isinstance(batch, Tensor):

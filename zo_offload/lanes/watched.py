@@ -1,7 +1,7 @@
-"""What the hub adds to a run that is watched: scratch the watch knows, and a verdict at the end.
+"""The hub's additions to a watched run: tracked scratch, and a check at the end.
 
-The watch itself (`run_watch.RunWatch`) sees ops. Here it learns which memory is whose: scratch is tracked from the
-moment it is served until the lane leaves the owner, and known as retired afterwards.
+The watch itself (`run_watch.RunWatch`) sees ops. This module tells it the owner of memory: scratch is tracked from the
+time it is served until the lane leaves the owner, and is known as retired afterwards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .serving import Emission, Frame, LaneRun, Portion, each_once
 
 
 class PlanFault(PlanError):
-    """A watched run used weights where the plan does not have them. Relift the plan with `trace` and run again."""
+    """A watched run used weights where the plan does not expect it. Relift the plan with `trace` and run again."""
 
     def __init__(self, message: str, trace: Trace) -> None:
         super().__init__(message)
@@ -30,7 +30,7 @@ class PlanFault(PlanError):
 
 
 class BatchIsWritten(PlanFault):
-    """The forward changes its batch: each lane must be given one of its own."""
+    """The forward changes its batch: each lane needs its own copy."""
 
 
 class LanesShareState(PlanError):
@@ -65,8 +65,8 @@ class WatchedRun:
     def serve(self, lanes: Sequence[LaneRun], frames: Sequence[Frame], rows: Tensor | None) -> list[Frame]:
         """The frames of one group of lanes, with tracked scratch.
 
-        Memory that was used before or will be again would hide a view that outlived its module, so scratch that is
-        not in tensors of its own is copied first, and given back at once.
+        Reused memory would hide a view that outlived its module, so scratch that is not in separate tensors is copied
+        first, and released at once.
         """
         first = frames[0]
         emission, names = first.emission, first.portion.names
@@ -103,7 +103,7 @@ class WatchedRun:
         return known if [*map(len, known)] == [*map(len, found)] else None
 
     def leave(self, lane: LaneRun, frame: Frame, *, check: bool) -> None:
-        """A lane leaves an owner: what it held there is retired. check: that the forward did not replace it."""
+        """Retire the weights of a lane that leaves an owner. check: that the forward did not replace them."""
         for origin in frame.origins:
             path = origin.held.pop(lane.recorder, None)
             if path is not None:
@@ -116,7 +116,7 @@ class WatchedRun:
         return trace_of([lane.recorder for lane in lanes], complete=whole, notes=tuple(self.mode.notes))
 
     def judge(self, lanes: Sequence[LaneRun], trace: Trace, *, lockstep: bool, own_batches: bool) -> None:
-        """Raise what makes this run's results wrong, the most telling first."""
+        """Raise an error if this run's results are wrong, the most informative one first."""
         errors = [lane.error for lane in lanes if lane.error is not None]
         for error in errors:
             if isinstance(error, PlanError):

@@ -1,8 +1,8 @@
-"""Methods: which noises, which lanes, and how losses become updates. One file each; MeZO first.
+"""Methods: noises, lanes, and the way from losses to updates. One file each; MeZO first.
 
-A file put here is a method: it is found, and METHODS, the command line, plans and `from zo_offload import ...` have it.
-What a file of one's own needs besides torch is here too: `Method`, `Perturbation`, `step_seed`, and the arithmetic of
-`scalars.py`. The imports by name are for type checkers.
+Every file in this folder is a method: METHODS, the command line, plans and `from zo_offload import ...` find it. This
+module also exports what a method in your own file needs besides torch: `Method`, `Perturbation`, `step_seed`, and the
+arithmetic of `scalars.py`. The imports by name are for type checkers.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ __all__ = [
 ]  # fmt: skip
 
 DEFAULT: type[MeZO] = MeZO
-"""What an engine takes that was given none, and what a record without a name is of."""
+"""The method of an engine that was given none, and of a record without a name."""
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
 
 def known_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A method's fields as a run kept them, as this version would: "qzo" without units is what is now "qzo-shift", and
-    before the noise had layouts to choose from it had the first."""
+    """A method's fields from an earlier version's record, in this version's form: "qzo" without units is now
+    "qzo-shift", and a record without a noise layout has the first one."""
     fields = {"noise_layout": 1, **record}
     if fields.get("name") == "qzo" and "units" not in fields:
         fields["name"] = "qzo-shift"
@@ -63,15 +63,15 @@ def known_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def method_training(target: Trains) -> Method:
-    """A method, with its defaults, that trains that of the stored weights."""
+    """A method with default fields that trains `target`: values or scales of the stored weights."""
     found: Callable[[], Method] = next(kind for kind in METHODS.values() if kind.own() and kind.target == target)
     return found()
 
 
 def method_from(record: Mapping[str, Any], kind: type[Method] | None = None) -> Method:
-    """A method from its fields, as a run keeps them (see `known_record`); without a name it is DEFAULT.
+    """A method from a run's record of its fields (see `known_record`); without a name it is DEFAULT.
 
-    kind: the class of a method that is a user's own, which the record does not say how to find.
+    kind: a user's own class, which the record cannot locate.
     """
     fields = known_record(record)
     name, units = fields.pop("name", DEFAULT.name), fields.pop("units", None)

@@ -1,14 +1,14 @@
-"""What every method is: fields that all share, its lanes, and how their losses become updates.
+"""The base class of methods: shared fields, lanes, and the way from losses to updates.
 
     class Mine(Method):                                   one file, here or the user's own; see docs/extending.md
-        perturbations(run_seed, step) -> lanes            what each forward of a step sees: w + scale * z(seed)
-        coefficients(losses, lr)      -> one a noise      w <- w - coefficient * z, float64 tensors
-        summary(losses)               -> (loss, grad)     what the journal and people are told of the step
+        perturbations(run_seed, step) -> lanes            each lane's forward sees w + scale * z(seed)
+        coefficients(losses, lr)      -> one per noise    w <- w - coefficient * z, float64 tensors
+        summary(losses)               -> (loss, grad)     for the journal and for people
 
-The arithmetic is written once, on tensors: on the host they are float64 on the CPU; where losses are read a step late
-(`late.py`) the same operations run on the GPU, and the host checks a step later that both came to the same bits.
-`scalars.py` has the operations that torch does not do alike on both. Everything else is derived: the noises of a step
-are those of its lanes, the journal has one update a noise, replay needs only the journal.
+The arithmetic is written once, on tensors: float64 on the CPU. If losses are read a step late (`late.py`), the same
+operations run on the GPU, and one step later the host checks that both gave the same bits. `scalars.py` has the
+operations that torch computes differently on the two. Everything else is derived: the noises of a step are those of its
+lanes, the journal has one update per noise, replay needs only the journal.
 
 A method may also
     remember           a few float64 numbers, a function of what the journal has of the steps before: `first_memory`,
@@ -17,10 +17,10 @@ A method may also
     use sums of noises as what its lanes are perturbed along, by coefficients that it remembers: `term_coefficients`
     come back          to the weights in the same step, with lanes that depend on the losses so far: `next_lanes`
     leave elements out of its lanes and updates, by their magnitude or by chance: `mask`
-    leave parts out    of a model, other ones in each step: `part` and `trained_parts`
+    leave parts out    of a model, different ones in each step: `part` and `trained_parts`
 
 A class registers itself in METHODS by its name: `class MeZO(Method, name="mezo")`, or the class's own name. A class
-whose name begins with an underscore is a part for others and is not registered.
+whose name begins with an underscore is only a base of others and is not registered.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from .outcome import Outcome, Step, Told
 from .presets import recipe
 
 METHODS: dict[str, type[Method]] = {}
-"""Every method by its name, also those of a user's own classes once they are defined."""
+"""Every method by its name, including a user's own classes once they are defined."""
 
-COEFF_LIMIT = 3e38  # what float32 holds, and a little less
+COEFF_LIMIT = 3e38  # a little less than float32's maximum
 _PACKAGE = __name__.rpartition(".")[0]
-_TOLD = 9  # losses that an error names one by one
+_TOLD = 9  # number of losses that an error lists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,47 +66,46 @@ class Method(ABC):
     weight_decay: float = 0.0
     """Decoupled: w is multiplied by 1 - lr * weight_decay. Biases and norms (1-D parameters) are left out."""
     schedule: str = "constant"
-    """Any of transformers' schedule names that is a function of the step (linear, cosine, ...)."""
+    """A transformers schedule that is a function of the step (linear, cosine, ...)."""
     warmup_steps: int = 0
-    """Steps in which the rate rises from 0, with schedules that have that."""
+    """Steps in which the rate rises from 0, in schedules with a warm-up."""
     distribution: str = field(default="gaussian", metadata={"choices": tuple(DISTRIBUTIONS)})
     """The noise's distribution: a name of `distributions.DISTRIBUTIONS`."""
     rounds: Literal[7, 10] = 10
     """Philox rounds of the noise. Part of the run's identity."""
     noise_layout: Layout = LAYOUT_VERSION
-    """Layout of the noise: 1 has the Gaussian of runs before version 2 of it, half as fast. A run keeps the one it was
-    begun with, whatever is given when it is resumed."""
+    """Layout of the noise: 1 is the older Gaussian, half as fast. A resumed run keeps the layout that it began with."""
     on_nonfinite: Literal["stop", "skip", "halve_eps"] = "stop"
-    """A NaN or infinite loss or update ends the run with an error; or skips the step; or skips it and halves eps from
-    the next step on, ten times at most. Recorded in the journal, so a resumed run goes on with the same eps."""
+    """What a NaN or infinite loss or update does: it ends the run with an error; or skips the step; or skips it and
+    halves eps from the next step on, ten times at most. The journal records it, so a resumed run has the same eps."""
     batch_size: int = field(default=16, metadata={"option": False})
     """Default batch size of `fit`."""
     steps: int = field(default=1000, metadata={"option": False})
     """Default number of steps of `fit`."""
     tunes: Literal["all", "lora", "prefix"] | None = field(default=None, metadata={"option": False})
-    """What a preset's rates are for; checked against what trains."""
+    """What a preset's rates are for; checked against the trained parameters."""
 
     name: ClassVar[str] = ""
-    """What it goes by in a run's records and on the command line. Set by the class statement."""
+    """Its name in a run's records and on the command line. Set by the class statement."""
     target: ClassVar[Trains] = "values"
     """Which part of the stored weights is perturbed and updated."""
     unit_scales: ClassVar[bool] = False
-    """Whether scales are moved in units of the weights they scale: see `gains.py`."""
+    """Whether scales are trained in units of the weights that they scale: see `gains.py`."""
     comes_back: ClassVar[bool] = False
-    """Whether `next_lanes` may give some. On a GPU the host then waits for each visit's losses."""
+    """Whether `next_lanes` may return lanes. On a GPU the host then waits for each visit's losses."""
 
     def __init_subclass__(cls, *, name: str | None = None, **more: Any) -> None:
         super().__init_subclass__(**more)
         cls.name = cls.__name__ if name is None else name
         if "update" in vars(cls):
             raise TypeError(
-                f"{cls.__qualname__}.update: what becomes of losses is said once, in `coefficients` and `summary`, "
-                "which a GPU can follow too"
+                f"{cls.__qualname__}.update: the way from losses to updates is written once, in `coefficients` and "
+                "`summary`, which run on a GPU too"
             )
         there = METHODS.get(cls.name)
         if there is not None and there.own() and not cls.own():
             raise ConfigError(
-                f"class {cls.__qualname__}: a method named {cls.name!r} is there already; give another, "
+                f"class {cls.__qualname__}: a method named {cls.name!r} exists already; give another name, "
                 f"class {cls.__name__}(..., name='...')"
             )
         if not cls.__name__.startswith("_"):
@@ -121,7 +120,7 @@ class Method(ABC):
                 raise ConfigError(f"{what}={value}: expected a positive number")
         if not 2.0**-126 <= self.eps <= 2.0**64:
             raise ConfigError(
-                f"eps={self.eps}: no float32 between 1.2e-38 and 1.8e19; published recipes have 1e-4 to 0.1"
+                f"eps={self.eps}: expected a float32 between 1.2e-38 and 1.8e19; published recipes have 1e-4 to 0.1"
             )
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ConfigError(f"weight_decay={self.weight_decay}: expected zero or a positive number")
@@ -137,7 +136,7 @@ class Method(ABC):
             raise ConfigError(f"on_nonfinite={self.on_nonfinite!r}: expected 'stop', 'skip' or 'halve_eps'")
         if self.target != "values" and type(self).mask is not Method.mask:
             raise ConfigError(
-                f"method {self.name!r} trains {self.target}: a mask is of the values, which it leaves alone"
+                f"method {self.name!r} trains {self.target}: a mask selects values, which it does not train"
             )
         NoiseSpec(self.distribution, self.rounds, self.noise_layout)  # checks them
         lr_schedule(self.schedule, self.warmup_steps, max(self.steps, self.warmup_steps))
@@ -153,13 +152,13 @@ class Method(ABC):
             raise ConfigError(f"tunes={self.tunes!r}: expected None, 'all', 'lora' or 'prefix'")
 
     def _check_fields(self) -> None:
-        """A field that is not one, or that a run's records cannot hold, would not be part of the run's identity."""
+        """Raise for an attribute that is no field, or that a record cannot hold: the identity would lack it."""
         cls = type(self)
         known = {part.name for part in dataclasses.fields(self)}
         own = {name for name, kind in vars(cls).get("__annotations__", {}).items() if "ClassVar" not in str(kind)}
         if missing := sorted(own - known):
             raise ConfigError(
-                f"class {cls.__qualname__}: {', '.join(missing)} is no field. Decorate the class with "
+                f"class {cls.__qualname__}: {', '.join(missing)} is not a field. Decorate the class with "
                 "@dataclass(frozen=True, kw_only=True)"
             )
         try:
@@ -169,18 +168,18 @@ class Method(ABC):
 
     @classmethod
     def own(cls) -> bool:
-        """Whether the class is the package's own, which a run's records name without saying where it lies."""
+        """Whether the class is the package's own, so that its name suffices to find it."""
         return cls.__module__.startswith(f"{_PACKAGE}.")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
-        """A published recipe of this method by name (`presets.py`), with any field changed."""
+        """A published recipe of this method by name (`presets.py`); `changes` override its fields."""
         return cls(**{**recipe(cls.name, name), **changes})
 
     def with_options(self, **changes: Any) -> Self:
         return replace(self, **changes)
 
-    # ---- what a method says --------------------------------------------------------------------------------------
+    # ---- a method defines ----------------------------------------------------------------------------------------
 
     @abstractmethod
     def perturbations(self, run_seed: int, step: int) -> tuple[Perturbation, ...]:
@@ -189,35 +188,36 @@ class Method(ABC):
 
     @abstractmethod
     def coefficients(self, losses: Tensor, lr: float) -> Tensor:
-        """Each noise's coefficient, the learning rate in it: w <- w - coefficient * z.
+        """Each noise's coefficient, with the learning rate included: w <- w - coefficient * z.
 
-        losses: float64 [lanes], on the CPU or on a GPU, in the order of the lanes; returns float64 [noises] there. Must
-        not read values (no `float`, no `if` on a tensor), and use operations that `scalars.py` names or has.
+        losses: float64 [lanes], on the CPU or on a GPU, in the order of the lanes; returns float64 [noises] on the same
+        device. Must not read values (no `float`, no `if` on a tensor), and may only use operations that `scalars.py`
+        lists or has.
         """
 
     @abstractmethod
     def summary(self, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss, grad) of a step for its record, 0-d float64. As `coefficients`. grad: 0 iff the step changed nothing
-        but weight decay; a slope or a length of the gradient by choice."""
+        """(loss, grad) of a step for its record, 0-d float64. Same rules as `coefficients`. grad: 0 iff the step
+        changed nothing but weight decay; otherwise a slope or a length of the gradient, by choice."""
 
     def scalars(self, losses: Tensor) -> Tensor:
-        """What the journal keeps of a step beside loss and grad, for `remember`: float64 [any], as `coefficients`."""
+        """Further numbers of a step for the journal and `remember`: float64 [any]. Same rules as `coefficients`."""
         return losses[:0]
 
     def first_memory(self) -> tuple[float, ...]:
-        """What is remembered before step 0. Empty: nothing ever is."""
+        """The memory before step 0. Empty: the method has no memory."""
         return ()
 
     def remember(self, memory: Tensor, told: Told) -> Tensor:
-        """What is remembered after a step. memory: float64, as before it. As `coefficients`, and of any eps."""
+        """The memory after a step. memory: float64, before the step. Rules as `coefficients`; independent of eps."""
         return memory
 
     def pass_over(self, memory: Tensor) -> Tensor:
-        """What is remembered after a step that was skipped."""
+        """The memory after a skipped step."""
         return memory
 
     def coefficients_from(self, memory: Tensor, losses: Tensor, lr: float) -> Tensor:
-        """`coefficients` of a method that remembers: memory is what it was before the step."""
+        """`coefficients` for a method with memory; memory: before the step."""
         return self.coefficients(losses, lr)
 
     def term_coefficients(self, memory: Tensor) -> Tensor:
@@ -227,18 +227,18 @@ class Method(ABC):
         return memory[:0]
 
     def next_lanes(self, run_seed: int, step: int, losses: Sequence[float], lr: float) -> tuple[Perturbation, ...]:
-        """Lanes of a further visit of the step, on the same rows; empty: it has no more. See `comes_back`.
+        """Lanes of a further visit in the same step, on the same rows; empty: no more visits. See `comes_back`.
 
-        losses: of all lanes so far, in order. Those of all visits together are given to `coefficients`.
+        losses: those of all lanes so far, in order. `coefficients` gets the losses of all visits together.
         """
         return ()
 
     def gain(self, name: str, shape: torch.Size) -> Gain:
-        """What a parameter gets of eps and of the update, for rates a layer. A function of these two alone.
+        """A parameter's factors of eps and of the update, for rates per layer. A function of the two arguments alone.
 
-        The lanes perturb it by gain.lane times as much, and w <- w - gain.update * coefficient * z. Kept in the run's
-        journal (`gains.py`, which adds what 16-bit lanes and trained scales need). Gain(0, 0): it does not train, as if
-        `trainable` had left it out.
+        The lanes' perturbation is multiplied by gain.lane, and w <- w - gain.update * coefficient * z. Kept in the
+        run's journal (`gains.py`, which adds the gains of 16-bit lanes and trained scales). Gain(0, 0): the parameter
+        does not train, as if `trainable` had left it out.
         """
         return ONE
 
@@ -249,21 +249,20 @@ class Method(ABC):
         return None
 
     def part(self, name: str) -> str | None:
-        """The part of the model that a parameter is in; None: it trains in every step. Of the parts a step trains those
-        that `trained_parts` says."""
+        """The parameter's part of the model; None: it trains in every step. `trained_parts` chooses a step's parts."""
         return None
 
     def trained_parts(self, run_seed: int, step: int, parts: Sequence[str]) -> Collection[str]:
         """The parts that a step trains; the others are neither perturbed nor updated in it, nor written back. A
-        function of these alone. parts: those that what trains is in, in alphabetical order; may raise ConfigError."""
+        function of the arguments alone. parts: the parts of all trained parameters, in alphabetical order. May raise
+        ConfigError."""
         return parts
 
-    # ---- what follows --------------------------------------------------------------------------------------------
+    # ---- derived -------------------------------------------------------------------------------------------------
 
     @final
     def parts(self, run_seed: int, names: Iterable[str]) -> Parts:
-        """What single steps leave out of a model whose trained parameters are these. Raises what `trained_parts`
-        raises."""
+        """The parts of a model with the trained parameters `names`. Raises what `trained_parts` raises."""
         of = {name: part for name in names if (part := self.part(name)) is not None}
         if type(self).part is Method.part:
             return Parts()
@@ -282,16 +281,16 @@ class Method(ABC):
 
     @property
     def eps32(self) -> float:
-        """eps as the lanes have it."""
+        """eps rounded to float32, as the lanes use it."""
         return float(np.float32(self.eps))
 
     def seeds(self, run_seed: int, step: int) -> tuple[int, ...]:
-        """The seeds of the noises that the step's update is made of: those of its lanes, in the order of first use."""
+        """The seeds of the noises in the step's update: those of its lanes, in the order of first use."""
         return seeds_of(self.perturbations(run_seed, step))
 
     @property
     def noises(self) -> int:
-        """Different noises of one step."""
+        """Number of different noises in one step."""
         return len(self.seeds(0, 0))
 
     @property
@@ -301,14 +300,14 @@ class Method(ABC):
 
     @property
     def forwards(self) -> int:
-        """Lanes of a step, of all its visits."""
+        """Number of lanes of a step, over all its visits."""
         lanes = len(self.perturbations(0, 0))
         more = self.next_lanes(0, 0, [0.0] * lanes, self.lr) if self.comes_back else ()
         return lanes + len(more)
 
     @property
     def most_lanes(self) -> int:
-        """How many lanes the largest visit of a step has: memory is planned for them."""
+        """Number of lanes in a step's largest visit: memory is planned for them."""
         return len(self.perturbations(0, 0))
 
     @final
@@ -319,9 +318,9 @@ class Method(ABC):
 
     @final
     def outcome(self, losses: Tensor, lr: float, memory: Tensor | None = None) -> Outcome:
-        """Losses of the lanes, float64 on any device -> coefficients as they are applied, and whether they may be.
+        """Losses of the lanes, float64 on any device -> the coefficients to apply, and whether the step is valid.
 
-        memory: before the step, there too; None: that before step 0.
+        memory: before the step, on the same device; None: the memory before step 0.
         """
         memory = losses.new_tensor(self.first_memory()) if memory is None else memory
         found = self.coefficients_from(memory, losses, lr)
@@ -337,7 +336,7 @@ class Method(ABC):
 
     @final
     def updates(self, run_seed: int, step: int, coefficients: Sequence[float], lr: float) -> tuple[Update, ...]:
-        """A step's updates: a coefficient a noise, and weight decay with the first."""
+        """A step's updates: one coefficient per noise, and weight decay with the first."""
         decay = float(np.float32(1 - lr * self.weight_decay))
         pairs = zip(self.seeds(run_seed, step), coefficients, strict=True)
         return tuple(Update(seed, coeff, 1.0 if i else decay, begins=not i) for i, (seed, coeff) in enumerate(pairs))
@@ -346,7 +345,7 @@ class Method(ABC):
     def update(
         self, run_seed: int, step: int, losses: Sequence[float], lr: float, memory: Tensor | None = None
     ) -> Step:
-        """Losses of the lanes -> the step's updates. Raises DivergenceError if one or a loss is not finite.
+        """Losses of the lanes -> the step's updates. Raises DivergenceError if an update or a loss is not finite.
 
         memory: see `outcome`.
         """
@@ -365,13 +364,13 @@ class Method(ABC):
 
 
 def _listed(losses: Sequence[float]) -> str:
-    """ "1, 2 and nan"; of many, the first."""
+    """The losses as text, such as "1, 2 and nan"; of many only the first ones."""
     words = [f"{loss:g}" for loss in losses[:_TOLD]] + ["others"] * (len(losses) > _TOLD)
     return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
 
 
 def lr_schedule(name: str, warmup_steps: int, steps: int) -> Callable[[int], float]:
-    """transformers' schedule of that name as a function: step -> factor of the peak learning rate."""
+    """The transformers schedule of that name as a function: step -> factor of the peak learning rate."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True, device="cpu")], lr=1.0)
     try:
         scheduler = hf.get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)

@@ -1,10 +1,10 @@
-"""FZOO with each direction judged by the mean of the others, so that no lane is spent on the weights themselves.
+"""FZOO that compares each direction with the mean of the others, so that no lane runs the unperturbed weights.
 
     w <- w - lr / (N s) * sum_i (l_i - mean of the l_j, j != i) u_i          s, u_i, l_i: as in `fzoo.py`
 
-The mean of the others is the baseline that leaves the estimate without bias (REINFORCE leave-one-out). N lanes instead
-of N + 1. In expectation the step is FZOO's; at the same rate and few directions it is a little longer, since the l_i
-are on the one side of their mean and on the other. Source of the baseline: Seo et al. 2025 (LOREN), arXiv 2511.07971.
+The mean of the others is a baseline that keeps the estimate unbiased (REINFORCE leave-one-out). N lanes instead of N +
+1. In expectation the step is FZOO's; at the same rate and with few directions it is a little longer, since the l_i lie
+on both sides of their mean. Source of the baseline: Seo et al. 2025 (LOREN), arXiv 2511.07971.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .fzoo import FZOO
 
 @dataclass(frozen=True, kw_only=True)
 class FZOOLeaveOneOut(FZOO, name="fzoo-loo"):
-    """FZOO with a leave-one-out baseline: a forward a direction and no other."""
+    """FZOO with a leave-one-out baseline: one forward per direction and no other."""
 
     def perturbations(self, run_seed: int, step: int) -> tuple[Perturbation, ...]:
         """Each direction."""
         return super().perturbations(run_seed, step)[1:]
 
     def coefficients(self, losses: Tensor, lr: float) -> Tensor:
-        """lr (l_i - mean of the others) / (N s). Losses that are all the same change nothing but weight decay."""
+        """lr (l_i - mean of the others) / (N s). If all losses are equal, only weight decay is applied."""
         spread = self._spread_of(losses)
         away = losses - divide(total(losses), self.directions)  # (N - 1) / N of the distance from the others' mean
         found = divide(lr * away, self.directions - 1) / spread

@@ -1,11 +1,11 @@
-"""FZOO-R: half of a step's directions are new, the other half are those of the step before, with the losses of then.
+"""FZOO-R: half of a step's directions are new, the other half are those of the previous step, with their old losses.
 
     d_i = l_i - l_0 of the step in which direction i was new, i = 1..N     s: the standard deviation of d_1..d_N
     w <- w - lr / (N s) * sum_i d_i u_i
 
-N / 2 + 1 forwards a step. The first step, and one after a step that was skipped, has the N / 2 new ones only. What is
-remembered is each loss' difference from its own l_0, since a loss of another batch says nothing by itself. Source:
-"FZOO-R" of arXiv 2506.09034; the paper's repository has the losses of a step before at hand and never uses them.
+N / 2 + 1 forwards per step. The first step, and a step after a skipped one, has only the N / 2 new directions. The
+memory holds each loss's difference from its own l_0, since losses of different batches cannot be compared. Source:
+"FZOO-R" of arXiv 2506.09034; the paper's repository keeps the losses of the previous step but never uses them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class FZOOReuse(FZOO, name="fzoo-r"):
     """FZOO in which every direction is used in two steps."""
 
     directions: int = 8
-    """Perturbations that a step goes along, N: half of them are new. Even, 4 or more."""
+    """Number of directions per step, N: half of them are new. Even, at least 4."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.directions % 2 or self.directions < 4:
-            raise ConfigError(f"directions={self.directions}: expected an even number from 4 on, half of them are new")
+            raise ConfigError(f"directions={self.directions}: expected an even number, 4 or more: half of them are new")
 
     @property
     def _new(self) -> int:
@@ -44,7 +44,7 @@ class FZOOReuse(FZOO, name="fzoo-r"):
         return super().perturbations(run_seed, step)[: 1 + self._new]
 
     def seeds(self, run_seed: int, step: int) -> tuple[int, ...]:
-        """The new ones, then those of the step before; before step 0 they have a coefficient of 0."""
+        """The new seeds, then those of the previous step; in step 0 these have the coefficient 0."""
         old = [
             step_seed(run_seed, step - 1, i) if step else step_seed(run_seed, 0, self._new + i)
             for i in range(self._new)
@@ -52,7 +52,7 @@ class FZOOReuse(FZOO, name="fzoo-r"):
         return (*super().seeds(run_seed, step), *old)
 
     def first_memory(self) -> tuple[float, ...]:
-        """How many differences there are of the step before, and they."""
+        """The number of differences from the previous step, and these differences."""
         return (0.0,) * (1 + self._new)
 
     def scalars(self, losses: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class FZOOReuse(FZOO, name="fzoo-r"):
         return losses[0], divide(sqrt(divide(total(away * away), self._new - 1)), self.eps32)
 
     def _all(self, memory: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Every difference, 1 for each that is there and 0 for the others, and how many those are."""
+        """All differences, a mask with 1 for each valid one, and the number of valid ones."""
         new = self.scalars(losses)
         there = torch.cat([torch.ones_like(new), torch.where(memory[0] > 0, torch.ones_like(new), 0.0 * memory[1:])])
         return torch.cat([new, memory[1:]]), there, memory[0] + float(self._new)

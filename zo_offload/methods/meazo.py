@@ -1,13 +1,13 @@
-"""MEAZO: n-SPSA whose rate is divided by the length of the slopes, one number that is remembered.
+"""MEAZO: n-SPSA whose rate is divided by a running root mean square of the slopes, one remembered number.
 
     g_i = (L(w + eps z_i) - L(w - eps z_i)) / (2 eps), i = 1..n            g = mean of the g_i
     v <- beta v + (1 - beta) g^2                                           v' = v / (1 - beta^t), t steps taken
     w <- w - lr / (sqrt(v') + floor) * 1 / n * sum_i g_i z_i
 
-Adam's second moment, of the projected gradient instead of each weight's: the slopes along random directions have no
-scale of their own a weight, and the paper finds nothing in ZO-Adam that a well-tuned ZO-SGD has not. So `lr` is in the
-weights' own units (about what a step changes each weight by), whatever the loss. A step that is skipped is not
-remembered. Source: Dbouk et al. 2026, "On Adaptivity in Zeroth-Order Optimization", arXiv 2605.03869.
+This is Adam's second moment, of the projected gradient instead of each weight: slopes along random directions do not
+differ in scale between weights, and the paper finds that ZO-Adam is no better than a well-tuned ZO-SGD. So `lr` is in
+the weights' own units (about each weight's change in a step), for any loss. A skipped step is not remembered. Source:
+Dbouk et al. 2026, "On Adaptivity in Zeroth-Order Optimization", arXiv 2605.03869.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class MEAZO(NSPSA, name="meazo"):
     """Zeroth-order SGD with one adaptive rate for all weights."""
 
     lr: float = 1e-5
-    """About what a step changes each weight by, whatever eps and the loss."""
+    """Peak learning rate: about each weight's change in a step, for any eps and loss."""
     directions: int = 1
-    """Perturbations of a step, n, two forwards each."""
+    """Number of perturbations per step, n, with two forwards each."""
     beta: float = 0.99
-    """How much of v a step keeps."""
+    """The share of v that a step keeps."""
     floor: float = 1e-8
-    """Added to the root of v, so that a slope of nothing is no step."""
+    """Added to the root of v, so that a slope of 0 gives no step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

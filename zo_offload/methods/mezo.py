@@ -19,7 +19,7 @@ from .base import Method
 
 @dataclass(frozen=True, kw_only=True)
 class MeZO(Method, name="mezo"):
-    """Zeroth-order SGD with one two-sided perturbation a step."""
+    """Zeroth-order SGD with one two-sided perturbation per step."""
 
     lr: float = 1e-6
     """Peak learning rate (MeZO's full-parameter OPT recipe: 1e-6 or 1e-7)."""
@@ -30,11 +30,11 @@ class MeZO(Method, name="mezo"):
         return Perturbation(seed, self.eps32), Perturbation(seed, -self.eps32)
 
     def projected(self, losses: Tensor) -> Tensor:
-        """(L+ - L-) / (2 eps), [1]: with the eps that the lanes really used."""
+        """(L+ - L-) / (2 eps), [1], with the eps that the lanes used."""
         return self.clipped(divide(losses[:1] - losses[1:], 2 * self.eps32))
 
     def clipped(self, grad: Tensor) -> Tensor:
-        """The projected gradient as it is used: MeZO does not clip."""
+        """The projected gradient after clipping; MeZO does not clip."""
         return grad
 
     def coefficients(self, losses: Tensor, lr: float) -> Tensor:

@@ -3,10 +3,10 @@
     g_t = (L(w + eps z_t) - L(w - eps z_t)) / (2 eps)
     w <- w - lr * sum_{k < window} beta^k g_{t-k} z_{t-k}
 
-That is SGD with momentum (m <- beta m + g z, w <- w - lr m), but for what is older than `window` steps: beta^window of
-what a direction moves the weights by in the end. No plane of momenta is stored or moved; a step applies the noises of
-`window` steps, which a CPU notices (each is made again) and a link does not. MeZO's rate is to be multiplied by
-1 - beta. Source: "ZO-SGD-MMT" of Zhang et al. 2024, arXiv 2402.11592, whose beta is 0.9.
+This is SGD with momentum (m <- beta m + g z, w <- w - lr m) without the terms older than `window` steps, which are
+beta^window of a direction's total effect. No plane of momenta is stored or moved; a step applies the noises of `window`
+steps, which costs CPU time (each is made again) but no bytes on the link. Multiply MeZO's rate by 1 - beta. Source:
+"ZO-SGD-MMT" of Zhang et al. 2024, arXiv 2402.11592, whose beta is 0.9.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .outcome import Told
 
 @dataclass(frozen=True, kw_only=True)
 class Momentum(MeZO, name="momentum"):
-    """Zeroth-order SGD with momentum, one two-sided perturbation a step."""
+    """Zeroth-order SGD with momentum, one two-sided perturbation per step."""
 
     lr: float = 1e-7
-    """Peak learning rate: MeZO's times 1 - beta moves as far in all."""
+    """Peak learning rate: MeZO's rate times 1 - beta moves the weights equally far in total."""
     beta: float = 0.9
-    """How much of the momentum a step keeps."""
+    """The share of the momentum that a step keeps."""
     window: int = 16
-    """Steps that it reaches back, the present one included."""
+    """Number of steps in the momentum, including the present one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,14 +39,14 @@ class Momentum(MeZO, name="momentum"):
             raise ConfigError(f"beta={self.beta}, window={self.window}: expected 0 <= beta < 1, and 1 to 256 steps")
 
     def seeds(self, run_seed: int, step: int) -> tuple[int, ...]:
-        """This step's, and those of the steps before; before step 0 there are none, and their coefficients are 0."""
+        """The seeds of this step and of earlier steps; those before step 0 have the coefficient 0."""
         before = range(step - 1, step - self.window, -1)
         return (
             step_seed(run_seed, step), *(step_seed(run_seed, max(t, 0), 0 if t >= 0 else -t) for t in before)
         )  # fmt: skip
 
     def first_memory(self) -> tuple[float, ...]:
-        """The slopes of the steps before, the last one first."""
+        """The slopes of earlier steps, the last one first."""
         return (0.0,) * (self.window - 1)
 
     def remember(self, memory: Tensor, told: Told) -> Tensor:

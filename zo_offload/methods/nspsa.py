@@ -1,15 +1,15 @@
-"""n-SPSA: MeZO along several directions a step, two-sided each, averaged.
+"""n-SPSA: MeZO with the mean of several two-sided directions per step.
 
     g_i = (L(w + eps z_i) - L(w - eps z_i)) / (2 eps), i = 1..n          w <- w - lr / n * sum_i g_i z_i
 
 The step is MeZO's with n = 1, bit for bit. Source: Malladi et al. 2023, Algorithm 2, whose step has the same 1 / n.
 
-**What lr means.** `lr` multiplies the mean. At MeZO's rate each direction moves the weights by an n-th of MeZO's step,
-so n times the forwards buy the same progress with less noise. For as much progress a forward as MeZO makes, give n
-times MeZO's rate: each direction then moves as far as one of MeZO's steps (n is far below the number of weights, so the
-directions hardly overlap).
+**The meaning of lr.** `lr` multiplies the mean. At MeZO's rate each direction moves the weights by 1/n of MeZO's step,
+so n times the forwards give the same progress with less noise. For the same progress per forward as MeZO, use n times
+MeZO's rate: each direction then moves as far as a MeZO step (n is far below the number of weights, so the directions
+hardly overlap).
 
-All 2 n lanes pass with a block while it is there: a step moves the bytes of one of MeZO's and computes n times as much.
+All 2 n lanes use a block in one visit: a step moves as many bytes as a MeZO step and computes n times as much.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from .base import Method
 
 @dataclass(frozen=True, kw_only=True)
 class NSPSA(Method, name="nspsa"):
-    """Zeroth-order SGD with the mean of `directions` two-sided perturbations a step."""
+    """Zeroth-order SGD with the mean of `directions` two-sided perturbations per step."""
 
     lr: float = 1e-6
-    """Peak learning rate of the mean: MeZO's times `directions` moves as far along each direction as MeZO does."""
+    """Peak learning rate of the mean: with MeZO's rate times `directions`, each direction moves as far as in MeZO."""
     directions: int = 8
-    """Perturbations of a step, n, two forwards each."""
+    """Number of perturbations per step, n, with two forwards each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Published recipes, by method: rates come with their eps, and with what they train."""
+"""Published recipes, by method: rates with their eps, and with the kind of parameters that they train."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "opt-prefix": dict(lr=1e-2, eps=1e-1, tunes="prefix", **_MEZO),
         "roberta": dict(lr=1e-6, eps=1e-3, tunes="all", schedule="constant", batch_size=64, steps=100_000),
     },
-    # of the paper's code (github.com/DKmiyan/FZOO): the command of its README, and the defaults of its fzoo.sh
+    # from the paper's code (github.com/DKmiyan/FZOO): the command of its README, and the defaults of its fzoo.sh
     "fzoo": {
         "opt": dict(lr=5e-5, eps=1e-4, directions=8, tunes="all", schedule="constant", batch_size=16),
         "opt-script": dict(lr=1e-5, eps=1e-3, directions=8, tunes="all", schedule="constant", batch_size=16),
@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 WHOLE, SMALL = 4, 16
-"""What trains is no adapter if it is more than a 4th of a model, and not the whole model if less than a 16th."""
+"""More than 1/4 of a model is not an adapter; less than 1/16 is not the whole model."""
 
 
 def recipe(method: str, name: str) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def check_tunes(tunes: str | None, lr: float, eps: float, plan: Plan) -> None:
         )
     if tunes == "all" and plan.trainable_numel * SMALL < plan.numel:
         warnings.warn(
-            f"the preset's lr={lr:g} and eps={eps:g} are rates for whole models, and {share}: a part of "
+            f"the preset's lr={lr:g} and eps={eps:g} are rates for whole models, but {share}: a part of "
             "a model may need a hundred times as much (MeZO.preset('opt-lora') is for adapters)",
             stacklevel=3,
         )

@@ -1,12 +1,12 @@
-"""MeZO on a fixed random subset of the weights: what a mask is worth by itself.
+"""MeZO on a fixed random subset of the weights: a baseline for other masks.
 
     m_i = 1 with chance 1 - sparsity, by (mask_seed, run's seed, parameter, i) alone, the same in every step
     grad = (L(w + eps m z) - L(w - eps m z)) / (2 eps)          w <- w - lr grad m z
 
-Weights outside of the mask are not decayed either. Nothing is stored: the mask is made where the noise is, from 16
-random bits a weight, so the share is one of 65,536 steps. Sources: "R-MeZO", the baseline of Liu et al. 2024 (arXiv
-2402.15751), at the same sparsity as theirs; Guo et al. 2024, "Zeroth-Order Fine-Tuning of LLMs with Extreme Sparsity"
-(arXiv 2406.02913), where random subsets of a thousandth of the weights train.
+Weights outside the mask are not decayed either. Nothing is stored: the mask is made together with the noise, from 16
+random bits per weight, so the share is a multiple of 1/65,536. Sources: "R-MeZO", the baseline of Liu et al. 2024
+(arXiv 2402.15751), at the same sparsity as theirs; Guo et al. 2024, "Zeroth-Order Fine-Tuning of LLMs with Extreme
+Sparsity" (arXiv 2406.02913), where random subsets of a thousandth of the weights train.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..kernels.records import Mask, Smallest
 from ..numerics.noise import step_seed
 from .mezo import MeZO
 
-_MASK = 1 << 22  # index of a step's noises that no method's own reach
+_MASK = 1 << 22  # an index of noises that no method's own noises reach
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,9 @@ class RandomMask(MeZO, name="random-mask"):
     """MeZO on a fixed random subset of the weights."""
 
     sparsity: float = 0.75
-    """Share of the weights that are left as they are."""
+    """Share of the weights that stay unchanged."""
     mask_seed: int = 0
-    """Another number: other weights."""
+    """Chooses the subset."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

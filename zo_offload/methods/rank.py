@@ -1,13 +1,13 @@
-"""ZO-RankSGD: directions are only put in order, best first; how far apart their losses are does not count.
+"""ZO-RankSGD: only the order of the directions' losses counts, not their distances.
 
-    E = the pairs (i, j) of which it is known that i is the better one          l_i = loss(w + eps z_i), i = 1..N
+    E = the pairs (i, j) of which it is known that i is better than j           l_i = loss(w + eps z_i), i = 1..N
     w <- w - lr / |E| * sum over E of (z_j - z_i)
 
 For an objective that only ranks (a person's preference, a comparison of samples): it may return any number that orders
-the lanes, and any monotone function of it gives the same run. `top` = k: only the best k are in order among themselves,
-the others are worse than those; 0: all are. Equal losses are no pair. `lr` is in the weights' own units. The paper's
-line search, which ranks candidates along the step, is left out: its lanes would lie along a sum of noises. Source:
-Tang et al. 2023, "Zeroth-Order Optimization Meets Human Feedback", arXiv 2303.03751 (ICLR 2024).
+the lanes, and any monotone function of it gives the same run. `top` = k: only the best k are ordered among themselves,
+and the others are worse than those; 0: all are ordered. Equal losses form no pair. `lr` is in the weights' own units.
+The paper's line search, which ranks candidates along the step, is left out: its lanes would need sums of noises.
+Source: Tang et al. 2023, "Zeroth-Order Optimization Meets Human Feedback", arXiv 2303.03751 (ICLR 2024).
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class RankSGD(Method, name="rank"):
     """Zeroth-order SGD from the order of the losses alone."""
 
     lr: float = 1e-4
-    """Peak learning rate, in the weights' own units, whatever eps and the loss."""
+    """Peak learning rate, in the weights' own units, for any eps and loss."""
     directions: int = 8
-    """Perturbations of a step, N, a forward each."""
+    """Number of perturbations per step, N, with one forward each."""
     top: int = 0
-    """Only so many of the best are known in their order; 0: all."""
+    """Number of best directions whose order is used; 0: all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 2 <= self.directions <= 256:
-            raise ConfigError(f"directions={self.directions}: expected 2 to 256, to be put in order")
+            raise ConfigError(f"directions={self.directions}: expected 2 to 256, to be ranked")
         if not 0 <= self.top <= self.directions:
             raise ConfigError(f"top={self.top}: expected 0 (all) to {self.directions}, the number of directions")
 
@@ -47,14 +47,14 @@ class RankSGD(Method, name="rank"):
         return tuple(Perturbation(step_seed(run_seed, step, i), self.eps32) for i in range(self.directions))
 
     def coefficients(self, losses: Tensor, lr: float) -> Tensor:
-        """lr / |E| times how many are better less how many are worse."""
+        """lr / |E| times (the number of better directions minus the number of worse ones)."""
         n, top = self.directions, self.top or self.directions
-        better = (losses[:, None] > losses).sum(1)  # [i]: how many are better than i
+        better = (losses[:, None] > losses).sum(1)  # [i]: number of directions better than i
         known = (better < top) & torch.isfinite(losses)
         pair = (losses[:, None] > losses) & known  # [j, i]: i is one of the best, and better than j
         found = (pair.sum(1) - pair.sum(0)).to(losses.dtype)
         return divide(lr * found, top * (top - 1) / 2 + top * (n - top))
 
     def summary(self, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean of the losses, and how far the best is from the worst; 0: none is better than another."""
+        """The mean of the losses, and the distance from the best to the worst; 0: all are equal."""
         return divide(total(losses), self.directions), losses.amax() - losses.amin()

@@ -1,12 +1,12 @@
-"""FedKSeed's pool of seeds: MeZO whose noises are K fixed ones, of which each step takes one by chance.
+"""FedKSeed's pool of seeds: MeZO with K fixed noises, one of which each step draws at random.
 
     z_t = noise of seed k_t of K          g = (L(w + eps z_t) - L(w - eps z_t)) / (2 eps)          w <- w - lr g z_t
 
-A whole run is then K numbers, the sum of lr g of each seed, whatever its number of steps, and several machines agree by
-exchanging those. So the rate must be constant in what they exchange, and weight decay, which would weigh earlier steps
-less, is refused; a step whose |L+ - L-| is above `grad_clip` changes nothing. To add up what a seed was used for is not
-the same as to apply it step by step, to the last bit: the journal keeps the steps. Source: Qin et al. 2024, "Federated
-Full-Parameter Tuning of Billion-Sized Language Models with Communication Cost under 18 Kilobytes", arXiv 2312.06353.
+A whole run of any length is then K numbers, the sum of lr g for each seed, and several machines agree by exchanging
+them. So the rate must be constant between exchanges, and weight decay, which would give earlier steps less weight, is
+refused. A step whose |L+ - L-| is above `grad_clip` changes nothing. Applying a seed's sum is not bit-equal to applying
+its steps one by one: the journal keeps the steps. Source: Qin et al. 2024, "Federated Full-Parameter Tuning of
+Billion-Sized Language Models with Communication Cost under 18 Kilobytes", arXiv 2312.06353.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..kernels.records import Perturbation
 from ..numerics.noise import step_seed
 from .mezo import MeZO
 
-_POOL, _CHOICE = 1 << 20, 1 << 21  # indices of a step's noises that no method's own reach
+_POOL, _CHOICE = 1 << 20, 1 << 21  # indices of noises that no method's own noises reach
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,9 @@ class SeedPool(MeZO, name="seed-pool"):
     lr: float = 3e-7
     """Peak learning rate."""
     pool: int = 4096
-    """Seeds, K: the paper has 1024 to 4096."""
+    """Number of seeds, K: the paper has 1024 to 4096."""
     grad_clip: float = 100.0
-    """A step whose losses are further apart changes nothing."""
+    """A step whose two losses differ by more changes nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,7 +45,7 @@ class SeedPool(MeZO, name="seed-pool"):
             raise ConfigError(f"weight_decay={self.weight_decay}: a pool of seeds has no order of steps to decay by")
 
     def chosen(self, run_seed: int, step: int) -> int:
-        """Which of the pool's seeds a step takes, 0 .. pool - 1."""
+        """The index of the step's seed in the pool, 0 .. pool - 1."""
         return step_seed(run_seed, step, _CHOICE) % self.pool
 
     def perturbations(self, run_seed: int, step: int) -> tuple[Perturbation, ...]:

@@ -1,1 +1,1 @@
-"""A torch model from outside: its parameters, modes and state, and which module uses which weight."""
+"""Inspects a torch model: its parameters, modes and state, and which module uses which weight."""

@@ -1,9 +1,10 @@
-"""A guard on a model whose weights are elsewhere: what would copy, save, move or load placeholders is an error.
+"""A guard on a model whose weights are in an engine: copying, saving, moving or loading its placeholders is an error.
 
-While an engine has a model's weights, its parameters hold NaN. Whatever reads them by way of the module (`state_dict`,
-which transformers' `save_pretrained` and `torch.save` go through, `copy.deepcopy`, `pickle`), moves them (`to`, `half`,
-`cuda`) or writes them (`load_state_dict`) is stopped by hooks and attributes that are taken off again when the weights
-are back. After an engine was closed without that, a call of the model is stopped too; while it runs, its hub does that.
+While an engine has a model's weights, its parameters hold NaN. Hooks and attributes stop every way to read them through
+the module (`state_dict`, which transformers' `save_pretrained` and `torch.save` use, `copy.deepcopy`, `pickle`), to
+move them (`to`, `half`, `cuda`) or to write them (`load_state_dict`); they are removed when the weights are back. After
+an engine was closed without giving the weights back, a call of the model is an error too; while the engine runs, its
+hub does that.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _here = threading.local()
 
 
 class Away:
-    """The guard on one model, from when the parameters `names` have gone until `lift`."""
+    """The guard on one model, from the time that the parameters `names` are taken until `lift`."""
 
     def __init__(self, model: nn.Module, names: Collection[str]) -> None:
         self._why = (
@@ -44,7 +45,7 @@ class Away:
             vars(module).update(_apply=self._convert(module), __reduce_ex__=self._reduce(module))
 
     def close(self) -> None:
-        """The engine is closed, and the weights have not come back. Again: nothing more."""
+        """The engine was closed without giving the weights back. Calling it again has no effect."""
         if self._closed or not self._modules:
             return
         self._closed = True
@@ -80,7 +81,7 @@ class Away:
 
     def _convert(self, module: nn.Module) -> Callable[..., nn.Module]:
         def convert(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-            """As routers do in their forward, `self.head.to(x.dtype)`: allowed where it changes nothing."""
+            """Allow `self.head.to(x.dtype)`, as in routers' forwards, if it changes nothing."""
             if any(fn(t) is not t for t in [*module.parameters(), *module.buffers()]):
                 self.refuse("moved or converted")
             return module
@@ -101,7 +102,7 @@ def is_away(p: nn.Parameter) -> bool:
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
-    """While open, this thread may take a state dict or a copy of a model that is away: it wants names, shapes, ties."""
+    """While open, this thread may take a state dict or a copy of a guarded model, for names, shapes and ties."""
     before = getattr(_here, "shapes_only", False)
     _here.shapes_only = True
     try:
@@ -111,7 +112,7 @@ def shapes_only() -> Iterator[None]:
 
 
 def check_present(model: nn.Module) -> None:
-    """Raise PlanError, by name, if a model's weights are not there: in another engine, on meta, or not made yet."""
+    """Raise PlanError, with the name, if weights are missing: in another engine, on meta, or not made yet."""
     for name, p in model.named_parameters():
         if isinstance(p, nn.UninitializedParameter):
             raise PlanError(

@@ -3,10 +3,10 @@
 transformers' losses make a float32 copy of all logits, and log_softmax one more: at 2048 tokens and 50,272 words 412 MB
 each, beside 206 MB of logits. Here the two copies exist for a few rows at a time, 16 MB each.
 
-The result is the same bit for bit. A row's -log p depends on that row alone, and the kernels treat a row alike wherever
-it is, as long as its first element is aligned alike: chunks are whole multiples of 4 rows (16 bytes; a vector load of
-the CUDA kernel, whose order of summation follows alignment). The mean or sum over rows is taken by nll_loss itself, on
-a [rows, 1] table of log p, so in the order that it takes over the whole table.
+The result is bit-equal. A row's -log p depends on that row alone, and the kernels compute a row in the same way at
+every position with the same alignment: chunks are multiples of 4 rows (16 bytes; a vector load of the CUDA kernel,
+whose summation order depends on alignment). nll_loss itself takes the mean or sum over rows, on a [rows, 1] table of
+log p, and so in the same order as over the whole table.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def cross_entropy_in_chunks(
         for rows, wanted in zip(torch.split(logits, step), torch.split(labels, step), strict=True)
     ]
     log_p = torch.cat(losses).neg_().unsqueeze(1)
-    only = torch.where(labels == ignore_index, _IGNORED, 0)  # the one column, or not at all
+    only = torch.where(labels == ignore_index, _IGNORED, 0)  # the only column, or ignored
     loss = F.nll_loss(log_p, only, ignore_index=_IGNORED, reduction="mean" if num_items is None else "sum")
     if num_items is None:
         return loss
@@ -56,10 +56,10 @@ def cross_entropy_in_chunks(
 
 
 def _rows_of(logits: Tensor, vocab_size: int) -> Tensor | None:
-    """logits as [N, vocab_size] without a copy; None if that cannot be had, or is not worth it."""
+    """logits as [N, vocab_size] without a copy; None if that is impossible, or not worth it."""
     if logits.ndim < 2 or logits.shape[-1] != vocab_size or not logits.is_floating_point():
         return None
-    if torch.is_grad_enabled() and logits.requires_grad:  # there is a graph to keep, and it holds whole copies
+    if torch.is_grad_enabled() and logits.requires_grad:  # autograd's graph holds whole copies anyway
         return None
     rows = logits.numel() // vocab_size
     mergeable = all(
@@ -111,7 +111,7 @@ _IN_CHUNKS = ((ForCausalLMLoss, causal_lm_loss), (ForMaskedLMLoss, masked_lm_los
 
 
 def _own_loss(module: nn.Module) -> Any:
-    """The function that `module.loss_function` gives; None for what is not a model with transformers' own property."""
+    """The function `module.loss_function`; None if it is not transformers' own property."""
     if not isinstance(module, PreTrainedModel) or type(module).loss_function is not PreTrainedModel.loss_function:
         return None
     by_type = LOSS_MAPPING.get(getattr(module, "loss_type", None) or "", LOSS_MAPPING["ForCausalLM"])
@@ -120,13 +120,13 @@ def _own_loss(module: nn.Module) -> Any:
 
 @contextlib.contextmanager
 def losses_in_chunks(model: nn.Module, parts: Iterable[nn.Module] | None = None) -> Iterator[None]:
-    """While this is open, `loss_function` of the model, and of models inside it, works in chunks where it can.
+    """While open, `loss_function` of the model, and of models inside it, works in chunks if possible.
 
-    parts: the modules to look at, if that is known: to walk over all of a large model takes a millisecond.
+    parts: the modules to check, if known: walking over all of a large model takes a millisecond.
 
-    Where it is not one of the two functions of transformers, or not what the forward calls, nothing changes.
+    If the loss is not one of the two functions of transformers, or the forward does not call it, nothing changes.
     """
-    changed: list[tuple[dict[str, Any], dict[str, Any]]] = []  # where it was set, and what was there
+    changed: list[tuple[dict[str, Any], dict[str, Any]]] = []  # the changed dicts, with their former values
     try:
         for module in model.modules() if parts is None else parts:
             own = _own_loss(module)

@@ -1,22 +1,22 @@
-"""Stacked experts computed a run at a time: parameters with a row an expert, of which a few are there at once.
+"""Stacked experts computed run by run: parameters with one row per expert, a few of which are in memory at a time.
 
 transformers marks such modules with `use_experts_implementation`: forward(x, top_k_index, top_k_weights) is, for each
 token, the sum over its experts of weight * expert(token), with `num_experts` in gate_up_proj or up_proj, down_proj and
-their biases, and the same whichever of several implementations computes it. So a run of experts is a module of its own
-with fewer experts, and the module's own forward computes it: its parameters hold the run's rows, `num_experts` says how
-many there are, and the sum of all runs, taken in float32 in the order of the experts, is the layer's output.
+their biases, and the same for all of its implementations. So a run of experts is like a module with fewer experts, and
+the module's own forward computes it: its parameters hold the run's rows, `num_experts` is their number, and the sum of
+all runs, in float32 and in the order of the experts, is the layer's output.
 
-Which tokens a run gets:
-    rows      those that chose one of its experts, one row a choice, each with the one expert it chose. The numbers of
-              rows are looked at on the host, once a call. Right for every implementation, and nothing is computed twice
-    masked    all of them, with the choices outside of the run sent to an expert after the last one with weight 0, as
-              transformers' expert parallelism does. Nothing is looked at; the grouped product skips those rows
+The tokens of a run:
+    rows      those that chose one of its experts, one row per choice, each with the one expert it chose. The host reads
+              the numbers of rows, once per call. Right for every implementation, and nothing is computed twice
+    masked    all tokens, with the choices outside the run sent to an expert after the last one with weight 0, as
+              in transformers' expert parallelism. The host reads nothing; the grouped product skips those rows
 
-"grouped_mm", transformers' default, takes masked tokens where torch's grouped product does not wait either: bf16 on
-compute capability 9 and 10. Elsewhere it copies its offsets to the host, twice a run (`_grouped_mm_fallback` in torch's
-GroupedMMUtils.h), where rows are looked at once a call. Everything else takes rows: on the CPU to look costs
-nothing, "eager" looks at the routing itself and knows no expert after the last one in transformers 5.17, and
-"batched_mm" gathers a weight for every row it is given.
+"grouped_mm", transformers' default, gets masked tokens if torch's grouped product does not wait for the host either:
+bf16 on compute capability 9 and 10. Elsewhere that product copies its offsets to the host, twice per run
+(`_grouped_mm_fallback` in torch's GroupedMMUtils.h), while rows are read once per call. All other cases use rows: on
+the CPU reading is free, "eager" reads the routing itself and has no expert after the last one in transformers 5.17, and
+"batched_mm" gathers a weight for every given row.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-_MARKS = ("has_gate", "has_bias", "is_transposed")  # what the decorator leaves on a module
+_MARKS = ("has_gate", "has_bias", "is_transposed")  # attributes that the decorator sets on a module
 _MASKED = frozenset({"grouped_mm"})
 
 
 def is_stack_of_experts(module: nn.Module) -> bool:
-    """Whether a call of this module is the decorator's, and its parameters are what that reads and no more."""
+    """Whether a call of this module is the decorator's, and the module has just the parameters that it reads."""
     forward, held = getattr(type(module), "forward", None), vars(module)
     if (
         forward is None
@@ -64,11 +64,11 @@ def in_runs(
     *,
     masked: bool | None = None,
 ) -> Tensor:
-    """What the module's own forward gives for (*args, **kwargs), run by run.
+    """The result of the module's own forward for (*args, **kwargs), computed run by run.
 
-    runs: the experts of each. hold(k): from here on the parameters hold the rows of runs[k]; called once each, in
-    order. The module's attributes are as before when this returns or raises, and while `hold` is under way.
-    masked: None chooses as the module's docstring says.
+    runs: the experts of each run. hold(k): makes the parameters hold the rows of runs[k]; called once each, in order.
+    The module's attributes are restored when this returns or raises, and during `hold`. masked: None chooses by the
+    rule in this file's docstring.
     """
     forward = type(module).forward
     x, index, weights = inspect.signature(forward).bind(module, *args, **kwargs).args[1:]
@@ -91,12 +91,12 @@ def in_runs(
             out += part
         else:
             picked.add(run, part, out)
-        del part  # nothing of a run is kept while the lane waits for the next one
+        del part  # keep nothing of a run while the lane waits for the next one
     return torch.zeros_like(x) if out is None else out.to(dtype)
 
 
 def products_run_ahead(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's grouped product asks the host for nothing there."""
+    """Whether torch's grouped product does not wait for the host on this device and dtype."""
     if device.type != "cuda" or dtype is not torch.bfloat16:
         return False
     return torch.cuda.get_device_capability(device)[0] in (9, 10)
@@ -112,9 +112,9 @@ def _zeros(x: Tensor, part: Tensor) -> Tensor:
 
 
 class _Picked:
-    """The choices of all tokens, sorted by expert; of one expert first all first choices, token by token.
+    """The choices of all tokens, sorted by expert; for one expert, all first choices come first, token by token.
 
-    So the rows of an expert are in the order in which the eager forward takes them.
+    So the rows of an expert are in the order of the eager forward.
     """
 
     def __init__(self, x: Tensor, index: Tensor, weights: Tensor, num_experts: int) -> None:
@@ -123,7 +123,7 @@ class _Picked:
         self.tokens = self.order % max(1, x.shape[0])
         edges = torch.arange(num_experts + 1, dtype=self.experts.dtype, device=self.experts.device)
         self.starts: list[int] = torch.searchsorted(self.experts, edges).tolist()
-        """Of each expert's rows, and the end of the last one's."""
+        """The start of each expert's rows, and the end of the last one's."""
 
     def count(self, run: slice) -> int:
         return int(self.starts[run.stop] - self.starts[run.start])
@@ -135,7 +135,7 @@ class _Picked:
             return forward(module, self.x[self.tokens[rows]], index[:, None], weights[:, None])
 
     def add(self, run: slice, part: Tensor, out: Tensor) -> None:
-        """Add the rows of a run to their tokens, expert by expert: a token is in each once, so the order is given."""
+        """Add the rows of a run to their tokens, expert by expert: a token is in each once, so the order is fixed."""
         first = self.starts[run.start]
         for expert in range(run.start, run.stop):
             rows = slice(self.starts[expert], self.starts[expert + 1])
@@ -173,7 +173,7 @@ def _holding(module: Any, count: int, *, masked: bool = False, repeat: bool = Fa
 
 
 def set_rows(module: nn.Module, rows: Sequence[Tensor]) -> None:
-    """Let the module's parameters hold these; none: leave them as they are. No business of a lane's function mode."""
+    """Let the module's parameters hold these rows; none: leave them unchanged. Bypasses a lane's function modes."""
     with torch._C.DisableTorchFunction():
         for p, w in zip(module.parameters(), rows, strict=False):
             p.data = w

@@ -1,17 +1,18 @@
-"""Random numbers of a forward: functions of the run's seed and the step, and the caller's generators left alone.
+"""Random numbers of a forward: functions of the run's seed and the step; the caller's generators are not changed.
 
 The rule, for every call of the engine:
 
     a step                   each of its lanes begins with generators seeded by (run seed, step)
-    an evaluation            each of its batches by (run seed, number of the batch); what reading its data draws is a
-                             stream of its own, by the run seed
+    an evaluation            each of its batches by (run seed, number of the batch); reading its data draws from a
+                             separate stream, by the run seed
     tracing and measuring    by the run seed
-    run, generate            with the caller's generators as they are, which go on as after a plain forward: so
-                             `torch.manual_seed` before `generate(do_sample=True)` gives what it gives in transformers
+    run, generate            with the caller's generators, which are advanced as by a plain forward: so
+                             `torch.manual_seed` before `generate(do_sample=True)` has the same effect as in
+                             transformers
 
-In the first three the caller's generators are as before afterwards. Meant are torch's default generators, Python's and
-numpy's; a `torch.Generator` that an op is given; and generators that the model's modules hold. Others (an object in a
-closure, say) cannot be seen.
+In the first three cases the caller's generators are restored afterwards. This covers torch's default generators,
+Python's and numpy's; a `torch.Generator` passed to an op; and generators that the model's modules hold. Others (an
+object in a closure, say) cannot be seen.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _HOST = frozenset({"torch", "python", "numpy"})  # kinds of the generators that 
 
 
 def lane_seed(run_seed: int, what: str, index: int) -> int:
-    """64 bits: of the random numbers that lanes draw in step `index`, say. Not those of the perturbations' noise."""
+    """64-bit seed of the random numbers that lanes draw in step `index`, say. Unrelated to the perturbations' noise."""
     return int.from_bytes(hashlib.blake2b(f"{run_seed} {what} {index}".encode(), digest_size=8).digest(), "little")
 
 
@@ -43,7 +44,7 @@ class Generators:
         self._salts: dict[str, str] = {}  # of what was met, from its first state: whatever else is met, and when
 
     def meet(self, generator: Any, state: Any = None) -> bool:
-        """Look after one more (see `is_generator`), which was in `state`, or is as it was. False if it was known."""
+        """Add a generator (see `is_generator`) whose state was `state`, or is unchanged. False if it was known."""
         known = (torch.default_generator, *torch.cuda.default_generators, *self._met.values())
         if any(generator is other or _is_same(generator, other) for other in known):
             return False
@@ -98,14 +99,14 @@ class Generators:
 
 
 def is_generator(value: Any) -> bool:
-    """Whether a value is a generator that can be looked after."""
+    """Whether a value is a generator that this class can handle."""
     numpy = sys.modules.get("numpy")
     of_numpy = numpy is not None and isinstance(value, (numpy.random.Generator, numpy.random.RandomState))
     return of_numpy or isinstance(value, (torch.Generator, random.Random))
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Ops see other Python objects of a torch.Generator than the one that was passed."""
+    """Whether two objects are the same generator: ops see other Python objects of a passed one."""
     return isinstance(a, torch.Generator) and isinstance(b, torch.Generator) and a._cdata == b._cdata  # type: ignore[attr-defined]
 
 
@@ -174,7 +175,7 @@ def _same_state(a: Any, b: Any) -> bool:
 
 @contextmanager
 def own_random_numbers(seed: int) -> Iterator[None]:
-    """While open, the process's generators are seeded; afterwards they are as they were."""
+    """While open, the process's generators are seeded; afterwards they are restored."""
     generators = Generators()
     before = generators.state()
     generators.seed(frozenset(before), seed)
@@ -185,9 +186,9 @@ def own_random_numbers(seed: int) -> Iterator[None]:
 
 
 def read_apart(begin: Callable[[], Iterator[Item]], seed: int) -> Iterator[Item]:
-    """The items of `begin()`, read with generators that are seeded before the first and go on from one to the next.
+    """The items of `begin()`, read with generators that are seeded before the first and keep their state in between.
 
-    Between them the process's generators are as they were.
+    Between items the process's generators have their own state.
     """
     generators = Generators()
     kinds = frozenset(generators.state(_HOST))

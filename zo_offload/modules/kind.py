@@ -1,8 +1,8 @@
-"""What a model predicts, so that its inputs and labels are those of its kind: one answer for all who ask.
+"""The kind of a model: what it predicts, and so which inputs and labels it needs.
 
-A model's class is looked up in transformers' own lists of classes by task, and in its config's `auto_map` where it
-brings its own code; `is_encoder_decoder` and `is_decoder` decide where a class is in several. A module that is in none
-is of the kind "other": nothing is assumed of it, and no labels are made for it.
+A model's class is looked up in transformers' own lists of classes by task, and in its config's `auto_map` if it brings
+its own code; `is_encoder_decoder` and `is_decoder` decide if a class is in several lists. A module in no list has the
+kind "other": nothing is assumed about it, and no labels are made for it.
 """
 
 from __future__ import annotations
@@ -62,42 +62,43 @@ _BY_ITS_CONFIG = ("seq2seq", "masked", "causal")  # kinds of a head on the vocab
 
 @dataclass(frozen=True)
 class ModelKind:
-    """What a model predicts, and the sizes that its inputs and labels must fit."""
+    """The kind of a model, and the sizes that its inputs and labels must fit."""
 
     name: Kind
     model: str
     """Its class, for messages."""
     shift: int = 0
-    """1 where the logits at a position predict the label after it, 0 where they predict the label there."""
+    """1 if the logits at a position predict the next label, 0 if they predict the label at that position."""
     classes: int | None = None
     problem: str | None = None
-    """transformers' name of what a classification head is for; None: its labels decide."""
+    """transformers' problem type of a classification head; None: its labels decide."""
     class_ids: tuple[tuple[str, int], ...] = ()
-    """Names that the config gives to classes."""
+    """The config's names of classes."""
     positions: int | None = None
     """Most tokens of a row."""
     label_positions: int | None = None
     """Most tokens of a decoder's labels."""
     vocabulary: int | None = None
     pad_token: int | None = None
-    """The config's: what a model that pools the last token, or counts positions, takes for padding."""
+    """The config's padding token, used by models that pool the last token or count positions."""
     takes: frozenset[str] = frozenset()
     """Names of `forward`'s arguments."""
     takes_any: bool = False
-    """`forward` takes others too."""
+    """`forward` takes any other arguments too."""
     flags: frozenset[str] = frozenset()
     """Arguments that are truth values."""
     needs_padding: bool = False
-    """It classifies by a row's last token, and its config does not say what padding is."""
+    """It classifies by a row's last token, but its config names no padding token."""
     virtual: int = 0
     """Tokens that a peft model puts before each row."""
     sees_ahead: bool = False
-    """A causal head on an encoder: each token is seen by those before it, and so is an answer."""
+    """A causal head on an encoder: tokens see the tokens after them, and so an answer is seen in advance."""
 
     def placed(self, labels: list[int]) -> list[int]:
-        """Labels that stand at their own tokens, where the model's loss looks for them.
+        """Labels at their own tokens, moved to where the model's loss expects them.
 
-        Most causal models shift labels themselves; BART's, Marian's and a few others' decoders leave it to the caller.
+        Most causal models shift labels themselves; BART's, Marian's and a few others' decoders leave that to the
+        caller.
         """
         return [*labels[1:], IGNORED] if self.name == "causal" and self.shift == 0 else labels
 
@@ -106,7 +107,7 @@ UNKNOWN = ModelKind("unknown", "the model, which was not given,", takes_any=True
 
 
 def kind_of(model: nn.Module) -> ModelKind:
-    """The kind of a module, peft's and torch.compile's wrappers looked through."""
+    """The kind of a module, or of the model inside peft's and torch.compile's wrappers."""
     inner = unwrapped(model)
     config = getattr(inner, "config", None)
     name, sees_ahead = _named(inner, config)
@@ -174,13 +175,13 @@ def _class_of(value: Any) -> str:
 
 
 def _is_encoder(config: Any) -> bool:
-    """Attention goes both ways: BERT's kin without `is_decoder`, and XLNet."""
+    """Whether attention is bidirectional: BERT-like models without `is_decoder`, and XLNet."""
     both = getattr(config, "model_type", None) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return (both and not getattr(config, "is_decoder", False)) or getattr(config, "attn_type", None) == "bi"
 
 
 def _pools_last(config: Any) -> bool:
-    """Of a classifier: it stands on a model that only looks back, whose last token has seen the whole row."""
+    """Whether a classifier's model is causal, so that its last token has seen the whole row."""
     kind = getattr(config, "model_type", None)
     lists = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return kind in lists[0] and kind not in lists[1]
@@ -208,9 +209,9 @@ def _pad_token(config: Any) -> int | None:
 
 
 def _shifts(cls: type[nn.Module]) -> bool:
-    """Whether a causal model's loss compares each position with the label after it, read off its forward's code.
+    """Whether a causal model's loss compares each position with the next label, judged from its forward's code.
 
-    Those that compute a cross-entropy themselves and take the labels as they come do not.
+    Models that compute a cross-entropy themselves on unshifted labels do not.
     """
     if cls.__name__ in _UNSHIFTED:
         return False

@@ -1,10 +1,10 @@
-"""Modes: what torch keeps per thread, which belongs to a lane, and whether modules train or evaluate.
+"""Modes: torch's per-thread state, which belongs to a lane, and the training or eval mode of modules.
 
-An interrupt can keep a context manager's exit from being called, a library's own among them: then what torch keeps
-would be of a `with` that is over (every later tensor on meta). `modes_kept` and `in_contexts` put it back.
+An interrupt can prevent the call of a context manager's exit, even a library's own: then torch's state would belong to
+a `with` that is over (every later tensor on meta). `modes_kept` and `in_contexts` restore it.
 
-Lanes share one thread, so whatever torch keeps per thread would leak from one lane into another: a lane that entered
-`inference_mode`, `autocast` or a `TorchFunctionMode` keeps it for itself. Python's context variables need nothing
+Lanes share one thread, so torch's per-thread state would leak from one lane into another: a lane that entered
+`inference_mode`, `autocast` or a `TorchFunctionMode` must keep it for itself. Python's context variables need nothing
 here: each greenlet has its own context.
 """
 
@@ -51,7 +51,7 @@ class LaneModes:
     """The modes of one lane while it waits.
 
     `park` is called in the lane just before it gives up control and leaves the thread as the hub had it; `resume`
-    puts the lane's modes back. Lanes park and resume in any order: every value is set, none is undone.
+    restores the lane's modes. Lanes park and resume in any order: every value is set, none is undone.
     """
 
     __slots__ = ("_guard", "_own")
@@ -67,7 +67,7 @@ class LaneModes:
         self._own = now
         _set_stacks(now, hub)
         if now[1] != hub[1]:
-            # the guard's exit sets the thread back to this moment's state, whatever was set in between
+            # the guard's exit restores this moment's state, whatever was set in between
             self._guard = _c._InferenceMode(hub[1])
             self._guard.__enter__()
         _set_plain(hub)
@@ -93,13 +93,13 @@ def restore_modes(target: ModeState) -> None:
 
 
 def modes_kept(job: Callable[[], _Result]) -> _Result:
-    """job(). Whatever it raises, the thread's modes are afterwards as they were."""
+    """Call job() and restore the thread's modes afterwards, whatever it raises."""
     return in_contexts((), job)
 
 
 def in_contexts(contexts: Sequence[AbstractContextManager[Any]], job: Callable[[], _Result]) -> _Result:
-    """job() within context managers, entered in order. All of them are left and the thread's modes are as before, even
-    where an interrupt in an exit keeps those of the others from being called."""
+    """Call job() inside context managers, entered in order. All of them are left and the thread's modes are restored,
+    even if an interrupt in one exit prevents the others' exits."""
     before = current_modes()
     try:
         try:
@@ -110,7 +110,7 @@ def in_contexts(contexts: Sequence[AbstractContextManager[Any]], job: Callable[[
         finally:
             _leave(contexts, before)
     finally:
-        _leave(contexts, before)  # the first time may have been broken off itself
+        _leave(contexts, before)  # the first try may have been interrupted
 
 
 def _leave(contexts: Sequence[AbstractContextManager[Any]], before: ModeState) -> None:
@@ -158,11 +158,11 @@ def _move_stack(
 
 @contextmanager
 def module_modes(modules: Sequence[nn.Module], mode: str) -> Iterator[None]:
-    """While open, all modules evaluate ("eval") or train ("train"), or each does as it did ("as_is"); afterwards each
-    is as it was.
+    """While open, all modules are in eval mode ("eval"), in training mode ("train"), or each in its own ("as_is");
+    afterwards each has its former mode.
 
-    The flags are set one by one: what a model does besides in a `train` of its own (adapters that merge their weights)
-    is not done, since weights are away.
+    The flags are set one by one: other effects of a model's own `train` (adapters that merge their weights) do not
+    happen, since weights are away.
     """
     training = mode == "train"
     others = [] if mode == "as_is" else [module for module in modules if module.training is not training]
@@ -176,7 +176,7 @@ def module_modes(modules: Sequence[nn.Module], mode: str) -> Iterator[None]:
 
 
 def modes_of(model: nn.Module, mode: str) -> str:
-    """What `mode` means for this model, as part of a run's identity."""
+    """The meaning of `mode` for this model, as part of a run's identity."""
     if mode != "as_is":
         return mode
     training = [name for name, module in model.named_modules() if module.training]

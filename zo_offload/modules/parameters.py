@@ -1,14 +1,14 @@
-"""Which of a model's parameters stream, which stay in it, and which lie over the same memory.
+"""Sorts a model's parameters: those that stream, those that stay in the model, and those that share memory.
 
-streamed   plain dense tensors of float32, bfloat16 or float16: stored in blocks, away while no module runs, and the
-           ones that can be trained
+streamed   plain dense tensors of float32, bfloat16 or float16: stored in blocks, away while no module runs; only
+           these can train
 kept       all others: integers, booleans, complex, 64 and 8 bits, subclasses of tensors (quantized weights), memory
            that overlaps itself. They are frozen and stay in the module, as buffers do; exports and the digest of the
            base have them
 
-Two Parameters over exactly the same memory (`b.weight.data = a.weight.data`) are one, tied: `tie` makes them one object
-while an engine has the model. Those that share a part of it, and what a module keeps as a view of a trained weight,
-cannot be followed: the weight goes elsewhere and its view would stay as it is.
+Two Parameters with exactly the same memory (`b.weight.data = a.weight.data`) are tied: `tie` makes them one object
+while an engine has the model. Parameters that share only a part of their memory, and a module's views of a trained
+weight, cannot be supported: the weight moves elsewhere and its view would keep the old values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STREAMED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_plain(p: Tensor) -> bool:
-    """Whether a tensor is of a kind that streams, whatever memory it has now."""
+    """Whether a tensor is of a kind that streams, regardless of its present memory."""
     return p.dtype in STREAMED and p.layout is torch.strided and not is_traceable_wrapper_subclass(p)
 
 
@@ -47,8 +47,7 @@ def split(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Param
 
 
 def ordered_like(p: Tensor) -> tuple[int, ...] | None:
-    """Strides for a copy of a parameter that lies as it does (channels_last, transposed); None where that is plainly
-    row by row."""
+    """Strides for a copy of a parameter in its memory order (channels_last, transposed); None if row-major."""
     return None if p.is_contiguous() else torch.empty_like(p, device="meta").stride()
 
 
@@ -64,18 +63,18 @@ def laid_out(value: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class Tied:
-    """A Parameter that lay over another one's memory, and the one that stands in its place."""
+    """A Parameter that had another one's memory, and the Parameter that replaces it."""
 
     names: tuple[str, ...]
     canonical: str
-    """The name of the one in its place."""
+    """The name of the replacing Parameter."""
     own: nn.Parameter
     asked: bool
-    """Whether the one in its place required a gradient itself."""
+    """Whether the replacing Parameter required a gradient itself."""
 
 
 def tie(model: nn.Module) -> tuple[Tied, ...]:
-    """Make Parameters over exactly the same memory one object, the first of them; `untie` gives the others back."""
+    """Replace Parameters with exactly the same memory by the first of them; `untie` restores the others."""
     first: dict[Any, tuple[str, nn.Parameter]] = {}
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -93,12 +92,12 @@ def tie(model: nn.Module) -> tuple[Tied, ...]:
         one.requires_grad_(one.requires_grad or tied.own.requires_grad)
         for name in tied.names:
             _set(model, name, one)
-        tied.own.data = tied.own.data.new_empty(0)  # its memory is to go where the other one's goes
+        tied.own.data = tied.own.data.new_empty(0)  # its memory must be freed together with the other one's
     return tuple(found)
 
 
 def untie(model: nn.Module, ties: Iterable[Tied]) -> None:
-    """The model's own Parameters again, over the memory that those in their place have now."""
+    """Restore the model's own Parameters, with the memory that the replacing ones have now."""
     for tied in ties:
         one = model.get_parameter(tied.canonical)
         tied.own.data = one.data
@@ -113,9 +112,9 @@ def _set(model: nn.Module, name: str, p: nn.Parameter) -> None:
 
 
 def check_memory(model: nn.Module, trained: Collection[str]) -> tuple[str, ...]:
-    """Raise PlanError, by name, where something else lies over the memory of a parameter that is to train.
+    """Raise PlanError, with the name, if another tensor shares the memory of a trained parameter.
 
-    Returns notes: which parameters lie side by side in one storage, and will no longer.
+    Returns notes: parameters that are now next to each other in one storage, and will not be afterwards.
     """
     named = dict(model.named_parameters())
     by_storage: dict[int, list[str]] = {}
@@ -184,7 +183,7 @@ def _share_elements(a: Tensor, b: Tensor) -> bool:
 
 
 def _extent(t: Tensor) -> tuple[int, int]:
-    """Bytes of its storage that a tensor lies in."""
+    """The range of bytes that a tensor covers in its storage."""
     last = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
     first, size = int(t.storage_offset()), t.dtype.itemsize
     return first * size, (first + last + 1) * size

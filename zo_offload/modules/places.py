@@ -1,11 +1,11 @@
-"""Where a forward can leave something in a model's modules: their attributes, and what these lead to.
+"""The places where a forward can leave state in a model's modules: attributes, and the objects reachable from them.
 
-A place has cells: a namespace one for each name, a list or set one for all its items. It remembers what it held when it
-was last noted, and tells which cells hold other objects now.
+A place has cells: a namespace one for each name, a list or set one for all its items. It remembers its contents when it
+was last noted, and reports the cells that hold other objects now.
 
-What an attribute leads to is looked for through containers and plain objects. It is left out altogether where that
-comes upon what cannot be copied (a lock, a file, something of C) or upon very much. Not seen: what only globals,
-closures or C code hold, and a tensor's memory, which is `state.py`'s.
+Objects are reached through containers and plain objects. An attribute is left out entirely if it leads to something
+that cannot be copied (a lock, a file, a C object) or to very many objects. Not covered: state that only globals,
+closures or C code hold, and a tensor's memory, which `state.py` handles.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LEAVES: tuple[type, ...] = (
     type(Ellipsis), type(NotImplemented), pathlib.PurePath, re.Pattern, weakref.ref, datetime.date, datetime.time,
     datetime.timedelta, decimal.Decimal, fractions.Fraction,
 )  # fmt: skip
-"""Types whose values cannot change, or not as part of a model."""
+"""Types whose values cannot change, at least not as part of a model."""
 
 _BARE = frozenset(vars(nn.Module())) - {"training"}  # what torch keeps in every module
 _OF_TORCH = ("_parameters", "_buffers", "_modules")
@@ -64,28 +64,28 @@ class Place:
         self.note()
 
     def note(self) -> None:
-        """Remember what is here now."""
+        """Remember the present contents."""
         self.then: Any = self.now()
 
     def now(self) -> Any:
         raise NotImplementedError
 
     def changed(self) -> list[Any]:
-        """Keys of the cells that hold other objects than were noted."""
+        """Keys of the cells whose objects differ from the noted ones."""
         raise NotImplementedError
 
     def get(self, key: Any) -> Any:
         raise NotImplementedError
 
     def noted(self, key: Any) -> Any:
-        """What a cell held when it was noted."""
+        """A cell's noted object."""
         return self.then.get(key, GONE)
 
     def put(self, key: Any, value: Any) -> None:
         raise NotImplementedError
 
     def put_back(self) -> None:
-        """All as it was noted."""
+        """Restore the noted contents."""
         for key in self.changed():
             self.put(key, self.noted(key))
 
@@ -121,10 +121,10 @@ class Names(Place):
 
 
 class Hooks(Place):
-    """The hooks around a module's forward, those of this package left out: one cell, all of them.
+    """The hooks around a module's forward, without those of this package: one cell for all of them.
 
-    A model may put hooks on itself at its first forward and note in an attribute that it has (transformers does, to
-    give hidden states). Put back alone, the attribute would have it do so again at every forward.
+    A model may put hooks on itself at its first forward and record that in an attribute (transformers does, to return
+    hidden states). If only the attribute were restored, every forward would add hooks again.
     """
 
     def __init__(self, held: dict[str, Any]) -> None:
@@ -266,7 +266,7 @@ def slots_of(cls: type) -> list[str]:
 
 
 class Reach:
-    """The places, tensors and generators that a model's modules and their classes lead to."""
+    """The places, tensors and generators that are reachable from a model's modules and their classes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.places: list[Place] = []
@@ -293,7 +293,7 @@ class Reach:
         self._values([value for name, value in held.items() if name not in _BARE])
 
     def _values(self, values: Iterable[Any]) -> None:
-        """Add what each value leads to: all of it or nothing."""
+        """Add everything reachable from each value, or nothing of it."""
         for value in values:
             if not isinstance(value, LEAVES) and id(value) not in self._refused:
                 found = _Found(self.seen)
@@ -307,7 +307,7 @@ class Reach:
 
 
 class _Found:
-    """What one value leads to. known: ids of what has been found before."""
+    """The objects reachable from one value. known: ids of objects found before."""
 
     def __init__(self, known: set[int]) -> None:
         self.known, self.seen = known, set[int]()
@@ -316,7 +316,7 @@ class _Found:
         self.generators: list[Any] = []
 
     def walk(self, value: Any, depth: int) -> bool:
-        """Add what there is. False if it cannot be copied, or is too much."""
+        """Add the reachable objects. Returns False if one cannot be copied, or if there are too many."""
         if isinstance(value, LEAVES) or id(value) in self.known or id(value) in self.seen:
             return True
         self.seen.add(id(value))
@@ -361,7 +361,7 @@ class _Found:
         cls, held = type(value), getattr(value, "__dict__", None)
         slots = slots_of(cls)
         if isinstance(value, dict) or not cls.__flags__ & _HEAP_TYPE:
-            return False  # a mapping with ways of its own; something of C
+            return False  # a mapping with its own behaviour; a C object
         attributes = held if isinstance(held, dict) else {}
         if slots:
             self.places.append(Slots(value))

@@ -1,8 +1,8 @@
-"""How many tokens a model can take, read off its own modules: the rows of its position tables, less where they begin.
+"""The number of tokens that a model can take, from its own modules: the rows of its position tables minus their offset.
 
-A learned table ends where its rows end. BART, OPT and their kin begin at `offset`, RoBERTa and its kin after the row of
-the padding token; both are attributes of the table. A model without a table is limited by what its config says, except
-where positions are relative (T5, DeBERTa-v3, ALiBi), which do not run out.
+A learned table limits positions by its rows. In BART, OPT and similar models it begins at `offset`, in RoBERTa and
+similar models after the row of the padding token; both are attributes of the table. A model without a table is limited
+by its config, unless positions are relative (T5, DeBERTa-v3, ALiBi) and therefore unlimited.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def position_limits(model: nn.Module) -> tuple[int | None, int | None]:
-    """(tokens of the encoder or of a model without one, tokens of the decoder); None where nothing limits them."""
+    """(tokens of the encoder or of a model without one, tokens of the decoder); None if unlimited."""
     tables = list(_tables(model))
     decoders = [limit for name, limit in tables if "decoder" in name.split(".")]
     config = getattr(model, "config", None)
@@ -40,7 +40,7 @@ def virtual_tokens(model: nn.Module) -> int:
 
 
 def _tables(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """(path, usable rows) of each table of token positions; those beside a convolution are of patches or of sound."""
+    """(path, usable rows) of each table of token positions; a table next to a convolution is for patches or sound."""
     modules = dict(model.named_modules())
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
@@ -55,7 +55,7 @@ def _tables(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def _said(model: nn.Module, config: Any) -> int | None:
-    """What the config says, unless positions are relative."""
+    """The config's limit, unless positions are relative."""
     if config is None:
         return None
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -69,6 +69,6 @@ def _said(model: nn.Module, config: Any) -> int | None:
 
 
 def learned_positions(model: nn.Module) -> int | None:
-    """Tokens for which a decoder has learned positions, virtual ones of peft taken off; None where none are learned."""
+    """Number of learned positions of a decoder, minus peft's virtual tokens; None if positions are not learned."""
     limit = min((limit for _, limit in _tables(model)), default=None)
     return None if limit is None else limit - virtual_tokens(model)

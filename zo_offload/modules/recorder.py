@@ -1,7 +1,7 @@
-"""What is noted of one forward: the calls of its modules, nested as they ran, and what it did with each parameter.
+"""Records one forward: the nested calls of its modules, and its uses of each parameter.
 
-A `Recorder` is written to while the forward runs, by hooks on the modules and by a watch over its ops (`watch.py`); a
-`Trace` is what a plan is made from.
+Hooks on the modules and a watch over the ops (`watch.py`) fill a `Recorder` while the forward runs; plans are made from
+the resulting `Trace`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ ForwardCall = Callable[[nn.Module, Any], Any]
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward did with the model's parameters."""
+    """One forward's uses of the model's parameters."""
 
     uses: Mapping[str, frozenset[Path]]
     """Canonical parameter name -> paths of module calls under which it must be held. () = outside of any module."""
     order: tuple[tuple[int, str], ...]
     """(depth, module) of each module call in order; depth 0 has no running module above it."""
     complete: bool
-    """The forward was seen to its end."""
+    """Whether the forward was seen to its end."""
     notes: tuple[str, ...] = ()
     writes: frozenset[str] = frozenset()
-    """Parameters that the forward changes in place, or gives other data for a while."""
+    """Parameters that the forward changes in place, or whose data it replaces temporarily."""
 
     def merged(self, later: Trace) -> Trace:
         """Uses of both; order and completeness of the later one unless only the earlier saw a whole forward."""
@@ -46,7 +46,7 @@ class Trace:
         return Trace(uses, base.order, base.complete, notes, self.writes | later.writes)
 
     def with_writes_of(self, earlier: Trace) -> Trace:
-        """This one, and where an earlier one saw parameters written: under a better plan nothing may tell of it."""
+        """This trace with an earlier trace's `writes`, which may not be visible under a better plan."""
         uses = {n: self.uses.get(n, frozenset()) | earlier.uses.get(n, frozenset()) for n in earlier.writes}
         return replace(self, uses={**self.uses, **uses}, writes=self.writes | earlier.writes)
 
@@ -80,7 +80,7 @@ class Recorder:
             pass
 
     def use(self, param: str, path: Sequence[Running]) -> None:
-        """What is called inside of a function transform cannot wait for weights: the module around it holds them."""
+        """Record a use. Code inside a function transform cannot wait for weights: the module around it holds them."""
         outside = takewhile(lambda call: not call.in_transform, path)
         self.uses.setdefault(param, set()).add(tuple(call.name for call in outside))
 
@@ -94,11 +94,11 @@ def is_in_transform() -> bool:
 
 
 class WeightAway(Exception):
-    """Ends a lane of a watched run that cannot go on; the run's verdict says why."""
+    """Ends a lane of a watched run that cannot go on; the run's result has the reason."""
 
 
 def common_calls(a: Sequence[Running], b: Sequence[Running]) -> tuple[Running, ...]:
-    """The calls that were running at both moments."""
+    """The calls that were running in both stacks."""
     n = 0
     while n < len(a) and n < len(b) and a[n] is b[n]:
         n += 1
@@ -106,11 +106,11 @@ def common_calls(a: Sequence[Running], b: Sequence[Running]) -> tuple[Running, .
 
 
 def hook_module_calls(model: nn.Module, recorder: Callable[[], Recorder | None]) -> list[RemovableHandle]:
-    """Hooks that tell the current recorder which modules run. Put on last, they see a module first and leave last."""
+    """Hooks that report module calls to the current recorder. Added last, they enter first and leave last."""
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, ScriptModule):
-            continue  # takes no hooks; its calls are part of the module's above it
+            continue  # takes no hooks; its calls count for the module above it
 
         def before(module: nn.Module, args: Any, name: str = name) -> None:
             seen_by = recorder()

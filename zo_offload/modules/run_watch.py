@@ -1,7 +1,7 @@
 """The watch over a real run of lanes: exact for that run.
 
-It sees what `watch.UseWatch` sees, and besides it weights used while they are away, weights that are changed in place,
-lanes that see each other's tensors, and how much memory the lanes hold at once.
+It sees everything that `watch.UseWatch` sees, and also weights used while they are away, weights changed in place,
+lanes that read each other's tensors, and the memory that all lanes hold at once.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ..errors import PlanError
 from .recorder import Recorder, Running, WeightAway
 from .watch import BATCH_NORMS, Inputs, Origin, UseWatch, storage_key, watched_storage, weak_storage
 
-_NORMS = frozenset({"embedding_renorm_"})  # rows that the input names, each by its own norm
+_NORMS = frozenset({"embedding_renorm_"})  # scales the input's rows, each by its own norm
 
 
 class KeptMemory(Protocol):
-    """Memory that is put back after a run (`state.ModuleState`)."""
+    """Memory that is restored after a run (`state.ModuleState`)."""
 
     def holds(self, key: int) -> bool: ...
 
@@ -36,10 +36,10 @@ class _Made:
     """A tensor's memory: which lane made it, and whether weights or inputs went into it."""
 
     ref: weakref.ref[Any]
-    """Takes the entry out when the memory goes."""
+    """Removes the entry when the memory is freed."""
     by: Recorder
     of: str | None
-    """None: of neither. The name of a parameter: of that alone. MANY: of several, or of inputs."""
+    """The source: None: neither weights nor inputs; a parameter's name: that parameter alone; MANY: others."""
     nbytes: int
 
 
@@ -52,19 +52,19 @@ class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
     def __init__(self, params: Mapping[str, nn.Parameter], state: KeptMemory | None = None) -> None:
         super().__init__(params)
         self._state = state
-        self._writers: dict[int, set[Recorder]] = {}  # of memory that was there before the run
+        self._writers: dict[int, set[Recorder]] = {}  # for memory that existed before the run
         self.writes_batch = False
         self.faults: list[str] = []
         self.crossings: list[str] = []
         self.notes: dict[str, None] = {}
         self.peak_bytes = 0
-        """The most memory of their own making that all lanes held at once."""
+        """The most bytes of tensors made by lanes that all lanes held at once."""
         self._live_bytes = 0
         self._made: dict[int, _Made] = {}
         self._batch: dict[int, StorageWeakRef] = {}
 
     def taint(self, tensors: Iterable[Tensor]) -> None:
-        """Inputs of lanes: what is computed from them is a lane's own."""
+        """Mark inputs of lanes: results computed from them belong to a lane."""
         for t in tensors:
             key = storage_key(t)
             if key is not None and key not in self._batch:
@@ -91,10 +91,10 @@ class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
                 self.crossings.append(recorder.where())
             writers = self._writers.get(key) if key is not None else None
             if writers and writers != {recorder} and not (updates and any(t is w for w in written)):
-                self.crossings.append(recorder.where())  # an update alone (`count.add_(1)`) tells the lane nothing
+                self.crossings.append(recorder.where())  # an update alone (`count.add_(1)`) is no crossing
 
     def _before_shared_write(self, recorder: Recorder, key: int) -> None:
-        """An op is about to write into memory that was there before the run."""
+        """Called before an op writes into memory that existed before the run."""
         self._writers.setdefault(key, set()).add(recorder)
         self.writes_batch |= key in self._batch
         if self._state is not None and self._state.holds(key):
@@ -103,8 +103,7 @@ class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
             self.notes[f"{recorder.where()} changes a tensor made before the forward; all lanes share it"] = None
 
     def after(self, recorder: Recorder, inputs: Inputs, outputs: list[Tensor]) -> None:
-        """Whose tensors these are. Only what comes from weights or inputs matters: a lane may well be the one that
-        fills a table of positions for all."""
+        """Record the owner of results of weights or inputs. Other tensors do not matter: a lane may fill tables."""
         known = {key for _, key in inputs if key is not None}
         of = self._made_of(known)
         for t in outputs:
@@ -121,7 +120,7 @@ class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
                 self.peak_bytes = max(self.peak_bytes, self._live_bytes)
 
     def _made_of(self, keys: Iterable[int]) -> str | None:
-        """What went into memory, as `_Made.of`."""
+        """The source of memory, as `_Made.of`."""
         found: set[str] = set()
         for key in keys:
             if key in self.origins:
@@ -133,8 +132,9 @@ class RunWatch(UseWatch):  # type: ignore[no-untyped-call]
         return None if not found else found.pop() if len(found) == 1 else MANY
 
     def _check_write(self, recorder: Recorder, func: Any, inputs: Inputs, weight: Tensor, origin: Origin) -> None:
-        """A lane's own copy of a weight may be changed by what comes of the weight itself (a scale, a clamp, a norm):
-        each call of the module that holds it begins with the weight as stored. PlanError where it would learn."""
+        """A lane may change its own copy of a weight by values computed from that weight (a scale, a clamp, a norm):
+        each call of the module starts with the stored weight. Raises PlanError if the change would carry other
+        information."""
         away = recorder not in origin.held
         others = {key for t, key in inputs if t is not weight and key is not None and key not in self.origins}
         others |= {k for _, k in inputs if k in self.origins and self.origins[k].name != origin.name}

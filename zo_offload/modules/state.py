@@ -1,20 +1,20 @@
-"""What a forward changes in the modules that it runs: each lane's own, and put back after every pass.
+"""The state of modules that a forward changes: each lane has its own, and it is restored after every pass.
 
-The rule: every lane finds the modules as they were before the pass, and a pass leaves them as it found them. So what a
-lane gives is a function of weights, batch and random numbers, in whatever order lanes are served, and a run is the same
-run when it is resumed, replayed, or evaluated in between.
+The rule: every lane starts with the modules' state before the pass, and after a pass that state is restored. So a
+lane's result is a function of weights, batch and random numbers, for any order of lanes, and a run does not change if
+it is resumed, replayed, or evaluated in between.
 
 Two things can be changed:
 
     cells     attributes of modules (a number, a flag, a tensor kept for the next call), and what they lead to: entries
-              of a dict, items of a list, attributes of plain objects (`places.py`). A lane that gives way to another
-              takes the values of its cells with it, so lanes with state of their own run in lockstep like others.
-    memory    of a tensor that was there before the pass, changed in place (running statistics, `count.add_(1)`). It is
-              copied before it is first written, and written back. Lanes write into the same memory: one that reads what
-              another has written is found by the watch (`run_watch.RunWatch`), and such lanes run one after another.
+              of a dict, items of a list, attributes of plain objects (`places.py`). A lane that yields to another keeps
+              the values of its cells, so lanes with state of their own run in lockstep like others.
+    memory    of a tensor that existed before the pass, changed in place (running statistics, `count.add_(1)`). It is
+              copied before the first write, and restored. Lanes write into the same memory: the watch
+              (`run_watch.RunWatch`) detects a lane that reads another's writes; such lanes run one after another.
 
-Which cells and which memory a model changes is learnt in watched passes; later ones exchange and copy only these. The
-others are looked at once, when the pass ends: cells by identity, tensors by version.
+Watched passes find the cells and the memory that a model changes; later passes exchange and copy only these. The others
+are checked once, at the end of the pass: cells by identity, tensors by version.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Cell = tuple[int, Any]
 
 
 class ModuleState:
-    """The state of one model's modules over the passes of a hub. Between passes it is whatever the caller makes it."""
+    """The state of one model's modules during the passes of a hub. Between passes the caller may change it freely."""
 
     def __init__(self, model: nn.Module, generators: Generators) -> None:
         self._model, self._generators = model, generators
@@ -50,12 +50,12 @@ class ModuleState:
         self._storages: dict[int, Tensor] = {}  # what is in reach, by storage key
         self._passing: dict[int, Tensor] = {}  # the batches of this pass, in the same way
         self._versions: list[int] = []
-        self._watching = self._noted = False  # noted: there is something to put back
+        self._watching = self._noted = False  # noted: there is something to restore
 
     def note(self, watching: bool) -> bool:
-        """Before a pass: note how things are. False if there are things that were not there: then it should be watched.
+        """Before a pass: note the present state. False if there are new objects: then watch the pass.
 
-        watching: look for what there is anew, as before a watched pass.
+        watching: search for objects again, as before a watched pass.
         """
         known = self._note(watching)
         assert self._reach is not None
@@ -65,7 +65,7 @@ class ModuleState:
         return known
 
     def watch(self, batches: Iterable[Tensor] = ()) -> None:
-        """The pass is a watched one. batches: tensors whose memory is put back too."""
+        """Make the pass a watched one. batches: tensors whose memory is restored too."""
         self._watching = True
         self._passing = {key: t for t in batches if (key := storage_key(t)) is not None}
 
@@ -92,11 +92,11 @@ class ModuleState:
     # ---- while lanes run ---------------------------------------------------------------------------------------------
 
     def holds(self, key: int) -> bool:
-        """Whether the modules lead to a tensor in the storage of that key, and did before the pass."""
+        """Whether a tensor in the storage of that key was reachable from the modules before the pass."""
         return key in self._storages or key in self._passing
 
     def before_write(self, key: int) -> None:
-        """In a watched pass: an op is about to write into memory that the modules lead to."""
+        """In a watched pass, called before an op writes into memory that is reachable from the modules."""
         if key in self._copies:
             return
         flat = _bytes_of(self._storages[key] if key in self._storages else self._passing[key])
@@ -105,13 +105,13 @@ class ModuleState:
             self._memory[key] = flat
 
     def take(self) -> dict[Cell, Any]:
-        """The values of the cells, as a lane leaves them that gives way to another."""
+        """The values of the cells of a lane that yields to another."""
         if self._watching:
             self._learn()
         return {cell: place.get(cell[1]) for cell, place in self._cells.items()}
 
     def give(self, own: dict[Cell, Any]) -> None:
-        """The cells as the lane that goes on has left them; as before the pass where it has not met them."""
+        """Set the cells to the values of the lane that continues, or to those before the pass if it has none."""
         for cell, place in self._cells.items():
             place.put(cell[1], own[cell] if cell in own else place.noted(cell[1]))
 
@@ -129,17 +129,17 @@ class ModuleState:
     # ---- the end of a lane or of a pass ------------------------------------------------------------------------------
 
     def end(self) -> list[Cell]:
-        """The pass has ended: `put_back`, which a second call leaves out."""
+        """End the pass: `put_back` once; a second call does nothing."""
         if not self._noted:
             return []
         new = self.put_back()
-        self._noted = False  # last: until then it is all done again
+        self._noted = False  # last: until then an interrupted call is repeated
         return new
 
     def put_back(self) -> list[Cell]:
-        """Everything as before the pass. What was changed and had not been known to be.
+        """Restore the state before the pass. Returns changed cells that were not known to change.
 
-        Raises PlanError for memory that was changed so: what was in it is lost.
+        Raises PlanError for such memory: its former contents are lost.
         """
         if self._reach is None:
             return []
@@ -173,8 +173,8 @@ class ModuleState:
 
 @contextmanager
 def undisturbed(model: nn.Module, mode: str, seed: int) -> Iterator[None]:
-    """While open, forwards of copies of the model are looked at: its modules are in the mode that they are run in, and
-    random numbers are those of `seed`. Afterwards modules, their classes and the process's generators are as before."""
+    """While open, for forwards of copies of the model: its modules are in the run's mode, and random numbers are those
+    of `seed`. Afterwards modules, their classes and the process's generators are restored."""
     state = ModuleState(model, Generators())
     state.note(watching=True)
     try:

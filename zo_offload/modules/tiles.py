@@ -2,10 +2,10 @@
 
     out[..., a:b] = x @ W[a:b].T + bias[a:b]
 
-So one piece of the weight has to be there at a time. The output is one tensor from the start and each product goes
-into its columns: BLAS takes the distance between rows (ldc), so nothing is copied, on CPU or CUDA, and cutting costs
-what the smaller products cost. Whether the result equals that with the whole weight bit for bit is up to the BLAS. It
-does not depend on where the pieces come from, so a weight that is there whole is computed with in the same pieces.
+So only one piece of the weight is needed at a time. The output is one tensor from the start and each product goes into
+its columns: BLAS takes the distance between rows (ldc), so nothing is copied, on CPU or CUDA, and the only cost is that
+of smaller products. Whether the result is bit-equal to that with the whole weight depends on the BLAS. It does not
+depend on the source of the pieces, so a weight that is whole in memory is used in the same pieces.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 
 def tiled_linear(x: Tensor, pieces: Sequence[slice], weight: Callable[[int], Tensor], bias: Tensor | None) -> Tensor:
-    """What nn.Linear gives for `x`, or raises.
+    """The result of nn.Linear for `x`; raises the same errors.
 
-    weight(k): rows `pieces[k]` of the weight; asked for once each, in order, and not used after the next one is asked
-    for. bias: not read once weight(1) is asked for.
+    weight(k): rows `pieces[k]` of the weight; called once each, in order; a piece is not used after the call for the
+    next one. bias: not read after the call of weight(1).
     """
     w = weight(0)
     if not _is_plain(x) or (torch.is_grad_enabled() and any(t.requires_grad for t in (x, w, bias) if t is not None)):
@@ -50,7 +50,7 @@ def tiled_linear(x: Tensor, pieces: Sequence[slice], weight: Callable[[int], Ten
 def _joined(
     x: Tensor, first: Tensor, pieces: Sequence[slice], weight: Callable[[int], Tensor], bias: Tensor | None
 ) -> Tensor:
-    """The same in torch's own words, at the cost of a second output: for tensors of other kinds, and for autograd."""
+    """The same with plain torch ops, at the cost of a second output: for other kinds of tensors, and for autograd."""
     bias = None if bias is None else bias.clone()
     tiles = []
     for k, piece in enumerate(pieces):
@@ -59,7 +59,7 @@ def _joined(
 
 
 def _is_plain(x: Tensor) -> bool:
-    """An ordinary strided tensor: no subclass, not sparse or nested, not inside of a function transform."""
+    """Whether `x` is an ordinary strided tensor: no subclass, not sparse or nested, not inside a function transform."""
     return (
         type(x) in (Tensor, nn.Parameter) and x.layout is torch.strided and not x.is_nested
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
@@ -67,7 +67,7 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _as_autocast(t: Tensor) -> Tensor:
-    """What autocast would give to F.linear; ops with out= are left to the caller."""
+    """The tensor that autocast would pass to F.linear; autocast ignores ops with out=."""
     kind = t.device.type
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if not casts or not t.is_floating_point() or t.dtype is torch.float64:
@@ -76,6 +76,6 @@ def _as_autocast(t: Tensor) -> Tensor:
 
 
 def _refuse(x: Tensor, w: Tensor, num_rows: int, bias: Tensor | None) -> NoReturn:
-    """Raise what nn.Linear does, which names the shape of the whole weight."""
+    """Raise nn.Linear's own error, which names the shape of the whole weight."""
     F.linear(x, w[:1, :1].expand(num_rows, w.shape[1]), bias)
     raise AssertionError(f"F.linear takes {tuple(x.shape)} {x.dtype} with a weight of {w.shape[1]} columns, {w.dtype}")

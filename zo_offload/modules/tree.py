@@ -1,4 +1,4 @@
-"""A model's modules as plain data, and which of its parameters are trained."""
+"""A model's modules as plain data, and the selection of its trained parameters."""
 
 from __future__ import annotations
 
@@ -22,28 +22,27 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 @dataclass(frozen=True)
 class ModuleTree:
-    """What planning needs to know of a model's modules, as plain data."""
+    """A model's modules as plain data, for planning."""
 
     classes: Mapping[str, str]
     """Module path -> class, in definition order."""
     names: Mapping[str, str]
     """Every name of every parameter that streams -> canonical name."""
     containers: frozenset[str]
-    """Modules that never run themselves, or whose calls cannot be seen (TorchScript): what they hold is the business
-    of the module above them."""
+    """Modules that never run themselves, or whose calls cannot be seen (TorchScript): the one above handles them."""
     gatherable: frozenset[str]
     """Exact nn.Embedding modules without max_norm."""
     portioned: frozenset[str]
-    """Plain nn.Linear modules and stacked experts that nobody watches: their weights may come a portion at a time."""
+    """Plain nn.Linear modules and stacked experts without hooks: their weights may come in portions."""
     stacks: Mapping[str, tuple[str, ...]]
-    """Modules of stacked experts -> canonical names of their parameters, which have a row an expert."""
+    """Modules of stacked experts -> canonical names of their parameters, with one row per expert."""
     elements: tuple[str, ...]
     """Elements of the outermost repeated stacks."""
     kept: Mapping[str, str] = field(default_factory=dict)
-    """As `names`, of the parameters that stay in the model (`parameters.py`)."""
+    """As `names`, for the parameters that stay in the model (`parameters.py`)."""
 
     def element_of(self, module: str) -> str | None:
-        """The stack element that a module is or lies in."""
+        """The stack element that contains a module, or is the module itself."""
         return next((name for name in upwards(module) if name in self._elements), None)
 
     @cached_property
@@ -94,7 +93,7 @@ def _all_stream(module: nn.Module) -> bool:
 
 
 def gathers_rows(module: nn.Module) -> bool:
-    """Whether a call of this module reads only the rows of its weight that its input names."""
+    """Whether a call of this module reads only the rows of its weight that its input selects."""
     return (
         type(module) is nn.Embedding and module.max_norm is None and "forward" not in vars(module)
         and not has_hooks(module) and is_plain(module.weight)
@@ -119,7 +118,7 @@ def computes_in_portions(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody is called with this module before or after its forward: they may look at its weight."""
+    """Whether hooks run before or after this module's forward: they may read its weight."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -152,7 +151,7 @@ def _stack_elements(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[
 def select_trainable(named: Mapping[str, nn.Parameter], tree: ModuleTree, trainable: TrainableFilter) -> set[str]:
     """Canonical names that the filter selects; see `make_plan`. named: all parameters.
 
-    PlanError if it selects none, or one that cannot train. Integers cannot by their nature, so no filter asks for them.
+    Raises PlanError if it selects none, or one that cannot train. Integers can never train, so no filter selects them.
     """
     kept = set(tree.kept.values())
     numbers = {n: p for n, p in named.items() if p.dtype.is_floating_point or p.dtype.is_complex}
@@ -182,7 +181,7 @@ def select_trainable(named: Mapping[str, nn.Parameter], tree: ModuleTree, traina
 
 
 def _kind(p: nn.Parameter) -> str:
-    """What of a parameter keeps it from streaming."""
+    """The property of a parameter that prevents streaming."""
     if not is_plain(p):
         return str(p.dtype) if type(p.data) is Tensor and p.layout is strided else f"a {type(p.data).__name__}"
     return "an expanded tensor, whose elements share memory"
@@ -214,6 +213,6 @@ def _glob_selects(glob: str, name: str) -> bool:
 
 
 def upwards(module: str) -> list[str]:
-    """The module's path and those of the modules it lies in, nearest first, "" last."""
+    """The paths of a module and of the modules around it, nearest first, "" last."""
     parts = module.split(".") if module else []
     return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]

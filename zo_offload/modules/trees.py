@@ -1,4 +1,4 @@
-"""The tensors that a value holds: a batch, a module's arguments, what a forward returns."""
+"""The tensors inside a value: a batch, a module's arguments, a forward's output."""
 
 from __future__ import annotations
 

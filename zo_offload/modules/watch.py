@@ -1,4 +1,4 @@
-"""Where a forward really uses each parameter: seen op by op, against the stack of running modules.
+"""Observes, op by op, under which running modules a forward uses each parameter.
 
 A module may read a parameter of another (Mamba reads its convolution's weight), return one, or keep a view of one.
 Names do not show that; storages do. `UseWatch` is a dispatch mode: every op that reads a parameter's bytes is noted
@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .recorder import Recorder, Running, common_calls
 
 Inputs = list[tuple[Tensor, int | None]]
-"""Tensors an op gets, each with its storage key."""
+"""An op's input tensors, each with its storage key."""
 
 # ops that take a tensor for its shape, dtype or device only
 _SHAPE_ONLY = frozenset(
@@ -45,7 +45,7 @@ class Origin:
     """A storage that carries a parameter's values: the parameter on meta, its placeholder, or a lane's scratch."""
 
     name: str
-    ref: weakref.ref[Any]  # its end ends the tracking: nothing can use that memory any more
+    ref: weakref.ref[Any]  # tracking ends when the memory is freed
     always: bool = False  # readable at any time (meta trace)
     held: dict[Recorder, tuple[Running, ...]] = field(default_factory=dict)  # calls running when it was handed out
     retired: dict[Recorder, tuple[Running, ...]] = field(default_factory=dict)  # and the same after it was taken back
@@ -61,12 +61,12 @@ def storage_key(tensor: Tensor) -> int | None:
 
 
 def weak_storage(tensor: Tensor) -> StorageWeakRef:
-    """Keeps the key of a tensor's storage from being given to another, not the memory."""
+    """Prevents reuse of a storage's key for another tensor, without keeping the memory."""
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def watched_storage(tensor: Tensor, gone: Callable[[Any], None]) -> weakref.ref[Any]:
-    """Calls `gone` when the memory of a tensor goes.
+    """Calls `gone` when the memory of a tensor is freed.
 
     A StorageWeakRef would keep its small struct in the heap, and those of thousands of tensors break the holes that the
     next ones need: resident memory would grow layer by layer.
@@ -90,7 +90,7 @@ class UseWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.recorder: Recorder | None = None
         self.origins: dict[int, Origin] = {}
         self.generators: dict[int, tuple[torch.Generator, Tensor]] = {}
-        """Generators that ops were given, each with its state before the first of them, by what identifies it."""
+        """Generators passed to ops, each with its state before the first op, by identity."""
         self._names = {id(p): name for name, p in params.items()}
 
     def track(self, tensor: Tensor, name: str, *, always: bool = False) -> Origin | None:
@@ -103,7 +103,7 @@ class UseWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return origin
 
     def put_generators_back(self) -> None:
-        """Generators that ops were given as they were before."""
+        """Restore the generators that were passed to ops."""
         for generator, state in self.generators.values():
             generator.set_state(state)
 
@@ -155,10 +155,10 @@ class UseWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return path
 
     def before(self, recorder: Recorder, func: Any, inputs: Inputs, written: list[Tensor]) -> None:
-        """An op is about to run. `written`: inputs that it changes."""
+        """Called before an op runs. `written`: inputs that it changes."""
 
     def after(self, recorder: Recorder, inputs: Inputs, outputs: list[Tensor]) -> None:
-        """An op has run."""
+        """Called after an op has run."""
 
     def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
@@ -166,7 +166,7 @@ class UseWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Tensors among the arguments that the op changes."""
-    if func.overloadpacket.__name__ in BATCH_NORMS:  # their schema does not say so
+    if func.overloadpacket.__name__ in BATCH_NORMS:  # their schema does not mark this
         training = args[5] if len(args) > 5 else kwargs.get("training")
         statistics = (args[3:5] + (None, None))[:2] if len(args) > 3 else ()
         return [t for t in statistics if isinstance(t, Tensor)] if training else []

@@ -1,1 +1,1 @@
-"""What one visit of a parameter computes: noise, the fused pass and its slow reference, pending updates."""
+"""The computation of one visit of a parameter: noise, the fused pass and its slow reference, pending updates."""

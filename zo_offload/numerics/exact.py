@@ -1,7 +1,7 @@
-"""Exact values of stored parameters: what evaluation sees and what is exported.
+"""Exact values of stored parameters, for evaluation and exports.
 
 A training lane reads the coarse plane of a split format; the weights of the run are its masters, both planes joined,
-less the updates that are still pending. Computed a tile at a time, so nothing is held beside the result.
+minus the pending updates. They are computed one tile at a time, so little memory is needed besides the result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who runs a fused pass: the native library, the CUDA kernels, or the reference; one call, `run_pass`, the same bits.
+"""Dispatches a fused pass to the native library, the CUDA kernels or the reference: one call, the same bits.
 
 `fused.py` has checked a `PassCall` before it comes here. What runs it follows from where the stored bytes are and from
 what the kernels there make of the format and the noise; a further device has its kernels in `kernels_for`.

@@ -12,11 +12,11 @@ so any slice of any parameter, in any order, at any later time and on any device
     tag 3  seeds                  the seed of a step, keyed by the run's seed
     tag 4  gaussian               8 elements a block: j = i & 7 is the low (j < 4) or high half of word (j & 3) ^ 1
 
-Only integer operations, look-ups and IEEE-754 binary32 mul, add, fma, int -> float (and in layout 1 sqrt) take part
+Only integer operations, look-ups and IEEE-754 binary32 mul, add, fma, int -> float (and in layout 1 sqrt) are used
 (csrc/noise.h), so every implementation gives the same bits; `philox.py` and `distributions.py` are the slow one.
 
-Anything that changes z is a new layout, and the layout belongs to the identity of a run: a journal replayed with
-another z is another model. New runs take LAYOUT_VERSION; one that is resumed or replayed has the layout it began with.
+Any change of z is a new layout, and the layout is part of a run's identity: a journal replayed with another z is
+another model. New runs use LAYOUT_VERSION; a resumed or replayed run has the layout that it began with.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _U64 = 1 << 64
 
 @dataclass(frozen=True)
 class NoiseSpec:
-    """What z is drawn from; part of the identity of a run."""
+    """The law of z; part of a run's identity."""
 
     distribution: str = "gaussian"
     """A name of `distributions.DISTRIBUTIONS`. Gaussian (|z| <= 4.41; in layout 1 6.56) as in MeZO, or +-1 with equal
@@ -65,7 +65,7 @@ class NoiseSpec:
 
     @property
     def kind(self) -> Distribution:
-        """What `distribution` stands for in this layout."""
+        """The distribution object in this layout."""
         return kind_of(self.distribution, self.layout)
 
 

@@ -1,11 +1,11 @@
-"""The updates that blocks may still lack: one tuple of `Update`s a step, in step order.
+"""The updates that blocks may still lack: one tuple of `Update`s per step, in step order.
 
 A block at version v is brought to version t by the updates of steps v..t-1, alone, on any device. The log in memory
 mirrors the journal; the journal is the run.
 
-Folding: an update with `fold` set rounds the sum so far into the stored bytes; those after it stay pending, applied in
-float32 registers wherever the weights are used. Stored bytes only ever hold whole folds, so the version a block is
-brought to is that of the last fold (`UpdateLog.folded`), not that of the last step.
+Folding: an update with `fold` set rounds the sum so far into the stored bytes; later updates stay pending, and are
+applied in float32 registers wherever the weights are used. Stored bytes only hold whole folds, so a block is brought to
+the version of the last fold (`UpdateLog.folded`), not of the last step.
 
 Parts: a step may leave parameters out (`Parts`). Of such a step a parameter gets no noise and no decay; where the step
 folds, what the parameter has pending is folded, by an update that does nothing else, and if nothing is, nothing
@@ -37,14 +37,14 @@ def with_folds(updates: Sequence[Update], step: int, fold_every: int) -> tuple[U
 
 @dataclass(frozen=True)
 class Parts:
-    """Parts of a model of which a step trains some. of: the part of a parameter; one that is not in it trains always.
-    chosen(step): the parts that a step trains, a function of its number alone."""
+    """Parts of a model, some of which a step trains. of: parameter -> part; a parameter that is not in it always
+    trains. chosen(step): the parts that a step trains, a function of its number alone."""
 
     of: Mapping[str, str] = field(default_factory=dict)
     chosen: Callable[[int], frozenset[str]] = lambda step: frozenset()
 
     def trains(self, part: str | None, step: int) -> bool:
-        """Whether a step trains a part; None: what is in none."""
+        """Whether a step trains a part; None: parameters in no part."""
         return part is None or part in self.chosen(step)
 
     @property
@@ -54,7 +54,7 @@ class Parts:
 
 
 def left_out(updates: Sequence[Update], pending: bool) -> tuple[Update, ...]:
-    """What a step that leaves a parameter out does to it. pending: whether it has updates that are not folded."""
+    """A step's updates for a parameter that it leaves out. pending: whether the parameter has unfolded updates."""
     folds = pending and any(update.fold for update in updates)
     return (replace(updates[-1], coeff=0.0, decay=1.0, begins=True),) if folds else ()
 
@@ -69,7 +69,7 @@ class UpdateLog:
         self.base = base
         self.parts = Parts() if parts is None else parts
         self.folded = base
-        """The version that blocks are brought to: steps up to and including the last one that folds."""
+        """The version that blocks are brought to: all steps up to and including the last one that folds."""
         self._steps: list[tuple[Update, ...]] = []
         self._since = lru_cache(maxsize=64 + 8 * len(self.parts.names))(self._collect)
         self._needed: dict[tuple[str | None, int], int] = {}  # what `needed` has found

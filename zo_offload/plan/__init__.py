@@ -1,1 +1,1 @@
-"""How a model is cut, laid out and served, found without its weights."""
+"""Plans how a model is cut, laid out and served, without its weights."""

@@ -1,11 +1,11 @@
-"""What a forward's activations take, found on meta tensors: no weights, no arithmetic.
+"""Activation memory of a forward, measured on meta tensors: no weights, no arithmetic.
 
-One lane runs at a time. The others wait where they stand: before an owner (module order), before a block (block order),
-or they have not begun or are through (lane order). So what counts is not every lane's peak, but the running lane's, and
-what the others hold where they wait. A forward is therefore measured in segments, from one owner to the next.
+One lane runs at a time. The others wait: before an owner (module order), before a block (block order), or they have not
+begun or have ended (lane order). So the peak is the running lane's peak plus the bytes that the other lanes hold while
+they wait. A forward is therefore measured in segments, from one owner to the next.
 
-An attention kernel takes what a fused one does, where the device has one for these shapes: on meta torch computes it
-the long way, through scores of all pairs of tokens.
+Attention is counted with a fused kernel's memory if the device has one for these shapes; on meta, torch would compute
+the scores of all pairs of tokens.
 """
 
 from __future__ import annotations
@@ -40,36 +40,36 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Segment:
-    """A lane's way from one place where it may wait to the next."""
+    """The part of a lane's forward from one place where it may wait to the next."""
 
     block: int
-    """The block of the owner that it waits for; -1: it has not begun."""
+    """The block of the owner that the lane waits for; -1: it has not begun."""
     held: int
     """Bytes of its activations while it waits there."""
     peak: int
-    """The most that it holds from there on, until it waits again or ends."""
+    """The most bytes that it holds from there until it waits again or ends."""
     together: bool = False
-    """It waits for the others in every order but "lane": the owner's blocks pass by once for all."""
+    """It waits for the others in every order but "lane": the owner's blocks are visited once for all lanes."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What one lane's forward holds, segment by segment; nothing is known if there are none."""
+    """Bytes that one lane's forward holds, segment by segment; unknown if there are no segments."""
 
     segments: tuple[Segment, ...] = ()
     inputs: int = 0
     """Bytes of the batch."""
     unknown: str = ""
-    """Why a forward could not be measured; empty where it was, or where there was no batch to measure it with."""
+    """Why a forward could not be measured; empty if it was measured, or if there was no batch."""
 
     @property
     def peak(self) -> int:
         return max((segment.peak for segment in self.segments), default=0)
 
     def together(self, order: ServiceOrder, lanes: int) -> int:
-        """The most bytes that `lanes` lanes hold at once: the running one's, and the others' where they wait.
+        """The most bytes that `lanes` lanes hold at once: the running lane's, and the waiting lanes'.
 
-        In a segment those that are behind hold what they held at its start, those ahead what they hold at its end.
+        During a segment, lanes behind hold the bytes of its start, lanes ahead those of its end.
         """
         if order == "lane" or not self.segments:
             return self.inputs + self.peak
@@ -80,7 +80,7 @@ class Activations:
 
 
 NOT_MEASURED = Activations()
-"""Before there is a batch: counts as nothing."""
+"""Used before there is a batch: counts as 0 bytes."""
 
 
 def merged(segments: Sequence[Segment]) -> list[Segment]:
@@ -95,7 +95,7 @@ def merged(segments: Sequence[Segment]) -> list[Segment]:
 
 
 class _LiveWatch(MetaWatch):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the storages that ops made and that are still alive."""
+    """Counts the bytes of live storages that ops made."""
 
     def __init__(self) -> None:
         super().__init__({})
@@ -123,14 +123,14 @@ class _LiveWatch(MetaWatch):  # type: ignore[no-untyped-call]
         self._seen.discard(key)
 
     def wait(self, block: int = -1, together: bool = False) -> None:
-        """The forward stands before an owner of `block`, or has ended."""
+        """Record that the forward is before an owner of `block`, or has ended."""
         self.segments.append(replace(self._last, peak=self.peak))
         self._last = Segment(block, self.live, self.live, together)
         self.peak = self.live
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention on meta makes what the kernel of a device makes, if that has one for the call."""
+    """Makes attention on meta allocate what the device's fused kernel allocates, if it has one for the call."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ def is_fused(
     enable_gqa: bool = False,
     **options: Any,
 ) -> bool:
-    """Whether scaled_dot_product_attention has a kernel that keeps no scores of all pairs of tokens (torch 2.13).
+    """Whether scaled_dot_product_attention has a kernel that does not store the scores of all pairs (torch 2.13).
 
     CPU: one, for heads of one size. CUDA: flash for 16 bits without a mask, else the memory-efficient one, which does
     not share keys between heads.
@@ -175,7 +175,7 @@ def is_fused(
 def _fused_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
 ) -> Tensor:
-    """Memory as a fused kernel takes it: a mask in the dtype of the query, a float per row, and the output."""
+    """Allocate what a fused kernel does: a mask in the dtype of the query, a float per row, and the output."""
     batch, heads, tokens = query.shape[:3]
     alive = [query.new_empty((batch, heads, tokens), dtype=torch.float32)]
     if attn_mask is not None and attn_mask.dtype is torch.bool:
@@ -192,10 +192,10 @@ def measure_activations(
     device: str = "cpu",
     losses: Callable[[nn.Module], contextlib.AbstractContextManager[None]] = losses_in_chunks,
 ) -> Activations:
-    """What one lane's `call(model, batch)` holds, from owner to owner of the plan, on a device of that kind.
+    """Bytes that one lane's `call(model, batch)` holds, from owner to owner of the plan, on a device of that kind.
 
-    The model may be hollow or on meta. losses: what is open around the call. Where the forward cannot run without
-    weights, no segments and the reason in `unknown`: the plan then holds a reserve (`memory.py`).
+    The model may be hollow or on meta. losses: the context around the call. If the forward cannot run without weights,
+    there are no segments and `unknown` has the reason: the memory plan then keeps a reserve (`memory.py`).
     """
     watch = _LiveWatch()
     shadow = meta_copy(model)
@@ -222,13 +222,13 @@ def measure_activations(
 
 
 def _wait_before(watch: _LiveWatch, plan: Plan, owner: Owner, portion: Sequence[Piece], *_: Any) -> None:
-    """A pre-hook of an owner, or what is done before a later portion of it."""
+    """A pre-hook of an owner; also called before each later portion of it."""
     blocks = plan.streamed_blocks(portion)
     watch.wait(blocks[0] if blocks else owner.block, len(blocks) > 1)
 
 
 def _in_pieces(watch: _LiveWatch, plan: Plan, owner: Owner, module: Any, input: Tensor) -> Tensor:
-    """The forward of a layer that waits for each piece of its weight, its output in hand."""
+    """The forward of a layer that waits for each piece of its weight while it holds its output."""
     portions, columns = plan.portions(owner), module.weight.shape[1]
     rows = [slice(portion[-1].start // columns, portion[-1].stop // columns) for portion in portions]
 
@@ -241,9 +241,9 @@ def _in_pieces(watch: _LiveWatch, plan: Plan, owner: Owner, module: Any, input: 
 
 
 def _in_runs(watch: _LiveWatch, plan: Plan, owner: Owner, module: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of stacked experts that wait for each run, as though every token chose experts of that run only.
+    """The forward of stacked experts that waits for each run, as if every token chose experts of that run only.
 
-    The first and the last run are computed; those between, of which there may be hundreds, take what the first takes.
+    The first and the last run are computed; those between, possibly hundreds, are assumed to take as much as the first.
     """
     portions, runs = plan.portions(owner), plan.runs(owner.params)
     whole = [p.data for p in module.parameters()]

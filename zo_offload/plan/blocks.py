@@ -1,21 +1,22 @@
-"""What is stored and streamed together: parameters cut into pieces, pieces packed into blocks.
+"""Cuts parameters into pieces, and packs pieces into blocks.
 
-A *block* is what streams as one: each element of an outermost repeated stack (ModuleList or Sequential with at least
-two children of one class), and the rest in execution order, in groups no larger than the largest of those. Models
-without a stack: their top-level children. A parameter belongs to the block of the module it is named after.
+A *block* is the unit of streaming: each element of an outermost repeated stack (ModuleList or Sequential with at least
+two children of one class) is a block, and the rest is grouped in execution order, in groups no larger than the largest
+of those. In models without a stack, the top-level children are blocks. A parameter belongs to the block of the module
+in its canonical name.
 
 No block holds more than `block_numel` elements: a layer larger than that is several blocks in a row, and a parameter
-that does not fit into one beside the small ones of its module is cut into *pieces*: runs of whole rows (of dim 0),
-about equal. All but the last are a multiple of 128 rows, or if fewer rows fit, of 128 elements: so the groups of a
-format, their trained scales and the counters of the noise lie in a piece as they lie in the parameter, and the numbers
-do not depend on how it is cut. Where rows of dim 0 are too large (128 elements in whole rows do not fit), those of the
-first two dimensions taken as one count as rows, and so on. Not cut, and so maybe larger than a block should be:
-parameters with fewer than two dimensions, those whose last dimension is too large, and what is kept on the device for
-the whole run.
+that does not fit into one together with its module's small parameters is cut into *pieces*: ranges of whole rows (of
+dim 0), about equal. All but the last are a multiple of 128 rows, or if fewer rows fit, of 128 elements: so a format's
+groups, their trained scales and the noise's counters have the same boundaries in a piece as in the parameter, and the
+numbers do not depend on the cut. If rows of dim 0 are too large (128 elements in whole rows do not fit), the first two
+dimensions are flattened and their rows are used, and so on. Not cut, and therefore possibly larger than a block should
+be: parameters with fewer than two dimensions, those whose last dimension is too large, and parameters that are kept on
+the device for the whole run.
 
-Stacked experts (`experts.py`) are cut together, by *runs*: the pieces of all their parameters for as many experts as
-fit into a block lie side by side, so that a run is one block, or blocks in a row where one expert is larger than that.
-There a piece is rows of one expert's matrix.
+Stacked experts (`experts.py`) are cut together, into *runs*: a run has the pieces of all their parameters for as many
+experts as fit into a block. A run is one block, or several blocks in a row if one expert is larger than a block; a
+piece is then rows of one expert's matrix.
 
 Pure: no device, no I/O.
 """
@@ -33,14 +34,14 @@ from ..modules.recorder import Trace
 from ..modules.tree import ModuleTree
 
 BLOCK_NUMEL = 64 << 20
-"""Default limit of a block: 128 MiB of 16-bit weights. So large that a copy's start-up costs nothing beside it."""
+"""Default limit of a block: 128 MiB of 16-bit weights. So large that a copy's start-up cost is negligible."""
 
-ALIGN = 128  # elements: a multiple of every group and of what one Philox block gives; and rows, for fast products
+ALIGN = 128  # elements: a multiple of every group and of a Philox block's numbers; also rows, for fast products
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter, stored once however many names it has."""
+    """One parameter, stored once for all its names."""
 
     name: str
     """Canonical name: the first in `model.named_parameters()`."""
@@ -49,11 +50,11 @@ class ParamSpec:
     param_id: int
     shape: torch.Size
     dtype: torch.dtype
-    """What the model computes with."""
+    """The dtype that the model computes with."""
     trainable: bool
     strides: tuple[int, ...] | None = None
-    """How the model's own tensor lies in memory, where that is not row by row (channels_last, transposed): lanes get it
-    so, since kernels choose by it. Stored it is row by row."""
+    """The strides of the model's own tensor if it is not row-major (channels_last, transposed). Lanes get these
+    strides, since kernels depend on them; the store is row-major."""
 
     @property
     def numel(self) -> int:
@@ -61,18 +62,18 @@ class ParamSpec:
 
     @property
     def row_numel(self) -> int:
-        """Elements of one row of dim 0; of a scalar, 1."""
+        """Elements of one row of dim 0; 1 for a scalar."""
         return self.shape[1:].numel()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, start + numel) of a parameter, whole rows; of most parameters the only piece."""
+    """Elements [start, start + numel) of a parameter, whole rows; most parameters have only one piece."""
 
     name: str
     """Canonical name of the parameter."""
     index: int
-    """Among the pieces of the parameter, in order."""
+    """The piece's index among the parameter's pieces."""
     start: int
     numel: int
     _hash: int = field(init=False, repr=False, compare=False)  # pieces are looked up a dozen times a visit
@@ -94,13 +95,13 @@ class Block:
 
     index: int
     name: str
-    """Module path of what it is a part of: a layer in several blocks gives all of them its name."""
+    """Module path; all blocks of a layer in several blocks have the layer's name."""
     pieces: tuple[Piece, ...]
     """In execution order."""
 
     @property
     def params(self) -> tuple[str, ...]:
-        """Canonical names of the parameters that it has at least a piece of."""
+        """Canonical names of the parameters with at least one piece in this block."""
         return tuple(dict.fromkeys(piece.name for piece in self.pieces))
 
     @property
@@ -132,10 +133,10 @@ def cut(spec: ParamSpec, most: int) -> tuple[Piece, ...]:
 
 
 def cut_runs(specs: Sequence[ParamSpec], most: int) -> list[list[Piece]]:
-    """Stacked parameters, all with a row an expert, in runs of experts: per run its pieces, parameter by parameter.
+    """Stacked parameters, all with one row per expert, in runs of experts: per run its pieces, parameter by parameter.
 
-    A run has at most `most` elements if more than one expert (or as many as the grid takes) fits, and no piece has
-    more where its rows can be cut. One run of whole parameters if all of them fit.
+    A run has at most `most` elements if more than one expert (or as many as the grid takes) fits, and no piece has more
+    if its rows can be cut. One run of whole parameters if all of them fit.
     """
     experts, each = specs[0].shape[0], sum(spec.row_numel for spec in specs)
     if experts * each <= most:
@@ -149,7 +150,7 @@ def cut_runs(specs: Sequence[ParamSpec], most: int) -> list[list[Piece]]:
     for first in range(0, experts, size):
         runs.append([])
         held = min(size, experts - first)
-        for spec in specs:  # cut as a matrix of all rows of the run's experts
+        for spec in specs:  # cut like a matrix of all rows of the run's experts
             rows = replace(spec, shape=torch.Size((held * spec.shape[1], *spec.shape[2:])))
             for piece in cut(rows, most):
                 start = first * spec.row_numel + piece.start
@@ -165,14 +166,14 @@ def pack(
     trace: Trace,
     block_numel: int,
 ) -> tuple[Block, ...]:
-    """Blocks in the order a forward first comes to them. serving: parameter -> modules that are served it."""
-    units: dict[str, list[str]] = {}  # stack element, or module outside of stacks -> its parameters
+    """Blocks in the order in which a forward first reaches them. serving: parameter -> modules that are served it."""
+    units: dict[str, list[str]] = {}  # stack element, or module outside stacks -> its parameters
     for name in params:
         holder = tree.holders[name][0]
         units.setdefault(tree.element_of(holder) or tree.runner(holder), []).append(name)
     first = {module: i for i, (_, module) in reversed(list(enumerate(trace.order)))}
     when, last = {}, -1
-    for unit, names in units.items():  # what was not seen to run stays behind what is defined before it
+    for unit, names in units.items():  # a module that was not seen to run follows the one defined before it
         seen = [first[m] for n in names for m in serving[n] if m in first]
         last = when[unit] = min(seen) if seen else last
     nbytes = {u: sum(params[n].numel * params[n].dtype.itemsize for n in names) for u, names in units.items()}
@@ -208,10 +209,10 @@ def _first_use(
 def _bundles(
     names: Sequence[str], params: Mapping[str, ParamSpec], tree: ModuleTree, block_numel: int
 ) -> Iterator[list[Piece]]:
-    """Pieces in order, those together that are best in one block: a bias and the first piece of its weight.
+    """Pieces in order, in bundles that are best in one block: a bias and the first piece of its weight.
 
-    Per module what is not cut comes first, so that it is there before the first piece of what is. Of stacked experts a
-    run is a bundle.
+    In each module uncut parameters come first, so that they are there before the first piece of the cut one. A run of
+    stacked experts is one bundle.
     """
     for holder, group in groupby(names, key=lambda name: tree.holders[name][0]):
         specs = [params[name] for name in group]

@@ -1,10 +1,10 @@
-"""Where each piece's bytes lie: blocks packed in execution order, aligned, in their storage formats. Pure.
+"""The place of each piece's bytes: blocks packed in execution order, aligned, in their storage formats. Pure.
 
     block    [ streamed part of each piece | residual part of each piece of a split parameter ]
              0                   stream_bytes                                    block_bytes
 
-The streamed parts come first, so what every visit needs is one range from the block's start; the residual parts, which
-only folds need, are one range behind it.
+The streamed parts come first, so every visit needs one range from the block's start; the residual parts, which only
+folds need, are one range after it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def round_up(n: int, unit: int) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """One piece's bytes: `block[offset : offset + nbytes]` in format `fmt`, and its residual, of split formats."""
+    """One piece's bytes: `block[offset : offset + nbytes]` in format `fmt`, and its residual in split formats."""
 
     block: int
     offset: int
@@ -54,7 +54,7 @@ class Layout:
     stream_bytes: tuple[int, ...]
     spans: tuple[tuple[tuple[int, int], ...], ...]
     target: Target = "values"
-    """"scales": the scales of trained parameters are what changes; `spans` are theirs."""
+    """"scales": only the scales of trained parameters change; `spans` are theirs."""
 
     @cached_property
     def formats(self) -> dict[str, Format]:
@@ -67,7 +67,7 @@ class Layout:
 
     @cached_property
     def used_bytes(self) -> tuple[tuple[int, int], ...]:
-        """Per block, where the last piece's streamed part ends, and the last piece's residual: behind is padding."""
+        """Per block, the ends of the last piece's streamed part and of the last residual; padding follows them."""
         ends = [[0, 0] for _ in self.block_bytes]
         for place in self.places.values():
             end = ends[place.block]
@@ -82,7 +82,7 @@ class Layout:
         return frozenset(block for block, spans in enumerate(self.spans) if spans)
 
     def digest(self) -> str:
-        """Identity of the byte layout: a run directory written under another one cannot be read."""
+        """Identity of the byte layout: a run directory with another layout cannot be read."""
         text = "\n".join(
             f"{piece.name}{f'[{piece.start}]' if piece.index else ''} {p.block} {p.offset} {p.nbytes} {p.fmt.name} "
             f"{p.residual_offset}"

@@ -1,9 +1,9 @@
-"""Who is served what: the modules that are given a parameter while they run.
+"""Finds each parameter's owners: the modules that get it while they run.
 
-By default that is the module that holds it; a parameter used elsewhere is *lifted* to the nearest running module whose
-calls cover its uses, and so is the same parameter of every other module of that module's class, because what one layer
-does another may do on other data. If the trace fails, parameters of repeated layers are lifted to their layer until a
-real run shows their uses.
+By default the owner is the module that holds the parameter. A parameter used elsewhere is *lifted* to the nearest
+running module whose calls cover its uses; the same parameter of all other modules of that module's class is lifted too,
+because they may do the same on other data. If the trace fails, parameters of repeated layers are lifted to their layer
+until a real run shows their uses.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..modules.tree import ModuleTree, upwards
 
 
 def serve(tree: ModuleTree, trace: Trace) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
-    """Canonical name -> modules that are served the parameter; and notes on lifts."""
+    """(canonical name -> modules that are served the parameter, notes on lifts)."""
     above = _running_above(tree, trace)
     serving = {n: _cover(n, trace.uses.get(n, frozenset()), tree, trace) for n in tree.holders}
     for name, owners in list(serving.items()):
@@ -31,18 +31,18 @@ def serve(tree: ModuleTree, trace: Trace) -> tuple[dict[str, tuple[str, ...]], t
 def _cover(name: str, uses: frozenset[Path], tree: ModuleTree, trace: Trace) -> set[str]:
     """Modules whose calls together cover the uses: a holder if it was running, else the innermost running module.
 
-    Of a weight that is changed in place it is one module around all uses, so that all of them see the change.
+    For a weight that is changed in place it is one module around all uses, so that all of them see the change.
     """
     holders = {tree.runner(h) for h in tree.holders[name]}
     if () in uses:
         raise PlanError(
-            f"parameter {name!r} is used outside of any module's call (by the code that calls the model). Weights are "
-            f"there only while modules run: put that computation into a module's forward."
+            f"parameter {name!r} is used outside of any module's call (by the code that calls the model). Weights "
+            f"exist only while modules run: put that computation into a module's forward."
         )
     cover = {next((m for m in reversed(path) if m in holders), path[-1]) for path in uses}
     if name in trace.writes:
         cover = {[outer for outer, *others in zip(*uses, strict=False) if {outer}.issuperset(others)][-1]}
-    if not trace.complete:  # what was not seen may be anything within the layer
+    if not trace.complete:  # an unseen use may be anywhere within the layer
         cover |= {tree.element_of(h) or h for h in holders}
     return cover or set(holders)
 

@@ -1,11 +1,12 @@
-"""The plan of a model: what is stored together, which module needs which parameters, in which order.
+"""The plan of a model: its blocks, and which module needs which parameters in which order.
 
     make_plan   the module tree and a trace without weights -> Plan
-    relift      a plan and what a watched real run saw -> the same blocks with corrected owners and order
+    relift      a plan and the trace of a watched real run -> the same blocks with corrected owners and order
 
-An *owner* is a module that has its parameters while it runs; `owners.py` says which.
+An *owner* is a module that gets its parameters while it runs; `owners.py` finds the owners.
 
-Parameters lie in blocks, which are what streams, and those too large for one are cut into pieces: `blocks.py`.
+Parameters are stored in blocks, the units of streaming; parameters that are too large for a block are cut into pieces:
+`blocks.py`.
 
 Pure: no device, no I/O; on a model on meta it needs no weights.
 """
@@ -37,23 +38,23 @@ from .trace import trace_on_meta
 
 @dataclass(frozen=True)
 class Owner:
-    """A module whose parameters are there while it runs."""
+    """A module that gets its parameters while it runs."""
 
     name: str
     """Module path; "" is the model itself."""
     params: tuple[str, ...]
-    """Canonical names of the parameters installed while it runs, lifted ones included."""
+    """Canonical names of the parameters installed while it runs, including lifted ones."""
     block: int
     """Block of its first piece that streams."""
     rows: bool = False
-    """A plain nn.Embedding: it can be served the rows in use only."""
+    """A plain nn.Embedding: it can be served only the rows in use."""
     spans: bool = False
-    """Its pieces lie in several blocks that stream: they pass by once, so all lanes are served together."""
+    """Its pieces are in several streamed blocks: each is visited once, so all lanes are served together."""
 
 
 @dataclass(frozen=True)
 class BlockRow:
-    """One line of `Plan.describe()`: a layer, or a group of what lies outside of layers."""
+    """One line of `Plan.describe()`: a layer, or a group of parameters outside layers."""
 
     block: int
     """Its first block."""
@@ -63,26 +64,26 @@ class BlockRow:
     numel: int
     trainable_numel: int
     visits: int
-    """How often one forward comes to its first block."""
+    """How often one forward visits its first block."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the streamer and the lanes need to know of a model."""
+    """The streamer's and the lanes' description of a model."""
 
     params: Mapping[str, ParamSpec]
-    """Those that stream, in order of `model.named_parameters()`."""
+    """The parameters that stream, in order of `model.named_parameters()`."""
     owners: tuple[Owner, ...]
     calls: tuple[int, ...]
-    """Owner per call, in execution order of one forward, repeats included. Owners not seen to run are missing."""
+    """The owner of each call, in execution order of one forward, with repeats. Owners not seen to run are missing."""
     blocks: tuple[Block, ...]
     traced: bool
-    """A whole forward was seen; if not, owners are guesses on the safe side, to be refined after the first real run."""
+    """Whether a whole forward was traced; if not, owners are safe guesses, to be refined after the first real run."""
     notes: tuple[str, ...]
     tree: ModuleTree = field(repr=False)
     trace: Trace = field(repr=False)
     resident: frozenset[int] = frozenset()
-    """Blocks that stay on the device for the whole run; no visit is counted for them."""
+    """Blocks that stay on the device for the whole run; their visits are not counted."""
 
     def block_of(self, name: str) -> int:
         """Index of the block that stores a parameter (canonical name), or its first piece."""
@@ -95,22 +96,22 @@ class Plan:
     def pieces_in(self, owner: Owner) -> tuple[Piece, ...]:
         """All pieces of an owner's parameters, in the order in which its blocks are visited.
 
-        What is not cut comes before the one parameter that is (a bias before the first piece of its weight). Owners of
-        several that are cut (lifts): as they are stored. Of an embedding that gives rows the last piece comes first:
-        where it is tied to the head, which the pass before ended with, that piece is there already.
+        Uncut parameters come before a single cut one (a bias before the first piece of its weight). With several cut
+        parameters (lifts): in stored order. The last piece of an embedding that serves rows comes first: if it is tied
+        to the head, the previous pass ended with that piece, which is still in the window.
         """
         return self._pieces_in[owner.params, owner.rows]
 
     def portions(self, owner: Owner) -> tuple[tuple[Piece, ...], ...]:
-        """What an owner can be served one after another, each as it is stored; one portion, if it needs all at once.
+        """The portions that an owner can be served one after another, in stored order; one if it needs all at once.
 
-        Of a plain nn.Linear the pieces of its own weight, the first one with the bias, if that is all it has. Of
-        stacked experts its runs, if it has them and no more.
+        For a plain nn.Linear with no other parameters: the pieces of its weight, the first one with the bias. For
+        stacked experts with no other parameters: their runs.
         """
         return self._portions_of[owner.name]
 
     def runs(self, names: Sequence[str]) -> tuple[slice, ...]:
-        """Stacked parameters cut at the same experts: the experts of each run. One run if they are not cut."""
+        """The experts of each run, for stacked parameters cut at the same experts. One run if they are not cut."""
         rows = {name: self.params[name].row_numel for name in names}
         starts = ({p.start // rows[n] for p in self._pieces_of[n] if p.start % rows[n] == 0} for n in names)
         firsts = sorted(set.intersection(*starts))
@@ -118,12 +119,12 @@ class Plan:
         return tuple(slice(first, end) for first, end in zip(firsts, ends, strict=True))
 
     def streamed_blocks(self, pieces: Iterable[Piece]) -> tuple[int, ...]:
-        """The blocks that pieces lie in, in the order given; not those that stay on the device."""
+        """The blocks of pieces, in the given order, without those that stay on the device."""
         blocks = dict.fromkeys(self._block_of[piece] for piece in pieces)
         return tuple(block for block in blocks if block not in self.resident)
 
     def shapes(self, pieces: Iterable[Piece]) -> dict[str, tuple[int, ...]]:
-        """Shapes of what pieces make up, by parameter: of dim 0 as many rows as they have."""
+        """Shapes by parameter, with as many rows of dim 0 as its pieces have."""
         numel = Counter[str]()
         for piece in pieces:
             numel[piece.name] += piece.numel
@@ -167,7 +168,7 @@ class Plan:
 
     @cached_property
     def visits(self) -> tuple[int, ...]:
-        """Blocks in the order one forward comes to them; calls one after another in one block are one visit."""
+        """Blocks in the order in which one forward visits them; consecutive calls in one block are one visit."""
         order: list[int] = []
         for call in self.calls:
             for piece in self.pieces_in(self.owners[call]):
@@ -185,7 +186,7 @@ class Plan:
         return sum(p.numel for p in self.params.values() if p.trainable)
 
     def lifted(self) -> dict[str, tuple[str, ...]]:
-        """Parameters not served at the modules that hold them: canonical name -> owners."""
+        """Parameters that are not served at their own modules: canonical name -> owners."""
         owners: dict[str, list[str]] = {}
         for owner in self.owners:
             for name in owner.params:
@@ -193,7 +194,7 @@ class Plan:
         return {n: tuple(o) for n, o in owners.items() if not set(o) <= set(self.tree.holders[n])}
 
     def describe(self) -> list[BlockRow]:
-        """One row a layer (blocks in a row that are parts of one), for tables."""
+        """One row per layer (consecutive blocks of one layer), for tables."""
         rows, visits = [], self.visits
         for name, group in groupby(self.blocks, key=lambda block: block.name):
             blocks = list(group)
@@ -208,8 +209,8 @@ class Plan:
 
 
 def plan_digest(plan: Plan) -> str:
-    """32 hex digits over what fixes the stored bytes: parameters, their ids, pieces and blocks. Owners and order are
-    left out, so a plan keeps its digest when it is relifted."""
+    """32 hex digits over everything that fixes the stored bytes: parameters, their ids, pieces and blocks. Owners and
+    order are left out, so a plan keeps its digest when it is relifted."""
     rows = [[p.name, p.param_id, list(p.shape), str(p.dtype), p.trainable] for p in plan.params.values()]
     blocks = [[[p.name, p.start, p.numel] for p in b.pieces] for b in plan.blocks]
     return hashlib.blake2b(json.dumps([rows, blocks]).encode(), digest_size=16).hexdigest()
@@ -227,9 +228,9 @@ def make_plan(
     """Plan a model, from its module tree and one traced forward without weights.
 
     Args:
-        model: weights may be real or on meta; it is not run itself and not changed.
+        model: weights may be real or on meta; it is neither run nor changed.
         batch: one batch as `call` takes it; only shapes and integer values matter. None: the model's `dummy_inputs`
-            if it has such (transformers), else no trace.
+            if it has any (transformers), else no trace.
         trainable: which parameters are perturbed and updated. None: those with requires_grad, or every floating one
             if none has it. "requires_grad": strictly those. A callable: (name, parameter) -> bool. Else a glob or a
             list of globs over dotted names: a glob of k segments selects a parameter if any k consecutive segments of
@@ -237,7 +238,7 @@ def make_plan(
             everything in each layer's attention, "bias" every bias, "*" all.
         call: how a lane calls the model; default `model(**batch)`.
         block_numel: most elements a block may hold; larger layers and parameters are cut (`blocks.py`).
-        notes: what a user is to be told of the model, first among the plan's notes.
+        notes: notes about the model for the user, first among the plan's notes.
 
     Raises PlanError: no parameters, none trainable, a pattern that selects nothing, parameters of unknown shape, one
     used outside of any module.
@@ -249,7 +250,7 @@ def make_plan(
     if lazy:
         raise PlanError(f"parameters without a shape yet: {lazy[:5]}. Run the model once on a batch before planning")
     if isinstance(model, torch.jit.ScriptModule):
-        raise PlanError(f"{type(model).__name__}: the calls of a scripted model cannot be seen. Give the module itself")
+        raise PlanError(f"{type(model).__name__}: the calls of a scripted model cannot be seen. Pass the module itself")
     tree = module_tree(model)
     chosen = select_trainable(named, tree, trainable)
     remarks = check_memory(model, chosen)
@@ -283,17 +284,17 @@ def make_plan(
 
 
 def _with_remarks(plan: Plan, notes: tuple[str, ...]) -> tuple[str, ...]:
-    """Notes of a later trace, and what an earlier plan said of the parameters themselves."""
+    """Notes of a later trace, and an earlier plan's notes about the parameters themselves."""
     return (*notes, *(note for note in plan.notes if note not in plan.trace.notes))
 
 
 def relift(plan: Plan, seen: Trace) -> Plan:
-    """The plan with what a watched real run saw (`Hub.trace`, `PlanFault.trace`). Parameters and blocks stay.
+    """The plan corrected by a watched real run's trace (`Hub.trace`, `PlanFault.trace`). Parameters and blocks stay.
 
-    After a fault it lifts what was used elsewhere; after a first run under a guessed plan (`traced` False) it takes
-    back lifts that were not needed. Relift until a run has no fault: each adds a use, so this ends.
+    After a fault it lifts parameters that were used elsewhere; after a first run with a guessed plan (`traced` False)
+    it undoes unnecessary lifts. Relift until a run has no fault: each fault adds a use, so this ends.
     """
-    # a trace on meta that stopped knows uses, but not all: what the real run saw replaces it
+    # a trace on meta that stopped has only some uses: the real run's trace replaces it
     trace = seen if seen.complete and not plan.trace.complete else plan.trace.merged(seen)
     if trace is seen:
         trace = seen.with_writes_of(plan.trace)
@@ -303,7 +304,7 @@ def relift(plan: Plan, seen: Trace) -> Plan:
 
 
 def keep_resident(plan: Plan, names: frozenset[str]) -> Plan:
-    """The plan with the parameters `names`, uncut, in a block of their own, the last one, that stays on the device."""
+    """The plan with the parameters `names`, uncut, in a last block of their own that stays on the device."""
     rest = [(b.name, tuple(p for p in b.pieces if p.name not in names)) for b in plan.blocks]
     blocks = [Block(i, name, pieces) for i, (name, pieces) in enumerate((n, p) for n, p in rest if p)]
     moved = dict.fromkeys(name for b in plan.blocks for name in b.params if name in names)
@@ -342,7 +343,7 @@ def _assemble(
         mine = tuple(served[name])
         rows = name in tree.gatherable and len(mine) == 1 and name in tree.holders[mine[0]]
         streamed = [b for p in _in_order(mine, pieces_of, block_of, rows) if (b := block_of[p]) not in resident]
-        # one that has resident parameters only belongs where the forward is when it comes to it
+        # an owner with resident parameters only belongs where the forward reaches it
         block = streamed[0] if streamed else block
         owners.append(Owner(name, mine, block, rows, len(set(streamed)) > 1))
     calls = tuple(index[name] for name in called)

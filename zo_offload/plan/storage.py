@@ -1,9 +1,9 @@
-"""How a run stores its weights: the format of each parameter, and how often updates are folded into the bytes.
+"""Decides how a run stores its weights: the format of each parameter, and how often updates are folded.
 
-`storage=` names the format of the weight matrices. What it does not cover, by rule:
+`storage=` names the format of the weight matrices. Other parameters follow these rules:
     norms and biases (fewer than two dimensions)       float32 where `storage` is quantized or split, else as the others
     parameters that `keep` selects                     the base's own format; float32 if they train
-    what trains in a format that is never rewritten    float32 (LoRA adapters, norms, ... on an int4 base)
+    trained, with storage= a format never rewritten    float32 (LoRA adapters, norms, ... on an int4 base)
     an adapter, a small trained part of a frozen model float32, in a block of its own that stays on the device: nothing
                                                        is then flushed during the run
 "Small" is at most a 16th of the model's parameters.
@@ -34,12 +34,12 @@ SMALL = 16
 
 @dataclass(frozen=True)
 class Stored:
-    """A plan with every parameter's format decided. The plan may train less, and have a resident block."""
+    """A plan with every parameter's format. The plan may train fewer parameters, and have a resident block."""
 
     plan: Plan
     formats: Mapping[str, Format]
     target: Target = "values"
-    """What a fused pass is told to train."""
+    """What a fused pass trains: values or scales."""
 
     def format_of(self, spec: ParamSpec) -> Format:
         return self.formats[spec.name]
@@ -55,12 +55,12 @@ def decide_formats(
     resident: bool = False,
     kept_of: Callable[[str], Format | None] = lambda name: None,
 ) -> Stored:
-    """Formats by the module's rule. storage None: each parameter in the base's own dtype. "kept": a quantized one in
-    the format that `kept_of` says has its codes, the others in the base's own dtype. resident: what trains is kept on
-    the device, however large a part of the model it is.
+    """Formats by the module's rules. storage None: each parameter in the base's own dtype. "kept": quantized parameters
+    in the format that `kept_of` names, which holds their codes, the others in the base's own dtype. resident: trained
+    parameters are kept on the device, however large their share is.
 
-    target: "scales" trains the group scales of quantized parameters, and nothing else, about the groups' centres;
-    "shifts" trains them as the format keeps groups. Raises ConfigError if the format cannot train what was asked.
+    target: "scales" trains only the group scales of quantized parameters, about the groups' centres; "shifts" trains
+    them as the format keeps groups. Raises ConfigError if the format cannot train the target.
     """
     if storage == KEPT:
         return _keep_codes(plan, dtype_of, target, kept_of, resident)
@@ -86,12 +86,12 @@ def _keep_codes(
     resident: bool,
 ) -> Stored:
     if target != "values":
-        raise ConfigError("storage='kept' trains no scales; name the format: storage='int8', 'int4' or 'nf4'")
+        raise ConfigError("storage='kept' trains no scales; name a format: storage='int8', 'int4' or 'nf4'")
     held = {name: fmt for name in plan.params if (fmt := kept_of(name)) is not None}
     if not held:
         raise ConfigError(
             "storage='kept': the base has no quantized weights whose codes a storage format holds "
-            "(docs/quantized.md has which do); leave storage out, or name a format"
+            "(docs/quantized.md lists them); leave storage out, or name a format"
         )
     for name, fmt in held.items():
         if plan.params[name].trainable and not resident:
@@ -125,12 +125,12 @@ def _format(
 
 
 def is_plain(fmt: Format) -> bool:
-    """Whether values lie one after another as ordinary floats: fp32, bf16, fp16."""
+    """Whether values are stored one after another as ordinary floats: fp32, bf16, fp16."""
     return not fmt.group and not fmt.residual_bytes
 
 
 def _scales_only(plan: Plan, wanted: Format | None, kept: set[str]) -> Plan:
-    """The plan with only the parameters left trainable that will have scales."""
+    """The plan in which only parameters with scales remain trainable."""
     if wanted is None or not wanted.trains_scales:
         given = "the base's own dtype" if wanted is None else f"storage={wanted.name!r}"
         raise ConfigError(
@@ -154,18 +154,18 @@ def _check_trainable(plan: Plan, wanted: Format) -> None:
             f"storage={wanted.name!r} holds values that are never rewritten, but {plan.trainable_numel:,} of "
             f"{plan.numel:,} parameters are to train. Train the scales (method=QZO()), adapters "
             "(trainable='requires_grad' on a PEFT model) or norms and biases (trainable=[...]), or choose "
-            "storage='int8+8', which trains everything at 1 byte a parameter and step"
+            "storage='int8+8', which trains everything at 1 byte per parameter and step"
         )
 
 
 def _small_part(plan: Plan, resident: bool) -> frozenset[str]:
-    """The trained parameters, if they are a small part of a model whose rest is frozen, or are to be taken for one."""
+    """The trained parameters, if they are a small part of a mostly frozen model, or if `resident`; else none."""
     trained = frozenset(name for name, spec in plan.params.items() if spec.trainable)
     return trained if trained and (resident or plan.trainable_numel * SMALL <= plan.numel) else frozenset()
 
 
 def is_lossless(plan: Plan, layout: Layout) -> bool:
-    """Whether folding never rounds, so that any `fold_every` is the same: all that trains is stored in float32."""
+    """Whether folding never rounds, so that `fold_every` changes nothing: all trained parameters are in float32."""
     trained = (layout.formats[name].name for name, spec in plan.params.items() if spec.trainable)
     return layout.target == "scales" or all(name == "fp32" for name in trained)
 
@@ -173,22 +173,22 @@ def is_lossless(plan: Plan, layout: Layout) -> bool:
 def choose_fold_every(
     given: int | None, plan: Plan, layout: Layout, in_place: bool, distribution: str, noises: int = 1
 ) -> int:
-    """`fold_every`, with the default decided.
+    """`fold_every`, with the default resolved.
 
-    In float32 the numbers do not depend on it, so weights that are never flushed (in_place: blocks are computed with
-    where they lie; or all that trains is resident) fold every step, which saves making the noise of pending updates
-    again. Elsewhere it is part of the run's identity and must not depend on where the blocks live. noises: of one step;
-    each is a pending update of its own.
+    In float32 the numbers do not depend on it, so weights that are never flushed (in_place: blocks are used in place;
+    or all trained parameters are resident) fold every step, which avoids making the noise of pending updates again.
+    Otherwise it is part of the run's identity and must not depend on the tier. noises: number of noises per step; each
+    is a pending update of its own.
 
-    With c seconds of noise an element, f seconds to flush one, folding every K steps costs c (K + 1) / 2 + f / K an
-    element and step, least at K = sqrt(2 f / c). bf16 to a disk at 1 GB/s (f = 2 ns) beside one CPU core of Gaussian
-    noise (c = 1 ns): K = 2; two cores, 2.8; a PCIe 5 link at 50 GB/s beside an H200 (0.04 ns, 1.3 ps): K = 8. 4 is
-    within 25 % of the least cost of both, and keeps four times more of an update that 16 bits would round away.
-    Rademacher noise costs a fifth (`benchmarks.kernels`): K is sqrt(5) larger.
+    With c seconds of noise per element, and f seconds to flush one, folding every K steps costs c (K + 1) / 2 + f / K
+    per element and step, least at K = sqrt(2 f / c). bf16 to a disk at 1 GB/s (f = 2 ns) and one CPU core of Gaussian
+    noise (c = 1 ns): K = 2; two cores, 2.8; a PCIe 5 link at 50 GB/s and an H200 (0.04 ns, 1.3 ps): K = 8. 4 is within
+    25 % of the least cost of both, and keeps four times more of an update that 16 bits would round away. Rademacher
+    noise costs a fifth (`benchmarks.kernels`): K is sqrt(5) larger.
     """
     if given is not None:
         return given
     flushed = not in_place and not layout.written <= plan.resident
     usual = get_distribution(distribution).fold_every
-    every = max(1, round(usual / math.sqrt(noises)))  # the c above is that of all of a step's noises
+    every = max(1, round(usual / math.sqrt(noises)))  # the c above is for all noises of a step together
     return every if flushed or not is_lossless(plan, layout) else 1

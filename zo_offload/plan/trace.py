@@ -1,9 +1,10 @@
-"""A forward without weights: what a plan starts from.
+"""Traces a forward without weights, as the start of a plan.
 
-The model is copied with its parameters on the meta device and run once under a watch: no weights, no arithmetic worth
-naming, one forward of OPT-175B in about a second. What depends only on the batch (masks, positions) is computed for
-real; a value that would come from weights (`.item()`, `nonzero`) is made up, plausibly. So the way taken through the
-model may be wrong, and a forward that needs real values may stop: the first real run is watched again.
+The model is copied with its parameters on the meta device and run once under a watch: no weights, hardly any
+arithmetic, one forward of OPT-175B in about a second. Tensors that depend only on the batch (masks, positions) are
+computed for real; a value that would come from weights (`.item()`, `nonzero`) is replaced by a plausible one. So the
+trace may take a wrong path through the model, and a forward that needs real values may stop: the first real run is
+watched again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _REAL_COPY_MAX_ELEMENTS = 1 << 20
 
 
 class MetaWatch(UseWatch):  # type: ignore[no-untyped-call]
-    """Runs what it can for real, the rest on meta; makes up values that only weights could give."""
+    """Runs ops for real if possible, the others on meta; makes up values that only weights could give."""
 
     def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = (*tensors_in(args), *tensors_in(tuple(kwargs.values())))
@@ -58,7 +59,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
 
 
 def _positions(index: Any) -> list[Any]:
-    """A mask used as an index, as though it were true everywhere (the most a routed expert can get)."""
+    """A mask used as an index, as if it were true everywhere (the most that a routed expert can get)."""
     if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
         return [_empty(index.numel())] * index.ndim
     return [index]
@@ -90,11 +91,11 @@ _STAND_INS: dict[str, Callable[..., Any]] = {
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model with its parameters, and buffers of any size worth mentioning, on the meta device."""
+    """A copy of the model with its parameters and large buffers on the meta device."""
     memo: dict[int, Any] = {}
     for p in model.parameters():
         if not is_plain(p) and not p.is_meta and p.numel() <= _REAL_COPY_MAX_ELEMENTS:
-            continue  # masks and index tables, as buffers: they may choose the way through the model
+            continue  # small buffers (masks, index tables) stay: they may decide the path through the model
         shape = (
             torch.empty_like(p, device="meta") if is_plain(p) else torch.empty(p.shape, dtype=p.dtype, device="meta")
         )
@@ -103,7 +104,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
         small = b.numel() <= _REAL_COPY_MAX_ELEMENTS and not b.is_meta
         memo[id(b)] = b.detach().cpu().clone() if small else torch.empty_like(b, device="meta")
     for module in model.modules():
-        for value in vars(module).values():  # deepcopy refuses what autograd made (the weight of old-style weight norm)
+        for value in vars(module).values():  # deepcopy refuses autograd's results (the weight of old-style weight norm)
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = torch.empty_like(value, device="meta", requires_grad=False)
     with shapes_only():
@@ -138,7 +139,7 @@ def trace_on_meta(model: nn.Module, batch: Any, call: ForwardCall) -> Trace:
                 call(shadow, _batch_copy(batch))
         finally:
             watch.put_generators_back()
-    except Exception as error:  # whatever a model's code may raise without real values
+    except Exception as error:  # a model's code may raise anything without real values
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
         log.debug("trace on meta stopped", exc_info=True)
         last = f"at or after module {recorder.order[-1][1]!r}" if recorder.order else "before any module"

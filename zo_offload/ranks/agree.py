@@ -1,4 +1,4 @@
-"""What must be equal on all ranks, named by its path where it is not."""
+"""Compares values that must be equal on all ranks, and names each difference by its path."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def unlike(values: Sequence[Any], name: str = "") -> Iterator[str]:
-    """Each part of JSON values, one a rank, that is not the same on all: its path, and who has what."""
+    """Each part of JSON values, one value per rank, that is not the same on all: its path, and each rank's part."""
     if all(isinstance(value, Mapping) for value in values):
         for key in sorted(set().union(*values)):
             yield from unlike([value.get(key) for value in values], f"{name}.{key}" if name else str(key))
@@ -16,7 +16,7 @@ def unlike(values: Sequence[Any], name: str = "") -> Iterator[str]:
 
 
 def between(mine: Any, theirs: Any, me: str, them: str, name: str = "") -> Iterator[str]:
-    """Each part of two JSON values that is not equal: its path, and who has what."""
+    """Each part of two JSON values that differs: its path, and both parts."""
     if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
         for key in sorted(mine.keys() | theirs.keys()):
             yield from between(mine.get(key), theirs.get(key), me, them, f"{name}.{key}" if name else str(key))

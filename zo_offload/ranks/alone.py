@@ -1,6 +1,6 @@
-"""What a run asks of the processes that train it, and the answers where there is one: this one.
+"""The interface of a run to the processes that train it, implemented for a single process.
 
-`Team` (ranks that were launched together) and `Sharing` (those of a pool) answer for several.
+`Team` (ranks that were launched together) and `Sharing` (those of a pool) implement it for several processes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _T = TypeVar("_T")
 
 
 def cells(count: int, rank: int, world: int) -> range:
-    """Which of `count` lanes a rank computes: consecutive ones, as equal as can be, the first ranks one more.
+    """The lanes, among `count`, that a rank computes: consecutive ones, in equal shares, the first ranks one more.
 
-    Consecutive, since the lanes of one perturbation are next to each other: a rank makes noise for as few of them as
-    can be. Rank 0 always has some.
+    Consecutive, since the lanes of one perturbation are next to each other: so a rank makes noise for as few
+    perturbations as possible. Rank 0 always has some lanes.
     """
     each, more = divmod(count, world)
     begin = rank * each + min(rank, more)
@@ -29,15 +29,15 @@ def cells(count: int, rank: int, world: int) -> range:
 
 
 class Alone:
-    """One process: it has all lanes, and nobody to tell. Also what `Team` is to others."""
+    """A single process: it has all lanes and no other ranks. Also the interface of `Team`."""
 
     rank, world, local_rank, local_world = 0, 1, 0, 1
     index = 0
-    """Of the engine among those that this process has made with ranks."""
+    """Number of this engine among those that this process has made with ranks."""
     tells = False
-    """Whether there are others, or may be."""
+    """Whether there are other processes, or may be."""
     elastic = False
-    """Whether they come and go (`pool.py`): one of them decides each step, and tells its record."""
+    """Whether processes come and go (`pool.py`): one of them decides each step and publishes its record."""
 
     def __init__(self) -> None:
         self._stop: StopRequest | None = None
@@ -48,84 +48,84 @@ class Alone:
         return self.rank == 0
 
     def cells(self, count: int) -> range:
-        """Which of so many lanes are mine; see the function."""
+        """This rank's lanes among `count`; see the function `cells`."""
         return cells(count, self.rank, self.world)
 
     def gather(self, at: str, values: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The values of all ranks, by rank. at: where the run is; its first word is the kind of turn. JSON."""
+        """The values of all ranks, by rank. at: the point of the run; its first word is the kind of turn. JSON."""
         return [dict(values)]
 
     def first(self, at: str, make: Callable[[], _T]) -> _T:
-        """What `make` gives on rank 0, on all ranks. Of JSON."""
+        """The result of `make` on rank 0, for all ranks. JSON."""
         return make()
 
     def same(self, at: str, values: Mapping[str, Any], hint: str = "") -> None:
-        """Raise RankError, with names, unless all ranks have these values."""
+        """Raise RankError, with the differences, unless all ranks have these values."""
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:
-        """What is raised inside is raised on all ranks, at their next turn."""
+        """An error inside this context is raised on all ranks, at their next turn."""
         yield
 
     @contextlib.contextmanager
     def together(self, at: str) -> Iterator[None]:
-        """As `telling`; and who comes to the end of the block waits there for the others."""
+        """As `telling`; ranks also wait for each other at the end of the block."""
         yield
 
     def about(self, values: Mapping[str, Any], audit: Sequence[Any] | None = None) -> None:
-        """What the next `losses` are of: must be the same on all ranks. audit: see `losses`."""
+        """Set the facts of the next `losses`, which must be the same on all ranks. audit: see `losses`."""
 
     def share(self, step: int, count: int, compute: Callable[[Sequence[int]], Sequence[Any]]) -> list[Any] | None:
-        """The losses of `count` lanes of a step, in the order of one process. compute: those of some, by their numbers.
+        """The losses of `count` lanes of a step, in the order of one process. compute(lanes): the losses of some lanes.
 
-        None: the step was decided meanwhile, and nobody needs them. Raises as `losses` does.
+        Returns None if the step was decided meanwhile. Raises as `losses` does.
         """
         return list(compute(range(count)))
 
     def losses(self, step: int, mine: Sequence[float]) -> list[float]:
-        """The losses of all lanes, in the order of one process, from those of my cells.
+        """The losses of all lanes, in the order of one process, from the losses of this rank's lanes.
 
-        Raises RankError where ranks differ in what `about` said, or in the checksum of a block that two of them have
-        at one version: audit = (kind, block, its name, version, checksum).
+        Raises RankError if ranks differ in the facts given to `about`, or in the checksum of a block that two of them
+        have at one version: audit = (kind, block, its name, version, checksum).
         """
         return list(mine)
 
     def welcome(self, journal: Journal | None, about: Mapping[str, Any]) -> None:
-        """Others may join from here on, with this journal. about: what they have to know of the run, of JSON."""
+        """From here on others may join, with this journal. about: the run's description for them, as JSON."""
 
     def follows(self, history: Callable[[], tuple[int, str]]) -> None:
-        """How to ask for the steps that were taken here, and what names them."""
+        """Set the function that returns the number of steps taken here, and their history."""
 
     def decided(self, step: int) -> StepRecord | None:
-        """A step's record, where somebody else decides and has done so."""
+        """A step's record, if another process decides steps and has decided this one."""
         return None
 
     def decision(self, step: int) -> StepRecord | None:
-        """A step's record, once it is there; None where this process decides itself."""
+        """Wait for a step's record; None if this process decides itself."""
         return None
 
     def publish(self, record: StepRecord, history: str) -> None:
-        """A step was taken, and led to this history."""
+        """Call after a step was taken, with the history after it."""
 
     def split(self, at: str, mine: Mapping[int, Any]) -> dict[int, Any] | None:
-        """All items of something that was split by number, from mine. None if a stop was asked for meanwhile."""
+        """All items of work that was split by number, given this rank's. None if a stop was requested."""
         return dict(mine)
 
     def heed(self, stop: StopRequest | None) -> None:
-        """Whose signals this rank tells the others; None: nobody's."""
+        """Set the stop request whose signals this rank sends to the others; None for none."""
         self._stop = stop
 
     def stopped_by(self) -> int | None:
-        """The signal that ends the run after this step: on every rank the same."""
+        """The signal that ends the run after this step; the same on every rank."""
         return None if self._stop is None else self._stop.signum
 
     def after_a_stop(self, run_dir: Path | None) -> str:
-        """What there is to do after a signal has ended this process's part, in words."""
+        """Advice for the user after a signal has ended this process."""
         return "the run has no run_dir and cannot be resumed" if run_dir is None else f"resume it from {run_dir}"
 
     def is_stopping(self) -> bool:
-        """Whether what is split now can be broken off: `split` will say so."""
+        """Whether split work can stop early, because `split` will return None."""
         return False
 
     def leave(self) -> None:
-        """The engine is closed: others need not wait for this rank. Safe to call twice."""
+        """Tell the others that the engine is closed, so that they do not wait. Safe to call twice."""

@@ -1,4 +1,4 @@
-"""A step's record as JSON, every bit of it: what the keeper of a pool has decided, for the members to apply."""
+"""A decided step's record as JSON, exact to the bit: a pool's keeper sends it, and members apply it."""
 
 from __future__ import annotations
 

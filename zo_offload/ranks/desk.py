@@ -1,7 +1,7 @@
-"""The keeper's desk: a thread that lets members in and hears of them, while the keeper trains.
+"""The keeper's desk: a thread that admits members and tracks them while the keeper trains.
 
-It answers who asks at the door, with the journal or the records that somebody lacks; lets its pulse be felt, so that
-members know a keeper that computes from one that is gone; and keeps the roster. All it reads of the run is the list of
+It answers requests at the door with the journal, or with the records that a member lacks; sends a pulse, so that
+members can distinguish a computing keeper from a dead one; and keeps the roster. Of the run it only reads the list of
 the journal's records, which only grows.
 """
 
@@ -28,16 +28,16 @@ _log = logging.getLogger(__name__)
 
 NAP_S, PULSE_S = 0.03, 1.0
 GONE_S, THERE_S = 15.0, 3.0
-"""A member whose pulse was not felt for so long is not counted any more; one that was felt since this is there."""
+"""Seconds without a pulse after which a member counts as gone; seconds within which it is present."""
 UNREAD_S, LATE_S = 120.0, 30.0
-"""What nobody has fetched for so long is deleted; who took a number and then does not ask is not waited for."""
+"""Seconds after which an unread answer is deleted; seconds to wait for the request of a member that took a number."""
 RECORDS_AT_ONCE = 20_000
 _MOST = float(1 << 53)
 
 
 class Desk:
-    """See the module. state: what the roster tells of the run; keeper: and of the keeper; closed: why nobody is let in.
-    These are replaced whole by the keeper's thread."""
+    """See the module. state, keeper: the roster's facts about run and keeper; closed: why no member is admitted. The
+    keeper's thread replaces these as a whole."""
 
     def __init__(self, room: Sealed) -> None:
         self._room = room
@@ -47,11 +47,11 @@ class Desk:
         self._journal: Journal | None = None
         self._about: dict[str, Any] = {}
         self._answered, self._asking = 0, dict[int, float]()
-        self._members: dict[str, dict[str, Any]] = {}  # what they said last
-        self._beats: dict[str, tuple[Any, float]] = {}  # their pulse, and when it was felt
-        self._names: dict[str, str] = {}  # of those that were let in and have not left
-        self._left: list[str] = []  # whose keys are to be deleted
-        self._sent: list[tuple[float, list[str]]] = []  # when, and under which names
+        self._members: dict[str, dict[str, Any]] = {}  # their last messages
+        self._beats: dict[str, tuple[Any, float]] = {}  # their pulse, and when it last changed
+        self._names: dict[str, str] = {}  # members that were admitted and have not left
+        self._left: list[str] = []  # members whose keys must be deleted
+        self._sent: list[tuple[float, list[str]]] = []  # time, and names in the store
         self._pulse, self._felt = 0, 0.0
         self._lock = threading.Lock()
         self._ends = threading.Event()
@@ -63,11 +63,11 @@ class Desk:
         self._thread.start()
 
     def opens(self, journal: Journal, about: Mapping[str, Any]) -> None:
-        """From here on members are let in."""
+        """Admit members from here on."""
         self._about, self._journal, self.closed = dict(about), journal, None
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """What the members that are there said last, by name."""
+        """The last messages of present members, by name."""
         with self._lock:
             return dict(self._members)
 
@@ -75,13 +75,13 @@ class Desk:
         return self._names.get(member, "it never said who it is")
 
     def hears(self) -> bool:
-        """Whether some of them live."""
+        """Whether any member is alive."""
         now = time.monotonic()
         with self._lock:
             return any(now - felt < THERE_S for member, (_, felt) in self._beats.items() if member in self._names)
 
     def forget(self, member: str) -> None:
-        """Hear no more of one that was put out."""
+        """Stop tracking a member that was excluded."""
         with self._lock:
             self._gone(member, "was put out")
 
@@ -124,7 +124,7 @@ class Desk:
                 del self._asking[number]
 
     def _answer(self, number: int, is_late: bool) -> bool:
-        """Whether who took this number at the door needs no more answer."""
+        """Answer the request with this number, if there is one; return whether it is done."""
         name = f"door/{number}"
         try:
             row = self._room.get(name)
@@ -134,13 +134,13 @@ class Desk:
         if row is None:
             return is_late
         member = str(row.get("member") or number + 1)
-        if self.closed is not None and "steps" not in row:  # one that was there before may lack the last records
+        if self.closed is not None and "steps" not in row:  # a former member may lack the last records
             return self._refuse(number, self.closed)
         if row.get("version") != __version__:
             return self._refuse(number, f"it is zo_offload {row.get('version')}, the keeper {__version__}")
         if self._journal is None:
             return False  # it waits: the base is being read
-        with self._lock:  # it is there from now on, though its pulse was not felt yet
+        with self._lock:  # counted as present from now on, before its first pulse
             self._names[member], self._beats[member] = str(row.get("name")), (None, time.monotonic())
         self._room.line.delete(name)
         try:
@@ -151,7 +151,7 @@ class Desk:
         return True
 
     def _refuse(self, number: int, why: str) -> bool:
-        self._room.line.set(f"door/{number}/no", why.encode())  # not sealed: it is for those without the token too
+        self._room.line.set(f"door/{number}/no", why.encode())  # not sealed: readable without the token too
         self._room.line.delete(f"door/{number}")
         self._sent.append((time.monotonic(), [f"door/{number}/no"]))
         return True
@@ -163,7 +163,7 @@ class Desk:
         return {"member": member, "about": self._about, "journal": data}
 
     def _lacking(self, steps: int, history: str) -> dict[str, Any]:
-        """The records from a step on; none where the asker's steps so far are not the journal's."""
+        """The records from a step on; none if the member's steps so far differ from the journal's."""
         assert self._journal is not None
         known: list[StepRecord] = self._journal.steps
         last = len(known)
@@ -172,7 +172,7 @@ class Desk:
         return {"records": [told(record) for record in known[steps : min(last, steps + RECORDS_AT_ONCE)]]}
 
     def _hear(self) -> None:
-        """What members say of themselves: in a row of each, which they write again."""
+        """Read the members' messages about themselves: each rewrites its own row."""
         for member in list(self._names):
             try:
                 row = self._room.get(f"member/{member}")
@@ -189,7 +189,7 @@ class Desk:
             self._room.line.delete(f"member/{member}", f"beat/{member}")
 
     def _feel(self) -> None:
-        """Whose pulse stands still is gone: counted again when it comes back, and says so."""
+        """Mark members without a pulse as gone; a member that comes back counts again, and this is logged."""
         now = time.monotonic()
         for member in list(self._names):
             with contextlib.suppress(Unsealed):
@@ -201,7 +201,7 @@ class Desk:
                         self._gone(member, "shows no sign of life any more")
 
     def _gone(self, member: str, how: str) -> None:
-        """Under the lock."""
+        """Remove a member. Call under the lock."""
         _log.info("member %s (%s) %s", member, self.name_of(member), how)
         self._members.pop(member, None)
         self._beats.pop(member, None)
@@ -210,7 +210,7 @@ class Desk:
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a member says of itself, as far as it is what it should be: whoever has the token may write anything."""
+    """The valid part of a member's message about itself: anyone with the token may write anything."""
     found: dict[str, Any] = {
         name: value
         for name in ("step", "seconds", "spent", "rate", "lanes")

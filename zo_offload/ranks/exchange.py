@@ -1,9 +1,9 @@
-"""What carries rows between ranks: a table with one row a turn and rank, kept by torch's store (`torch.distributed`).
+"""Exchanges rows between ranks: a table with one row per turn and rank, in torch's store (`torch.distributed`).
 
-A store and no collective, for these reasons: rows may be of any length; waiting can be broken off, so that a rank looks
-for signals and for the death of others while it waits; a rank that fails leaves its error in its row; and it does not
-matter which backend the process group has (a collective on host memory has none under NCCL). Some hundred bytes a step
-travel, in well under a millisecond.
+A store instead of collectives, for these reasons: rows may have any length; waits can be interrupted, so that a rank
+checks for signals and dead ranks while it waits; a failing rank leaves its error in its row; and it works with any
+backend of the process group (NCCL has no collective on host memory). A step sends some hundred bytes, in well under a
+millisecond.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Any, Protocol
 from ..errors import RankError
 
 FIRST_NAP_S, LONGEST_NAP_S = 1e-4, 0.02
-"""Between two looks for rows: at most a tenth of what was waited, and never long."""
+"""Seconds between two checks for rows: at most a tenth of the time waited so far, within these limits."""
 
 
 class Exchange(Protocol):
-    """A table of rows: `put` mine, wait for those of the others, read them all. One thread at a time."""
+    """A table of rows: `put` one's own, wait for the others', read them all. One thread at a time."""
 
     rank: int
     world: int
 
     def put(self, turn: int, row: bytes) -> None:
-        """Write my row of a turn; once."""
+        """Write this rank's row of a turn, once."""
         ...
 
     def missing(self, turn: int, seconds: float) -> list[int]:
-        """Ranks whose row of a turn is not there; waits at most so long for the last of them."""
+        """Ranks whose row of a turn is missing, after waiting at most `seconds` for the last of them."""
         ...
 
     def rows(self, turn: int) -> list[bytes]:
@@ -36,7 +36,7 @@ class Exchange(Protocol):
         ...
 
     def drop(self, turn: int) -> None:
-        """My row of a turn was read by all."""
+        """Delete this rank's row of a turn that all ranks have read."""
         ...
 
     def flag(self, turn: int) -> None:
@@ -49,7 +49,7 @@ class Exchange(Protocol):
 class StoreExchange:
     """`Exchange` over a `torch.distributed.Store`: TCPStore between processes, HashStore between threads.
 
-    Raises RankError where the store is gone: the process that keeps it (torchrun's agent, or rank 0) has ended.
+    Raises RankError if the store is gone: the process that keeps it (torchrun's agent, or rank 0) has ended.
     """
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
@@ -65,7 +65,7 @@ class StoreExchange:
         self._call(self._store.set, self._key(turn, self.rank), row)
 
     def missing(self, turn: int, seconds: float) -> list[int]:
-        """Looks again and again: the store's own wait tells of each time-out on standard error."""
+        """Polls: the store's own wait prints each time-out on standard error."""
         keys, began = self._keys(turn), time.monotonic()
         while not self._call(self._store.check, keys):
             if (waited := time.monotonic() - began) >= seconds:
@@ -88,7 +88,7 @@ class StoreExchange:
     def _call(self, method: Any, *args: Any) -> Any:
         try:
             return method(*args)
-        except RuntimeError as error:  # torch.distributed's errors are its children
+        except RuntimeError as error:  # torch.distributed's errors derive from it
             raise RankError(
                 f"rank {self.rank} of {self.world}: the store that ranks meet in cannot be reached "
                 f"({str(error).splitlines()[0][:150]}): the process that keeps it, torchrun's or rank 0, has ended"

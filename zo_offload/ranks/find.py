@@ -1,9 +1,9 @@
-"""The ranks that this process was started with: by torchrun, accelerate launch, or a process group of the caller's.
+"""Finds the ranks that this process was started with: by torchrun, accelerate launch, or the caller's process group.
 
-ranks="auto"       several, where torch.distributed is initialised with several or WORLD_SIZE says so; else alone
+ranks="auto"       several, if torch.distributed is initialised with several or WORLD_SIZE says so; else alone
 ranks=Group(...)   the same, with settings
 ranks=Pool(...)    this process keeps a run that others may join, and leave again: `pool.py`
-ranks=None         alone, whatever launched this process
+ranks=None         alone, even under a launcher
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _log = logging.getLogger(__name__)
 MEET_S = 300.0
 """How long a rank waits for the store that all ranks meet in."""
 
-dist: Any = _distributed  # much of it is not declared
-_engines = itertools.count()  # each engine of this process has keys of its own
-_store: Any = None  # met once a process
+dist: Any = _distributed  # much of it is untyped
+_engines = itertools.count()  # each engine of this process has its own keys
+_store: Any = None  # one per process
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Ranks that were launched together. patience: seconds to wait for the others; None: learnt from what was seen."""
+    """Ranks that were launched together. patience: seconds to wait for the others; None: from measured turns."""
 
     patience: float | None = None
 
@@ -47,20 +47,20 @@ class Group:
 
 
 Ranks = Group | Pool | str | None
-"""What `Engine(ranks=...)` takes: "auto", a Group, a Pool, or None."""
+"""Values of `Engine(ranks=...)`: "auto", a Group, a Pool, or None."""
 
 
 def find(ranks: Ranks) -> Alone:
-    """This process among its ranks; `Alone` where there is one. Waits until all ranks make their engine.
+    """This process among its ranks; `Alone` if it is the only one. Waits until all ranks make their engine.
 
-    Raises ConfigError where the launcher's variables make no sense, RankError where the others do not come.
+    Raises ConfigError if the launcher's variables are invalid, RankError if the other ranks do not come.
     """
     if ranks is None:
         return Alone()
     if isinstance(ranks, Pool):
         if launched()[1] > 1:
             raise ConfigError(
-                f"a pool is kept by one process, and this is one of {launched()[1]} that a launcher started: start the "
+                f"a pool is kept by one process, but this is one of {launched()[1]} that a launcher started: start the "
                 "keeper alone, and members by Engine.join (zo-offload join)"
             )
         return Keeper(ranks)
@@ -77,7 +77,7 @@ def find(ranks: Ranks) -> Alone:
     if not 0 <= rank < world:
         raise ConfigError(f"RANK={rank} with WORLD_SIZE={world}: expected 0 .. {world - 1}")
     index = next(_engines)
-    attempt = variable("TORCHELASTIC_RESTART_COUNT", 0)  # torchrun's store outlives the ranks that it starts again
+    attempt = variable("TORCHELASTIC_RESTART_COUNT", 0)  # torchrun's store outlives ranks that it restarts
     store = dist.PrefixStore(f"zo_offload/{attempt}/{index}", _meet(rank, world, initialised))
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     team = Team(StoreExchange(store, rank, world), index=index, serves=serves, patience=patience)
@@ -86,7 +86,7 @@ def find(ranks: Ranks) -> Alone:
 
 
 def _tell_of_threads(team: Team) -> None:
-    """torchrun gives each process one thread unless it is told otherwise, on a host with many cores too."""
+    """Log a hint: by default torchrun gives each process one thread, even on a host with many cores."""
     cores = len(os.sched_getaffinity(0)) // team.local_world
     if team.leads and team.index == 0 and cores > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         _log.warning(

@@ -1,11 +1,11 @@
-"""The member of a pool that has the run directory and the store: it trains as all do, and decides each step.
+"""The keeper of a pool: it has the run directory and the store, trains like the members, and decides each step.
 
-A step is decided from the losses that were committed, in the order of one process, by the same code as in one process,
-and is in the journal before anybody is told. What else members say is for people, or to be compared; a member can put
-numbers into the run only for lanes whose seeds it did not choose. Some of those numbers are computed again (`audit`): a
-member that differs is put out by name, and the journal says since which step its numbers may be in the run.
+A step is decided from the committed losses, in the order of one process, by the same code as in one process, and is in
+the journal before anybody gets it. Other messages of members are for people, or are compared; a member can contribute
+numbers only for lanes whose seeds it did not choose. Some of these numbers are recomputed (`audit`): a member that
+differs is excluded by name, and the journal records from which step on its numbers may be in the run.
 
-Keys of decided steps are deleted, so the store stays as large as a few steps are, whatever the run's length.
+Keys of decided steps are deleted, so the store never holds more than a few steps.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _log = logging.getLogger(__name__)
 
 ME = "0"
 KEPT_STEPS, KEPT_RECORDS = 4, 64
-"""Decided steps whose lanes, and whose records, are still in the store, for members that are a little late."""
-_NAME = 20  # of a member: longer ones are made up
+"""Numbers of decided steps whose lanes, and whose records, stay in the store for members that are a little late."""
+_NAME = 20  # longest name of a member; longer ones are cut
 FAREWELL_S = 10.0
-"""How long the keeper stays at its end for members that read the last records."""
+"""Seconds that the keeper waits at its end for members that still read the last records."""
 
 
 class Keeper(Sharing):
-    """Serves a pool from its creation to `leave`. Raises ConfigError if the address cannot be listened at."""
+    """Serves a pool from its creation to `leave`. Raises ConfigError if it cannot listen at the address."""
 
     leads = True
 
@@ -55,16 +55,16 @@ class Keeper(Sharing):
         self._room = Sealed(line, pool.token, era)
         self._desk = Desk(Sealed(over(self._store, "the store of this keeper"), pool.token, era))
         self._seen, self._weights = Patience(pool.patience), {ME: 1.0}
-        self._chosen = random.SystemRandom()  # which lanes are computed again: nobody else is to know
-        self._seconds: dict[str, float] = {}  # that each has spent on lanes of this step
-        self._joined: dict[str, int] = {}  # the first step with a lane of theirs
+        self._chosen = random.SystemRandom()  # chooses the lanes to recompute; must be unpredictable
+        self._seconds: dict[str, float] = {}  # spent by each member on lanes of this step
+        self._joined: dict[str, int] = {}  # each member's first step with a lane
         self._journal: Journal | None = None
         self._out: dict[str, str] = {}
         self._is_told = False
         self._made: dict[int, list[str]] = {}  # names in the store, by step
         self._desk.start()
 
-    # ---- members are let in ------------------------------------------------------------------------------------------
+    # ---- members are admitted ----------------------------------------------------------------------------------------
 
     def welcome(self, journal: Journal | None, about: Mapping[str, Any]) -> None:
         assert journal is not None, "a keeper has a run directory"
@@ -74,7 +74,7 @@ class Keeper(Sharing):
         self._desk.opens(journal, about)
 
     def same(self, at: str, values: Mapping[str, Any], hint: str = "") -> None:
-        """What members compare theirs with."""
+        """Publish values that members compare with their own."""
         self.room.put(f"same/{at}", {"values": values})
 
     # ---- the lanes of a pass -----------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ class Keeper(Sharing):
         return found
 
     def _row(self, cell: int, row: dict[str, Any] | Unsealed) -> dict[str, Any] | None:
-        """A committed loss; None where it is not one of this pool's, or of a member that was put out."""
+        """A committed loss; None if it is not from this pool, or from an excluded member."""
         if isinstance(row, Unsealed):
             _log.warning("%s: lane %d of step %d is computed again", row, cell, self._turn[0])
             return None
@@ -113,7 +113,7 @@ class Keeper(Sharing):
             return None
 
     def _is_of_this_step(self, row: Mapping[str, Any]) -> bool:
-        """Whether a loss is of the batch, rate and history that the keeper has; who differs is put out."""
+        """Whether a loss is for the keeper's batch, rate and history; a member that differs is excluded."""
         if row["by"] == ME:
             return True
         if differ := list(between(self._about, row.get("about"), "the keeper", "it")):
@@ -121,8 +121,7 @@ class Keeper(Sharing):
         return not differ
 
     def _audited(self, rows: Sequence[Any], wrong: set[int], compute: Compute) -> set[int]:
-        """Lanes of a member whose number is not what the keeper computes: of a few that are chosen, and of all that are
-        not finite."""
+        """Lanes whose committed loss differs from the keeper's own: checks a few random lanes and all not finite."""
         others = [cell for cell, row in enumerate(rows) if cell not in wrong and row["by"] != ME]
         chosen = {cell for cell in others if not math.isfinite(rows[cell]["loss"])}
         if others and self._chosen.random() < self._pool.audit * len(others):
@@ -187,7 +186,7 @@ class Keeper(Sharing):
         self.room.line.delete(f"decided/{step - KEPT_RECORDS}")
 
     def _follow(self, step: int) -> None:
-        """Learn from what members said of this step; compare the block that they have looked at."""
+        """Update the members' shares from their messages about this step, and compare the audited block."""
         rows = self._desk.rows()
         active = {ME, *rows}
         for member, row in rows.items():
@@ -220,7 +219,7 @@ class Keeper(Sharing):
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:
-        """What is raised inside ends the pool, and its members know why."""
+        """An error inside this context ends the pool, and its members get the reason."""
         try:
             yield
         except BaseException as error:

@@ -1,4 +1,4 @@
-"""What torchrun, and accelerate launch like it, say to each process that they start: variables of the environment."""
+"""Reads the environment variables that torchrun and accelerate launch set for each process."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from ..errors import ConfigError
 
 
 def launched() -> tuple[int, int]:
-    """(rank, number of ranks) of this process, as its launcher says; (0, 1) without one."""
+    """(rank, number of ranks) of this process, as set by its launcher; (0, 1) without one."""
     world = variable("WORLD_SIZE", 1)
     return (variable("RANK", 0), world) if world > 1 else (0, 1)
 
 
 def variable(name: str, default: int) -> int:
-    """A number in the environment. Raises ConfigError on what is none."""
+    """A number from the environment. Raises ConfigError if it is not a number."""
     text = os.environ.get(name)
     if text is None:
         return default

@@ -1,9 +1,9 @@
-"""A line to a torch store on another host: no call on it waits without end, whatever becomes of the other side.
+"""A connection to a torch store on another host whose calls always end, even if the other side dies.
 
-A call of TCPStore's client waits as long as its server is silent: for ever, where that process is stopped or its host
-is gone. So a thread of its own makes the calls, one at a time, and whoever asked waits for it so long and no longer.
-After that, or after any error, the line is lost and stays so: its thread is left to itself (it ends with the process,
-or when the silent one speaks), and a new line is to be made.
+A call of TCPStore's client waits as long as its server is silent: for ever, if that process is stopped or its host is
+gone. So a separate thread makes the calls, one at a time, and the caller waits for it only for a limited time. After a
+time-out or any error, the line is lost for good: its thread is abandoned (it ends with the process, or when the server
+answers), and a new line must be made.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch.distributed as _distributed
 from ..errors import ConfigError, RankError
 
 SILENT_S = 20.0
-"""A store that does not answer for so long is taken for lost."""
+"""Seconds without an answer after which a store counts as lost."""
 GRACE_S = 2.0
-"""And for so long after that: a process that was stopped finds the time over when it goes on."""
+"""Seconds to wait after that: a process that was stopped finds the time already over when it continues."""
 PAYLOAD_BYTES = 4 << 20
 """Longest value: TCPStore closes a connection that brings twice as much."""
 
@@ -31,11 +31,11 @@ dist: Any = _distributed
 
 
 class Lost(RankError):
-    """Nobody answers, or no longer: another line is to be made."""
+    """The store does not answer (any more): a new line must be made."""
 
 
 class Line:
-    """Calls of a `torch.distributed.Store` with an end. open: makes the store, on the line's thread. One caller."""
+    """Calls of a `torch.distributed.Store` with a time-out. open: makes the store, on the line's thread. One caller."""
 
     def __init__(self, open: Callable[[], Any], where: str, silent_s: float = SILENT_S) -> None:
         self._where, self._silent_s = where, silent_s
@@ -51,7 +51,7 @@ class Line:
             try:
                 store = open() if store is None else store
                 answer.put((method(store), None))
-            except (RuntimeError, OSError, ValueError) as error:  # torch.distributed's are children of the first
+            except (RuntimeError, OSError, ValueError) as error:  # torch.distributed's errors derive from the first
                 answer.put((None, error))
         del store
 
@@ -78,10 +78,10 @@ class Line:
             self._lost = f"{self._where}: this line was closed"
         self._calls.put(None)
 
-    # ---- what is asked of a store ------------------------------------------------------------------------------------
+    # ---- calls of the store ------------------------------------------------------------------------------------------
 
     def get(self, key: str) -> bytes | None:
-        """The value of a key, None where there is none. (`Store.get` would wait for it.)"""
+        """The value of a key, None if there is none. (`Store.get` would wait for it.)"""
         found: bytes = self._call(lambda store: store.compare_set(key, "?", "?"))
         return None if found == b"?" else found
 
@@ -90,11 +90,11 @@ class Line:
         self._call(lambda store: store.set(key, value))
 
     def get_all(self, keys: list[str]) -> list[bytes]:
-        """The values of keys that all have one: at once."""
+        """The values of several keys in one call; all must have one."""
         return list(self._call(lambda store: store.multi_get(keys)))
 
     def first_of_all(self, values: Mapping[str, bytes]) -> None:
-        """Set those of these keys that have no value."""
+        """Set those keys that have no value."""
 
         def set_each(store: Any) -> None:
             for key, value in values.items():
@@ -103,12 +103,12 @@ class Line:
         self._call(set_each)
 
     def first(self, key: str, value: bytes, before: bytes = b"") -> bytes:
-        """Set a key that still has the value `before` (b"": none); what it has now, ours or who was first's."""
+        """Set a key if it still has the value `before` (b"": none); returns its present value."""
         found: bytes = self._call(lambda store: store.compare_set(key, before.decode(), value.decode()))
         return found
 
     def add(self, key: str, count: int) -> int:
-        """A counter, after `count` was added to it."""
+        """Add `count` to a counter and return its new value."""
         return int(self._call(lambda store: store.add(key, count)))
 
     def has(self, keys: list[str]) -> bool:
@@ -127,7 +127,7 @@ class Line:
         return int(self._call(lambda store: store.num_keys()))
 
 
-# ---- where it leads --------------------------------------------------------------------------------------------------
+# ---- addresses -------------------------------------------------------------------------------------------------------
 
 
 def parse(address: str, what: str = "address") -> tuple[str, int]:
@@ -158,10 +158,10 @@ def served(address: str) -> tuple[Any, int]:
 
 
 def dialled(address: str, silent_s: float = SILENT_S) -> Line:
-    """A line to the store at an address. Raises Lost where nobody listens there."""
+    """A line to the store at an address. Raises Lost if nobody listens there."""
     host, port = parse(address)
     host = host or "localhost"
-    try:  # first without torch, whose client tells of every attempt on standard error
+    try:  # first without torch, whose client prints every attempt on standard error
         socket.create_connection((host, port), timeout=silent_s).close()
     except OSError as error:
         raise Lost(f"nobody answers at {address} ({error.strerror or error})") from None
@@ -179,6 +179,6 @@ def over(store: Any, where: str) -> Line:
 
 
 def quietly(call: Callable[[], Any]) -> None:
-    """A last word to somebody who may be gone."""
+    """Make a call whose failure does not matter, since the other side may be gone."""
     with suppress(Lost):
         call()

@@ -1,11 +1,11 @@
-"""A member of a pool: it comes with the base, takes lanes of whatever step is under way, and applies what is decided.
+"""A member of a pool: it has the base, leases lanes of the current step, and applies decided steps.
 
-    member = Member.join("10.0.0.7:29400", token)       # waits until it is let in
-    member.about_run, member.journal                    # what the run is, and its steps so far
+    member = Member.join("10.0.0.7:29400", token)       # waits until it is admitted
+    member.about_run, member.journal                    # the run's description, and its steps so far
 
-A member that was away (stopped, cut off, or its keeper was) finds its step decided: it leaves what it computed, reads
-the records that it lacks, and goes on where the run is. A keeper that is gone is looked for at its address until
-`wait_s`; one that is started again has another store, and the member asks at its door with the steps that it has.
+A member that was away (stopped or disconnected, or its keeper was) finds its step decided: it discards its losses,
+reads the missing records, and continues at the run's present step. If the keeper is gone, the member tries its address
+for `wait_s`; a restarted keeper has another store, and the member asks at its door with its own number of steps.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from .sharing import LONGEST_NAP_S, LOOK_S, Compute, Sharing, cells_of
 
 _T = TypeVar("_T")
 NAP_S, BEAT_S = 0.5, 1.0
-"""Between two tries to reach a keeper that is gone, and two beats of a member's pulse."""
+"""Seconds between two tries to reach a keeper, and between two beats of a member's pulse."""
 UNCOUNTED = 4
-"""Decided steps without a share, after which a member says again that it is there."""
+"""Number of decided steps without a share after which a member announces itself again."""
 
 
 class Over(RankError):
@@ -41,11 +41,11 @@ class Over(RankError):
 
 
 class Parted(RankError):
-    """The run has another history than this member: it is to join anew, from the base."""
+    """The run's history differs from this member's: it must join again, from the base."""
 
 
 class Member(Sharing):
-    """Somebody who joined. wait_s: how long a keeper that is gone is looked for."""
+    """A process that joined. wait_s: seconds to look for a keeper that does not answer."""
 
     leads = False
 
@@ -56,10 +56,10 @@ class Member(Sharing):
         super().__init__("", patience)
         self.address, self._token, self._wait = address, token, wait_s
         self._beats, self._felt = -1, time.monotonic()
-        self._history: Callable[[], tuple[int, str]] | None = None  # steps that were applied, and what they are
+        self._history: Callable[[], tuple[int, str]] | None = None  # number and history of the applied steps
         self._lacked: dict[int, StepRecord] = {}
         self._said: dict[str, Any] = {"name": here(), "step": None}
-        self._its_history: tuple[int, str] | None = None  # of the record that was read last: its step, what it leads to
+        self._its_history: tuple[int, str] | None = None  # of the last record read: its step, and the history after it
         self._uncounted = 0
         self._left = False
         self._ends = threading.Event()
@@ -70,7 +70,7 @@ class Member(Sharing):
         cls, address: str, token: str, *, patience: float | None = None, wait_s: float = WAIT_S,
         look: Callable[[], None] = lambda: None,
     ) -> Member:  # fmt: skip
-        """Be let in. Raises RankError where nobody answers for `wait_s`, or the keeper refuses, and says why."""
+        """Join the pool. Raises RankError if nobody answers for `wait_s`, or the keeper refuses (with its reason)."""
         member = cls(address, token, patience=patience, wait_s=wait_s)
         member._knocks = {"version": __version__, "name": here()}
         welcome = member._until_reached(member._enter)
@@ -80,9 +80,9 @@ class Member(Sharing):
         return member
 
     about_run: dict[str, Any]
-    """What the run is: settings, method, and how `fit` was called."""
+    """The run's description: settings, method, and the arguments of `fit`."""
     journal: bytes
-    """Its steps so far."""
+    """The run's journal so far."""
     _knocks: dict[str, Any]
 
     # ---- the keeper's door -------------------------------------------------------------------------------------------
@@ -105,19 +105,19 @@ class Member(Sharing):
                 time.sleep(min(NAP_S, self._wait / 10))
 
     def _enter(self) -> dict[str, Any]:
-        """A line to whoever keeps the run now, and the answer at its door."""
+        """Connect to the present keeper; returns the answer at its door."""
         line = dialled(self.address, min(SILENT_S, max(1.0, self._wait)))
         began = time.monotonic()
         while (era := line.get(ERA)) is None:
             if time.monotonic() - began > SILENT_S:
-                raise RankError(f"{self.address} is a store, and no keeper's of a pool")
+                raise RankError(f"{self.address} is a store, but no pool's keeper serves it")
             time.sleep(LONGEST_NAP_S)
         self._room = Sealed(line, self._token, era.decode())
         self._felt = time.monotonic()
         return self._knock()
 
     def _knock(self) -> dict[str, Any]:
-        """Ask to be let in, and wait while the keeper is not ready. Raises RankError if it refuses."""
+        """Ask to join, and wait while the keeper is not ready. Raises RankError if it refuses."""
         name = f"door/{self.room.line.add('door', 1) - 1}"
         self.room.put(name, self._knocks)
         while True:
@@ -132,7 +132,7 @@ class Member(Sharing):
             time.sleep(LONGEST_NAP_S)
 
     def _feel(self) -> None:
-        """Raise Lost if the keeper's pulse stands still."""
+        """Raise Lost if the keeper's pulse has stopped."""
         self._heed_stop()
         pulse = self.room.get("pulse") or {"beats": -1}
         now = time.monotonic()
@@ -142,7 +142,7 @@ class Member(Sharing):
             raise Lost(f"the keeper at {self.address} shows no sign of life since {now - self._felt:.0f} s")
 
     def _heed_stop(self) -> None:
-        """Where this member waits, a signal ends it at once: the run goes on without it."""
+        """While this member waits, a signal ends it at once: the run goes on without it."""
         if (signum := self.stopped_by()) is not None:
             steps = 0 if self._history is None else self._history()[0]
             raise Stopped(signum, steps, self.after_a_stop(None))
@@ -154,7 +154,7 @@ class Member(Sharing):
         self._until_reached(self._return)
 
     def _return(self) -> None:
-        """To the run as it is now, with the steps that were applied here."""
+        """Rejoin the run in its present state, with the steps that were applied here."""
         assert self._history is not None
         steps, history = self._history()
         self._knocks = {
@@ -171,7 +171,7 @@ class Member(Sharing):
         self._say({})
 
     def _asked(self, do: Callable[[], _T]) -> _T:
-        """What the store says, of the keeper that there is then."""
+        """A call on the store; after a loss it is repeated with the next keeper's store."""
         while True:
             try:
                 return do()
@@ -181,7 +181,7 @@ class Member(Sharing):
     # ---- before the first step ---------------------------------------------------------------------------------------
 
     def follows(self, history: Callable[[], tuple[int, str]]) -> None:
-        """history(): how many steps were applied here, and what names them."""
+        """history(): the number of steps applied here, and their history."""
         self._history = history
 
     def same(self, at: str, values: Mapping[str, Any], hint: str = "") -> None:
@@ -197,7 +197,7 @@ class Member(Sharing):
             raise RankError(f"this member is not like the keeper, at {at!r}: {'; '.join(differ)}.{hint and ' ' + hint}")
 
     def _beat(self) -> None:
-        """A thread: while this member lives, the keeper hears of it, however long a pass takes."""
+        """A thread that sends this member's pulse, also during long passes."""
         beats, room = 0, None
         while not self._ends.wait(BEAT_S):
             try:
@@ -218,7 +218,7 @@ class Member(Sharing):
         return self._asked(lambda: self._record(step))
 
     def decision(self, step: int) -> StepRecord | None:
-        """Waits for it. Raises Over where there will be none."""
+        """Wait for the step's record. Raises Over if there will be none."""
 
         def wait() -> StepRecord:
             began = looked = time.monotonic()
@@ -232,7 +232,7 @@ class Member(Sharing):
         return self._asked(wait)
 
     def _record(self, step: int) -> StepRecord | None:
-        """A step's record, if it is decided: from what was fetched, or the store, or of an older step the keeper."""
+        """A step's record, if decided: from those fetched, the store, or for an older step the keeper."""
         if step in self._lacked:
             return self._lacked.pop(step)
         if (found := self.room.get(f"decided/{step}")) is not None:
@@ -251,7 +251,7 @@ class Member(Sharing):
         return self._lacked.pop(step, None)
 
     def publish(self, record: StepRecord, history: str) -> None:
-        """Applied here: its history is the keeper's, or this is not the same run."""
+        """The step was applied here. Raises Parted if the history differs from the keeper's."""
         if self._its_history is not None and self._its_history != (record.step, history):
             raise Parted(
                 f"after step {record.step} this member has history {history}, the run {self._its_history}. Join again"
@@ -265,7 +265,7 @@ class Member(Sharing):
         self._asked(self._refresh)
 
     def _refresh(self) -> None:
-        """Read how the run is. Raises RankError where this member was put out."""
+        """Read the run's state. Raises RankError if this member was excluded."""
         self._state = self.room.get("state") or self._state
         if (why := self._state.get("out", {}).get(self.me)) is not None:
             raise RankError(f"the keeper at {self.address} has put this member ({self.me}) out: {why}")
@@ -287,7 +287,7 @@ class Member(Sharing):
         found = self.room.get(f"losses/{turn}")
         if found is None:
             newest = (self.room.get("state") or {}).get("steps", 0)
-            if newest > step + 1:  # deleted, or soon: what was written meanwhile is nobody's
+            if newest > step + 1:  # deleted, or soon: losses written meanwhile are not used
                 self.room.line.delete(f"{turn}/next", *cells_of(turn, count))
             return None
         return [float.fromhex(loss) for loss in found["losses"]]
@@ -300,7 +300,7 @@ class Member(Sharing):
             })  # fmt: skip
 
     def _say(self, values: Mapping[str, Any]) -> None:
-        """Tell the keeper how this member is."""
+        """Send the keeper a message about this member."""
         self._said |= {**values, "audit": self._audit}
         quietly(lambda: self.room.put(f"member/{self.me}", self._said))
 
@@ -326,7 +326,7 @@ class Member(Sharing):
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:
-        """Whatever ends this member, the keeper knows why; for everybody else nothing is changed."""
+        """If an error ends this member, the keeper gets the reason; the other processes go on."""
         try:
             yield
         except (Over, KeyboardInterrupt):

@@ -1,8 +1,8 @@
-"""How much of a step a pool's member takes, and how long it waits for what others took: both learnt from what was seen.
+"""Derives from measured passes how many lanes a pool's member leases, and how long it waits for others' lanes.
 
-A pass costs what it costs to stream the blocks, and more for each lane in it, in a proportion that nobody knows. So a
-member's share is not computed from lanes a second: it grows while its passes are shorter than the others', and shrinks
-while they are longer. Members that stream equally fast keep equal shares, whatever a lane costs.
+A pass costs the streaming of the blocks, and an unknown further cost for each lane. So a member's share is not computed
+from lanes per second: it grows while its passes are shorter than the others', and shrinks while they are longer.
+Members that stream equally fast keep equal shares, whatever a lane costs.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from collections.abc import Mapping
 from statistics import median
 
 LEAST_PATIENCE_S, FIRST_PATIENCE_S, TIMES_SEEN = 2.0, 30.0, 3.0
-"""Lanes are late after so many times what nine in ten passes took; at least, and where nothing was seen."""
+"""Seconds until lanes are late: at least; before ENOUGH passes; as a multiple of the time of nine in ten passes."""
 SEEN, ENOUGH = 64, 4
-"""Passes that patience is learnt from, and how many say something."""
-_SHARE = 8.0  # of two members' shares, the larger is at most so many times the smaller's square
+"""Numbers of passes that patience is derived from: at most, at least."""
+_SHARE = 8.0  # weights stay between 1 / _SHARE and _SHARE
 
 
 def lanes_of(count: int, weights: Mapping[str, float], me: str) -> int:
-    """How many of `count` lanes a member leases at a time; all where it is alone."""
+    """Number of lanes, among `count`, that a member leases at a time; all if it is alone."""
     mine = weights.get(me, 1.0)
     total = sum(weights.values()) + (0.0 if me in weights else mine)
     return max(1, math.ceil(count * mine / total - 1e-6))
 
 
 def weighted(weights: Mapping[str, float], seconds: Mapping[str, float]) -> dict[str, float]:
-    """Weights for the next step. seconds: that the pass of each took in this one; who is not there keeps its own."""
+    """Weights for the next step. seconds: each member's time for its pass in this step; absent members keep theirs."""
     if len(seconds) < 2:
         return dict(weights)
     typical = median(seconds.values())
@@ -40,14 +40,14 @@ def weighted(weights: Mapping[str, float], seconds: Mapping[str, float]) -> dict
 
 
 class Patience:
-    """Seconds after which a lane is late. fixed: what was asked for; None: learnt."""
+    """Seconds after which a lane is late. fixed: a given value; None: derived from measured passes."""
 
     def __init__(self, fixed: float | None = None) -> None:
         self._fixed = fixed
         self._seen: deque[float] = deque(maxlen=SEEN)
 
     def see(self, seconds: float) -> None:
-        """That a pass took."""
+        """Add the time of a pass."""
         self._seen.append(seconds)
 
     @property

@@ -1,22 +1,22 @@
-"""A pool: one run, and members that come and go, on any number of hosts. The store between them, and their settings.
+"""A pool: one run, with members that come and go, on any number of hosts. Names in their store, and settings.
 
     keeper     has the run directory and the store, trains, and decides each step       keeper.py
     member     joins with the base and a few kilobytes of journal, at any time          member.py
-    both       lease lanes of the step under way and commit their losses                sharing.py
+    both       lease lanes of the current step and commit their losses                  sharing.py
 
-A lane's loss is a function of the history and the lane, so it does not matter who computes it, or that two do: the
-first number that is committed counts. The keeper makes the step's record from the committed losses in the order of one
-process, writes its journal, and tells the record; members apply it. So all have the same bits at the same step, those
-that came late too, and nobody has to agree with anybody on who is there.
+A lane's loss is a function of the history and the lane, so any process may compute it, even two: the first committed
+number counts. The keeper makes the step's record from the committed losses in the order of one process, writes its
+journal, and publishes the record; members apply it. So all have the same bits at the same step, including late members,
+and the processes need not agree on who is present.
 
 Names in the store (values of `sealed.py`, but counters and claims), T being a step and its pass, "12.0":
-    door, door/N        members that ask to be let in, and the answer: the journal, or the records that they lack
-    T/next              lanes of a pass that were leased
-    T/N, T/N/late       the loss of lane N; who took it over
+    door, door/N        members' requests to join, and the answers: the journal, or the records that they lack
+    T/next              number of leased lanes of a pass
+    T/N, T/N/late       the loss of lane N; the member that took it over
     losses/T, decided/S the losses of a pass; the record of step S
-    state, pulse        how far the run is, shares, patience, who was put out; what grows while the keeper lives
-    member/M, beat/M    what a member says of itself, and its pulse
-    roster, closed      who is there, for people; that the run has ended, and why
+    state, pulse        number of steps, shares, patience, excluded members; a counter that grows while the keeper lives
+    member/M, beat/M    a member's message about itself, and its pulse
+    roster, closed      present members, for people; that the run has ended, and why
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from .line import parse
 
 LEAST_TOKEN = 8
 TOKEN = "token"
-"""A keeper's file in its run directory, where no other token was given."""
+"""The token's file in the keeper's run directory, if no other token was given."""
 WAIT_S = 300.0
-"""How long a member looks for a keeper that is gone."""
+"""Seconds that a member looks for a keeper that does not answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
     """A run that others may join: `Engine(..., ranks=Pool(address="0.0.0.0:29400", token=...), run_dir=...)`.
 
-    address: where to listen; token: what members must have too, of 8 characters at least. patience: seconds after which
-    lanes that somebody leased are done by others; None: learnt from what passes took. audit: the share of other
-    members' lanes that the keeper computes again and compares; tolerance: by how much of a loss they may differ, for
-    members whose arithmetic is not the keeper's (0: by no bit).
+    address: where to listen; token: a secret that members must have too, of at least 8 characters. patience: seconds
+    after which others compute a leased lane; None: derived from measured passes. audit: the share of other members'
+    lanes that the keeper recomputes and compares; tolerance: the relative difference that their losses may have, for
+    members with other arithmetic than the keeper (0: bit-equal).
     """
 
     address: str
@@ -64,7 +64,7 @@ class Pool:
 
 def check_token(token: str) -> None:
     if not isinstance(token, str) or len(token) < LEAST_TOKEN:
-        raise ConfigError(f"token: expected at least {LEAST_TOKEN} characters that nobody guesses")
+        raise ConfigError(f"token: expected at least {LEAST_TOKEN} characters that are hard to guess")
 
 
 def check_patience(patience: float | None) -> None:
@@ -83,5 +83,5 @@ def read_token(path: str | Path) -> str:
 
 
 def here() -> str:
-    """This process, for people."""
+    """A description of this process for people."""
     return f"{socket.gethostname()}:{os.getpid()}"

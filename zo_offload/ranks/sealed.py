@@ -1,10 +1,10 @@
-"""What a pool's members read and write in the store: JSON under names, sealed with the pool's token.
+"""Values of a pool's store: JSON under names, sealed with the pool's token.
 
-torch's store asks nobody who he is: whoever reaches its port may read and write all of it. A value that was not written
-by one who has the token, or was written under another name or for an earlier keeper, has not the seal, and is an error
-where it is read. So a stranger can disturb a pool, and not tell it numbers. Nothing is secret on the wire: tunnel it.
+torch's store has no authentication: anyone who reaches its port may read and write all of it. A value that was written
+without the token, under another name, or for an earlier keeper does not have the right seal, and reading it is an
+error. So a stranger can disturb a pool, but cannot give it numbers. Nothing on the wire is secret: use a tunnel.
 
-    era                  made by each keeper that begins: seals of another one's time are void
+    era                  made by each keeper at its start: seals of earlier eras are invalid
     value                32 hex digits of blake2b(key=token | era, name, text), then the text
 """
 
@@ -25,11 +25,11 @@ ERA = "zo_offload/era"
 _SEAL = 32
 _PART = PAYLOAD_BYTES // 2
 MAX_TEXT_BYTES = 1 << 30
-"""What is told in parts is not longer than this when it is unpacked."""
+"""Largest unpacked size of a value that is sent in parts."""
 
 
 class Sealed:
-    """Values of JSON in a store. One thread at a time."""
+    """Sealed JSON values in a store. One thread at a time."""
 
     def __init__(self, line: Line, token: str, era: str) -> None:
         self.line, self.era = line, era
@@ -49,7 +49,7 @@ class Sealed:
         seal, text = value[:_SEAL], value[_SEAL:]
         if not hmac.compare_digest(seal, self._seal(name, text)):
             raise Unsealed(
-                f"{name!r} in the pool's store has not this token's seal: tokens differ, or a stranger writes there"
+                f"{name!r} in the pool's store lacks this token's seal: tokens differ, or a stranger writes there"
             )
         found = json.loads(text)
         if not isinstance(found, dict):
@@ -60,16 +60,16 @@ class Sealed:
         self.line.set(name, self._pack(name, values))
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """None where there is none. Raises `Unsealed`."""
+        """A value; None if there is none. Raises `Unsealed`."""
         found = self.line.get(name)
         return None if found is None else self._unpack(name, found)
 
     def first(self, named: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write each of these, unless somebody has."""
+        """Write each of these values, unless it exists already."""
         self.line.first_of_all({name: self._pack(name, values) for name, values in named.items()})
 
     def get_all(self, names: list[str]) -> list[dict[str, Any] | Unsealed]:
-        """Of names that all have a value; in place of one without the seal, what is to be raised of it."""
+        """Values of names that all have one; a value without the right seal is replaced by its error."""
         return [self._opened(name, value) for name, value in zip(names, self.line.get_all(names), strict=True)]
 
     def _opened(self, name: str, value: bytes) -> dict[str, Any] | Unsealed:
@@ -78,10 +78,10 @@ class Sealed:
         except Unsealed as error:
             return error
 
-    # ---- what is longer than a value ---------------------------------------------------------------------------------
+    # ---- long values -------------------------------------------------------------------------------------------------
 
     def send(self, name: str, values: Mapping[str, Any]) -> list[str]:
-        """Of any length, packed and in parts; the names that it takes up."""
+        """Write values of any length, packed and in parts; returns the names used."""
         text = base64.b64encode(zlib.compress(json.dumps(values).encode(), 1)).decode()
         parts = [text[i : i + _PART] for i in range(0, len(text), _PART)]
         for number, part in enumerate(parts):
@@ -90,7 +90,7 @@ class Sealed:
         return [name, *(f"{name}/{number}" for number in range(len(parts)))]
 
     def receive(self, name: str) -> dict[str, Any] | None:
-        """What was sent under a name, which is free then; None: nothing yet."""
+        """Read values that were sent under a name, and free it; None: nothing yet."""
         head = self.get(name)
         if head is None:
             return None
@@ -104,4 +104,4 @@ class Sealed:
 
 
 class Unsealed(RankError):
-    """A value that nobody with the token wrote."""
+    """A value that was written without the token."""

@@ -1,9 +1,9 @@
-"""The lanes of one pass, leased and committed: what keeper and members do alike.
+"""Leasing and committing the lanes of one pass: the code that keeper and members share.
 
-Who comes takes the next lanes from a counter, as many as are its share, computes them in one pass and commits each: the
-first number that is written counts. Who finds no lanes left waits; what is not committed after `patience` it claims and
-computes itself. So a member that died, stopped or is slow costs the step under way that patience, once, and nothing
-else. A claim is a word that names who has a lane now; whoever sees another's word waits for that one anew.
+A process takes its share of the next lanes from a counter, computes them in one pass and commits each loss: the first
+number that is written counts. If no lanes are left it waits; lanes that are not committed after `patience` it claims
+and computes itself. So a member that died, stopped or is slow costs the current step that patience once, and nothing
+else. A claim names the process that has a lane now; other processes then wait for it again.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .sealed import Sealed
 
 FIRST_NAP_S, LONGEST_NAP_S = 1e-3, 0.02
 LOOK_S = 0.25
-"""How often one that waits looks whether the others live, a signal came, or it was put out."""
+"""Seconds between checks while waiting: whether the others live, a signal came, or this process was excluded."""
 
 Compute = Callable[[Sequence[int]], Sequence[float]]
 
 
 class Sharing(Alone):
-    """One process among those of a pool. me: its name in the store."""
+    """One process of a pool. me: its name in the store."""
 
     tells, elastic = True, True
 
@@ -39,8 +39,8 @@ class Sharing(Alone):
         self._state: dict[str, Any] = {}
         self._about: dict[str, Any] = {}
         self._audit: list[Any] | None = None
-        self._turn = (-1, -1)  # step, and which of its passes
-        self._known: dict[int, float] = {}  # losses of this turn that were computed here
+        self._turn = (-1, -1)  # step, and number of the pass in it
+        self._known: dict[int, float] = {}  # losses of this turn computed here
         self._claims = itertools.count()
         self._passes = self._lanes = 0
         self._spent = 0.0  # seconds in this turn's passes
@@ -81,7 +81,7 @@ class Sharing(Alone):
 
     def _share(self, count: int, compute: Compute) -> list[float] | None:
         turn = self._name()
-        self._commit(turn, self._known)  # what was computed for a keeper that is gone
+        self._commit(turn, self._known)  # losses computed for a keeper that is gone
         while not self._is_settled(count) and (cells := self._lease(turn, count)):
             self._do(turn, cells, compute)
         began = looked = time.monotonic()
@@ -113,7 +113,7 @@ class Sharing(Alone):
         self.room.first({f"{turn}/{cell}": {"loss": float(self._known[cell]).hex(), **more} for cell in cells})
 
     def _computed(self, cells: Sequence[int], compute: Callable[[Sequence[int]], Sequence[Any]]) -> list[float]:
-        """The losses of lanes, computed here in one pass, and told how long it took."""
+        """Compute the losses of lanes in one pass, and report its time."""
         begin = time.monotonic()
         found = [float(loss) for loss in compute(cells)]
         self._passes, self._lanes = self._passes + 1, self._lanes + len(cells)
@@ -124,7 +124,7 @@ class Sharing(Alone):
         return found
 
     def _late(self, turn: str, count: int, claims: dict[int, tuple[str, float]], began: float) -> list[int]:
-        """Lanes that nobody has committed for too long, which are mine from here on."""
+        """Claim and return the lanes that are overdue."""
         now, patience = time.monotonic(), self._wait_s()
         if now - began < patience:
             return []
@@ -152,23 +152,23 @@ class Sharing(Alone):
 
     @abstractmethod
     def _is_settled(self, count: int) -> bool:
-        """Whether nothing of this pass is left to compute."""
+        """Whether all lanes of this pass are computed."""
 
     @abstractmethod
     def _outcome(self, count: int, compute: Compute) -> list[float] | None:
-        """The losses of the pass, in the order of one process; None: its step was decided meanwhile."""
+        """The losses of the pass, in the order of one process; None if its step was decided meanwhile."""
 
     @abstractmethod
     def _look(self) -> None:
-        """Raise if there is nothing to be waited for any more."""
+        """Raise if waiting has no purpose any more."""
 
     @abstractmethod
     def _took(self, seconds: float, lanes: int) -> None:
-        """Tell how long a pass took; 0: it does not count."""
+        """Report the time of a pass; 0: it does not count."""
 
     @abstractmethod
     def _again(self, lost: Lost) -> None:
-        """The store is gone: come back to one, or raise."""
+        """The store is lost: connect to a new one, or raise."""
 
 
 def cells_of(turn: str, count: int) -> list[str]:

@@ -1,16 +1,17 @@
-"""The ranks of one run as one of them sees them: turns in which each gives a row and gets all rows, in rank order.
+"""The ranks of one run, as one of them sees them: in each turn every rank gives one row and gets all rows.
 
     team = find(...)                                    find.py; Alone() where there is one process
-    with team.together("opening"):                      what fails on one rank fails on all, with its message
+    with team.together("opening"):                      an error on one rank is raised on all, with its message
         rows = team.gather("opening", {"offload": "disk"})
     losses = team.losses(12, mine)                      of all lanes, in the order of one process
 
-Every rank goes through the same turns in the same order, and each says in its row where it is. A rank that fails puts
-its error in its row of the next turn, whatever that turn is about, and goes on to the turn after it; whoever reads that
-row raises RankError with the error's text. So all ranks count the same turns, also after an error that a caller caught.
+Every rank goes through the same turns in the same order, and names in its row the point where it is. A rank that fails
+puts its error into its row of the next turn, whatever that turn is for, and continues with the turn after it; the
+readers of that row raise RankError with the error's text. So all ranks count the same turns, also after an error that a
+caller caught.
 
-Losses are numbers in rows: they are never added up by what carries them. Which rank computed a lane, and how many ranks
-there are, is then nothing that a sum could depend on.
+Losses are numbers in rows; the transport never adds them up. So no sum depends on which rank computed a lane, or on the
+number of ranks.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 SLICE_S = 0.5
-"""How long a rank waits before it looks whether the others live and a signal came."""
+"""Seconds between checks while a rank waits: whether the others live, and whether a signal came."""
 FIRST_PATIENCE_S = 1800.0
-"""Wait for a turn of a kind that was not seen before: others may read the base, or evaluate."""
+"""Seconds to wait for the first turn of a kind: others may read the base, or evaluate."""
 LEAST_PATIENCE_S, TIMES_SEEN = 120.0, 20.0
-"""Wait for a turn of a known kind: so many times the longest that was seen, and at least this."""
+"""Wait for a turn of a known kind: at least these seconds, and this multiple of the longest such turn."""
 MEETING_S = 300.0
-"""Wait for all ranks to make their engine."""
+"""Seconds to wait for all ranks to make their engine."""
 FAREWELL_S = 10.0
-"""How long the rank that keeps the store waits at its end for those that may still read from it."""
+"""Seconds that the rank that keeps the store waits at its end for ranks that still read from it."""
 
 
 class Team(Alone):
-    """Several processes. serves: whether this one keeps the store; patience: seconds to wait for others, None: as seen.
+    """Several processes. serves: whether this one keeps the store; patience: seconds; None: from measured turns.
 
-    An engine has a team of its own: its exchange starts at turn 0, in which each tells where it runs.
+    Each engine has its own team: its exchange starts at turn 0, in which each rank sends its process and host.
     """
 
     tells = True
@@ -61,8 +62,8 @@ class Team(Alone):
         self._exchange, self._serves, self._patience = exchange, serves, patience
         self.rank, self.world, self.index = exchange.rank, exchange.world, index
         self._turn = 0
-        self._told: BaseException | None = None  # what was put in a row: not to be put into another
-        self._longest: dict[str, float] = {}  # seconds that a turn took, by its kind
+        self._told: BaseException | None = None  # the error already put in a row: not to be sent again
+        self._longest: dict[str, float] = {}  # longest time of a turn in seconds, by kind
         self._since = time.monotonic()
         self._agreed: tuple[int, int] | None = None  # rank and signal
         self._about: dict[str, Any] = {}
@@ -91,7 +92,7 @@ class Team(Alone):
         self._exchange.put(self._turn, json.dumps(row).encode())
 
     def _next(self, at: str) -> None:
-        """All rows of this turn are there: nobody needs those of the turn before."""
+        """Go to the next turn: all rows of this turn exist, so those of the turn before are not needed any more."""
         now = time.monotonic()
         kind = at.split()[0]
         self._longest[kind] = max(self._longest.get(kind, 0.0), now - self._since)
@@ -101,7 +102,7 @@ class Team(Alone):
         self._turn += 1
 
     def _wait(self, at: str) -> None:
-        """Until all rows of the turn are there. Raises RankError where one will not come."""
+        """Wait until all rows of the turn exist. Raises RankError if one will not come."""
         began = time.monotonic()
         seen = self._longest.get(at.split()[0])
         patience = FIRST_PATIENCE_S if seen is None else max(LEAST_PATIENCE_S, TIMES_SEEN * seen)
@@ -151,14 +152,14 @@ class Team(Alone):
         except psutil.Error:
             return True
 
-    # ---- what fails on one fails on all ------------------------------------------------------------------------------
+    # ---- errors of one rank are raised on all ------------------------------------------------------------------------
 
     def _tell(self, error: BaseException) -> None:
-        """Put an error into my row of this turn, unless the others have it, or gave it."""
+        """Put an error into this rank's row of this turn, unless the others have it or sent it."""
         if isinstance(error, RankError) or error is self._told or self._left:
             return
         self._told = error
-        with contextlib.suppress(RankError):  # the store is gone: they will find out
+        with contextlib.suppress(RankError):  # the store is gone: the others will notice
             self._put({"at": "an error", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
         self._turn += 1
 
@@ -176,7 +177,7 @@ class Team(Alone):
             yield
             self.gather(f"{at}, its end", {})
 
-    # ---- what is told ------------------------------------------------------------------------------------------------
+    # ---- values ------------------------------------------------------------------------------------------------------
 
     def first(self, at: str, make: Callable[[], _T]) -> _T:
         rows = self.gather(at, {"value": make() if self.rank == 0 else None})
@@ -281,7 +282,7 @@ class Team(Alone):
 
 
 def _home() -> dict[str, Any]:
-    """Where this process runs, such that another one on the same host can look whether it lives."""
+    """This process and its host, so that another process on the same host can check whether it lives."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]

@@ -1,1 +1,1 @@
-"""The window of device memory: which block is fetched, used and flushed, where and when."""
+"""The window of device memory: the order and the slots of fetches, uses and flushes of blocks."""

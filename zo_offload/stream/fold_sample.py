@@ -1,7 +1,7 @@
-"""How many stored values change where updates are folded: a sample of the bytes, before and after.
+"""Counts how many stored values change when updates are folded, in a sample of the bytes before and after.
 
-Of each matrix of at least `SMALL` values, the first `VALUES` are looked at, at the first folds and at some of those
-that follow. Counted where the bytes are, so that nobody waits for a device.
+The sample has the first `VALUES` of each matrix with at least `SMALL` values, at the first folds and at some later
+ones. It is counted on the device of the bytes, so that nothing waits for a device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FIRST, EVERY = 16, 16  # folds that are looked at: the first ones, then one in s
 
 @dataclass(frozen=True)
 class Look:
-    """The bytes of a few values, as they lie and as they were before a fold; [values, bytes of one], or flat."""
+    """The bytes of a few values, in place and from before a fold; [values, bytes of one], or flat."""
 
     views: list[Tensor]
     before: list[Tensor]
@@ -38,13 +38,13 @@ class FoldSample:
         self._changed: list[Tensor] = []
 
     def share(self) -> float:
-        """How many of the values looked at changed. Waits for the device they are on."""
+        """The share of sampled values that changed. Waits for their device."""
         total = float(sum(int(count) for count in self._changed))
         self._changed = [torch.tensor(int(total), device="cpu")]
         return total / self.looked if self.looked else 0.0
 
     def before(self, memory: Tensor, place: Place, numel: int, fold: int) -> Look | None:
-        """Called before the `fold`th fold of a piece in a block's memory; None if it is not looked at."""
+        """Called before the `fold`th fold of a piece in a block's memory; None if it is not sampled."""
         if numel < SMALL or (fold > FIRST and fold % EVERY):
             return None
         fmt = place.fmt
@@ -62,7 +62,7 @@ class FoldSample:
         return Look(views, [view.clone() for view in views], values)
 
     def after(self, look: Look) -> None:
-        """The fold has been done."""
+        """Called after the fold."""
         changed = torch.zeros(look.values, dtype=torch.bool, device=look.views[0].device)
         for view, before in zip(look.views, look.before, strict=True):
             changed |= (view != before).any(1)

@@ -1,8 +1,8 @@
-"""Base weights into blocks: read a run of elements at a time, encoded into its place, each block written once.
+"""Fills blocks from base weights: reads and encodes one chunk of elements at a time, and writes each block once.
 
-The base is a checkpoint or a module in memory, seen as a mapping from canonical parameter names to tensors. While it
-is read its digest is taken, so a resumed run can tell whether it stands on the same weights. Memory: one block, and one
-run in the base's dtype, whatever the largest parameter.
+The base is a checkpoint or a module in memory, as a mapping from canonical parameter names to tensors. Its digest is
+computed while it is read, so a resumed run can tell whether it has the same base. Memory: one block, and one chunk in
+the base's dtype, for parameters of any size.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Base", "Filler", "ModuleBase", "ingest"]
 class ModuleBase:
     """A module in memory as a base. Holds the parameters' own storages; `let_go` drops them once they are ingested.
 
-    PlanError if they are not there: on meta, where accelerate puts what it has offloaded, or in another engine.
+    Raises PlanError if they are missing: on meta, where accelerate leaves offloaded ones, or in another engine.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,7 +60,7 @@ class ModuleBase:
 
     @property
     def values(self) -> dict[str, Tensor]:
-        """The parameters' values by name; empty once they were let go."""
+        """The parameters' values by name; empty once they were dropped."""
         return self._data
 
     def let_go(self) -> None:
@@ -68,7 +68,7 @@ class ModuleBase:
 
 
 def load_kept(model: nn.Module, names: Iterable[str], base: Base) -> None:
-    """Parameters that stay in the model (`parameters.py`) and are on meta yet, from the base."""
+    """Load parameters that stay in the model (`parameters.py`) and are still on meta, from the base."""
     for name in names:
         p = model.get_parameter(name)
         if not p.is_meta:
@@ -94,7 +94,7 @@ def ingest(
 ) -> None:
     """Fill the tier's blocks (all, or those given) at version 0.
 
-    Memory: one block and one run. Raises CheckpointError if a tensor's size is not the plan's, before any is written.
+    Memory: one block and one chunk. Raises CheckpointError if a tensor's size is not the plan's, before any is written.
     """
     filler = Filler(plan, layout, base)
     wanted = list(range(len(plan.blocks)) if blocks is None else blocks)
@@ -120,7 +120,7 @@ class Filler:
                 raise CheckpointError(f"parameter {name!r} is {found} in the base, {wanted} in the model")
 
     def fill(self, index: int, buffer: Tensor) -> None:
-        """One block's bytes into `buffer`, what lies between pieces zero."""
+        """Write one block's bytes into `buffer`, with zeros between pieces."""
         host = buffer if buffer.device.type == "cpu" else torch.empty(buffer.numel(), dtype=torch.uint8, device="cpu")
         host.zero_()
         for piece in self.plan.blocks[index].pieces:
@@ -129,8 +129,9 @@ class Filler:
             buffer.copy_(host)
 
     def _fill_piece(self, piece: Piece, buffer: Tensor) -> None:
-        """A piece in its storage format: to the same or a wider one exact, to a narrower one rounded to nearest, as
-        loading with that dtype in transformers would. CheckpointError on what the format cannot hold."""
+        """Encode a piece in its storage format: exactly in the same or a wider one, rounded to nearest in a narrower
+        one, as transformers does when loading with that dtype. Raises CheckpointError for values that the format cannot
+        hold."""
         place = self.layout.places[piece]
         stored = buffer[place.offset : place.offset + place.nbytes]
         residual = buffer[place.residual_offset : place.residual_offset + place.residual_nbytes]

@@ -1,7 +1,7 @@
-"""The current weights, read between passes: for an export, a user who asks for a parameter, or a comparison.
+"""Reads the current weights between passes: for an export, a user's request, or a comparison.
 
-A parameter's value is what its blocks store at the last fold, less the updates that are pending: decode(stored) less
-those in float32, rounded once. Blocks come through the window's memory, which is empty between passes.
+A parameter's value is its stored value at the last fold minus its pending updates, in float32, rounded once. Blocks are
+read through the window's memory, which is empty between passes.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Reader:
         return self._params[name].shape
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """What a parameter is read as: its storage dtype."""
+        """The dtype of a parameter's values: its storage dtype."""
         return self._layout.formats[name].torch_dtype
 
     def place_of(self, name: str, element: int) -> int:
-        """The block of an element: parameters that are read in this order are fetched once."""
+        """The block of an element: reading in this order fetches each block once."""
         pieces = self._pieces_of(name)
         return next((self._layout.places[p].block for p in pieces if element < p.stop), len(self._blocks))
 
@@ -73,9 +73,9 @@ class Reader:
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Elements [start, start + len(out)) of a parameter's current value into `out`, on the CPU. Not in a pass.
 
-        Folds and pending updates are all in it: decode(stored) less the pending updates in float32, rounded once. A
-        layer's parameters may be asked for in any order: what is small is read along with its block, so that a block is
-        fetched once for each large parameter in it at most, and once for all that follow one another.
+        All folds and pending updates are included: decode(stored) minus the pending updates in float32, rounded once. A
+        layer's parameters may be read in any order: small ones are read together with their block, so that a block is
+        fetched at most once for each large parameter in it, and once for consecutive reads.
         """
         if self._window.is_ahead:
             self.forget()
@@ -129,5 +129,5 @@ class Reader:
         return value[start - low : stop - low].cpu()
 
     def forget(self) -> None:
-        """What the last read left in the window is not there any more, or not the last word."""
+        """Forget the block that the last read left in the window: it is gone or outdated."""
         self._slot, self._along = None, {}

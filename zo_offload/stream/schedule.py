@@ -1,6 +1,6 @@
-"""One forward after another as a list of ops: which block is fetched, used and flushed, where, after what.
+"""Schedules consecutive forwards as a list of ops: fetches, uses and flushes of blocks, their slots and dependencies.
 
-Pure: no torch, no threads. `window.py` runs what this module lays down; tests prove it by enumeration.
+Pure: no torch, no threads. `window.py` executes the ops; tests verify the schedule by enumeration.
 
 The model's forward visits blocks in a fixed order, `visits`, pass after pass (training steps and evaluation batches
 alike), so the order is cyclic and the next blocks are always known, across the end of a pass too. Some blocks are
@@ -63,7 +63,7 @@ class Op:
 
 
 def last_visits(visits: Sequence[int]) -> tuple[bool, ...]:
-    """Per visit of a pass: is it the block's last one in the pass? Only then is the block written.
+    """For each visit of a pass, whether it is the block's last one in the pass. Only then is the block written.
 
     Earlier visits of the same pass apply pending updates in registers and leave the stored bytes alone, so a block
     visited twice (tied embedding and head) is written and flushed once a step.
@@ -115,9 +115,9 @@ def schedule(
 ) -> Iterator[Op]:
     """Ops in enqueue order, without end: one op stream over all passes.
 
-    visits: block index of each visit of one pass; ahead: how many stays are fetched before they are needed
-    (default num_slots - 1, the most that is safe); written: blocks that training changes (default all).
-    Raises ConfigError for settings that cannot stream.
+    visits: block index of each visit of one pass; ahead: number of stays that are fetched in advance (default num_slots
+    - 1, the safe maximum); written: blocks that training changes (default all). Raises ConfigError for settings that
+    cannot stream.
     """
     if not visits:
         raise ConfigError("the plan visits no block: the model's forward uses no parameter")

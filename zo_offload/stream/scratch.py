@@ -1,4 +1,4 @@
-"""Scratch memory for perturbed weights: a buffer that is used again by one module after another."""
+"""Scratch memory for perturbed weights: a buffer that is reused by one module after another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_CUTS = 256  # kept a buffer: the number of gathered rows differs from step
 
 
 def padded(nbytes: int) -> int:
-    """The bytes that a tensor takes in scratch."""
+    """The bytes of a tensor in scratch, with padding."""
     return -(-nbytes // _ALIGN) * _ALIGN
 
 
@@ -26,7 +26,7 @@ class Scratch:
     buffer: Tensor | None  # None: each tensor has its own
     tensors: list[list[Tensor]]
     place: tuple[int, int] = (0, 0)
-    """From which to which byte of the buffer."""
+    """The range of bytes in the buffer."""
     kept: dict[Any, Any] = field(default_factory=dict)
     """What was worked out of these tensors' addresses; scratch that is handed out again brings it along."""
 
@@ -46,7 +46,7 @@ class _Buffer:
     cuts: dict[Any, Scratch] = field(default_factory=dict)  # what it was cut into before
 
     def gap(self, nbytes: int) -> tuple[int, int] | None:
-        """The first free place of that size."""
+        """The first free range of that size."""
         start = 0
         for low, high in self.taken:
             if start + nbytes <= low:
@@ -56,10 +56,10 @@ class _Buffer:
 
 
 class ScratchPool:
-    """Hands out scratch and takes it back; once the largest was asked for, all of it comes from one buffer.
+    """Hands out scratch and takes it back; after the largest request, all scratch comes from one buffer.
 
-    Owners nest a few levels deep: what is inside takes what the one around leaves. Buffers in which nothing is out are
-    let go before a larger one is allocated, so the total is what was out at once, as `memory.scratch_bytes` predicts.
+    Owners nest a few levels deep: inner ones use the space that outer ones leave. Unused buffers are freed before a
+    larger one is allocated, so the total is the most that was in use at once, as `memory.scratch_bytes` predicts.
     """
 
     def __init__(self, alloc: Callable[[int], Tensor]) -> None:
@@ -71,7 +71,7 @@ class ScratchPool:
 
     @property
     def nbytes(self) -> int:
-        """Free and handed out."""
+        """Bytes of all buffers, free and handed out."""
         return sum(buffer.memory.numel() for buffer in self._buffers)
 
     def take(
@@ -122,7 +122,7 @@ class ScratchPool:
             buffer.taken.remove(scratch.place)
 
     def take_all_back(self) -> None:
-        """Everything that was handed out, by a run that was broken off."""
+        """Take back everything that an interrupted run holds."""
         self._out = {}
         for buffer in self._buffers:
             buffer.taken = []
@@ -153,7 +153,7 @@ def _cut(
     copies: int,
     once: Sequence[bool],
 ) -> list[list[Tensor]]:
-    """Tensors one after the other, each aligned."""
+    """Cut a buffer into consecutive aligned tensors."""
     offset = 0
 
     def piece(i: int) -> Tensor:

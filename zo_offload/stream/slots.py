@@ -1,9 +1,9 @@
-"""Slots: places of the window, what is in them, and what is counted on the way.
+"""The window's slots, their contents, and traffic counters.
 
-A stay that does not write its block needs no copy of it where the tier can lend the bytes as they lie (a file in the
-page cache, `tiers/lending.py`). They are given back before the slot is fetched into again, so at most as many blocks
-are lent as there are slots. What is to be folded into is always a copy. (The slot's own memory stays meanwhile: to free
-it and take it again, zeroed by the system, costs more than the copies that are saved.)
+A stay that does not write its block needs no copy if the tier can lend the bytes in place (a file in the page cache,
+`tiers/lending.py`). Lent bytes are given back before the slot is fetched into again, so at most as many blocks are lent
+as there are slots. Bytes that will be folded into are always a copy. (The slot keeps its own memory meanwhile: freeing
+it and getting it again, zeroed by the system, costs more than the saved copies.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..tiers import UNKNOWN, Lent, Tier
 
 @dataclass(frozen=True)
 class WindowSize:
-    """How blocks move. num_slots: places that blocks stream through; ahead: stays fetched before they are needed;
+    """The window's size. num_slots: slots that blocks stream through; ahead: stays fetched before they are needed;
     pinned: blocks that stay in memory; io_threads: workers for fetches (0: every op runs in order on the caller)."""
 
     num_slots: int
@@ -35,10 +35,10 @@ class WindowSize:
 
 @dataclass
 class Slot:
-    """A place for one block and what is known of its bytes. `version` is per piece while a visit is under way."""
+    """A place for one block, with the state of its bytes. `version` is per piece during a visit."""
 
     memory: Tensor
-    """The block's bytes: `own`, or what the tier has lent."""
+    """The block's bytes: `own`, or bytes that the tier has lent."""
     block: int = -1
     lent: Lent | None = None
     ready: Event | None = None
@@ -51,7 +51,7 @@ class Slot:
     `end_write`."""
     dirty: bool = False
     residual: bool = False
-    """The residual part is there too, or the block has none."""
+    """Whether the residual part is present too, or the block has none."""
     fetched: int = 0
     """Bytes fetched and not counted yet."""
     streamed: dict[Piece, Tensor] = field(default_factory=dict)
@@ -134,18 +134,18 @@ class Slot:
         self.writing = None
 
     def uniform_version(self, plan: Plan) -> int:
-        """The one version of all that trains in the block; 0 if nothing does."""
+        """The common version of all trained pieces in the block; 0 if nothing trains."""
         versions = {self.version[p] for p in plan.blocks[self.block].pieces if plan.params[p.name].trainable}
         assert len(versions) < 2, f"block {self.block} would be flushed at versions {sorted(versions)}"
         return versions.pop() if versions else 0
 
     def count(self, traffic: Traffic) -> None:
-        """What was fetched, once."""
+        """Count the fetched bytes, once."""
         traffic.fetch_bytes += self.fetched
         self.fetched = 0
 
     def mend(self) -> bool:
-        """After a pass was broken off: find out what it did; whether the version of every piece is known."""
+        """After an interrupted pass: find out how far it got; returns whether the version of every piece is known."""
         if self.writing is not None:
             before, after, mark = self.writing
             if mark.is_done is not None:

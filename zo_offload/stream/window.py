@@ -1,22 +1,22 @@
-"""The window: blocks on their way between their tier and the slots, as the schedule lays down.
+"""The window: moves blocks between their tier and the slots, as scheduled.
 
-The main thread walks the plan's visits. Before each it has enqueued the fetches of the next `ahead` stays, so copies
-run under the compute, across the end of a pass too. What the block's modules did not ask for is brought to the last
-fold when the visit ends (`settle`), so a block always leaves the window at one version.
+The main thread walks the plan's visits. Before each visit it has enqueued the fetches of the next `ahead` stays, so
+copies overlap with compute, also across the end of a pass. At the end of a visit, pieces that no module used are
+brought to the last fold (`settle`), so a block always leaves the window at one version.
 
-Updates after the last fold are applied in registers at every visit and written nowhere: between folds no block is
-written, so none is flushed. That is what `fold_every=K` saves: K - 1 of K flushes, and as many roundings.
+Updates after the last fold are applied in registers at every visit and not written: between folds no block is written,
+so none is flushed. So `fold_every=K` saves K - 1 of K flushes, and as many roundings.
 
-Of blocks with split parameters the streamed part is fetched at every stay, the residual part only for stays in which a
-fold lands. A fetch is enqueued ahead, often before the step that may fold has been taken, so this is foretold from the
-step's number; where that was wrong (an evaluation that starts, a step that is skipped) the residual is fetched when it
-is needed, and the compute waits. Evaluation reads both parts: it sees the weights that `read` and an export give.
+For blocks with split parameters the streamed part is fetched at every stay, the residual part only for stays that fold.
+A fetch is enqueued ahead, often before the step that may fold has been taken, so this is predicted from the step's
+number; if the prediction is wrong (an evaluation that starts, a skipped step), the residual is fetched when it is
+needed, and compute waits. Evaluation reads both parts: it sees the same weights as `read` and an export.
 
-Whatever breaks a pass off, wherever (an exception of a signal handler comes at any bytecode), `mend` makes the window
-usable again: nothing is folded or flushed then. What is in the slots is forgotten, since the tier has every block at
-some version; of a block that lives in the window, each piece is at the version before or after the pass that wrote it
-(`Slot.mend`), and the next visit brings it on from there. A block of which neither is known, and whose only copy that
-was, is lost: `mend` says so.
+If a pass is interrupted anywhere (a signal handler's exception can occur at any bytecode), `mend` makes the window
+usable again without any fold or flush. The slots' contents are dropped, since the tier has every block at some version.
+In a block that lives in the window, each piece is at the version before or after the pass that wrote it (`Slot.mend`),
+and the next visit continues from there. A block whose version is unknown, and which has no other copy, is lost: `mend`
+reports it.
 
 Spans for profilers: `zo_offload.stream:fetch`, `:flush`, `:wait`.
 """
@@ -171,13 +171,13 @@ class BlockWindow:
 
     @property
     def is_ahead(self) -> bool:
-        """Whether slots hold blocks that were fetched for the next pass, or for the one under way."""
+        """Whether slots hold blocks that were fetched for the next or the current pass."""
         return bool(self._live)
 
     # ---- walking the visits ------------------------------------------------------------------------------------------
 
     def restart(self) -> None:
-        """Between passes: forget what was fetched ahead, flush what was written. The next pass starts cold."""
+        """Between passes: drop blocks that were fetched ahead, flush written ones. The next pass starts cold."""
         for slot in list(self._live.values()):
             if slot.dirty and slot.block >= 0:
                 self._settle(slot)
@@ -189,7 +189,7 @@ class BlockWindow:
         self._forget_pass()
 
     def _drain(self) -> None:
-        """Wait until nothing is copied any more."""
+        """Wait until all copies have ended."""
         self._flush_stream.drain()
         # Fetches that wait for a flush which will now never be enqueued must not wait for ever. What they read is
         # not used.
@@ -274,7 +274,7 @@ class BlockWindow:
         slot.used = self.device.mark()
 
     def wait(self, slot: Slot) -> None:
-        """Until the slot's block is there."""
+        """Wait until the slot's block is there."""
         if slot.ready is not None:
             start = time.perf_counter()
             with span("zo_offload.stream:wait", self.traffic.times, slot.block):
@@ -301,9 +301,10 @@ class BlockWindow:
         slot.ready = self._fetch_stream.submit(fetch, after, self._event(op.key))
 
     def _foretold(self, op: Op) -> int:
-        """The fold that the stay's block will have to reach.
+        """The fold that the stay's block must reach.
 
-        Known for the pass under way. For the next one it is foretold: one more step, which folds if its number says so.
+        Known for the current pass. For the next pass it is predicted: one more step, which folds depending on its
+        number.
         """
         if self.exact:  # evaluation: the next pass is most often one more batch of it
             return self.log.folded
@@ -316,7 +317,7 @@ class BlockWindow:
         return self._needed(op.block, self.log.version + 1)
 
     def own(self, slot: Slot) -> None:
-        """Before a slot is written: what was lent, because no fold was foretold, into the slot's own memory."""
+        """Before a slot is written: copy lent bytes (no fold was predicted) into the slot's own memory."""
         if slot.lent is not None:
             self._fetch_now(slot, slot.fetch_own)
 
@@ -351,12 +352,12 @@ class BlockWindow:
         self._raise_failed_flush()
 
     def _raise_failed_flush(self) -> None:
-        """A flush that failed stops the run at the next one, on the caller's thread, where it can be handled."""
+        """Raise the error of a failed flush at the next one, on the caller's thread, where it can be handled."""
         while self._flushes and self._flushes[0].is_done():
             self._flushes.popleft().wait()
 
     def _event(self, key: OpKey) -> Event:
-        """The event of an op, made by whoever asks first. Old finished ones are dropped now and then."""
+        """The event of an op, made at the first request. Old finished ones are dropped now and then."""
         if len(self._events) > 8 * (len(self._visits) + self._how.num_slots) + 64:
             recent = max(stay for _, stay in self._events) - 2 * (len(self._visits) + self._how.num_slots)
             self._events = {k: e for k, e in self._events.items() if k[1] >= recent or not e.is_done()}
@@ -390,7 +391,7 @@ class BlockWindow:
         return slot
 
     def _write_back(self, slot: Slot) -> None:
-        """Flush a slot and wait: on the stream, as every flush, where no signal handler can break it off."""
+        """Flush a slot and wait: on the stream, like every flush, where no signal handler can interrupt it."""
         slot.dirty = True
         self._mark_used(slot)
         self._enqueue_flush(slot, self.device.event())

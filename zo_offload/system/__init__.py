@@ -1,1 +1,1 @@
-"""What is used of the operating system and of this process: files, locks, signals, memory, closing."""
+"""Access to the operating system and this process: files, locks, signals, memory, closing."""

@@ -1,4 +1,4 @@
-"""Release everything, even where a part of it fails or something breaks in; and again, if it must be."""
+"""Releases everything, even if a part fails or is interrupted; can be repeated."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Closing:
-    """What has to be released, newest first. Each is crossed out once it is done, so `close` can be called again."""
+    """Resources to release, newest first. Each is removed once it is released, so `close` can be called again."""
 
     def __init__(self) -> None:
         self._left: list[Callable[[], Any]] = []
@@ -16,14 +16,14 @@ class Closing:
         return len(self._left)
 
     def add(self, release: Callable[[], Any]) -> None:
-        """release: may be called again after it was broken off. Newest first."""
+        """Add a release function. It may be called again after an interruption."""
         self._left.append(release)
 
     def close(self, down_to: int = 0, last: Callable[[], Any] = lambda: None) -> None:
         """Release all but the oldest `down_to`, then `last`. Raises the first error once all is done."""
         errors: list[Exception] = []
         while len(self._left) > down_to:
-            for _ in range(2):  # what failed may have been a signal handler's exception: the second time it is done
+            for _ in range(2):  # the failure may have been a signal handler's exception: the second try succeeds
                 try:
                     self._left[-1]()
                     break

@@ -1,7 +1,7 @@
-"""Reads, writes and syncs of the files a run lives in: whole or an error that says what, where and what to do.
+"""Reads, writes and syncs of a run's files: complete, or an error that names the file, the reason and the remedy.
 
-Everything that makes a run durable goes through these few functions, so tests can record the order of all writes and
-syncs, and cut the power at any point between them.
+All durable writes of a run go through these few functions, so tests can record the order of all writes and syncs, and
+simulate a power cut at any point between them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 from ..errors import BudgetError, StorageError
 from .units import show_bytes
 
-SPARE_FILES = 64  # descriptors left to everything else in the process
+SPARE_FILES = 64  # descriptors left for the rest of the process
 MAX_IO = 1 << 30  # Linux moves at most 0x7ffff000 bytes a call
 
 
 def allow_open_files(count: int, what: str) -> None:
-    """Let this process hold `count` more files open: its soft limit (often 1024) is raised where the hard one allows.
+    """Let this process hold `count` more files open: raises its soft limit (often 1024) if the hard limit allows.
 
-    Raises BudgetError, with both numbers, where it does not.
+    Raises BudgetError, with both numbers, if it does not.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = len(os.listdir("/proc/self/fd")) + count + SPARE_FILES
@@ -31,21 +31,21 @@ def allow_open_files(count: int, what: str) -> None:
         return
     if hard != resource.RLIM_INFINITY and need > hard:
         raise BudgetError(
-            f"{count} {what} are held open together, and this process may open {hard} files in all. Raise that limit "
+            f"{count} {what} are held open together, but this process may open only {hard} files. Raise that limit "
             "(ulimit -Hn), or give a larger block_numel, so that there are fewer"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 
 
 def write_at(fd: int, data: memoryview | bytes, offset: int) -> None:
-    """All of data at this offset."""
+    """Write all of data at this offset."""
     view, done = memoryview(data), 0
     while done < len(view):
         done += os.pwritev(fd, [view[done : done + MAX_IO]], offset + done)
 
 
 def append(fd: int, data: bytes) -> None:
-    """All of data at the end of a file that was opened with O_APPEND."""
+    """Append all of data to a file that was opened with O_APPEND."""
     done = 0
     while done < len(data):
         done += os.write(fd, data[done:])
@@ -63,8 +63,7 @@ def read_at(fd: int, out: memoryview, offset: int) -> int:
 
 
 def read_file(path: Path, limit: int = -1) -> bytes:
-    """All of a regular file, or its first `limit` bytes. OSError on anything else: opening a pipe, say, would wait for
-    its other end."""
+    """All of a regular file, or its first `limit` bytes. OSError for anything else: a pipe could block."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "rb") as file:
         mode = os.fstat(fd).st_mode
@@ -76,7 +75,7 @@ def read_file(path: Path, limit: int = -1) -> bytes:
 
 
 def sync(fd: int) -> None:
-    """Return once what was written to the file is on the medium. An error is final: the system may drop the pages."""
+    """Return once the file's writes are on the medium. An error is final: the system may have dropped the pages."""
     os.fdatasync(fd)
 
 
@@ -91,7 +90,7 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_path(path: Path, flags: int = 0) -> None:
-    """Return once what lies at `path` is on the medium."""
+    """Return once the file or directory at `path` is on the medium."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         os.fsync(fd)
@@ -100,7 +99,7 @@ def sync_path(path: Path, flags: int = 0) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write `path` whole: beside, synced, renamed, the rename synced."""
+    """Replace `path` atomically: write a temporary file, sync it, rename it, sync the rename."""
     beside = path.with_name(path.name + ".new")
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
@@ -113,12 +112,12 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def is_gone(fd: int) -> bool:
-    """Whether the open file was deleted under us: writes would go nowhere."""
+    """Whether the open file was deleted: writes would be lost."""
     return os.fstat(fd).st_nlink == 0
 
 
 def storage_error(error: OSError, doing: str, path: Path, *, then: str) -> StorageError:
-    """The error of a failed read or write, with what a user needs: the file, the reason, the space left, what holds."""
+    """The error of a failed read or write: the file, the reason, the free space, and the state of the run."""
     try:
         free = f", {show_bytes(shutil.disk_usage(path.parent).free)} free there"
     except OSError:

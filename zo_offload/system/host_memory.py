@@ -1,4 +1,4 @@
-"""Memory of this host: what can still be taken, and what this process takes already."""
+"""Memory of this host: what is available, and what this process uses."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 from .units import parse_bytes
 
-_RUNTIME_BYTES = 50_000_000  # thread stacks, library workspaces, page rounding: seen alike at every model size
+_RUNTIME_BYTES = 50_000_000  # thread stacks, library workspaces, page rounding: the same at every model size
 
 
 def process_bytes() -> int:
-    """Resident bytes of this process now, and what a run adds to that whatever the model (libraries load lazily)."""
+    """Resident bytes of this process now, plus those that every run adds (libraries load lazily)."""
     with torch.no_grad():
         x = torch.ones(64, 64, device="cpu")
         torch.nn.functional.cross_entropy(
@@ -25,13 +25,13 @@ def process_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that can still be taken on this host. A control group's limit counts, files that it caches do not.
+    """Available memory of this host. A control group's limit counts; files that it caches do not.
 
-    ZO_HOST_MEMORY ("120GB") is for machines that show less than they have, as virtual ones do that grow when memory is
-    used: the larger of the two holds.
+    ZO_HOST_MEMORY ("120GB") is for machines that show less memory than they have, such as virtual machines that grow on
+    demand: the larger of the two is used.
     """
     free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError):  # no such control group: the host's own figure holds
+    with contextlib.suppress(OSError):  # no such control group: use the host's own figure
         text = (_CGROUP / "memory.max").read_text().strip()
         if text != "max":
             used = int((_CGROUP / "memory.current").read_text()) - _cached_bytes()
@@ -44,6 +44,6 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def _cached_bytes() -> int:
-    """Pages of files that count as used in the control group, and go when the memory is wanted."""
+    """Bytes of cached files that count as used in the control group but are released on demand."""
     fields = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
     return int(fields.get("active_file", 0)) + int(fields.get("inactive_file", 0))

@@ -1,7 +1,7 @@
-"""One engine a run directory: advisory locks that the system drops when their holder ends, however it ends.
+"""One engine per run directory: advisory locks that the system releases when their holder ends, for any reason.
 
-Two of them, each enough: a file of its own, which says who holds the directory while there is no journal yet, and the
-open journal itself, which nobody can remove as "a stale lock".
+There are two, and each is enough: a lock file, which names the holder while there is no journal yet, and the open
+journal itself, which nobody can remove as "a stale lock".
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def hold(fd: int, path: Path) -> None:
 
 
 def let_go(fd: int) -> None:
-    """Unlock and close. Unlocked first: a child made by fork may have the descriptor for a moment longer."""
+    """Unlock and close. Unlocks first: a forked child may keep the descriptor for a moment."""
     with contextlib.suppress(OSError):
         fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)
 
 
 class RunLock:
-    """Held from `take` to `release`. The file stays; its text says who holds or last held it.
+    """Held from `take` to `release`. The file stays; its text names the present or last holder.
 
-    flock on a local file system; on NFS it is as good as the server's. A child made by fork shares it (a DataLoader
-    worker that outlives a killed parent for a moment keeps the directory locked that long).
+    flock on a local file system; on NFS it depends on the server. A forked child shares it (a DataLoader worker that
+    briefly outlives a killed parent keeps the directory locked).
     """
 
     def __init__(self, fd: int) -> None:
@@ -78,7 +78,7 @@ class RunLock:
         return cls(fd)
 
     def is_there(self, run_dir: Path) -> bool:
-        """Whether the lock file is still the one that is held: somebody may have removed it."""
+        """Whether the lock file is still the held one: somebody may have removed it."""
         try:
             return os.path.samestat(os.stat(run_dir / NAME), os.fstat(self._fd))
         except OSError:
@@ -88,12 +88,12 @@ class RunLock:
         self.release()
 
     def release(self) -> None:
-        """Give the directory up. Safe to call twice."""
+        """Release the directory. Safe to call twice."""
         fd, self._fd = self._fd, -1
         if fd >= 0 and self._pid == os.getpid():
             let_go(fd)
         elif fd >= 0:
-            os.close(fd)  # in a process that was forked: the lock is the parent's
+            os.close(fd)  # in a forked process: the lock belongs to the parent
 
 
 def _holder(fd: int) -> str:

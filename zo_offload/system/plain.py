@@ -1,4 +1,4 @@
-"""Values as Python and JSON have them, whatever library they come from."""
+"""Converts values of other libraries to plain Python and JSON values."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..errors import ConfigError
 
 
 def plain_value(value: Any) -> Any:
-    """A scalar of numpy or torch as Python's own."""
+    """A numpy or torch scalar as a Python scalar."""
     scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
     return value.item() if scalar else value
 
 
 def plain_option(value: Any) -> Any:
-    """An option as it will be when a run's config.json is read again: numbers, texts, lists, and mappings by text.
+    """An option in the form that it has after reading a run's config.json: numbers, texts, lists, mappings by text.
 
-    What JSON has no word for (a tokenizer, a function) stays as it is.
+    Values that JSON cannot hold (a tokenizer, a function) stay unchanged.
     """
     if isinstance(value, Mapping):
         return {str(plain_value(key)): plain_option(item) for key, item in value.items()}
@@ -33,7 +33,7 @@ def plain_option(value: Any) -> Any:
 
 
 def is_whole(value: Any, least: int) -> bool:
-    """Whether a value is a whole number of at least `least`; True and False are none."""
+    """Whether a value is a whole number of at least `least`; True and False are not."""
     try:
         return not isinstance(value, bool) and operator.index(value) >= least
     except TypeError:
@@ -41,7 +41,7 @@ def is_whole(value: Any, least: int) -> bool:
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """A path with its ~ replaced: a config file has no shell to do it. Raises ConfigError for a user there is not."""
+    """A path with its ~ replaced, as a shell would do. Raises ConfigError for an unknown user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -49,7 +49,7 @@ def user_path(path: str | os.PathLike[str]) -> Path:
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json's object_pairs_hook: ValueError for a name that stands twice, of which json would take the last."""
+    """json's object_pairs_hook: ValueError for a repeated name; json would use the last one."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -58,7 +58,7 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def as_rate(lr: Any) -> float:
-    """A step's learning rate as it was given, from whatever holds one number. Raises ConfigError."""
+    """A step's learning rate from any value that holds one number. Raises ConfigError."""
     try:
         rate = float(lr)
     except (TypeError, ValueError, OverflowError):

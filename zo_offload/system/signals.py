@@ -1,7 +1,7 @@
-"""SIGINT and SIGTERM while a run is under way: the first asks to stop after the step, the second before the next block.
+"""SIGINT and SIGTERM during a run: the first asks to stop after the step, the second before the next block.
 
-Both only leave word; the run looks for it where it can be ended. A third one raises wherever it comes, for code of the
-user's that does not return.
+Both only set a flag, which the run checks where it can end. A third one raises at once, for user code that does not
+return.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DEFAULTS: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handle
 class Stopped(KeyboardInterrupt):
     """A run was stopped by a signal, after a whole step; everything is on the disk and the run can be resumed.
 
-    A KeyboardInterrupt, so that no `except Exception` takes a run that was stopped for one that is finished.
+    A KeyboardInterrupt, so that no `except Exception` mistakes a stopped run for a finished one.
     """
 
     def __init__(self, signum: int, step: int, where: str) -> None:
@@ -29,27 +29,27 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """What the handlers have seen. `signum`: the first signal, None before; `at_once`: there was a second one."""
+    """The signals seen by the handlers. `signum`: the first signal, None before; `at_once`: there was a second one."""
 
     def __init__(self, echo_s: float = 0.0) -> None:
         self._echo_s, self._first = echo_s, 0.0
         self.signum: int | None = None
         self.second: int | None = None
         self.ended = False
-        """The handlers should be gone."""
+        """Whether the handlers should have been removed."""
 
     @property
     def at_once(self) -> bool:
         return self.second is not None
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.ended:  # something broke in before the handler of before was put back
+        if self.ended:  # interrupted before the previous handler was restored
             signal.signal(signum, _DEFAULTS[signal.Signals(signum)])
             signal.raise_signal(signum)
         elif self.signum is None:
             self.signum, self._first = signum, time.monotonic()
         elif time.monotonic() - self._first < self._echo_s:
-            pass  # the first one again, from whoever passes signals on
+            pass  # the first one again, repeated by a launcher
         elif self.second is None:
             self.second = signum
         else:
@@ -64,25 +64,25 @@ class StopRequest:
 
 
 class Lookout:
-    """Where those who work on a step ask whether it may go on; `stop`: whom they ask now, None for nobody."""
+    """Code inside a step asks it whether the step may go on; `stop`: the present stop request, None for none."""
 
     def __init__(self) -> None:
         self.stop: StopRequest | None = None
 
     def look(self) -> None:
-        """Raise KeyboardInterrupt if the step is to end at once."""
+        """Raise KeyboardInterrupt if the step must end at once."""
         if self.stop is not None:
             self.stop.look()
 
 
 @contextlib.contextmanager
 def stop_signals(echo_s: float = 0.0) -> Iterator[StopRequest]:
-    """Handlers for the time of the block, then those of before again.
+    """Install the handlers inside this context, and restore the previous ones afterwards.
 
-    echo_s: a second signal that comes within so many seconds counts as the first: a launcher passes on what the
-    terminal has sent to all processes already.
+    echo_s: a second signal within so many seconds counts as the first: a launcher repeats signals that the terminal has
+    already sent to all processes.
 
-    Only on the main thread (elsewhere Python allows none), and only in place of the defaults: a handler that somebody
+    Works only on the main thread (Python allows no others), and replaces only default handlers: a handler that somebody
     installed keeps its signal.
     """
     request = StopRequest(echo_s)

@@ -1,5 +1,5 @@
-"""Names for profilers, and the times of one step; at no cost where neither is wanted: torch's own `record_function`
-takes ten microseconds either way."""
+"""Names for profilers, and the times of one step. Costs nothing if neither is needed; torch's own `record_function`
+always takes ten microseconds."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _NOTHING = nullcontext()
 
 
 class Times:
-    """When what was done to which block, by whichever thread did it: (what, block, start, seconds) on the host's clock,
-    from when this was made. Where a device computes on its own, these are not its times."""
+    """Times of operations on blocks, by any thread: (what, block, start, seconds) on the host's clock, counted from the
+    creation of this object. They are not the times of a device that computes asynchronously."""
 
     def __init__(self) -> None:
         self._begin = time.perf_counter()
@@ -24,7 +24,7 @@ class Times:
 
     @property
     def seconds(self) -> float:
-        """Until now."""
+        """Seconds until now."""
         return time.perf_counter() - self._begin
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Tiers: where blocks live between visits. A block is bytes plus a version, the number of steps folded into it."""
+"""Tiers hold the blocks between visits. A block is bytes plus a version, the number of steps folded into it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Spans = tuple[tuple[int, int], ...]
 
 
 class Tier(Protocol):
-    """What the streamer asks of a tier. fetch and flush may run on worker threads, one op a block at a time."""
+    """The streamer's interface of a tier. fetch and flush may run on worker threads, one op per block at a time."""
 
     in_memory: bool
     """Whether blocks live in memory for the whole run."""
 
     def fetch(self, block: int, out: Tensor, start: int = 0) -> None:
-        """Read bytes [start, start + len(out)) of the block into out: all of it, or one of its two parts."""
+        """Read bytes [start, start + len(out)) of the block into out: the whole block, or one of its two parts."""
         ...
 
     def flush(self, block: int, data: Tensor, spans: Spans, version: int) -> None:
@@ -28,16 +28,16 @@ class Tier(Protocol):
         ...
 
     def version(self, block: int) -> int:
-        """UNKNOWN if the block's only copy was being written when that failed."""
+        """The block's version; UNKNOWN if a write of its only copy failed."""
         ...
 
     def view(self, block: int) -> Tensor | None:
-        """The block's bytes in place where the tier is the device's own memory, else None."""
+        """The block's bytes in place, if the tier is the device's own memory, else None."""
         ...
 
     def lend(self, block: int, nbytes: int) -> Lent | None:
-        """The first `nbytes` of the block where they lie, to be read until they are given back and before the block is
-        next flushed; None where they have to be fetched."""
+        """The first `nbytes` of the block in place, readable until they are given back, and only before the block's
+        next flush; None if they must be fetched."""
         ...
 
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""One block in one file, in two generations: a crash at any moment leaves one that is whole.
+"""One block in one file, in two generations: a crash at any moment leaves a whole one.
 
 File, little-endian
     0      4096    header of generation 0
@@ -19,20 +19,20 @@ Header (the rest of its 4096 bytes is zero)
     40     u64     bytes of its spans
     48     4 u64   checksums (checksum.py, offsets from the begin of the block): trained bytes of the streamed part,
                    frozen bytes of it, trained bytes of the rest, frozen bytes of it
-    80     u64     history: what those bytes are of (Journal.history(version), which begins with the base's digest);
-                   0 where that is not known yet, while a run begins: such bytes are not to be trusted later on
+    80     u64     history of those bytes (Journal.history(version), which begins with the base's digest);
+                   0 if it is not known yet, while a run starts: such bytes must not be trusted later
     88     u32     crc32 of bytes 0..88
 
     A header of the earlier format is read too: b"ZOB2", at 12 the journal's checksum after `version` steps ("chain",
     0 for the base), at 80 the crc32 of bytes 0..80. It is never written any more.
 
 Order of writes. One generation at most is *durable*: known to be on the medium. Flushes go to the other one, in place,
-as often as they like: state 0, the spans, then the header with state 1 and the checksums. `seal` syncs the file, and
-only when that has returned the fresh generation becomes the durable one, and the next flush goes to the other area. So
-    - a killed process leaves the durable generation as it was, and at most one generation half written, which says so;
+any number of times: state 0, the spans, then the header with state 1 and the checksums. `seal` syncs the file; only
+after that does the fresh generation become the durable one, and the next flush goes to the other area. So
+    - a killed process leaves the durable generation unchanged, and at most one generation half written, marked so;
     - a power cut may lose or reorder any writes since the last seal; what they touched fails its header's crc, its
       state or its checksum, and the durable generation was not touched.
-Assumed: fdatasync returns when data is on the medium and stays there; writes outside a written range do no damage.
+Assumptions: fdatasync returns when data is durable on the medium; a write does not damage bytes outside its range.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ HEADER_BYTES = _HEAD.size + 4
 
 @dataclass(frozen=True)
 class FileShape:
-    """What a block file of this plan must look like. spans: trained ranges, ascending, disjoint."""
+    """The shape of a block file for this plan. spans: trained ranges, ascending, disjoint."""
 
     index: int
     nbytes: int
@@ -76,7 +76,7 @@ class FileShape:
 
     @property
     def second(self) -> int:
-        """Where the spans of generation 1 begin."""
+        """The file offset of generation 1's spans."""
         return DATA + -(-self.nbytes // PAGE) * PAGE
 
     @property
@@ -139,8 +139,8 @@ class Header:
         return body + struct.pack("<I", zlib.crc32(body))
 
     def is_of(self, chain: Callable[[int], int], history: Callable[[int], int]) -> bool:
-        """Whether these bytes are of the journal whose checksum and history after so many steps the functions give.
-        In the earlier format nothing says so of the base's bytes."""
+        """Whether these bytes belong to the journal with these checksums (chain) and histories by number of steps. In
+        the earlier format the base's bytes cannot be checked."""
         if self.history is None:
             return self.version == 0 or self.chain == chain(self.version)
         return self.history == history(self.version)
@@ -148,7 +148,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Foreign:
-    """A header that is sound but of another block, size or plan."""
+    """A sound header for another block, size or plan."""
 
     index: int
     nbytes: int
@@ -156,7 +156,7 @@ class Foreign:
 
 
 def parse(data: bytes, shape: FileShape) -> Header | Foreign | None:
-    """A generation's header; None if it never was whole or is damaged (to a reader the same: use the other one)."""
+    """A generation's header; None if it was never whole or is damaged (a reader uses the other generation)."""
     layout = _OLD_HEAD if data[:4] == OLD_MAGIC else _HEAD
     size = layout.size
     if len(data) < size + 4 or struct.unpack_from("<I", data, size)[0] != zlib.crc32(data[:size]):
@@ -173,7 +173,7 @@ def parse(data: bytes, shape: FileShape) -> Header | Foreign | None:
 def read(fd: int, shape: FileShape, generation: int, header: Header, out: Tensor, start: int) -> bool:
     """Fill `out` with bytes [start, start + len(out)) of the block; False if the file ends early or a checksum fails.
 
-    The parts (streamed, rest) that lie whole within the range are checked as they are read.
+    The parts (streamed, rest) that are entirely in the range are checked while they are read.
     """
     stop = start + out.numel()
     sums = [0, 0, 0, 0]
@@ -186,14 +186,14 @@ def read(fd: int, shape: FileShape, generation: int, header: Header, out: Tensor
             found = summed_io.read_summed(fd, part, extent.at + begin - extent.offset, begin)
             if found is None:
                 return False
-            sums[extent.sum] += found  # of an extent that was not read whole it is not looked at
+            sums[extent.sum] += found  # not checked if the extent was not read whole
     covered = [0, 1] * (start == 0 and stop >= shape.streamed)
     covered += [2, 3] * (start <= shape.streamed and stop == shape.nbytes)
     return all(sums[i] & 0xFFFFFFFFFFFFFFFF == header.sums[i] for i in covered)
 
 
 def lies_at(shape: FileShape, generation: int, nbytes: int) -> int | None:
-    """Where in the file the first `nbytes` of the block lie as they do in memory; None if in several places."""
+    """The file offset at which the block's first `nbytes` are contiguous; None if they are in several places."""
     if generation == 0 or not shape.spans:
         return DATA
     offset, length = shape.spans[0]
@@ -201,7 +201,7 @@ def lies_at(shape: FileShape, generation: int, nbytes: int) -> int | None:
 
 
 def is_sound(file: Tensor, shape: FileShape, generation: int, header: Header, parts: Iterable[int]) -> bool:
-    """Whether the checksums of a generation's parts (0: streamed, 1: the rest) are those of the mapped file."""
+    """Whether a generation's parts (0: streamed, 1: the rest) in the mapped file match their checksums."""
     sums = [0, 0, 0, 0]
     wanted = [i for part in parts for i in (2 * part, 2 * part + 1)]
     for group in extents(shape, generation):
@@ -223,7 +223,7 @@ def write(
 ) -> Header:
     """Write a generation's spans (whole: the frozen bytes too) and then its header, which is returned.
 
-    old: the header that the file may hold for this generation, or one of the other generation for its frozen sums.
+    old: the header that the file may hold for this generation, or the other generation's, for its frozen sums.
     """
     sums = [0, old.sums[1], 0, old.sums[3]] if old is not None and not whole else [0, 0, 0, 0]
     mark(fd, shape, generation)
@@ -242,7 +242,7 @@ def write_header(fd: int, shape: FileShape, generation: int, header: Header) -> 
 
 
 def mark(fd: int, shape: FileShape, generation: int) -> None:
-    """Say that a generation is not whole."""
+    """Mark a generation as not whole."""
     diskio.write_at(fd, EMPTY.pack(shape), generation * PAGE)
 
 

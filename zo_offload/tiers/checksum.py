@@ -1,4 +1,4 @@
-"""The checksum of block files: 64 bits, cheap enough to be checked at every fetch.
+"""The checksum of block files: 64 bits, cheap enough to check at every fetch.
 
 A range of bytes that begins at byte `offset` of its block is cut into chunks of 4096 bytes (the last may be shorter
 and is padded with zeros to whole words), each chunk into 1024 little-endian 32-bit words x[i]:
@@ -9,11 +9,11 @@ and is padded with zeros to whole words), each chunk into 1024 little-endian 32-
 
 Damage inside one word changes h for certain (odd weight, product below 2**64), damage inside one chunk whose h changed
 changes H for certain (mix is a bijection); any other damage is missed with probability 2**-31 or less per chunk
-(multilinear hashing, Lemire & Kaser 2013). The place of a chunk is part of its term, so pages that were swapped or
-left behind are seen. H is a sum: ranges of one block are checked in any order, in pieces that are whole chunks, and
-their sums added. It finds accidents; it does not stop somebody who forges a file.
+(multilinear hashing, Lemire & Kaser 2013). A chunk's offset is part of its term, so swapped or stale pages are
+detected. H is a sum: ranges of one block can be checked in any order, in pieces of whole chunks, and their sums added.
+It detects accidents, not forgery.
 
-The native version (csrc/cpu_checksum.cpp) is taken where the library has it; `reference` is the definition.
+The native version (csrc/cpu_checksum.cpp) is used if the library has it; `reference` is the definition.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CHUNK_BYTES = 4096
 GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 KNOWN = 0x9E59B088A568EEC7
-"""checksum of bytes 0, 1, .. 254, 0, 1, ... (9001 of them) at offset 64: what a native library has to reproduce."""
+"""Checksum of bytes 0, 1, .. 254, 0, 1, ... (9001 of them) at offset 64; a native library must reproduce it."""
 
 
 def checksum(data: Tensor, offset: int = 0) -> int:
@@ -44,7 +44,7 @@ def checksum(data: Tensor, offset: int = 0) -> int:
 
 
 def is_native() -> bool:
-    """Whether the native checksum is used: its library is there and gives the known answer."""
+    """Whether the native checksum is used: its library exists and gives the known answer."""
     return _native() is not None
 
 
@@ -53,7 +53,7 @@ def reference(data: Tensor, offset: int = 0) -> int:
     flat = data.numpy()
     weights, golden = _weights(), np.uint64(GOLDEN)
     total = 0
-    step = CHUNK_BYTES * 256  # bounds the memory taken by the products
+    step = CHUNK_BYTES * 256  # limits the memory of the products
     for begin in range(0, flat.size, step):
         piece = flat[begin : begin + step]
         padded = np.zeros(-(-piece.size // CHUNK_BYTES) * CHUNK_BYTES, dtype=np.uint8)
@@ -82,7 +82,7 @@ def _weights() -> np.ndarray:
 
 @functools.cache
 def _native() -> Callable[[int, int, int], int] | None:
-    """The native checksum, if the library that is in use has one that gives the known answer."""
+    """The native checksum, if the library has one that gives the known answer."""
     library = native.library()
     if library is None:
         return None

@@ -1,12 +1,12 @@
-"""Blocks on disk, one file each (block_file.py says how), read and written by worker threads through the page cache.
+"""Blocks on disk, one file each (see block_file.py), read and written by worker threads through the page cache.
 
 Write-ahead rule: bytes that contain step t reach a file only after `Origin.before_write(t + 1)` has returned, which
 waits for the journal. `flush` is the one place in the package that writes such bytes, for a run on disk and for the
 snapshots of a run in memory alike, and it calls this first.
 
-A block is always readable: if the generation read last is damaged (its checksum is verified at every fetch, and of
-what is lent as `lending.py` says) the other one is taken, older, and the caller brings it up to date by replay; if both
-are, `rebuild` gives the block at version 0.
+A block is always readable: if the newest generation is damaged (its checksum is verified at every fetch, and for lent
+bytes as in `lending.py`), the older one is used, and the caller brings it up to date by replay; if both are damaged,
+`rebuild` makes the block at version 0.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from .lending import SCRUB_EVERY, FileLender, Lent
 
 log = logging.getLogger(__name__)
 
-SHAPES = "shapes.json"  # beside the block files, made last: their sizes and trained ranges
+SHAPES = "shapes.json"  # next to the block files, written last: their sizes and trained ranges
 _THEN = "The journal and the block's other generation hold the run."
 
 
 @dataclass
 class _Block:
-    """One file as this process knows it. headers: of the two generations, None = not whole or damaged."""
+    """This process's view of one file. headers: of the two generations, None = not whole or damaged."""
 
     shape: FileShape
     path: Path
@@ -49,7 +49,7 @@ class _Block:
     lender: FileLender
     headers: list[Header | None] = field(default_factory=lambda: [None, None])
     durable: int = -1
-    """The generation known to be on the medium, never written to while it is the only one; -1: not known."""
+    """The generation known to be on the medium, never written to while it is the only one; -1: unknown."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while the file is written or synced."""
 
@@ -94,7 +94,7 @@ def _save_shapes(directory: Path, shapes: Sequence[FileShape]) -> None:
 
 
 class Origin(Protocol):
-    """The run that block files belong to: what must be on the disk before them, and what they are made from."""
+    """The run that block files belong to: its journal, which must be on the disk first, and its base."""
 
     @property
     def rebuilds(self) -> bool:
@@ -104,7 +104,7 @@ class Origin(Protocol):
         """Return once the journal's first `version` steps are durable; see the module."""
 
     def history(self, version: int) -> int:
-        """`Journal.history`: binds a block to the steps that it is made of, and to the base. 0: not known yet."""
+        """`Journal.history`: binds a block to its steps and its base. 0: not known yet."""
 
     def rebuild(self, block: int, out: Tensor) -> None:
         """Fill `out` with a block's bytes at version 0, from the base."""
@@ -113,7 +113,7 @@ class Origin(Protocol):
 class DiskTier:
     """Blocks in `directory`; `create` writes new files, `open` reads an earlier run's.
 
-    origin: what they belong to; without it (for tools that look at files, or mark them) no block can be written.
+    origin: the run of the blocks; without it (for tools that read or mark files) no block can be written.
     """
 
     in_memory = False
@@ -128,8 +128,8 @@ class DiskTier:
     ) -> DiskTier:
         """New block files, empty until they are first written; their space is reserved at once.
 
-        Files of the same names are taken over: call it only for a run whose journal needs none of them. BudgetError if
-        the space lacks.
+        Files with the same names are overwritten: call it only for a run whose journal needs none of them. Raises
+        BudgetError if there is too little space.
         """
         diskio.allow_open_files(len(shapes), "block files")
         directory.mkdir(parents=True, exist_ok=True)
@@ -194,7 +194,7 @@ class DiskTier:
 
     @staticmethod
     def is_unfinished(directory: Path, shapes: Sequence[FileShape]) -> bool:
-        """Whether `create` was broken off there: its last file is missing, and so are others. Nothing was in them."""
+        """Whether `create` was interrupted in `directory`: its last file is missing; all files are empty."""
         sizes = {shape.index: shape.file_bytes for shape in shapes}
         there = {i for i, n in sizes.items() if (p := _path(directory, i)).is_file() and p.stat().st_size == n}
         return not (directory / SHAPES).exists() and there != sizes.keys()
@@ -235,7 +235,7 @@ class DiskTier:
         return {i for i, block in enumerate(self._blocks) if block.active < 0}
 
     def fetch(self, block: int, out: Tensor, start: int = 0) -> None:
-        """Read bytes [start, start + len(out)) of the block, checked. See the module for what damage does."""
+        """Read bytes [start, start + len(out)) of the block, checked. See the module about damage."""
         entry = self._blocks[block]
         while (active := entry.active) >= 0:
             header = entry.headers[active]
@@ -249,7 +249,7 @@ class DiskTier:
                 return
             log.warning("%s: generation %d (step %d) is damaged", entry.path, active, header.version)
             entry.headers[active] = None
-            if start > 0:  # the caller holds the first part of this generation: another one's rest would not fit it
+            if start > 0:  # the caller has this generation's first part: another generation's rest would not fit
                 self.forget(block, active)
                 raise CheckpointError(
                     f"{entry.path}: the second part of block {block} at step {header.version} is damaged. Resume the "
@@ -272,15 +272,14 @@ class DiskTier:
             out.copy_(whole[start : start + out.numel()])
 
     def lend(self, block: int, nbytes: int) -> Lent | None:
-        """The first `nbytes` of the block as they lie in the page cache, checked as `lending.py` says; None if they
-        are to be fetched."""
+        """The first `nbytes` of the block in the page cache, checked as in `lending.py`; None: fetch them."""
         entry = self._blocks[block]
         active = entry.active
         header = entry.headers[active] if active >= 0 else None
         return None if header is None else entry.lender.lend(active, header, nbytes, self._scrub_every)
 
     def verify(self, block: int, buffer: Tensor) -> dict[int, bool]:
-        """generation -> whether its bytes are sound, for those that claim to be whole. buffer: at least the block."""
+        """generation -> whether its bytes are sound, for generations marked whole. buffer: a block's size or more."""
         entry, out = self._blocks[block], buffer[: self._blocks[block].shape.nbytes]
         return {
             g: block_file.read(entry.fd, entry.shape, g, header, out, 0)
@@ -289,7 +288,7 @@ class DiskTier:
         }
 
     def flush(self, block: int, data: Tensor, spans: Spans, version: int) -> None:
-        """Write the block's spans, or all of it where spans says so, into the generation that is not durable."""
+        """Write the block's spans, or the whole block if `spans` covers it, into the generation that is not durable."""
         entry = self._blocks[block]
         whole = tuple(spans) == ((0, entry.shape.nbytes),)
         assert whole or tuple(spans) == entry.shape.spans, f"block {block}: spans {spans}, made for {entry.shape.spans}"

@@ -9,7 +9,7 @@ from torch import Tensor
 from .lending import Fetched
 
 UNKNOWN = -1
-"""Version of bytes that are being written: neither the old ones nor the new ones."""
+"""Version of a block whose bytes are being written: neither the old version nor the new one."""
 
 
 class HostTier(Fetched):
@@ -23,7 +23,7 @@ class HostTier(Fetched):
 
     @property
     def slabs(self) -> list[Tensor]:
-        """The blocks' memory, for a device that has its own way of copying it."""
+        """The blocks' memory, for a device that copies it in its own way."""
         return self._blocks
 
     def set_version(self, block: int, version: int) -> None:
@@ -49,7 +49,7 @@ class HostTier(Fetched):
 
 
 class ResidentTier(HostTier):
-    """Blocks where they are computed with, for the whole run: nothing moves, updates happen in place."""
+    """Blocks in the memory where they are computed, for the whole run: nothing moves, updates happen in place."""
 
     def view(self, block: int) -> Tensor | None:
         return self._blocks[block]

@@ -1,8 +1,8 @@
-"""Reads and writes of tensors in files, with the checksum of what passed: the hot path of blocks on disk.
+"""Reads and writes of tensors in files, with a checksum of the bytes: the hot path of blocks on disk.
 
 The native versions (csrc/cpu_io.cpp) move and sum 256 kB at a time while they are in the core's cache, in one call
-without the interpreter's lock: from Python the worker would take that lock from the computing thread twice for each.
-The references below do the same through `diskio`, where tests record and break things.
+without the interpreter's lock: in Python the worker would take that lock from the computing thread twice per chunk. The
+references below do the same through `diskio`, where tests record and inject faults.
 """
 
 from __future__ import annotations
