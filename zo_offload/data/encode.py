@@ -224,7 +224,7 @@ class Encoder:
     def tell_uncounted(self, rows: int) -> None:
         """Warn of rows, of so many that were checked, that teach nothing."""
         (first, count), self.uncounted = self.uncounted, ("", 0)  # they are looked at again later
-        if count:
+        if 0 < count < rows:  # of all of them the first batch says it
             warnings.warn(
                 f"{count} of {rows} rows have no label that counts, the first is {first}: nothing is learned from "
                 "them, and a batch of no others ends the run. Leave them out",

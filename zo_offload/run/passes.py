@@ -309,12 +309,13 @@ class Passes:
         raise PlanError(f"the plan still has faults after {_MAX_CORRECTIONS} corrections; the last: {last}")
 
     def _check_reach(self, trace: Trace | None) -> None:
-        """Raise PlanError where a whole pass used nothing that trains, and ran no module that has any of it."""
+        """Raise PlanError where a whole pass used nothing that trains, and ran no module that has any of it. An
+        objective that does not call the model is left to the learning watch."""
         assert trace is not None
         trains = {name for name, spec in self.plan.params.items() if spec.trainable}
         run = {"", *(name for _, name in trace.order)}
         held = (owner.params for owner in self.plan.owners if owner.name in run)
-        if trace.complete and not trains & {*trace.uses, *(name for params in held for name in params)}:
+        if trace.complete and trace.order and not trains & {*trace.uses, *(name for params in held for name in params)}:
             self.watch_next()  # a second try is refused again
             raise PlanError(
                 f"the forward runs none of the modules that hold what trains ({len(trains)} parameters, such as "
