@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from base64 import b64decode
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, Unpack
 
@@ -37,10 +35,8 @@ from .data.metrics import ComputeMetrics
 from .data.options import DataOptions
 from .data.survey import examples, survey
 from .devices.placing import as_inputs, input_dtype
-from .errors import CheckpointError, ConfigError, JournalError, ZOError
-from .journal import run_directory
+from .errors import ConfigError, JournalError, ZOError
 from .journal.calls import OPTIONS, FitCall
-from .journal.format import read_journal
 from .journal.identity import objective_name
 from .journal.journal import Journal, StepRecord
 from .kernels.records import Gains
@@ -56,9 +52,9 @@ from .run.basis import activation_basis
 from .run.batching import Batching, Shots
 from .run.evaluation import evaluated
 from .run.generation import check_generates, generate_texts
-from .run.joining import SHARED, record_of
 from .run.memory import MemoryPlan
 from .run.opening import open_model
+from .run.reopening import check_changes, joined, resumed
 from .run.result import FitResult
 from .run.saving import Which, at_step, save, step_of
 from .run.session import Maker
@@ -149,43 +145,8 @@ class Engine:
         """
         team = find(ranks)
         with team.together("opening"):
-            return cls._resume(user_path(run_dir).absolute(), model, method, changes, team)
-
-    @classmethod
-    def _resume(
-        cls, run_dir: Path, model: Any, method: Method | type[Method] | None, changes: dict[str, Any], team: Alone
-    ) -> Engine:
-        record, told = team.first("resuming", lambda: run_directory.resumed(run_dir, tells=team.world > 1))
-        data = None if told is None or team.leads else b64decode(told)
-        where = record["model"] if model is None else model
-        if where is None:
-            raise ConfigError(f"{run_dir} was made from a module in memory: pass it again: resume(run_dir, model)")
-        if isinstance(where, str) and model is None and Path(where).is_absolute() and not Path(where).exists():
-            raise CheckpointError(
-                f"the base of {run_dir} is {where}, which does not exist. If it was moved, give its new path: "
-                "Engine.resume(run_dir, model=...) (--base)"
-            )
-        if record["settings"].get("trainable") == run_directory.PREDICATE and "trainable" not in changes:
-            raise ConfigError(f"{run_dir} was made with trainable=<a function>: pass the same one to resume")
-        passed = _passed(changes)
-        config = EngineConfig(**{**record["settings"], **changes, "run_dir": run_dir})
-        return cls._reopened(where, config, record, data, method, passed, team)
-
-    @classmethod
-    def _reopened(
-        cls, where: Any, config: EngineConfig, record: Mapping[str, Any], data: bytes | None, method: Any,
-        passed: Mapping[str, Any], team: Alone,
-    ) -> Engine:  # fmt: skip
-        objective = model_loss if passed["objective"] is None else as_objective(passed["objective"])
-        made = run_directory.make_method(record["method"], method)
-        opened = open_model(
-            where, made, config, model_class=passed["model_class"] or record.get("model_class"),
-            example=passed["example"], base=passed["base"], fresh=False, ranks=team,
-        )  # fmt: skip
-        opened = opened if data is None else replace(opened, header=read_journal(data).header)
-        begin = Maker(opened, objective_name(objective, model_loss), fresh=False, told=data).start
-        run = Run(opened, objective, begin, example=passed["example"], resumes=True, last_fit=record.get("fit"))
-        return cls.of(run, passed["tokenizer"])
+            found = resumed(user_path(run_dir).absolute(), model, method, changes, team)
+            return cls.of(found.run, found.tokenizer)
 
     @classmethod
     def join(
@@ -209,14 +170,11 @@ class Engine:
         run, or by a signal; the other processes go on. Raises RankError if nobody answers or the keeper refuses (it
         says why); JournalError if the base or the data is not the run's.
         """
-        if unknown := sorted(changes.keys() & {*SHARED} - {"adapter", "trainable"}):
-            raise ConfigError(f"{', '.join(unknown)}: a member takes what the run has; leave it out")
+        check_changes(changes)
         member = Member.join(address, token, patience=patience, wait_s=wait)
         with member.together("opening"):
-            record, passed = record_of(member.about_run), _passed(changes)
-            run_directory.check_settings(record["settings"], f"the keeper at {address}")
-            config = EngineConfig(**{**record["settings"], "snapshot_minutes": None, **changes})
-            return cls._reopened(model, config, record, member.journal, method, passed, member)
+            found = joined(member, address, model, method, changes)
+            return cls.of(found.run, found.tokenizer)
 
     # ---- its state ---------------------------------------------------------------------------------------------------
 
@@ -503,8 +461,3 @@ class Engine:
             "an engine has threads, files and memory of its own and can be neither copied nor pickled: save_pretrained "
             "writes its weights, and Engine.resume(run_dir) opens its run again"
         )
-
-
-def _passed(changes: dict[str, Any]) -> dict[str, Any]:
-    """Take the entries that are not engine settings out of `changes`."""
-    return {name: changes.pop(name, None) for name in ("objective", "tokenizer", "model_class", "example", "base")}
