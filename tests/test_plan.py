@@ -125,9 +125,9 @@ def test_paper_sizes_are_planned_in_seconds_without_weights() -> None:
     with torch.device("meta"):
         model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float16)
     ids = torch.zeros(16, 2048, dtype=torch.int64)
-    start = time.perf_counter()
+    start = time.process_time()
     plan = make_plan(model, {"input_ids": ids, "labels": ids, "use_cache": False})
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     layers = plan.describe()
     assert plan.traced and len(layers) == 98 and plan.numel == 174_604_468_224
     assert {(row.numel, row.num_blocks) for row in layers[1:97]} == {(1_812_099_072, 32)}

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import DTYPES, EngineConfig
@@ -52,13 +52,18 @@ def decide_compute(
     return replace(config, compute=chosen), f"compute auto takes {chosen}: a layer in bf16 is {told} as in fp32 here"
 
 
-def check_module(config: EngineConfig) -> None:
+def check_module(config: EngineConfig, module: nn.Module) -> None:
     """Raise ConfigError for a dtype that a module in memory would not be computed in: it has its own."""
-    if config.compute not in (None, "tf32"):
-        to = DTYPES.get(config.compute, torch.bfloat16)
+    if config.compute in (None, "tf32"):
+        return
+    own = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    wanted = DTYPES.get(config.compute, torch.bfloat16)
+    if config.compute == "auto" or own != {wanted}:
+        has = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in own)) or "none"
         raise ConfigError(
             f"compute={config.compute!r} is for a checkpoint's directory. A module in memory is computed in the dtypes "
-            f"of its parameters: give the engine module.to({to}), and storage= for the format they are kept in"
+            f"of its parameters, here {has}: give the engine module.to({wanted}), and storage= for the format they are "
+            "kept in"
         )
 
 
@@ -83,9 +88,9 @@ def _gain(tokens: int) -> float:
 
 def _layer(tokens: int, dtype: torch.dtype) -> Callable[[], Tensor]:
     """The forward of a transformer's layer on zeros of `dtype`: norm, attention, norm, MLP."""
-    x_TD = torch.zeros(tokens, _WIDTH, dtype=dtype)
+    x_TD = torch.zeros(tokens, _WIDTH, dtype=dtype, device="cpu")
     qkv, out, up, down = (
-        torch.zeros(rows, columns, dtype=dtype)
+        torch.zeros(rows, columns, dtype=dtype, device="cpu")
         for rows, columns in ((3 * _WIDTH, _WIDTH), (_WIDTH, _WIDTH), (4 * _WIDTH, _WIDTH), (_WIDTH, 4 * _WIDTH))
     )
 

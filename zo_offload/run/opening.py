@@ -147,9 +147,10 @@ def open_model(
     if isinstance(model, nn.Module):
         if config.config_overrides:
             raise ConfigError("config_overrides change a checkpoint's config.json: for a module, change its own config")
-        check_module(config)
-        if fresh and model_class is not None:
-            raise ConfigError("model_class= is for a checkpoint: a module in memory has a class already, leave it out")
+        if fresh:
+            check_module(config, model)
+            if model_class is not None:
+                raise ConfigError("model_class= is for a checkpoint: a module in memory has a class, leave it out")
         given, module = model, without_wrapper(model)
         ties = tie(module)
         base = base if base is not None else ModuleBase(module)
