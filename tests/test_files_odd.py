@@ -163,8 +163,8 @@ def test_a_config_is_utf8_and_has_a_home(base, data, monkeypatch, capsys):
 
 @pytest.mark.parametrize("args, message", [
     (("fit", "--steps", "1e3"), "expected a whole number, not '1e3'"),
-    (("export", "--step", "last"), "'last' is no step's number, nor best"),
-    (("generate", "--prompt", "a", "--temperature", "nan"), "nan is no temperature"),
+    (("export", "--step", "last"), "'last' is neither a step's number nor best"),
+    (("generate", "--prompt", "a", "--temperature", "nan"), "nan is not a temperature"),
     (("generate", "--prompt", "a\udcff"), "prompt 0 is not valid text"),
     (("journal", "show", "--last", "0"), "0 is less than 1"),
 ], ids=lambda x: " ".join(x[:3]).encode("ascii", "replace").decode() if isinstance(x, tuple) else "")  # fmt: skip

@@ -78,12 +78,12 @@ def save_pretrained(
     """Writes `model` to `directory`; returns the files, weights first.
 
     names, weights: canonical names of the parameters (and of any buffers) that `weights` has; each element is read
-    once, in the dtype it is to have in the file. They must cover every parameter. Buffers not among them, and
-    everything if both are None, are taken from the model. checkpoint: where the model came from; its config and small
-    files (tokenizer, generation config, chat template, licence) go along. Without it the model's own configs do.
-    tokenizer (anything with a `save_pretrained`): goes along in the place of the checkpoint's. A model that is not a
-    PreTrainedModel becomes plain safetensors of its state dict; of a PeftModel its adapters are written, as peft does.
-    run: see `adapters.save_adapter`. scheme: "fp8" rounds linear layers to that (`as_fp8.py`).
+    once, in its dtype in the file. They must cover every parameter. Other buffers, and everything if both are None, are
+    taken from the model. checkpoint: the model's original checkpoint; its config and small files (tokenizer, generation
+    config, chat template, licence) are copied. Without it the model's own configs are written. tokenizer (anything with
+    a `save_pretrained`): written in place of the checkpoint's. A model that is not a PreTrainedModel becomes plain
+    safetensors of its state dict; for a PeftModel its adapters are written, as peft does. run: see
+    `adapters.save_adapter`. scheme: "fp8" rounds linear layers to fp8 (`as_fp8.py`).
 
     A shard holds at most max_shard_bytes of tensors, or one tensor. The config's dtype is that of most elements. Raises
     CheckpointError: target not empty (unless overwrite), disk full, a parameter without a value.
@@ -96,7 +96,7 @@ def save_pretrained(
         raise ConfigError(f"an export as {scheme!r} is not known; fp8 is")
     if scheme is not None and is_peft(model):
         raise ConfigError(
-            f"an adapter is not exported as {scheme}; with merge=True (--merge) the model is, with it in it"
+            f"an adapter is not exported as {scheme}; with merge=True (--merge) the merged model is"
         )
     entries = None if is_peft(model) else _Entries(model, known, weights)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -33,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     is_program, argv = argv is None, sys.argv[1:] if argv is None else argv
     if "--serve" in argv or argv[:1] in (["join"], ["ranks"]):
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # of each line that breaks torch would print a stack
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else torch prints a stack for each broken connection
     try:
         with printable():
             return _run(argv)
-    except KeyboardInterrupt as stop:  # one more, while the one before it was told
+    except KeyboardInterrupt as stop:  # a second one, while the first was being reported
         return 128 + int(getattr(stop, "signum", signal.SIGINT))
     finally:
         if is_program:

@@ -178,7 +178,7 @@ def which_step(text: str) -> int | str:
     try:
         return text if text == "best" else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no step's number, nor best") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a step's number nor best") from None
 
 
 def temperature(text: str) -> float:
@@ -188,7 +188,7 @@ def temperature(text: str) -> float:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no temperature: 0 or more")
+        raise argparse.ArgumentTypeError(f"{text} is not a temperature: 0 or more")
     return value
 
 

@@ -228,8 +228,8 @@ def _export(export: Parser, argv: Sequence[str], config: ConfigFile | None) -> N
     _merge(export)
     text = "round linear layers to this: 8-bit floats with a scale for each 128 x 128, which transformers reads"
     export.add_argument("--as", dest="scheme", choices=("fp8",), help=text)
-    export.add_argument("--step", type=which_step, help="of a run: this step, or best (default: the last)")
-    export.add_argument("--max-shard", default="5GB", help="bytes a file at most (default: 5GB)")
+    export.add_argument("--step", type=which_step, help="for a run: this step, or best (default: the last)")
+    export.add_argument("--max-shard", default="5GB", help="largest file (default: 5GB)")
 
 
 def _replay(replay: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
@@ -248,7 +248,7 @@ def _replay(replay: Parser, argv: Sequence[str], config: ConfigFile | None) -> N
 
 def _journal(journal: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     journal.add_argument("action", nargs="?", choices=["show", "check", "cut", "csv"], help="show, check, cut or csv")
-    journal.add_argument("path", nargs="?", help="journal.zoj, or the run directory (its blocks are seen to then)")
+    journal.add_argument("path", nargs="?", help="journal.zoj, or the run directory (then its blocks too)")
     journal.add_argument("--last", type=count, help="show: how many steps (default: 10)")
     journal.add_argument("--to", type=int, help="cut: how many steps to keep")
 

@@ -180,8 +180,8 @@ def open_config(
     model: str, *, trust_remote_code: bool = False, overrides: Mapping[str, Any] | None = None
 ) -> Checkpoint:
     """A checkpoint to plan with: a directory, a GGUF file, a config's own file, a known name, or a run directory (its
-    base). Of weight files the headers are read, so what `fit` would refuse is refused here; those beside a config's
-    file are not looked for."""
+    base). Headers of weight files are read, so that plan raises the same errors as `fit`; files next to a config's own
+    file are ignored."""
     path = Path(model)
     if not path.exists() and models.is_named(model):
         return Checkpoint.open(models.named_config(model))

@@ -1,11 +1,12 @@
 """A run's masks: the elements of a parameter that its method perturbs and updates, found once, when the run begins.
 
-A method asks for them (`Method.mask`). One by chance is as it is asked for. Of the smallest weights the threshold is
-found in the base: the magnitude that so many of the parameter's elements do not exceed, to the last bit, read a chunk
-at a time in one pass (two, of weights with more bits than bfloat16) that counts magnitudes by their upper and lower 16
-bits. All are in the journal's header: a resumed or replayed run takes them from there, and one whose header has none
-has none. Of a list of elements the header has its length and digest; the list itself is in the run directory's
-`masks.safetensors` (by parameter, int64 indices), and where that is not at hand, the method gives it again.
+A method asks for them (`Method.mask`). A random mask needs nothing else. A mask of the smallest weights has a
+threshold, which is found in the base: the magnitude that the given share of the parameter's elements does not exceed,
+exact to the last bit. It is found in one pass over chunks (two for weights with more bits than bfloat16) that counts
+magnitudes by their upper and lower 16 bits. All masks are in the journal's header: a resumed or replayed run takes them
+from there, and a run whose header has no masks has none. For a list of elements the header has its length and digest;
+the list itself is in the run directory's `masks.safetensors` (by parameter, int64 indices). If that file is missing,
+the method must give the list again.
 """
 
 from __future__ import annotations
@@ -125,10 +126,10 @@ def save_lists(run_dir: Path, masks: Masks) -> None:
 def masks_of(
     header: Mapping[str, Any], plan: Plan, where: str, *, method: Method | None = None, run_dir: Path | None = None
 ) -> dict[str, Mask]:
-    """The masks that a journal's header tells; none in one that tells of none. Raises JournalError on other things.
+    """The masks in a journal's header, if any. Raises JournalError if they are malformed.
 
-    Lists are those in run_dir, else what the method gives; JournalError where one is not that of the header. Without
-    a method there are none: the masks are what the header has of them.
+    Lists are read from run_dir, else asked of the method; JournalError if one is not that of the header. Without a
+    method lists are not read: a mask then has only its length and digest.
     """
     record = header.get("masks", {})
     try:

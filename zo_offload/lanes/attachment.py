@@ -235,7 +235,7 @@ class Attachment:
         raise WeightAway(what)
 
     def _moved(self, lane: LaneRun, served: Served) -> list[str]:
-        """Parameters of an owner about to be served that hold neither a placeholder nor what one around it has."""
+        """Parameters of an owner to be served that hold neither a placeholder nor an outer owner's weights."""
         if torch._C._len_torch_function_stack():  # a lane's function modes are for what the model does
             with torch._C.DisableTorchFunction():
                 return self._moved_from(lane, served)
@@ -334,7 +334,7 @@ class Attachment:
         return leave
 
     def _leave(self, lane: LaneRun, failed: bool) -> None:
-        """Take the innermost owner's weights out of the model and give up the lane's share of them."""
+        """Remove the innermost owner's weights from the model and release the lane's share of them."""
         if torch._C._len_torch_function_stack():  # a lane's function modes are for what the model does
             with torch._C.DisableTorchFunction():
                 self._take_out(lane, failed)

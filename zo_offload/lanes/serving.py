@@ -81,9 +81,9 @@ class Portion:
     resting: tuple[Tensor, ...]
     """The parameters' placeholders while the owner does not run."""
     strides: tuple[tuple[int, ...] | None, ...]
-    """How each is to lie in memory; None: as it comes, row by row."""
+    """The strides of each parameter; None: row-major."""
     is_laid_out: bool
-    """Some are to lie otherwise than they come."""
+    """Whether any parameter is not row-major."""
 
 
 class Served:
@@ -99,7 +99,7 @@ class Served:
 
 
 class Emission:
-    """Scratch of one emit, until the last of its lanes has left the owner. params: those that hold it."""
+    """Scratch of one emit, until the last of its lanes has left the owner. params: the parameters that hold it."""
 
     __slots__ = ("lanes_inside", "release", "scratch", "writes")
 
@@ -112,7 +112,7 @@ class Emission:
     ) -> None:
         self.scratch, self.lanes_inside, self.release = scratch, lanes_inside, release
         self.writes = _writes(params) if lanes_inside > 1 else -1
-        """How often the parameters had been changed in place before; -1: one lane alone may do so."""
+        """How often the parameters had been changed in place before; -1: there is one lane, which may change them."""
 
     def leave(self) -> None:
         self.lanes_inside -= 1
@@ -161,8 +161,8 @@ class Frame:
         return [name for name, (p, w) in names if p.data_ptr() != w.data_ptr()]
 
     def is_changed(self) -> bool:
-        """Whether a parameter holds other data than the lane was given; or, where others were served with the lane, a
-        weight was changed in place since. Changes of values through `.data` are not seen."""
+        """Whether a parameter holds other data than the lane was given, or a weight shared with other lanes was changed
+        in place since. Changes of values through `.data` are not seen."""
         for p, w in zip(self.portion.params, self.weights, strict=True):
             if p.data_ptr() != w.data_ptr():
                 return True
@@ -170,7 +170,7 @@ class Frame:
 
 
 def _writes(params: Sequence[nn.Parameter]) -> int:
-    """How often parameters have been changed in place, as torch counts; to give one other data is no change."""
+    """How often parameters were changed in place, by torch's counter; replacing their data does not count."""
     count = 0
     for p in params:
         if not p.is_inference():

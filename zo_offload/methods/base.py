@@ -243,9 +243,9 @@ class Method(ABC):
         return ONE
 
     def mask(self, run_seed: int, name: str, shape: torch.Size) -> Mask | Smallest | None:
-        """The elements of a parameter that its lanes perturb and its updates change; None: all. Asked once, when a run
-        begins, and kept in its journal (`journal/masks.py`); of `Mask.listed` its digest is, and the list in the run
-        directory. Of values: a method that trains scales has none."""
+        """The elements of a parameter that lanes perturb and updates change; None: all. Called once, when a run begins,
+        and kept in its journal (`journal/masks.py`); of a `Mask.listed` the journal keeps the digest, and the run
+        directory the list. Masks are for values: a method that trains scales has none."""
         return None
 
     def part(self, name: str) -> str | None:

@@ -27,7 +27,7 @@ from .mezo import MeZO
 
 @dataclass(frozen=True, kw_only=True)
 class Conservative(MeZO, name="conservative"):
-    """Zeroth-order SGD that takes a step only where it lowers the loss of its own batch."""
+    """Zeroth-order SGD that takes a step only if it lowers the loss of its own batch."""
 
     comes_back: ClassVar[bool] = True
 

@@ -26,7 +26,7 @@ _POOL, _CHOICE = 1 << 20, 1 << 21  # indices of noises that no method's own nois
 
 @dataclass(frozen=True, kw_only=True)
 class SeedPool(MeZO, name="seed-pool"):
-    """MeZO along K fixed directions, one a step by chance."""
+    """MeZO along K fixed directions, one random one per step."""
 
     lr: float = 3e-7
     """Peak learning rate."""

@@ -18,7 +18,7 @@ from .mezo import MeZO
 
 @dataclass(frozen=True, kw_only=True)
 class SignSGD(MeZO, name="sign"):
-    """Zeroth-order signSGD with one two-sided perturbation a step."""
+    """Zeroth-order signSGD with one two-sided perturbation per step."""
 
     lr: float = 1e-5
     """Peak learning rate: the root mean square of the weights' changes in a step, for any eps and loss."""

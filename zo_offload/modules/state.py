@@ -44,10 +44,10 @@ class ModuleState:
         self._model, self._generators = model, generators
         self._reach: Reach | None = None
         self._glance: Glance | None = None  # of the places in reach
-        self._cells: dict[Cell, Place] = {}  # that lanes are known to change
-        self._memory: dict[int, Tensor] = {}  # that they are known to change: bytes of a storage, by its key
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # the bytes written in this pass, and what they were before
-        self._storages: dict[int, Tensor] = {}  # what is in reach, by storage key
+        self._cells: dict[Cell, Place] = {}  # known to be changed by lanes
+        self._memory: dict[int, Tensor] = {}  # known to be changed: bytes of a storage, by its key
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # the bytes written in this pass, with their former values
+        self._storages: dict[int, Tensor] = {}  # reachable tensors, by storage key
         self._passing: dict[int, Tensor] = {}  # the batches of this pass, in the same way
         self._versions: list[int] = []
         self._watching = self._noted = False  # noted: there is something to restore
@@ -76,7 +76,7 @@ class ModuleState:
             others = self._glance.changed()
             plain = (*LEAVES, type(GONE))
             if all(isinstance(v, plain) for place, key in others for v in (place.get(key), place.noted(key))):
-                if others:  # the caller has set a number, say
+                if others:  # for example, the caller has set a number
                     self._glance.note([place for place, _ in others])
                 return True
         reach = self._reach = Reach(self._model)
@@ -116,7 +116,7 @@ class ModuleState:
             place.put(cell[1], own[cell] if cell in own else place.noted(cell[1]))
 
     def _learn(self) -> list[Cell]:
-        """Cells that were changed and were not known to be."""
+        """Changed cells that were not known to change."""
         assert self._glance is not None
         new: list[Cell] = []
         for place, key in self._glance.changed():
