@@ -95,9 +95,7 @@ def save_pretrained(
     if scheme not in (None, "fp8"):
         raise ConfigError(f"an export as {scheme!r} is not known; fp8 is")
     if scheme is not None and is_peft(model):
-        raise ConfigError(
-            f"an adapter is not exported as {scheme}; with merge=True (--merge) the merged model is"
-        )
+        raise ConfigError(f"an adapter is not exported as {scheme}; with merge=True (--merge) the merged model is")
     entries = None if is_peft(model) else _Entries(model, known, weights)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -21,10 +21,10 @@ class Example:
 
 
 def examples(run_dir: Path | str, count: int) -> list[Example]:
-    """`count` rows of the data that the run was evaluated on, else of its training data. Opens the run.
+    """`count` rows of the run's evaluation data, else of its training data. Opens the run.
 
-    After is the best step of a run that kept it, else the last. Raises ConfigError where the data was no file, or the
-    base is not a checkpoint's: then there is nothing to compare with.
+    `after` is at the best step if the run kept it, else at the last. Raises ConfigError if the data was not a file, or
+    the base is not a checkpoint: then there is nothing to compare.
     """
     if count < 1:
         raise ConfigError(f"--examples {count}: expected 1 or more")

@@ -12,5 +12,5 @@ __all__ = ["CpuDevice", "Device", "Event", "Later", "PlannedDevice", "Stream", "
 
 
 def make_device(name: str) -> Device:
-    """The device of `EngineConfig.device`: "cpu", "cuda" or "cuda:1". ConfigError if it is not there."""
+    """The device of `EngineConfig.device`: "cpu", "cuda" or "cuda:1". ConfigError if it does not exist."""
     return CpuDevice() if name == "cpu" else cuda_device(name)

@@ -1,5 +1,5 @@
-"""What is used of CUDA (`Backend`), and the real thing. `cuda.py` and `staging.py` ask CUDA for nothing else, so that
-the tests can run them against one that delays, reorders and checks (tests/support/fake_cuda.py)."""
+"""The functions of CUDA that are used (`Backend`), and their implementation. `cuda.py` and `staging.py` use no others,
+so that the tests can run them with a backend that delays, reorders and checks (tests/support/fake_cuda.py)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..kernels.driver import driver
 
 
 class Backend(Protocol):
-    """What is used of CUDA. A stream of None is the calling thread's current one, where the model computes."""
+    """The functions of CUDA that are used. stream None: the calling thread's current one, where the model computes."""
 
     @property
     def device(self) -> torch.device:
-        """Where torch computes."""
+        """The device on which torch computes."""
 
     def make_stream(self) -> Any: ...
     def make_event(self) -> Any: ...
@@ -38,7 +38,7 @@ class Backend(Protocol):
 
 
 class TorchCuda:
-    """The real thing: torch.cuda, and the driver where torch has nothing to offer."""
+    """torch.cuda, and the driver for functions that torch does not offer."""
 
     def __init__(self, index: int) -> None:
         self.device = torch.device("cuda", index)
@@ -50,7 +50,7 @@ class TorchCuda:
         return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     def make_event(self) -> Any:
-        # blocking: a host thread that waits for one sleeps, instead of taking a core from those that copy
+        # blocking: a waiting host thread sleeps, instead of taking a core from threads that copy
         return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
     def record(self, event: Any, stream: Any) -> None:
@@ -66,7 +66,7 @@ class TorchCuda:
         event.synchronize()
 
     def drain(self, stream: Any) -> None:
-        # by an event that lets the thread sleep: to synchronise a stream is to spin on a core until it is done
+        # by an event, with which the thread sleeps: synchronising a stream spins on a core
         event = self.make_event()
         self.record(event, stream)
         event.synchronize()
@@ -77,8 +77,8 @@ class TorchCuda:
         return torch.cuda.stream(stream)
 
     def copy(self, to: Tensor, source: Tensor) -> None:
-        # cudaMemcpyAsync on the current stream, whoever allocated the host memory (ATen/native/cuda/Copy.cu): the
-        # driver knows what is page-locked. Of memory that is not, it returns once the bytes are staged.
+        # cudaMemcpyAsync on the current stream, for any host memory (ATen/native/cuda/Copy.cu): the driver knows which
+        # memory is page-locked. For other memory, it returns once the bytes are staged.
         to.copy_(source, non_blocking=True)
 
     def is_device(self, tensor: Tensor) -> bool:
@@ -99,11 +99,11 @@ class TorchCuda:
             self._driver.unlock_host(address)
 
     def memory(self) -> tuple[int, int]:
-        """(free, total) bytes of the device, as the driver counts them."""
+        """(free, total) bytes of the device, by the driver's count."""
         free, total = torch.cuda.mem_get_info(self.device)
         return int(free), int(total)
 
     def trim(self) -> None:
         torch.cuda.empty_cache()
-        # page-locked memory that torch keeps for later; the one name for it in torch 2.9 to 2.13
+        # torch's cache of page-locked memory; its only name in torch 2.9 to 2.13
         getattr(torch._C, "_host_emptyCache", lambda: None)()

@@ -33,12 +33,12 @@ class PlannedDevice(Protocol):
         """The default dtype of forwards, for a checkpoint in `own`."""
 
     def free_bytes(self) -> int:
-        """What can still be allocated on it."""
+        """Bytes that can still be allocated on it."""
 
     def budget(self, asked: int | None, *, chosen: bool = False) -> int | None:
-        """What blocks, scratch and activations may take of `device_memory`; None: as little as works.
+        """The part of `device_memory` for blocks, scratch and activations; None: as little as works.
 
-        chosen: the caller has chosen the window, so that nothing is to be decided for it.
+        chosen: the caller has chosen the window, so no default is decided.
         """
 
 
@@ -55,17 +55,17 @@ class Device(PlannedDevice, Protocol):
 
     @property
     def context_bytes(self) -> int:
-        """Device memory of this process beside torch's tensors."""
+        """Device memory of this process besides torch's tensors."""
 
     def alloc(self, nbytes: int) -> Tensor:
-        """A uint8 tensor of exactly nbytes, not initialised, where blocks are computed with."""
+        """A uint8 tensor of exactly nbytes, not initialised, in the memory in which blocks are computed."""
 
     def host_alloc(self, nbytes: int) -> Tensor:
         """Memory for blocks that live on the host."""
 
     def wrap(self, tier: Tier, offload: str, block_bytes: Sequence[int], streamed: Sequence[int], pin: str) -> Tier:
-        """The tier as this device's streams need it. streamed: blocks that come and go at every step, in the order of
-        their visits; the others are in the window for good. pin: `EngineConfig.host_memory`."""
+        """The tier, adapted to this device's streams. streamed: blocks that are fetched at every step, in the order of
+        their visits; the others stay in the window. pin: `EngineConfig.host_memory`."""
 
     def stream(self, name: str, threads: int) -> Stream:
         """An ordered queue: `submit(fn, after, event)` runs fn once the events in `after` are done."""
@@ -77,7 +77,7 @@ class Device(PlannedDevice, Protocol):
         """An event that is done once all computation so far is done."""
 
     def later(self, values: Tensor) -> Later:
-        """values (float64) for the host to read when it wants to."""
+        """values (float64), for the host to read later."""
 
     def upload(self, tensor: Tensor) -> Tensor:
         """Copy a host tensor to the compute device, enqueued after all computation so far."""
@@ -86,7 +86,7 @@ class Device(PlannedDevice, Protocol):
         """Wait until all computation so far is done."""
 
     def trim(self) -> None:
-        """Give back memory that an allocator keeps though nothing uses it."""
+        """Release unused memory that an allocator keeps."""
 
     def measure_link(self) -> Link | None:
         """Measure the speed of fetches and flushes, if the device has a link of its own."""

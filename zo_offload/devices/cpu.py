@@ -1,4 +1,4 @@
-"""The CPU as a device: exact-size memory, streams made of worker threads, events between them."""
+"""The CPU as a device: memory of exact size, worker threads as streams, events between them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ..tiers import Tier
 from .link import Link
 from .streams import Event, Later, Stream
 
-# glibc's; other C libraries have none. Tensors read one after another leave holes of tens of megabytes in the heap.
+# glibc only. Tensors that are read one after another leave holes of tens of megabytes in the heap.
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 class _Mapping(mmap.mmap):
-    """An anonymous mapping, and what is to be done before it goes."""
+    """An anonymous mapping, with calls to make before it is unmapped."""
 
     before: tuple[Callable[[], None], ...] = ()
 
     def __del__(self) -> None:
         for call in self.before:
-            with contextlib.suppress(Exception):  # nobody is there to be told; a driver that fails has failed before
+            with contextlib.suppress(Exception):  # no one can handle it; a failing driver has failed before
                 call()
 
 
@@ -35,9 +35,9 @@ _mappings: weakref.WeakValueDictionary[int, _Mapping] = weakref.WeakValueDiction
 
 
 def before_unmapping(memory: Tensor, call: Callable[[], None]) -> None:
-    """Have `call` called before the memory that begins with `memory` (of `map_memory`) goes back to the system.
+    """Call `call` before the memory that begins with `memory` (of `map_memory`) returns to the system.
 
-    It must not refer to the memory. Called on whatever thread drops the last tensor.
+    It must not refer to the memory. It runs on the thread that drops the last tensor.
     """
     mapping = _mappings[memory.data_ptr()]
     mapping.before = (*mapping.before, call)
@@ -46,8 +46,8 @@ def before_unmapping(memory: Tensor, call: Callable[[], None]) -> None:
 def map_memory(nbytes: int, *, forked: bool = True) -> Tensor:
     """Zeroed uint8 memory of exactly nbytes, page-aligned, returned to the system when its last view dies.
 
-    mmap rather than malloc: nothing is rounded up, and huge pages (where the system grants them) save most of the page
-    faults and TLB misses of a window that is walked end to end. forked: processes that are forked off have it too.
+    mmap rather than malloc: nothing is rounded up, and huge pages (if the system grants them) save most page faults and
+    TLB misses of a window that is read from end to end. forked: forked processes have the memory, too.
     """
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -76,7 +76,7 @@ class CpuDevice:
         return torch.float32
 
     def alloc(self, nbytes: int) -> Tensor:
-        """A uint8 tensor where blocks are computed with; see `map_memory`."""
+        """A uint8 tensor in which blocks are computed; see `map_memory`."""
         return map_memory(nbytes)
 
     def host_alloc(self, nbytes: int) -> Tensor:
@@ -84,49 +84,49 @@ class CpuDevice:
         return self.alloc(nbytes)
 
     def wrap(self, tier: Tier, offload: str, block_bytes: Sequence[int], streamed: Sequence[int], pin: str) -> Tier:
-        """The tier as this device's streams need it."""
+        """The tier, adapted to this device's streams."""
         return tier
 
     def stream(self, name: str, threads: int) -> Stream:
         return Stream(name, threads)
 
     def event(self) -> Event:
-        """One that whoever runs its op will set."""
+        """An event that the runner of its op sets."""
         return Event()
 
     def mark(self) -> Event:
-        """Done once all that was computed so far is. The caller computes, so it is done now."""
+        """An event that is done once all computation so far is. The caller computes, so it is done now."""
         return _DONE
 
     def later(self, values: Tensor) -> Later:
-        """values (float64) for the host to read when it wants to."""
+        """values (float64), for the host to read later."""
         return Later(values.reshape(-1).clone())
 
     def upload(self, tensor: Tensor) -> Tensor:
-        """A host tensor where the model computes."""
+        """A host tensor on the model's device."""
         return tensor
 
     def synchronize(self) -> None:
-        """Wait until all that was computed so far is done."""
+        """Wait until all computation so far is done."""
 
     def trim(self) -> None:
-        """Give back memory that an allocator keeps though nothing uses it."""
+        """Release unused memory that an allocator keeps."""
         if _malloc_trim is not None:
             _malloc_trim(0)
 
     def budget(self, asked: int | None, *, chosen: bool = False) -> int | None:
-        """What blocks, scratch and activations may take of `device_memory`; None: as little as works.
+        """The part of `device_memory` for blocks, scratch and activations; None: as little as works.
 
-        chosen: the caller has chosen the window, so that nothing is to be decided for it.
+        chosen: the caller has chosen the window, so no default is decided.
         """
         return asked
 
     def measure_link(self) -> Link | None:
-        """How fast blocks come and go, where they do over a link of the device's own."""
+        """The speed of fetches and flushes, if the device has a link of its own."""
         return None
 
     def free_bytes(self) -> int:
-        """What can still be allocated."""
+        """Bytes that can still be allocated."""
         return available_bytes()
 
 

@@ -1,19 +1,18 @@
-"""A CUDA GPU as a device: memory, one stream a direction beside the compute stream, events between them.
+"""A CUDA GPU as a device: memory, one stream per direction besides the compute stream, events between them.
 
     compute   torch's current stream: forwards, fused passes, losses, coefficients
     fetch     host -> device copies            waits for: the slot's last compute or flush, the block's last flush
     flush     device -> host copies            waits for: the slot's last compute
 
-A worker thread a stream enqueues its copies, so the thread that runs the model never waits for a disk, a page lock or
-a pageable copy. `Event.wait` makes the compute stream wait, not the host: the host only makes sure that the copy it
-waits for has been enqueued. Nothing in a step asks the GPU for a value; `later` brings scalars to the host, which reads
-them a step late.
+A worker thread per stream enqueues its copies, so the thread that runs the model never waits for a disk, a page lock or
+a pageable copy. `Event.wait` makes the compute stream wait; the host only waits until the copy has been enqueued. No
+step reads a value from the GPU; `later` copies scalars to the host, which reads them a step late.
 
-Host memory of blocks is one exact slab each (`host_alloc`), page-locked behind the run's back (`staging.HostSlabs`):
-torch's own pinned allocator would round each allocation up to a power of two.
+Each block has one slab of exact size in host memory (`host_alloc`), page-locked in the background
+(`staging.HostSlabs`): torch's own pinned allocator would round each allocation up to a power of two.
 
-Everything of CUDA that is used here goes through `Backend`, so that the tests can run this file against one that
-delays, reorders and checks (tests/support/fake_cuda.py). **Not run on a GPU yet.**
+All CUDA calls here go through `Backend`, so that the tests can run this file with a backend that delays, reorders and
+checks (tests/support/fake_cuda.py). **Not run on a GPU yet.**
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ from .pinned import pinned_copy, small
 from .staging import HostSlabs, ThroughHost
 from .streams import Event, Later, Stream
 
-LIBRARY_BYTES = 192 << 20  # cuBLAS workspaces, and kernels that are loaded when they are first used
-USUAL_CONTEXT_BYTES = 512 << 20  # of a process, where the driver does not say
-AUTOMATIC_SHARE = 0.8  # of the free memory, where no budget is given: activations are an estimate
+LIBRARY_BYTES = 192 << 20  # cuBLAS workspaces, and kernels that are loaded at their first use
+USUAL_CONTEXT_BYTES = 512 << 20  # per process, if the driver does not tell
+AUTOMATIC_SHARE = 0.8  # of the free memory, if no budget is given: activations are an estimate
 
 
 class CudaEvent(Event):
@@ -56,7 +55,7 @@ class CudaEvent(Event):
         super().set()
 
     def set(self, error: BaseException | None = None) -> None:
-        """From the compute thread: all that it has enqueued so far. Once set, an event stays as it is."""
+        """Called by the compute thread: covers all that it has enqueued so far. Once set, an event does not change."""
         if self._is_set:
             return
         if error is None:
@@ -73,7 +72,7 @@ class CudaEvent(Event):
         self._backend.wait(None, self.mark)
 
     def before(self, stream: Any) -> None:
-        """What `stream` is given from now on comes after this event."""
+        """Work enqueued on `stream` from now on runs after this event."""
         super().wait()
         self._backend.wait(stream, self.mark)
 
@@ -98,7 +97,7 @@ class CudaStream(Stream):
                 fn()
             assert isinstance(event, CudaEvent)
             event.record(self.cuda)
-        except BaseException as error:  # handed to whoever waits for the event, as on the CPU
+        except BaseException as error:  # raised in the thread that waits for the event, as on the CPU
             event.set(error)
 
     def _run_here(self, fn: Callable[[], None], after: Sequence[Event], event: Event) -> None:
@@ -117,17 +116,17 @@ class CudaDevice:
     late = True
 
     def __init__(self, backend: Backend, context_bytes: int = 0) -> None:
-        """context_bytes: what the driver counts for this process beside torch's tensors (kernels, libraries)."""
+        """context_bytes: the driver's count for this process besides torch's tensors (kernels, libraries)."""
         self.backend, self.context_bytes = backend, context_bytes
         self.torch_device = backend.device
         self._link: Link | None = None
 
     def default_compute(self, own: torch.dtype) -> torch.dtype:
-        """The checkpoint's own: matrix units take 16 bits."""
+        """The checkpoint's own dtype: matrix units compute in 16 bits."""
         return own
 
     def alloc(self, nbytes: int) -> Tensor:
-        """Uninitialised device memory. BudgetError names what was asked and what is free."""
+        """Uninitialised device memory. BudgetError tells the requested and the free bytes."""
         try:
             return self.backend.empty(nbytes)
         except torch.OutOfMemoryError as error:
@@ -140,8 +139,8 @@ class CudaDevice:
     def host_alloc(self, nbytes: int) -> Tensor:
         """Exact, page-aligned host memory; `staging.HostSlabs` locks it.
 
-        It is not there in forked processes (workers of a DataLoader): the kernel would copy locked pages for each of
-        them at once, or move the ones that are written to away from under the GPU.
+        Forked processes (workers of a DataLoader) do not have it: the kernel would copy locked pages for each of them
+        at once, or move written pages while the GPU uses them.
         """
         return map_memory(nbytes, forked=False)
 
@@ -152,13 +151,13 @@ class CudaDevice:
         return CudaEvent(self.backend)
 
     def mark(self) -> Event:
-        """All that the compute stream was given so far."""
+        """An event after all work enqueued on the compute stream so far."""
         event = CudaEvent(self.backend)
         event.record(None)
         return event
 
     def later(self, values: Tensor) -> Later:
-        """Scalars on their way to the host: enqueued here, read when they are asked for."""
+        """Enqueue a copy of scalars to the host, to be read later."""
         host = small(self.backend, values.numel() * values.element_size()).view(values.dtype)
         self.backend.copy(host, values.reshape(-1))
         mark = self.backend.make_event()
@@ -166,13 +165,13 @@ class CudaDevice:
         return CudaLater(host, self.backend, mark)
 
     def upload(self, tensor: Tensor) -> Tensor:
-        """A host tensor on the GPU, by way of pinned memory: a copy from pageable memory may wait for the stream."""
+        """A host tensor on the GPU, through pinned memory: a copy from pageable memory may wait for the stream."""
         if tensor.device.type != "cpu" or self.torch_device.type == "cpu":
             return tensor.to(self.torch_device)
         return pinned_copy(self.backend, tensor).to(self.torch_device, non_blocking=True)
 
     def wrap(self, tier: Tier, offload: str, block_bytes: Sequence[int], streamed: Sequence[int], pin: str) -> Tier:
-        """The tier as the streams need it: host memory page-locked, files through pinned memory."""
+        """The tier, adapted to the streams: host memory is page-locked, files go through pinned memory."""
         if offload == "host":
             assert isinstance(tier, HostTier)
             return HostSlabs(tier, self.backend, pin, streamed)
@@ -182,9 +181,9 @@ class CudaDevice:
         self.backend.drain(None)
 
     def budget(self, asked: int | None, *, chosen: bool = False) -> int | None:
-        """`device_memory` is what the driver counts: the CUDA context and the libraries' memory come off first.
+        """`device_memory` is the driver's count: the CUDA context and the libraries' memory are subtracted.
 
-        Not given, it is four fifths of what is free now. BudgetError if the context alone takes all of it.
+        By default, four fifths of the memory that is free now. BudgetError if the context alone takes all of it.
         """
         if asked is None:
             return None if chosen else int(AUTOMATIC_SHARE * self.free_bytes()) - LIBRARY_BYTES
@@ -197,18 +196,18 @@ class CudaDevice:
         return rest
 
     def trim(self) -> None:
-        """Give back memory that nothing uses. The allocator keeps freed blocks of whatever size; waits for the GPU."""
+        """Release unused memory: the allocator keeps freed blocks of every size. Waits for the GPU."""
         self.backend.trim()
 
     def measure_link(self) -> Link | None:
-        """Once a process: nothing else may use the link meanwhile, page-locking least of all."""
+        """Once per process: nothing else may use the link meanwhile, least of all page-locking."""
         if self._link is None:
             self._link = measure_link(self.torch_device, nbytes=32 << 20)
             self.trim()
         return self._link
 
     def free_bytes(self) -> int:
-        """What the driver has left, what torch keeps of tensors that are gone included."""
+        """The driver's free bytes, plus torch's cache of freed tensors."""
         self.trim()
         return self.backend.memory()[0]
 
@@ -228,12 +227,12 @@ _lock = threading.Lock()
 
 
 def cuda_device(name: str) -> CudaDevice:
-    """The device "cuda" or "cuda:1", one object a GPU. ConfigError if torch has no such GPU, or our kernels none."""
+    """The device "cuda" or "cuda:1", one object per GPU. ConfigError if torch or our kernels have no such GPU."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         built = "was built without CUDA" if torch.version.cuda is None else "finds no GPU"
         raise ConfigError(f"device={name!r}: torch {torch.__version__} {built}; `python -m zo_offload` shows more")
     index: int | None = torch.device(name).index
-    if index is None:  # to ask torch for the current device would be the process's first use of CUDA
+    if index is None:  # asking torch for the current device would be the process's first use of CUDA
         index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
     if index >= torch.cuda.device_count():
         raise ConfigError(f"device={name!r}: torch finds {torch.cuda.device_count()} GPUs")
@@ -252,10 +251,10 @@ def cuda_device(name: str) -> CudaDevice:
 
 
 def context_bytes(memory: DriverMemory, before: int | None, tensors: int) -> int:
-    """What the driver counts for this process beside `tensors` bytes of torch's.
+    """The driver's count for this process besides torch's `tensors` bytes.
 
-    By the process's own count where the driver tells processes apart; else by what the device had more of than
-    `before` the context was made; else what is usual.
+    By the process's own count if the driver distinguishes processes; else by the growth of the device's count since
+    `before` the context was made; else the usual size.
     """
     own, used = memory.process_used(), memory.device_used()
     if own is not None:

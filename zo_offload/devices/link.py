@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Link:
-    """Gigabytes (1e9) a second, of page-locked host memory."""
+    """Gigabytes (1e9) per second, with page-locked host memory."""
 
     fetch_gbs: float
     flush_gbs: float
@@ -24,7 +24,7 @@ class Link:
         return {name: round(value, 2) for name, value in asdict(self).items()}
 
     def seconds(self, fetch_bytes: float, flush_bytes: float) -> float:
-        """The least time in which a step can move so much: both at once while both have work, then the rest alone."""
+        """The least time to move so many bytes: both directions at once while both have work, then the rest alone."""
         together = min(fetch_bytes / self.both_fetch_gbs, flush_bytes / self.both_flush_gbs)
         rest_in = max(0.0, fetch_bytes - together * self.both_fetch_gbs) / self.fetch_gbs
         rest_out = max(0.0, flush_bytes - together * self.both_flush_gbs) / self.flush_gbs
@@ -39,7 +39,7 @@ def measure_link(device: torch.device, nbytes: int = 64 << 20, repeats: int = 4)
     streams: list[Any] = [torch.cuda.Stream(device) for _ in range(2)] if on_gpu else [None, None]  # type: ignore[no-untyped-call]
 
     def run(fetch: bool, flush: bool) -> tuple[float, float]:
-        """Bytes a second of each direction."""
+        """Bytes per second of each direction."""
         if not on_gpu:
             start = time.perf_counter()
             for _ in range(repeats):

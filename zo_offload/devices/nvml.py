@@ -1,11 +1,11 @@
-"""Device memory as the driver counts it, context and all: NVML through nvidia-ml-py, where that is installed.
+"""Device memory by the driver's count, context included: NVML through nvidia-ml-py, if that is installed.
 
-torch's allocator counts its own tensors; the CUDA context, kernels and libraries' workspaces come on top (half a
-gigabyte is usual). A budget that a user checks with nvidia-smi is about this number.
+torch's allocator counts only its own tensors, not the CUDA context, kernels and libraries' workspaces (usually half a
+gigabyte). A user who checks a budget with nvidia-smi sees the driver's count.
 
-NVML counts a device's memory by process only where process ids mean the same to it and to us: in containers they
-often do not, in virtual machines they may be hidden. Then what the whole device has more of than before is the nearest
-there is; nothing else may use the GPU at the time.
+NVML counts memory by process only if it has the same process ids as we: in containers it often has not, and virtual
+machines may hide them. The nearest number is then the growth of the whole device's count, if nothing else uses the GPU
+at that time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..kernels.driver import CudaError, driver
 
 
 class DriverMemory:
-    """Memory of one GPU. Every method gives None where NVML cannot say; `reason` tells why."""
+    """Memory of one GPU. Every method returns None if NVML cannot tell; `reason` tells why."""
 
     def __init__(self, index: int) -> None:
         self.reason = ""
@@ -35,7 +35,7 @@ class DriverMemory:
             self.reason = f"NVML: {error}"
 
     def _ask(self, question: str, *arguments: Any) -> Any:
-        """An NVML function's answer about the GPU, or None: which of them work depends on driver, container and MIG."""
+        """An NVML function's answer about the GPU, or None: some do not work with some drivers, containers and MIG."""
         if self._nvml is None:
             return None
         try:
@@ -45,19 +45,19 @@ class DriverMemory:
             return None
 
     def device_used(self) -> int | None:
-        """Bytes in use on the device by everyone, the driver's own included."""
+        """Bytes in use on the device by all processes and the driver."""
         info = self._ask("nvmlDeviceGetMemoryInfo")
         return None if info is None else int(info.used)
 
     def process_used(self) -> int | None:
-        """Bytes in use by this process, where the driver tells processes apart by ids that are ours."""
+        """Bytes in use by this process, if the driver lists it by the id that we know."""
         for process in self._ask("nvmlDeviceGetComputeRunningProcesses") or ():
             if process.pid == os.getpid() and process.usedGpuMemory is not None:
                 return int(process.usedGpuMemory)
         return None
 
     def describe(self) -> dict[str, Any]:
-        """What NVML tells of the GPU and of who uses it; None for what it does not."""
+        """NVML's facts about the GPU and its processes; None for facts that it does not tell."""
         running = self._ask("nvmlDeviceGetComputeRunningProcesses")
         mig = self._ask("nvmlDeviceGetMigMode")
         return {
@@ -73,8 +73,8 @@ class DriverMemory:
 
 
 def _handle(nvml: Any, index: int) -> Any:
-    """NVML counts all GPUs of the machine by their place on the bus; CUDA those that CUDA_VISIBLE_DEVICES shows, and
-    the fastest first. So a GPU is asked for by its UUID, which the driver tells."""
+    """NVML numbers all GPUs of the machine by their position on the bus; CUDA only those in CUDA_VISIBLE_DEVICES, the
+    fastest first. So a GPU is found by its UUID, from the driver."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = [name.strip() for name in shown.split(",") if name.strip()]
     if index < len(names) and names[index].startswith("MIG-"):

@@ -1,10 +1,10 @@
 """Page-locked host memory: of exact size, unlocked together with its memory, and pageable if the system refuses.
 
-Copies between a GPU and memory that is not locked work too: the driver stages them, at a half or less of the speed,
-and a copy to the host then keeps its thread until it is done. So a refusal never ends a run. How much may be locked
-differs: on WSL2 it is 0.5 to 1 GB for the whole machine, in a container what its memory limit leaves.
+Copies between a GPU and memory that is not locked work, too: the driver stages them, at half the speed or less, and a
+copy to the host then blocks its thread until it is done. So a refusal never ends a run. The limit of locked memory
+differs: on WSL2 it is 0.5 to 1 GB for the whole machine, in a container the remainder of its memory limit.
 
-torch's own pinned allocator rounds each allocation up to a power of two. It serves what is small (`small`).
+torch's own pinned allocator rounds each allocation up to a power of two. It is used for small memory (`small`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Locks(Protocol):
 class Lock:
     """A lock of a whole mapping (`map_memory`), until `release` or until the mapping goes, whichever is first.
 
-    CudaError if the system refuses. The mapping goes with its last tensor, wherever that is dropped: a driver that
-    still takes pages for locked that are not this memory's any more is undefined.
+    CudaError if the system refuses. The mapping goes with its last tensor, on any thread: behaviour is undefined if the
+    driver still counts pages as locked that no longer belong to this memory.
     """
 
     def __init__(self, backend: Locks, memory: Tensor) -> None:
@@ -46,7 +46,7 @@ class Lock:
         before_unmapping(memory, self.release)
 
     def release(self) -> None:
-        """Safe to call twice. Raises what the driver says; the lock counts as gone then: a driver that fails once in
+        """Safe to call twice. Raises the driver's error; the lock then counts as released: a driver that fails once in
         this way fails always."""
         if self._held:
             self._held = False
@@ -54,7 +54,7 @@ class Lock:
 
 
 def host_memory(backend: Locks, nbytes: int) -> tuple[Tensor, Lock | None, str]:
-    """(exactly nbytes of host memory for copies, its lock, ""); (memory, None, why it is pageable) where it must be."""
+    """(exactly nbytes of host memory for copies, its lock, ""); if it cannot be locked, (memory, None, the reason)."""
     memory = map_memory(nbytes, forked=False)
     try:
         return memory, Lock(backend, memory), ""
@@ -63,7 +63,7 @@ def host_memory(backend: Locks, nbytes: int) -> tuple[Tensor, Lock | None, str]:
 
 
 def small(backend: Locks, nbytes: int) -> Tensor:
-    """A few bytes for one copy, from torch's pinned cache; pageable if that cannot grow: then a copy may wait."""
+    """A few bytes for one copy, from torch's pinned cache; pageable if that cannot grow: a copy may then wait."""
     try:
         return backend.staging(nbytes)
     except RuntimeError as error:  # torch's for cudaHostAlloc
@@ -72,7 +72,7 @@ def small(backend: Locks, nbytes: int) -> Tensor:
 
 
 def pinned_copy(backend: Locks, tensor: Tensor) -> Tensor:
-    """A host tensor's values where an asynchronous copy may read them."""
+    """A host tensor's values in memory that an asynchronous copy may read."""
     if tensor.is_pinned() or tensor.numel() == 0:
         return tensor
     copy = small(backend, tensor.numel() * tensor.element_size()).view(tensor.dtype).view(tensor.shape)
@@ -80,7 +80,7 @@ def pinned_copy(backend: Locks, tensor: Tensor) -> Tensor:
 
 
 def warn_pageable(what: str, reason: str) -> None:
-    """Once a kind of memory: python shows equal warnings of one place once."""
+    """Shown once per kind of memory: Python shows equal warnings of one line once."""
     warnings.warn(
         f"{what} go through pageable memory, which is slower: the system locks no more pages ({reason}){_limit()}",
         stacklevel=3,
@@ -88,7 +88,7 @@ def warn_pageable(what: str, reason: str) -> None:
 
 
 def refusal(what: str, locked: int, total: int, reason: str) -> BudgetError:
-    """Memory that was to be locked and is not: what was asked, what there is, what to do."""
+    """The error for memory that could not be locked: the request, the limit, and what to do."""
     return BudgetError(
         f"{what} cannot be page-locked: {reason}. {show_bytes(locked)} of {show_bytes(total)} are locked{_limit()}. "
         "Free host memory, raise the limit of the container, or set host_memory='staged'"
@@ -96,7 +96,7 @@ def refusal(what: str, locked: int, total: int, reason: str) -> BudgetError:
 
 
 def _limit() -> str:
-    """What limits it here, as far as is known. The driver does not look at `ulimit -l`."""
+    """The likely limit on this machine. The driver ignores `ulimit -l`."""
     if "microsoft" in platform.release().lower():
         return "; WSL2 lets all processes together lock 0.5 to 1 GB"
     return ""

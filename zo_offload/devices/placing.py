@@ -16,10 +16,10 @@ from . import Device
 
 
 def move_what_stays(model: nn.Module, device: torch.device, kept: Collection[str] = ()) -> None:
-    """Every buffer, and the parameters `kept`, on `device`; those that modules share stay shared. The other parameters
-    are left to `hollow`."""
+    """Move every buffer, and the parameters `kept`, to `device`; shared ones stay shared. `hollow` handles the other
+    parameters."""
     moved: dict[int, Tensor] = {}
-    keep: list[Tensor] = []  # an id is only an id while its object lives
+    keep: list[Tensor] = []  # an id is valid only while its object lives
     staying = {id(p) for name, p in model.named_parameters() if name in kept}
     for module in model.modules():
         for name, tensor in _held_by(module):
@@ -38,13 +38,15 @@ def _held_by(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     moved = tensor.to(device)
-    if isinstance(tensor, nn.Parameter) and not isinstance(moved, nn.Parameter):  # those of quantized layers stay such
+    if isinstance(tensor, nn.Parameter) and not isinstance(
+        moved, nn.Parameter
+    ):  # those of quantized layers stay parameters
         return nn.Parameter(moved.detach(), requires_grad=tensor.requires_grad)
     return moved
 
 
 class Homes:
-    """Where a model's parameters and buffers are now and how they lie in memory, to bring them back there; from meta,
+    """The devices of a model's parameters and buffers, and parameters' strides, to restore them; those on meta return
     to the host."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -53,7 +55,7 @@ class Homes:
         self._strides = {name: p.stride() for name, p in model.named_parameters() if is_plain(p)}
 
     def bring_back(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
-        """Parameters get their `values`; those that have gone to another device become new ones, ties stay ties."""
+        """Give parameters their `values`; those that moved to another device become new ones, ties stay ties."""
         new: dict[int, Tensor] = {}
         for name, p in model.named_parameters():
             home = self._of[name]
@@ -76,11 +78,13 @@ class Homes:
 
 
 class PlacedBatches:
-    """Batches on the device, each moved once however many lanes use it, and what is known of them on the host."""
+    """Batches on the device, each moved once for all lanes, with the host's copies."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._placed: dict[int, tuple[Any, Any]] = {}  # id -> (the batch, so that its id stays its own; on the device)
+        self._placed: dict[
+            int, tuple[Any, Any]
+        ] = {}  # id -> (the batch, which keeps its id valid; the batch on the device)
         self._host: dict[tuple[int, int], Tensor] = {}
 
     def place(self, batch: Any) -> Any:
@@ -107,10 +111,10 @@ class PlacedBatches:
 
 
 def input_dtype(model: nn.Module) -> torch.dtype | None:
-    """What features must be in for the model to take them: the dtype of its parameters.
+    """The dtype of features that the model accepts: that of its parameters.
 
-    Where those are of several, the one of most elements in transformers' models, which keep a few layers in float32;
-    None for other modules, whose authors know.
+    If they have several, the dtype of most elements in transformers' models, which keep a few layers in float32; None
+    for other modules, whose authors must decide.
     """
     elements: dict[torch.dtype, int] = {}
     for p in model.parameters():
@@ -122,9 +126,9 @@ def input_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def as_inputs(inputs: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """Features (floating, two dimensions or more) in `dtype`; nothing in float64 but for a model that is.
+    """Features (floating, two dimensions or more) in `dtype`; float64 only for a float64 model.
 
-    Labels, and numbers one a row such as times, keep their 32 bits.
+    Labels, and numbers such as times with one per row, keep their 32 bits.
     """
     return {name: _as_input(name, value, dtype) for name, value in inputs.items()}
 
@@ -139,7 +143,7 @@ def _as_input(name: str, value: Any, dtype: torch.dtype | None) -> Any:
 
 @contextmanager
 def inputs_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """While open, what the model is called with is as `as_inputs` makes it."""
+    """While open, the model is called with inputs converted by `as_inputs`."""
     if dtype is None:
         yield
         return
@@ -158,7 +162,7 @@ def inputs_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
 
 @contextmanager
 def matmul_precision(compute: str | None) -> Iterator[None]:
-    """compute="tf32": float32 products on the matrix units, for the time of a forward; torch's own setting after."""
+    """compute="tf32": float32 products on the matrix units during a forward; afterwards torch's former setting."""
     if compute != "tf32":
         yield
         return

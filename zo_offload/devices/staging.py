@@ -1,16 +1,16 @@
-"""Between a GPU and blocks that live in host memory or on disk.
+"""Transfers between a GPU and blocks in host memory or on disk.
 
-`HostSlabs`: blocks in host memory, one exact slab each. A thread of its own page-locks the slabs that stream, the next
-visited first, while the run is under way already; copies of a locked slab run by themselves at the link's speed, those
-of one that is not locked (yet) go through a small ring of pinned chunks, filled by the thread that enqueues them. Where
-the system refuses to lock, the ring does for good. It is locked before any slab is, and beside it a reserve that a
-refusal gives back: what slabs take, nobody else gets, and a step needs some pinned bytes of torch's.
+`HostSlabs`: blocks in host memory, one slab of exact size each. A separate thread page-locks the slabs that stream, the
+next visited first, during the run. Copies of a locked slab run asynchronously at the link's speed; those of a slab that
+is not locked (yet) go through a small ring of pinned chunks, filled by the thread that enqueues them. If the system
+refuses to lock, all copies use the ring. The ring is locked before any slab, together with a reserve that a refusal
+releases: slabs could take all lockable memory, but a step needs some pinned bytes of torch's.
 
-`ThroughHost`: blocks in files. A block is read into pinned memory whole, where its checksum is tested, and copied from
-there; two such buffers for fetches, one for flushes, are all the host memory it takes.
+`ThroughHost`: blocks in files. A whole block is read into pinned memory, its checksum is tested, and it is copied from
+there; its only host memory is two such buffers for fetches and one for flushes.
 
-Both are tiers; fetch and flush run on the device's fetch and flush workers, under their streams. Host code may touch
-a chunk again only after the copy from or to it is done: that is the one wait of each loop, on a worker.
+Both are tiers; fetch and flush run on the device's fetch and flush workers, under their streams. Host code may use a
+chunk again only after the copy from or to it is done: that is the only wait of each loop, on a worker.
 """
 
 from __future__ import annotations
@@ -34,21 +34,24 @@ from ..tiers import UNKNOWN, Fetched, HostTier, Spans, Tier
 from .backend import Backend
 from .pinned import RESERVE_BYTES, Lock, host_memory, refusal, warn_pageable
 
-CHUNK_BYTES, NUM_CHUNKS = 16 << 20, 3  # each way: 4 % of OPT-1.3B's bytes together, and every copy still a millisecond
+CHUNK_BYTES, NUM_CHUNKS = (
+    16 << 20,
+    3,
+)  # per direction: together 4 % of OPT-1.3B's bytes, and every copy takes a millisecond
 
 
 @dataclass
 class Chunk:
-    """Host memory for copies and the last copy that touched it."""
+    """Host memory for copies, and the last copy that used it."""
 
     memory: Tensor
     mark: Any = None
 
 
 class Ring:
-    """Chunks of host memory handed out one at a time; a chunk comes back with a mark behind the copy that uses it.
+    """Chunks of host memory, handed out one at a time; a chunk comes back with a mark after the copy that uses it.
 
-    All are made with the ring, page-locked as far as the system lets; `refused` says why not all are.
+    All are made with the ring, page-locked if the system allows; `refused` tells why not all are.
     """
 
     def __init__(self, backend: Backend, nbytes: int, count: int) -> None:
@@ -64,7 +67,7 @@ class Ring:
 
     @contextmanager
     def chunk(self) -> Iterator[Tensor]:
-        """A chunk that no copy uses any more. What is enqueued on the current stream inside of the `with` uses it."""
+        """A chunk that no copy uses any more. Work enqueued on the current stream inside the `with` uses it."""
         chunk = self.take()
         assert chunk is not None
         try:
@@ -76,7 +79,7 @@ class Ring:
                 self.give(chunk)
 
     def take(self, *, wait: bool = True) -> Chunk | None:
-        """One that no copy uses any more; if all are out, waits for one or gives None. `give` it back in any case."""
+        """A chunk that no copy uses any more; if all are taken, waits or returns None. `give` it back in any case."""
         try:
             chunk = self._free.get(block=wait)
         except queue.Empty:
@@ -86,12 +89,12 @@ class Ring:
         return chunk
 
     def enqueued(self, chunk: Chunk) -> None:
-        """What the current stream was given so far uses the chunk."""
+        """Work enqueued on the current stream so far uses the chunk."""
         chunk.mark = chunk.mark if chunk.mark is not None else self._backend.make_event()
         self._backend.record(chunk.mark, None)
 
     def give(self, chunk: Chunk) -> None:
-        """Back. Who takes it next waits for its mark."""
+        """Return a chunk. Its next user waits for its mark."""
         self._free.put(chunk)
 
     def close(self) -> None:
@@ -103,7 +106,7 @@ class Ring:
 
 
 class HostSlabs(Fetched):
-    """A `HostTier` whose slabs are page-locked in the background. pin: "auto" falls back to the ring where the system
+    """A `HostTier` whose slabs are page-locked in the background. pin: "auto" falls back to the ring if the system
     refuses, "pinned" raises BudgetError at the next fetch or flush, "staged" does not lock. streamed: the blocks to
     lock, in this order; the others move once or never, through the ring."""
 
@@ -161,7 +164,7 @@ class HostSlabs(Fetched):
         self._tier.set_version(block, version)
 
     def _flush_staged(self, slab: Tensor, data: Tensor, spans: Spans) -> None:
-        """Through the ring: while a chunk is copied into the slab, the next ones are on their way from the device."""
+        """Flush through the ring: while a chunk is copied to the slab, the next ones are copied from the device."""
         step = self._chunk_bytes
         parts = [(at, min(at + step, low + n)) for low, n in spans for at in range(low, low + n, step)]
         under_way: deque[tuple[Chunk, Tensor]] = deque()
@@ -176,7 +179,7 @@ class HostSlabs(Fetched):
 
         try:
             for low, high in parts:
-                # who holds some must not wait for more: two flushes at once would wait for each other
+                # a thread with chunks must not wait for more: two flushes at once would wait for each other
                 while (chunk := self._flush_ring.take(wait=not under_way)) is None:
                     land()
                 under_way.append((chunk, slab[low:high]))
@@ -195,8 +198,8 @@ class HostSlabs(Fetched):
         return None
 
     def close(self) -> None:
-        """Ends the locking, unlocks what was locked, all of it whatever fails; the tier itself stays open. The streams
-        must have drained."""
+        """Ends the locking and unlocks all slabs, even if one fails; the tier itself stays open. The streams must have
+        drained."""
         self._stop.set()
         if self._worker.is_alive():
             self._worker.join()
@@ -215,8 +218,8 @@ class HostSlabs(Fetched):
         return sum(self._tier.slabs[block].numel() for block in self._pinned)
 
     def wait_pinned(self) -> None:
-        """Until all slabs that stream are locked or the system has refused one; for measurements that should not start
-        before."""
+        """Wait until all slabs that stream are locked or the system has refused one; for measurements that should not
+        start earlier."""
         if self._worker.is_alive():
             self._worker.join()
 
@@ -239,7 +242,7 @@ class HostSlabs(Fetched):
             self._refused(f"host memory of block {block}", str(error))
         finally:
             if self._reserve is not None:
-                with contextlib.suppress(CudaError):  # of a GPU that has failed: every later call says so
+                with contextlib.suppress(CudaError):  # a GPU that has failed: every later call reports it
                     self._reserve[1].release()
                 self._reserve = None
 
@@ -251,8 +254,8 @@ class HostSlabs(Fetched):
 
 
 class ThroughHost(Fetched):
-    """A tier that knows host memory only (files), for blocks in device memory. pin: "pinned" raises BudgetError if its
-    buffers cannot be locked, else they are pageable then."""
+    """A tier that reads and writes host memory (files), for blocks in device memory. pin: "pinned" raises BudgetError
+    if its buffers cannot be locked; otherwise they are then pageable."""
 
     in_memory = False
 

@@ -1,7 +1,6 @@
 """Streams and events of all devices: ops run in order on worker threads, and events order them.
 
-A device whose work runs by itself once it is enqueued (`cuda.py`) says what done means there, not how ops
-are handed over.
+A device with asynchronous work (`cuda.py`) only redefines when an event is done, not how ops are submitted.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-_LOOK_S = 0.1  # how often a thread that waits looks at the flag: only where it is not woken, see `Event`
+_LOOK_S = 0.1  # the interval at which a waiting thread checks the flag if it is not woken, see `Event`
 
 
 class Event:
-    """Set once its op has finished. `wait` blocks, then raises what the op raised, if anything.
+    """Set once its op has finished. `wait` blocks, then raises the op's error, if any.
 
-    A flag and a plain lock: an exception that a signal handler raises in the thread that waits leaves nothing locked
-    that another thread would wait for (in `threading.Event` it can).
+    A flag and a plain lock: if a signal handler raises in the waiting thread, nothing stays locked that another thread
+    would wait for (as can happen with `threading.Event`).
     """
 
     def __init__(self) -> None:
@@ -31,10 +30,10 @@ class Event:
         self._gate.acquire()
 
     def set(self, error: BaseException | None = None) -> None:
-        """Once set, an event stays as it is."""
+        """Once set, an event does not change."""
         if not self._is_set:
             self._error, self._is_set = error, True
-            with contextlib.suppress(RuntimeError):  # two at once: it is open
+            with contextlib.suppress(RuntimeError):  # two at once: it is already released
                 self._gate.release()
 
     def is_done(self) -> bool:
@@ -46,14 +45,14 @@ class Event:
             raise self._error
 
     def wait_ended(self) -> None:
-        """Wait for the op's end, and leave what it raised alone."""
+        """Wait for the op's end, without raising its error."""
         while not self._is_set:
             if self._gate.acquire(timeout=_LOOK_S):
                 self._gate.release()
 
 
 class _Meeting:
-    """Where all workers of a stream come together: what was submitted before has ended then."""
+    """A meeting of all workers of a stream: when it is complete, all earlier ops have ended."""
 
     def __init__(self, count: int) -> None:
         self._left, self._lock, self.held = count, threading.Lock(), Event()
@@ -83,9 +82,9 @@ _Op = tuple[Callable[[], None], Sequence[Event], Event]
 class Stream:
     """Ops in submission order on `threads` workers; with threads=0 `submit` waits until the op has run.
 
-    With one thread ops also finish in order. With more, later ops may overtake; events say what must not. Signal
-    handlers run on the main thread only, so no op can be torn by what they raise: with threads=0 too, ops of the main
-    thread run on a worker. `submit` hands an op over in one move; nothing has to be undone if it is broken off.
+    With one thread ops also finish in order. With more, later ops may overtake; events prevent it. Signal handlers run
+    on the main thread only, so their exceptions cannot interrupt an op: even with threads=0, ops of the main thread run
+    on a worker. `submit` hands an op over in one move; an interrupted call leaves nothing to undo.
     """
 
     def __init__(self, name: str, threads: int = 1) -> None:
@@ -100,7 +99,7 @@ class Stream:
             self._start()
 
     def submit(self, fn: Callable[[], None], after: Sequence[Event] = (), event: Event | None = None) -> Event:
-        """Enqueue fn; the returned event is set when it has run, or failed, or when an event it waits for failed."""
+        """Enqueue fn; the returned event is set when fn has run or failed, or when an event in `after` failed."""
         event = event or self._new_event()
         if self._in_order:
             self._run_here(fn, after, event)
@@ -117,11 +116,11 @@ class Stream:
         event.wait_ended()
 
     def drain(self) -> None:
-        """Wait until every op submitted so far has ended. Raises nothing: errors are in the ops' events."""
+        """Wait until every op submitted so far has ended. Does not raise: errors are in the ops' events."""
         workers = [thread for thread in self._threads if thread.is_alive()]
         if workers:
             meeting = _Meeting(len(workers))
-            # in one move of the interpreter: half a meeting would keep those who came
+            # in one move of the interpreter: half a meeting would block the workers that came
             deque(map(self._queue.put, [meeting] * len(workers)), maxlen=0)
             meeting.held.wait()
 
@@ -131,7 +130,7 @@ class Stream:
             if thread.is_alive():
                 self._queue.put(None)
         for thread in self._threads:
-            # a worker can be where the garbage collector finds an engine that nobody closed
+            # the garbage collector may close a forgotten engine on a worker
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join()
         self._threads = []
@@ -150,7 +149,7 @@ class Stream:
                 item.join()
             else:
                 self._run(*item)
-            del item  # what an op refers to may be large
+            del item  # an op may refer to large objects
 
     def _run(self, fn: Callable[[], None], after: Sequence[Event], event: Event) -> None:
         try:
@@ -158,5 +157,5 @@ class Stream:
                 earlier.wait()
             fn()
             event.set()
-        except BaseException as error:  # handed to whoever waits for the event, which is where it can be acted on
+        except BaseException as error:  # raised in the thread that waits for the event, which can act on it
             event.set(error)

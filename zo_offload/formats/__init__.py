@@ -1,24 +1,24 @@
-"""Storage formats: how a parameter's values are kept in bytes.
+"""Storage formats: encodings of a parameter's values as bytes.
 
     name       bytes streamed   held   what it is
     fp32       4                       as computed with
     bf16       2                       torch's bfloat16
     fp16       2                       torch's float16
-    fp8_e4m3   1.008                   8-bit float, a power-of-two scale a group of 128
+    fp8_e4m3   1.008                   8-bit float, a power-of-two scale per group of 128
     fp8_e5m2   1.008
-    int8       1.031                   8-bit integer, a float32 scale a group of 128
-    int4       0.547                   asymmetric: a float32 scale and a bf16 minimum a group of 128
+    int8       1.031                   8-bit integer, a float32 scale per group of 128
+    int4       0.547                   asymmetric: a float32 scale and a bf16 minimum per group of 128
     int4_g64   0.594                   the same with groups of 64
-    int4c      0.547                   int4 with a bf16 centre instead; what `QZO` makes of int4 (and of int4_g64)
-    nf4        0.5625                  normal quantiles, a float32 scale a group of 64
+    int4c      0.547                   int4 with a bf16 centre instead; `QZO` uses it for int4 (and int4_g64)
+    nf4        0.5625                  normal quantiles, a float32 scale per group of 64
     bf16+16    2                2      exact float32 master
     bf16+8     2                1      24-bit float master
     int8+8     1.031            1      16-bit integer master
     fp8+8      1.008            1      16-bit float master; the coarse half is fp8_e4m3
 
-`kept.py` has others, that a quantized checkpoint's own codes are in: int4f, int8f, fp8f, mxfp4, nvfp4, fp4; and for
-them some of the above are there in smaller groups. `base.py` says what a format is, `table.py` lists them. `code` is
-the integer that the kernels know a format by (csrc/formats.h).
+`kept.py` has others, for a quantized checkpoint's own codes: int4f, int8f, fp8f, mxfp4, nvfp4, fp4; for these codes,
+some of the formats above also exist with smaller groups. `base.py` defines a format, `table.py` lists them. `code` is
+a format's integer in the kernels (csrc/formats.h).
 """
 
 from __future__ import annotations

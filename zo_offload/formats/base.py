@@ -1,8 +1,8 @@
-"""What a storage format is: bytes <-> float32 values, in one, two or three planes.
+"""The interface of storage formats: bytes <-> float32 values, in one, two or three planes.
 
-streamed part   values, or the coarse half of a split master; then, from the next multiple of 64 bytes, one scale
-                a group (and one minimum a group), where there are groups
-residual part   of split formats only: what the coarse plane leaves out; read where updates are folded
+streamed part   values, or the coarse half of a split master; then, in formats with groups, from the next multiple of
+                64 bytes, one scale (and one minimum) per group
+residual part   only in split formats: the difference from the coarse plane to the master; read when updates fold
 """
 
 from __future__ import annotations
@@ -20,49 +20,49 @@ PLANE_ALIGN = 64
 class Format:
     """One way to store a parameter; the obvious torch version of csrc/formats.h.
 
-    `encode` rounds to nearest (ties to even), or stochastically when given `sr_bits`: 16 random bits an element that
-    are compared with the part to be dropped, so a value goes up with a chance equal to that part. What a format can
-    hold exactly is stored exactly in either mode.
+    `encode` rounds to nearest (ties to even), or stochastically when given `sr_bits`: 16 random bits per element that
+    are compared with the dropped part, so a value is rounded up with a probability equal to that part. Values that a
+    format can hold exactly are stored exactly in either mode.
 
     NaN and infinity: formats without groups keep infinities, and store every NaN as the one quiet NaN of the format.
-    In a format with groups one such value makes its whole group NaN, by a NaN scale: nothing is saturated in silence.
+    In a format with groups one such value makes its whole group NaN, by a NaN scale: nothing saturates silently.
 
     Groups are `group` consecutive elements of the flattened parameter, counted from its first; the last may be short.
     """
 
     name: ClassVar[str]
     code: ClassVar[int]
-    """The integer csrc/formats.h knows this format by."""
+    """The format's integer in csrc/formats.h."""
     torch_dtype: ClassVar[torch.dtype]
-    """The dtype a parameter so stored has in a checkpoint that is exported."""
+    """The dtype of such parameters in exported checkpoints."""
     value_bits: ClassVar[int]
-    """Bits an element in the values plane."""
+    """Bits per element in the values plane."""
     group: int = 0
-    """Elements a scale; 0: no scales."""
+    """Elements per scale; 0: no scales."""
     scale_bytes: ClassVar[int] = 0
     minimum_bytes: ClassVar[int] = 0
     residual_bytes: ClassVar[int] = 0
-    """Bytes an element in the residual plane; 0: not a split format."""
+    """Bytes per element in the residual plane; 0: not a split format."""
     encodes: ClassVar[bool] = True
-    """False: it holds a checkpoint's own codes, and nothing else."""
+    """False: it holds only a checkpoint's own codes."""
     trains: ClassVar[bool] = True
-    """False: values are encoded once and never rewritten; what trains is elsewhere, or the scales."""
+    """False: values are encoded once and never rewritten; other parameters train, or the scales."""
     trains_scales: ClassVar[bool] = False
     """True: float32 scales that `fused_pass(target="scales")` can train."""
     code_rms: ClassVar[float] = 0.0
-    """Of formats that train scales: how much the weights of a group change, on average, where its scale changes by 1:
-    the root mean square of the codes that normally distributed weights get."""
+    """In formats that train scales: the mean change of a group's weights when its scale changes by 1, that is the root
+    mean square of the codes of normally distributed weights."""
     centred: bool = False
-    """What is kept beside a group's scale is its centre, not its minimum."""
+    """A group has a scale and a centre, not a minimum."""
 
     @property
     def kernel(self) -> str:
-        """What the kernels of this format's code are called (csrc/cuda_kernels.h)."""
+        """The name of the kernels of this format's code (csrc/cuda_kernels.h)."""
         return self.name.replace("+", "_")
 
     @property
     def about_centre(self) -> Format:
-        """The same codes such that a changed scale moves each group about its centre; itself, where it does."""
+        """The format with the same codes in which a changed scale moves each group about its centre; may be itself."""
         return self
 
     def values_nbytes(self, numel: int) -> int:
@@ -77,7 +77,7 @@ class Format:
         return start, self.scale_bytes * self.num_groups(numel)
 
     def minima_span(self, numel: int) -> tuple[int, int]:
-        """(offset, nbytes) of the minima, right behind the scales."""
+        """(offset, nbytes) of the minima, directly after the scales."""
         return sum(self.scales_span(numel)), self.minimum_bytes * self.num_groups(numel)
 
     def nbytes(self, numel: int) -> int:
@@ -89,13 +89,13 @@ class Format:
         return self.residual_bytes * numel
 
     def decode(self, stored: Tensor, numel: int | None = None) -> Tensor:
-        """Streamed part, uint8 [nbytes(n)] -> float32 [n], what lanes see. `numel` is needed where there are groups."""
+        """Streamed part, uint8 [nbytes(n)] -> float32 [n], as lanes see it. Formats with groups need `numel`."""
         raise NotImplementedError
 
     def encode(self, values: Tensor, sr_bits: Tensor | None = None, like: Tensor | None = None) -> Tensor:
         """float32 [n] (and int32 [n] in [0, 65536) for stochastic rounding) -> streamed part, uint8 [nbytes(n)].
 
-        like: the streamed part these values were made from, whose scales are kept where the format keeps them.
+        like: the streamed part of these values before; its scales are kept if the format keeps scales.
         """
         raise NotImplementedError
 
@@ -131,10 +131,10 @@ def to_bytes16(codes: Tensor) -> Tensor:
 
 
 def from_bytes16(stored: Tensor) -> Tensor:
-    """The inverse of `to_bytes16`; the bytes may lie at any address."""
+    """The inverse of `to_bytes16`; the bytes may be at any address."""
     return stored.clone().view(torch.int16).to(torch.int64) & 0xFFFF
 
 
 def sign_extended(codes: Tensor, bits: int) -> Tensor:
-    """Unsigned codes of `bits` bits as the signed numbers they mean."""
+    """Unsigned codes of `bits` bits, read as signed numbers."""
     return torch.where(codes >= 1 << (bits - 1), codes - (1 << bits), codes)

@@ -11,7 +11,7 @@ from .base import Format, bits_of, to_bytes16
 
 
 class BF16(Format):
-    """2 bytes a parameter; relative error up to 2**-9 (0.17 % rms), the range of float32.
+    """2 bytes per parameter; relative error up to 2**-9 (0.17 % rms), the range of float32.
 
     Bit-equal to torch's cast. Above 3.39e38 nearest rounding gives infinity; infinities stay, every NaN becomes 0x7fc0.
     """
@@ -22,7 +22,7 @@ class BF16(Format):
     value_bits: ClassVar[int] = 16
 
     def decode(self, stored: Tensor, numel: int | None = None) -> Tensor:
-        return stored.clone().view(torch.bfloat16).to(torch.float32)  # a copy: the bytes may lie at any address
+        return stored.clone().view(torch.bfloat16).to(torch.float32)  # a copy: the bytes may be at any address
 
     def encode(self, values: Tensor, sr_bits: Tensor | None = None, like: Tensor | None = None) -> Tensor:
         bits = bits_of(values)

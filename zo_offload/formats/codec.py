@@ -1,5 +1,5 @@
-"""Values in and out of a storage format, whole or a run of groups; native where it is built, else the reference. The
-same bits."""
+"""Encodes and decodes values of a storage format, all or a range of groups: by the native library if it is built, else
+by the reference. The same bits."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .table import PLAIN
 
 
 def planes(stored: Tensor, residual: Tensor | None, fmt: Format, numel: int, start: int = 0) -> dict[str, int]:
-    """Addresses of a parameter's planes, from its element `start` on, and how to read them: as `native.pack_pass` takes
-    them. start: a multiple of the group."""
+    """Addresses of a parameter's planes from element `start` on, and their format, as `native.pack_pass` takes them.
+    start: a multiple of the group."""
     at, group = stored.data_ptr(), start // fmt.group if fmt.group else 0
     fields = {"stored": at + fmt.values_nbytes(start), "format": fmt.code, "group": fmt.group}
     if fmt.scale_bytes:
@@ -35,7 +35,7 @@ def encode_values(
 ) -> tuple[Tensor, Tensor | None]:
     """float32, bfloat16 or float16 values -> (streamed part, residual part or None), rounded to nearest.
 
-    Memory beside the result: one parameter in float32 at most. Raises CheckpointError, naming `what`, on NaN or
+    Memory besides the result: at most one parameter in float32. Raises CheckpointError, naming `what`, on NaN or
     infinity and on values larger than the format can hold.
     """
     flat = values.detach().reshape(-1).contiguous()
@@ -50,9 +50,9 @@ def encode_values(
 
 
 class PlaneEncoder:
-    """`numel` values into the planes `stored` and `residual`, a run at a time; `finish` says whether all could be held.
+    """Encodes `numel` values into the planes `stored` and `residual`, a range at a time; `finish` checks the values.
 
-    The planes are zero, or hold an encoding of as many values. Memory beside them: with the native library none.
+    The planes are zero, or hold an encoding of as many values. The native library needs no further memory.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class PlaneEncoder:
             )
 
     def _put(self, start: int, values: Tensor) -> tuple[int, int]:
-        """How many values are not finite before and after."""
+        """How many values are not finite before and after rounding."""
         fmt, library = self._fmt, native.library()
         if library is not None and fmt.code in library.formats:
             return library.encode(

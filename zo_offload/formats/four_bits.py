@@ -1,4 +1,4 @@
-"""int4 and nf4: sixteen values a group. For frozen weights: encoded once, never rewritten; their scales can train."""
+"""int4 and nf4: sixteen values per group. For frozen weights: encoded once, never rewritten; their scales can train."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class FourBits(Format):
 
 
 class Int4(FourBits):
-    """0.547 bytes a parameter (group 64: 0.594): codes 0..15 times a float32 scale, plus a bfloat16 minimum.
+    """0.547 bytes per parameter (group 64: 0.594): codes 0..15 times a float32 scale, plus a bfloat16 minimum.
 
-    Error up to half a scale: a 30th of the group's largest less its smallest value (10 % rms of normal weights; group
-    64: 9 %). A NaN or infinity makes its group NaN, by the scale.
+    Error up to half a scale: a 30th of the range of the group's values (10 % rms of normal weights; group 64: 9 %). A
+    NaN or infinity makes its group NaN, by the scale.
 
-    centred: (code - 7.5) times the scale, plus a bfloat16 centre. The same codes and error; but a group whose scale
-    grows then grows about its centre, near zero, where it would else move away from its minimum as a whole.
+    centred: (code - 7.5) times the scale, plus a bfloat16 centre. The same codes and error; but when the scale grows,
+    the group grows about its centre, near zero, instead of moving away from its minimum as a whole.
     """
 
     code: ClassVar[int] = 6
@@ -63,7 +63,7 @@ class Int4(FourBits):
 
     @property
     def kernel(self) -> str:
-        return "int4"  # the group and what is kept beside its scale are told to them
+        return "int4"  # the group and the kind of the minima plane are arguments
 
     @property
     def about_centre(self) -> Int4:
@@ -100,7 +100,7 @@ class Int4(FourBits):
 
 
 class NF4(FourBits):
-    """0.5625 bytes a parameter: sixteen quantiles of a normal distribution times a float32 scale for each 64.
+    """0.5625 bytes per parameter: sixteen quantiles of a normal distribution times a float32 scale for each 64.
 
     The scale is the group's largest magnitude, as in bitsandbytes. 9.2 % rms error of normal weights, at most 15 % of
     the group's largest. A NaN or infinity makes its group NaN, by the scale.
@@ -134,5 +134,5 @@ class NF4(FourBits):
         part = values * each(1.0 / scales, self.group, n)
         table = torch.tensor(NF4_VALUES, dtype=torch.float64, device="cpu")
         between = ((table[1:] + table[:-1]) / 2).float()
-        codes = torch.where(part.isnan(), 0, (part.view(-1, 1) > between).sum(1))  # a value in the middle goes down
+        codes = torch.where(part.isnan(), 0, (part.view(-1, 1) > between).sum(1))  # the midpoint of two goes down
         return pack(self, n, self.pack_codes(codes), scales.view(torch.uint8))

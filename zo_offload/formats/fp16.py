@@ -13,7 +13,7 @@ _SMALLEST_NORMAL = 2.0**-14
 
 
 class FP16(Format):
-    """2 bytes a parameter; relative error up to 2**-12 (0.02 % rms) from 6.1e-5 up, steps of 6e-8 below.
+    """2 bytes per parameter; relative error up to 2**-12 (0.02 % rms) from 6.1e-5 up, steps of 6e-8 below.
 
     Bit-equal to torch's cast. From 65520 up nearest rounding gives infinity; infinities stay, every NaN becomes 0x7e00.
     """
@@ -24,7 +24,7 @@ class FP16(Format):
     value_bits: ClassVar[int] = 16
 
     def decode(self, stored: Tensor, numel: int | None = None) -> Tensor:
-        return stored.clone().view(torch.float16).to(torch.float32)  # a copy: the bytes may lie at any address
+        return stored.clone().view(torch.float16).to(torch.float32)  # a copy: the bytes may be at any address
 
     def encode(self, values: Tensor, sr_bits: Tensor | None = None, like: Tensor | None = None) -> Tensor:
         if sr_bits is None:
@@ -39,7 +39,7 @@ def _stochastic(values: Tensor, sr_bits: Tensor) -> Tensor:
     magnitude, sign = bits & 0x7FFFFFFF, (bits >> 16) & 0x8000
     # normal: 13 bits are dropped, against the upper 13 random bits; the exponent bias goes from 127 to 15
     normal = (magnitude - (112 << 23) + (sr_bits >> 3)) >> 13
-    # subnormal: count steps of 2**-24 with 16 fractional bits (what lies below them is cut) against 16 random bits
+    # subnormal: count steps of 2**-24 with 16 fractional bits (lower bits are cut) against 16 random bits
     small = torch.where(values.abs() < _SMALLEST_NORMAL, values.abs(), 0.0)
     subnormal = ((small * 2.0**40).to(torch.int64) + sr_bits) >> 16
     code = torch.where(values.abs() < _SMALLEST_NORMAL, subnormal, normal)

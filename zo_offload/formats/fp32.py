@@ -11,7 +11,7 @@ from .base import Format
 
 
 class FP32(Format):
-    """4 bytes a parameter, no error. Infinities stay, every NaN becomes 0x7fc00000."""
+    """4 bytes per parameter, no error. Infinities stay, every NaN becomes 0x7fc00000."""
 
     name: ClassVar[str] = "fp32"
     code: ClassVar[int] = 0
@@ -19,7 +19,7 @@ class FP32(Format):
     value_bits: ClassVar[int] = 32
 
     def decode(self, stored: Tensor, numel: int | None = None) -> Tensor:
-        return stored.clone().view(torch.float32)  # a copy: the bytes may lie at any address
+        return stored.clone().view(torch.float32)  # a copy: the bytes may be at any address
 
     def encode(self, values: Tensor, sr_bits: Tensor | None = None, like: Tensor | None = None) -> Tensor:
         quiet = torch.full_like(values, float("nan"))

@@ -1,8 +1,8 @@
-"""fp8 storage: 8-bit floats with one power-of-two scale for each 128 of them; fp8+8, the same with 8 bits held back.
+"""fp8 storage: 8-bit floats with one power-of-two scale for each 128 of them; fp8+8: 8 more bits in a residual part.
 
-The scale only moves the range: it is the least power of two that brings the group's largest value inside, so no value
-is ever clipped and scaling rounds nothing. It is a function of the group's values alone, found anew at each write-back.
-Re-encoding what is stored changes no value: at most the scale halves, where the group's largest was rounded down.
+The scale is the least power of two that brings the group's largest value into range, so no value is clipped and scaling
+rounds nothing. It is a function of the group's values alone, computed again at each write-back. Encoding stored values
+again changes none of them: at most the scale halves, if the group's largest value was rounded down.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class _FP8(Format):
 
     @staticmethod
     def special(codes: Tensor) -> Tensor:
-        """What torch reads in codes above the largest finite one; never written here."""
+        """torch's values of the codes above the largest finite one; never written here."""
         raise NotImplementedError
 
 
 class FP8E4M3(_FP8):
-    """1.008 bytes a parameter: 8 bits (4 exponent, 3 mantissa) and a scale byte for each 128.
+    """1.008 bytes per parameter: 8 bits (4 exponent, 3 mantissa) and a scale byte for each 128.
 
     Relative error up to 2**-4 (2.7 % rms) for values from the group's largest / 14336 up, steps of its largest /
     114688 or finer below. A code is torch's float8_e4m3fn cast of value / scale, which is at most 448. A NaN or
@@ -65,7 +65,7 @@ class FP8E4M3(_FP8):
 
 
 class FP8E5M2(_FP8):
-    """1.008 bytes a parameter: 8 bits (5 exponent, 2 mantissa) and a scale byte for each 128.
+    """1.008 bytes per parameter: 8 bits (5 exponent, 2 mantissa) and a scale byte for each 128.
 
     Relative error up to 2**-3 (5.3 % rms) for values from the group's largest / 2**28 up. A code is torch's
     float8_e5m2 cast of value / scale, which is at most 57344. A NaN or infinity makes its group NaN (scale byte 255).
@@ -83,7 +83,7 @@ class FP8E5M2(_FP8):
 
 
 class FP8Plus8(FP8E4M3):
-    """1.008 bytes a parameter streamed, 1 more held: a master of 16 bits, 4 of exponent and 11 of mantissa.
+    """1.008 bytes per parameter streamed, 1 more held: a master of 16 bits, 4 of exponent and 11 of mantissa.
 
     Lanes see its nearest fp8_e4m3 (a half goes away from zero). The master's relative error is 2**-12 at most from the
     group's largest / 14336 up, its steps are the group's largest / 2**24 or finer below; scales, NaN and infinity as in

@@ -9,34 +9,34 @@ from torch import Tensor
 from .base import Format, bits_of, from_bits
 
 LEAST_SCALE = 2.0**-100
-"""Of the formats with float32 scales: its inverse is finite and a 256th of it is no subnormal."""
-INFINITE = 0x7F800000  # as bits; a NaN's are above
+"""The smallest float32 scale: its inverse is finite and a 256th of it is not subnormal."""
+INFINITE = 0x7F800000  # as bits; those of NaN are larger
 NAN_EXPONENT = 0xFF
 LARGEST_EXPONENT = 246  # scale 2**119: 256 times it is still finite
 
 
 def padded(values: Tensor, group: int) -> Tensor:
-    """[n] -> [groups, group]; the last group is filled up with zeros."""
+    """[n] -> [groups, group]; the last group is padded with zeros."""
     return F.pad(values, (0, -values.numel() % group)).view(-1, group)
 
 
 def each(per_group: Tensor, group: int, numel: int) -> Tensor:
-    """[groups] -> [n]: every element's own."""
+    """[groups] -> [n]: the value of every element's group."""
     return per_group.repeat_interleave(group)[:numel]
 
 
 def largest_bits(values: Tensor, group: int) -> Tensor:
-    """The largest magnitude of each group, as bits: NaN above infinity above all numbers. int64 [groups]."""
+    """The largest magnitude of each group, as bits: NaN > infinity > all numbers. int64 [groups]."""
     return padded(bits_of(values) & 0x7FFFFFFF, group).amax(1)
 
 
 def exponents(values: Tensor, group: int, top: int) -> Tensor:
     """The scale of each group as a biased exponent b, for 2**(b - 127): the least with max <= 1.75 * 2**top * scale.
 
-    1.75 * 2**top is the largest value of the format that is scaled (1.75 * 2**8 = 448, 1.75 * 2**15 = 57344).
+    1.75 * 2**top is the largest value of the scaled format (1.75 * 2**8 = 448, 1.75 * 2**15 = 57344).
     """
     largest = largest_bits(values, group)
-    fitting = ((largest + 0x1FFFFF) >> 23) - top  # one more where the mantissa is above 1.75
+    fitting = ((largest + 0x1FFFFF) >> 23) - top  # one more if the mantissa is above 1.75
     return torch.where(largest >= INFINITE, NAN_EXPONENT, fitting.clamp(1, LARGEST_EXPONENT))
 
 
@@ -77,7 +77,7 @@ def minima_plane(fmt: Format, stored: Tensor, numel: int) -> Tensor:
 
 
 def float_scales(fmt: Format, stored: Tensor, numel: int) -> Tensor:
-    """The scales of a format that keeps them as float32; a copy."""
+    """A format's float32 scales; a copy."""
     return scales_plane(fmt, stored, numel).clone().view(torch.float32)
 
 

@@ -1,7 +1,7 @@
 """int8 and int8+8: integers times a float32 scale for each 128 of them.
 
 The scale is the group's largest value / 127 when a parameter is first encoded. Writing updates back keeps it, so that
-what did not move keeps its code, until the group's largest value leaves the grid; then it is set from that value anew.
+unchanged values keep their codes, until the group's largest value leaves the grid; then it is set from that value.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Integers(Format):
         return codes.float() * each(float_scales(self, stored, n), self.group, n)
 
     def grid(self, values: Tensor, like: Tensor | None) -> Tensor:
-        """The scale of each group, float32: that of `like` where every value fits it."""
+        """The scale of each group, float32: that of `like` if every value fits it."""
         bits = largest_bits(values, self.group)
         largest = from_bits(bits)
         fresh = (largest * _INVERSE_127).clamp(min=LEAST_SCALE)
@@ -44,7 +44,7 @@ class _Integers(Format):
     def rounded(self, values: Tensor, scales: Tensor, limit: float, fraction: int, sr_bits: Tensor | None) -> Tensor:
         """values / scale as whole numbers, at most `limit`; stochastic rounding sees `fraction` bits below the point.
 
-        Those bits are rounded, not cut: values / scale of a value on the grid may come out an ulp beside a whole one.
+        Those bits are rounded, not cut: a value on the grid divided by scale may be an ulp off a whole number.
         """
         inverse = each(1.0 / scales, self.group, values.numel())
         steps = torch.where(inverse.isnan(), 0.0, values * inverse).clamp(-limit, limit).double()
@@ -55,10 +55,10 @@ class _Integers(Format):
 
 
 class Int8(_Integers):
-    """1.031 bytes a parameter: codes -127..127, and a float32 scale for each 128.
+    """1.031 bytes per parameter: codes -127..127, and a float32 scale for each 128.
 
     Error up to half a scale: the group's largest value / 254 (0.65 % rms of normal weights). A NaN or infinity makes
-    its group NaN, by the scale; values beyond the grid move the scale rather than saturate.
+    its group NaN, by the scale; values beyond the grid change the scale instead of saturating.
     """
 
     code: ClassVar[int] = 5
@@ -74,7 +74,7 @@ class Int8(_Integers):
 
     @property
     def kernel(self) -> str:
-        return "int8"  # the group is told to it
+        return "int8"  # the group is an argument
 
     def encode(self, values: Tensor, sr_bits: Tensor | None = None, like: Tensor | None = None) -> Tensor:
         scales = self.grid(values, like)
@@ -83,9 +83,9 @@ class Int8(_Integers):
 
 
 class Int8Plus8(_Integers):
-    """1.031 bytes a parameter streamed, 1 more held: a master of 16-bit integers in steps of scale / 256.
+    """1.031 bytes per parameter streamed, 1 more held: a master of 16-bit integers in steps of scale / 256.
 
-    Lanes see the nearest int8 (a half goes up). The master's error is the group's largest value / 65024 at most; NaN
+    Lanes see the nearest int8 (a half goes up). The master's error is at most the group's largest value / 65024; NaN
     and infinity as in int8.
     """
 

@@ -1,7 +1,7 @@
 """Formats that hold a quantized checkpoint's own codes (`storage="kept"`). Nothing is encoded into them.
 
-Their scales and minima are float32 where the libraries compute with float32, so that what is decoded is the library's
-value before it is rounded to 16 bits. A file's float16 scale, or a product of two of its scales, is exact there.
+Their scales and minima are float32 where the libraries compute with float32, so that a decoded value is the library's
+value before rounding to 16 bits. A file's float16 scale, or a product of two of its scales, is exact in float32.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Kept(Format):
     trains: ClassVar[bool] = False
     trains_scales: ClassVar[bool] = False
     usual: ClassVar[int]
-    """The group that the name does not tell."""
+    """The group of the format without a suffix."""
     kind: ClassVar[str]
 
     def __init__(self, group: int | None = None) -> None:
@@ -68,7 +68,7 @@ class _AboveMinimum(_Kept):
 
 
 class Int4F(_AboveMinimum, _FourBits):
-    """0.5625 bytes a parameter (group 64: 0.625, 32: 0.75, 16: 1): codes 0..15 times a float32 scale, plus a float32
+    """0.5625 bytes per parameter (group 64: 0.625, 32: 0.75, 16: 1): codes 0..15 times a float32 scale, plus a float32
     minimum. GPTQ, AWQ, compressed-tensors up to 4 bits; GGUF's Q4_0, Q4_1, Q4_K, Q2_K."""
 
     kind: ClassVar[str] = "int4f"
@@ -81,8 +81,8 @@ class Int4F(_AboveMinimum, _FourBits):
 
 
 class Int8F(_AboveMinimum):
-    """1.0625 bytes a parameter (group 64: 1.125, 32: 1.25): codes 0..255 times a float32 scale, plus a float32 minimum.
-    GPTQ of 8 bits that is not symmetric; GGUF's Q5_1, Q5_K."""
+    """1.0625 bytes per parameter (group 64: 1.125, 32: 1.25): codes 0..255 times a float32 scale, plus a float32
+    minimum. Asymmetric 8-bit GPTQ; GGUF's Q5_1, Q5_K."""
 
     kind: ClassVar[str] = "int8f"
     code: ClassVar[int] = 13
@@ -95,7 +95,7 @@ class Int8F(_AboveMinimum):
 
 
 class FP8F(_Kept):
-    """1.031 bytes a parameter (group 64: 1.0625, 32: 1.125): float8_e4m3fn times a float32 scale for each 128. fp8
+    """1.031 bytes per parameter (group 64: 1.0625, 32: 1.125): float8_e4m3fn times a float32 scale for each 128. fp8
     whose scales are not powers of two."""
 
     kind: ClassVar[str] = "fp8f"
@@ -118,12 +118,12 @@ class _Table(_FourBits):
         return numbers * each(self.factors(stored, n), self.group, n)
 
     def factors(self, stored: Tensor, numel: int) -> Tensor:
-        """What the numbers of each group are multiplied by, float32 [groups]."""
+        """The factor of each group's numbers, float32 [groups]."""
         return float_scales(self, stored, numel)
 
 
 class MXFP4(_Table):
-    """0.531 bytes a parameter: 4-bit floats (e2m1) times a power of two, a byte for each 32 of them. mxfp4 along the
+    """0.531 bytes per parameter: 4-bit floats (e2m1) times a power of two, a byte for each 32 of them. mxfp4 along the
     inputs; GGUF's MXFP4."""
 
     kind: ClassVar[str] = "mxfp4"
@@ -134,12 +134,12 @@ class MXFP4(_Table):
 
     def factors(self, stored: Tensor, numel: int) -> Tensor:
         exponent = scales_plane(self, stored, numel).to(torch.int64)
-        bits = torch.where(exponent == 0, 1 << 22, exponent << 23)  # 2**-127 is no normal number
+        bits = torch.where(exponent == 0, 1 << 22, exponent << 23)  # 2**-127 is subnormal
         return torch.where(exponent == NAN_EXPONENT, float("nan"), from_bits(bits))
 
 
 class NVFP4(_Table):
-    """0.75 bytes a parameter: 4-bit floats (e2m1) times a float32 scale for each 16, which the file's two make."""
+    """0.75 bytes per parameter: 4-bit floats (e2m1) times a float32 scale for each 16: the file's two, multiplied."""
 
     kind: ClassVar[str] = "nvfp4"
     code: ClassVar[int] = 16
@@ -148,7 +148,7 @@ class NVFP4(_Table):
 
 
 class FP4(_Table):
-    """0.5625 bytes a parameter (group 32: 0.625): bitsandbytes' 4-bit floats times a float32 scale for each 64."""
+    """0.5625 bytes per parameter (group 32: 0.625): bitsandbytes' 4-bit floats times a float32 scale for each 64."""
 
     kind: ClassVar[str] = "fp4"
     code: ClassVar[int] = 17

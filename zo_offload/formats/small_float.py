@@ -1,7 +1,7 @@
 """Floats of fewer bits than 16, and of 16 with few exponent bits: magnitude codes <-> values, sign apart.
 
-A code is exponent << mantissa | mantissa bits; exponent 0 is subnormal. Rounding never reaches infinity: it stops at
-the largest code given.
+A code is exponent << mantissa | mantissa bits; exponent 0 is subnormal. Rounding never gives infinity: it stops at the
+largest code given.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SmallFloat:
         else:
             random = sr_bits.to(torch.int64)
             normal = (normal + ((random << 7) >> (23 - drop))) >> drop  # the uppermost of `drop` random bits
-            subnormal = ((steps * 65536.0).to(torch.int64) + random) >> 16  # what lies below 16 bits is cut
+            subnormal = ((steps * 65536.0).to(torch.int64) + random) >> 16  # lower bits are cut
         return torch.where(values.abs() < least, subnormal, normal).clamp(max=self.largest)
 
     def value(self, codes: Tensor) -> Tensor:

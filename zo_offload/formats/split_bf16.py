@@ -1,8 +1,8 @@
-"""bf16+16 and bf16+8: a float32 master, or its upper 24 bits, as a bfloat16 that streams and a residual that does not.
+"""bf16+16 and bf16+8: a float32 master, or its upper 24 bits, as a streamed bfloat16 and a residual.
 
 The coarse half is the master rounded to bfloat16, *half away from zero*: with ties to even two masters would share
-one pair of halves. The residual is the master's low bits as they are; read as a signed number it is what rounding took
-away or added, so master = coarse << bits + residual, an integer sum on the bit patterns.
+one pair of halves. The residual is the master's low bits; read as a signed number it is the rounding error, so
+master = coarse << bits + residual, an integer sum on the bit patterns.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class _SplitBF16(Format):
 
 
 class BF16Plus16(_SplitBF16):
-    """2 bytes a parameter streamed, 2 more held: an exact float32 master, whatever the rounding.
+    """2 bytes per parameter streamed, 2 more held: an exact float32 master in either rounding mode.
 
     Lanes see the master to 2**-9. Infinities stay, every NaN becomes 0x7fc00000. A finite master above 3.39e38 streams
-    as infinity; `encode_values` refuses one, a fold keeps it exactly.
+    as infinity; `encode_values` refuses it, a fold keeps it exactly.
     """
 
     name: ClassVar[str] = "bf16+16"
@@ -46,7 +46,7 @@ class BF16Plus16(_SplitBF16):
 
 
 class BF16Plus8(_SplitBF16):
-    """2 bytes a parameter streamed, 1 more held: a master of 24 bits (16 of mantissa), relative error up to 2**-17.
+    """2 bytes per parameter streamed, 1 more held: a master of 24 bits (16 of mantissa), relative error up to 2**-17.
 
     Lanes see the master to 2**-9. Infinities stay, every NaN becomes 0x7fc00000; nearest rounding gives infinity from
     3.4028e38 up.

@@ -1,4 +1,4 @@
-"""All storage formats by name, by torch dtype and by the code that the kernels know them by."""
+"""All storage formats by name, by torch dtype and by their code in the kernels."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _SPLIT: tuple[Format, ...] = (BF16Plus16(), BF16Plus8(), Int8Plus8(), FP8Plus8()
 
 FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (*_PLAIN, *_SCALED, *_SPLIT)}
 CENTRED: dict[str, Format] = {fmt.about_centre.name: fmt.about_centre for fmt in _SCALED if fmt.minimum_bytes}
-"""Not to be chosen: a method chooses them."""
+"""Chosen by a method, not by the user."""
 _KEPT: tuple[Format, ...] = (
     Int4F(), Int4F(64), Int4F(32), Int4F(16), Int8F(), Int8F(64), Int8F(32), Int8(64), Int8(32), Int8(16),
     FP8F(), FP8F(64), FP8F(32), MXFP4(), NVFP4(), FP4(), FP4(32), NF4(32),
 )  # fmt: skip
 KEPT: dict[str, Format] = {fmt.name: fmt for fmt in _KEPT}
-"""Not to be chosen: a quantized checkpoint's codes are in them (`storage="kept"`)."""
+"""For a quantized checkpoint's own codes (`storage="kept"`); not chosen by the user."""
 _ALL = FORMATS | CENTRED | KEPT
 PLAIN: dict[torch.dtype, Format] = {fmt.torch_dtype: fmt for fmt in _PLAIN}
-"""What lanes are given, and what checkpoints hold: a torch dtype's own bytes."""
+"""The formats of lanes and of plain checkpoints: a torch dtype's own bytes."""
 
 
 def get_format(name: str) -> Format:
-    """The format of that name; ConfigError names those there are."""
+    """The format of that name; ConfigError lists the known names."""
     try:
         return _ALL[name]
     except KeyError:
@@ -42,7 +42,7 @@ def get_format(name: str) -> Format:
 
 
 def format_of(dtype: torch.dtype) -> Format:
-    """The format that holds values of a torch dtype exactly as they are."""
+    """The format that holds values of a torch dtype unchanged."""
     try:
         return PLAIN[dtype]
     except KeyError:

@@ -1,1 +1,1 @@
-"""The arithmetic and the native code as Python sees them: floats, Philox, records as bytes, libraries and drivers."""
+"""Arithmetic and native code as used from Python: floats, Philox, records as bytes, libraries and drivers."""

@@ -1,12 +1,12 @@
-"""Updates whose coefficients live in device memory: what a fused pass reads when the host does not know them yet.
+"""Updates whose coefficients are in device memory, for fused passes that run before the host knows them.
 
-A step's seed, decay and fold are known when the step is launched; its coefficient comes out of the losses, on the
-device. `UpdateTable` keeps one `zo_update` record (csrc/api.h) a step and update in device memory. The host enqueues
+A step's seed, decay and fold are known when the step is launched; its coefficient is computed from the losses, on the
+device. `UpdateTable` keeps one `zo_update` record (csrc/api.h) per step and update in device memory. The host enqueues
 the record's known part before the forwards and the coefficient after them; the next pass finds both there.
 
-There are copies of every record, with and without weight decay (biases and norms have none), with its coefficient times
-each of a run's gains, and for each part of the model that single steps leave out, so that a pass is given a plain array
-whoever runs it. Of a part that a step leaves out the step's records do nothing but fold what is pending.
+Every record has copies with and without weight decay (biases and norms have none), with its coefficient times each of a
+run's gains, and for each part of the model that steps may leave out, so that every pass reads a plain array. For a part
+that a step leaves out, the step's records only fold pending updates.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .float32 import scaled
 from .records import UPDATE, Terms, Update
 
 RECORD_BYTES = UPDATE.size
-_COEFF, _DECAY = 2, 3  # places among the record's six 32-bit words
+_COEFF, _DECAY = 2, 3  # indices of the record's six 32-bit words
 _FIRST_CAPACITY = 1024
 
 
 @dataclass(frozen=True)
 class DeviceUpdates:
-    """Records [first, first + len(folds)) of one copy of a table. folds: which of them round to the storage format."""
+    """Records [first, first + len(folds)) of one copy of a table. folds: whether each rounds to the storage format."""
 
     records: Tensor  # uint8 [capacity, RECORD_BYTES] in device memory
     first: int
@@ -46,11 +46,11 @@ class DeviceUpdates:
         return max((i for i, fold in enumerate(self.folds) if fold), default=-1)
 
     def after(self, index: int) -> DeviceUpdates:
-        """Those from `index` on."""
+        """The records from `index` on."""
         return DeviceUpdates(self.records, self.first + index, self.folds[index:])
 
     def read(self) -> tuple[Update, ...]:
-        """The updates as the host knows them. Waits for the device."""
+        """The updates on the host. Waits for the device."""
         data = self.records[self.first : self.first + len(self)].cpu().numpy().tobytes()
         return tuple(
             Update(seed, coeff, decay, bool(flags & 1), not flags & 2)
@@ -61,7 +61,7 @@ class DeviceUpdates:
 def terms_on(
     device: torch.device, upload: Callable[[Tensor], Tensor], sums: Sequence[Terms], coefficients: Tensor
 ) -> list[Terms]:
-    """Sums whose coefficients (float32, on the device, one sum's after another's) the host does not know."""
+    """Sums whose coefficients (float32, on the device, sum after sum) the host does not know."""
     records = torch.empty((coefficients.numel(), RECORD_BYTES), dtype=torch.uint8, device=device)
     packed = bytearray(b"".join(terms.packed for terms in sums))
     records.copy_(upload(torch.frombuffer(packed, dtype=torch.uint8)).view(-1, RECORD_BYTES))
@@ -83,8 +83,8 @@ class UpdateTable:
         gains: Iterable[float] = (),
         parts: Iterable[str] = (),
     ) -> None:
-        """upload: brings a host tensor to the device without waiting for it; default `tensor.to(device)`. gains: of
-        `since`, besides 1; parts: besides what all steps train."""
+        """upload: copies a host tensor to the device without waiting; default `tensor.to(device)`. gains: those that
+        `since` may be asked for, besides 1. parts: the parts that steps may leave out."""
         self.device = device
         self._parts: list[str | None] = [None, *parts]
         self._copies = [
@@ -92,7 +92,7 @@ class UpdateTable:
         ]
         self._upload = upload if upload is not None else lambda tensor: tensor.to(device)
         self._always = None if len(self._copies) == 2 else self._factors(frozenset()).to(device)
-        self._folds: list[list[bool]] = [[] for _ in self._parts]  # of each part's records
+        self._folds: list[list[bool]] = [[] for _ in self._parts]  # for each part's records
         self._trains: list[list[bool]] = [[] for _ in self._parts]
         self._records = self._empty(_FIRST_CAPACITY)  # [copies], [capacity], [RECORD_BYTES]
 
@@ -103,19 +103,19 @@ class UpdateTable:
         return torch.zeros((len(self._copies), capacity, RECORD_BYTES), dtype=torch.uint8, device=self.device)
 
     def _factors(self, chosen: Collection[str]) -> Tensor:
-        """What a step's coefficients are multiplied by in each copy, on the host: [copies, 1]."""
+        """The factor of a step's coefficients in each copy, on the host: [copies, 1]."""
         factors = [[gain if part is None or part in chosen else 0.0] for gain, _, part in self._copies]
         return torch.tensor(factors, dtype=torch.float32, device="cpu")
 
     def _is_pending(self, part: int) -> bool:
-        """Whether a part has updates that nothing has folded."""
+        """Whether a part has updates that are not folded."""
         for fold, trains in zip(reversed(self._folds[0]), reversed(self._trains[part]), strict=True):
             if fold or trains:
                 return not fold
         return False
 
     def _part_of_step(self, index: int, updates: Sequence[Update], chosen: Collection[str]) -> Sequence[Update]:
-        """A step's updates as a part has them."""
+        """A step's updates for a part."""
         part = self._parts[index]
         if part is None or part in chosen:
             return updates
@@ -123,7 +123,7 @@ class UpdateTable:
         return [replace(u, coeff=0.0, decay=1.0, fold=u.fold and pending) for u in updates]
 
     def append(self, updates: Sequence[Update], chosen: Collection[str] = ()) -> int:
-        """Add a step's records, coefficients included; the index of the first. chosen: the parts that it trains."""
+        """Add a step's records, with coefficients; returns the index of the first. chosen: the parts that it trains."""
         first, count = len(self), len(updates)
         capacity = self._records.shape[1]
         if first + count > capacity:
@@ -158,7 +158,7 @@ class UpdateTable:
         words[..., _DECAY] = torch.where(applies, words[..., _DECAY], 1.0)
 
     def since(self, first: int, decay: bool, gain: float = 1.0, part: str | None = None) -> DeviceUpdates:
-        """All records from `first` on, with their coefficients times one of the table's gains, of one of its parts."""
+        """All records from `first` on for one of the table's parts, their coefficients times one of its gains."""
         copy, folds = self._copies.index((gain, decay, part)), self._folds[self._parts.index(part)]
         return DeviceUpdates(self._records[copy], first, tuple(folds[first:]))
 

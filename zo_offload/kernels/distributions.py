@@ -1,11 +1,11 @@
-"""What z may be drawn from: one row of a table each, which is all that Python knows of it.
+"""The distributions of z: one row of a table each, which contains all that Python needs.
 
-A distribution is made of Philox's words alone (the layout is in `noise.py`), by exactly rounded float32 operations, so
-that every implementation gives the same bits. One that the native library or the CUDA kernels do not make has no `code`
-or no `warp`: passes then take the reference, and a GPU is refused.
+A distribution is computed from Philox's words alone (the layout is in `noise.py`), by exactly rounded float32
+operations, so that every implementation gives the same bits. A distribution that the native library or the CUDA kernels
+do not implement has no `code` or no `warp`: passes then use the reference, and a GPU is refused.
 
-Layouts: what a name stands for may change with a new layout of the noise, and a run keeps the one that it was begun
-with. DISTRIBUTIONS is the newest; `kind_of` knows what a name was in an earlier one.
+Layouts: the meaning of a name may change with a new layout of the noise, and a run keeps the layout that it began with.
+DISTRIBUTIONS is the newest; `kind_of` also knows the earlier ones.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ Found by `benchmarks/noise_table.py`; csrc/noise.h has the same."""
 
 @functools.cache
 def gaussian_table() -> F32:
-    """z of each of the 65,536 half-words, float32 [65536]: all there is of the Gaussian.
+    """z of each of the 65,536 half-words, float32 [65536]: the whole Gaussian.
 
-    Bit 15 is the sign. The others, m, count 2**15 values of |z| of equal chance from the outermost inwards: a cubic in
-    a = (2 m + 1) * 2**15, another one for each octave of a.
+    Bit 15 is the sign. The other bits, m, count 2**15 equally likely values of |z| from the largest down: a cubic in
+    a = (2 m + 1) * 2**15, with its own coefficients for each octave of a.
     """
     h = np.arange(1 << 16, dtype=np.uint32)
     a = ((h & np.uint32(0x7FFF)) << np.uint32(16) | np.uint32(0x8000)).astype(np.float32)
     c = np.array(GAUSSIAN_ROWS, np.uint32).view(np.float32)[a.view(np.uint32) >> np.uint32(23) & np.uint32(15)].T
     z = fma(fma(fma(c[3], a, c[2]), a, c[1]), a, c[0])
     signed: F32 = (z.view(np.uint32) ^ (h & np.uint32(0x8000)) << np.uint32(16)).view(np.float32)
-    signed.flags.writeable = False  # everybody's
+    signed.flags.writeable = False  # shared by all callers
     return signed
 
 
@@ -63,21 +63,21 @@ class Distribution:
     """One kind of noise."""
 
     name: str
-    """Without an underscore: kernels are called by format and this."""
+    """Without an underscore: kernels are named after the format and this."""
     tag: int
     """Word 3 of Philox's counter."""
     block: int
-    """Elements a Philox block."""
+    """Elements per Philox block."""
     values: Callable[[U32], F32]
-    """Words of some blocks, uint32 [n, 4] -> their z, float32 [n * block]."""
+    """Words of n blocks, uint32 [n, 4] -> their z, float32 [n * block]."""
     largest: float
-    """No |z| is above it: an update whose coefficient times this overflows a format is refused."""
+    """The largest |z|: an update whose coefficient times this overflows a format is refused."""
     fold_every: int
-    """Default `fold_every` where blocks are flushed; `storage.choose_fold_every` says how it was chosen."""
+    """Default `fold_every` if blocks are flushed; see `storage.choose_fold_every`."""
     code: int | None = None
-    """The integer that the native library knows it by (csrc/noise.h); None: it does not make it."""
+    """Its integer in the native library (csrc/noise.h); None: not implemented there."""
     warp: int | None = None
-    """Elements a warp of the CUDA kernels walks over at once (csrc/cuda_kernels.h); None: they do not make it."""
+    """Elements per iteration of a warp in the CUDA kernels (csrc/cuda_kernels.h); None: not implemented there."""
 
     def into(self, out: F32, rounds: int, seed: int, param_id: int, offset: int) -> None:
         """z of elements [offset, offset + len(out)) of a parameter, the slow way."""
@@ -88,7 +88,7 @@ class Distribution:
 
 
 def _gaussian(w: U32) -> F32:
-    """A half-word an element: the low halves of words 1, 0, 3, 2, then the high ones."""
+    """One half-word per element: the low halves of words 1, 0, 3, 2, then the high ones."""
     w = w[:, [1, 0, 3, 2]]
     z: F32 = gaussian_table()[np.concatenate([w & np.uint32(0xFFFF), w >> np.uint32(16)], axis=1)].reshape(-1)
     return z
@@ -101,7 +101,7 @@ def _box_muller(w: U32) -> F32:
 
 
 def _rademacher(w: U32) -> F32:
-    """A sign a bit, the lowest of a word first; a set bit means -1."""
+    """One sign per bit, the lowest of a word first; a set bit means -1."""
     signs: F32 = np.unpackbits(w.view(np.uint8).reshape(-1), bitorder="little").astype(np.float32)
     return 1.0 - 2.0 * signs
 
@@ -111,20 +111,20 @@ _ALL = (
     Distribution("rademacher", TAG_RADEMACHER, 128, _rademacher, largest=1.0, fold_every=8, code=1, warp=1024),
 )
 DISTRIBUTIONS: dict[str, Distribution] = {distribution.name: distribution for distribution in _ALL}
-"""What a method may name."""
+"""By the names that a method may use."""
 
-_BOUND_1 = 6.6  # of layout 1, whatever the distribution: a run must refuse what it refused
+_BOUND_1 = 6.6  # in layout 1, for all distributions: a run must still refuse the same updates
 BOX_MULLER = Distribution("boxmuller", TAG_BOX_MULLER, 4, _box_muller, _BOUND_1, fold_every=4, code=0, warp=512)
-"""What "gaussian" was in layout 1: a normal from 64 random bits, twice as dear."""
+"""The "gaussian" of layout 1: Box-Muller, twice as expensive."""
 
 
 def all_kinds() -> tuple[Distribution, ...]:
-    """Everything that a run may draw from, of any layout, once each."""
+    """The distributions of all layouts, each once."""
     return (*DISTRIBUTIONS.values(), BOX_MULLER)
 
 
 def kind_of(name: str, layout: int) -> Distribution:
-    """What a distribution's name stands for in that layout of the noise. ConfigError names those there are."""
+    """The distribution of a name in that layout of the noise. ConfigError lists the known names."""
     kind = get_distribution(name)
     if layout > 1:
         return kind
@@ -132,7 +132,7 @@ def kind_of(name: str, layout: int) -> Distribution:
 
 
 def get_distribution(name: str) -> Distribution:
-    """The distribution of that name in the newest layout; ConfigError names those there are."""
+    """The distribution of that name in the newest layout; ConfigError lists the known names."""
     try:
         return DISTRIBUTIONS[name]
     except KeyError:
@@ -140,5 +140,5 @@ def get_distribution(name: str) -> Distribution:
 
 
 def row(name: str) -> Distribution:
-    """The row of `all_kinds` of that name, which is what kernels go by."""
+    """The row of `all_kinds` with that name; kernels are chosen by it."""
     return BOX_MULLER if name == BOX_MULLER.name else get_distribution(name)

@@ -1,8 +1,7 @@
-"""NVIDIA's driver library through ctypes: modules, launches and page-locking, in the context torch uses.
+"""NVIDIA's driver library through ctypes: modules, launches and page-locking, in torch's context.
 
-Only what torch does not offer. Everything is called by its versioned name (those of cuda.h 12 and 13 are the same), so
-the structs behind it cannot change under us. ctypes releases the GIL during a call: page-locking gigabytes does not
-stop other threads.
+Only functions that torch does not offer. They are called by their versioned names (the same in cuda.h 12 and 13), so
+their structs cannot change. ctypes releases the GIL during a call: page-locking gigabytes does not stop other threads.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from typing import Any
 
 from ..errors import ZOError
 
-# an image that this GPU or this driver cannot use: invalid image or source, no binary, PTX invalid, newer than the
-# driver, or not to be compiled here
+# an image that this GPU or this driver cannot use: invalid image or source, no binary, PTX that is invalid, newer than
+# the driver, or cannot be compiled here
 ERRORS_OF_IMAGES = (200, 209, 218, 221, 222, 223, 300)
 ERROR_NOT_FOUND = 500  # no such kernel in the image
-HOST_REGISTER_PORTABLE = 1  # locked for every context of the process, as torch's own pinned memory is
+HOST_REGISTER_PORTABLE = 1  # locked for every context of the process, like torch's own pinned memory
 ATTRIBUTE_SM_COUNT, ATTRIBUTE_ASYNC_ENGINES, ATTRIBUTE_MAJOR, ATTRIBUTE_MINOR = 16, 40, 75, 76
 
 
 class CudaError(ZOError):
-    """A CUDA call failed, or there is no CUDA to call: what was asked, what the driver said, what to do."""
+    """A CUDA call failed, or there is no CUDA: names the call, the driver's answer, and what to do."""
 
     def __init__(self, message: str, code: int = 0) -> None:
         super().__init__(message)
@@ -61,14 +60,14 @@ class Driver:
         return value.value // 1000, value.value % 1000 // 10
 
     def primary_context(self, device: int) -> int:
-        """The context that torch (and any user of the CUDA runtime) has on a device; retained for good."""
+        """The context of torch (and of any user of the CUDA runtime) on a device; never released."""
         handle, context = ctypes.c_int(), ctypes.c_void_p()
         self.call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
         return int(context.value or 0)
 
     def has_context(self, device: int) -> bool:
-        """Whether that context is there; asking does not make it. torch calls itself initialised before it is."""
+        """Whether that context exists; does not create it. torch reports itself initialised earlier."""
         handle, flags, active = ctypes.c_int(), ctypes.c_uint(), ctypes.c_int()
         self.call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
         self.call("cuDevicePrimaryCtxGetState", handle, ctypes.byref(flags), ctypes.byref(active))
@@ -76,8 +75,8 @@ class Driver:
 
     @contextmanager
     def current(self, context: int) -> Iterator[None]:
-        """The context made current for the calling thread, and the one before put back: torch's idea of the thread's
-        device stays right. A thread that torch has not used has no context of its own."""
+        """The context is current for the calling thread inside, and the former one afterwards, so torch's record of the
+        thread's device stays right. A thread that torch has not used has no context."""
         self.call("cuCtxPushCurrent_v2", ctypes.c_void_p(context))
         try:
             yield
@@ -85,7 +84,7 @@ class Driver:
             self.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def ensure_current(self, context: int) -> None:
-        """A context for a calling thread that has none, for good."""
+        """Make the context current, for good, if the calling thread has none."""
         found = ctypes.c_void_p()
         self.call("cuCtxGetCurrent", ctypes.byref(found))
         if not found.value:
@@ -98,15 +97,15 @@ class Driver:
         return value.value
 
     def uuid(self, device: int) -> str:
-        """The device's UUID, without the "GPU-" or "MIG-" before it: the same to CUDA, NVML and nvidia-smi, which count
-        devices in different orders."""
+        """The device's UUID, without "GPU-" or "MIG-": the same in CUDA, NVML and nvidia-smi, which number devices in
+        different orders."""
         handle, data = ctypes.c_int(), ctypes.create_string_buffer(16)
         self.call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
         self.call("cuDeviceGetUuid_v2", data, handle)
         return str(uuid.UUID(bytes=data.raw))
 
     def load_module(self, image: bytes) -> int:
-        """A fatbin, CUBIN or PTX image in the current context."""
+        """Load a fatbin, CUBIN or PTX image into the current context."""
         module = ctypes.c_void_p()
         self.call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
         return int(module.value or 0)
@@ -125,7 +124,7 @@ class Driver:
             self.check(code, f"launch of {grid} x {threads} threads")
 
     def lock_host(self, address: int, nbytes: int) -> None:
-        """Page-lock host memory, so that copies from and to it run by themselves."""
+        """Page-lock host memory, so that copies from and to it run asynchronously."""
         self.check(
             self._lib.cuMemHostRegister_v2(
                 ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_uint(HOST_REGISTER_PORTABLE)

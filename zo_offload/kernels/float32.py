@@ -1,7 +1,7 @@
-"""IEEE-754 binary32 arithmetic on the host, each operation rounded once, as csrc/noise.h does it.
+"""IEEE-754 binary32 arithmetic on the host, each operation rounded once, as in csrc/noise.h.
 
-numpy has no fma. A product of two float32 is exact in float64, the sum is taken there rounded *to odd*, and the last
-rounding to float32 is then the only one that counts (Boldo and Melquiond 2008).
+numpy has no fma. A product of two float32 is exact in float64, and the sum is rounded *to odd* there; the final
+rounding to float32 then gives the correctly rounded result (Boldo and Melquiond 2008).
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""The native library: found, checked, called.
+"""Finds, checks and calls the native library.
 
-`_zo_cpu.so` lies beside this file when setup.py found a compiler. It is plain C (csrc/api.h) called through ctypes,
-which releases the GIL. Before first use it has to reproduce known bits of noise and of a few fused passes: a library
-built with -ffast-math, or from other sources, is refused rather than allowed to train another model. Where there is
-no library the callers use `reference.py`: same bits, slowly.
+`_zo_cpu.so` is next to this file if setup.py found a compiler. It is plain C (csrc/api.h) called through ctypes, which
+releases the GIL. Before its first use it must reproduce known bits of noise and of a few fused passes: a library built
+with -ffast-math, or from other sources, would train another model and is refused. Without a library, callers use
+`reference.py`: same bits, slowly.
 
-It computes on the threads of torch's OpenMP runtime where that is found (csrc/cpu_threads.h says why), else on its own.
+It computes on the threads of torch's OpenMP runtime if that is found (csrc/cpu_threads.h says why), else on its own.
 
-Environment: ZO_NATIVE=0 does without the library; ZO_ISA=scalar|avx2|avx512 takes that variant; ZO_THREADS=own leaves
-torch's threads alone.
+Environment: ZO_NATIVE=0 disables the library; ZO_ISA=scalar|avx2|avx512 selects a variant; ZO_THREADS=own does not use
+torch's threads.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PASS_BYTES = _PASS.size
 _FACTS = struct.Struct("<6I")
 _MOST_FORMATS = 256  # a library is asked for codes below this
 
-# SHA-256 of what `fingerprint` makes; from reference.py, and a test keeps the two together
+# SHA-256: the result of `fingerprint` with reference.py; a test checks that they agree
 FINGERPRINT = "444205b3f3397237575827f057667f7fcc15c2fadf23ec91f13a29f832c64f47"
 
 
@@ -91,7 +91,7 @@ def pack_pass(
 
 
 class FormatFacts(NamedTuple):
-    """Of a storage format, as csrc/formats.h has it; the fields are those of `formats.base.Format`."""
+    """A storage format in csrc/formats.h; the fields are those of `formats.base.Format`."""
 
     value_bits: int
     scale_bytes: int
@@ -102,7 +102,7 @@ class FormatFacts(NamedTuple):
 
 
 class NativeError(ZOError):
-    """A native library cannot be used; says why and what to do."""
+    """A native library cannot be used; tells why and what to do."""
 
 
 class Library:
@@ -145,9 +145,9 @@ class Library:
         self._format = lib.zo_cpu_format
         self._format.argtypes = [u32, ctypes.c_char_p]
         self.formats = frozenset(code for code in range(_MOST_FORMATS) if self.format(code) is not None)
-        """Codes of the storage formats these kernels know."""
+        """Codes of the storage formats of these kernels."""
         self.threads = share_threads(lib)
-        """Whose threads it computes on: "torch's" or "its own"."""
+        """The threads that it computes on: "torch's" or "its own"."""
         if fingerprint(self) != FINGERPRINT:
             raise NativeError(
                 f"{path} ({self.isa}) does not reproduce the known noise and weights: was it built with -ffast-math or "
@@ -157,16 +157,16 @@ class Library:
     def run_pass(self, codes: list[int] | None = None, /, *, tail: bytes, threads: int, **fields: Any) -> None:
         """zo_cpu_pass. `tail`: packed updates, then terms, then lanes; `fields`: of `pack_pass`, with host addresses.
 
-        codes: gets the library's code, 0 for a pass that was run, in the same move of the interpreter as the pass: an
-        exception that a signal handler raises comes before both or after both. Nothing is checked here but what the
-        library checks: `fused.py` has made sure of sizes.
+        codes: the library's return code is appended, 0 for a completed pass, in one move of the interpreter with the
+        pass: an exception that a signal handler raises comes before both or after both. Only the library's own checks
+        are made here: `fused.py` has checked sizes.
         """
         codes = [] if codes is None else codes
         codes.extend(map(self._pass, (pack_pass(**fields) + tail,), (self._isa_code,), (threads,)))
         self._check(codes[-1])
 
     def run_passes(self, codes: list[int], packed: bytes, count: int, threads: int) -> None:
-        """zo_cpu_passes: `count` passes, each `pack_pass` and its tail, as one call. codes: as of `run_pass`."""
+        """zo_cpu_passes: `count` passes, each `pack_pass` and its tail, as one call. codes: see `run_pass`."""
         codes.extend(map(self._passes, (packed,), (count,), (self._isa_code,), (threads,)))
         self._check(codes[-1])
 
@@ -175,7 +175,7 @@ class Library:
             raise NativeError(f"{self.path.name}: the pass asks for {_ERRORS.get(code, f'error {code}')}")
 
     def encode(self, values: int, values_format: int, threads: int, **planes: Any) -> tuple[int, int]:
-        """zo_cpu_encode from address `values`; how many values are not finite before, and after rounding."""
+        """zo_cpu_encode from address `values`; returns how many values are not finite before and after rounding."""
         head = pack_pass(
             rows=0, offset=0, num_rows=0, num_updates=0, num_lanes=0, param_id=0, distribution="gaussian", rounds=10,
             write_back=True, stochastic=False, **planes,
@@ -209,7 +209,7 @@ class Library:
         return struct.unpack("<4I", out.raw)
 
     def format(self, code: int) -> FormatFacts | None:
-        """What the library takes a storage format to be; None if it has none of that code."""
+        """The library's description of a storage format; None if it has none with that code."""
         facts = ctypes.create_string_buffer(_FACTS.size)
         if self._format(code, facts):
             return None
@@ -218,10 +218,10 @@ class Library:
 
 
 def share_threads(lib: ctypes.CDLL) -> str:
-    """Have the library compute on the threads of the OpenMP runtime that torch is linked with, if there is one."""
+    """Let the library compute on the threads of the OpenMP runtime that torch is linked with, if there is one."""
     found: list[Any] = []
     if os.environ.get("ZO_THREADS") != "own" and torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
-        linked = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"  # looks names up in what it is linked with
+        linked = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"  # finds its dependencies' symbols, too
         runtime = ctypes.CDLL(str(linked)) if linked.exists() else None
         found = [getattr(runtime, name, None) for name in ("GOMP_parallel", "omp_get_max_threads")]
     shared = bool(found) and None not in found
@@ -277,7 +277,7 @@ def _load() -> tuple[Library | None, str]:
         return Library(LIBRARY, isa), ""
     except NativeError as error:
         if isa is not None:
-            raise  # asked for by name: doing something else in silence would fool a test or a benchmark
+            raise  # asked for by name: another variant would silently falsify a test or a benchmark
         return None, str(error)
 
 

@@ -1,8 +1,8 @@
-"""The CUDA kernels compiled on the spot, for an installation that was built without nvcc.
+"""Compiles the CUDA kernels at run time, for an installation that was built without nvcc.
 
-torch's CUDA wheels bring NVRTC, NVIDIA's run-time compiler, so the versions match by construction. It is asked for
-machine code of this GPU (a CUBIN), not for PTX: PTX would need a driver at least as new as the compiler. The result is
-kept in the user's cache directory under a name that covers sources, compiler, options and GPU.
+torch's CUDA wheels contain NVRTC, NVIDIA's run-time compiler, so the versions match. It compiles to machine code for
+this GPU (a CUBIN), not to PTX: PTX would need a driver at least as new as the compiler. The result is stored in the
+user's cache directory under a name that depends on sources, compiler, options and GPU.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from .driver import CudaError
 
 SOURCES = ("cuda.cu", "cuda_kernels.h", "cuda_formats.h", "fused.h", "api.h", "formats.h", "noise.h")
 _DIGEST = 32  # bytes of SHA-256 before an image in the cache
-# __CUDACC_RTC__ code sees no host, so these are all the options there are
+# __CUDACC_RTC__ code does not include host headers, so it needs no other options
 OPTIONS = ("--std=c++17", "--fmad=true")
 
 
 def source_dir() -> Path | None:
-    """csrc: beside the package in a checkout, inside it when installed."""
+    """csrc: next to the package in a checkout, inside it when installed."""
     here = Path(__file__).resolve().parent.parent
     return next((folder for folder in (here / "csrc", here.parent / "csrc") if (folder / "cuda.cu").exists()), None)
 
 
 def find_library() -> Path | None:
-    """libnvrtc: ZO_NVRTC; else the one that came with torch, or a conda environment's, or a toolkit's, or wherever the
-    system's loader finds one."""
+    """libnvrtc: ZO_NVRTC; else torch's, or a conda environment's, or a toolkit's, or one that the system's loader
+    finds."""
     if "ZO_NVRTC" in os.environ:
         return Path(os.environ["ZO_NVRTC"])
-    names = ("libnvrtc.so.[0-9]*", "libnvrtc-*.so.[0-9]*")  # the second is how torch's conda builds call it
+    names = ("libnvrtc.so.[0-9]*", "libnvrtc-*.so.[0-9]*")  # the second is its name in torch's conda builds
     found = (p for root in _places() for name in names for p in sorted(root.glob(name)) if ".alt." not in p.name)
     return next(found, None) or _of_the_loader()
 
 
 def _places() -> Iterator[Path]:
-    """Folders where it may lie, the likeliest to fit torch first."""
+    """Folders that may contain it, the most likely to match torch first."""
     spec = importlib.util.find_spec("nvidia")
     for place in (spec.submodule_search_locations or []) if spec is not None else []:
         # nvidia/cu13/lib since CUDA 13, the newest first; nvidia/cuda_nvrtc/lib before
@@ -57,7 +57,7 @@ def _places() -> Iterator[Path]:
 
 
 def _of_the_loader() -> Path | None:
-    """The path of the library that the system's loader takes by this name; of torch's CUDA first, then the newest."""
+    """The newest libnvrtc that the system's loader finds."""
     for major in (13, 12, 11):
         try:
             library = ctypes.CDLL(f"libnvrtc.so.{major}")
@@ -86,14 +86,14 @@ class Nvrtc:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # loaded by path, NVRTC does not find its own second half unless that is in the process already
+        # NVRTC loaded by path finds its builtins library only if that is already in the process
         for builtins in sorted(path.parent.glob("libnvrtc-builtins*.so*")):
-            if ".alt." in builtins.name:  # of the other build of NVRTC that lies beside it
+            if ".alt." in builtins.name:  # belongs to the other build of NVRTC in the same folder
                 continue
             try:
                 ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
             except OSError:
-                continue  # of several, one is enough; the compiler names what it lacks
+                continue  # one of several is enough; the compiler reports a missing one
         try:
             self._lib = ctypes.CDLL(str(path))
         except OSError as error:
@@ -109,7 +109,7 @@ class Nvrtc:
             raise CudaError(f"NVRTC ({self.path.name}), {what}: {text}{': ' + log if log else ''}", code)
 
     def compile(self, sources: dict[str, str], arch: str, more: Sequence[str] = ()) -> bytes:
-        """sources: file name -> text, the first is compiled and includes the others by name."""
+        """sources: file name -> text; the first is compiled and includes the others by name."""
         (name, text), *headers = sources.items()
         program, count = ctypes.c_void_p(), len(headers)
         texts = (ctypes.c_char_p * count)(*(body.encode() for _, body in headers))
@@ -143,7 +143,7 @@ class Nvrtc:
 
 
 def read_sources() -> dict[str, str]:
-    """The kernels' sources; CudaError if they did not come along."""
+    """The kernels' sources; CudaError if they are not installed."""
     folder = source_dir()
     if folder is None:
         raise CudaError("the CUDA sources (csrc/cuda.cu) are not beside this package: install it from a checkout")
@@ -151,7 +151,7 @@ def read_sources() -> dict[str, str]:
 
 
 def cache_dir() -> Path | None:
-    """Where compiled kernels are kept; None for a user without a home, as containers have under any uid."""
+    """The cache of compiled kernels; None for a user without a home, as in containers with an arbitrary uid."""
     if root := os.environ.get("XDG_CACHE_HOME"):
         return Path(root) / "zo_offload"
     try:
@@ -161,7 +161,7 @@ def cache_dir() -> Path | None:
 
 
 def _kept(path: Path) -> bytes | None:
-    """The image in the cache, if it is whole and this user's own: who can write it has the GPU run their code."""
+    """The image in the cache, if it is complete and owned by this user: its code will run on the GPU."""
     try:
         found = path.stat(follow_symlinks=False)
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
@@ -173,7 +173,7 @@ def _kept(path: Path) -> bytes | None:
 
 
 def _keep(path: Path, image: bytes) -> None:
-    """Write image and digest, whole or not at all. OSError if it cannot be."""
+    """Write image and digest, whole or not at all. OSError if this fails."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(hashlib.sha256(image).digest() + image)
@@ -181,10 +181,10 @@ def _keep(path: Path, image: bytes) -> None:
 
 
 def compiled(arch: str, only: str | None = None, say: Callable[[str], None] = lambda line: None) -> tuple[bytes, str]:
-    """(CUBIN for arch such as "sm_90", where it came from). Compiles at most once a machine; CudaError says why not.
+    """(CUBIN for arch such as "sm_90", its origin). Compiles at most once per machine; CudaError if it cannot.
 
-    only: a storage format, whose kernels alone are in the image; "": none's; None: all. say: told before it compiles,
-    which takes seconds.
+    only: the storage format whose kernels the image contains; "": those of no format; None: all. say: called before
+    compiling, which takes seconds.
     """
     path = find_library()
     if path is None:

@@ -1,7 +1,7 @@
-"""Philox4x32 (Salmon et al. 2011) and what is made of its words, in numpy integers and exactly rounded float32.
+"""Philox4x32 (Salmon et al. 2011) and the values made from its words, in numpy integers and exactly rounded float32.
 
-The layout of the counter, which words are which element's, is in `noise.py`. Slow and obvious: what the native kernels
-(csrc/noise.h) are compared with, bit for bit, and what runs where there are none.
+The layout of the counter, and the words of each element, are in `noise.py`. Slow and obvious: the native kernels
+(csrc/noise.h) are compared with this, bit for bit, and it runs if there are none.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def gaussian_pair(a: U32, b: U32) -> tuple[F32, F32]:
         -2.000001907e00,
     )  # fmt: skip
     log_power = exponent.view(np.int32).astype(np.float32)
-    r = np.sqrt(fma(log_power, np.float32(-1.652591664e-07), q * t))  # -2 ln(2) / 2**23 an exponent step
-    # angle v * pi / 2, v in [-1, 1); the cosine's sign is a bit v does not use
+    r = np.sqrt(fma(log_power, np.float32(-1.652591664e-07), q * t))  # -2 ln(2) / 2**23 per exponent step
+    # angle v * pi / 2, v in [-1, 1); the cosine's sign is a bit that v does not use
     v = ((b >> np.uint32(9)) | np.uint32(0x40000000)).view(np.float32) + np.float32(-3.0)
     y = v * v
     sine = polynomial(y, -4.362469073e-03, 7.948765159e-02, -6.459209919e-01, 1.570794821e00)
@@ -89,12 +89,12 @@ def chunks(n: int, offset: int) -> list[tuple[int, int]]:
 
 
 def half_words(rounds: int, seed: int, param_id: int, tag: int, n: int, offset: int) -> NDArray[np.int32]:
-    """16 random bits an element of a stream, [n]."""
+    """16 random bits per element of a stream, [n]."""
     block = offset >> 3
     w = words(seed, param_id, tag, rounds, block, ((offset + n + 7) >> 3) - block)
     return w.astype("<u4").view("<u2").reshape(-1)[offset - 8 * block :][:n].astype(np.int32)
 
 
 def rounding_bits(rounds: int, seed: int, param_id: int, n: int, offset: int) -> Tensor:
-    """16 random bits an element for stochastic rounding, int32 [n]."""
+    """16 random bits per element for stochastic rounding, int32 [n]."""
     return torch.from_numpy(half_words(rounds, seed, param_id, TAG_ROUNDING, n, offset))

@@ -1,4 +1,4 @@
-"""What a fused pass is told of a step and of a lane, and the bytes that kernels on the CPU and on a GPU read of it."""
+"""Updates, perturbations and masks of a fused pass, and their bytes for the kernels on CPU and GPU."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ..errors import ConfigError
 Rounding = Literal["nearest", "stochastic"]
 Target = Literal["values", "scales"]
 Trains = Literal["values", "scales", "shifts"]
-"""What a method trains. scales: each group's, about its centre; shifts: each group's, from its minimum."""
+"""What a method trains. scales: each group's scale, about its centre; shifts: each group's scale, from its minimum."""
 
 UPDATE = struct.Struct("<QffII")
 """struct zo_update of csrc/api.h: seed, coefficient, decay, flags (1: it folds, 2: not the first of its step), 0."""
 LANE = struct.Struct("<QQfI")
-"""struct zo_lane: seed, address of its output, scale, code of the output's format. Of a lane along a sum (`SUM` is in
-the code): in place of the seed, the index of its first term, and 2**32 times how many it has."""
+"""struct zo_lane: seed, address of its output, scale, code of the output's format. A lane along a sum (`SUM` is in the
+code) has, in place of the seed, the index of its first term plus 2**32 times the number of its terms."""
 SUM = 256
 
 
@@ -51,7 +51,7 @@ class Update:
     fold: bool = True
     """Round to the storage format after this update; False keeps the sum in float32 for the next one."""
     begins: bool = True
-    """The first of its step: a mask by magnitude is read anew before it."""
+    """The first of its step: a mask by magnitude is evaluated again before it."""
     packed: bytes = field(init=False, repr=False, compare=False)
     """struct zo_update of csrc/api.h."""
 
@@ -61,17 +61,17 @@ class Update:
 
     @property
     def flags(self) -> int:
-        """Of struct zo_update."""
+        """The flags of struct zo_update."""
         return bool(self.fold) | (not self.begins) << 1
 
 
 class Updates(tuple[Update, ...]):
-    """Updates in step order, and what kernels are told of all of them, worked out once."""
+    """Updates in step order, packed for kernels once."""
 
     folds: bool
     """Whether any of them folds."""
     packed: bytes
-    """Their structs zo_update, one after another."""
+    """Their structs zo_update, concatenated."""
 
     def __new__(cls, updates: Iterable[Update] = ()) -> Self:
         made = super().__new__(cls, updates)
@@ -84,19 +84,19 @@ class Updates(tuple[Update, ...]):
 class Mask:
     """The elements of a parameter that are perturbed and updated (weight decay too); the others are only read.
 
-    magnitude: those with |w| at most a threshold, whose float32 bits `limit` is. w is float32 and current: before the
+    magnitude: those with |w| at most a threshold; `limit` is its float32 bits. w is float32 and current: before the
     first update of each step for its updates, after all updates for lanes; so a step's lanes and its updates have the
-    same mask, but in a split format, where lanes see the coarse part and folds the master. random: those whose 16
-    random bits, a function of (seed, parameter, element), are less than `limit`. listed: those of a list, `limit` of
-    them, whose digest `seed` is.
+    same mask, except in a split format, where lanes see the coarse part and folds the master. random: those whose 16
+    random bits, a function of (seed, parameter, element), are less than `limit`. listed: the elements of a list;
+    `limit` is their number, `seed` the list's digest.
     """
 
     kind: Literal["magnitude", "random", "listed"]
     limit: int
     seed: int = 0
     elements: Tensor | None = field(default=None, compare=False, repr=False)
-    """Of a list, as kernels read it, uint8: for each 1024 elements and one more the number of listed ones before them
-    (uint32), then each listed element's place among its 1024 (uint16). None: known by its digest alone."""
+    """The list for kernels, uint8: for each 1024 elements, and for the end, the number of listed elements before them
+    (uint32), then each listed element's index among its 1024 (uint16). None: only the digest is known."""
 
     def __post_init__(self) -> None:
         most = MOST_LIMITS.get(self.kind, -1)
@@ -108,21 +108,21 @@ class Mask:
 
     @classmethod
     def smallest(cls, threshold: float) -> Mask:
-        """Of the elements with |w| <= threshold."""
+        """The mask of elements with |w| <= threshold."""
         if not 0 <= threshold < math.inf:
             raise ConfigError(f"threshold={threshold}: expected zero or a positive number")
         return cls("magnitude", int.from_bytes(struct.pack("<f", threshold), "little"))
 
     @classmethod
     def random(cls, share: float, seed: int) -> Mask:
-        """Of this share of all elements, to a 65536th, chosen by chance."""
+        """The mask of a random share of all elements, to a 65536th."""
         if not 0 < share <= 1:
             raise ConfigError(f"share={share}: expected more than 0 and at most 1")
         return cls("random", max(1, round(share * 65536)), seed)
 
     @classmethod
     def listed(cls, indices: Tensor, numel: int) -> Mask:
-        """Of the elements with these indices in a parameter of so many, int64 [any], rising."""
+        """The mask of the elements with these indices, int64 [any], rising, in a parameter of `numel` elements."""
         at = indices.to("cpu", torch.int64).contiguous()
         odd = at.dim() != 1 or bool((at[1:] <= at[:-1]).any())
         if odd or (at.numel() and (int(at[0]) < 0 or int(at[-1]) >= numel)):
@@ -138,12 +138,12 @@ class Mask:
         return cls("listed", at.numel(), int.from_bytes(digest, "little"), packed)
 
     def on(self, upload: Callable[[Tensor], Tensor]) -> Mask:
-        """With its list where a tensor is brought like this."""
+        """The mask with its list uploaded."""
         return self if self.elements is None else replace(self, elements=upload(self.elements))
 
     @property
     def indices(self) -> Tensor:
-        """Of a list that is here: int64 [limit]."""
+        """The elements of a list that is in memory: int64 [limit]."""
         assert self.elements is not None
         end = self.elements.numel() - 2 * self.limit
         counts = self.elements[:end].view(torch.int32).to(torch.int64).diff()
@@ -152,21 +152,21 @@ class Mask:
 
     @property
     def words(self) -> tuple[int, int]:
-        """`mask_seed` and `mask_limit` of struct zo_pass: of a list, its address and how many 1024s it is of."""
+        """`mask_seed` and `mask_limit` of struct zo_pass: for a list, its address and its number of 1024s."""
         if self.elements is None:
             return self.seed, self.limit
         return self.elements.data_ptr(), (self.elements.numel() - 2 * self.limit) // 4 - 1
 
     @property
     def threshold(self) -> float:
-        """Of a mask by magnitude: the largest |w| that it has."""
+        """The largest |w| in a mask by magnitude."""
         return float(struct.unpack("<f", self.limit.to_bytes(4, "little"))[0])
 
 
 @dataclass(frozen=True)
 class Smallest:
-    """A mask that a method asks for, whose threshold is found in the base: of this share of a parameter's weights,
-    those that are smallest in magnitude there."""
+    """A mask that a method asks for: the given share of a parameter's weights, those of smallest magnitude in the base,
+    where its threshold is found."""
 
     share: float
 
@@ -175,27 +175,27 @@ MASKS = {"magnitude": 1, "random": 2, "listed": 3}
 """Codes of csrc/api.h."""
 MOST_LIMITS = {"magnitude": 0x7F7FFFFF, "random": 65536, "listed": 0x7FFFFFFF}
 LISTED = 1024
-"""Elements whose listed ones lie together."""
+"""Elements per chunk of a list."""
 
 
 @dataclass(frozen=True, eq=False)
 class Terms:
     """A sum of noises that lanes are perturbed along, in float32, term after term: d = fma(coeff, z(seed), d), from 0.
 
-    A term whose coefficient is 0 is passed over: no noise is made. One object is one sum: lanes that share it share
-    d, which is made once for those that follow one another.
+    A term with coefficient 0 is skipped: no noise is made. One object is one sum: lanes that share it share d, which
+    is made once for consecutive lanes.
     """
 
     seeds: tuple[int, ...]
     coeffs: tuple[float, ...] | None = None
-    """One a seed, exactly float32. None: the method's `term_coefficients` say, or `records` has them."""
+    """One per seed, exactly float32. None: from the method's `term_coefficients`, or in `records`."""
     records: Tensor | None = None
-    """In device memory: struct zo_update of these terms and of other sums' that lanes beside have, uint8 [.., 24]."""
+    """In device memory: struct zo_update of these terms and of those of the other lanes' sums, uint8 [.., 24]."""
     first: int = 0
     """Index of the first term's record."""
 
     packed: bytes = field(init=False, repr=False)
-    """struct zo_update of each term, if their coefficients are known here; their decays and flags say nothing."""
+    """struct zo_update of each term, if the host knows the coefficients; decays and flags are unused."""
 
     def __post_init__(self) -> None:
         if not self.seeds:
@@ -209,11 +209,11 @@ class Terms:
 
     @property
     def is_known(self) -> bool:
-        """Whether its coefficients are, here or in device memory."""
+        """Whether its coefficients are known, on the host or in device memory."""
         return self.coeffs is not None or self.records is not None
 
     def read(self) -> bytes:
-        """`packed`, wherever the coefficients are. Waits for the device if they are there."""
+        """`packed`, from the host or the device. Waits for the device if the coefficients are there."""
         if self.records is None:
             return self.packed
         return self.records[self.first : self.first + len(self.seeds)].cpu().numpy().tobytes()
@@ -234,7 +234,7 @@ class Perturbation:
 
     @classmethod
     def along(cls, terms: Terms, scale: float) -> Perturbation:
-        """Of a sum of noises."""
+        """A perturbation along a sum of noises."""
         return cls(0, scale, terms)
 
     def __str__(self) -> str:
@@ -247,7 +247,7 @@ def sums_of(lanes: Iterable[Perturbation]) -> tuple[Terms, ...]:
 
 
 def places_of(lanes: Iterable[Perturbation]) -> dict[Terms, int]:
-    """Of each sum that lanes are along, the index of its first term where their terms lie one after another."""
+    """For each of the lanes' sums, the index of its first term among all terms, concatenated."""
     places, count = dict[Terms, int](), 0
     for terms in [lane.terms for lane in lanes if lane.terms is not None]:
         if terms in places:
@@ -257,7 +257,7 @@ def places_of(lanes: Iterable[Perturbation]) -> dict[Terms, int]:
 
 
 def lane_of(lane: Perturbation, address: int, code: int, places: Mapping[Terms, int]) -> tuple[int, int, float, int]:
-    """Fields of struct zo_lane. address, code: of its output and that one's format; places: of sums' first terms."""
+    """Fields of struct zo_lane. address, code: the output's address and format; places: each sum's first term."""
     if lane.terms is None:
         return lane.seed, address, lane.scale, code
     return places[lane.terms] | len(lane.terms.seeds) << 32, address, lane.scale, code | SUM
@@ -270,33 +270,33 @@ def seeds_of(lanes: Iterable[Perturbation]) -> tuple[int, ...]:
 
 
 def noises_of(lanes: Iterable[Perturbation]) -> int:
-    """How many noises a pass makes for lanes: one a seed, and one a term of each sum."""
+    """How many noises a pass makes for lanes: one per seed, and one per term of each sum."""
     moved = [lane for lane in lanes if lane.scale != 0]
     return len({lane.seed for lane in moved if not lane.terms}) + sum(len(terms.seeds) for terms in sums_of(moved))
 
 
 def with_coefficients(sums: Sequence[Terms], coefficients: Tensor) -> list[Terms]:
-    """Sums with their coefficients on the host. coefficients: float32, one sum's after another's."""
+    """Sums with their coefficients on the host. coefficients: float32, sum after sum."""
     values = iter(coefficients.tolist())
     return [Terms(terms.seeds, tuple(islice(values, len(terms.seeds)))) for terms in sums]
 
 
 STILL = Perturbation(0, 0.0)
-"""The weights as they are: evaluation, and what is not trained."""
+"""The unperturbed weights: for evaluation, and for parameters that do not train."""
 
 
 @dataclass(frozen=True)
 class Gain:
-    """How much of a method's perturbation and update one parameter gets (`gains.py`); both exactly float32."""
+    """A parameter's factors of a method's perturbation and update (`gains.py`); both exactly float32."""
 
     lane: float = 1.0
-    """Times the scale of a perturbation."""
+    """The factor of a perturbation's scale."""
     update: float = 1.0
-    """Times the coefficient of an update."""
+    """The factor of an update's coefficient."""
 
 
 ONE = Gain()
 Gains = Mapping[str, Gain]
-"""By canonical name; a parameter that is not in it has `ONE`."""
+"""By canonical name; all other parameters have `ONE`."""
 Masks = Mapping[str, Mask]
-"""By canonical name; of a parameter that is not in it, all elements are perturbed and updated."""
+"""By canonical name; all elements of all other parameters are perturbed and updated."""

@@ -1,9 +1,9 @@
 """Arithmetic on a step's few float64 scalars, with the same bits on the host and on a GPU.
 
-Add, subtract, multiply, divide of two tensors, compare, abs, sign, clamp, amax, minimum and where of torch have them,
-element by element. What has not is here: a division by a number, a sum, whose order a reduction kernel is free to
-choose, and a square root, which torch's vector library on the CPU rounds the other way once in a hundred. An operation
-that is in neither list (exp, log, pow) belongs here before a method may use it.
+torch's elementwise add, subtract, multiply, divide of two tensors, compare, abs, sign, clamp, amax, minimum and where
+have this property. Here are replacements for operations that do not: division by a number, a sum (a reduction kernel
+may choose its order), and a square root (torch's vector library on the CPU rounds one in a hundred differently). Any
+other operation (exp, log, pow) must be added here before a method may use it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_NEWTON = 32  # from 1e30 on: while far off, each takes a tenth off; 24 are enough
+_NEWTON = 32  # far from the root each step removes a tenth; from 1e30, 24 are enough
 
 
 def divide(x: Tensor, by: float) -> Tensor:
@@ -37,7 +37,7 @@ def sqrt(x: Tensor) -> Tensor:
 
 
 def tenth_root(x: Tensor) -> Tensor:
-    """x ** 0.1 of numbers from 1 to 1e30, to a few units in the last place: by Newton's steps, always as many."""
+    """x ** 0.1 of numbers from 1 to 1e30, to a few units in the last place, by a fixed number of Newton steps."""
     y = sqrt(sqrt(sqrt(x)))  # x ** 0.125: above the root, so the steps come down to it
     for _ in range(_NEWTON):
         square = y * y

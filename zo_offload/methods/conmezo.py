@@ -1,20 +1,20 @@
-"""ConMeZO: MeZO that looks near where it went: directions from a cone around the momentum of earlier slopes.
+"""ConMeZO: MeZO with directions from a cone around the momentum of earlier steps.
 
-    d_t = cos(theta) sqrt(dim) m_t / |m_t| + sin(theta) z_t           d_0 = z_0, as long as there is no momentum
+    d_t = cos(theta) sqrt(dim) m_t / |m_t| + sin(theta) z_t           d_0 = z_0, while there is no momentum
     g_t = (L(w + eps d_t) - L(w - eps d_t)) / (2 eps)
     w <- w - lr g_t d_t                  m_{t+1} = beta m_t + (1 - beta) g_t d_t
 
 Each m_t, and so each d_t, is a sum of the noises z of the steps before. Their coefficients follow from the slopes in
 the journal, so no plane of momenta is stored or moved: a lane is perturbed along a sum of `window` noises, and a step's
-update is as many. What is older than `window` steps is left out; of a direction's first share in m that is about
-beta^window. |m_t|^2 is taken as dim times the sum of the squared coefficients, which it is but for the products of
-different noises: some 1 / sqrt(dim) of it. Until a slope is known that is not 0, a step is one of MeZO's. cos and sin
-are rounded to float32, so that all machines have the same. Noise is what a step costs beside MeZO's: `window` times as
-much of it, in the lanes and in the update, where MeZO makes one each; the bytes that move are the same.
+update has as many. Noises older than `window` steps are left out; a direction's share in m has then decayed to about
+beta^window of its first value. |m_t|^2 is computed as dim times the sum of the squared coefficients, without the
+products of different noises: about 1 / sqrt(dim) of it. Until a slope other than 0 is known, steps are MeZO's. cos and
+sin are rounded to float32, so that all machines have the same values. The cost besides MeZO's is noise: `window` noises
+in each lane and in the update, where MeZO makes one each; the bytes moved are the same.
 
 Source: Behric, Zhang, Li and Thekumparampil 2025, "ConMeZO: Adaptive Descent-Direction Sampling for Gradient-Free
 Finetuning of Large Language Models", arXiv 2511.02757 (AISTATS 2026): theta 1.35, and for OPT-1.3B on SST-2 beta 0.95,
-lr 1e-7, eps 1e-3 and 8 rows a step; its scripts' own default is beta 0.99. The paper's momentum is kept in full.
+lr 1e-7, eps 1e-3 and 8 rows a step; its scripts' own default is beta 0.99. The paper keeps the whole momentum.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class ConMeZO(Momentum, name="conmezo"):
     beta: float = 0.95
     """How much of the momentum a step keeps."""
     window: int = 32
-    """Noises that a direction is made of: this step's, and those of so many before, less one."""
+    """Noises in a direction: this step's, and those of the window - 1 steps before."""
     theta: float = 1.35
-    """Half the cone's angle, in radians: at pi / 2 a direction is this step's noise alone, as MeZO's is."""
+    """Half the cone's angle, in radians: at pi / 2 a direction is this step's noise alone, as in MeZO."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +58,7 @@ class ConMeZO(Momentum, name="conmezo"):
         return Perturbation.along(terms, self.eps32), Perturbation.along(terms, -self.eps32)
 
     def term_coefficients(self, memory: Tensor) -> Tensor:
-        """The direction: of this step's noise, and of those before. memory: the momentum's, the last one first."""
+        """The direction's: for this step's noise, then for earlier ones. memory: the momentum's, the latest first."""
         length = sqrt(total(memory * memory))
         known = length > 0
         share = torch.where(known, float(np.float32(math.sin(self.theta))), torch.ones_like(length))

@@ -1,19 +1,19 @@
-"""SensZOQ: MeZO on a fixed list of the weights, the most sensitive ones, which a file names.
+"""SensZOQ: MeZO on a fixed list of weights, the most sensitive ones, from a file.
 
     m_i = 1 for the weights of the list, else 0, the same in every step
     grad = (L(w + eps m z) - L(w - eps m z)) / (2 eps)          w <- w - lr grad m z
 
-The file is in safetensors format: by parameter the indices of its listed elements, flattened, int64 or int32 and
-rising, or a mask of its shape, bool or uint8. A parameter that it does not name has none: leave such out by
-`trainable`, or they are written back as they are. What the run was begun with is kept in its directory
-(`masks.safetensors`) and its digest in the journal, so the file may go. Weights outside of the list are not decayed
-either. `examples/sensitive_weights.py` makes a file: the weights with the largest squared gradients of the loss on some
-text, which is the paper's measure.
+The file is in safetensors format: by parameter, the flattened indices of its listed elements, int64 or int32 and
+rising, or a mask of its shape, bool or uint8. A parameter that is not in the file has no listed elements: leave it out
+by `trainable`, else it is written back unchanged. The run's lists are stored in its directory (`masks.safetensors`),
+their digests in the journal, so the file may be deleted. Unlisted weights are not decayed either.
+`examples/sensitive_weights.py` makes a file: the weights with the largest squared gradients of the loss on some text,
+which is the paper's measure.
 
 Source: Guo et al. 2024, "Zeroth-Order Fine-Tuning of LLMs with Extreme Sparsity", arXiv 2406.02913 (ICLR 2025 as
 "Zeroth-Order Fine-Tuning of LLMs with Transferable Static Sparsity"): a thousandth of the weights, found once on text
-of the pretraining's kind. The paper keeps all others in four bits; here a parameter has one format, and what trains is
-stored in 16 or 32 bits, or in int8+8.
+like that of pretraining. The paper stores all others in four bits; here a parameter has one format, and parameters that
+train are stored in 16 or 32 bits, or in int8+8.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""The CUDA kernels: found or compiled, checked, launched.
+"""Finds or compiles, checks and launches the CUDA kernels.
 
-`_zo_cuda.fatbin` lies beside this file when setup.py found nvcc (machine code for sm_80, 86, 89 and 90, and PTX for
-what comes later). Where it does not, or has nothing for this GPU, or is of other sources, NVRTC compiles these
-(`nvrtc.py`), a storage format at a time when it is first used. Either
-image goes through the driver into torch's own context and is launched on torch's current stream: there is no second
-CUDA runtime that could disagree with torch's, and no torch header to compile against.
+`_zo_cuda.fatbin` is next to this file if setup.py found nvcc (machine code for sm_80, 86, 89 and 90, and PTX for later
+GPUs). If it is missing, has no code for this GPU, or was made from other sources, NVRTC compiles the kernels
+(`nvrtc.py`), one storage format at a time when it is first used. Either image is loaded by the driver into torch's own
+context and launched on torch's current stream: there is no second CUDA runtime that could disagree with torch's, and no
+torch header to compile against.
 
-Before first use an image has to reproduce the CPU's known bits (`native.FINGERPRINT`): noise of each kind, and weights
-and lanes of a few passes. One that does not is refused.
+Before its first use an image must reproduce the CPU's known bits (`native.FINGERPRINT`): noise of each kind, and
+weights and lanes of a few passes. Otherwise it is refused.
 
-Environment: ZO_CUDA=0 does without; ZO_CUDA=nvrtc compiles even if the fatbin is there; ZO_NVRTC=path to libnvrtc.
+Environment: ZO_CUDA=0 disables CUDA; ZO_CUDA=nvrtc compiles even if the fatbin exists; ZO_NVRTC=path to libnvrtc.
 
-**Not run on a GPU yet.** What has been checked without one: tests/test_cuda_ptx.py and tests/test_cuda_build.py.
+**Not run on a GPU yet.** Checks without one: tests/test_cuda_ptx.py and tests/test_cuda_build.py.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ _log = logging.getLogger(__name__)
 IMAGE = Path(__file__).parent.with_name("_zo_cuda.fatbin")
 THREADS, MAX_LANES = 256, 16
 KERNELS = {fmt.code: fmt.kernel for fmt in (FORMATS | KEPT).values()}
-"""What the kernels of a storage format are called, by its code."""
-_WAVES = 16  # blocks a multiprocessor, at most; each walks over its share of the tiles
+"""The names of a storage format's kernels, by its code."""
+_WAVES = 16  # at most so many blocks per multiprocessor; each computes a share of the tiles
 
 _LANES_BYTES = LANE.size * MAX_LANES
 _TAIL = struct.Struct("<QQiI")  # scales, total_rows, last_fold, num_lanes
@@ -71,9 +71,9 @@ def pack_args(
     lane_scales: int = 0,
     **fields: Any,
 ) -> bytes:
-    """struct zo_cuda_args of csrc/cuda_kernels.h: `native.pack_pass` of the fields, then what is a GPU's own.
+    """struct zo_cuda_args of csrc/cuda_kernels.h: `native.pack_pass` of the fields, then fields for GPUs only.
 
-    lanes: (seed, address, scale, format code), or as `records.LANE` says. All addresses are device memory.
+    lanes: (seed, address, scale, format code), see `records.LANE`. All addresses are device memory.
     """
     head = native.pack_pass(num_lanes=0, **fields)
     listed = b"".join(LANE.pack(*lane) for lane in lanes)
@@ -86,7 +86,7 @@ def pack_noise(out: int, numel: int, offset: int, seed: int, param_id: int, roun
 
 
 def tiles(distribution: str, numel: int, offset: int, num_rows: int = 0) -> int:
-    """How many warps' worth of work a pass is."""
+    """The number of warps of a pass."""
     size = row(distribution).warp
     if size is None:
         raise ConfigError(f"distribution={distribution!r}: the CUDA kernels do not make it; train on the CPU")
@@ -101,7 +101,7 @@ def pass_kernel(code: int, distribution: str, target_scales: bool = False) -> st
 
 
 def part_of(kernel: str) -> str:
-    """The storage format that a kernel is of; "" of those that are of none."""
+    """The storage format of a kernel; "" if it has none."""
     _, what, rest = kernel.split("_", 2)
     return rest.rpartition("_")[0] if what in ("pass", "scales") else ""
 
@@ -111,7 +111,7 @@ def noise_kernel(distribution: str) -> str:
 
 
 def kernel_names() -> set[str]:
-    """All kernels that an image has."""
+    """The names of all kernels of an image."""
     kinds = [kind.name for kind in all_kinds() if kind.warp is not None]
     passes = {pass_kernel(code, kind) for code in KERNELS for kind in kinds}
     passes |= {pass_kernel(fmt.code, kind, True) for fmt in FORMATS.values() if fmt.trains_scales for kind in kinds}
@@ -119,20 +119,20 @@ def kernel_names() -> set[str]:
 
 
 class StaleImage(CudaError):
-    """An image of other sources than this package's."""
+    """An image that was made from other sources than this package's."""
 
 
 class CudaKernels:
     """The kernels on one device. Launches go to torch's current stream and return at once."""
 
     def __init__(self, library: Driver, device: int, image: bytes | Callable[[str], bytes], source: str) -> None:
-        """Loads into torch's context; CudaError if the image is not for this GPU, StaleImage if not of these sources.
+        """Loads into torch's context; CudaError if the image is not for this GPU, StaleImage if it has other sources.
 
-        image: of all kernels; or what gives one of a format's by its name, and of what belongs to none by "".
+        image: of all kernels; or a function that returns the image of a format by name, and of the other kernels by "".
         """
         self.device, self.source = device, source
         self._driver = library
-        self._image = image  # kernels are loaded from it when they are first used
+        self._image = image  # kernels are loaded from it at their first use
         self._context = library.primary_context(device)
         self._threads = threading.local()
         self._modules: dict[str, int] = {}
@@ -147,7 +147,7 @@ class CudaKernels:
             )
 
     def _module(self, part: str) -> int:
-        """Where the kernels of a format are, or those of none."""
+        """The loaded module of a format's kernels; "": of the others."""
         if isinstance(self._image, bytes):
             part = ""
         if part not in self._modules:
@@ -157,19 +157,19 @@ class CudaKernels:
         return self._modules[part]
 
     def _abi(self) -> int:
-        """Interface of the image, as its own kernel tells."""
+        """The image's interface number, from its own kernel."""
         told = torch.zeros(1, dtype=torch.int32, device=self.where)
         self._launch("zo_cuda_abi", pack_noise(told.data_ptr(), 1, 0, 0, 0, 0), 1, self.stream())
         return int(told.item()) & 0xFFFFFFFF
 
     @property
     def where(self) -> str:
-        """torch's name of the memory that the kernels work on."""
+        """torch's name of the kernels' device."""
         return f"cuda:{self.device}"
 
     def stream(self) -> int:
-        """torch's current stream on the device, as the driver knows it."""
-        return int(torch._C._cuda_getCurrentRawStream(self.device))  # of current_stream, without an object around it
+        """The driver's handle of torch's current stream on the device."""
+        return int(torch._C._cuda_getCurrentRawStream(self.device))  # as current_stream, but makes no object
 
     def _launch(self, name: str, args: bytes, warps: int, stream: int) -> None:
         if not hasattr(self._threads, "ready"):  # a thread in which torch has not used the device has no context
@@ -179,7 +179,7 @@ class CudaKernels:
         if torch.cuda.current_device() == self.device:
             self._driver.launch(self._function(name), grid, THREADS, stream, args)
         else:
-            with torch.cuda.device(self.device):  # a kernel is launched in its own context
+            with torch.cuda.device(self.device):  # a kernel must be launched in its own context
                 self._driver.launch(self._function(name), grid, THREADS, stream, args)
 
     def _function(self, name: str) -> int:
@@ -205,9 +205,9 @@ class CudaKernels:
         target_scales: bool = False,
         **fields: Any,
     ) -> None:
-        """One fused pass; more lanes than a launch takes are split over several, the first of which writes back.
+        """One fused pass. More lanes than a launch takes are split over several launches; the first writes back.
 
-        terms: of the lanes along sums, struct zo_update in device memory, [terms, 24 bytes]. fields: others of
+        terms: struct zo_update of the sums' terms in device memory, [terms, 24 bytes]. fields: the other fields of
         `native.pack_pass`, with device addresses.
         """
         kind = noise.kind.name
@@ -227,18 +227,18 @@ class CudaKernels:
             )  # fmt: skip
             self._launch(name, args, warps, stream)
             if write_back and updates is not None:
-                updates = updates.after(last_fold + 1)  # what was folded is in the stored bytes now
+                updates = updates.after(last_fold + 1)  # folded updates are in the stored bytes now
             first, lanes = False, lanes[MAX_LANES:]
 
     def noise(
         self, out: int, distribution: str, rounds: int, seed: int, param_id: int, numel: int, offset: int, stream: int
     ) -> None:
-        """z into `numel` floats at device address `out`."""
+        """Write z to `numel` floats at device address `out`."""
         args = pack_noise(out, numel, offset, seed, param_id, rounds)
         self._launch(noise_kernel(distribution), args, tiles(distribution, numel, offset), stream)
 
     def gaussian_table(self, out: int, stream: int) -> None:
-        """The Gaussian of every half-word into 65,536 floats at device address `out`."""
+        """Write the Gaussian of every half-word to 65,536 floats at device address `out`."""
         self._launch("zo_gaussian_table", pack_noise(out, 1 << 16, 0, 0, 0, 0), 1 << 11, stream)
 
 
@@ -266,8 +266,8 @@ class _OnDevice:
 
 
 def copy_out(address: int, tensor: Tensor) -> None:
-    """A device tensor's bytes to a host address."""
-    data = tensor.cpu()  # in a variable: its memory has to live until it is copied
+    """Copy a device tensor's bytes to a host address."""
+    data = tensor.cpu()  # in a variable: its memory must live until it is copied
     ctypes.memmove(address, data.data_ptr(), data.numel() * data.element_size())
 
 
@@ -286,7 +286,7 @@ def run_on_device(
     write_back: bool,
     stochastic: bool,
     tail: bytes,
-    **_: Any,  # the fingerprint's passes have no rows and no planes but the values
+    **_: Any,  # the fingerprint's passes have no rows and only the values plane
 ) -> None:
     """`native.Library.run_pass` through the GPU: host addresses are copied in and back."""
     device = kernels.where
@@ -312,8 +312,8 @@ def run_on_device(
 
 
 def _open(device: int) -> CudaKernels:
-    """The built image if it has code for this GPU and is of these sources, else NVRTC's. CudaError tells what was
-    tried."""
+    """The built image if it has code for this GPU and was made from these sources, else NVRTC's. CudaError tells what
+    was tried."""
     library = driver()
     choice, tried = os.environ.get("ZO_CUDA", "1"), []
     if choice == "0":
@@ -347,7 +347,7 @@ def _open(device: int) -> CudaKernels:
 
 
 def _first_images(arch: str) -> tuple[dict[str, bytes], str]:
-    """What `kernels` checks, compiled side by side: all kernels take a minute, one format's some seconds."""
+    """The images that `kernels` checks, compiled in parallel: all kernels take a minute, one format's some seconds."""
     parts = ["", *(fmt.kernel for fmt in PLAIN.values())]
     with ThreadPoolExecutor(len(parts)) as pool:
         made = list(pool.map(lambda part: nvrtc.compiled(arch, part, _log.warning), parts))
@@ -356,7 +356,7 @@ def _first_images(arch: str) -> tuple[dict[str, bytes], str]:
 
 @functools.cache
 def kernels(device: int) -> CudaKernels:
-    """The checked kernels of a device; CudaError says why there are none."""
+    """The checked kernels of a device; CudaError tells why there are none."""
     with torch.cuda.device(device):
         found = _open(device)
         same = native.fingerprint(_OnDevice(found)) == native.FINGERPRINT
@@ -369,7 +369,7 @@ def kernels(device: int) -> CudaKernels:
 
 
 def describe() -> str:
-    """One line for a doctor: what is in use, or why nothing is."""
+    """One line for `doctor`: the kernels in use, or why there are none."""
     built = f"{IMAGE.name} is built" if IMAGE.exists() else f"{IMAGE.name} is not built"
     if torch.version.cuda is None:
         return f"none: torch {torch.__version__} has no CUDA; {built}"

@@ -12,21 +12,21 @@ The arithmetic, for each element, in float32, in this order:
     mask = mask of w                                         if it is by magnitude
     for each lane j:    out_j = round(fma(scale_j, z_j, w))             (w itself if scale_j == 0, or not in the mask)
 
-    z_j = z(seed_j); or, of a lane along a sum of noises, d: from d = 0, for each of its terms in their order,
+    z_j = z(seed_j); or, for a lane along a sum of noises, d: from d = 0, for each of its terms in order,
                         d = fma(coeff, z(seed), d)           unless coeff == 0
 
 `encode` rounds to nearest, or stochastically with random bits that are a function of (update seed, parameter,
-element). So the stored value after a step is a function of the first value and the updates alone, never of when a
-block happened to be visited: several pending updates in one call equal one call for each, bit for bit. Lanes see the
-value as stored, plus any trailing updates that do not fold. A format with groups decides at each fold, from the
+element). So the stored value after a step is a function of the first value and the updates alone, never of the times of
+visits: several pending updates in one call equal one call for each, bit for bit. Lanes see the stored value, plus any
+trailing updates that do not fold. A format with groups decides at each fold, from the
 group's values and its scale, whether the scale changes.
 
 target="scales" trains the float32 scales of the groups instead (QZO): in the lines above w is a group's scale, z's
 element index the group's, an update ends with w = max(w, 1e-7), folding rounds nothing, and an output is made from the
-element's code with its group's scale moved by the lane. Values, minima and centres are only read.
+element's code with its group's scale perturbed by the lane. Values, minima and centres are only read.
 
-Here calls are checked; `fused_kernels.py` has who runs them. The native library does it a cache-sized tile at a time;
-without it `reference.py` does, with the same bits.
+This module checks calls; `fused_kernels.py` runs them. The native library computes a cache-sized tile at a time;
+without it `reference.py` computes the same bits.
 """
 
 from __future__ import annotations
@@ -70,17 +70,16 @@ def fused_pass(
     """Run the pass above over `numel` consecutive elements of one parameter.
 
     Args:
-        stored: uint8, 1-D, contiguous, `fmt.nbytes(numel)` long: the streamed part; changed in place when something
-            is written back.
-        offset: index of the first of these elements in its parameter, so a slice has the noise of its place. Groups
-            are counted from the parameter's first element: a multiple of `fmt.group`.
-        residual: of a split format, uint8, `fmt.residual_nbytes(numel)` long; changed with `stored`. May be left out
+        stored: uint8, 1-D, contiguous, `fmt.nbytes(numel)` long: the streamed part; changed in place by a write-back.
+        offset: index of the first of these elements in the parameter, so a slice gets its own noise. A multiple of
+            `fmt.group`: groups are counted from the parameter's first element.
+        residual: for a split format, uint8, `fmt.residual_nbytes(numel)` long; changed with `stored`. May be left out
             if no update folds: then it is neither read nor written.
-        master: outs are of both parts of a split format (evaluation), and no update may fold; needs `residual`.
-        outs: one contiguous tensor a perturbation, `numel` elements of float32, bfloat16 or float16; may not overlap
+        master: outs are made from both parts of a split format (evaluation); no update may fold; needs `residual`.
+        outs: one contiguous tensor per perturbation, `numel` elements of float32, bfloat16 or float16; may not overlap
             `stored` or each other. Consecutive perturbations of one seed, or along one sum, share one z.
         threads: of the native library; default torch.get_num_threads(). Does not change the result.
-        mark: says afterwards, whatever was raised on the way, whether `stored` was changed.
+        mark: tells afterwards, even after an exception, whether `stored` was changed.
         mask: the elements that updates and lanes change; None: all.
     Raises ConfigError on sizes, dtypes or devices that do not fit together.
 
@@ -112,9 +111,9 @@ def ready_pass(
     mask: Mask | None,
     threads: int | None,
 ) -> PassCall:
-    """What of a `fused_pass` stays the same from call to call, checked as there, for `ready_passes`.
+    """The constant arguments of repeated `fused_pass` calls, checked as there, for `ready_passes`.
 
-    residual: what an update that folds may use; None: there is none, and of a split format none may fold.
+    residual: for updates that fold; None: there is none, and no update of a split format may fold.
     """
     call = _pass_call(
         stored, fmt, param_id=param_id, numel=numel, offset=offset, rounding=rounding, noise=noise, outs=outs,
@@ -126,8 +125,8 @@ def ready_pass(
 
 
 def ready_passes(calls: Sequence[PassCall]) -> Ready | None:
-    """`fused_pass` of all these parameters as one call, as often as wanted: `run` is told what differs, and gives the
-    same bits. None where the kernels are called one by one. Holds addresses, and no memory."""
+    """`fused_pass` of all these parameters as one call that can be repeated: `run` takes the arguments that change, and
+    gives the same bits. None if kernels are called one by one. Holds addresses, not memory."""
     kinds = {type(kernels_for(call.stored, call.fmt, call.noise)) for call in calls}
     return kernels_for(calls[0].stored, calls[0].fmt, calls[0].noise).ready(calls) if len(kinds) == 1 else None
 
@@ -158,12 +157,12 @@ def fused_rows(
     Args:
         stored: uint8, the streamed part of the parameter, rows of `row_numel` elements, or of a piece of it.
         rows: int64 [U], contiguous; row indices in the parameter, in any order, repeats allowed.
-        numel: elements that `stored` holds; needed where `fmt` has groups, else it follows from the bytes.
-        first_row: the piece's first row in the parameter. Rows outside the piece are passed over inside the kernel,
-            and what `outs` hold for them is left alone: the host need not look at the rows.
-        total_rows: of the whole parameter; default, those that `stored` holds.
-        outs: one contiguous [U, row_numel] tensor a perturbation.
-    Raises ConfigError as `fused_pass`, and on a row outside the parameter. On a GPU such a row comes as NaN.
+        numel: elements in `stored`; needed if `fmt` has groups, else it follows from the bytes.
+        first_row: the piece's first row in the parameter. The kernel skips rows outside the piece, and leaves their
+            part of `outs` unchanged: the host need not read the rows.
+        total_rows: of the whole parameter; default: the rows in `stored`.
+        outs: one contiguous [U, row_numel] tensor per perturbation.
+    Raises ConfigError like `fused_pass`, and on a row outside the parameter. On a GPU such a row becomes NaN.
     """
     if numel is None:
         numel = fmt.size_of(stored, None)
@@ -219,7 +218,7 @@ def _pass_call(
     master: bool,
     mask: Mask | None,
 ) -> PassCall:
-    """A pass over consecutive elements, checked but for what it is told of updates, perturbations and residual."""
+    """A pass over consecutive elements, checked except for updates, perturbations and residual."""
     _check_stored(stored, fmt, numel)
     _check_call(param_id, offset, numel, rounding, outs, stored.device)
     if fmt.group and offset % fmt.group:
@@ -264,7 +263,7 @@ def _residual(
     master: bool,
     mask: Mask | None,
 ) -> Tensor | None:
-    """The residual part if this pass uses it, else None; ConfigError if it is needed and not there, or not right."""
+    """The residual part if this pass uses it, else None; ConfigError if it is missing or has a wrong size or dtype."""
     if target not in _TARGETS:
         raise ConfigError(f"target={target!r}: choose one of {_TARGETS}")
     if mask is not None and mask.kind == "listed" and (mask.elements is None or mask.elements.device != device):

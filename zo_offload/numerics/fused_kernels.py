@@ -1,7 +1,7 @@
 """Dispatches a fused pass to the native library, the CUDA kernels or the reference: one call, the same bits.
 
-`fused.py` has checked a `PassCall` before it comes here. What runs it follows from where the stored bytes are and from
-what the kernels there make of the format and the noise; a further device has its kernels in `kernels_for`.
+`fused.py` has checked every `PassCall`. The kernels are chosen by the device of the stored bytes, and by whether they
+implement the format and the noise; add the kernels of another device in `kernels_for`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from .noise import NoiseSpec
 
 @dataclass
 class Mark:
-    """What is known of a pass that writes, whenever it is broken off: not begun, done, or neither."""
+    """The state of a writing pass, known after any interruption: not begun, done, or neither."""
 
     codes: list[int] = field(default_factory=list)
-    """[0]: the one call that writes was made and is done; []: it was not made."""
+    """[0]: the one writing call is done; []: it was not made."""
     in_parts: bool = False
-    """It is more than one call: begun, and nothing else is known of it."""
+    """The pass has several calls: it has begun, and nothing else is known."""
 
     @property
     def is_done(self) -> bool | None:
-        """None: not known."""
+        """Whether the pass is done; None: not known."""
         if self.in_parts or self.codes not in ([], [0]):
             return None
         return self.codes == [0]
@@ -49,7 +49,7 @@ class PassCall:
 
     stored: Tensor
     residual: Tensor | None
-    """None where this pass does not use it."""
+    """None if this pass does not use it."""
     fmt: Format
     numel: int
     offset: int
@@ -63,32 +63,32 @@ class PassCall:
     target_scales: bool
     threads: int | None
     master: bool = False
-    """Outputs are of both parts of a split format; no update folds."""
+    """Outputs are made from both parts of a split format; no update folds."""
     rows: Tensor | None = None
     """int64 [U], at least one: indices in the whole parameter. None: all elements, in order."""
     row_numel: int = 0
     total_rows: int = 0
-    """Of the whole parameter."""
+    """Rows of the whole parameter."""
     mask: Mask | None = None
 
     @property
     def computed(self) -> int:
-        """Elements that each output has of one row, or of the whole pass."""
+        """Elements of each output per row, or in the whole pass."""
         return self.numel if self.rows is None else self.row_numel
 
     def host_updates(self) -> Sequence[Update]:
-        """The updates as the host knows them. Waits for the device if they are there."""
+        """The updates on the host. Waits for the device if they are there."""
         return self.updates.read() if isinstance(self.updates, DeviceUpdates) else self.updates
 
     def lanes(self, places: Mapping[Terms, int]) -> list[tuple[int, int, float, int]]:
-        """zo_lane of each output. places: of each sum that lanes are along, the index of its first term."""
+        """struct zo_lane of each output. places: for each of the lanes' sums, the index of its first term."""
         return [
             lane_of(lane, out.data_ptr(), format_of(out.dtype).code, places)
             for lane, out in zip(self.perturbations, self.outs, strict=True)
         ]
 
     def check_rows(self) -> None:
-        """ConfigError on a row outside of the parameter. Looks at the rows: on a GPU that would be to wait for them."""
+        """ConfigError on a row outside the parameter. Reads the rows, which on a GPU would wait for it."""
         if self.rows is None:
             return
         low, high = (int(x) for x in torch.aminmax(self.rows))
@@ -97,27 +97,27 @@ class PassCall:
 
 
 Told = tuple[Updates | DeviceUpdates, Sequence[Perturbation], bool, bool]
-"""What a pass that is ready is told each time: updates, a perturbation an output, whether to write back, and whether
-the residual part is there to be used."""
+"""The arguments of one run of a ready pass: updates, one perturbation per output, whether to write back, and whether
+the residual part may be used."""
 
 
 class Ready(Protocol):
-    """Fused passes over several parameters whose calls are made ready once and run many times, each time as one call
-    of the kernels. Holds addresses, and no memory: what lies there has to be there when it is run."""
+    """Fused passes over several parameters, prepared once and run many times, each time as one call of the kernels.
+    Holds addresses, not memory: the memory must still exist at each run."""
 
     def run(self, told: Sequence[Told], mark: Mark) -> None:
-        """Run all. told: of each, in the order of the calls. mark: as of `Kernels.run_pass`, of all that write."""
+        """Run all. told: for each, in the order of the calls. mark: see `Kernels.run_pass`; for all that write."""
 
 
 class Kernels(Protocol):
-    """What runs fused passes on one device."""
+    """Runs fused passes on one device."""
 
     def run_pass(self, call: PassCall, mark: Mark) -> None:
-        """Run it. mark: says afterwards, whatever was raised on the way, whether the stored bytes were changed."""
+        """Run it. mark: tells afterwards, even after an exception, whether the stored bytes were changed."""
 
     def ready(self, calls: Sequence[PassCall]) -> Ready | None:
-        """The calls (without rows) ready to be run together, with whatever updates and perturbations; None: one by one
-        is all there is. Of a call its `residual` is what it may use, its updates and perturbations are not looked at.
+        """The calls (without rows), prepared to run together with any updates and perturbations; None: they can
+        only run one by one. A call may use its `residual`; its updates and perturbations are ignored.
         """
 
 
@@ -172,7 +172,7 @@ class OnCpu:
 
 
 def _host_fields(call: PassCall, residual: Tensor | None) -> dict[str, Any]:
-    """What `native.pack_pass` is told of a call, but for its updates and whether it writes."""
+    """The arguments of `native.pack_pass` for a call, except its updates and whether it writes."""
     rows = call.rows
     return dict(
         **planes(call.stored, residual, call.fmt, call.numel), rows=0 if rows is None else rows.data_ptr(),
@@ -196,14 +196,14 @@ class _ReadyPart:
         self.outs = [(out.data_ptr(), format_of(out.dtype).code) for out in call.outs]
 
     def checked(self, folds: bool, write_back: bool, residual: bool) -> dict[str, Any]:
-        """The fields for such a pass; ConfigError where it cannot be one."""
+        """The fields of such a pass; ConfigError if it is not possible."""
         if folds and not (self.may_fold and (residual or self.wide is self.fields)):
             raise ConfigError("an update folds into what was not made ready for it")
         return {**(self.wide if residual else self.fields), "write_back": write_back}
 
 
 class _ReadyOnCpu:
-    """What `OnCpu.run_pass` packs at each call is packed once, but for updates and lanes."""
+    """Packs the arguments of `OnCpu.run_pass` once, except updates and lanes."""
 
     def __init__(self, library: native.Library, calls: Sequence[PassCall]) -> None:
         self._library, self._threads = library, calls[0].threads
@@ -217,7 +217,7 @@ class _ReadyOnCpu:
         for part, heads, (updates, lanes, write_back, residual) in zip(self._parts, self._heads, told, strict=True):
             if isinstance(updates, DeviceUpdates):
                 updates = Updates(updates.read())
-            if lanes is not before:  # most often they are those of the part before
+            if lanes is not before:  # most often the same as for the previous part
                 before, places = lanes, places_of(lanes)
                 terms = b"".join([terms.read() for terms in places]) if places else b""
             kind = len(updates), len(terms), updates.folds, write_back, residual
@@ -237,7 +237,7 @@ class _ReadyOnCpu:
 
 
 class OnGpu:
-    """The CUDA kernels: launched on torch's current stream, and back at once. A row outside comes out as NaN."""
+    """The CUDA kernels: launched on torch's current stream, without waiting. A row outside becomes NaN."""
 
     def __init__(self, kernels: cuda_kernels.CudaKernels) -> None:
         self._kernels = kernels
@@ -259,7 +259,7 @@ class OnGpu:
 
 
 def _records(call: PassCall) -> DeviceUpdates | None:
-    """The updates in device memory: they are there in a run; others are brought there, for this pass."""
+    """The updates in device memory: in a run they are there; others are copied for this pass."""
     if isinstance(call.updates, DeviceUpdates):
         return call.updates
     if not call.updates:
@@ -271,7 +271,7 @@ def _records(call: PassCall) -> DeviceUpdates | None:
 
 def _terms(call: PassCall) -> tuple[Tensor | None, Mapping[Terms, int]]:
     """struct zo_update of the terms of all sums in device memory, and the index of each sum's first. In a run they are
-    there, all in one."""
+    already there, in one tensor."""
     places = places_of(call.perturbations)
     records = next((terms.records for terms in places), None)
     if records is not None and all(terms.records is records for terms in places):
@@ -285,7 +285,7 @@ _REFERENCE = Reference()
 
 
 def kernels_for(stored: Tensor, fmt: Format, noise: NoiseSpec) -> Kernels:
-    """What runs passes over bytes that are there: the fastest that knows the format and the noise."""
+    """The fastest kernels on the bytes' device that implement the format and the noise."""
     if stored.is_cuda:
         return OnGpu(cuda_kernels.kernels(stored.device.index))
     if stored.device.type != "cpu":

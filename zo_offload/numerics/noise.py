@@ -4,7 +4,7 @@ Philox4x32 (Salmon et al. 2011) is keyed by a 64-bit seed; its counter is
 
     word 0, 1   block index, 64 bits        word 2   parameter id        word 3   stream tag
 
-so any slice of any parameter, in any order, at any later time and on any device, has the same z. Streams:
+so any slice of any parameter has the same z, in any order, at any time and on any device. Streams:
 
     tag 0  gaussian of layout 1   4 elements a block; Box-Muller on word pairs (0, 1) and (2, 3)
     tag 1  rademacher             128 signs a block: element i is bit i & 31 of word (i >> 5) & 3; a set bit means -1
@@ -48,16 +48,16 @@ class NoiseSpec:
 
     distribution: str = "gaussian"
     """A name of `distributions.DISTRIBUTIONS`. Gaussian (|z| <= 4.41; in layout 1 6.56) as in MeZO, or +-1 with equal
-    chance (rademacher): as good a direction and cheaper still."""
+    probability (rademacher): as good a direction, and cheaper."""
 
     rounds: Rounds = 10
     """Philox rounds: 10 is the usual choice, 7 the fewest known to pass BigCrush and about a fifth faster."""
 
     layout: Layout = LAYOUT_VERSION
-    """Of the streams. In 1 a Gaussian is made by Box-Muller from 32 bits a normal: another z, and half as fast."""
+    """The layout of the streams. Layout 1 has a Box-Muller Gaussian of 32 bits per normal: another z, half as fast."""
 
     def __post_init__(self) -> None:
-        get_distribution(self.distribution)  # or it says which there are
+        get_distribution(self.distribution)  # raises if not known
         if self.rounds not in get_args(Rounds):
             raise ConfigError(f"rounds={self.rounds!r}: choose one of {get_args(Rounds)}")
         if self.layout not in get_args(Layout):

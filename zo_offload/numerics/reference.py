@@ -1,7 +1,7 @@
 """The fused pass, slow and obvious, in exactly rounded float32 (`float32.py`) and with `philox.py`'s noise.
 
-This is what the native kernels are compared with, bit for bit, and what runs where no compiler was found. Nothing
-here is written for speed beyond working on chunks that fit a cache.
+The native kernels are compared with this, bit for bit, and it runs if no compiler was found. Its only optimisation is
+to work on chunks that fit a cache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _z(noise: NoiseSpec, seed: int, param_id: int, n: int, offset: int) -> F32:
 
 
 def _kept(mask: Mask | None, w: F32, noise: NoiseSpec, param_id: int, offset: int) -> np.ndarray[Any, Any] | None:
-    """Which elements the mask has; None: all."""
+    """The elements in the mask; None: all."""
     if mask is None:
         return None
     if mask.kind == "magnitude":
@@ -49,14 +49,14 @@ def _where(kept: np.ndarray[Any, Any] | None, changed: F32, w: F32) -> F32:
 
 
 class _Weights:
-    """One run of elements on its way through the pass: stored bytes, and the float32 values made from them."""
+    """A range of elements during the pass: stored bytes, and the float32 values made from them."""
 
     def __init__(self, fmt: Format, stored: Tensor, residual: Tensor | None, numel: int) -> None:
         self.fmt, self.numel = fmt, numel
         self.stored, self.residual = stored, residual
 
     def read(self) -> F32:
-        """What lanes see."""
+        """The values that lanes see."""
         return self.fmt.decode(self.stored, self.numel).numpy()
 
     def read_master(self) -> F32:
@@ -81,7 +81,7 @@ def _updated(
     offset: int,
     mask: Mask | None,
 ) -> F32:
-    """What lanes see after the updates in order; `weights` then holds the bytes of the last fold."""
+    """The values that lanes see after the updates in order; `weights` then holds the bytes of the last fold."""
     last_fold = max((k for k, update in enumerate(updates) if update.fold), default=-1)
     w = weights.read_master() if last_fold >= 0 else weights.read()
     kept = _kept(mask, w, noise, param_id, offset)
@@ -152,7 +152,7 @@ def _scales_pass(
     perturbations: Sequence[Perturbation],
     outs: Sequence[Tensor],
 ) -> None:
-    """The pass with the scales of the groups as what is updated and perturbed."""
+    """The pass that updates and perturbs the scales of the groups."""
     plane = scales_plane(fmt, stored, numel)
     scales: F32 = plane.clone().view(torch.float32).numpy()
     first = offset // fmt.group
@@ -188,7 +188,7 @@ def fused_pass(
     target: str = "values",
     mask: Mask | None = None,
 ) -> None:
-    """`zo_offload.numerics.fused.fused_pass`, one idea a line. Arguments are checked there."""
+    """`zo_offload.numerics.fused.fused_pass`, one idea per line. Arguments are checked there."""
     if target == "scales":
         _scales_pass(
             stored, fmt, param_id=param_id, numel=numel, offset=offset, updates=updates, write_back=write_back,
@@ -229,7 +229,7 @@ def fused_rows(
     """`zo_offload.numerics.fused.fused_rows`: the fused pass of the whole groups a row touches, cut to the row."""
     unit, base = fmt.group or 1, first_row * row_numel
     for at, row in enumerate(rows.tolist()):
-        start, end = (row - first_row) * row_numel, (row - first_row + 1) * row_numel  # in what is stored
+        start, end = (row - first_row) * row_numel, (row - first_row + 1) * row_numel  # in the stored rows
         if start < 0 or end > numel:
             continue
         first, last = start // unit * unit, min(-(-end // unit) * unit, numel)

@@ -7,9 +7,9 @@ Folding: an update with `fold` set rounds the sum so far into the stored bytes; 
 applied in float32 registers wherever the weights are used. Stored bytes only hold whole folds, so a block is brought to
 the version of the last fold (`UpdateLog.folded`), not of the last step.
 
-Parts: a step may leave parameters out (`Parts`). Of such a step a parameter gets no noise and no decay; where the step
-folds, what the parameter has pending is folded, by an update that does nothing else, and if nothing is, nothing
-happens: its bytes are those of that version as they are, and nobody has to write them.
+Parts: a step may leave parameters out (`Parts`). In such a step a parameter gets no noise and no decay. If the step
+folds, the parameter's pending updates are folded, by an update that does nothing else; if it has none, its bytes are
+already those of that version, and need not be written.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ..kernels.records import Update, Updates
 
 def with_folds(updates: Sequence[Update], step: int, fold_every: int) -> tuple[Update, ...]:
     """A step's updates with their folds set: its last update folds iff fold_every divides step + 1, no other does. The
-    first begins the step, whatever a method of one's own says: a journal does not tell.
+    first update always begins the step, even if the user's method says otherwise: the journal does not store this.
 
-    By the step's number alone, so that a run is the same however often it stopped, and whatever was evaluated between.
-    A skipped step has no update, so nothing folds there and the sum stays pending until the next step that folds.
+    Folds depend on the step's number alone, so stops and evaluations do not change a run. A skipped step has no update,
+    so nothing folds there and the sum stays pending until the next step that folds.
     """
     last = len(updates) - 1
     due = (step + 1) % fold_every == 0
@@ -72,7 +72,7 @@ class UpdateLog:
         """The version that blocks are brought to: all steps up to and including the last one that folds."""
         self._steps: list[tuple[Update, ...]] = []
         self._since = lru_cache(maxsize=64 + 8 * len(self.parts.names))(self._collect)
-        self._needed: dict[tuple[str | None, int], int] = {}  # what `needed` has found
+        self._needed: dict[tuple[str | None, int], int] = {}  # results of `needed`
 
     @property
     def steps(self) -> Sequence[tuple[Update, ...]]:
@@ -86,13 +86,13 @@ class UpdateLog:
     def append(self, updates: Sequence[Update]) -> None:
         """Add one step; an empty sequence is a step that changed nothing (skipped).
 
-        The step is taken from the moment that it is in the list: `mend` brings the rest up to that.
+        The step counts once it is in the list: `mend` makes everything else agree with the list.
         """
         self._steps.append(tuple(updates))
         self._follow()
 
     def _follow(self) -> None:
-        """What follows from the list of steps, after a step was added."""
+        """Derive the rest from the list of steps, after a step was added."""
         if any(update.fold for update in self._steps[-1]):
             self.folded = self.version
         self._since.cache_clear()
@@ -104,17 +104,17 @@ class UpdateLog:
         self.mend()
 
     def mend(self) -> None:
-        """After an `append` or `cut` that was broken off: everything is as the list of steps says."""
+        """After an interrupted `append` or `cut`: derive everything from the list of steps."""
         last = next((i for i in reversed(range(len(self._steps))) if any(u.fold for u in self._steps[i])), -1)
         self.folded = self.base + last + 1
         self._since.cache_clear()
         self._needed.clear()
 
     def since(self, version: int, decay: bool, gain: float = 1.0, part: str | None = None) -> Updates:
-        """Updates a parameter at `version` still lacks; decay=False leaves weight decay out (biases, norms).
+        """Updates that a parameter at `version` lacks; decay=False leaves weight decay out (biases, norms).
 
-        gain: times each coefficient, rounded to float32. part: the parameter's. version: of a fold, as all stored
-        bytes are.
+        gain: a factor of each coefficient, rounded to float32. part: the parameter's. version: of a fold, as for all
+        stored bytes.
         """
         if version < self.base:
             raise JournalError(f"updates before step {self.base} are not in memory; a block is at version {version}")

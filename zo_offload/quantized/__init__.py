@@ -1,1 +1,1 @@
-"""Quantized checkpoints: which scheme their tensors are in, and the weights that its library would make of them."""
+"""Quantized checkpoints: finds the scheme of their tensors, and decodes the weights as its library does."""

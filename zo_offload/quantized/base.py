@@ -1,4 +1,4 @@
-"""What a scheme of quantization is here, and what it gives: weights by name, decoded a run of elements at a time."""
+"""The interface of quantization schemes: weights by name, decoded a range of elements at a time."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ RUN = 1 << 20
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Settings = Mapping[str, Any]
-"""config.json's quantization_config, or what lies beside it in a file of the library's own."""
+"""config.json's quantization_config, or the library's own file next to it."""
 
 Decoder = Callable[[Files, int, int], Tensor]
-"""(files, start, count): elements [start, start + count), 1-D: of the weight's dtype, or to be rounded to it."""
+"""(files, start, count): elements [start, start + count), 1-D, in the weight's dtype or one that is rounded to it."""
 
 
 Codes = tuple[Tensor, Tensor, Tensor | None]
-"""Of each element, 1-D: its code (uint8), its group's scale (float32; of fp8 the exponent's byte) and minimum."""
+"""For each element, 1-D: its code (uint8), its group's scale (float32; in fp8 the exponent's byte) and minimum."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A weight's own codes, as a storage format has them: what they decode to is the weight before it is rounded."""
+    """A weight's own codes in a storage format: they decode to the weight before rounding."""
 
     format: str
     """Its name in `formats.FORMATS`."""
@@ -45,14 +45,14 @@ _NAMES = {(fmt.kernel, fmt.group): fmt.name for fmt in (FORMATS | KEPT).values()
 
 
 def formats_of_groups(kind: str, group: int) -> list[str]:
-    """The storage formats of a kind ("int4f", "int8", ...) whose groups lie in groups of `group`, the largest first; of
-    smaller groups than need be those alone that nobody can choose."""
+    """The storage formats of a kind ("int4f", "int8", ...) whose groups fit into groups of `group`, the largest first;
+    of those with smaller groups than necessary, only formats that users cannot choose."""
     found = [_NAMES[kind, n] for n in (128, 64, 32, 16) if group % n == 0 and (kind, n) in _NAMES]
     return [name for place, name in enumerate(found) if place == 0 or name in KEPT]
 
 
 def run_length(index: Tensor) -> int:
-    """How many neighbours of a row share a group, of groups by input: the largest of 128 .. 16; 1 if fewer do."""
+    """How many neighbours of a row share a group, for groups by input: the largest of 128 .. 16; 1 if fewer do."""
     for n in (128, 64, 32, 16):
         if len(index) % n == 0 and bool((index.view(-1, n) == index.view(-1, n)[:, :1]).all()):
             return n
@@ -60,7 +60,7 @@ def run_length(index: Tensor) -> int:
 
 
 def kept_as(kind: str, group: int, run: Callable[[Files, int, int], Codes], **options: Any) -> tuple[Kept, ...]:
-    """A weight's codes in those formats; () if groups of `group` do not fit into any of the kind."""
+    """A weight's codes in these formats; () if no format of the kind fits into groups of `group`."""
     return tuple(Kept(name, run, **options) for name in formats_of_groups(kind, group))
 
 
@@ -71,19 +71,19 @@ def is_exact(scales: Spec) -> bool:
 
 @dataclass(frozen=True)
 class Decoded:
-    """One weight as a model that is not quantized has it, made of `uses`: tensors of the files."""
+    """One weight of the unquantized model, decoded from `uses`: tensors of the files."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    """What the library of the scheme gives."""
+    """The weight as the scheme's library decodes it."""
     uses: tuple[str, ...]
     run: Decoder
     kept: tuple[Kept, ...] = ()
     """The formats that hold its codes, the smallest first; (): none does."""
 
     def read_into(self, files: Files, start: int, out: Tensor) -> None:
-        """Elements [start, start + len(out)) into `out`, 1-D and of `dtype`. Memory: a few RUNs."""
+        """Read elements [start, start + len(out)) into `out`, 1-D and of `dtype`. Memory: a few RUNs."""
         for at in range(0, len(out), RUN):
             part = out[at : at + RUN]
             part.copy_(self.run(files, start + at, len(part)))
@@ -91,28 +91,28 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a scheme is told beside the tensors."""
+    """A scheme's arguments besides the tensors."""
 
     settings: Settings
     dtype: torch.dtype
-    """Of the model, for schemes whose library decodes to whatever that is."""
+    """The model's dtype, for schemes whose library decodes to it."""
 
 
 class Scheme(Protocol):
-    """One way in which a library writes quantized weights. Stateless."""
+    """One library's layout of quantized weights. Stateless."""
 
     name: ClassVar[str]
     methods: ClassVar[tuple[str, ...]]
     """Values of quant_method that mean this one."""
 
     def find(self, files: Files, wanted: Wanted) -> Iterator[Decoded]:
-        """The weights that tensors of this scheme are there for. CheckpointError: names both tensors and what is
-        wrong with them; reads headers, and small tensors only."""
+        """The weights of this scheme in the files. CheckpointError names the tensors and what is wrong with them. Reads
+        only headers and small tensors."""
         ...
 
 
 def by_rows(width: int, rows: Callable[[Files, int, int], Tensor], align: int = 1) -> Decoder:
-    """A decoder that is asked for whole rows of `width` elements, from a multiple of `align` on."""
+    """A decoder over `rows`, which is called for whole rows of `width` elements, from a multiple of `align` on."""
 
     def run(files: Files, start: int, count: int) -> Tensor:
         first = start // width // align * align
@@ -126,7 +126,7 @@ def by_rows(width: int, rows: Callable[[Files, int, int], Tensor], align: int = 
 def kept_rows(
     width: int, rows: Callable[[Files, int, int], Codes], align: int = 1
 ) -> Callable[[Files, int, int], Codes]:
-    """The same of codes; a scale or minimum may be one a row, or one a group of it."""
+    """The same for codes; scales and minima may be one per row, or one per group of a row."""
 
     def run(files: Files, start: int, count: int) -> Codes:
         first = start // width // align * align
@@ -142,7 +142,7 @@ def kept_rows(
 
 
 def need(files: Files, name: str, of: str, shape: tuple[int, ...] | None = None, *dtypes: torch.dtype) -> Spec:
-    """The tensor that `of` cannot be decoded without. CheckpointError: missing, another shape or dtype."""
+    """A tensor that is needed to decode `of`. CheckpointError: missing, another shape or dtype."""
     spec = files.get(name)
     if spec is None:
         raise CheckpointError(f"{of!r} is quantized, and {name!r}, which it cannot be decoded without, is missing.")

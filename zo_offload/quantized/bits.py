@@ -1,4 +1,4 @@
-"""Packed codes and small floats, unpacked."""
+"""Unpacks codes and small floats."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def stream(words: Tensor, bits: int) -> Tensor:
 
 
 def padded_words(words: Tensor, bits: int) -> Tensor:
-    """The same where each 32-bit word holds 32 // bits codes and its upper bits are unused."""
+    """The same if each 32-bit word holds 32 // bits codes and its upper bits are unused."""
     each = 32 // bits
     shifts = torch.arange(each, dtype=torch.int64, device="cpu") * bits
     return (words.to(torch.int64).unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2).to(torch.int16)
@@ -46,12 +46,12 @@ def powers(exponents: Tensor) -> Tensor:
 
 
 def exponents(factors: Tensor) -> Tensor:
-    """The inverse of `powers`, of normal powers of two."""
+    """The inverse of `powers`, for normal powers of two."""
     return (factors.view(torch.int32) >> 23 & 255).to(torch.uint8)
 
 
 def scales(raw: Tensor) -> Tensor:
-    """Scales of any kind that files hold, as float32: bytes are exponents."""
+    """Scales of any dtype in files, as float32: bytes are exponents."""
     if raw.dtype in (torch.uint8, torch.float8_e8m0fnu):
         return powers(raw)
     return raw.float()

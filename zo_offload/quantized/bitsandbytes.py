@@ -1,4 +1,4 @@
-"""bitsandbytes: 4 bits with a table (nf4, fp4), double quantization or not, and LLM.int8.
+"""bitsandbytes: 4 bits with a table (nf4, fp4), with or without double quantization, and LLM.int8.
 
 weight         uint8 [n / 2, 1] (or the same bytes in another dtype), the weight flattened; element 2 i is the HIGH
                half of byte i. Blocks of consecutive elements share an absmax; the last may be short
@@ -7,7 +7,7 @@ weight.absmax  float32 [blocks]; or uint8, then it is itself quantized:
 weight.quant_map  float32 [16], the table
 weight.quant_state.bitsandbytes__nf4 (__fp4)  the bytes of a JSON object: blocksize, shape, dtype, ...
 
-weight = RN(RN32(table[code] * absmax)), in the dtype that the object names
+weight = RN(RN32(table[code] * absmax)), in the object's dtype
 
 weight  int8 [out, in], SCB  float32 [out]:   weight = RN(RN32(RN32(code * SCB) * RN32(1 / 127)))
 """
@@ -94,7 +94,7 @@ def _four_bits(files: Files, name: str, state_name: str) -> Decoded:
         return files.small(nested_table)[codes.long()] * values[groups - low] + offset
 
     def kept(files: Files, start: int, count: int) -> Codes:
-        """The table's places and absmax of each element."""
+        """The table index and absmax of each element."""
         low, high = start // (2 * itemsize), -(-(start + count) // (2 * itemsize))
         raw = files.part(name, low, min(high, spec.numel) - low).view(torch.uint8)
         codes = nibbles(raw, high_first=True)[start - low * 2 * itemsize :][:count]

@@ -1,4 +1,4 @@
-"""compressed-tensors (llm-compressor): integers of 1 to 8 bits packed along the inputs, and what other layouts it has.
+"""compressed-tensors (llm-compressor): integers of 1 to 8 bits packed along the inputs, and its other layouts.
 
     weight_packed      int32 [out, words]     each row a little-endian stream of code + 2 ** (bits - 1)
     weight_scale       [out, in / group] or [out, 1]
@@ -7,7 +7,7 @@
 
     weight[n, k] = RN((code - zero) * scale), in the dtype of the scales
 
-Up to version 0.17 codes of 3, 5, 6 and 7 bits fill words of which the upper bits are unused; the number of words tells.
+Up to version 0.17 codes of 3, 5, 6 and 7 bits leave the upper bits of words unused; the number of words tells.
 `weight` in int8 or fp8 with `weight_scale` is in scaled.py, 4-bit floats are in packed_float.py.
 """
 
@@ -129,7 +129,7 @@ def _packed(files: Files, name: str, groups: list[dict[str, Any]]) -> Decoded:
 
     keeps: tuple[Kept, ...] = ()
     group = run_length(place)
-    if bits == 4 and zero not in files and scales.dtype == torch.bfloat16:  # minima that are bf16, too
+    if bits == 4 and zero not in files and scales.dtype == torch.bfloat16:  # its minima are bf16, too
         keeps += kept_as("int4", group, kept_rows(inputs, above))
     if bits <= 4 and is_exact(scales):
         keeps += kept_as("int4f", group, kept_rows(inputs, above))
@@ -146,7 +146,7 @@ def _packed(files: Files, name: str, groups: list[dict[str, Any]]) -> Decoded:
 
 
 def _bits(codes: str, words: int, inputs: int, groups: list[dict[str, Any]]) -> tuple[int, bool]:
-    """(bits, whether the stream is dense), of those the settings name. CheckpointError: none fits, or several do."""
+    """(bits, whether the stream is dense), among those in the settings. CheckpointError: none fits, or several do."""
     named = {g["num_bits"] for g in groups if isinstance(g.get("num_bits"), int) and 1 <= g["num_bits"] <= 8}
     fits = set()
     for bits in named or {4, 8}:

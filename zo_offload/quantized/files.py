@@ -1,8 +1,8 @@
-"""Tensors of a checkpoint's files as decoders read them: a range of rows, or of columns, of one of them.
+"""Reads tensors of a checkpoint's files for decoders: a range of rows or columns at a time.
 
-What is packed along its rows' outputs (GPTQ, AWQ, gpt-oss) is read by columns, and those of a file lie apart. So a slab
-of neighbouring columns is read at a time and held; what decoders ask for next is mostly in it. Memory: SLABS of
-SLAB_BYTES, whatever the tensors' sizes.
+Some tensors (of GPTQ, AWQ, gpt-oss) are read by columns, whose elements are apart in a file. So a slab
+of neighbouring columns is read at a time and kept; a decoder's next columns are usually in it. Memory: SLABS of
+SLAB_BYTES, for tensors of any size.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ..errors import CheckpointError
 SLAB_BYTES = 8 << 20
 SLABS = 3
 SMALL = 1 << 20
-"""Most elements of a tensor that is read whole: group indices, tables, descriptions."""
+"""The most elements of a tensor that is read whole: group indices, tables, descriptions."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a file's header says of a tensor."""
+    """A tensor in a file's header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Spec:
 
 
 class Files:
-    """All tensors of a checkpoint. Reading may be done from several threads.
+    """All tensors of a checkpoint. Several threads may read.
 
     read_into: (name, start, out): elements [start, start + len(out)) of a tensor, flattened, into the 1-D `out`.
     """
@@ -80,10 +80,10 @@ class Files:
         return self.part(name, 0, spec.numel).view(spec.shape)
 
     def columns(self, name: str, first: int, last: int, *, matrix: int = 0) -> Tensor:
-        """Columns [first, last) of a matrix: the tensor, or one of those stacked in it; [rows, last - first].
+        """Columns [first, last) of a matrix: the tensor, or one of several stacked in it; [rows, last - first].
 
-        A column is all that lies behind the second of the matrix's dimensions: of [E, A, B, C] with matrix=e, B columns
-        of C elements each for A rows. The result must not be written to.
+        A column consists of all dimensions after the matrix's second: [E, A, B, C] with matrix=e has A rows and B
+        columns of C elements each. The result must not be written to.
         """
         spec = self.specs[name]
         rows, columns, inner = (*spec.shape[-2:], 1) if len(spec.shape) < 4 else spec.shape[-3:]

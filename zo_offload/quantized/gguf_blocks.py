@@ -1,9 +1,8 @@
-"""Blocks of GGUF's types: their codes, scales and minima, and what they decode to in float32, bit for bit as in
-ggml.
+"""Blocks of GGUF's types: their codes, scales and minima, and their float32 values, bit for bit as in ggml.
 
-A value is code * scale, or code * scale + minimum; all products are exact. Of each type: elements and bytes of a block,
-how many elements share a scale, and what its bytes mean. `d`, `m`: float16. Where elements are said to be
-halves, element i is the low half of byte i, and the high halves follow after all low ones.
+A value is code * scale, or code * scale + minimum; all products are exact. Each type has: elements and bytes per block,
+elements per scale, and the meaning of its bytes. `d`, `m`: float16. Where elements are called halves, element i is the
+low half of byte i, and the high halves follow after all low ones.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 from .bits import E2M1, powers
 
 Parts = tuple[Tensor, Tensor, Tensor | None]
-"""Of n blocks: codes, int16 [n, numel]; scales and minima, float32 [n, numel / group]."""
+"""For n blocks: codes, int16 [n, numel]; scales and minima, float32 [n, numel / group]."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def _q3_k(b: Tensor) -> Parts:
 
 
 def _scales_k(b: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and minima of eight groups, 6 bits each, of bytes 4 .. 15, times d and dmin in front of them."""
+    """Scales and minima of eight groups, 6 bits each, in bytes 4 .. 15, times d and dmin, which come first."""
     a, c, e = b[:, 4:8], b[:, 8:12], b[:, 12:16]
     scale = torch.cat([a & 63, (e & 15) | a >> 6 << 4], 1)
     least = torch.cat([c & 63, e >> 4 | c >> 6 << 4], 1)
@@ -111,7 +110,7 @@ def _scales_k(b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nibbles_k(qs: Tensor) -> Tensor:
-    """[n, 128] bytes -> [n, 256]: of each 32 bytes the low halves, then the high ones"""
+    """[n, 128] bytes -> [n, 256]: for each 32 bytes the low halves, then the high ones"""
     parts = qs.view(-1, 4, 1, 32) >> torch.tensor([0, 4], dtype=torch.uint8, device="cpu").view(1, 1, 2, 1) & 15
     return parts.reshape(-1, 256).short()
 
@@ -152,5 +151,5 @@ _ALL = (
     (39, BlockType("MXFP4", 32, 17, 32, _mxfp4, (("mxfp4", 0),))),
 )
 BLOCKS = dict(_ALL)
-"""By the number that files have."""
+"""By their number in files."""
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}

@@ -1,11 +1,10 @@
-"""GGUF files, a run of a tensor's elements at a time.
+"""Reads GGUF files, a range of a tensor's elements at a time.
 
-    "GGUF", version u32 (2, 3), tensors u64, values u64, then the values: key, type u32, value; then of each tensor its
+    "GGUF", version u32 (2, 3), tensors u64, values u64, then the values: key, type u32, value; then for each tensor its
     name, number of dimensions u32, dimensions u64 (the fastest first), type u32, offset u64; then, from the next
     multiple of general.alignment (32), the data. Strings: length u64, UTF-8. Little endian.
 
-The header is read as a stranger's bytes: every count and size is compared with what the file can hold before anything
-is made of it.
+The header is not trusted: every count and size is compared with the file's size before it is used.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ MAX_STRING = 1 << 24
 @dataclass(frozen=True)
 class GGUFTensor:
     spec: Spec
-    """As it is decoded."""
+    """The shape and dtype after decoding."""
     kind: BlockType | None
     """None: plain floats."""
     begin: int
@@ -45,13 +44,13 @@ class GGUFTensor:
 
 
 class GGUFFile:
-    """One file: its header, checked, and elements on demand. CheckpointError on any damage it can see."""
+    """One file: its checked header, and elements on demand. CheckpointError on any damage that it can detect."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         self.values: dict[str, Any] = {}
-        """Values that are no arrays, and the lengths of arrays."""
+        """Values that are not arrays, and the lengths of arrays."""
         self.tensors: dict[str, GGUFTensor] = {}
         try:
             with open(path, "rb") as file:
@@ -61,7 +60,7 @@ class GGUFFile:
             raise
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Elements [start, start + len(out)) of a tensor into `out`, of its dtype. Memory: a few runs of a million."""
+        """Elements [start, start + len(out)) of a tensor into `out`, of its dtype. Memory: a few million elements."""
         tensor = self.tensors[name]
         if tensor.kind is None:
             self._pread(name, tensor.begin + start * out.dtype.itemsize, out.view(torch.uint8))
@@ -83,7 +82,7 @@ class GGUFFile:
         return found
 
     def _codes(self, name: str, held: str, shift: int, files: Files, start: int, count: int) -> Codes:
-        """Of elements [start, start + count) code, scale and minimum, each an element."""
+        """Code, scale and minimum of each of the elements [start, start + count)."""
         kind = self.tensors[name].kind
         assert kind is not None
         blocks, begin = self._blocks(name, kind, start, count)
@@ -100,7 +99,7 @@ class GGUFFile:
         return cut(narrow, 1), cut(scales, kind.group), None if minima is None else cut(minima, kind.group)
 
     def _fits(self, name: str, held: str, files: Files) -> bool:
-        """Whether mxfp4's codes are finite numbers: reads all of them."""
+        """Whether mxfp4's codes are finite numbers: reads them all."""
         tensor = self.tensors[name]
         if held != "mxfp4" or tensor.kind is None:
             return True
@@ -109,7 +108,7 @@ class GGUFFile:
         return all(int(raw[:, 0].max()) <= LARGEST_EXPONENT for raw in blocks)
 
     def _blocks(self, name: str, kind: BlockType, start: int, count: int) -> tuple[Tensor, int]:
-        """The blocks that elements [start, start + count) lie in, uint8 [n, nbytes], and where in them they begin."""
+        """The blocks that contain elements [start, start + count), uint8 [n, nbytes], and its index in them."""
         first, last = start // kind.numel, -(-(start + count) // kind.numel)
         raw = torch.empty((last - first) * kind.nbytes, dtype=torch.uint8, device="cpu")
         self._pread(name, self.tensors[name].begin + first * kind.nbytes, raw)

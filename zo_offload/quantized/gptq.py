@@ -1,7 +1,7 @@
 """GPTQ (AutoGPTQ, GPTQModel, AutoRound's gptq packing): codes along the inputs, zero points along the outputs.
 
 qweight  int32 [in * bits / 32, out]    column n: a little-endian stream of the codes of output n
-qzeros   int32 [groups, out * bits / 32]    row g: a stream of the zero points; version 1 stores them less 1
+qzeros   int32 [groups, out * bits / 32]    row g: a stream of the zero points; version 1 stores them minus 1
 scales   [groups, out]        g_idx  int32 [in], the group of each input (act-order); absent: in order
 
 weight[n, k] = RN(scale[g, n] * (code[k, n] - zero[g, n])), g = g_idx[k], in the dtype of the scales
@@ -22,7 +22,7 @@ from .base import FLOATS, Codes, Decoded, Kept, Wanted, by_rows, is_exact, kept_
 from .bits import stream
 from .files import Files
 
-_ALIGN = 32  # outputs: whole words of zero points, whatever the bits
+_ALIGN = 32  # outputs: whole words of zero points, for any number of bits
 
 
 class GPTQ:
@@ -74,14 +74,14 @@ def _weight(files: Files, module: str, settings: Mapping[str, Any]) -> Decoded:
     symmetric = of_module.get("sym") is True
 
     def parts(files: Files, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
-        """codes [n, inputs], zero points and scales [n, groups] of outputs"""
+        """codes [n, inputs], zero points and scales [n, groups] of outputs [first, last)"""
         last = min(-(-last // _ALIGN) * _ALIGN, outputs)
         codes = stream(files.columns(name, first, last).T, bits)
         packed = files.columns(f"{module}.qzeros", first * bits // 32, -(-last * bits // 32))
         stored = stream(packed, bits)[:, : last - first]
         zero = stored if is_v2 else (stored + 1) % (1 << bits)
         if symmetric and bool((zero != middle).any()):
-            other = (stored + 1) % (1 << bits) if is_v2 else stored  # a file whose version is told wrongly
+            other = (stored + 1) % (1 << bits) if is_v2 else stored  # a file whose settings have the wrong version
             if bool((other != middle).any()):
                 raise CheckpointError(f"'{module}.qzeros': the settings say sym, and zero points are not all {middle}.")
             zero = other

@@ -1,4 +1,4 @@
-"""mxfp4 as in gpt-oss: experts in 4-bit floats, 32 of them under a power of two.
+"""mxfp4 as in gpt-oss: experts in 4-bit floats, 32 of them with one power-of-two scale.
 
 X_blocks  uint8 [E, out, in / 32, 16]    element 2 i of a block is the low half of byte i
 X_scales  uint8 [E, out, in / 32]        e: 2 ** (e - 127); 255 is NaN
@@ -40,16 +40,16 @@ class MXFP4:
 
 
 _FP8 = FP8E4M3()
-_SPREAD, _MOST = 14, 240  # of exponents; the largest, whose fp8 scale is one
+_SPREAD, _MOST = 14, 240  # the exponents' range; the largest exponent with a valid fp8 scale
 
 
 def _fits(files: Files, name: str, scales: str, expert: int, outputs: int, groups: int) -> bool:
-    """Whether fp8_e4m3 holds an expert: in each 128 neighbours, which lie in rows of one block, scales are near."""
+    """Whether fp8_e4m3 can hold an expert: the scales of each 128 neighbours, in rows of one block, are close."""
     many = outputs * groups
     found = files.part(scales, expert * many, many)
     if bool((found == 255).any()):
         return False
-    if bool((found == 0).any()):  # mostly of blocks of zeros, for which any scale does
+    if bool((found == 0).any()):  # usually in blocks of zeros, for which any scale will do
         codes = files.part(name, expert * many * 16, many * 16).view(many, 16)
         is_zero = ((codes & 0x77) == 0).all(1)
         found = torch.where(is_zero, 255, found)
@@ -68,7 +68,7 @@ def _experts(files: Files, name: str, scales: str) -> Decoded:
     inputs = groups * 32
 
     def rows(files: Files, first: int, last: int) -> Tensor:
-        """Inputs [first, last) of all experts' in a row, from a multiple of 32 on; [., outputs]"""
+        """Inputs [first, last), counted through all experts, from a multiple of 32 on; [., outputs]"""
         parts = []
         while first < last:
             expert, begin = divmod(first, inputs)
@@ -82,7 +82,7 @@ def _experts(files: Files, name: str, scales: str) -> Decoded:
         return torch.cat(parts).to(torch.bfloat16)
 
     def kept(files: Files, first: int, last: int) -> Codes:
-        """As fp8_e4m3 encodes them, which rounds nothing of them where `fits`."""
+        """Encoded as fp8_e4m3, which is exact if `fits`."""
         values = rows(files, first, last).float().reshape(-1)
         stored, _ = encode_values(values, _FP8)
         exponent = each(scales_plane(_FP8, stored, values.numel()), _FP8.group, values.numel())
@@ -93,6 +93,6 @@ def _experts(files: Files, name: str, scales: str) -> Decoded:
 
     plain = name.removesuffix("_blocks")
     keeps: tuple[Kept, ...] = ()
-    if outputs % 4 == 0:  # groups end where blocks of 32 rows do
+    if outputs % 4 == 0:  # groups end at the ends of blocks of 32 rows
         keeps = (Kept(_FP8.name, kept_rows(outputs, kept, 32), fits),)
     return Decoded(plain, (experts, inputs, outputs), torch.bfloat16, (name, scales), by_rows(outputs, rows, 32), keeps)

@@ -1,4 +1,4 @@
-"""4-bit floats along the inputs, two a byte: NVFP4 of compressed-tensors and of Model Optimizer, mxfp4 of the former.
+"""4-bit floats along the inputs, two per byte: NVFP4 of compressed-tensors and Model Optimizer, mxfp4 of the former.
 
 weight_packed (Model Optimizer: weight)  uint8 [out, in / 2]   element 2 i is the low half of byte i
 weight_scale                    nvfp4: e4m3 [out, in / 16]; mxfp4: uint8 [out, in / 32], e: 2 ** (e - 127)
@@ -23,7 +23,7 @@ from .files import Files
 
 
 class ModelOptimizer:
-    """NVFP4 in the names of NVIDIA's Model Optimizer."""
+    """NVFP4 with the tensor names of NVIDIA's Model Optimizer."""
 
     name: ClassVar[str] = "modelopt nvfp4"
     methods: ClassVar[tuple[str, ...]] = ("modelopt", "modelopt_fp4", "nvfp4")
@@ -37,18 +37,18 @@ class ModelOptimizer:
 
 
 LARGEST_EXPONENT = 252
-"""Of mxfp4's scales: 6 * 2 ** (252 - 127) is finite."""
+"""The largest of mxfp4's scales: 6 * 2 ** (252 - 127) is finite."""
 
 
 def all_finite(files: Files, scale: str) -> bool:
-    """Whether no mxfp4 code under these exponents is infinite or NaN."""
+    """Whether no mxfp4 code with these exponents is infinite or NaN."""
     many = files.specs[scale].numel
     runs = (files.part(scale, start, min(RUN, many - start)) for start in range(0, many, RUN))
     return all(int(run.view(torch.uint8).max()) <= LARGEST_EXPONENT for run in runs)
 
 
 def packed_float(files: Files, codes: str, name: str, whole: str | None) -> Decoded:
-    """The weight `name`; whole: the scale of all of it. CheckpointError: shapes that do not fit."""
+    """The weight `name`; whole: the name of the tensor's global scale. CheckpointError: shapes that do not fit."""
     spec, scale = files.specs[codes], f"{name}_scale"
     if len(spec.shape) not in (2, 3):
         raise CheckpointError(f"{codes!r} is {spec}; [outputs, inputs / 2] is expected of 4-bit floats.")

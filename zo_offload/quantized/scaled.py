@@ -1,12 +1,12 @@
-"""Codes of 8 bits, one an element, times scales: of blocks, of a row, of groups in a row, or of all.
+"""8-bit codes, one per element, times scales: per block, row, group in a row, or tensor.
 
 DeepSeek-V3 and Qwen3 (fp8, `weight_scale_inv` of 128 x 128 blocks), fbgemm, Model Optimizer and AutoRound (fp8, a scale
-a row or a tensor), compressed-tensors (fp8 and int8, with zero points where int8 is not symmetric). The scale is
-multiplied, whatever its name says:
+per row or tensor), compressed-tensors (fp8 and int8, with zero points if int8 is asymmetric). The scale is a factor,
+even if its name says inverse:
 
     weight = RN(RN32(float32(code - zero) * float32(scale)))
 
-where RN rounds to the dtype that is given. Of compressed-tensors that is the scale's own; there the product is exact in
+where RN rounds to the given dtype. In compressed-tensors that is the scale's own; there the product is exact in
 float32, so its library, which multiplies in that dtype, gives the same.
 """
 
@@ -35,7 +35,7 @@ _ENDINGS = (
 
 
 class ScaledFP8:
-    """fp8 with scales, of every library but compressed-tensors."""
+    """fp8 with scales, as in all libraries but compressed-tensors."""
 
     name: ClassVar[str] = "fp8"
     methods: ClassVar[tuple[str, ...]] = ("fp8", "fbgemm_fp8", "auto-round", "intel/auto-round", "modelopt")
@@ -50,7 +50,7 @@ class ScaledFP8:
 
 
 def scale_name(files: Files, name: str) -> str:
-    """The scales beside a weight. CheckpointError: there are none."""
+    """The name of a weight's scales. CheckpointError: there are none."""
     stem, _, last = name.rpartition(".")
     found = [f"{stem}.{scale}" for weight, scale in _ENDINGS if last == weight and f"{stem}.{scale}" in files]
     found += [f"{name}{ending}" for ending in ("_scale_inv", "_scale") if f"{name}{ending}" in files]
@@ -63,7 +63,7 @@ def scale_name(files: Files, name: str) -> str:
 
 
 def block_of(settings: Settings) -> tuple[int, int] | None:
-    """Rows and columns that share a scale, as settings name them."""
+    """Rows and columns that share a scale, from the settings."""
     given = settings.get("weight_block_size")
     if given is None:
         return None
@@ -79,7 +79,7 @@ def block_of(settings: Settings) -> tuple[int, int] | None:
 def scaled(
     files: Files, name: str, scale: str, dtype: torch.dtype, block: tuple[int, int] | None, *, zero: str | None = None
 ) -> Decoded:
-    """The weight of codes `name`, scales `scale` and zero points `zero`. CheckpointError: shapes that do not fit."""
+    """The weight with codes `name`, scales `scale` and zero points `zero`. CheckpointError: shapes that do not fit."""
     spec, grid = files.specs[name], need(files, scale, name, None, *_SCALES)
     lead, rows, width = math.prod(spec.shape[:-2]), *((1, *spec.shape)[-2:])
     tall, wide = block_shape(name, spec, scale, grid, block)
@@ -94,7 +94,7 @@ def scaled(
             index = torch.zeros_like(index)
         begin, end = int(index[0]), int(index[-1]) + 1
         codes = files.rows(name, first, last).float()
-        for start in range(0, width, _COLUMNS):  # no grid of scales as large as the weight
+        for start in range(0, width, _COLUMNS):  # never a grid of scales as large as the weight
             stop = min(start + _COLUMNS, width)
             column = torch.arange(start, stop, device="cpu").div(wide, rounding_mode="floor")
             part = codes[:, start:stop]
@@ -128,7 +128,7 @@ def scaled(
 
     uses = (name, scale) + ((zero,) if zero else ())
     keeps: tuple[Kept, ...] = ()
-    group = width if across == 1 else math.gcd(width, wide)  # a last block may be cut
+    group = width if across == 1 else math.gcd(width, wide)  # the last block may be shorter
     places = torch.arange(0, width, max(1, group), device="cpu").div(wide, rounding_mode="floor")
     if spec.dtype == torch.int8:
         if zero is None:
@@ -142,7 +142,7 @@ def scaled(
 
 
 def _powers(files: Files, scale: str) -> bool:
-    """Whether all scales are powers of two that an exponent's byte of ours can be."""
+    """Whether all scales are powers of two that our exponent byte can hold."""
     for start in range(0, files.specs[scale].numel, RUN):
         values = scales(files.part(scale, start, min(RUN, files.specs[scale].numel - start)))
         if bool(((values.view(torch.int32) & 0x7FFFFF) != 0).any()) or not bool(
@@ -156,7 +156,7 @@ _COLUMNS = 1 << 14
 
 
 def block_shape(name: str, spec: Spec, scale: str, grid: Spec, block: tuple[int, int] | None) -> tuple[int, int]:
-    """(rows, columns) that share a scale, from the shapes; `block` where they are of blocks. CheckpointError."""
+    """(rows, columns) that share a scale, from the shapes; `block` if scales are per block. CheckpointError."""
     rows, width = (1, *spec.shape)[-2:]
     lead, shape = spec.shape[:-2], grid.shape
     if grid.numel == 1 and not lead:

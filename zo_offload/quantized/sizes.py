@@ -1,4 +1,4 @@
-"""How many bytes a quantized model's files have, from its settings alone: what a plan says before they are there."""
+"""The number of bytes of a quantized model's files, from its settings alone, for plans without the files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .base import Settings
 from .table import method_of
 
 _UNQUANTIZED = re.compile(r"embed|lm_head|\bgate\.weight$|router|norm|score|wte|wpe")
-"""Embeddings, heads and routers: every scheme leaves them as they are, unless told otherwise."""
+"""Embeddings, heads and routers: by default no scheme quantizes them."""
 
 
 def file_bytes(settings: Settings, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> int | None:
-    """Bytes of the tensors of these names and shapes, those that are not quantized in 16 bits; None if the settings do
-    not say. An estimate: what is quantized is guessed by rank and name, and by the lists in the settings."""
+    """Bytes of the tensors of these names and shapes, 16 bits per value if not quantized; None if the settings do not
+    tell. An estimate: quantized tensors are guessed by rank and name, and by the lists in the settings."""
     each = bytes_a_weight(settings)
     if each is None:
         return None
@@ -30,7 +30,7 @@ def file_bytes(settings: Settings, shapes: Iterable[tuple[str, tuple[int, ...]]]
 
 
 def bytes_a_weight(settings: Settings) -> float | None:
-    """Bytes in the files a quantized weight, scales included."""
+    """Bytes in the files per quantized weight, scales included."""
     if not settings:
         return None
     method = method_of(settings)

@@ -1,8 +1,8 @@
-"""All schemes, and which of them a checkpoint is in.
+"""All schemes; finds the scheme of a checkpoint.
 
-Tensors tell, and the settings (quantization_config, or a file of the library's own beside config.json) only what those
-cannot. A weight is quantized if its side tensors are there. What the schemes find takes the place of the tensors it is
-made of; all others pass as they are.
+The tensors decide; the settings (quantization_config, or the library's own file next to config.json) are used only if
+the tensors are not enough. A weight is quantized if its side tensors exist. Decoded weights replace the tensors that
+they are made of; all other tensors are unchanged.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ METHODS = sorted({method for scheme in SCHEMES for method in scheme.methods})
 
 _IGNORED = (".input_scale", ".activation_scale", ".input_global_scale", ".input_zero_point", ".k_scale", ".v_scale",
             ".q_scale", ".output_scale")  # fmt: skip
-"""Endings of scales that quantize activations, which are not quantized here."""
+"""Suffixes of scales for quantized activations; activations are not quantized here."""
 _TOGETHER = ({"fp8", "modelopt nvfp4"},)
-"""Schemes that one library mixes in one checkpoint."""
+"""Schemes that one library may mix in one checkpoint."""
 
 
 def method_of(settings: Settings) -> str:
-    """What settings call their scheme: "" if they do not say. CheckpointError: one that is not known."""
+    """The scheme's name in the settings; "" if there is none. CheckpointError: not known."""
     method = settings.get("quant_method", "")
     name = str(getattr(method, "value", method)).lower()
     if name and name not in METHODS:
@@ -49,9 +49,9 @@ def supported() -> str:
 
 
 def find(files: Files, settings: Settings, dtype: torch.dtype) -> tuple[list[Decoded], set[str]]:
-    """The quantized weights of a checkpoint, and the names of the tensors that are not to be seen beside them.
+    """The quantized weights of a checkpoint, and the names of the tensors that are not the model's.
 
-    dtype: of the model. CheckpointError: a scheme that is not known, a mixture, what does not fit together.
+    dtype: of the model. CheckpointError: an unknown scheme, a mixture, or tensors that do not fit together.
     """
     method = method_of(settings)
     candidates = [scheme for scheme in SCHEMES if not method or method in scheme.methods]
@@ -59,7 +59,7 @@ def find(files: Files, settings: Settings, dtype: torch.dtype) -> tuple[list[Dec
     found: dict[str, list[Decoded]] = {}
     for scheme in candidates:
         if scheme.name == "fp8" and "compressed-tensors" in found:
-            continue  # its fp8 weights were taken as it decodes them
+            continue  # its own scheme has decoded its fp8 weights
         decoded = list(scheme.find(files, wanted))
         if decoded:
             found[scheme.name] = decoded

@@ -1,10 +1,9 @@
-"""compute="auto": the dtype of forwards that is faster on this CPU, float32 or bfloat16, measured before a run begins.
+"""compute="auto": the faster dtype of forwards on this CPU, float32 or bfloat16, measured before a run begins.
 
 CPUs with units for 16-bit products (AMX, AVX512-BF16, SVE-BF16) multiply bfloat16 two to four times as fast as float32;
-the others emulate it, many times slower, and no flag of the CPU says how its libraries do. So a small layer of a
-transformer is computed in both, at the tokens of a short batch and of a long one, on the threads that the run has.
-bfloat16 is taken where it is clearly faster at both. The choice decides the numbers of a run: it is made once, when the
-run begins, and kept in its record.
+the others emulate it, many times slower, and no CPU flag tells the speed of its libraries. So a small transformer layer
+is computed in both, with the tokens of a short and of a long batch, on the run's threads. bfloat16 is chosen if it is
+clearly faster in both cases. The choice changes a run's numbers: it is made once, when the run begins, and recorded.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from ..errors import ConfigError
 from ..ranks.alone import Alone
 
 CLEARLY = 1.25
-"""So many times as fast in bfloat16 as in float32, or it is not taken: a measurement of milliseconds scatters by a
-tenth, and a forward has parts that gain nothing."""
+"""The least speed-up for which bfloat16 is chosen: measurements of milliseconds scatter by a tenth, and some parts of a
+forward gain nothing."""
 TOKENS = (32, 256)
 _WIDTH = 512
 _HEADS = 8
@@ -34,8 +33,8 @@ _HEADS = 8
 def decide_compute(
     config: EngineConfig, device: PlannedDevice, own: torch.dtype, ranks: Alone
 ) -> tuple[EngineConfig, str]:
-    """(settings with what compute="auto" stands for, a line of why), for a checkpoint stored in `own`; the settings as
-    they are, and "", where a dtype was named. Ranks take what rank 0 measured, since all have to compute alike."""
+    """(settings with the choice for compute="auto", a line with the reason), for a checkpoint stored in `own`; the
+    unchanged settings and "", if a dtype was given. Ranks use rank 0's measurement, since all must compute alike."""
     measures = config.compute == "auto" and config.device == "cpu"
     asked, found = ranks.first(
         "opening", lambda: (config.compute, bf16_gains(torch.get_num_threads()) if measures else {})
@@ -53,7 +52,7 @@ def decide_compute(
 
 
 def check_module(config: EngineConfig, module: nn.Module) -> None:
-    """Raise ConfigError for a dtype that a module in memory would not be computed in: it has its own."""
+    """Raise ConfigError if a module in memory is not in the given dtype: it is computed in its own."""
     if config.compute in (None, "tf32"):
         return
     own = {p.dtype for p in module.parameters() if p.is_floating_point()}
@@ -69,7 +68,7 @@ def check_module(config: EngineConfig, module: nn.Module) -> None:
 
 @functools.cache
 def bf16_gains(threads: int) -> dict[str, float]:
-    """How many times as fast a layer is in bfloat16 as in float32, by tokens; about a tenth of a second, once."""
+    """The speed of a layer in bfloat16 relative to float32, by tokens; takes about a tenth of a second, once."""
     assert threads == torch.get_num_threads(), "measured on the threads that compute"
     return {str(tokens): round(_gain(tokens), 2) for tokens in TOKENS}
 
@@ -87,7 +86,7 @@ def _gain(tokens: int) -> float:
 
 
 def _layer(tokens: int, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """The forward of a transformer's layer on zeros of `dtype`: norm, attention, norm, MLP."""
+    """The forward of a transformer layer on zeros of `dtype`: norm, attention, norm, MLP."""
     x_TD = torch.zeros(tokens, _WIDTH, dtype=dtype, device="cpu")
     qkv, out, up, down = (
         torch.zeros(rows, columns, dtype=dtype, device="cpu")

@@ -1,7 +1,7 @@
-"""A few rows, and what the model says to each: for people to see what a run has changed.
+"""A few rows with the model's answers, to show how a run has changed them.
 
-An answer is the class or the option that the model prefers; elsewhere, the text that it writes greedily where the row's
-own answer stands. A row of plain text, which is all answer, is cut in half: the model continues the first half.
+An answer is the class or option with the best score; without classes or options, the text that the model generates
+greedily in place of the row's own answer. A row of plain text is cut in half: the model continues the first half.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Answered:
 
 
 def answered(run: Run, batching: Batching, data: Any, count: int, options: Mapping[str, Any]) -> list[Answered]:
-    """The model's answers to `count` rows of `data`, chosen by the run's seed as an evaluation chooses them.
+    """The model's answers to `count` rows of `data`, chosen by the run's seed as in an evaluation.
 
     options: of `make_batches`. Raises ConfigError for data whose answers are neither classes nor texts.
     """
@@ -70,9 +70,9 @@ def answered(run: Run, batching: Batching, data: Any, count: int, options: Mappi
 
 
 def _choice(encoder: Encoder, row: Any, where: str, values: Any) -> str:
-    """A class, an option or a number by its name. values: its index, or the scores of all."""
+    """The name of a class or option, or a number. values: its index, or the scores of all."""
     if getattr(values, "ndim", 0) == 0 and float(values) != int(values):
-        return f"{float(values):.3g}"  # of a regression
+        return f"{float(values):.3g}"  # a regression
     if getattr(values, "ndim", 0) and len(values) == 1:
         return f"{float(values[0]):.3g}"
     index = int(values.argmax()) if getattr(values, "ndim", 0) else int(values)

@@ -1,4 +1,4 @@
-"""A run that exists already, put together from its record: resumed from its directory, or joined at its keeper."""
+"""Builds an existing run from its record: resumed from its directory, or joined at its keeper."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _NOT_SETTINGS = ("objective", "tokenizer", "model_class", "example", "base")
 
 @dataclass(frozen=True)
 class Reopened:
-    """A run that goes on, and the tokenizer that was passed for it."""
+    """A continued run, and the tokenizer that was passed for it."""
 
     run: Run
     tokenizer: Any
 
 
 def resumed(run_dir: Path, model: Any, method: Any, changes: Mapping[str, Any], team: Alone) -> Reopened:
-    """The run of a directory; arguments and errors as of `Engine.resume`."""
+    """The run of a directory; arguments and errors of `Engine.resume`."""
     changes = dict(changes)
     record, told = team.first("resuming", lambda: run_directory.resumed(run_dir, tells=team.world > 1))
     data = None if told is None or team.leads else b64decode(told)
@@ -53,13 +53,13 @@ def resumed(run_dir: Path, model: Any, method: Any, changes: Mapping[str, Any], 
 
 
 def check_changes(changes: Mapping[str, Any]) -> None:
-    """Raise ConfigError for settings that a member cannot choose, because the run has them."""
+    """Raise ConfigError for settings that a member cannot choose, because the run defines them."""
     if unknown := sorted(changes.keys() & {*SHARED} - {"adapter", "trainable"}):
         raise ConfigError(f"{', '.join(unknown)}: a member takes what the run has; leave it out")
 
 
 def joined(member: Member, address: str, model: Any, method: Any, changes: Mapping[str, Any]) -> Reopened:
-    """The run that a keeper serves, as its member; arguments and errors as of `Engine.join`."""
+    """The run of a keeper, as its member; arguments and errors of `Engine.join`."""
     changes = dict(changes)
     record, passed = record_of(member.about_run), _passed(changes)
     run_directory.check_settings(record["settings"], f"the keeper at {address}")
@@ -68,7 +68,7 @@ def joined(member: Member, address: str, model: Any, method: Any, changes: Mappi
 
 
 def _passed(changes: dict[str, Any]) -> dict[str, Any]:
-    """Take the entries that are not engine settings out of `changes`."""
+    """Remove the entries that are not engine settings from `changes`, and return them."""
     return {name: changes.pop(name, None) for name in _NOT_SETTINGS}
 
 
@@ -76,7 +76,7 @@ def _reopened(
     where: Any, config: EngineConfig, record: Mapping[str, Any], data: bytes | None, method: Any,
     passed: Mapping[str, Any], team: Alone,
 ) -> Reopened:  # fmt: skip
-    """data: the journal's bytes, where another process keeps the file."""
+    """data: the journal's bytes, if another process has the file."""
     objective = model_loss if passed["objective"] is None else as_objective(passed["objective"])
     made = run_directory.make_method(record["method"], method)
     opened = open_model(

@@ -1,9 +1,9 @@
-"""What becomes of a block's bytes when an owner's turn comes: the lanes' weights, and the bytes of the last fold.
+"""Computes, from a block's bytes, the lanes' weights for an owner, and the bytes of the last fold.
 
-What of this stays the same from visit to visit (where pieces lie, which of them train, checks, the kernels' calls but
-for what steps change) is worked out once: `Share`, and the calls that are kept ready with the scratch they write to. So
-a visit fills in versions, updates and seeds, and calls the kernels once for all parameters of an owner in a block. What
-cannot be made ready (gathered rows, masters, the reference's arithmetic) is done piece by piece: the same bits, slowly.
+Everything that is the same at all visits (places of pieces, which of them train, checks, the constant arguments of the
+kernels' calls) is computed once: `Share`, and the prepared calls that are kept with the scratch they write to. So a
+visit fills in versions, updates and seeds, and calls the kernels once for all parameters of an owner in a block. Cases
+that cannot be prepared (gathered rows, masters, the reference) are computed piece by piece: the same bits, slowly.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from .slots import Slot
 from .window import BlockWindow
 
 _NOTHING = Updates()
-_MOST_KEPT = 4096  # ready calls with one scratch: of each owner of its shapes, in each place where its block may lie
+_MOST_KEPT = 4096  # prepared calls per scratch: for each owner with its shapes, and each place of its block
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What of a piece is the same at every visit."""
+    """The facts of a piece that are the same at every visit."""
 
     piece: Piece
     spec: ParamSpec
@@ -43,7 +43,7 @@ class Part:
     update_gain: float
     mask: Mask | None
     of: str | None
-    """Which part of the model it is of, if single steps leave that out."""
+    """The part of the model that it is in, if steps may leave that out."""
     trains: bool
 
 
@@ -54,13 +54,13 @@ class Share:
     block: int
     parts: tuple[Part, ...]
     index: tuple[int, ...]
-    """Of each, the index of its parameter among the owner's."""
+    """For each piece, the index of its parameter among the owner's."""
     start_at: tuple[int, ...]
-    """Of each, its first element's place in what is there of the parameter."""
+    """For each piece, its first element's index among the parameter's elements in this share or portion."""
     is_split: bool
-    """Some of it has a residual part."""
+    """Some piece has a residual part."""
     is_chosen: bool
-    """Single steps leave some of it out."""
+    """Steps may leave some pieces out."""
 
 
 class Emitter:
@@ -96,10 +96,10 @@ class Emitter:
             if part.trains:
                 self._trained.setdefault(part.place.block, []).append(part)
         self.changes = FoldSample(scales=layout.target == "scales", stochastic=rounding == "stochastic")
-        """How many of the stored values folds change."""
+        """How many stored values folds change."""
 
     def share(self, block: int, pieces: Sequence[tuple[Piece, int, int]]) -> Share:
-        """pieces: in the block, each with the index of its parameter and its first element's place in that."""
+        """pieces: in the block, each with the index of its parameter and `start_at`, see `Share`."""
         parts = tuple(self._parts[piece] for piece, _, _ in pieces)
         return Share(
             block, parts, tuple(i for _, i, _ in pieces), tuple(at for _, _, at in pieces),
@@ -107,7 +107,7 @@ class Emitter:
         )  # fmt: skip
 
     def needed(self, block: int, fold: int) -> int:
-        """The version that a block must have for its bytes to be those of a fold: steps may leave all of it out."""
+        """The version from which on a block's bytes are those of a fold: steps may leave the whole block out."""
         return max((self._log.needed(of, fold) for of in {part.of for part in self._trained.get(block, ())}), default=0)
 
     # ---- an owner's pieces of a block --------------------------------------------------------------------------------
@@ -123,9 +123,9 @@ class Emitter:
         scratch: Scratch,
         rows: Tensor | None,
     ) -> None:
-        """Lanes' weights into scratch; folds first what is to be folded, for good where the visit writes.
+        """Write lanes' weights to scratch; folds due updates first, and stores the result if the visit writes.
 
-        once: of each of the owner's parameters, whether its first perturbation's tensor is that of all.
+        once: for each of the owner's parameters, whether all perturbations share the first one's tensor.
         """
         if rows is None and scratch.buffer is not None and not (window.exact and share.is_split):
             folds = self._folding(share.parts, slot)
@@ -143,21 +143,21 @@ class Emitter:
             self.emit_one(part, window, slot, writes, own, outs, rows)
 
     def _folding(self, parts: Sequence[Part], slot: Slot) -> tuple[Piece, ...]:
-        """Pieces of which an update that they lack folds."""
+        """The pieces that lack an update that folds."""
         lacks, version = self._log.lacks, slot.version
         return tuple([part.piece for part in parts if part.trains and lacks(version[part.piece], part.of)])
 
     @staticmethod
     def _prepare_fold(window: BlockWindow, slot: Slot, writes: bool) -> None:
-        """The slot's own bytes where they are written, and both parts of the block: once one piece is folded, both go
-        back. May bring an older version, where the tier finds damage."""
+        """Give the slot its own bytes if they are written, and both parts of the block: after any fold both are written
+        back. May bring an older version, if the tier finds damage."""
         if writes:
             window.own(slot)
         if not slot.residual:
             window.fetch_residual(slot)
 
     def _ready(self, share: Share, slot: Slot, once: Sequence[bool], scratch: Scratch) -> Ready | None:
-        """The kernels' call for these pieces, where they lie now, into this scratch; None if there is no such call."""
+        """The kernels' prepared call for these pieces, at their present addresses; None if there is no such call."""
         key = share, slot.memory.data_ptr(), slot.memory.numel()
         try:
             return scratch.kept[key]  # type: ignore[no-any-return]
@@ -190,7 +190,7 @@ class Emitter:
         once: Sequence[bool],
         folds: Sequence[Piece],
     ) -> list[Told]:
-        """What steps change in the kernels' call: updates, perturbations, whether it writes and needs the residual."""
+        """The changing arguments of the kernels' call: updates, perturbations, whether it writes and uses the residual."""
         first, told = lanes[:1], list[Told]()
         version, since = slot.version, self._log.since
         for part, i in zip(share.parts, share.index, strict=True):
@@ -208,7 +208,7 @@ class Emitter:
     def _run(
         self, share: Share, slot: Slot, ready: Ready, told: Sequence[Told], folds: Sequence[Piece], writes: bool
     ) -> None:
-        """The kernels' call, and what is to be known of the slot's bytes before and after it."""
+        """The kernels' call, with marks and samples of the slot's bytes before and after it."""
         if not (folds and writes):
             self._call(share, slot, ready, told, Mark())
             return
@@ -229,17 +229,17 @@ class Emitter:
         fold = (self._log.folded - self._first_fold) // self._fold_every
         return self.changes.before(slot.memory, part.place, part.piece.numel, fold)
 
-    # ---- one piece: the slow way, and what only it can do ------------------------------------------------------------
+    # ---- one piece: slower, and for cases that only this handles -----------------------------------------------------
 
     def settle(self, window: BlockWindow, slot: Slot) -> None:
-        """Bring the pieces of a block that no module asked for to the last fold, as the others are."""
+        """Bring the pieces of a block that no module requested to the last fold, like the others."""
         window.wait(slot)
         folded, lacks = self._log.folded, self._log.lacks
         for part in self._trained.get(slot.block, ()):
             version = slot.version[part.piece]
             if lacks(version, part.of):
                 self._fused(part, window, slot, True, (), ())
-            elif version < folded:  # its bytes are those of the fold as they are
+            elif version < folded:  # its bytes are already those of the fold
                 slot.version[part.piece] = folded
 
     def emit_one(
@@ -280,7 +280,7 @@ class Emitter:
     def _emit_exact(
         self, part: Part, window: BlockWindow, slot: Slot, writes: bool, outs: Sequence[Tensor], rows: Tensor | None
     ) -> None:
-        """A split parameter's masters, less what is pending, for lanes that are not perturbed."""
+        """A split parameter's masters, with pending updates applied, for lanes that are not perturbed."""
         piece, spec, place = part.piece, part.spec, part.place
         if not slot.residual:
             window.fetch_residual(slot)
@@ -333,7 +333,7 @@ class Emitter:
             self.changes.after(look)
 
     def _residual(self, part: Part, window: BlockWindow, slot: Slot) -> Tensor | None:
-        """The piece's residual part if a fold needs it now, fetched if it is not there."""
+        """The piece's residual part if a fold needs it now; fetched if missing."""
         if not self._folding((part,), slot):
             return None
         if not slot.residual:
@@ -345,7 +345,7 @@ class Emitter:
         return self._layout.target if part.trains else "values"
 
     def mask(self, name: str) -> Mask | None:
-        """Which of a parameter's elements train; None: all, or none of them."""
+        """The elements of a parameter that train; None: all, or none of them."""
         return self._masks.get(name)
 
     def lacking(self, piece: Piece, slot: Slot) -> Updates | DeviceUpdates:
@@ -359,6 +359,6 @@ class Emitter:
 
 
 def _cut(outs: Sequence[Tensor], part: Part, start_at: int) -> list[Tensor]:
-    """Of tensors of a parameter what a piece fills."""
+    """The part of a parameter's tensors that a piece fills."""
     numel = part.piece.numel
     return [out if out.numel() == numel else out.view(-1)[start_at : start_at + numel] for out in outs]

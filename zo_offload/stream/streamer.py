@@ -1,14 +1,13 @@
 """The lanes' source of weights: scratch made from blocks as they pass through the window.
 
-When a module's turn comes, `emit` makes its scratch weights from the blocks' stored bytes in one fused pass a piece:
-apply the updates of the steps the piece still lacks, write back those up to the last fold, emit the perturbed weights.
-A parameter that does not train is the same for every perturbation: it is decoded once, and all lanes get that tensor.
-How blocks come and go is `window.py`'s, what is made of their bytes `emitter.py`'s, and reading the weights between
-passes `reading.py`'s.
+Before a module runs, `emit` makes its scratch weights from the blocks' stored bytes in one fused pass per piece: apply
+the updates of the steps that the piece lacks, write back those up to the last fold, emit the perturbed weights. A
+parameter that does not train is the same for every perturbation: it is decoded once, and all lanes get that tensor.
+`window.py` moves blocks, `emitter.py` computes on their bytes, and `reading.py` reads the weights between passes.
 
 Contract: the bytes of a block at version v are a function of the base weights and the updates of steps 0..v-1 only.
-Window, prefetch, tier, order of service and evaluation in between cannot change them; nor can the cut into blocks and
-pieces change the values.
+Window, prefetch, tier, order of service and evaluations cannot change them; the cut into blocks and pieces cannot
+change the values.
 
 Span for profilers: `zo_offload.stream:fused`.
 """
@@ -42,25 +41,25 @@ from .window import BlockWindow
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What scratch an owner's pieces need and where each piece goes: the same at every visit, and asked for at each."""
+    """The scratch of an owner's pieces and each piece's place in it: computed once, used at every visit."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     once: tuple[bool, ...]
     """Whether a parameter does not train, so that all lanes have the same tensor."""
     of: tuple[str | None, ...]
-    """Which part of the model it is of, if single steps leave that out."""
+    """The part of the model that each parameter is in, if steps may leave that out."""
     is_chosen: bool
-    """They do of some of it."""
+    """Steps may leave some parameters out."""
     shares: tuple[Share, ...]
-    """Its pieces, those that follow one another in a block together."""
+    """The owner's pieces: one share per run of pieces in one block."""
 
 
 class Streamer:
     """The lanes' source of weights (`lanes.serving.Source`) over a tier, a window of slots and the update log.
 
     window: how blocks move. decays(spec): whether weight decay applies to a parameter. look: called before each owner's
-    weights are made, where it may end the pass by raising.
+    weights are made; it may raise to end the pass.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class Streamer:
             settle=self._settle,
             needed=self._emitter.needed,
         )
-        """The blocks on their way."""
+        """The slots, and the transfers of their blocks."""
         self.reader = Reader(
             plan,
             layout,
@@ -128,15 +127,15 @@ class Streamer:
         self.reader.forget()
         self.window.set_plan(plan)
 
-    # ---- passes, and what lies between them --------------------------------------------------------------------------
+    # ---- passes, and operations between them -------------------------------------------------------------------------
 
     def begin_pass(self, exact: bool = False) -> None:
-        """Start one forward of all lanes. exact: no lane is perturbed, and all are to see the masters (evaluation)."""
+        """Start one forward of all lanes. exact: no lane is perturbed, and all see the masters (evaluation)."""
         self.reader.forget()
         self.window.begin_pass(exact)
 
     def end_pass(self) -> None:
-        """All lanes have returned: bring the remaining blocks' visits to their end."""
+        """All lanes have returned: finish the visits of the remaining blocks."""
         self.window.end_pass()
 
     def flush_all(self, between: Callable[[], None] = lambda: None) -> None:
@@ -145,29 +144,29 @@ class Streamer:
         self.window.flush_all(between)
 
     def bring(self, block: int) -> None:
-        """One block to the last fold, in its tier. Not in a pass, and with nothing fetched ahead."""
+        """Bring one block to the last fold, in its tier. Not during a pass, and with no block fetched ahead."""
         self.reader.forget()
         self.window.bring(block)
 
     def mend(self) -> list[int]:
-        """After a pass was broken off: as between passes. The blocks that are lost; see `BlockWindow.mend`."""
+        """Restore the state between passes after an interrupted pass. The lost blocks; see `BlockWindow.mend`."""
         self.reader.forget()
         self._pool.take_all_back()
         return self.window.mend()
 
     def close(self) -> None:
-        """End the worker threads, let window and scratch go; nothing is flushed. Safe to call twice."""
+        """End the worker threads, release window and scratch; nothing is flushed. Safe to call twice."""
         self.reader.forget()
         self.window.close()
         self._pool.clear()
 
     @property
     def traffic(self) -> Traffic:
-        """What was counted since the last `count_anew`."""
+        """The traffic since the last `count_anew`."""
         return self.window.traffic
 
     def count_anew(self) -> Traffic:
-        """Count from zero: what is counted from now on, until the next call of this."""
+        """Count from zero; returns the counters, which count until the next call."""
         self.window.traffic = Traffic()
         return self.window.traffic
 
@@ -199,7 +198,7 @@ class Streamer:
         if recipe is None:
             recipe = self._recipes[key] = self._recipe(owner, pieces)
         once, step = recipe.once, self.log.version
-        if recipe.is_chosen:  # what this step leaves out is one tensor for all lanes too
+        if recipe.is_chosen:  # parameters that this step leaves out also have one tensor for all lanes
             trains = self.log.parts.trains
             once = tuple([o or not trains(part, step) for o, part in zip(once, recipe.of, strict=True)])
         scratch = self._pool.take(
@@ -237,7 +236,7 @@ class Streamer:
 
     @property
     def changes(self) -> FoldSample:
-        """How many of the stored values folds change."""
+        """How many stored values folds change."""
         return self._emitter.changes
 
     def _settle(self, slot: Slot) -> None:
