@@ -190,7 +190,7 @@ class Emitter:
         once: Sequence[bool],
         folds: Sequence[Piece],
     ) -> list[Told]:
-        """The changing arguments of the kernels' call: updates, perturbations, whether it writes and uses the residual."""
+        """The kernels' changing arguments: updates, perturbations, whether to write, whether to use residuals."""
         first, told = lanes[:1], list[Told]()
         version, since = slot.version, self._log.since
         for part, i in zip(share.parts, share.index, strict=True):
