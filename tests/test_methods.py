@@ -642,7 +642,14 @@ def test_nothing_outside_the_methods_names_one():
             continue
         named = {node.id for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Name)}
         assert not named & classes, file.name
-        if file.name in ("command.py", "method_options.py", "report.py", "auto.py"):
+        if file.name in (
+            "arguments.py",
+            "command.py",
+            "train_commands.py",
+            "method_options.py",
+            "report.py",
+            "auto.py",
+        ):
             text = file.read_text()
             assert not [name for name in (*classes, "'mezo'", '"mezo"', "fzoo", "qzo") if name in text], file.name
 
