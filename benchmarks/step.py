@@ -4,9 +4,9 @@ two-point method; nine for FZOO (--method fzoo, ways "ours" only).
     python -m benchmarks.step [--quick] [--models opt-125m opt-1.3b] [--tokens 128 512] [--repeats 5] [--ways NAME ...]
                               [--block-numel N ...] [--method mezo|fzoo]
 
-Random weights, random tokens, batch 1, fp32 compute and storage. For each way of running, its step and the plain
-forwards (loss included) are timed in turn in the same process, so a noisy machine disturbs both; `ratio` is the median
-of the pairs' ratios. Ways:
+Random weights, random tokens, batch 1, compute and storage in fp32 (or as --dtype and --storage say). For each way of
+running, its step and the plain forwards (loss included) are timed in turn in the same process, so a noisy machine
+disturbs both; `ratio` is the median of the pairs' ratios. Ways:
     ours none | host | disk        Engine.step, everything resident, or streamed through 3 slots
     plain mezo                     MeZO as usually written: +eps, forward, -2 eps, forward, +eps, update; torch noise
     accelerate cpu | disk, twice   two forwards through accelerate's cpu_offload / disk_offload (it cannot train;
