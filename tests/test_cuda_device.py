@@ -334,7 +334,7 @@ def test_rows_of_ids_that_the_host_does_not_know():
             lane.ids = i if known else i.to("meta")
         portion = Portion(
             pieces=None, block=0, spans=False, names=("e.weight",), params=(embedding.weight,), shapes=((11, 5),),
-            resting=(), strides=(None,),
+            resting=(), strides=(None,), is_laid_out=False,
         )  # fmt: skip
         served = Served(0, type("O", (), {"name": "e", "rows": True})(), embedding, [portion])
         if known:

@@ -266,7 +266,7 @@ REFUSED = {
     "JSON braces": ("causal", REVIEWS, dict(template='{"review": "{text}"}', verbalizers=["a", "good"]),
                     "write {{ and }} for braces"),
     "unclosed brace": ("causal", REVIEWS, dict(template="{text", verbalizers=["a", "good"]), "write {{ and }}"),
-    "braces in a word": ("causal", REVIEWS, dict(template="{text}", verbalizers=["{0}", "good"]), "name of a column"),
+    "braces in a word": ("causal", REVIEWS, dict(template="{text}", verbalizers=["{0}", "good"]), "column's name"),
     "label's column in the prompt": ("causal", REVIEWS, dict(template="{text} {label}", verbalizers=["a", "good"]),
                                      "holds the answer"),
     "class beyond the head": ("classifier", rows_with(TEXT, {**TEXT, "label": 4}), {}, "row 5: label=4.* 2 classes"),

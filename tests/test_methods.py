@@ -662,7 +662,7 @@ def test_a_class_goes_by_its_own_name_and_takes_no_other():
     assert Halved.name == "Halved" and METHODS["Halved"] is Halved and not Halved.own() and MeZO.own()
     assert not hasattr(zo_offload, "Halved") and zo_offload.SignSGD is SignSGD
     assert {"MeZO", "NSPSA", "Method", "PRESETS", "Engine"} <= set(zo_offload.__all__)
-    with pytest.raises(ConfigError, match="a method named 'mezo' is there already"):
+    with pytest.raises(ConfigError, match="a method named 'mezo' exists already"):
 
         class Other(Method, name="mezo"):
             pass
@@ -679,7 +679,7 @@ def test_a_field_that_a_run_could_not_record_is_refused():
     class Forgotten(MeZO):
         beta: float = 0.5
 
-    with pytest.raises(ConfigError, match=r"Forgotten: beta is no field. Decorate the class with @dataclass"):
+    with pytest.raises(ConfigError, match=r"Forgotten: beta is not a field. Decorate the class with @dataclass"):
         Forgotten()
 
     @dataclass(frozen=True, kw_only=True)

@@ -133,7 +133,7 @@ def test_another_base_is_refused_and_nothing_is_written(made, tmp_path):
 
 def test_steps_that_are_not_there_are_refused(made, tmp_path, capsys):
     assert call("replay", made / "base", made / "run", "--to", 10, "--out", tmp_path / "out") == 2
-    assert "step 10 was asked for" in capsys.readouterr().err
+    assert "step 10 was requested" in capsys.readouterr().err
     assert call("replay", made / "base", tmp_path / "none.zoj", "--out", tmp_path / "out") == 2
     assert "none.zoj does not exist" in capsys.readouterr().err
 

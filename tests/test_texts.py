@@ -136,7 +136,7 @@ def test_what_is_no_prompt_is_named(prompt, match):
 def test_positions_that_would_run_out_are_named_and_rotary_ones_go_on():
     long = "the film " * 31
     with engine_of(strong("gpt2"), word_tokenizer()) as engine:
-        with pytest.raises(ConfigError, match=r"62 tokens and 5 more.* 64 positions.*max_new_tokens to 2"):
+        with pytest.raises(ConfigError, match=r"62 tokens and 5 new ones.* 64 positions.*max_new_tokens to 2"):
             engine.generate(long, **NEW)
         engine.generate(long, max_new_tokens=2)
     with engine_of(strong("llama"), word_tokenizer()) as engine:

@@ -337,7 +337,7 @@ def test_the_command_line_exports_the_best_step(base, tmp_path, capsys):
     assert main(["fit", str(base), "--data", str(path), "--keep-best", "--out", str(tmp_path / "x")]) == 2
     assert "give --run-dir" in capsys.readouterr().err
     assert main(["export", str(base), "--step", "best", "--out", str(tmp_path / "x")]) == 2
-    assert "--step best is of a run" in capsys.readouterr().err
+    assert "--step best is for runs" in capsys.readouterr().err
 
 
 def test_evaluations_on_other_rows_are_not_compared(base, tmp_path, caplog):
