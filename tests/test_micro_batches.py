@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from support.zoo.models import BART, BERT, VOCAB, ZOO
 from zo_offload import ConfigError, DataError, Engine, MeZO
 from zo_offload.cli import main
+from zo_offload.data.micro_batches import check_whole
 
 LENGTHS = (12, 3, 7, 2)
 STEP = MeZO(lr=1e-9, eps=1e-3)
@@ -290,6 +291,13 @@ def test_weights_of_classes_as_long_as_the_batch_are_named_and_go_whole_if_asked
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
     with pytest.raises(ConfigError, match="expected names"):
         Engine(Weighted(), example=batch, whole="class_weights")
+    with (
+        Engine(Weighted(), method=STEP, offload="none", example=batch, whole=["class_weigths"]) as engine,
+        pytest.raises(ConfigError, match=r"whole=\['class_weigths'\]: the batch has no 'class_weigths', but x, labels, "
+                                         r"class_weights. Did you mean 'class_weights'\?"),
+    ):  # fmt: skip
+        engine.step(batch)
+    check_whole({"x": 1, "graph": {"edges": 2}}, ["graph.edges", "x"])
 
 
 def cut(batch, **settings):

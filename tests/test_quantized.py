@@ -558,8 +558,11 @@ def test_nothing_to_keep_is_an_error_that_says_so(tmp_path):
     _, plain, _ = written(tmp_path, "llama", "fp8")
     with pytest.raises(ConfigError, match="no quantized weights whose codes a storage format holds"):
         Engine(plain, storage="kept")
+    again = kept_llama(tmp_path / "again")
     with pytest.raises(ConfigError, match=r"storage='int\d.* never rewritten"):
-        Engine(kept_llama(tmp_path / "again"), storage="kept")
+        Engine(again, storage="kept")
+    with pytest.raises(ConfigError, match="keep='embed_tokens': storage='kept' keeps the checkpoint's own codes"):
+        Engine(again, storage="kept", keep="embed_tokens", trainable="*norm*")
 
 
 def kept_llama(folder):

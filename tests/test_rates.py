@@ -47,3 +47,8 @@ def test_the_command_line_tries_rates_and_names_the_best(base, tmp_path, capsys)
 def test_too_few_steps_are_refused(base, capsys):
     assert main(["rate", str(base), "--data", str(base.parent / "rows.jsonl"), "--steps", "2"]) == 2
     assert "at least 4" in capsys.readouterr().err
+
+
+def test_a_runs_snapshots_are_left_out_where_trials_have_no_directory(base):
+    args = ["rate", base, "--data", base.parent / "rows.jsonl", "--batch-size", 4, "--steps", 4, "--rates", "1e-4"]
+    assert main([str(arg) for arg in [*args, "--snapshot-steps", 2]]) == 0

@@ -53,7 +53,8 @@ def _check_overrides(overrides: Any) -> None:
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How an engine runs. No setting here changes the numbers of a run except storage, compute, rounding, fold_every,
-    block_numel, seed and trainable; those are part of its identity and are checked on resume."""
+    block_numel, seed and trainable; those are part of its identity and are checked on resume. A setting that has no
+    effect on a new run is refused or told by a warning (docs/limits.md)."""
 
     offload: Offload = "auto"
     """Where blocks live: "none" in the device's memory, "host" in host memory behind a window, "disk" in files.

@@ -142,7 +142,8 @@ def rate(args: argparse.Namespace) -> int:
         raise ConfigError("--data is missing: a file or folder to train on")
     method = make_method(args)
     rates = args.rates or [factor * method.lr for factor in FACTORS]
-    settings = {name: value for name, value in engine_settings(args).items() if name != "run_dir"}
+    without = {"run_dir"} if args.run_dir is not None else {"run_dir", "snapshot_minutes", "snapshot_steps"}
+    settings = {name: value for name, value in engine_settings(args).items() if name not in without}
 
     def make(changed: Any) -> Any:
         folder = {} if args.run_dir is None else {"run_dir": Path(args.run_dir) / f"lr-{changed.lr:g}"}

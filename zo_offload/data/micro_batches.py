@@ -20,7 +20,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
+from ..system.nearest import did_you_mean
 from .encode import IGNORED, Batch
 
 _FIRST = ("input_ids", "inputs_embeds", "labels", "pixel_values", "input_features", "input_values")  # have rows
@@ -171,6 +172,22 @@ def split_micro_batches(batch: Mapping[str, Any], parts: int, whole: Collection[
     return [
         {name: _part(name, value, rows, parts, i, whole) for name, value in batch.items()} for i in range(parts)
     ]  # fmt: skip
+
+
+def check_whole(batch: Mapping[str, Any], whole: Collection[str] | None) -> None:
+    """Raise ConfigError for a name in `whole` that no entry of the batch has."""
+    known = _names(batch)
+    if unknown := [name for name in whole or () if name not in known]:
+        hint = did_you_mean(unknown[0], known, "{!r}") or " Leave it out."
+        raise ConfigError(f"whole={list(whole or ())}: the batch has no {unknown[0]!r}, but {', '.join(known)}.{hint}")
+
+
+def _names(entries: Mapping[str, Any], inside: str = "") -> list[str]:
+    """The names of a batch's entries; those of a dict inside it are joined by a dot."""
+    found = []
+    for name, value in entries.items():
+        found += [inside + name, *(_names(value, f"{inside}{name}.") if isinstance(value, Mapping) else ())]
+    return found
 
 
 def _part(name: str, value: Any, rows: int, parts: int, i: int, whole: Collection[str] | None) -> Any:

@@ -47,6 +47,8 @@ class Format:
     """False: it holds only a checkpoint's own codes."""
     trains: ClassVar[bool] = True
     """False: values are encoded once and never rewritten; other parameters train, or the scales."""
+    rounds: ClassVar[bool] = True
+    """False: every float32 is stored exactly, so that both ways of rounding are the same."""
     trains_scales: ClassVar[bool] = False
     """True: float32 scales that `fused_pass(target="scales")` can train."""
     code_rms: ClassVar[float] = 0.0

@@ -17,6 +17,7 @@ class FP32(Format):
     code: ClassVar[int] = 0
     torch_dtype: ClassVar[torch.dtype] = torch.float32
     value_bits: ClassVar[int] = 32
+    rounds: ClassVar[bool] = False
 
     def decode(self, stored: Tensor, numel: int | None = None) -> Tensor:
         return stored.clone().view(torch.float32)  # a copy: the bytes may be at any address

@@ -36,6 +36,7 @@ class BF16Plus16(_SplitBF16):
     code: ClassVar[int] = 8
     torch_dtype: ClassVar[torch.dtype] = torch.float32
     residual_bytes: ClassVar[int] = 2
+    rounds: ClassVar[bool] = False
 
     def join(self, stored: Tensor, residual: Tensor, numel: int | None = None) -> Tensor:
         return from_bits((from_bytes16(stored) << 16) + sign_extended(from_bytes16(residual), 16))

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from ..methods.base import LOOK_FOR_NAN
 from ..stream.fold_sample import FoldSample
 from .journal import StepRecord
 from .rising import WINDOW as RISING
@@ -100,7 +101,10 @@ class LearningWatch:
     def _text(self, kind: str) -> str:
         n = self._steps
         if kind == "skipped":
-            return f"{self._skipped} of {n} steps were skipped: losses or updates were not finite. Lower lr or eps"
+            text = f"{self._skipped} of {n} steps were skipped: losses or updates were not finite. Lower lr or eps"
+            if self._skipped < n or self._last[-1].step >= n:  # some step was taken, here or before
+                return text
+            return f"{text}. If all were NaN from the first step on, lr is not the cause. {LOOK_FOR_NAN}"
         if kind == "rising":
             assert self._rise is not None
             return (

@@ -52,6 +52,12 @@ METHODS: dict[str, type[Method]] = {}
 
 COEFF_LIMIT = 3e38  # a little less than float32's maximum
 _PACKAGE = __name__.rpartition(".")[0]
+LOOK_FOR_NAN = (
+    "Look for NaN in the base and in the batch; try a smaller eps, or compute= with a wider range than fp16; and see "
+    "whether the forward or the objective reads a weight where its module does not run and torch does not see it "
+    "(.numpy(), .tolist(), numpy.asarray): there it is NaN (docs/limits.md)"
+)
+"""What to do when all losses were NaN before any weight changed."""
 _TOLD = 9  # number of losses that an error lists
 
 
@@ -356,11 +362,18 @@ class Method(ABC):
             largest = float(self.coefficients_from(memory, values, lr).abs().max())
             raise DivergenceError(
                 f"step {step}: losses {_listed(losses)} give an update of {largest:g} "
-                f"(seed {self.seeds(run_seed, step)[0]}, lr {lr:g}, eps {self.eps:g}). The weights are "
-                f"as after step {step - 1}. Lower lr or eps, or set on_nonfinite='skip' or 'halve_eps'"
+                f"(seed {self.seeds(run_seed, step)[0]}, lr {lr:g}, eps {self.eps:g}). {_advice(step, losses)}"
             )
         updates = self.updates(run_seed, step, found.coefficients.tolist(), lr)
         return Step(updates, float(found.loss), float(found.grad), tuple(found.scalars.tolist()))
+
+
+def _advice(step: int, losses: Sequence[float]) -> str:
+    """What became of the weights, and what to do, after losses or an update that are not finite."""
+    if step == 0 and all(map(math.isnan, losses)):
+        return f"The weights are the base's, so lr is not the cause. {LOOK_FOR_NAN}"
+    weights = f"as after step {step - 1}" if step else "the base's"
+    return f"The weights are {weights}. Lower lr or eps, or set on_nonfinite='skip' or 'halve_eps'"
 
 
 def _listed(losses: Sequence[float]) -> str:

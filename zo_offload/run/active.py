@@ -23,7 +23,7 @@ from ..data.batches import Batches
 from ..data.encode import ENCODING
 from ..data.losses import Batch, Objective, model_loss, plain_forward, weighing
 from ..data.made import as_made
-from ..data.micro_batches import split_micro_batches
+from ..data.micro_batches import check_whole, split_micro_batches
 from ..errors import ConfigError, TornError
 from ..journal import run_directory
 from ..journal.binding import Binding, bound_from, check_horizon, check_same_data
@@ -149,6 +149,7 @@ class Run:
         largest: the largest batch of the run, if known: memory is planned for it.
         """
         self.opened.check_trains(self._asked(objective))
+        check_whole(batch, None if (self.log.version if self.parts else self._resumes) else self.config.whole)
         if self.parts is None and self.method.on_nonfinite != "skip":
             weigh = weighing(self.opened.model, self._asked(objective))
             weigh.shares(split_micro_batches(batch, micro_batches, self.config.whole))

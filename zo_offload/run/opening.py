@@ -41,6 +41,7 @@ from ..stream.ingest import Base, ModuleBase
 from ..system.host_memory import process_bytes
 from ..system.plain import user_path
 from .compute import check_module, decide_compute
+from .idle import check_idle
 from .prepare import Prepared, prepare
 
 _log = logging.getLogger(__name__)
@@ -177,6 +178,8 @@ def open_model(
     agreed = _agreed(config, prepared, ranks)
     if agreed != (prepared.config.storage, prepared.offload):
         prepared = make(replace(config, storage=agreed[0]), offload=agreed[1])
+    if fresh:
+        check_idle(config, prepared, base, tells=ranks.leads)
     opened = Opened(
         module, base, kind, device, prepared, None, checkpoint, given=given, ties=ties,
         adapter=None if adapted is None else adapted.config,

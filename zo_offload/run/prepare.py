@@ -132,6 +132,15 @@ class Prepared:
         every = choose_fold_every(config.fold_every, stored.plan, layout, stays, method.distribution, method.noises)
         return replace(self, plan=stored.plan, layout=layout, config=config, offload=offload, fold_every=every)
 
+    def formats_without_keep(
+        self, dtype_of: Callable[[str], torch.dtype], kept_of: Callable[[str], Format | None]
+    ) -> Mapping[str, Format]:
+        """The format that each parameter would have if the settings had no `keep`."""
+        return decide_formats(
+            _with_gain(self.full_plan, self.method), self.config.storage, dtype_of, None, self.method.target,
+            resident=self.config.adapter is not None, kept_of=kept_of,
+        ).formats  # fmt: skip
+
     def plan_blindly(self, *, process: int = 0) -> MemoryPlan:
         """As `plan_memory`, for a run that starts without a batch: reserves the rest of the budget for activations."""
         return self._within_budget(1, 0, Activations(unknown="the run was started without a batch"), process)
