@@ -149,6 +149,9 @@ def test_a_text_that_is_longer_than_the_model_can_be_packed(base):
 @pytest.mark.parametrize("data, options, message", [
     (ROWS, dict(packing=True, kind=ModelKind("classification", "a classifier")), "a classifier is not a causal LM"),
     ([{"words": "a"}], dict(packing=True), "row 0 lacks 'text', its columns are 'words'. Pass text_column="),
+    (["a film"], dict(packing=True), "row 0: expected a dict, found str. For a text, {'text': ...}"),
+    ([*ROWS, 7], dict(packing=True), "expected a dict, found int."),
+    (["a film"] * 4, dict(length_buckets=True), "row 0: expected a dict, found str. For a text, {'text': ...}"),
     ([{"text": None}], dict(packing=True), "row 0: column 'text' is empty"),
     (iter(ROWS), dict(packing=True), "packing and length_buckets are for a file"),
     (ROWS, dict(packing=True, kind=ModelKind("causal", "a model", takes=TAKEN)), "needs max_length="),

@@ -31,7 +31,7 @@ from .masking import RandomMasks
 from .options import check_values
 from .prompts import Prompt, Template, check_kind, closed
 from .tasks import KINDS, find_task
-from .texts import as_text, check_not_empty, encoded_text, text_ids
+from .texts import as_text, check_not_empty, encoded_text, no_dict, text_ids
 from .tokenised import WANTS, TokenisedRows, check_sizes, next_tokens, nothing_counts
 
 __all__ = ["ENCODING", "IGNORED", "Batch", "Encoder", "Row", "Task"]
@@ -189,7 +189,7 @@ class Encoder:
     def __call__(self, row: Row, where: str, draw: str) -> dict[str, Any]:
         """One row's inputs and labels. where: the row's name in errors; draw: the key of its random masks."""
         if not isinstance(row, Mapping):
-            raise DataError(f"{where}: expected a dict, found {type(row).__name__}.")
+            raise DataError(no_dict(where, row))
         if self._first is not None:
             encoded = self._first(row, where)
         elif self._is_text(row):

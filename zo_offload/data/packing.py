@@ -14,7 +14,7 @@ from ..errors import DataError
 from .digests import RowsDigest
 from .encode import Encoder
 from .prompts import closed
-from .texts import as_text, text_ids
+from .texts import as_text, no_dict, text_ids
 
 PackedRow = dict[str, list[int]]
 
@@ -37,6 +37,8 @@ class PackedRows(Sequence[PackedRow]):
         self.texts = 0
         columns = [encoder.text_column] if isinstance(encoder.text_column, str) else list(encoder.text_column)
         for i, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise DataError(no_dict(f"{name} row {i}", row))
             absent = [column for column in columns if column not in row]
             if absent:
                 raise DataError(f"{name} row {i} lacks {', '.join(map(repr, absent))}, its columns are "

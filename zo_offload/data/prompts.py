@@ -80,7 +80,8 @@ class Prompt:
         texts = [word.text for word in self.words.values()]
         if self._each is not None and len(self._each.columns) != 1:
             raise DataError(
-                f"verbalizers={words!r}: give at least two, or {{column}}, the column that lists a row's own"
+                f"verbalizers={words!r}: give at least two words ([...], --verbalizers bad good), or {{column}}, the "
+                "column that lists a row's own"
             )
         if self._each is None and (len(texts) < 2 or len(set(texts)) < len(texts)):
             raise DataError(f"verbalizers={texts}: give at least two different ones")

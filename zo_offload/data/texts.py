@@ -9,6 +9,12 @@ from typing import Any
 from ..errors import DataError
 
 
+def no_dict(where: str, row: Any) -> str:
+    """The message for a row that is no dict."""
+    hint = " For a text, {'text': ...}." if isinstance(row, str) else ""
+    return f"{where}: expected a dict, found {type(row).__name__}.{hint}"
+
+
 def text_ids(tokenizer: Any, *texts: str) -> list[int]:
     """Tokens of a text (or a pair) as the tokenizer gives them; with one BOS even if the text has its own."""
     return without_second_start(tokenizer, list(tokenizer(*texts)["input_ids"]))
