@@ -386,11 +386,21 @@ def test_a_base_that_was_moved_can_be_named(base: Path, tmp_path: Path, capsys: 
     assert main(["eval", run, "--base", moved, "--data", str(data)]) == 0
     assert main(["export", run, "--base", moved, "--out", str(tmp_path / "out")]) == 0
     assert main(["fit", moved, "--base", moved, "--data", str(data)]) == 2
+    capsys.readouterr()
+    assert main(["fit", moved, "--resume"]) == 2 and "not a run's configuration, but a chec" in capsys.readouterr().err
+    assert main(["fit", str(tmp_path / "gone"), "--resume"]) == 2
+    assert "does not exist. If the run was moved" in capsys.readouterr().err
+    elsewhere = data.rename(tmp_path / "other.jsonl")
+    again = ["fit", run, "--resume", "--base", moved, "--steps", "5", "--quiet"]
+    assert main(again) == 2
+    assert f"the run's data, {data}, does not exist. If it was moved" in (error := capsys.readouterr().err)
+    assert "(--data)" in error
+    assert main([*again, "--data", str(elsewhere)]) == 0
     other = transformers.LlamaForCausalLM.from_pretrained(moved)
     other.model.norm.weight.data.mul_(1.1)
     other.model.layers[0].mlp.up_proj.weight.data.mul_(1.1)
     other.save_pretrained(tmp_path / "other")
-    assert main(["fit", run, "--resume", "--base", str(tmp_path / "other"), "--steps", "5", "--quiet"]) == 2
+    assert main(["fit", run, "--resume", "--base", str(tmp_path / "other"), "--steps", "6", "--quiet"]) == 2
     assert "base weights are not the run's" in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..system.plain import is_whole, plain_option, plain_value, user_path
 
 _PATHS = ("data", "eval_data", "save_dir")
@@ -76,7 +76,8 @@ class FitCall:
         object.__setattr__(self, "options", options)
 
     def after(self, record: Mapping[str, Any] | None) -> FitCall:
-        """This call, with missing arguments taken from an earlier call's `record`."""
+        """This call, with missing arguments taken from an earlier call's `record`. Raises DataError for a file of that
+        call that is not there any more."""
         known = record if isinstance(record, Mapping) else {}
         options = known.get("options")
         call = replace(self, options={**(options if isinstance(options, Mapping) else {}), **self.options})
@@ -93,6 +94,12 @@ class FitCall:
                 "now. Pass eval_data= again, or eval_data=False",
                 stacklevel=2,
             )
+        for name in ("data", "eval_data"):
+            if isinstance(path := missing.get(name), str) and not Path(path).exists():
+                raise DataError(
+                    f"the run's {name}, {path}, does not exist. If it was moved, give its new path: "
+                    f"{'train_data' if name == 'data' else name}= (--{name.replace('_', '-')})"
+                )
         call = replace(call, **missing)
         if call.eval_data is not False:
             return call

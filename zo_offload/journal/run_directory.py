@@ -174,13 +174,18 @@ def load_config(run_dir: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(diskio.read_file(path))
     except (FileNotFoundError, NotADirectoryError):
+        if not run_dir.exists():
+            raise JournalError(
+                f"{str(run_dir)!r} does not exist. If the run was moved, give its new directory"
+            ) from None
         raise JournalError(f"{path} is missing: {str(run_dir)!r} is not a run directory") from None
     except OSError as error:
         raise JournalError(f"{path} cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
         raise JournalError(f"{path} is damaged: {error}") from None
     if not _is_record(record):
-        raise JournalError(f"{path} is not a run's configuration ({str(record)[:100]})")
+        what = "a checkpoint's" if isinstance(record, dict) and "architectures" in record else str(record)[:100]
+        raise JournalError(f"{path} is not a run's configuration, but {what}")
     check_settings({k: v for k, v in record["settings"].items() if k != "trust_remote_code"}, str(path))
     record["settings"] = with_mode(record["settings"], record["model"])
     return record
