@@ -1,6 +1,7 @@
 """compute="auto": bf16 where this CPU is measured to be faster with it; decided once, and part of the run's record."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -68,6 +69,21 @@ def test_a_module_in_memory_has_its_own_dtypes(dtype):
     with pytest.raises(ConfigError, match=r"checkpoint's directory.*here float32.*module\.to"):
         Engine(ZOO["llama"].build(), compute=dtype)
     Engine(ZOO["llama"].build(), compute="fp32").close()
+
+
+def test_a_loss_of_16_bits_is_told_once(base, tmp_path):
+    """Heads on classes leave it in the forward's dtype; those on a vocabulary compute it in float32."""
+    ZOO["bert"].build().save_pretrained(tmp_path / "bert")
+    batch = {"input_ids": IDS, "labels": torch.tensor([0, 1])}
+    for dtype, count in (("bf16", 1), ("fp16", 1), ("fp32", 0)):
+        with warnings.catch_warnings(record=True) as told, Engine(tmp_path / "bert", compute=dtype) as engine:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                engine.step(batch)
+        assert len([w for w in told if "digits: lanes differ by less" in str(w.message)]) == count
+    with warnings.catch_warnings(), Engine(base, compute="bf16") as engine:
+        warnings.simplefilter("error")
+        engine.step(BATCH)
 
 
 def test_a_layer_is_measured_in_both():

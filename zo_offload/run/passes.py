@@ -43,6 +43,10 @@ def _divide(x: Any, by: float) -> Any:
     return divide(x, by) if isinstance(x, Tensor) else x / by
 
 
+_COARSE = {torch.bfloat16: 3, torch.float16: 4}
+"""Decimal digits of losses that are not float32."""
+
+
 class Passes:
     """Passes of one model over one streamer.
 
@@ -73,6 +77,7 @@ class Passes:
     ) -> None:
         self.model, self.plan, self.streamer, self.device, self.objective = model, plan, streamer, device, objective
         self._fixed, self._compute, self._on_measured = fixed, compute, on_measured
+        self._told_coarse = False
         self._mode, self._seed, self._modules = mode, seed, list(model.modules())
         self._parts, self._whole, self._ranks = language_models(model), whole, ranks
         self._own_weighing = weighing(model, objective)
@@ -238,15 +243,28 @@ class Passes:
         return self._own_weighing if objective is self.objective else weighing(self.model, objective)
 
     def _loss(self, objective: Objective, model: nn.Module, batch: Batch) -> float:
-        loss = scalar(objective(model, batch))
+        loss = self._scalar(objective, model, batch)
         return float(loss.item()) if isinstance(loss, Tensor) else loss
 
     def _late_loss(self, objective: Objective, model: nn.Module, batch: Batch) -> Tensor:
         """The loss as float64 on the device, without waiting for it."""
-        loss = scalar(objective(model, batch))
+        loss = self._scalar(objective, model, batch)
         if isinstance(loss, Tensor):
             return loss.to(torch.float64)
         return torch.full((), loss, dtype=torch.float64, device=self.device.torch_device)
+
+    def _scalar(self, objective: Objective, model: nn.Module, batch: Batch) -> Tensor | float:
+        """The loss, with one warning if it has 16 bits: the difference between two lanes is smaller than its steps."""
+        loss = scalar(objective(model, batch))
+        if isinstance(loss, Tensor) and loss.dtype in _COARSE and not self._told_coarse:
+            self._told_coarse = True
+            warnings.warn(
+                f"the loss of {type(model).__name__} comes in {str(loss.dtype).removeprefix('torch.')}, with "
+                f"{_COARSE[loss.dtype]} digits: lanes differ by less than that, and steps teach little. Compute in "
+                "fp32 (compute='fp32'), or give an objective that computes the loss in float32 from the logits",
+                stacklevel=2,
+            )
+        return loss
 
     # ---- one pass ----------------------------------------------------------------------------------------------------
 
