@@ -102,6 +102,13 @@ def test_a_config_of_any_name_and_a_run(capsys, tmp_path):
         engine.fit(training.batches(1, length=9, vocab=97), steps=1, batch_size=4)
     lines = plan(capsys, run, "--tokens", 8)
     assert one(lines, "stored as int8+8") and "--storage int8+8" in lines[-1]
+    assert lines[-1].startswith(f"zo-offload fit {tmp_path / 'base'} --data"), "a new run, on the run's base"
+    resumes = plan(capsys, run)[-1]
+    assert resumes == f"zo-offload fit {run} --resume --device cpu --offload disk"
+    again = shlex.split(resumes)[1:]
+    assert main([*again, "--steps", "1", "--quiet"]) == 2 and "train_data" in capsys.readouterr().err, (
+        "options are taken"
+    )
     (tmp_path / "no.json").write_text("{}")
     assert main(["plan", str(tmp_path / "no.json")]) == 2
     assert "is not a config.json of a model" in capsys.readouterr().err

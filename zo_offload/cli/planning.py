@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from . import scaling, timeline
 from .answer import Answer, Machine, answer, command, compare, lines, machines, named_rates
 from .hardware import find_drive, find_gpu, find_link
 from .method_options import make_method
-from .report import details, plan_step
+from .parser import IDENTITY
+from .report import Planned, details, plan_step
 
 USUAL_STEPS = 20_000
 """The paper's recipe, used without --steps."""
@@ -63,7 +66,7 @@ def plan_lines(args: argparse.Namespace, settings: dict[str, Any]) -> Iterator[s
     yield from details(found.planned, lambda: named_rates(found))
     if args.timeline:
         yield _write_timeline(found, Path(args.timeline))
-    yield command(found.planned, args.steps, _method_words(args))
+    yield _command(args, found.planned)
 
 
 def _here(args: argparse.Namespace, method: Method, options: dict[str, Any]) -> Iterator[str]:
@@ -71,7 +74,7 @@ def _here(args: argparse.Namespace, method: Method, options: dict[str, Any]) -> 
     rate = None if args.link is None else find_link(args.link).gb_per_s
     made = plan_step(args.model, method=method, **options)
     yield from details(made, lambda: rates(made.prepared.config.device, rate))
-    yield command(made, args.steps, _method_words(args), made.prepared.config.device)
+    yield _command(args, made, made.prepared.config.device)
 
 
 def _machine(args: argparse.Namespace) -> Machine:
@@ -92,6 +95,21 @@ def _of_run(path: Path, args: argparse.Namespace, settings: dict[str, Any]) -> t
     }
     method = make_method(args) if args.method or args.preset else method_from(record["method"])
     return method, {**known, **settings}
+
+
+def _command(args: argparse.Namespace, made: Planned, device: str = "cuda") -> str:
+    """The planned `fit`. Of a run: its resume, or a new run on its base where options differ that a run keeps."""
+    words, path = _method_words(args), Path(args.model)
+    if not (path / run_directory.JOURNAL).exists():
+        return command(made, args.steps, words, device)
+    if words or any(getattr(args, name, None) is not None for name in (*IDENTITY, "batch_size", "tokens")):
+        base = run_directory.load_config(path)["model"] or "BASE"
+        return command(replace(made, model=base), args.steps, words, device)
+    config = made.prepared.config
+    again = ["zo-offload", "fit", str(path), "--resume", "--device", device, "--offload", made.prepared.offload]
+    again += ["--steps", str(args.steps)] if args.steps else []
+    again += ["--device-memory", str(config.device_memory)] if config.device_memory is not None else []
+    return shlex.join(again)
 
 
 def _method_words(args: argparse.Namespace) -> list[str]:
