@@ -15,7 +15,7 @@
 // A zero coefficient and a decay of one are skipped as fused.h says, so a step that diverged changes nothing.
 //
 // Checked without a GPU by translating the compiler's PTX to C and comparing bits with the CPU library
-// (tests/test_cuda_ptx.py); registers and spills by tests/test_cuda_build.py.
+// (tests/devices/test_cuda_ptx.py); registers and spills by tests/devices/test_cuda_build.py.
 #ifndef ZO_CUDA_KERNELS_H
 #define ZO_CUDA_KERNELS_H
 #include "cuda_formats.h"

@@ -4,8 +4,8 @@
 
 Algorithm 1 of Malladi et al. 2023, with two differences. The weights are never perturbed in place: each loss is that of
 a perturbed copy, so nothing drifts. And noise is a function of (seed, parameter, element) instead of a generator's
-state, the one thing that is taken from zo_offload. tests/test_one_file.py trains the engine beside this, from disk and
-in memory, and finds the same losses and weights, bit for bit.
+state, the one thing that is taken from zo_offload. tests/methods/test_one_file.py trains the engine beside this, from
+disk and in memory, and finds the same losses and weights, bit for bit.
 """
 
 import sys

@@ -11,7 +11,7 @@ weights and lanes of a few passes. Otherwise it is refused.
 
 Environment: ZO_CUDA=0 disables CUDA; ZO_CUDA=nvrtc compiles even if the fatbin exists; ZO_NVRTC=path to libnvrtc.
 
-**Not run on a GPU yet.** Checks without one: tests/test_cuda_ptx.py and tests/test_cuda_build.py.
+**Not run on a GPU yet.** Checks without one: tests/devices/test_cuda_ptx.py and tests/devices/test_cuda_build.py.
 """
 
 from __future__ import annotations

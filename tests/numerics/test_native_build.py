@@ -23,7 +23,7 @@ from zo_offload.kernels.distributions import gaussian_table, row
 from zo_offload.numerics import reference
 from zo_offload.numerics.noise import NoiseSpec
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 needs_compiler = pytest.mark.skipif(
     not (ROOT / "setup.py").exists() or shutil.which("g++") is None, reason="needs the source tree and g++"
 )

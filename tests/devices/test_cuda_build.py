@@ -21,7 +21,7 @@ from zo_offload.kernels import nvrtc
 from zo_offload.kernels.driver import CudaError
 from zo_offload.numerics import cuda_kernels
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "zo_offload" / "_zo_cuda.txt"
 
 

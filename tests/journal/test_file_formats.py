@@ -17,7 +17,7 @@ from support.zoo.small import tiny_llama
 from zo_offload import FZOO, Engine, MeZO
 from zo_offload.plan.layout import Layout
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 READER, HEXDUMP = ROOT / "examples" / "read_run.py", ROOT / "docs" / "hexdump_of_a_run.py"
 STEPS = 8  # of whole folds: the blocks then have all of them
 

@@ -248,7 +248,7 @@ engine.fit(batches(), steps=12, callback=kill)
 
 @pytest.mark.parametrize("at", [0, 4])
 def test_a_killed_run_resumes_bit_for_bit(at, tmp_path):
-    here = os.path.dirname(__file__)
+    here = os.path.dirname(os.path.dirname(__file__))
     code = CRASHING.format(tests=here, run=str(tmp_path / "run"), at=at)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr

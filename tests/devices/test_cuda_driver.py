@@ -22,7 +22,7 @@ from zo_offload.kernels.records import Perturbation
 from zo_offload.numerics import cuda_kernels
 from zo_offload.numerics.noise import NoiseSpec
 
-SUPPORT = Path(__file__).resolve().parent / "support"
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
 
 def cuda_include() -> Path | None:

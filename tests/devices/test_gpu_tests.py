@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # each test at least once, but for those that need sizes or tools of a GPU machine
 SOME = (
     "golden or images or (noise and 5003) or (fused_pass and 4097-1) or scales_that or rows or twice or "

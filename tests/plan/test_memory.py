@@ -19,7 +19,7 @@ from zo_offload.run.memory import pinned_blocks, plan_memory
 from zo_offload.stream.scratch import ScratchPool
 from zo_offload.system import host_memory
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def engine(**settings):

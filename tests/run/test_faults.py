@@ -17,7 +17,7 @@ from benchmarks import faults
 
 def test_killed_runs_end_with_the_weights_of_one_that_never_was():
     command = [sys.executable, "-m", "benchmarks.faults", "--only", "kills", "--kills", "4", "--seed", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).resolve().parents[2])
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["kills"] >= 4 and result["wrong"] == 0
@@ -25,7 +25,7 @@ def test_killed_runs_end_with_the_weights_of_one_that_never_was():
 
 def test_runs_drawn_at_random_come_to_the_bits_of_a_plain_loop():
     command = [sys.executable, "-m", "benchmarks.draws", "--count", "3", "--seed", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).resolve().parents[2])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["equal"] == 3
 

@@ -26,7 +26,7 @@ from zo_offload.plan.plan import make_plan
 from zo_offload.replay import replayed
 from zo_offload.stream.ingest import ModuleBase
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 METHOD = SparseMeZO(lr=1e-3, eps=1e-2, sparsity=0.6, weight_decay=0.1, batch_size=4)
 CHOSEN = RandomMask(lr=1e-3, eps=1e-2, sparsity=0.6, batch_size=4)
 

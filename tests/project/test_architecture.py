@@ -7,7 +7,7 @@ import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "zo_offload"
 
 LAZY = ("__init__", "__main__", "cli")

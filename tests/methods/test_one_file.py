@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OP
 from zo_offload import Engine, MeZO
 from zo_offload.kernels import float32
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "mezo_in_one_file.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "mezo_in_one_file.py"
 SHAPE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=32)
 MODELS = {
     "opt": lambda: OPTForCausalLM(OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=32)),  # its head is tied

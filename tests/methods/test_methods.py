@@ -406,7 +406,7 @@ def leave_one_out(losses, lr, eps, method):
     return found, in_order(losses) / n, max(abs(x / (f32(eps) * (n - 1))) for x in away)
 
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "own_method.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_method.py"
 LeaveOneOut = find_class(f"{EXAMPLE}:LeaveOneOut")
 
 

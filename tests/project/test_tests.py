@@ -7,7 +7,7 @@ from pathlib import Path
 
 import support
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 SUPPORT = TESTS / "support"
 
 

@@ -42,7 +42,7 @@ def form() -> int:
 
 @pytest.fixture
 def old(form: int, tmp_path: Path) -> Path:
-    with tarfile.open(Path(__file__).parent / "data" / f"runs_format{form}.tar.xz") as archive:
+    with tarfile.open(Path(__file__).resolve().parents[1] / "data" / f"runs_format{form}.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     return tmp_path
 

@@ -89,7 +89,7 @@ def test_the_gaussian_of_every_half_word_has_its_golden_hash(variant):
 
 
 def test_the_rows_are_those_of_the_kernels():
-    text = (Path(__file__).parent.parent / "csrc" / "noise.h").read_text()
+    text = (Path(__file__).resolve().parents[2] / "csrc" / "noise.h").read_text()
     rows = re.findall(r"ROW\((0x\w+), (0x\w+), (0x\w+), (0x\w+)\)", text)
     assert tuple(tuple(int(word, 16) for word in row) for row in rows) == GAUSSIAN_ROWS
 

@@ -17,7 +17,7 @@ from benchmarks import gpu_check, gpu_probe, host_memory
 from benchmarks.gpu_check import Part
 from zo_offload.system.host_memory import available_bytes
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def check(tmp_path, *options):

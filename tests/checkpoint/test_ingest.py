@@ -25,7 +25,7 @@ from zo_offload.errors import CheckpointError
 from zo_offload.formats import FORMATS, encode_values, get_format
 from zo_offload.stream.ingest import Filler, ModuleBase
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BATCH = tokens(labels=tokens()["input_ids"])
 CHUNK = 256  # a multiple of every group, and less than most pieces here
 

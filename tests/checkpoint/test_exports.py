@@ -44,7 +44,7 @@ def names(directory: Path) -> set[str]:
 def test_killed_exports_leave_the_old_one_the_new_one_or_a_loud_failure():
     """The harness in its small version: it forks, so in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.export_kills", "--every", "47", "--random", "2", "--readers", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).resolve().parents[2])
     assert done.returncode == 0, done.stdout + done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert [r["wrong"] for r in results] == [0, 0, 0] and results[0]["kills"] > 10
