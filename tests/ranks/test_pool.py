@@ -151,7 +151,8 @@ def test_a_member_whose_steps_the_keeper_lost_is_told_to_join_anew(party, one_pr
     keeper.send(signal.SIGKILL)
     keeper.result()
     cut(party.run_dir, 2)  # as a power cut on its host does
-    again = party.keeper(resumes=True, each_step=slowly(0.05))
+    # before it takes the lost steps again, which would be the member's own, the member has to come
+    again = party.keeper(resumes=True, each_step=lambda record: time.sleep(3.0 if record.step == 2 else 0.0))
     assert "steps of another history than the run" in (text := member.error()) and "Join again" in text
     assert again.value()["weights"] == one_process["weights"]
 
