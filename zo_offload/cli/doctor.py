@@ -50,7 +50,7 @@ def _bf16() -> str:
     from ..run.compute import decide_compute
 
     config = EngineConfig(compute="auto")
-    return decide_compute(config, make_device("cpu"), torch.float32, Alone())[1]
+    return decide_compute(config, make_device("cpu"), torch.float32, Alone())[1][0]
 
 
 def _copy_gb_per_s() -> float:

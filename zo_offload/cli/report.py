@@ -109,7 +109,7 @@ def plan_step(
     batch = example_batch(module, kind, batch_size, tokens)
     prepared = prepare(
         module, base.dtype_of, config, method, device, example=batch, call=_forward, notes=model_built.notes,
-        kept_of=kept_of(base), offload="disk" if blind else None, decided=(decided,) if decided else (),
+        kept_of=kept_of(base), offload="disk" if blind else None, decided=decided,
     )  # fmt: skip
     part = split_micro_batches(batch, micro_batches, config.whole)[0]
     objective = model_loss if "labels" in batch else _forward

@@ -32,9 +32,9 @@ _HEADS = 8
 
 def decide_compute(
     config: EngineConfig, device: PlannedDevice, own: torch.dtype, ranks: Alone
-) -> tuple[EngineConfig, str]:
+) -> tuple[EngineConfig, tuple[str, ...]]:
     """(settings with the choice for compute="auto", a line with the reason), for a checkpoint stored in `own`; the
-    unchanged settings and "", if a dtype was given. Ranks use rank 0's measurement, since all must compute alike."""
+    unchanged settings and no line, if a dtype was given. Ranks use rank 0's measurement: all must compute alike."""
     measures = config.compute == "auto" and config.device == "cpu"
     asked, found = ranks.first(
         "opening", lambda: (config.compute, bf16_gains(torch.get_num_threads()) if measures else {})
@@ -42,13 +42,13 @@ def decide_compute(
     if (asked == "auto") != (config.compute == "auto"):
         raise ConfigError(f"compute={config.compute!r} here and {asked!r} on rank 0: all ranks compute alike")
     if config.compute != "auto":
-        return config, ""
+        return config, ()
     if config.device != "cpu":
         own = device.default_compute(own)
-        return replace(config, compute=None), f"compute auto takes {own}: the checkpoint's own, as always on a GPU"
+        return replace(config, compute=None), (f"compute auto takes {own}: the checkpoint's own, as always on a GPU",)
     chosen = "bf16" if min(found.values()) >= CLEARLY else "fp32"
     told = " and ".join(f"{gain:.1f} times as fast at {tokens} tokens" for tokens, gain in found.items())
-    return replace(config, compute=chosen), f"compute auto takes {chosen}: a layer in bf16 is {told} as in fp32 here"
+    return replace(config, compute=chosen), (f"compute auto takes {chosen}: a layer in bf16 is {told} as in fp32 here",)
 
 
 def check_module(config: EngineConfig, module: nn.Module) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data.answers import exact_match, f1
 from ..data.batches import Batches, RowBatches
-from ..data.encode import IGNORED
+from ..data.encode import IGNORED, Encoder
 from ..data.tasks import Scoring, task_of
 from ..data.texts import as_text
 from ..devices.placing import as_inputs, input_dtype
@@ -71,12 +71,17 @@ def texts_said(run: Run, tokenizer: Any, prompts: Sequence[list[int]], *, max_ne
 
 def _prompt_of(batches: RowBatches, row: Any, where: str) -> list[int]:
     """A row's tokens without its answer, as they are in training."""
-    encoded = batches.encoder(row, where, "")
+    return parted(batches.encoder, batches.encoder(row, where, ""))[0]
+
+
+def parted(encoder: Encoder, encoded: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """(prompt, answer): an encoded row's tokens before its answer, and the answer's."""
     ids: list[int] = list(encoded["input_ids"])
-    if batches.encoder.kind.name == "seq2seq":
-        return ids
-    answer = sum(label != IGNORED for label in encoded["labels"])
-    return ids[: len(ids) - answer]
+    answer = [int(label) for label in encoded["labels"] if label != IGNORED]
+    if encoder.kind.name == "seq2seq":
+        return ids, answer
+    begin = len(ids) - len(answer)
+    return ids[:begin], ids[begin:]
 
 
 def with_defaults(call: FitCall, run: Run) -> FitCall:

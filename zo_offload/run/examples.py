@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.batches import RowBatches
-from ..data.encode import IGNORED, Encoder
+from ..data.encode import Encoder
+from ..data.metrics import Metrics
 from ..errors import ConfigError
 from .active import Run
 from .batching import Batching
-from .evaluation import texts_said
+from .evaluation import parted, texts_said
 
 LONGEST_ANSWER = 48  # tokens
 
@@ -43,14 +44,13 @@ def answered(run: Run, batching: Batching, data: Any, count: int, options: Mappi
     encoder, where = batches.encoder, [f"{batches.name} row {i}" for i in range(len(batches.rows))]
     encoded = [encoder(row, name, "") for row, name in zip(batches.rows, where, strict=True)]
     if encoder.words or encoder.options_of(batches.rows[0], where[0]) or encoder.kind.name == "classification":
-        keep = {"preprocess_logits_for_metrics": lambda scores, right: scores, **options}
 
-        def compute_metrics(found: Any) -> dict[str, float]:
+        def keep(found: Any) -> dict[str, float]:
             seen.append((found.predictions, found.label_ids))
             return {}
 
-        measured = batching.batches(data, count, keep, shuffle=False, rows=count, compute_metrics=compute_metrics)
-        run.measure(measured)
+        batches.metrics = Metrics(keep)
+        run.measure(batches)
         [(scores, right)] = seen
         return [
             Answered(_input(encoder, row), *(_choice(encoder, raw, name, values) for values in (truth, chosen)))
@@ -93,14 +93,13 @@ def _input(encoder: Encoder, encoded: Mapping[str, Any]) -> str:
 
 
 def _cut(encoder: Encoder, encoded: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """(prompt, answer): a row's tokens before its answer, and the answer's."""
-    ids, labels = list(encoded["input_ids"]), encoded["labels"]
-    learned = [int(label) for label in labels if label != IGNORED]
-    if encoder.kind.name == "seq2seq":
-        return ids, learned
-    begin = len(ids) - len(learned)
-    begin = begin if begin > 1 else (len(ids) + 1) // 2  # nothing predicts the first token of a plain text
-    return ids[:begin], ids[begin:]
+    """(prompt, answer); a plain text, which is all answer, in halves."""
+    prompt, answer = parted(encoder, encoded)
+    if len(prompt) > 1 or encoder.kind.name == "seq2seq":
+        return prompt, answer
+    ids = prompt + answer  # nothing predicts the first token of a plain text
+    half = (len(ids) + 1) // 2
+    return ids[:half], ids[half:]
 
 
 def _text(encoder: Encoder, ids: Any) -> str:

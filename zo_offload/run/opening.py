@@ -143,7 +143,8 @@ def open_model(
     one_each = config.device == "cuda" and ranks.world > 1
     device = make_device(f"cuda:{ranks.local_rank}" if one_each else config.device)
     model, config = with_adapter(model, config, fresh)
-    checkpoint, given, adapted, decided = None, None, None, ""
+    checkpoint, given, adapted = None, None, None
+    decided: tuple[str, ...] = ()
     ties: tuple[Tied, ...] = ()
     if isinstance(model, nn.Module):
         if config.config_overrides:
@@ -172,7 +173,7 @@ def open_model(
     make = partial(
         prepare, module, base.dtype_of, method=method, device=device, example=example,
         notes=() if adapted is None else adapted.notes, sharers=ranks.local_world, kept_of=kept_of(base),
-        decided=(decided,) if decided else (),
+        decided=decided,
     )  # fmt: skip
     prepared = make(config, offload=offload)
     agreed = _agreed(config, prepared, ranks)

@@ -168,9 +168,7 @@ class Emitter:
         calls = []
         for part, i, start_at in zip(share.parts, share.index, share.start_at, strict=True):
             outs = _cut([tensors[i] for tensors in scratch.tensors[: 1 if once[i] else None]], part, start_at)
-            place, residual = part.place, None
-            if place.residual_nbytes and place.residual_offset + place.residual_nbytes <= slot.memory.numel():
-                residual = slot.memory[place.residual_offset : place.residual_offset + place.residual_nbytes]
+            place, residual = part.place, self._residual(part, slot)
             calls.append(
                 ready_pass(
                     slot.streamed_part(part.piece, place.offset, place.nbytes), place.fmt, param_id=part.spec.param_id,
@@ -261,7 +259,11 @@ class Emitter:
         if rows is None:
             self._fused(part, window, slot, writes, lanes, outs)
             return
-        residual = self._residual(part, window, slot)
+        residual = None
+        if self._folding((part,), slot):
+            if not slot.residual:
+                window.fetch_residual(slot)  # before the updates: it may bring an older version
+            residual = self._residual(part, slot)
         fused_rows(
             slot.memory[place.offset : place.offset + place.nbytes], place.fmt, param_id=spec.param_id,
             numel=part.piece.numel, row_numel=spec.row_numel, rows=rows, first_row=part.piece.start // spec.row_numel,
@@ -288,9 +290,8 @@ class Emitter:
             if not writes:  # an early visit of a block that a later one of this pass will write: fold into a copy
                 slot = replace(slot, memory=slot.memory.clone(), version=dict(slot.version), streamed={}, lent=None)
             self._fused(part, window, slot, True, (), ())
-        end = place.residual_offset + place.residual_nbytes
         stored = slot.memory[place.offset : place.offset + place.nbytes]
-        residual = slot.memory[place.residual_offset : end]
+        residual = self._residual(part, slot)
         still, updates = [STILL] * len(outs), self._lacking(part, slot)
         if rows is None:
             fused_pass(
@@ -319,7 +320,7 @@ class Emitter:
         if folds:
             self._prepare_fold(window, slot, writes)
         stored = slot.streamed_part(piece, place.offset, place.nbytes)
-        updates, residual = self._lacking(part, slot), self._residual(part, window, slot)
+        updates, residual = self._lacking(part, slot), self._residual(part, slot) if folds else None
         look = self._look(part, slot) if writes and folds else None
         mark = slot.begin_write(folds, self._log.folded) if writes and folds else None
         fused_pass(
@@ -332,14 +333,11 @@ class Emitter:
         if look is not None:
             self.changes.after(look)
 
-    def _residual(self, part: Part, window: BlockWindow, slot: Slot) -> Tensor | None:
-        """The piece's residual part if a fold needs it now; fetched if missing."""
-        if not self._folding((part,), slot):
-            return None
-        if not slot.residual:
-            window.fetch_residual(slot)
+    @staticmethod
+    def _residual(part: Part, slot: Slot) -> Tensor | None:
+        """The piece's residual part; None if its format has none, or the slot has no memory for it."""
         at, nbytes = part.place.residual_offset, part.place.residual_nbytes
-        return slot.memory[at : at + nbytes] if nbytes else None
+        return slot.memory[at : at + nbytes] if nbytes and at + nbytes <= slot.memory.numel() else None
 
     def _target(self, part: Part) -> Target:
         return self._layout.target if part.trains else "values"
