@@ -3,11 +3,13 @@
     python -m benchmarks.ingest [--cases vocabulary experts] [--storage bf16 ...] [--mib 1024]
                                 [--block-numel N] [--only PHASE ...]
 
-A synthetic bf16 checkpoint whose largest parameter has `--mib` MiB, written in the names that transformers saves:
+A synthetic checkpoint whose largest parameter has `--mib` MiB in bf16, written in the names that transformers saves:
 
     vocabulary   an embedding of that size, one plain tensor in the file
     experts      one layer's gate and up projections of that size, in the file a tensor for each expert and projection,
                  which transformers merges when it loads
+    gptq, ...    a layer's gate, up and down projections of that size each, in a quantization scheme
+                 (`ingest_schemes.py`; gpt-oss: its experts), for --storage kept; the norms train
 
 Each case runs in a process of its own, one phase after another:
 
@@ -20,9 +22,10 @@ For each, `peak_bytes` is the most anonymous memory (RssAnon of /proc/self/statu
 above that of the process before the first: pages of files that are mapped or cached are not ours and not in it, copies
 are. `high_water_bytes` is the kernel's own mark (VmHWM, reset before the phase) above the resident bytes before the
 first phase, which misses no moment, and counts mapped pages too. The goal is three blocks of `--block-numel` float32
-and 64 MiB, whatever the largest parameter; a step holds what its plan says besides, and what it leaves in the scratch
-pool is in the export after it. `mb_per_s` is the checkpoint's bytes over the phase's seconds; files are in the system's
-cache.
+and 64 MiB, whatever the largest parameter, and for the schemes 0.3 GB; a step holds what its plan says besides, and
+what it leaves in the scratch pool is in the export after it. `mb_per_s` is the checkpoint's bytes over the phase's
+seconds; files are in the system's cache. `share_of_memcpy` is that over the speed of a memory copy, measured just
+before.
 --only leaves phases out that are not named, and that those do not need.
 """
 
@@ -31,6 +34,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -43,13 +47,17 @@ from typing import Any
 import torch
 
 from benchmarks.common import ROOT, about, emit
+from benchmarks.ingest_schemes import SCHEMES, Part, plain
 
 CONSTANT_BYTES = 64 << 20
+MOST_BYTES = 300_000_000
+"""The goal for quantized checkpoints."""
+CASES = ("vocabulary", "experts", *SCHEMES)
 PHASES = ("digest", "make", "ingest", "step", "export", "resume", "replay")
 
 
 def config_of(case: str, mib: int) -> Any:
-    from transformers import LlamaConfig, MixtralConfig
+    from transformers import GptOssConfig, LlamaConfig, MixtralConfig
 
     small: dict[str, Any] = dict(
         hidden_size=1024, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=64,
@@ -60,6 +68,13 @@ def config_of(case: str, mib: int) -> Any:
             **small, vocab_size=mib << 9, intermediate_size=1024, tie_word_embeddings=True,
             architectures=["LlamaForCausalLM"],
         )  # fmt: skip
+    if case == "gpt-oss":
+        return GptOssConfig(
+            **small, head_dim=128, vocab_size=1024, intermediate_size=1024, num_local_experts=mib >> 2,
+            num_experts_per_tok=2, architectures=["GptOssForCausalLM"],
+        )  # fmt: skip
+    if case in SCHEMES:
+        return LlamaConfig(**small, vocab_size=1024, intermediate_size=mib << 9, architectures=["LlamaForCausalLM"])
     return MixtralConfig(
         **small, vocab_size=1024, intermediate_size=1024, num_local_experts=mib >> 2, num_experts_per_tok=2,
         architectures=["MixtralForCausalLM"],
@@ -78,21 +93,43 @@ def write_checkpoint(folder: Path, case: str, mib: int) -> int:
     model.tie_weights()
     metas = {name: tensor.detach() for name, tensor in names_to_save(model).items()}
     shapes = {name: meta.shape for group in saving_groups(model, metas) for name, meta in group.outputs.items()}
+    parts: dict[str, Part] = {}
+    config.save_pretrained(folder)
+    for name, shape in shapes.items():
+        if case in SCHEMES and "mlp." in name and len(shape) == (3 if case == "gpt-oss" else 2):
+            parts |= SCHEMES[case][0](name, *shape)
+        else:
+            parts[name] = plain(tuple(shape))
+    if case in SCHEMES:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": SCHEMES[case][1]}))
+    return write_tensors(folder / "model.safetensors", parts)
+
+
+def write_tensors(path: Path, parts: dict[str, Part]) -> int:
+    """A safetensors file, each tensor its tile again and again; the tensors' bytes."""
     header: dict[str, Any] = {}
     at = 0
-    for name, shape in shapes.items():
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + 2 * shape.numel()]}
-        at += 2 * shape.numel()
+    for name, part in parts.items():
+        size = math.prod(part.shape) * part.tile.element_size()
+        header[name] = {"dtype": _DTYPES[part.tile.dtype], "shape": part.shape, "data_offsets": [at, at + size]}
+        at += size
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    noise = torch.randn((1 << 20) + 7, generator=torch.Generator().manual_seed(0)) * 0.02
-    tile = noise.bfloat16().view(torch.uint8).numpy().tobytes()
-    config.save_pretrained(folder)
-    with open(folder / "model.safetensors", "wb") as file:
+    with open(path, "wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for start in range(0, at, len(tile)):
-            file.write(tile[: at - start])
+        for part in parts.values():
+            tile = part.tile.contiguous().view(torch.uint8).numpy().tobytes()
+            left = math.prod(part.shape) * part.tile.element_size()
+            while left:
+                left -= file.write(tile[:left])
     return at
+
+
+_DTYPES = {
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
 
 
 def _status(field: str) -> int:
@@ -150,7 +187,8 @@ def run(folder: Path, storage: str, block_numel: int, only: list[str], nbytes: i
             del checkpoint
     with meter.phase("make", nbytes):
         engine = Engine(base, method=MeZO(lr=1e-6), offload="disk", run_dir=run_dir, storage=storage,
-                        block_numel=block_numel, example=batch)  # fmt: skip
+                        block_numel=block_numel, example=batch,
+                        trainable="*norm*" if storage == "kept" else None)  # fmt: skip
     with meter.phase("ingest", nbytes):
         engine.active.start(batch)
     if "step" in only:
@@ -173,7 +211,7 @@ def run(folder: Path, storage: str, block_numel: int, only: list[str], nbytes: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["vocabulary", "experts"], choices=["vocabulary", "experts"])
+    parser.add_argument("--cases", nargs="+", default=CASES[:2], choices=CASES)
     parser.add_argument("--storage", nargs="+", default=["bf16"])
     parser.add_argument("--mib", type=int, default=1024, help="of the largest parameter in the checkpoint")
     parser.add_argument("--block-numel", type=int, default=64 << 20)
@@ -185,9 +223,12 @@ def main() -> None:
         found = run(Path(options.one[0]), options.storage[0], options.block_numel, options.only, int(options.one[1]))
         print(json.dumps(found))
         return
+    from zo_offload.run.auto import copy_bytes_per_s
+
     common = about("ingest")
     goal = 3 * 4 * options.block_numel + CONSTANT_BYTES
     for case in options.cases:
+        copied = copy_bytes_per_s() / 1e6
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "base").mkdir()
             nbytes = write_checkpoint(Path(folder) / "base", case, options.mib)
@@ -208,7 +249,8 @@ def main() -> None:
                     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
                 for row in json.loads(done.stdout.splitlines()[-1]):
                     about_case = {"case": case, "storage": storage, "largest_bytes": options.mib << 20, "bytes": nbytes}
-                    emit(about_case | row | {"goal_bytes": goal}, common)
+                    row["share_of_memcpy"] = round(row["mb_per_s"] / copied, 4)
+                    emit(about_case | row | {"goal_bytes": MOST_BYTES if case in SCHEMES else goal}, common)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 #define ZO_API_H
 #include "formats.h"
 
-#define ZO_ABI_VERSION 9
+#define ZO_ABI_VERSION 10
 
 enum { ZO_OK = 0, ZO_ERROR_FORMAT = 1, ZO_ERROR_NOISE = 2, ZO_ERROR_ISA = 3, ZO_ERROR_MEMORY = 4, ZO_ERROR_MASK = 5,
        ZO_ERROR_TERMS = 6 };
@@ -52,7 +52,8 @@ enum { ZO_LISTED = 1024 };
 struct zo_pass {
   void* stored;              // values plane, from the parameter's element `offset` on; as below
   void* scales;              // formats with groups: a byte or a float32 a group
-  void* minima;              // int4: a bfloat16 a group, its minimum or (ZO_CENTRED) its centre; int4f, int8f: a float32
+  void* minima;              // int4: a bfloat16 a group, its minimum or (ZO_CENTRED) its centre; int4f, int8f: a float32;
+                             // nvfp4_two: a float32 for each ZO_TWO elements
   void* residual;            // split formats, when an update folds or with ZO_MASTER
   const zo_i64* rows;        // null, or num_rows row indices: row r is elements [r * numel, (r + 1) * numel); those that
                              // are not among the planes' elements are passed over, their outputs left as they are
@@ -66,7 +67,8 @@ struct zo_pass {
   zo_u32 format, group;      // group: elements a scale, 16 .. 128, `offset` a multiple of it; 0: no groups
   zo_u32 param_id, distribution, rounds, flags;
   zo_u32 mask, mask_limit;   // with values as the target only
-  zo_u32 num_terms, reserved;
+  zo_u32 num_terms;
+  zo_u32 across;             // mxfp4_across: elements a row, a multiple of 8, and `offset` one of ZO_BAND rows; else 0
 };
 
 static_assert(sizeof(zo_update) == 24 && sizeof(zo_lane) == 24 && sizeof(zo_pass) == 152, "packed by Python");

@@ -191,11 +191,18 @@ bool format_fits(const zo_pass& pass, bool folds) {
   if (pass.format >= ZO_NUM_FORMATS) return false;
   const int format = (int)pass.format;
   const bool empty = pass.total == 0;  // then nothing has an address
-  if (zo_scale_bytes(format)) {
-    if (!zo_is_group(pass.group) || pass.offset % pass.group || !(pass.scales || empty)) return false;
+  if (zo_scale_bytes(format) && !(pass.scales || empty)) return false;
+  if (zo_own_scale_bytes(format)) {
+    if (!zo_is_group(pass.group) || pass.offset % pass.group) return false;
   } else if (pass.group != 0) {
     return false;
   }
+  if (format == ZO_MXFP4_ACROSS) {
+    if (pass.across == 0 || pass.across % 8 || pass.offset % ((zo_u64)ZO_BAND * pass.across)) return false;
+  } else if (pass.across != 0) {
+    return false;
+  }
+  if (format == ZO_NVFP4_TWO && (pass.group != 16 || pass.offset % ZO_TWO)) return false;
   if (zo_minimum_bytes(format) && !(pass.minima || empty)) return false;
   if (pass.flags & ZO_TARGET_SCALES) return zo_trains_scales(format);
   if (zo_residual_bytes(format) && !(pass.residual || empty) && (folds || pass.flags & ZO_MASTER)) return false;

@@ -24,6 +24,7 @@ struct Grid {
   float middle;  // int4: what its codes count from
   float scale[MAX_GROUPS], minimum[MAX_GROUPS];
   zo_u8 exponent[MAX_GROUPS];  // instead of `scale`, for fp8
+  alignas(64) zo_u8 each[TILE];  // of elements, for mxfp4_across
 };
 
 inline void load_grid(int format, const Planes& p, Grid& grid, int n) {
@@ -32,8 +33,8 @@ inline void load_grid(int format, const Planes& p, Grid& grid, int n) {
     __builtin_memcpy(grid.exponent, p.scales, count);
   else
     __builtin_memcpy(grid.scale, p.scales, 4 * count);
-  if (!zo_minimum_bytes(format)) return;
-  if (zo_minimum_bytes(format) == 4) {
+  if (!zo_own_minimum_bytes(format)) return;
+  if (zo_own_minimum_bytes(format) == 4) {
     __builtin_memcpy(grid.minimum, p.minima, 4 * count);
     return;
   }
@@ -41,6 +42,26 @@ inline void load_grid(int format, const Planes& p, Grid& grid, int n) {
     zo_u16 half;
     __builtin_memcpy(&half, p.minima + 2 * k, 2);
     grid.minimum[k] = ZoScalar::value((zo_u32)half << 16);
+  }
+}
+
+// mxfp4_across: the exponents of elements [begin, end) of a tile whose first lies `at` elements after a band's.
+inline void load_across(const zo_u8* scales, zo_u32 across, zo_u64 at, int begin, int end, Grid& grid) {
+  __builtin_memset(grid.each, 0, sizeof grid.each);
+  for (int i = begin; i < end;) {
+    const zo_u64 from = zo_across_scale(at + i, across);
+    const int left = (int)(across - from % across), count = left < end - i ? left : end - i;
+    __builtin_memcpy(grid.each + i, scales + from, count);
+    i += count;
+  }
+}
+
+// nvfp4_two: the scales of a tile's groups that hold elements [begin, end); the first lies `at` after the planes' first.
+inline void load_two(const float* wholes, zo_u64 at, int begin, int end, Grid& grid) {
+  for (int k = begin / 16; k < (end + 15) / 16; ++k) {
+    // half floats have 8 less exponent bias
+    const float number = zo_fp16_decode<ZoScalar>(zo_e4m3_half<ZoScalar>(grid.exponent[k]) & 0xffffu) * 256.0f;
+    grid.scale[k] = zo_two_scale(number, wholes[(at + 16 * k) / ZO_TWO]);
   }
 }
 
@@ -202,6 +223,12 @@ void decode_group(int format, const Planes& p, const Grid& grid, int k, float* w
     case ZO_FP8_8: return decode_bytes<V, E4M3<V>>(p.values + at, factor_of(format, grid, k), w + at, n);
     case ZO_INT8:
     case ZO_INT8_8: return decode_bytes<V, Int8<V>>(p.values + at, grid.scale[k], w + at, n);
+    case ZO_INT8_127: {
+      const typename V::F scale = V::f(grid.scale[k]), inverse = V::f(ZO_INVERSE_127);
+      for (int i = at; i < at + n; i += V::WIDTH)
+        V::store(w + i, V::mul(V::mul(Int8<V>::read(p.values + i), scale), inverse));
+      return;
+    }
     case ZO_INT8F: {
       const typename V::F scale = V::f(grid.scale[k]), minimum = V::f(grid.minimum[k]);
       for (int i = at; i < at + n; i += V::WIDTH)
@@ -215,6 +242,7 @@ void decode_group(int format, const Planes& p, const Grid& grid, int k, float* w
         V::store(w + i, V::fma(V::add(V::to_float(V::load4(p.values, i)), less), scale, minimum));
       return;
     }
+    case ZO_NVFP4_TWO: return decode_table<V>(E2M1, p.values, grid.scale[k], w, at, n);
     case ZO_MXFP4:
     case ZO_NVFP4: return decode_table<V>(E2M1, p.values, factor_of(format, grid, k), w, at, n);
     case ZO_FP4: return decode_table<V>(FP4, p.values, grid.scale[k], w, at, n);
@@ -237,6 +265,10 @@ __attribute__((noinline)) void decode(int format, const Planes& p, const Grid& g
       return;
     case ZO_FP16:
       for (int i = 0; i < n; i += V::WIDTH) V::store(w + i, V::half_value(V::load16(stored + 2 * i)));
+      return;
+    case ZO_MXFP4_ACROSS:
+      for (int i = 0; i < n; i += V::WIDTH)
+        V::store(w + i, V::mul(V::lookup(E2M1, V::load4(stored, i)), zo_mx_factors<V>(V::load8(grid.each + i))));
       return;
     default:
       for (int k = 0; k < n / grid.group; ++k) decode_group<V>(format, p, grid, k, w);

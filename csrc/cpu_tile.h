@@ -419,10 +419,11 @@ inline Cut cut_tile(const zo_pass& pass, zo_u64 g, zo_u64 n) {
   cut.begin = cut.head;
   cut.end = cut.head + cut.count;
   cut.span = (cut.end + ALIGN - 1) & ~(ALIGN - 1);
-  if (pass.group) {
+  const int unit = pass.group ? (int)pass.group : pass.across ? 2 : 1;  // across rows: whole bytes
+  if (unit > 1) {
     const zo_u64 last = pass.offset + pass.total - cut.first;
-    cut.begin &= ~((int)pass.group - 1);
-    cut.end = (cut.end + (int)pass.group - 1) & ~((int)pass.group - 1);
+    cut.begin &= ~(unit - 1);
+    cut.end = (cut.end + unit - 1) & ~(unit - 1);
     if ((zo_u64)cut.end > last) cut.end = (int)last;
   }
   return cut;
@@ -433,8 +434,8 @@ inline Planes planes_at(const zo_pass& pass, zo_u64 g) {
   const zo_u64 at = g - pass.offset, group = pass.group ? at / pass.group : 0;
   const int format = (int)pass.format;
   Planes p = {(zo_u8*)pass.stored + at * zo_format_bits(format) / 8,
-              (zo_u8*)pass.scales + group * zo_scale_bytes(format),
-              (zo_u8*)pass.minima + group * zo_minimum_bytes(format),
+              (zo_u8*)pass.scales + group * zo_own_scale_bytes(format),
+              (zo_u8*)pass.minima + group * zo_own_minimum_bytes(format),
               (zo_u8*)pass.residual + at * zo_residual_bytes(format)};
   return p;
 }
@@ -461,8 +462,8 @@ void carry(const zo_pass& pass, const Cut& cut, Bounce& bounce, bool residual) {
     if (residual) __builtin_memset(here.residual, 0, cut.span * zo_residual_bytes(format));
   }
   copy(here.values + cut.begin * bits / 8, there.values, ((cut.end - cut.begin) * bits + 7) / 8);
-  copy(here.scales + k * zo_scale_bytes(format), there.scales, groups * zo_scale_bytes(format));
-  copy(here.minima + k * zo_minimum_bytes(format), there.minima, groups * zo_minimum_bytes(format));
+  copy(here.scales + k * zo_own_scale_bytes(format), there.scales, groups * zo_own_scale_bytes(format));
+  copy(here.minima + k * zo_own_minimum_bytes(format), there.minima, groups * zo_own_minimum_bytes(format));
   if (residual)
     copy(here.residual + cut.begin * zo_residual_bytes(format), there.residual,
          (cut.end - cut.begin) * zo_residual_bytes(format));
@@ -524,6 +525,10 @@ void segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
     else
       carry<false>(pass, cut, bounce, master);
     if (grid.group) load_grid(format, planes, grid, span);
+    const zo_u64 at = cut.first - pass.offset;  // wraps around before the planes' first element, which is not read
+    if (format == ZO_MXFP4_ACROSS)
+      load_across((const zo_u8*)pass.scales, pass.across, at, cut.begin, cut.end, grid);
+    if (format == ZO_NVFP4_TWO) load_two((const float*)pass.minima, at, cut.begin, cut.end, grid);
     if (master)
       join<V>(format, planes, grid, w, span);
     else

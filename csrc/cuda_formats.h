@@ -175,13 +175,16 @@ ZO_DEV float table_number(const float (&v)[16], zo_u32 code) {
 ZO_HD constexpr bool is_fp8(int format) { return format == ZO_FP8_E4M3 || format == ZO_FP8_E5M2 || format == ZO_FP8_8; }
 ZO_HD constexpr bool is_int8(int format) { return format == ZO_INT8 || format == ZO_INT8_8; }
 ZO_HD constexpr bool has_minimum(int format) { return format == ZO_INT4 || format == ZO_INT4F || format == ZO_INT8F; }
-ZO_HD constexpr bool is_e2m1(int format) { return format == ZO_MXFP4 || format == ZO_NVFP4; }
+ZO_HD constexpr bool is_e2m1(int format) {
+  return format == ZO_MXFP4 || format == ZO_NVFP4 || format == ZO_NVFP4_TWO || format == ZO_MXFP4_ACROSS;
+}
 ZO_HD constexpr bool is_four(int format) {
   return format == ZO_INT4 || format == ZO_NF4 || format == ZO_INT4F || is_e2m1(format) || format == ZO_FP4;
 }
 ZO_HD constexpr bool is_trained_group(int format) { return is_fp8(format) || is_int8(format); }
 ZO_HD constexpr bool is_grouped(int format) {
-  return is_trained_group(format) || is_four(format) || format == ZO_INT8F || format == ZO_FP8F;
+  if (format == ZO_MXFP4_ACROSS) return false;  // an element's scale has nothing to do with its neighbours'
+  return is_trained_group(format) || is_four(format) || format == ZO_INT8F || format == ZO_FP8F || format == ZO_INT8_127;
 }
 ZO_HD constexpr bool is_bf16(int format) { return format == ZO_BF16 || format == ZO_BF16_16 || format == ZO_BF16_8; }
 ZO_HD constexpr int residual_size(int format) {
@@ -202,6 +205,9 @@ ZO_DEV Group load_group(const zo_pass& pass, const Eight& e) {
     const zo_u64 k = group_of(pass, e.at);
     if constexpr (is_fp8(FORMAT) || FORMAT == ZO_MXFP4)
       group.exponent = ((const zo_u8*)pass.scales)[k];
+    else if constexpr (FORMAT == ZO_NVFP4_TWO)
+      group.scale = zo_two_scale(S::mul(from_half(zo_e4m3_half<S>(((const zo_u8*)pass.scales)[k])), 256.0f),
+                                 ((const float*)pass.minima)[(zo_u64)e.at / ZO_TWO]);
     else
       group.scale = ((const float*)pass.scales)[k];
     if constexpr (FORMAT == ZO_INT4F || FORMAT == ZO_INT8F) group.minimum = ((const float*)pass.minima)[k];
@@ -223,7 +229,7 @@ template <int FORMAT>
 ZO_DEV float number_of(zo_u32 code) {
   if constexpr (FORMAT == ZO_FP8_E5M2) return from_half(zo_e5m2_half<S>(code));
   if constexpr (is_fp8(FORMAT) || FORMAT == ZO_FP8F) return from_half(zo_e4m3_half<S>(code));
-  if constexpr (is_int8(FORMAT)) return zo_int8_number<S>(code);
+  if constexpr (is_int8(FORMAT) || FORMAT == ZO_INT8_127) return zo_int8_number<S>(code);
   if constexpr (FORMAT == ZO_NF4) {
     const float values[16] = ZO_NF4_VALUES;
     return table_number(values, code);
@@ -242,6 +248,7 @@ ZO_DEV float number_of(zo_u32 code) {
 template <int FORMAT>
 ZO_DEV float value_of(float number, const Group& group) {
   if constexpr (has_minimum(FORMAT)) return S::fma(number, group.scale, group.minimum);
+  if constexpr (FORMAT == ZO_INT8_127) return S::mul(S::mul(number, group.scale), ZO_INVERSE_127);
   return S::mul(number, factor_of<FORMAT>(group));
 }
 
@@ -271,6 +278,15 @@ ZO_DEV void load_numbers(const zo_pass& pass, const Eight& e, float (&n)[8]) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) n[j] = number_of<FORMAT>(byte_of(word, j));
   }
+}
+
+// w = numbers times their factors, of mxfp4_across: 8 elements lie in one row.
+template <bool WHOLE>
+ZO_DEV void scale_across(const zo_pass& pass, const Eight& e, float (&w)[8]) {
+  zo_u32 word[2];
+  read_bytes<WHOLE, 1>((const zo_u8*)pass.scales + zo_across_scale((zo_u64)e.at, pass.across), e.lo, e.hi, word);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) w[j] = S::mul(w[j], zo_mx_factor(byte_of(word, j)));
 }
 
 ZO_DEV void unpack_bf16(const zo_u32 (&word)[4], float (&w)[8]) {
@@ -317,8 +333,12 @@ ZO_DEV void load(const zo_pass& pass, const Eight& e, const Group& group, bool m
     }
   } else {
     load_numbers<WHOLE, FORMAT>(pass, e, w);
+    if constexpr (FORMAT == ZO_MXFP4_ACROSS) {
+      scale_across<WHOLE>(pass, e, w);
+    } else {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) w[j] = value_of<FORMAT>(w[j], group);
+      for (int j = 0; j < 8; ++j) w[j] = value_of<FORMAT>(w[j], group);
+    }
     if constexpr (residual_size(FORMAT) != 0) {
       if (master) {
         zo_u32 word[2], low[2];

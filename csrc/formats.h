@@ -38,7 +38,10 @@
   ROW(fp8f, FP8F, 14, 8, 4, 0, 0, 0, 0)           \
   ROW(mxfp4, MXFP4, 15, 4, 1, 0, 0, 0, 0)         \
   ROW(nvfp4, NVFP4, 16, 4, 4, 0, 0, 0, 0)         \
-  ROW(fp4, FP4, 17, 4, 4, 0, 0, 0, 0)
+  ROW(fp4, FP4, 17, 4, 4, 0, 0, 0, 0)             \
+  ROW(mxfp4_across, MXFP4_ACROSS, 18, 4, 1, 0, 0, 0, 0) \
+  ROW(nvfp4_two, NVFP4_TWO, 19, 4, 1, 4, 0, 0, 0) \
+  ROW(int8_127, INT8_127, 20, 8, 4, 0, 0, 0, 0)
 
 #define ZO_CODE(NAME, CODE, NUMBER, ...) ZO_##CODE = NUMBER,
 enum { ZO_FORMATS(ZO_CODE) };
@@ -83,6 +86,10 @@ ZO_FACT(zo_trains_scales, ZO_TRAINS_SCALES)
 #undef ZO_RESIDUAL
 #undef ZO_TRAINS
 #undef ZO_TRAINS_SCALES
+
+// Bytes of scales and minima that a group has for itself: in two formats they are shared in other ways, see below.
+ZO_HD int zo_own_scale_bytes(int format) { return format == ZO_MXFP4_ACROSS ? 0 : zo_scale_bytes(format); }
+ZO_HD int zo_own_minimum_bytes(int format) { return format == ZO_NVFP4_TWO ? 0 : zo_minimum_bytes(format); }
 
 // bytes of a plain format's element
 ZO_HD int zo_format_bytes(int format) { return zo_format_bits(format) / 8; }
@@ -431,6 +438,11 @@ ZO_HD typename B::U zo_nf4_round(typename B::F x, float inverse) {
 // fp8f           e4m3 times a float32 scale
 // mxfp4          e2m1 times 2^(b - 127), b one byte a group
 // nvfp4, fp4     e2m1, or bitsandbytes' table, times a float32 scale
+// nvfp4_two      e2m1 times a scale that is itself a product: an e4m3 byte for each 16 elements, and a float32 for each
+//                ZO_TWO of them, in the plane of minima; if that is negative, the byte is divided by its magnitude
+// mxfp4_across   mxfp4 whose groups lie across the rows of a matrix: a byte for each ZO_BAND elements of one column, that is
+//                of ZO_BAND rows next to each other; `across` elements a row, `across` scales for each ZO_BAND rows
+// int8_127       int8 times a float32 scale, times 1/127, rounded after each product
 
 #define ZO_E2M1_VALUES \
   {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f}
@@ -441,6 +453,29 @@ ZO_HD typename B::U zo_nf4_round(typename B::F x, float inverse) {
 // 2^(b - 127), which of b = 0 is no normal float32; NaN for 255
 ZO_HD float zo_mx_factor(zo_u32 b) {
   return ZoScalar::value(b == ZO_NAN_EXPONENT ? 0x7fc00000u : b == 0 ? 0x00400000u : b << 23);
+}
+
+#define ZO_BAND 32u
+#define ZO_TWO 1024u
+#define ZO_INVERSE_127 7.874015718698502e-3f
+
+// `zo_mx_factor` of b in each element
+template <class B>
+ZO_HD typename B::F zo_mx_factors(typename B::U b) {
+  const typename B::U large = B::select_less(b, B::u(ZO_NAN_EXPONENT), B::template shl<23>(b), B::u(0x7fc00000u));
+  return B::value(B::select_less(b, B::u(1), B::u(0x00400000u), large));
+}
+
+// Where the scale of element `at` of mxfp4_across is; at: counted from the first element of a band. Most are below 2^32, where
+// division is faster.
+ZO_HD zo_u64 zo_across_scale(zo_u64 at, zo_u32 across) {
+  const zo_u64 row = at >> 32 ? at / across : (zo_u32)at / across;
+  return row / ZO_BAND * across + (at - row * across);
+}
+
+// nvfp4_two: number: that of the group's byte
+ZO_HD float zo_two_scale(float number, float whole) {
+  return whole < 0.0f ? ZoScalar::divide(number, -whole) : ZoScalar::mul(number, whole);
 }
 
 // of fp8f: its codes go through fp16, whose exponent bias is 8 more

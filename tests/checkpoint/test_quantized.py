@@ -34,9 +34,10 @@ from zo_offload import Engine, MeZO
 from zo_offload.checkpoint.checkpoint import Checkpoint
 from zo_offload.checkpoint.kept import kept_formats, kept_part
 from zo_offload.checkpoint.recipe import Join, Source
+from zo_offload.cli import command as cli
 from zo_offload.cli.report import open_config
-from zo_offload.errors import CheckpointError, ConfigError
-from zo_offload.formats import decode_values, get_format
+from zo_offload.errors import CheckpointError, ConfigError, JournalError
+from zo_offload.formats import decode_values, get_format, kept_since
 from zo_offload.formats.grouped import pack
 from zo_offload.quantized.base import formats_of_groups
 from zo_offload.quantized.files import Files, Spec
@@ -44,6 +45,7 @@ from zo_offload.quantized.gguf_blocks import BLOCKS
 from zo_offload.quantized.gguf_file import GGUFFile
 from zo_offload.quantized.sizes import file_bytes
 from zo_offload.quantized.table import find
+from zo_offload.replay import replayed
 from zo_offload.stream.ingest import Filler
 
 ROWS_BATCH = tokens()
@@ -399,13 +401,14 @@ def test_a_gguf_file_that_is_damaged_is_an_error_of_ours(tmp_path):
 # ---- kept ------------------------------------------------------------------------------------------------------------
 
 KEPT_AS = {
-    "awq-g32": "int4f_g32", "bnb-fp4-b64-float32": "fp4", "bnb-fp4-b64-nested-bfloat16": "fp4", "bnb-int8": "",
+    "awq-g32": "int4f_g32", "bnb-fp4-b64-float32": "fp4", "bnb-fp4-b64-nested-bfloat16": "fp4",
+    "bnb-int8": "int8_127",
     "bnb-nf4-b128-float32": "nf4", "bnb-nf4-b64-float16": "nf4", "bnb-nf4-b64-nested-bfloat16": "nf4",
     "ct-fp8-block": "fp8f_g64", "ct-fp8-channel": "fp8f", "ct-fp8-tensor": "fp8f",
     "ct-int3-g32-asym-bfloat16": "int4f_g32", "ct-int4-channel": "int4", "ct-int4-g128-asym-bfloat16": "int4f",
     "ct-int4-g128-sym-float16": "int4f", "ct-int4-g32-asym-float16": "int4f_g32",
     "ct-int4-g32-sym-bfloat16": "int4f_g32", "ct-int8-channel": "int8", "ct-int8-g32-asym-bfloat16": "int8f_g32",
-    "ct-int8-g64-sym-bfloat16": "int8_g64", "ct-mxfp4": "mxfp4", "ct-nvfp4": "nvfp4",
+    "ct-int8-g64-sym-bfloat16": "int8_g64", "ct-mxfp4": "mxfp4", "ct-nvfp4": "nvfp4_two",
     "gptq-2-g32-asym-v1": "int4f_g32", "gptq-3-g32-asym-v1": "int4f_g32", "gptq-3-g32-sym-v2": "int4f_g32",
     "gptq-4-g128-asym-v1": "int4f", "gptq-4-g32-sym-v1": "int4f_g32", "gptq-4-g64-asym-v2": "int4f_g64",
     "gptq-8-g32-asym-v2": "int8f_g32", "gptq-8-g32-sym-v1": "int8_g32",
@@ -440,8 +443,9 @@ KEPT = {
     "gptq": (partial(gptq, group=128, order=False), WRITERS["gptq"][1] | {"group_size": 128}, "int4f"),
     "awq": (partial(awq, group=32), WRITERS["awq"][1] | {"group_size": 32}, "int4f_g32"),
     "compressed-tensors": (partial(pack_quantized, group=64), WRITERS["compressed-tensors"][1], "int4_g64"),
-    "nvfp4": (nvfp4, WRITERS["nvfp4"][1], "nvfp4"),
-    "mxfp4": (*WRITERS["mxfp4"], "fp8_e4m3"),
+    "nvfp4": (nvfp4, WRITERS["nvfp4"][1], "nvfp4_two"),
+    "mxfp4": (*WRITERS["mxfp4"], "mxfp4_across"),
+    "int8": (*WRITERS["int8"], "int8_127"),
     "nf4": (nf4, WRITERS["nf4"][1], "nf4"),
     "nf4 32": (partial(nf4, block=32), WRITERS["nf4"][1], "nf4_g32"),
 }  # fmt: skip
@@ -480,10 +484,12 @@ def test_groups_that_are_not_alike_are_kept_in_those_that_fit_into_all(groups, o
         assert_same(found.half(), torch.cat(decoded).reshape(-1)[start:])
 
 
+@pytest.mark.parametrize("outputs", [184, 180])
 @pytest.mark.parametrize("change", [None, "zeros", "far", "nan"])
-def test_gpt_oss_is_kept_in_fp8_where_neighbours_scales_are_near(change):
+def test_gpt_oss_is_kept_across_rows_or_in_fp8_where_neighbours_scales_are_near(change, outputs):
+    """Across rows if they are a multiple of 8."""
     chance = torch.Generator().manual_seed(1)
-    outputs, groups = 180, 3
+    groups = 3
     blocks = torch.randint(256, (2, outputs, groups, 16), dtype=torch.uint8, generator=chance)
     scales = torch.randint(113, 128, (2, outputs, groups), dtype=torch.uint8, generator=chance)
     if change == "zeros":
@@ -494,11 +500,12 @@ def test_gpt_oss_is_kept_in_fp8_where_neighbours_scales_are_near(change):
     (weight,), _ = find(files, {"quant_method": "mxfp4"}, torch.bfloat16)
     source, weights = Source("x", *shape_and_dtype(weight)), {"x": weight}
     formats = kept_formats(source, weights, files)
-    assert [fmt.name for fmt in formats] == ([] if change in ("far", "nan") else ["fp8_e4m3"])
+    own = ["mxfp4_across_184"] if outputs == 184 and change != "nan" else []
+    assert [fmt.name for fmt in formats] == own + ([] if change in ("far", "nan") else ["fp8_e4m3"])
     for fmt in formats:
         whole = torch.empty(source.numel, dtype=torch.bfloat16)
         weight.read_into(files, 0, whole)
-        for start in (0, 128 * 45, 128 * 50):
+        for start in (0, fmt.group * 2, fmt.group * 3 if own else fmt.group * 50):
             stored = kept_part(source, fmt, weights, files, start, source.numel - start, "x")
             assert_same(decode_values(stored, None, fmt, source.numel - start).bfloat16(), whole[start:])
 
@@ -539,7 +546,9 @@ def test_kept_codes_decode_to_what_the_library_rounds(tmp_path, monkeypatch, sch
     with Engine(path, **trained, **settings) as engine:
         losses = engine.fit(batches(3, vocab=96), steps=3).losses
         assert len(set(losses)) == 3
-        held = [name for name, fmt in engine.layout.formats.items() if fmt.name == name_of_format]
+        held = [
+            name for name, fmt in engine.layout.formats.items() if name_of_format in (fmt.name, fmt.kernel)
+        ]  # of mxfp4_across, of any width
         assert len(held) >= (4 if model == "gpt-oss" else 8) and any("mlp" in name for name in held)
         weights = dict(engine.weights())
         found = as_stored(engine)
@@ -552,6 +561,40 @@ def test_kept_codes_decode_to_what_the_library_rounds(tmp_path, monkeypatch, sch
     assert stored < 0.8 * sum(2 * t.numel() for t in weights.values())
     with Engine.resume(tmp_path / "run") as engine:
         assert_same(dict(engine.weights()), weights)
+
+
+@pytest.mark.parametrize(("scheme", "since", "name_of_format"), [("gptq", 0, "int8"), ("nvfp4", 1, "nvfp4")])
+def test_a_run_goes_on_in_the_formats_that_its_version_kept(tmp_path, monkeypatch, scheme, since, name_of_format):
+    """Begun by a version that knew fewer formats: resumed by the command line, too, and replayed."""
+    path, *_ = written(tmp_path, "llama", scheme, hidden=128, inner=256, writer=KEPT[scheme][0])
+    run, rows, newest = tmp_path / "run", tmp_path / "rows.jsonl", Checkpoint.kept_formats
+    rows.write_text("".join(json.dumps({"input_ids": row}) + chr(10) for row in torch.arange(96).view(12, 8).tolist()))
+
+    def begin(chosen, run):
+        settings = dict(offload="disk", storage="kept", block_numel=1 << 14, trainable="*norm*", run_dir=run)
+        with monkeypatch.context() as patched:
+            patched.setattr(Checkpoint, "kept_formats", lambda *of: tuple(f for f in newest(*of) if chosen(f)))
+            with Engine(path, method=MeZO(lr=1e-2, batch_size=2), **settings) as engine:
+                engine.fit(rows, steps=3)
+                return formats_of(engine), dict(engine.weights())
+
+    held, weights = begin(lambda fmt: kept_since(fmt) <= since, run)
+    assert held["model.layers.0.mlp.up_proj.weight"] == name_of_format
+    with Engine.resume(run) as engine:
+        assert formats_of(engine) == held
+        assert_same(dict(engine.weights()), weights)
+    assert cli.main(["fit", str(run), "--resume", "--steps", "4", "--quiet"]) == 0
+    with replayed(path, run, to=3) as engine:
+        assert formats_of(engine) == held
+        assert_same(dict(engine.weights()), weights)
+    if scheme == "gptq":
+        begin(lambda fmt: fmt.name == "int4f_g32", tmp_path / "odd")  # as no version has it
+        with pytest.raises(JournalError, match="storage: .* began with storage='kept' in zo_offload .* that version"):
+            Engine.resume(tmp_path / "odd").fit(steps=4)
+
+
+def formats_of(engine):
+    return {name: fmt.name for name, fmt in engine.layout.formats.items()}
 
 
 def test_nothing_to_keep_is_an_error_that_says_so(tmp_path):

@@ -16,7 +16,7 @@ from support.codes import stored_as
 from support.compare import assert_same
 from support.cuda_simulated import SimulatedKernels, compilers, make_ptx
 from support.ptx_to_c import Simulated, UnknownInstruction, translate
-from zo_offload.formats import CENTRED, FORMATS, KEPT, format_of, get_format
+from zo_offload.formats import CENTRED, FORMATS, format_of, get_format
 from zo_offload.formats.codec import encode_values, planes
 from zo_offload.kernels import native
 from zo_offload.kernels.device_updates import UpdateTable
@@ -41,8 +41,10 @@ FEW = [
     ("bf16", "boxmuller"),
 ]
 FEW += [("int8+8", "gaussian"), ("bf16+8", "rademacher")]
-KEEPING = [(name, "rademacher") for name in ("int4f_g32", "int8f", "fp8f", "mxfp4", "nvfp4", "fp4", "int8_g16")]
-FEW += [KEEPING[0], KEEPING[3], KEEPING[6]]
+KEEPING = ("int4f_g32", "int8f", "fp8f", "mxfp4", "nvfp4", "fp4", "int8_g16", "mxfp4_across_24", "nvfp4_two",
+           "int8_127_g32")  # fmt: skip
+KEEPING = [(name, "rademacher") for name in KEEPING]
+FEW += [KEEPING[0], KEEPING[3], *KEEPING[6:]]
 PAIRS = [(n, k) for n in FORMATS for k in KINDS] + KEEPING if ALL else FEW
 WITH_SCALES = [name for name, fmt in (FORMATS | CENTRED).items() if fmt.trains_scales]
 SCALES = [(n, k) for n in WITH_SCALES for k in KINDS] if ALL else [("int4", "gaussian"), ("int4c", "gaussian")]
@@ -89,7 +91,7 @@ def values(numel: int, fmt_name: str, seed: int = 0) -> tuple[torch.Tensor, torc
     at = torch.randint(0, numel, (8,), generator=g)
     x[at] = special.repeat(2)
     fmt = get_format(fmt_name)
-    return stored_as(fmt, x) if fmt_name in KEPT else encode_values(x, fmt)
+    return encode_values(x, fmt) if fmt_name in FORMATS | CENTRED else stored_as(fmt, x)
 
 
 def unaligned(nbytes: int, shift: int) -> torch.Tensor:
@@ -143,6 +145,7 @@ def both(
 ):
     """(stored, residual, outs) of the CPU library and of the translated kernel."""
     fmt = get_format(name)
+    offset = offset // fmt.group * fmt.group if fmt.group else offset
     first, second = values(numel, name)
     folds = any(u.fold for u in updates) and target == "values"
     results = []
@@ -349,6 +352,8 @@ def test_gathered_rows_of_a_piece(kernels, name, kind, width):
     """Rows before and behind the piece are passed over; a row that no piece has is NaN from each of them."""
     need(kernels, name, kind)
     fmt, first, count, total = get_format(name), 128, 64, 300
+    if fmt.group and first * width % fmt.group:  # as many rows have no whole number of bands
+        width = 48
     stored, second = values(count * width, name)
     rows, lanes, updates = torch.tensor([191, 0, 128, 299, 127, 192, 130]), LANES[:3], updates_for(name, "trailing")
     folds = any(u.fold for u in updates)
@@ -399,6 +404,7 @@ def test_the_kernels_are_asked_who_they_are_as_on_a_gpu(kernels, monkeypatch):
 def along_sums(kernels, name, kind, target="values", mask=None, records=None):
     """(stored, residual, outs) of the CPU library and of the kernel, with lanes along sums among others."""
     fmt, results, numel = get_format(name), [], 3003
+    offset = 640 // fmt.group * fmt.group if fmt.group else 640
     one = Terms((21, 22, 23), (2.0**-1, 0.0, -(2.0**-2)), records)
     two = Terms((22, 11), (1.5, 2.0**-3), records, first=3)
     lanes = [
@@ -411,7 +417,7 @@ def along_sums(kernels, name, kind, target="values", mask=None, records=None):
         residual = residual if any(update.fold for update in updates) and target == "values" else None
         outs = [out_like(numel, DTYPES[j % 3]) for j in range(len(lanes))]
         call = PassCall(
-            stored=stored, residual=residual, fmt=fmt, numel=numel, offset=640, param_id=7, updates=updates,
+            stored=stored, residual=residual, fmt=fmt, numel=numel, offset=offset, param_id=7, updates=updates,
             write_back=True, stochastic=False, noise=spec_of(kind), perturbations=lanes, outs=outs,
             target_scales=target == "scales", threads=1, mask=mask,
         )  # fmt: skip

@@ -101,6 +101,26 @@ def test_an_old_journal_is_cut_and_goes_on(old: Path, expected: dict[str, Any]) 
         assert digest(engine.weights()) == expected["mezo-bf16"]["weights_at_3"]
 
 
+def test_a_run_keeps_the_folding_that_its_version_chose(old: Path, tmp_path: Path, monkeypatch) -> None:
+    """By default, that is: nothing was asked for, and a newer version would choose otherwise."""
+    rows, settings = old / "rows.jsonl", dict(storage="bf16", offload="disk")
+    with Engine(old / "base", method=MeZO(lr=1e-2), **settings, fold_every=3, run_dir=tmp_path / "whole") as engine:
+        engine.fit(rows, steps=8, batch_size=4)
+        whole = digest(engine.weights())
+    with monkeypatch.context() as patch:
+        patch.setattr("zo_offload.run.prepare.choose_fold_every", lambda given, *rest: 3 if given is None else given)
+        with Engine(old / "base", method=MeZO(lr=1e-2), **settings, run_dir=tmp_path / "run") as engine:
+            engine.fit(rows, steps=5, batch_size=4)
+    with Engine(old / "base", method=MeZO(lr=1e-2), **settings, run_dir=tmp_path / "new") as engine:
+        assert engine.fold_every != 3
+    with Engine.resume(tmp_path / "run") as engine:
+        assert engine.fold_every == 3
+        engine.fit(steps=8)
+        assert digest(engine.weights()) == whole
+    with replayed(old / "base", tmp_path / "run") as engine:
+        assert digest(engine.weights()) == whole
+
+
 def test_a_run_keeps_the_layout_of_its_noise(old: Path, tmp_path: Path) -> None:
     """Layout 1 can be asked for, is another run than the newest, and is kept by whatever goes on with it."""
     rows, found = old / "rows.jsonl", {}

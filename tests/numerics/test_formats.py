@@ -322,9 +322,15 @@ def kept_values(fmt: Format, stored: torch.Tensor, n: int) -> np.ndarray:
     if fmt.value_bits == 4:
         codes = np.stack([codes & 15, codes >> 4], 1).reshape(-1)[:n]
     (start, size), (low, least) = fmt.scales_span(n), fmt.minima_span(n)
-    plane = raw[start : start + size]
+    plane, minima = raw[start : start + size], raw[low : low + least].view("<f4")
     scale = plane.view("<f4") if fmt.scale_bytes == 4 else np.where(plane < 255, np.exp2(plane - 127.0), np.nan)
-    scale = scale.astype(np.float64).repeat(fmt.group)[:n]
+    if fmt.kernel == "nvfp4_two":
+        bytes_, wholes = torch.from_numpy(plane.copy()).view(torch.float8_e4m3fn).float().numpy(), minima.repeat(64)
+        scale, least = np.where(wholes < 0, bytes_ / -wholes, bytes_ * wholes), 0
+    if fmt.kernel == "mxfp4_across":
+        scale = scale.reshape(-1, 1, fmt.across).repeat(32, 1).reshape(-1)[:n].astype(np.float64)
+    else:
+        scale = scale.astype(np.float64).repeat(fmt.kernel_group)[:n]
     twelfths = np.float32([0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4])
     number = {
         "int4f": codes, "int8f": codes, "int8": codes.view(np.int8), "nf4": np.float32(NF4_VALUES)[codes & 15],
@@ -332,12 +338,18 @@ def kept_values(fmt: Format, stored: torch.Tensor, n: int) -> np.ndarray:
         "fp4": np.concatenate([twelfths, -twelfths])[codes & 15],
         "mxfp4": np.float64([0, 0.5, 1, 1.5, 2, 3, 4, 6] + [0, -0.5, -1, -1.5, -2, -3, -4, -6])[codes & 15],
     }  # fmt: skip
-    minimum = raw[low : low + least].view("<f4").astype(np.float64).repeat(fmt.group)[:n] if least else 0.0
-    return (number[fmt.kernel.replace("nvfp4", "mxfp4")].astype(np.float64) * scale + minimum).astype(np.float32)
+    minimum = minima.astype(np.float64).repeat(fmt.group)[:n] if least else 0.0
+    if fmt.kernel == "int8_127":
+        return (codes.view(np.int8) * scale).astype(np.float32) * np.float32(1 / 127)
+    number["nvfp4"] = number["nvfp4_two"] = number["mxfp4_across"] = number["mxfp4"]
+    return (number[fmt.kernel].astype(np.float64) * scale + minimum).astype(np.float32)
+
+
+ALL_KEPT = [*KEPT.values(), get_format("mxfp4_across_24")]
 
 
 @each_variant
-@pytest.mark.parametrize("fmt", KEPT.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", ALL_KEPT, ids=lambda f: f.name)
 def test_kept_codes_are_what_their_schemes_say(variant, fmt):
     """A product of code and scale is exact in float64, and so is rounded once."""
     for n in (1, 63, 129, 5000):
@@ -348,8 +360,9 @@ def test_kept_codes_are_what_their_schemes_say(variant, fmt):
     if not fmt.encodes:
         with using(variant), pytest.raises(ConfigError, match=f"{fmt.name} holds a checkpoint's own codes"):
             encode_values(torch.ones(64), fmt)
-    with pytest.raises(ConfigError, match="groups of 96"):
-        type(fmt)(96)
+    if fmt.kernel_group == fmt.group:
+        with pytest.raises(ConfigError, match="groups of 96"):
+            type(fmt)(96)
 
 
 @each_variant
@@ -376,7 +389,7 @@ def test_the_kernels_take_each_format_to_be_what_its_class_says():
     library = native.library()
     if library is None:
         pytest.skip(native.describe())
-    listed = [*FORMATS.values(), *CENTRED.values(), *KEPT.values()]
+    listed = [*FORMATS.values(), *CENTRED.values(), *ALL_KEPT]
     for fmt in listed:
         facts = native.FormatFacts(*(getattr(fmt, name) for name in native.FormatFacts._fields))
         assert library.format(fmt.code) == facts, fmt.name
@@ -396,6 +409,9 @@ def test_formats_are_found_by_name_and_dtype():
     assert FORMATS["int4_g64"].about_centre.name == "int4c_g64"
     with pytest.raises(ConfigError, match="int4 with groups of 96"):
         type(FORMATS["int4"])(96)
+    assert get_format("mxfp4_across_24") is get_format("mxfp4_across_24") is not get_format("mxfp4_across_32")
+    with pytest.raises(ConfigError, match="rows of 36 elements: a multiple of 8"):
+        get_format("mxfp4_across_36")
     with pytest.raises(ConfigError, match="'fp9'.*bf16"):
         get_format("fp9")
     with pytest.raises(ConfigError, match=r"float64.*bfloat16"):

@@ -16,9 +16,9 @@ def stored_as(fmt: Format, values: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     codes = torch.randint(256, (fmt.values_nbytes(n),), dtype=torch.uint8, generator=chance)
     if fmt.name == "fp8f":
         codes[codes & 0x7F == 0x7F] = 0x80
-    groups = fmt.num_groups(n)
+    groups, lows = fmt.scales_nbytes(n) // fmt.scale_bytes, fmt.minima_nbytes(n) // 4
     scales = torch.randn(groups, generator=chance) * 2e-3
-    minima = None if not fmt.minimum_bytes else (torch.randn(groups, generator=chance) * 2e-2).view(torch.uint8)
+    minima = None if not lows else (torch.randn(lows, generator=chance) * 2e-2).view(torch.uint8)
     if fmt.scale_bytes == 1:
         scales = torch.randint(112, 128, (groups,), dtype=torch.uint8, generator=chance)
         scales[1::5], scales[2::10], scales[7::10] = 255, 0, 1

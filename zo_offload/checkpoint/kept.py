@@ -96,16 +96,18 @@ def kept_part(
 ) -> Tensor:
     """The streamed part of elements [start, start + count), from a multiple of the group on. CheckpointError: NaN."""
     codes, scales, minima = kept_codes(recipe, fmt, weights, files, start, count)
-    scales = scales[:: fmt.group].contiguous()
+    scales = fmt.scales_of(scales).contiguous()
     is_fp8 = fmt.kernel.startswith("fp8")
+    scales_are_fp8 = fmt.kernel == "nvfp4_two"
     is_finite = all(bool(torch.isfinite(plane).all()) for plane in (scales, minima) if plane is not None)
-    if not is_finite or (is_fp8 and bool(((codes & 0x7F) == 0x7F).any())):
+    numbers = codes if is_fp8 else scales if scales_are_fp8 else None
+    if not is_finite or (numbers is not None and bool(((numbers & 0x7F) == 0x7F).any())):
         raise CheckpointError(f"{what}: its codes or scales hold NaN or infinity")
     if isinstance(fmt, FourBits):
         codes = fmt.pack_codes(codes)
     low = None
     if minima is not None:
-        least = minima[:: fmt.group].contiguous()
+        least = fmt.minima_of(minima).contiguous()
         low = (least.bfloat16() if fmt.minimum_bytes == 2 else least).view(torch.uint8)
     return pack(fmt, count, codes, scales.view(torch.uint8), low)
 

@@ -57,11 +57,9 @@ class Keeping(Protocol):
         ...
 
 
-def kept_of(base: object) -> Callable[[str], Format | None]:
-    """name -> the format that already has its codes; None for every name of a base without codes."""
-    if not isinstance(base, Keeping):
-        return lambda name: None
-    return lambda name: next(iter(base.kept_formats(name)), None)
+def kept_of(base: object) -> Callable[[str], tuple[Format, ...]]:
+    """name -> the formats that hold its codes, the smallest first; none for a base without codes."""
+    return base.kept_formats if isinstance(base, Keeping) else lambda name: ()
 
 
 class Base(Weights, Protocol):

@@ -16,9 +16,9 @@
     int8+8     1.031            1      16-bit integer master
     fp8+8      1.008            1      16-bit float master; the coarse half is fp8_e4m3
 
-`kept.py` has others, for a quantized checkpoint's own codes: int4f, int8f, fp8f, mxfp4, nvfp4, fp4; for these codes,
-some of the formats above also exist with smaller groups. `base.py` defines a format, `table.py` lists them. `code` is
-a format's integer in the kernels (csrc/formats.h).
+`kept.py` and `banded.py` have others, for a quantized checkpoint's own codes: int4f, int8f, int8_127, fp8f, mxfp4,
+mxfp4_across, nvfp4, nvfp4_two, fp4; for these codes, some of the formats above also exist with smaller groups.
+`base.py` defines a format, `table.py` lists them. `code` is a format's integer in the kernels (csrc/formats.h).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .bf16 import BF16
 from .codec import decode_values, encode_values
 from .fp16 import FP16
 from .fp32 import FP32
-from .table import CENTRED, FORMATS, KEPT, PLAIN, format_of, get_format
+from .table import CENTRED, FORMATS, KEPT, NEWEST_KEPT, PLAIN, format_of, get_format, kept_since
 
 __all__ = [
     "BF16",
@@ -37,10 +37,12 @@ __all__ = [
     "FP16",
     "FP32",
     "KEPT",
+    "NEWEST_KEPT",
     "PLAIN",
     "Format",
     "decode_values",
     "encode_values",
     "format_of",
     "get_format",
+    "kept_since",
 ]

@@ -28,6 +28,8 @@ class Format:
     In a format with groups one such value makes its whole group NaN, by a NaN scale: nothing saturates silently.
 
     Groups are `group` consecutive elements of the flattened parameter, counted from its first; the last may be short.
+    A group has one scale, and one minimum; two formats of checkpoints' codes differ (`banded.py`): there a group is the
+    elements that several scales belong to.
     """
 
     name: ClassVar[str]
@@ -38,7 +40,9 @@ class Format:
     value_bits: ClassVar[int]
     """Bits per element in the values plane."""
     group: int = 0
-    """Elements per scale; 0: no scales."""
+    """Elements of a group; 0: no scales. A parameter's pieces and ranges begin at multiples of it."""
+    across: int = 0
+    """Elements of a row, in a format that needs to know (`banded.py`)."""
     scale_bytes: ClassVar[int] = 0
     minimum_bytes: ClassVar[int] = 0
     residual_bytes: ClassVar[int] = 0
@@ -63,6 +67,11 @@ class Format:
         return self.name.replace("+", "_")
 
     @property
+    def kernel_group(self) -> int:
+        """Elements per scale as the kernels take it; 0: none, or the scales are not of neighbours."""
+        return self.group
+
+    @property
     def about_centre(self) -> Format:
         """The format with the same codes in which a changed scale moves each group about its centre; may be itself."""
         return self
@@ -73,14 +82,30 @@ class Format:
     def num_groups(self, numel: int) -> int:
         return -(-numel // self.group) if self.group else 0
 
+    def scales_nbytes(self, numel: int) -> int:
+        """Bytes of the scales of as many elements, from a group's first."""
+        return self.scale_bytes * self.num_groups(numel)
+
+    def minima_nbytes(self, numel: int) -> int:
+        """Bytes of the minima of as many elements, from a group's first."""
+        return self.minimum_bytes * self.num_groups(numel)
+
     def scales_span(self, numel: int) -> tuple[int, int]:
         """(offset, nbytes) of the scales in the streamed part."""
         start = -(-self.values_nbytes(numel) // PLANE_ALIGN) * PLANE_ALIGN
-        return start, self.scale_bytes * self.num_groups(numel)
+        return start, self.scales_nbytes(numel)
 
     def minima_span(self, numel: int) -> tuple[int, int]:
         """(offset, nbytes) of the minima, directly after the scales."""
-        return sum(self.scales_span(numel)), self.minimum_bytes * self.num_groups(numel)
+        return sum(self.scales_span(numel)), self.minima_nbytes(numel)
+
+    def scales_of(self, each: Tensor) -> Tensor:
+        """The plane of scales, from the scale of each element."""
+        return each[:: self.group]
+
+    def minima_of(self, each: Tensor) -> Tensor:
+        """The plane of minima, from the minimum of each element."""
+        return each[:: self.group]
 
     def nbytes(self, numel: int) -> int:
         """Bytes of the streamed part of `numel` elements."""

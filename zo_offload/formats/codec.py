@@ -18,12 +18,14 @@ from .table import PLAIN
 def planes(stored: Tensor, residual: Tensor | None, fmt: Format, numel: int, start: int = 0) -> dict[str, int]:
     """Addresses of a parameter's planes from element `start` on, and their format, as `native.pack_pass` takes them.
     start: a multiple of the group."""
-    at, group = stored.data_ptr(), start // fmt.group if fmt.group else 0
-    fields = {"stored": at + fmt.values_nbytes(start), "format": fmt.code, "group": fmt.group}
+    at = stored.data_ptr()
+    fields = {"stored": at + fmt.values_nbytes(start), "format": fmt.code, "group": fmt.kernel_group}
+    if fmt.across:
+        fields["across"] = fmt.across
     if fmt.scale_bytes:
-        fields["scales"] = at + fmt.scales_span(numel)[0] + group * fmt.scale_bytes
+        fields["scales"] = at + fmt.scales_span(numel)[0] + fmt.scales_nbytes(start)
     if fmt.minimum_bytes:
-        fields["minima"] = at + fmt.minima_span(numel)[0] + group * fmt.minimum_bytes
+        fields["minima"] = at + fmt.minima_span(numel)[0] + fmt.minima_nbytes(start)
         fields["centred"] = fmt.centred
     if residual is not None:
         fields["residual"] = residual.data_ptr() + start * fmt.residual_bytes

@@ -85,10 +85,9 @@ def cut(fmt: Format, stored: Tensor, numel: int, start: int, end: int) -> Tensor
     """The streamed part of elements [start, end), as a copy; `start` is a multiple of the group (or `end` == numel)."""
     if not fmt.group:
         return stored[fmt.nbytes(start) : fmt.nbytes(end)].clone()
-    first, last = start // fmt.group, fmt.num_groups(end)
     values = values_plane(fmt, stored, numel)[fmt.values_nbytes(start) : fmt.values_nbytes(end)]
-    scales = scales_plane(fmt, stored, numel)[first * fmt.scale_bytes : last * fmt.scale_bytes]
-    minima = minima_plane(fmt, stored, numel)[first * fmt.minimum_bytes : last * fmt.minimum_bytes]
+    scales = scales_plane(fmt, stored, numel)[fmt.scales_nbytes(start) : fmt.scales_nbytes(end)]
+    minima = minima_plane(fmt, stored, numel)[fmt.minima_nbytes(start) : fmt.minima_nbytes(end)]
     return pack(fmt, end - start, values, scales, minima)
 
 
@@ -97,11 +96,9 @@ def paste(fmt: Format, stored: Tensor, numel: int, start: int, piece: Tensor, co
     if not fmt.group:
         stored[fmt.nbytes(start) : fmt.nbytes(start + count)] = piece
         return
-    first, last = start // fmt.group, fmt.num_groups(start + count)
-    into = (values_plane, fmt.values_nbytes(start), fmt.values_nbytes(start + count))
-    for plane, begin, end in (
-        into,
-        (scales_plane, first * fmt.scale_bytes, last * fmt.scale_bytes),
-        (minima_plane, first * fmt.minimum_bytes, last * fmt.minimum_bytes),
+    for plane, nbytes in (
+        (values_plane, fmt.values_nbytes),
+        (scales_plane, fmt.scales_nbytes),
+        (minima_plane, fmt.minima_nbytes),
     ):
-        plane(fmt, stored, numel)[begin:end] = plane(fmt, piece, count)
+        plane(fmt, stored, numel)[nbytes(start) : nbytes(start + count)] = plane(fmt, piece, count)

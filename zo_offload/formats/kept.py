@@ -25,11 +25,29 @@ FP4_VALUES = (*(n / 12 for n in _TWELFTHS), *(-n / 12 + 0.0 for n in _TWELFTHS))
 GROUPS = (16, 32, 64, 128)
 
 
+INVERSE_127 = 7.874015718698502e-3
+"""1/127, rounded to float32."""
+
+
+def numbers_of(table: tuple[float, ...], codes: Tensor) -> Tensor:
+    """The table's entries for int64 codes, float32."""
+    return torch.tensor(table, dtype=torch.float32, device="cpu")[codes]
+
+
+def power_factors(exponents: Tensor) -> Tensor:
+    """2 ** (e - 127) of bytes, float32; NaN for 255."""
+    wide = exponents.to(torch.int64)
+    bits = torch.where(wide == 0, 1 << 22, wide << 23)  # 2**-127 is subnormal
+    return torch.where(wide == NAN_EXPONENT, float("nan"), from_bits(bits))
+
+
 def not_encoded(fmt: Format) -> str:
     return f"{fmt.name} holds a checkpoint's own codes (storage='kept'): nothing is encoded into it"
 
 
-class _Kept(Format):
+class Kept(Format):
+    """A format that only holds a checkpoint's own codes."""
+
     torch_dtype: ClassVar[torch.dtype] = torch.bfloat16
     scale_bytes: ClassVar[int] = 4
     encodes: ClassVar[bool] = False
@@ -53,11 +71,11 @@ class _Kept(Format):
         raise ConfigError(not_encoded(self))
 
 
-class _FourBits(_Kept, FourBits):
+class _FourBits(Kept, FourBits):
     trains_scales: ClassVar[bool] = False
 
 
-class _AboveMinimum(_Kept):
+class _AboveMinimum(Kept):
     minimum_bytes: ClassVar[int] = 4
 
     def above(self, codes: Tensor, stored: Tensor, numel: int) -> Tensor:
@@ -94,7 +112,7 @@ class Int8F(_AboveMinimum):
         return self.above(values_plane(self, stored, n), stored, n)
 
 
-class FP8F(_Kept):
+class FP8F(Kept):
     """1.031 bytes per parameter (group 64: 1.0625, 32: 1.125): float8_e4m3fn times a float32 scale for each 128. fp8
     whose scales are not powers of two."""
 
@@ -109,13 +127,27 @@ class FP8F(_Kept):
         return numbers * each(float_scales(self, stored, n), self.group, n)
 
 
+class Int8By127(Kept):
+    """1.031 bytes per parameter (group 64: 1.062, 32: 1.125): codes -127..127 times a float32 scale, times 1/127,
+    rounded to float32 after each product. bitsandbytes' LLM.int8, whose scale is the largest value of a row."""
+
+    kind: ClassVar[str] = "int8_127"
+    code: ClassVar[int] = 20
+    usual: ClassVar[int] = 128
+    value_bits: ClassVar[int] = 8
+
+    def decode(self, stored: Tensor, numel: int | None = None) -> Tensor:
+        n = self.size_of(stored, numel)
+        numbers = values_plane(self, stored, n).view(torch.int8).float()
+        return numbers * each(float_scales(self, stored, n), self.group, n) * INVERSE_127
+
+
 class _Table(_FourBits):
     table: ClassVar[tuple[float, ...]]
 
     def decode(self, stored: Tensor, numel: int | None = None) -> Tensor:
         n = self.size_of(stored, numel)
-        numbers = torch.tensor(self.table, dtype=torch.float32, device="cpu")[self.codes(stored, n)]
-        return numbers * each(self.factors(stored, n), self.group, n)
+        return numbers_of(self.table, self.codes(stored, n)) * each(self.factors(stored, n), self.group, n)
 
     def factors(self, stored: Tensor, numel: int) -> Tensor:
         """The factor of each group's numbers, float32 [groups]."""
@@ -133,9 +165,7 @@ class MXFP4(_Table):
     table: ClassVar[tuple[float, ...]] = E2M1_VALUES
 
     def factors(self, stored: Tensor, numel: int) -> Tensor:
-        exponent = scales_plane(self, stored, numel).to(torch.int64)
-        bits = torch.where(exponent == 0, 1 << 22, exponent << 23)  # 2**-127 is subnormal
-        return torch.where(exponent == NAN_EXPONENT, float("nan"), from_bits(bits))
+        return power_factors(scales_plane(self, stored, numel))
 
 
 class NVFP4(_Table):

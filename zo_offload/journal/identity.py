@@ -18,6 +18,7 @@ from ..checkpoint.weights import Base
 from ..config import EngineConfig
 from ..data.encode import ENCODING
 from ..errors import CheckpointError, JournalError
+from ..formats import Format
 from ..hf import transformers
 from ..kernels.records import Gains, Masks
 from ..methods import METHODS, Method, known_record
@@ -65,14 +66,13 @@ def identity(
     shapes = "\n".join(
         f"{n} {s.param_id} {list(s.shape)} {s.dtype}{_cuts(plan, n)}" for n, s in sorted(plan.params.items())
     )
-    formats = "\n".join(f"{name} {fmt.name}" for name, fmt in sorted(layout.formats.items()))
     return {
         "format": FORMAT,
         "base": base_digest,
         **about,
         "plan": _digest(shapes),
         "trainable": _digest(trained),
-        "storage": _digest(formats),
+        "storage": storage_digest(layout.formats),
         "fold_every": "any" if is_lossless(plan, layout) else fold_every,
         "compute": config.compute,
         "rounding": config.rounding,
@@ -85,6 +85,11 @@ def identity(
             if k not in ("steps", "batch_size", "on_nonfinite", "tunes")
         },
     }
+
+
+def storage_digest(formats: Mapping[str, Format]) -> str:
+    """Identity of the storage format of each parameter."""
+    return _digest("\n".join(f"{name} {fmt.name}" for name, fmt in sorted(formats.items())))
 
 
 def about_base(
@@ -263,8 +268,21 @@ def check_identity(wanted: dict[str, Any], found: dict[str, Any]) -> None:
         # another version of transformers may add settings to a config in memory, but not to a file
         shared = key == "config" and wanted.get("model_type") is None
         differ += differences(key, found.get(key), wanted[key], shared=shared)
+        if key == "storage" and found.get(key) != wanted[key]:
+            differ[-1] += _as_stored_by(found)
     if differ:
         raise JournalError("this run cannot be continued as asked; " + "; ".join(differ) + ". " + MAY_CHANGE)
+
+
+def _as_stored_by(found: Mapping[str, Any]) -> str:
+    """The setting and the version that the formats of a journal's run are of."""
+    settings, versions = found.get("settings"), found.get("versions")
+    if not isinstance(settings, dict) or not isinstance(versions, dict):
+        return ""
+    return (
+        f" (formats; the run began with storage={settings.get('storage')!r} in zo_offload "
+        f"{versions.get('zo_offload')}: if you ask for the same, go on with that version)"
+    )
 
 
 def _with_class_of(wanted: dict[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:

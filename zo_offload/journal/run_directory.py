@@ -30,7 +30,7 @@ from ..errors import ConfigError, JournalError
 from ..methods import Method, known_record, method_from
 from ..numerics.noise import LAYOUT_VERSION
 from ..system import diskio
-from .format import TAKES_NOTES, VERSIONS, read_journal
+from .format import TAKES_NOTES, VERSIONS, load_header, read_journal
 
 _log = logging.getLogger(__name__)
 
@@ -191,16 +191,19 @@ def load_config(run_dir: Path) -> dict[str, Any]:
     return record
 
 
-def resumed(run_dir: Path, *, tells: bool) -> tuple[dict[str, Any], str | None]:
-    """(config.json, the journal's bytes in base64) of a run to resume. tells: other ranks need the bytes; the bytes are
-    None if the run starts again. Raises JournalError if run_dir holds no run."""
+def resumed(run_dir: Path, *, tells: bool) -> tuple[dict[str, Any], dict[str, Any] | None, str | None]:
+    """(config.json, the journal's header, the journal's bytes in base64) of a run to resume.
+
+    tells: other ranks need the bytes. Header and bytes are None if the run starts again. Raises JournalError if run_dir
+    holds no run.
+    """
     record = load_config(run_dir)
     path = run_dir / JOURNAL
     if not path.exists() and (run_dir / METRICS).exists():
         raise JournalError(f"{run_dir}: {JOURNAL} is missing, and it is the run. Restore it")
-    if not tells or not path.exists() or (is_without_steps(run_dir) and not takes_notes(run_dir)):
-        return record, None
-    return record, b64encode(diskio.read_file(path)).decode()
+    if not path.exists() or (is_without_steps(run_dir) and not takes_notes(run_dir)):
+        return record, None, None
+    return record, load_header(path), b64encode(diskio.read_file(path)).decode() if tells else None
 
 
 def with_mode(settings: dict[str, Any], model: str | None) -> dict[str, Any]:

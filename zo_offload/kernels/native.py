@@ -28,7 +28,7 @@ from .distributions import all_kinds, row
 from .records import LANE, MASKS, UPDATE, Mask
 
 LIBRARY = Path(__file__).parent.with_name("_zo_cpu.so")
-ABI_VERSION, LAYOUT_VERSION = 9, 2
+ABI_VERSION, LAYOUT_VERSION = 10, 2
 ISAS = ("scalar", "avx2", "avx512")
 
 _ERRORS = {
@@ -72,6 +72,7 @@ def pack_pass(
     residual: int = 0,
     total: int | None = None,
     group: int = 0,
+    across: int = 0,
     target_scales: bool = False,
     master: bool = False,
     centred: bool = False,
@@ -86,7 +87,7 @@ def pack_pass(
         rounds,
         write_back | stochastic << 1 | target_scales << 2 | master << 3 | centred << 4,
         0 if mask is None else MASKS[mask.kind],
-        0 if mask is None else mask.words[1], num_terms, 0,
+        0 if mask is None else mask.words[1], num_terms, across,
     )  # fmt: skip
 
 

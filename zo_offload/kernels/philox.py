@@ -24,7 +24,7 @@ TAG_BOX_MULLER, TAG_RADEMACHER, TAG_ROUNDING, TAG_SEED, TAG_GAUSSIAN, TAG_MASK =
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
-_CHUNK = 1 << 15  # elements; a multiple of every block size, so only the first chunk starts inside a block
+CHUNK = 1 << 15  # elements; a multiple of every block size, so only the first chunk starts inside a block
 
 
 def philox(counter: Sequence[U64], key: tuple[int, int], rounds: int) -> list[U64]:
@@ -83,8 +83,8 @@ def gaussian_pair(a: U32, b: U32) -> tuple[F32, F32]:
 
 
 def chunks(n: int, offset: int) -> list[tuple[int, int]]:
-    """[start, end) pairs covering n elements, cut at multiples of _CHUNK of the element index."""
-    cuts = [0, *range(_CHUNK - offset % _CHUNK, n, _CHUNK), n]
+    """[start, end) pairs covering n elements, cut at multiples of CHUNK of the element index."""
+    cuts = [0, *range(CHUNK - offset % CHUNK, n, CHUNK), n]
     return [(start, end) for start, end in pairwise(cuts) if end > start]
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..formats import FORMATS, KEPT, PLAIN
+from ..formats import FORMATS, KEPT, PLAIN, get_format
 from ..kernels import native, nvrtc
 from ..kernels.device_updates import RECORD_BYTES, DeviceUpdates
 from ..kernels.distributions import all_kinds, row
@@ -52,7 +52,7 @@ _log = logging.getLogger(__name__)
 
 IMAGE = Path(__file__).parent.with_name("_zo_cuda.fatbin")
 THREADS, MAX_LANES = 256, 16
-KERNELS = {fmt.code: fmt.kernel for fmt in (FORMATS | KEPT).values()}
+KERNELS = {fmt.code: fmt.kernel for fmt in (*FORMATS.values(), *KEPT.values(), get_format("mxfp4_across_8"))}
 """The names of a storage format's kernels, by its code."""
 _WAVES = 16  # at most so many blocks per multiprocessor; each computes a share of the tiles
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..formats import Format, format_of
 from ..formats.grouped import cut, paste, scales_plane
 from ..kernels.float32 import F32, fma
-from ..kernels.philox import TAG_MASK, chunks, half_words, rounding_bits
+from ..kernels.philox import CHUNK, TAG_MASK, chunks, half_words, rounding_bits
 from ..kernels.records import UPDATE, Mask, Perturbation, Update
 from .noise import NoiseSpec
 
@@ -196,7 +196,8 @@ def fused_pass(
         )  # fmt: skip
         return
     folds = any(update.fold for update in updates)
-    for start, end in chunks(numel, offset):
+    whole = bool(fmt.group) and CHUNK % fmt.group != 0  # a chunk would end inside of a group
+    for start, end in [(0, numel)] if whole else chunks(numel, offset):
         count, r = end - start, fmt.residual_bytes
         rest = residual[r * start : r * end].clone() if residual is not None and folds else None
         weights = _Weights(fmt, cut(fmt, stored, numel, start, end), rest, count)

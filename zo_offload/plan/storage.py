@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,10 @@ from .plan import Plan, keep_resident
 KEPT = "kept"
 SMALL = 16
 """A trained part of at most 1 / SMALL of the model is kept on the device."""
+
+
+KeptOf = Callable[[str], Sequence[Format]]
+"""A parameter's name -> the formats that hold its own codes, the smallest first."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,12 @@ def decide_formats(
     target: Trains = "values",
     *,
     resident: bool = False,
-    kept_of: Callable[[str], Format | None] = lambda name: None,
+    kept_of: KeptOf = lambda name: (),
 ) -> Stored:
     """Formats by the module's rules. storage None: each parameter in the base's own dtype. "kept": quantized parameters
-    in the format that `kept_of` names, which holds their codes, the others in the base's own dtype. resident: trained
-    parameters are kept on the device, however large their share is.
+    in the first of the formats that `kept_of` names, which hold their codes, in which no piece begins inside of a
+    group; the others in the base's own dtype. resident: trained parameters are kept on the device, however large their
+    share is.
 
     target: "scales" trains only the group scales of quantized parameters, about the groups' centres; "shifts" trains
     them as the format keeps groups. Raises ConfigError if the format cannot train the target.
@@ -82,12 +87,12 @@ def _keep_codes(
     plan: Plan,
     dtype_of: Callable[[str], torch.dtype],
     target: Trains,
-    kept_of: Callable[[str], Format | None],
+    kept_of: KeptOf,
     resident: bool,
 ) -> Stored:
     if target != "values":
         raise ConfigError("storage='kept' trains no scales; name a format: storage='int8', 'int4' or 'nf4'")
-    held = {name: fmt for name in plan.params if (fmt := kept_of(name)) is not None}
+    held = {name: fmt for name in plan.params if (fmt := _holds(plan, name, kept_of(name))) is not None}
     if not held:
         raise ConfigError(
             "storage='kept': the base has no quantized weights whose codes a storage format holds "
@@ -105,6 +110,12 @@ def _keep_codes(
         for name, spec in plan.params.items()
     }
     return Stored(keep_resident(plan, small) if small else plan, formats)
+
+
+def _holds(plan: Plan, name: str, formats: Sequence[Format]) -> Format | None:
+    """The first of the formats whose groups are whole in each of the parameter's pieces."""
+    starts = [piece.start for piece in plan.pieces_of(name)]
+    return next((fmt for fmt in formats if all(start % fmt.group == 0 for start in starts)), None)
 
 
 def _format(

@@ -24,14 +24,13 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..formats.four_bits import NF4_VALUES
-from ..formats.kept import FP4_VALUES
-from .base import Codes, Decoded, Wanted, by_rows, kept_as, need
+from ..formats.kept import FP4_VALUES, INVERSE_127
+from .base import Codes, Decoded, Wanted, by_rows, kept_as, kept_rows, need
 from .bits import nibbles
 from .files import Files
 
 _STATE = ".quant_state.bitsandbytes__"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_INVERSE_127 = 7.874015718698502e-3
 
 
 class BitsAndBytes:
@@ -130,7 +129,13 @@ def _int8(files: Files, name: str, scale: str, dtype: torch.dtype) -> Decoded:
 
     def rows(files: Files, first: int, last: int) -> Tensor:
         codes = files.rows(name, first, last).float()
-        return codes.mul_(files.part(scale, first, last - first).unsqueeze(1)).mul_(_INVERSE_127).to(dtype)
+        return codes.mul_(files.part(scale, first, last - first).unsqueeze(1)).mul_(INVERSE_127).to(dtype)
 
+    def kept(files: Files, first: int, last: int) -> Codes:
+        codes = files.rows(name, first, last).view(torch.uint8)
+        return codes, files.part(scale, first, last - first).unsqueeze(1), None
+
+    width = spec.shape[1]
     uses = (name, scale) + ((layout,) if layout in files else ())
-    return Decoded(name, spec.shape, dtype, uses, by_rows(spec.shape[1], rows))
+    keeps = kept_as("int8_127", width, kept_rows(width, kept))
+    return Decoded(name, spec.shape, dtype, uses, by_rows(width, rows), keeps)

@@ -98,8 +98,11 @@ class Files:
                 end = min(columns, max(last, first + fitting))
                 slab = torch.empty(rows, (end - first) * inner, dtype=spec.dtype, device="cpu")
                 origin = matrix * rows * columns * inner
-                for row in range(rows):
-                    self._read_into(name, origin + (row * columns + first) * inner, slab[row])
+                if end - first == columns:
+                    self._read_into(name, origin, slab.view(-1))
+                else:
+                    for row in range(rows):
+                        self._read_into(name, origin + (row * columns + first) * inner, slab[row])
                 held = self._slabs[key] = (first, slab)
             else:
                 self._slabs.move_to_end(key)

@@ -3,7 +3,7 @@
 X_blocks  uint8 [E, out, in / 32, 16]    element 2 i of a block is the low half of byte i
 X_scales  uint8 [E, out, in / 32]        e: 2 ** (e - 127); 255 is NaN
 
-X [E, in, out]: the model's parameter has inputs before outputs. Exact in bf16.
+X [E, in, out]: the model's parameter has inputs before outputs, so that groups lie across its rows. Exact in bf16.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..formats.grouped import each, scales_plane
 from .base import RUN, Codes, Decoded, Kept, Wanted, by_rows, kept_rows, need
 from .bits import E2M1, nibbles, powers
 from .files import Files
+from .packed_float import all_finite
 
 
 class MXFP4:
@@ -67,19 +68,37 @@ def _experts(files: Files, name: str, scales: str) -> Decoded:
     experts, outputs, groups, _ = files.specs[name].shape
     inputs = groups * 32
 
-    def rows(files: Files, first: int, last: int) -> Tensor:
-        """Inputs [first, last), counted through all experts, from a multiple of 32 on; [., outputs]"""
-        parts = []
+    def parts(files: Files, first: int, last: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(inputs, blocks [outputs, 16 n], scales [outputs, n]) of inputs [first, last), counted through all experts
+        from a multiple of 32 on, one expert's at a time."""
         while first < last:
             expert, begin = divmod(first, inputs)
             end = min(begin + last - first, inputs)
             low, high = begin // 32, -(-end // 32)
             raw = files.columns(name, low, high, matrix=expert)
-            values = E2M1[nibbles(raw)].view(outputs, high - low, 32)
-            values *= powers(files.columns(scales, low, high, matrix=expert)).unsqueeze(2)
-            parts.append(values.view(outputs, -1)[:, : end - begin].T)
+            yield end - begin, raw, files.columns(scales, low, high, matrix=expert)
             first += end - begin
-        return torch.cat(parts).to(torch.bfloat16)
+
+    def rows(files: Files, first: int, last: int) -> Tensor:
+        """Inputs [first, last), from a multiple of 32 on; [., outputs]"""
+        found = []
+        for count, raw, exponents in parts(files, first, last):
+            values = E2M1[nibbles(raw)].view(outputs, -1, 32)
+            values *= powers(exponents).unsqueeze(2)
+            found.append(values.view(outputs, -1)[:, :count].T)
+        return torch.cat(found).to(torch.bfloat16)
+
+    def across(files: Files, first: int, last: int) -> Codes:
+        """The codes themselves, turned."""
+        codes = torch.empty(last - first, outputs, dtype=torch.uint8, device="cpu")
+        factors = torch.empty(last - first, outputs, dtype=torch.uint8, device="cpu")
+        at = 0
+        for count, raw, exponents in parts(files, first, last):
+            turned = raw.T.contiguous()  # bytes: a small move; then each is two rows
+            codes[at : at + count] = torch.stack([turned & 15, turned >> 4], 1).view(-1, outputs)[:count]
+            factors[at : at + count] = exponents.T.repeat_interleave(32, 0)[:count]
+            at += count
+        return codes, factors, None
 
     def kept(files: Files, first: int, last: int) -> Codes:
         """Encoded as fp8_e4m3, which is exact if `fits`."""
@@ -93,6 +112,9 @@ def _experts(files: Files, name: str, scales: str) -> Decoded:
 
     plain = name.removesuffix("_blocks")
     keeps: tuple[Kept, ...] = ()
+    if outputs % 8 == 0:
+        own = kept_rows(outputs, across, 32)
+        keeps = (Kept(f"mxfp4_across_{outputs}", own, fits=lambda f: all_finite(f, scales)),)
     if outputs % 4 == 0:  # groups end at the ends of blocks of 32 rows
-        keeps = (Kept(_FP8.name, kept_rows(outputs, kept, 32), fits),)
+        keeps += (Kept(_FP8.name, kept_rows(outputs, kept, 32), fits),)
     return Decoded(plain, (experts, inputs, outputs), torch.bfloat16, (name, scales), by_rows(outputs, rows, 32), keeps)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .base import RUN, Codes, Decoded, Wanted, by_rows, kept_as, kept_rows, need
+from .base import RUN, Codes, Decoded, Kept, Wanted, by_rows, kept_as, kept_rows, need
 from .bits import E2M1, nibbles, powers
 from .files import Files
 
@@ -78,8 +78,22 @@ def packed_float(files: Files, codes: str, name: str, whole: str | None) -> Deco
         both = nibbles(files.rows(codes, first, last)).to(torch.uint8)
         return both, files.rows(scale, first, last) if whole is None else factors(files, first, last), None
 
+    def own(files: Files, first: int, last: int) -> Codes:
+        """With both scales as they are in the files."""
+        assert whole is not None
+        both = nibbles(files.rows(codes, first, last)).to(torch.uint8)
+        factor = files.part(whole, 0, 1) * (-1 if divides else 1)
+        return both, files.rows(scale, first, last).view(torch.uint8), factor.expand(last - first, 1)
+
+    def one_sign(files: Files) -> bool:
+        assert whole is not None
+        return bool((files.part(whole, 0, 1) > 0).all())
+
     kind = "mxfp4" if whole is None else "nvfp4"
-    keeps = kept_as(kind, group, kept_rows(width, kept), fits=lambda f: whole is not None or all_finite(f, scale))
+    keeps: tuple[Kept, ...] = ()
+    if whole is not None:
+        keeps = (Kept("nvfp4_two", kept_rows(width, own), one_sign),)
+    keeps += kept_as(kind, group, kept_rows(width, kept), fits=lambda f: whole is not None or all_finite(f, scale))
 
     uses = (codes, scale) + ((whole,) if whole is not None else ())
     return Decoded(name, (*spec.shape[:-1], width), torch.bfloat16, uses, by_rows(width, rows), keeps)

@@ -127,11 +127,12 @@ def open_model(
     fresh: bool = True,
     offload: str | None = None,
     ranks: Alone | None = None,
+    recorded: Mapping[str, Any] | None = None,
 ) -> Opened:
     """Open a checkpoint or take a module, and prepare it. See `Engine` for model, model_class, example and base.
 
     fresh: a new run begins, so its run_dir must hold no run. offload: a tier that is already decided, as in `prepare`.
-    ranks: all open it now; settings of "auto" are decided once for all of them.
+    ranks: all open it now; settings of "auto" are decided once for all of them. recorded: as in `prepare`.
     """
     ranks = Alone() if ranks is None else ranks
     if config.run_dir is not None:  # absolute: the process may change its directory
@@ -173,7 +174,7 @@ def open_model(
     make = partial(
         prepare, module, base.dtype_of, method=method, device=device, example=example,
         notes=() if adapted is None else adapted.notes, sharers=ranks.local_world, kept_of=kept_of(base),
-        decided=decided,
+        decided=decided, recorded=recorded,
     )  # fmt: skip
     prepared = make(config, offload=offload)
     agreed = _agreed(config, prepared, ranks)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ from ..data.made import as_made
 from ..data.micro_batches import split_micro_batches
 from ..devices import PlannedDevice
 from ..errors import BudgetError, ConfigError
-from ..formats import Format
+from ..formats import NEWEST_KEPT, Format, kept_since
+from ..journal.identity import storage_digest
 from ..kernels.records import Gain
 from ..methods import Method, check_tunes
 from ..modules.recorder import ForwardCall
@@ -34,7 +35,7 @@ from ..numerics.updates import Parts
 from ..plan.activations import NOT_MEASURED, Activations, measure_activations
 from ..plan.layout import Layout, make_layout
 from ..plan.plan import Plan, make_plan
-from ..plan.storage import choose_fold_every, decide_formats
+from ..plan.storage import KEPT, KeptOf, Stored, choose_fold_every, decide_formats
 from ..plan.trace import meta_copy
 from ..system.host_memory import available_bytes
 from ..system.units import parse_bytes, show_bytes
@@ -118,23 +119,22 @@ class Prepared:
         storage: str | None,
         offload: str,
         device_memory: Any = None,
-        kept_of: Callable[[str], Format | None] = lambda name: None,
+        kept_of: KeptOf = lambda name: (),
     ) -> Prepared:
         """The same model and method, stored in another format or another tier. Raises as `prepare`, but does not check
         the host's memory, since the plan may be for another host."""
         config = replace(self.config, storage=storage, device_memory=device_memory or self.config.device_memory)
         stored = decide_formats(
-            _with_gain(self.full_plan, self.method), storage, dtype_of, config.keep, self.method.target
-        )
+            _with_gain(self.full_plan, self.method), storage, dtype_of, config.keep, self.method.target,
+            resident=config.adapter is not None, kept_of=kept_of,
+        )  # fmt: skip
         layout = make_layout(stored.plan, stored.format_of, stored.target)
         method = self.method
         stays = _in_place(config, offload, self.device)
         every = choose_fold_every(config.fold_every, stored.plan, layout, stays, method.distribution, method.noises)
         return replace(self, plan=stored.plan, layout=layout, config=config, offload=offload, fold_every=every)
 
-    def formats_without_keep(
-        self, dtype_of: Callable[[str], torch.dtype], kept_of: Callable[[str], Format | None]
-    ) -> Mapping[str, Format]:
+    def formats_without_keep(self, dtype_of: Callable[[str], torch.dtype], kept_of: KeptOf) -> Mapping[str, Format]:
         """The format that each parameter would have if the settings had no `keep`."""
         return decide_formats(
             _with_gain(self.full_plan, self.method), self.config.storage, dtype_of, None, self.method.target,
@@ -209,17 +209,19 @@ def prepare(
     offload: str | None = None,
     notes: tuple[str, ...] = (),
     sharers: int = 1,
-    kept_of: Callable[[str], Format | None] = lambda name: None,
+    kept_of: KeptOf = lambda name: (),
     decided: tuple[str, ...] = (),
+    recorded: Mapping[str, Any] | None = None,
 ) -> Prepared:
     """Decide how a model is cut, stored and streamed. Reads no weights.
 
-    dtype_of(name): dtype of a parameter of the base; kept_of(name): the format that holds the parameter's own codes.
+    dtype_of(name): dtype of a parameter of the base; kept_of(name): the formats that hold the parameter's own codes.
     example: a batch to trace the forward with, and call: how to call the model on it; otherwise the model's dummy
     inputs are used. offload: a tier that is already decided; it overrides the settings. notes: the model's notes, which
     become the plan's first. sharers: number of processes that each need this much of the host's memory. decided: lines
-    for settings of "auto" that were chosen before. Raises ConfigError for settings that contradict each other,
-    BudgetError if a memory tier cannot hold the model.
+    for settings of "auto" that were chosen before. recorded: the header of the journal that goes on: what the run's
+    version chose is kept, where this version would choose otherwise. Raises ConfigError for settings that contradict
+    each other, BudgetError if a memory tier cannot hold the model.
     """
     traced = {} if call is None else {"call": call}
     with undisturbed(model, config.mode, config.seed):
@@ -233,14 +235,37 @@ def prepare(
         storage, why = choose_storage(trains, dtype_of, config, sharers)
         config, decided = replace(config, storage=storage), (*decided, f"storage auto takes {storage}: {why}")
     adapts = config.adapter is not None
-    stored = decide_formats(
-        trains, config.storage, dtype_of, config.keep, method.target, resident=adapts, kept_of=kept_of
-    )
+    decide = partial(decide_formats, trains, config.storage, dtype_of, config.keep, method.target, resident=adapts)
+    stored = decide(kept_of=kept_of)
+    if config.storage == KEPT and recorded is not None:
+        stored = _as_recorded(stored, decide, kept_of, recorded)
     layout = make_layout(stored.plan, stored.format_of, stored.target)
     offload = choose_offload(config, layout, device, sharers) if offload is None else offload
     stays = _in_place(config, offload, device)
-    every = choose_fold_every(config.fold_every, stored.plan, layout, stays, method.distribution, method.noises)
+    folds = config.fold_every
+    if folds is None and recorded is not None and type(recorded.get("fold_every")) is int:
+        folds = recorded["fold_every"]
+    every = choose_fold_every(folds, stored.plan, layout, stays, method.distribution, method.noises)
     return Prepared(_shadow(model), full, stored.plan, layout, config, method, device, offload, every, decided)
+
+
+def _as_recorded(newest: Stored, decide: Callable[..., Stored], kept_of: KeptOf, recorded: Mapping[str, Any]) -> Stored:
+    """The formats of a run that began with storage="kept", as its version chose them. `newest` if none of the earlier
+    choices is the journal's: the run is then refused when its journal is compared."""
+    wanted = recorded.get("storage")
+    if storage_digest(newest.formats) == wanted:
+        return newest
+    for age in range(NEWEST_KEPT - 1, -1, -1):
+
+        def earlier(name: str, age: int = age) -> tuple[Format, ...]:
+            return tuple(fmt for fmt in kept_of(name) if kept_since(fmt) <= age)
+
+        if not any(earlier(name) for name in newest.plan.params):
+            break
+        found = decide(kept_of=earlier)
+        if storage_digest(found.formats) == wanted:
+            return found
+    return newest
 
 
 def _in_place(config: EngineConfig, offload: str, device: PlannedDevice) -> bool:

@@ -35,7 +35,7 @@ class Reopened:
 def resumed(run_dir: Path, model: Any, method: Any, changes: Mapping[str, Any], team: Alone) -> Reopened:
     """The run of a directory; arguments and errors of `Engine.resume`."""
     changes = dict(changes)
-    record, told = team.first("resuming", lambda: run_directory.resumed(run_dir, tells=team.world > 1))
+    record, header, told = team.first("resuming", lambda: run_directory.resumed(run_dir, tells=team.world > 1))
     data = None if told is None or team.leads else b64decode(told)
     where = record["model"] if model is None else model
     if where is None:
@@ -49,7 +49,7 @@ def resumed(run_dir: Path, model: Any, method: Any, changes: Mapping[str, Any], 
         raise ConfigError(f"{run_dir} was made with trainable=<a function>: pass the same one to resume")
     passed = _passed(changes)
     config = EngineConfig(**{**record["settings"], **changes, "run_dir": run_dir})
-    return _reopened(where, config, record, data, method, passed, team)
+    return _reopened(where, config, record, header, data, method, passed, team)
 
 
 def check_changes(changes: Mapping[str, Any]) -> None:
@@ -64,7 +64,8 @@ def joined(member: Member, address: str, model: Any, method: Any, changes: Mappi
     record, passed = record_of(member.about_run), _passed(changes)
     run_directory.check_settings(record["settings"], f"the keeper at {address}")
     config = EngineConfig(**{**record["settings"], "snapshot_minutes": None, **changes})
-    return _reopened(model, config, record, member.journal, method, passed, member)
+    header = None if member.journal is None else read_journal(member.journal).header
+    return _reopened(model, config, record, header, member.journal, method, passed, member)
 
 
 def _passed(changes: dict[str, Any]) -> dict[str, Any]:
@@ -73,17 +74,18 @@ def _passed(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reopened(
-    where: Any, config: EngineConfig, record: Mapping[str, Any], data: bytes | None, method: Any,
-    passed: Mapping[str, Any], team: Alone,
+    where: Any, config: EngineConfig, record: Mapping[str, Any], header: Mapping[str, Any] | None, data: bytes | None,
+    method: Any, passed: Mapping[str, Any], team: Alone,
 ) -> Reopened:  # fmt: skip
-    """data: the journal's bytes, if another process has the file."""
+    """header: the journal's, if there is one; data: the journal's bytes, if another process has the file."""
     objective = model_loss if passed["objective"] is None else as_objective(passed["objective"])
     made = run_directory.make_method(record["method"], method)
     opened = open_model(
         where, made, config, model_class=passed["model_class"] or record.get("model_class"),
         example=passed["example"], base=passed["base"], fresh=False, ranks=team,
+        recorded=header,
     )  # fmt: skip
-    opened = opened if data is None else replace(opened, header=read_journal(data).header)
+    opened = opened if data is None else replace(opened, header=header)
     begin = Maker(opened, objective_name(objective, model_loss), fresh=False, told=data).start
     run = Run(opened, objective, begin, example=passed["example"], resumes=True, last_fit=record.get("fit"))
     return Reopened(run, passed["tokenizer"])

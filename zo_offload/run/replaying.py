@@ -56,6 +56,7 @@ def replayed_run(
         base, run_directory.make_method(header["method"], passed["method"]),
         EngineConfig(**{**settings, **options, "run_dir": None}), example=passed["example"],
         model_class=None if isinstance(base, nn.Module) else header.get("model_class"), fresh=False, offload="disk",
+        recorded=header,
     )  # fmt: skip
     log = UpdateLog(parts=opened.prepared.parts)
     for record in steps[:to]:

@@ -275,13 +275,13 @@ class Maker:
         updates = self._log()
         for record in journal.steps:
             updates.append(record.updates)
-        blocks, files = run_dir / run_directory.BLOCKS, None
-        if blocks.is_dir() and not DiskTier.is_unfinished(blocks, self._shapes()):
-            files = self._open_files(run_dir, journal, origin, undo)
         # Everything but the base is compared first: no weight is read for a run that cannot go on.
         known = journal.header
         unread = not isinstance(self._base, ModuleBase)  # all weights in memory are cheap to compare
         check_identity(self._identity(str(known.get("base")) if unread else self._base.digest()), known)
+        blocks, files = run_dir / run_directory.BLOCKS, None
+        if blocks.is_dir() and not DiskTier.is_unfinished(blocks, self._shapes()):
+            files = self._open_files(run_dir, journal, origin, undo)
         admit(journal)
         if unread:
             check_sample(self._base, journal.header)

@@ -136,8 +136,9 @@ class Filler:
         stored = buffer[place.offset : place.offset + place.nbytes]
         residual = buffer[place.residual_offset : place.residual_offset + place.residual_nbytes]
         if place.fmt.group and isinstance(self.base, Keeping) and place.fmt in self.base.kept_formats(piece.name):
-            for at in range(piece.start, piece.stop, CHUNK):  # its own codes are in this format
-                count = min(CHUNK, piece.stop - at)
+            chunk = max(CHUNK // place.fmt.group, 1) * place.fmt.group
+            for at in range(piece.start, piece.stop, chunk):  # its own codes are in this format
+                count = min(chunk, piece.stop - at)
                 part = self.base.kept_part(piece.name, place.fmt, at, count)
                 paste(place.fmt, stored, piece.numel, at - piece.start, part, count)
             return

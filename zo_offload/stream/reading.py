@@ -106,7 +106,8 @@ class Reader:
     def _current(self, piece: Piece, slot: Slot, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a piece whose folds are done, on the CPU."""
         spec, place = self._params[piece.name], self._layout.places[piece]
-        low, high = start // ALIGN * ALIGN, min(piece.numel, -(-stop // ALIGN) * ALIGN)  # whole groups
+        unit = max(ALIGN, place.fmt.group)  # whole groups
+        low, high = start // unit * unit, min(piece.numel, -(-stop // unit) * unit)
         stored = cut(place.fmt, slot.memory[place.offset : place.offset + place.nbytes], piece.numel, low, high)
         pending = self._lacking(piece, slot)
         if place.residual_nbytes:
