@@ -44,7 +44,7 @@ FEW += [("int8+8", "gaussian"), ("bf16+8", "rademacher")]
 KEEPING = ("int4f_g32", "int8f", "fp8f", "mxfp4", "nvfp4", "fp4", "int8_g16", "mxfp4_across_24", "nvfp4_two",
            "int8_127_g32")  # fmt: skip
 KEEPING = [(name, "rademacher") for name in KEEPING]
-FEW += [KEEPING[0], KEEPING[3], *KEEPING[6:]]
+FEW += [KEEPING[0], KEEPING[3], *KEEPING[6:9]]
 PAIRS = [(n, k) for n in FORMATS for k in KINDS] + KEEPING if ALL else FEW
 WITH_SCALES = [name for name, fmt in (FORMATS | CENTRED).items() if fmt.trains_scales]
 SCALES = [(n, k) for n in WITH_SCALES for k in KINDS] if ALL else [("int4", "gaussian"), ("int4c", "gaussian")]
@@ -434,7 +434,8 @@ def test_lanes_along_sums_of_noises(kernels, name, kind):
     results = along_sums(kernels, name, kind, mask=Mask.smallest(2.0**-5))
     assert_equal(results)
     still, moved = results[1][2][5], results[1][2][2]
-    assert 0.05 < float((still.float() != moved.float()).float().mean()) < 0.9
+    share = float((still.float() != moved.float()).float().mean())
+    assert not get_format(name).encodes or 0.05 < share < 0.9
     known = [
         Update(seed, coeff) for seed, coeff in [(21, 2.0**-1), (22, 0.0), (23, -(2.0**-2)), (22, 1.5), (11, 0.125)]
     ]
