@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -191,9 +191,13 @@ def header_of(
     model_class: str | None,
     gains: Gains,
     masks: Masks,
+    wide: Sequence[str],
     objective: str | None,
 ) -> dict[str, Any]:
-    """The journal's header: the identity, and everything that `replay` needs to make the same engine from the base."""
+    """The journal's header: the identity, and everything that `replay` needs to make the same engine from the base.
+
+    wide: layers that compute in float32 where forwards have 16 bits; `class_heads.wide_of` reads them.
+    """
     settings = run_directory.settings_of(config)
     if settings["trainable"] == run_directory.PREDICATE:
         settings["trainable"] = sorted(name for name, spec in plan.params.items() if spec.trainable)
@@ -203,6 +207,7 @@ def header_of(
         "layout": layout.digest(),
         "gains": record_of(gains),
         **({"masks": masks_in_header.record_of(masks)} if masks else {}),
+        **({"wide": [*wide]} if wide else {}),
         "objective": objective,
         "settings": settings,
         "model": model,

@@ -7,7 +7,7 @@ While attached, a plain nn.Linear whose weight the plan cuts has another forward
 (`tiles.py`), and stacked experts have one that computes run by run (`experts.py`): always, so that the results do not
 depend on how they are served. If such a module is an owner itself, its pre-hook waits for the first portion and its
 forward for the others; if its weights are there whole (lifted, or because the module has other hooks), it takes the
-portions from them.
+portions from them. The last layer of a head on classes may have a forward in float32 (`class_heads.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import PlanError
+from ..modules.class_heads import in_float32
 from ..modules.experts import in_runs, is_stack_of_experts, set_rows
 from ..modules.recorder import Running, WeightAway, is_in_transform
 from ..modules.tiles import tiled_linear
@@ -37,11 +38,11 @@ from .serving import LaneRun, PlainState, Portion, Served
 class Attachment:
     """A model whose values are put aside, with hooks on the owners of a plan.
 
-    control: the control of the hub that the model is attached to.
+    control: the control of the hub that the model is attached to. wide: paths of linear layers that compute in float32.
     """
 
-    def __init__(self, model: nn.Module, control: Control) -> None:
-        self.model, self._control = model, control
+    def __init__(self, model: nn.Module, control: Control, wide: Collection[str] = ()) -> None:
+        self.model, self._control, self._wide = model, control, wide
         self.params: dict[str, nn.Parameter] = {}
         """The parameters that stream, while attached."""
         self.served: list[Served] = []
@@ -50,7 +51,7 @@ class Attachment:
         self._resting: dict[str, Tensor] = {}
         self._begun: dict[str, PlainState] = {}  # state of owners whose weights the forward changes in place
         self._handles: list[RemovableHandle] = []
-        self._tiled: list[tuple[nn.Module, Callable[..., Tensor]]] = []  # and the forward each was given
+        self._replaced: list[tuple[nn.Module, Callable[..., Tensor]]] = []  # and the forward each was given
         self._mark = object()  # on every hook of ours
         self._hooked = False  # all hooks are on; False while they are being changed
 
@@ -135,7 +136,7 @@ class Attachment:
             hook = self._mine(self._leave_hook(served))
             self._handles.append(served.module.register_forward_hook(hook, always_call=True))
 
-        self._compute_in_portions(plan)
+        self._replace_forwards(plan)
         self._hooked = True
 
     def _mine(self, hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,24 +163,29 @@ class Attachment:
         block = blocks[0] if blocks else owner.block
         return Portion(pieces, block, len(blocks) > 1, names, params, shapes, resting, strides, any(strides))
 
-    def _compute_in_portions(self, plan: Plan) -> None:
-        """Give every module whose weights are cut, and that can, a forward that computes portion by portion."""
+    def _replace_forwards(self, plan: Plan) -> None:
+        """Give every module whose weights are cut, and that can, a forward that computes portion by portion; and layers
+        that compute in float32 one that does."""
+        wide = {id(self.model.get_submodule(path)) for path in self._wide}
         names = {id(p): name for name, p in self.params.items()}
         in_portions = {id(served.module): served for served in self.served if len(served.portions) > 1}
         for module in self.model.modules():
-            served = in_portions.get(id(module))
+            served, rows = in_portions.get(id(module)), list[slice]()
             if is_plain_linear(module) and id(module.weight) in names:
                 pieces, columns = plan.pieces_of(names[id(module.weight)]), int(module.weight.shape[1])  # type: ignore[index]
                 rows = [slice(p.start // columns, p.stop // columns) for p in pieces]
-                forward: Callable[..., Tensor] = self._tiled_forward(module, rows, served)
+                forward: Callable[..., Tensor] = self._tiled_forward(module, rows, served, id(module) in wide)
             elif is_stack_of_experts(module) and all(id(p) in names for p in module.parameters()):
                 rows = list(plan.runs([names[id(p)] for p in module.parameters()]))
                 forward = self._runs_forward(module, rows, served)
-            else:
-                continue
             if len(rows) > 1:
-                self._tiled.append((module, forward))
-                vars(module)["forward"] = forward
+                self._replace(module, forward)
+            elif id(module) in wide and isinstance(module, nn.Linear) and is_plain_linear(module):
+                self._replace(module, in_float32(module))
+
+    def _replace(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+        self._replaced.append((module, forward))
+        vars(module)["forward"] = forward
 
     def take_hooks_off(self) -> None:
         """Restore the model's own forwards and hooks."""
@@ -190,10 +196,10 @@ class Attachment:
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key in [k for k, hook in hooks.items() if getattr(hook, "zo_offload", None) is self._mark]:
                     del hooks[key]
-        for module, forward in self._tiled:
+        for module, forward in self._replaced:
             if vars(module).get("forward") is forward:  # else somebody has put another in its place since
                 del vars(module)["forward"]
-        self._handles, self._tiled = [], []
+        self._handles, self._replaced = [], []
 
     # ---- hooks: these run inside lanes ---------------------------------------------------------------------------
 
@@ -275,20 +281,26 @@ class Attachment:
 
         return enter_rows
 
-    def _tiled_forward(self, module: Any, pieces: Sequence[slice], served: Served | None) -> Callable[[Tensor], Tensor]:
-        """The forward that replaces a cut layer's own. served: None if its weight never comes in pieces."""
+    def _tiled_forward(
+        self, module: Any, pieces: Sequence[slice], served: Served | None, wide: bool
+    ) -> Callable[[Tensor], Tensor]:
+        """The forward that replaces a cut layer's own. served: None if its weight never comes in pieces. wide: it
+        computes in float32."""
+
+        def as_computed(x: Any) -> Any:
+            return x.float() if wide and x is not None else x
 
         def forward(input: Tensor) -> Tensor:
-            lane = self._lane_inside(served)
+            lane, x, bias = self._lane_inside(served), as_computed(input), as_computed(module.bias)
             if lane is None:
                 whole = module.weight  # there, or away: then this is a fault of the plan, as with any other module
-                return tiled_linear(input, pieces, lambda k: whole[pieces[k]], module.bias)
+                return tiled_linear(x, pieces, lambda k: as_computed(whole[pieces[k]]), bias)
 
             def piece(k: int) -> Tensor:
                 self._next_portion(lane, k)
-                return module.weight  # type: ignore[no-any-return]
+                return as_computed(module.weight)  # type: ignore[no-any-return]
 
-            return tiled_linear(input, pieces, piece, module.bias)
+            return tiled_linear(x, pieces, piece, bias)
 
         return forward
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -58,10 +58,12 @@ class Hub:
     """Runs lanes of one model. Use as a context manager, or `attach` and `detach`.
 
     While attached, the model's own values are put aside (a hollow model has none) and restored on detach; the model can
-    only be called through `run`. Not thread-safe; one run at a time.
+    only be called through `run`. Not thread-safe; one run at a time. wide: linear layers that compute in float32.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, source: Source, *, order: Order = "module") -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, source: Source, *, order: Order = "module", wide: Collection[str] = ()
+    ) -> None:
         if order not in ("module", "block", "lane"):
             raise PlanError(f"order={order!r}: choose 'module', 'block' or 'lane'")
         self.model, self.source, self.order = model, source, order
@@ -74,7 +76,7 @@ class Hub:
         self._host_of: Callable[[Tensor], Tensor | None] | None = None  # for the current run, like this:
         self._upload: Callable[[Tensor], Tensor] = _as_it_is
         self._control = Control()
-        self._attachment = Attachment(model, self._control)
+        self._attachment = Attachment(model, self._control, wide)
         self._installed: LaneRun | None = None  # the lane whose weights are in the model
         self._lanes: list[LaneRun] = []  # of the current run
         self._unentered: list[Frame] = []  # served, but their lanes have not gone on yet

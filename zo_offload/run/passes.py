@@ -52,10 +52,11 @@ class Passes:
 
     order: the order in which lanes are served; fixed: never another order, even if the model needs lanes one after
     another. compute: "tf32" for float32 products on the matrix units. mode: the modules' mode while they run
-    (`modes.module_modes`). seed: the run's seed, for the random numbers of forwards (`generators.py`). whole: see
-    `split_micro_batches`. ranks: the processes that share the lanes of a step, and evaluations if asked to.
-    on_measured: called with the bytes of activations that a watched pass held, batches included; if it raises, the pass
-    has no results. `plan` is the current plan: as given, or corrected.
+    (`modes.module_modes`). seed: the run's seed, for the random numbers of forwards (`generators.py`). wide: paths of
+    layers that compute in float32 (`class_heads.py`). whole: see `split_micro_batches`. ranks: the processes that share
+    the lanes of a step, and evaluations if asked to. on_measured: called with the bytes of activations that a watched
+    pass held, batches included; if it raises, the pass has no results. `plan` is the current plan: as given, or
+    corrected.
     """
 
     def __init__(
@@ -71,13 +72,14 @@ class Passes:
         compute: str | None,
         mode: str,
         seed: int,
+        wide: Collection[str],
         whole: Collection[str] | None = None,
         ranks: Alone,
         on_measured: Callable[[int], None],
     ) -> None:
         self.model, self.plan, self.streamer, self.device, self.objective = model, plan, streamer, device, objective
         self._fixed, self._compute, self._on_measured = fixed, compute, on_measured
-        self._told_coarse = False
+        self._told_coarse, self._wide = False, wide
         self._mode, self._seed, self._modules = mode, seed, list(model.modules())
         self._parts, self._whole, self._ranks = language_models(model), whole, ranks
         self._own_weighing = weighing(model, objective)
@@ -357,6 +359,6 @@ class Passes:
         self._hub.adopt(plan)
 
     def _attach(self, order: ServiceOrder) -> Hub:
-        hub = Hub(self.model, self.plan, self.streamer, order=order)
+        hub = Hub(self.model, self.plan, self.streamer, order=order, wide=self._wide)
         hub.attach()
         return hub

@@ -25,6 +25,7 @@ from ..journal.identity import check_identity, check_sample
 from ..journal.journal import Journal
 from ..journal.masks import masks_of
 from ..kernels.records import Gains, Masks
+from ..modules.class_heads import wide_of
 from ..numerics.updates import UpdateLog
 from ..plan.layout import Layout
 from ..plan.plan import Plan
@@ -82,7 +83,7 @@ def _begin(
 
     return Session(
         ReplayTier(opened, log, gains, masks, check), make_stepper(opened.prepared, opened.device, log, None, gains),
-        gains, masks,
+        gains, masks, wide_of(header, opened.model),
     )  # fmt: skip
 
 

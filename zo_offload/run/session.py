@@ -21,6 +21,7 @@ from ..journal.masks import decide_masks, masks_of, save_lists
 from ..journal.masks import record_of as record_of_masks
 from ..journal.mirror import Mirror
 from ..kernels.records import Gains, Masks
+from ..modules.class_heads import class_heads, wide_of
 from ..modules.modes import modes_of
 from ..numerics.updates import UpdateLog
 from ..stream.ingest import Base, ModuleBase, ingest
@@ -48,6 +49,8 @@ class Session:
     """Holds the log of the steps that blocks may lack."""
     gains: Gains
     masks: Masks
+    wide: tuple[str, ...]
+    """Layers that compute in float32 where forwards have 16 bits (`modules/class_heads.py`)."""
     journal: Journal | None = None
     lock: RunLock | None = None
     snapshots: Snapshots | None = None
@@ -99,14 +102,14 @@ class Maker:
         if run_dir is None and self.told is not None:
             return self._follow_in_memory(self.told, admit)
         if run_dir is None:
-            gains, masks = self._first_gains(), self._first_masks()
+            gains, masks, wide = self._first_gains(), self._first_masks(), class_heads(self.opened.model)
             tier = self._memory_tier()
             self._ingest(tier)
             known = None
             if self.opened.ranks.world > 1:  # before a module gives its weights away
                 told = {"gains": record_of(gains), "masks": record_of_masks(masks), "objective": self.objective}
                 known = {**self._identity(self._base.digest()), **told}
-            return Session(tier, self._stepper(self._log(), None, gains), gains, masks, identity=known)
+            return Session(tier, self._stepper(self._log(), None, gains), gains, masks, wide, identity=known)
         home = self.opened.home
         assert home is not None
         try:
@@ -163,7 +166,8 @@ class Maker:
             masks_of(known, plan, where, method=self._prepared.method),
         )
         self._ingest(tier)
-        return Session(tier, self._stepper(updates, journal, gains), gains, masks, journal, reopened=True)
+        wide = wide_of(known, self.opened.model)
+        return Session(tier, self._stepper(updates, journal, gains), gains, masks, wide, journal, reopened=True)
 
     @property
     def _leads(self) -> bool:
@@ -241,7 +245,7 @@ class Maker:
         opened, prepared, origin = self.opened, self._prepared, RunOrigin(self.opened)
         if self._leads:
             self._clear(run_dir)
-        gains, masks = self._first_gains(), self._first_masks()
+        gains, masks, wide = self._first_gains(), self._first_masks(), class_heads(opened.model)
         if self._leads:
             save_lists(run_dir, masks)
             run_directory.save_config(run_dir, opened.name, opened.model_class, prepared.config, prepared.method)
@@ -254,7 +258,7 @@ class Maker:
         wanted = self._identity(self._base.digest())
         header = header_of(
             wanted, self._base, prepared.plan, prepared.layout, prepared.config, opened.name, opened.model_class, gains,
-            masks, self.objective,
+            masks, wide, self.objective,
         )  # fmt: skip
         if not lock.is_there(run_dir):
             raise ConfigError(f"{run_dir}: its file {LOCK!r} was removed while the run began. Begin it again")
@@ -264,7 +268,7 @@ class Maker:
         undo.callback(journal.close)
         stepper = self._stepper(self._log(), journal, gains)
         origin.begin(journal, stepper)
-        return Session(tier, stepper, gains, masks, journal, lock, self._snapshots(run_dir, tier, files, origin))
+        return Session(tier, stepper, gains, masks, wide, journal, lock, self._snapshots(run_dir, tier, files, origin))
 
     def _reopen(self, run_dir: Path, lock: RunLock, undo: ExitStack, admit: Callable[[Journal], None]) -> Session:
         prepared, origin = self._prepared, RunOrigin(self.opened)
@@ -301,6 +305,7 @@ class Maker:
         masks = masks_of(
             journal.header, prepared.plan, str(journal.path), method=prepared.method, run_dir=self.opened.run_dir
         )
+        wide = wide_of(journal.header, self.opened.model)
         stepper = self._stepper(updates, journal, gains)
         origin.begin(journal, stepper)
         if again:
@@ -308,7 +313,7 @@ class Maker:
             check_identity(self._identity(self._base.digest()), known)
             self._ingest(tier, again)
         snapshots = self._snapshots(run_dir, tier, files, origin)
-        return Session(tier, stepper, gains, masks, journal, lock, snapshots, reopened=True)
+        return Session(tier, stepper, gains, masks, wide, journal, lock, snapshots, reopened=True)
 
     def _open_files(self, run_dir: Path, journal: Journal, origin: RunOrigin, undo: ExitStack) -> DiskTier:
         """The run's block files. Raises JournalError if their layout differs, or if the journal lacks their steps."""

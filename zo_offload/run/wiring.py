@@ -47,7 +47,7 @@ def wire(
     closing.add(streamer.close)
     passes = Passes(
         opened.model, plan, streamer, device, objective=objective, order=memory.order, fixed=config.order != "auto",
-        compute=config.compute, mode=config.mode, seed=config.seed, whole=config.whole,
+        compute=config.compute, mode=config.mode, seed=config.seed, wide=session.wide, whole=config.whole,
         ranks=opened.ranks, on_measured=memory.check_reserve,
     )  # fmt: skip
     closing.add(passes.close)
