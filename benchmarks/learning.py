@@ -100,7 +100,7 @@ def run(task: RealTask, way: str, seed: int, options: argparse.Namespace, change
 
 def make(task: RealTask, way: str, compute: str, batch: Any, method: Method, seed: int) -> Engine:
     model = task.computing(compute)
-    settings: dict[str, Any] = dict(WAYS[way][2], trainable=task.layers)
+    settings: dict[str, Any] = dict(WAYS[way][2], trainable=task.layers, num_slots=3)
     if way.startswith("basis"):
         with Engine(model, trainable=task.layers, example=batch) as engine:
             basis = engine.activation_basis(batch, rank=4, layers=task.layers)

@@ -99,7 +99,7 @@ class RealTask:
 
     def computing(self, compute: str) -> nn.Module:
         """A model whose forwards compute as a name of COMPUTE says."""
-        model = self.model()
+        model: Any = self.model()
         if compute == "rounded":
             for module in model.modules():
                 if type(module) is nn.Linear:
