@@ -297,6 +297,7 @@ WRONG = [
     ("compressed-tensors", cut("weight_scale"), r"weight_scale' is bfloat16 \[63, 4\], which does not fit"),
     ("nvfp4", cut("weight_scale"), r"weight_scale' is float8_e4m3fn \[63, 4\]; \[64, 4\] is expected"),
     ("nvfp4", put("weight_scale_2", torch.ones(2)), r"\[2\]; one number is expected"),
+    ("nvfp4", drop("weight_scale_2"), "weight_scale_2', which it cannot be decoded without, is missing"),
     ("nf4", drop("weight.absmax"), "absmax', which it cannot be decoded without, is missing"),
     ("nf4", cut("weight"), r"says \[64, 64\], and .* is uint8 \[2047, 1\]: 2048 bytes expected"),
     ("nf4", put("weight.quant_state.bitsandbytes__nf4", torch.tensor([123, 5], dtype=torch.uint8)), "description"),
@@ -345,6 +346,7 @@ def test_values_that_are_not_finite_name_the_weight(tmp_path):
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"(": {}}}, "no expression"),
         ({"quant_method": "hqq"}, r"quantized \(hqq\), which is not supported. Supported: .*gptq"),
         ({"quant_method": ["x"]}, "not supported"), ("int4", "cannot use it"),
+        ({"quant_method": "bitsandbytes"}, r"GPTQ or AWQ: .*; quantization_config says 'bitsandbytes'\) .* of another"),
     ],
     ids=str,
 )  # fmt: skip
@@ -593,6 +595,17 @@ def test_a_run_goes_on_in_the_formats_that_its_version_kept(tmp_path, monkeypatc
             Engine.resume(tmp_path / "odd").fit(steps=4)
 
 
+@pytest.mark.parametrize(("numel", "kernel"), [(1 << 14, "mxfp4_across"), (1 << 13, "fp8_e4m3")])
+def test_pieces_that_begin_inside_of_a_band_take_the_next_format(tmp_path, numel, kernel):
+    path, *_ = written(tmp_path, "gpt-oss", "mxfp4", hidden=128, inner=256)
+    with Engine(path, storage="kept", trainable="*norm*", offload="none", block_numel=numel) as engine:
+        name = "model.layers.0.mlp.experts.gate_up_proj"  # rows of 512
+        assert len(engine.plan.pieces_of(name)) > 4 and engine.layout.formats[name].kernel == kernel
+        out = torch.empty(1000, dtype=torch.bfloat16)
+        engine.base.read_into(name, 5000, out)
+        assert_same(as_stored(engine)[name][5000:6000].bfloat16(), out)
+
+
 def formats_of(engine):
     return {name: fmt.name for name, fmt in engine.layout.formats.items()}
 
@@ -616,7 +629,7 @@ def kept_llama(folder):
 
 
 @pytest.mark.parametrize("scheme", ["compressed-tensors", "gptq", "nvfp4"])
-def test_lora_on_kept_codes_is_trained_from_disk(tmp_path, scheme):
+def test_lora_on_kept_codes_is_trained_from_disk(tmp_path, capsys, scheme):
     writer, _, name_of_format = KEPT[scheme]
     path, *_ = written(tmp_path, "llama", scheme, hidden=128, inner=256, writer=writer)
     settings = dict(offload="disk", run_dir=tmp_path / "run", storage="kept", block_numel=1 << 14, adapter="r=4")
@@ -627,6 +640,9 @@ def test_lora_on_kept_codes_is_trained_from_disk(tmp_path, scheme):
         logits = engine.run(ROWS_BATCH).logits
     with Engine.resume(tmp_path / "run") as engine:
         assert_same(engine.run(ROWS_BATCH).logits, logits)
+    if scheme == "nvfp4":
+        assert cli.main(["plan", str(path), "--storage", "kept", "--lora", "4", "--gpu", "rtx-4090"]) == 0
+        assert f"stored as {name_of_format}, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

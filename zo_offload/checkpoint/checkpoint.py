@@ -160,7 +160,7 @@ class Checkpoint(KeepsCodes):
             raise CheckpointError(f"dtype={dtype!r}: expected 'auto' or a torch.dtype such as torch.bfloat16")
         model = self._construct(cls, parameter_dtype)
         groups, unexpected, used = loading_groups(model, self._file_metas())
-        completeness.check_quantized(unexpected, self.path)
+        completeness.check_quantized(unexpected, self.path, str(self.settings.get("quant_method") or ""))
         sources = {name: group for group in groups for name in group.outputs}
         self._check_shapes(model, sources)
         if self.has_weights:

@@ -108,17 +108,20 @@ def check(
     )
 
 
-def check_quantized(names: Iterable[str], path: Path | None) -> None:
-    """Raise CheckpointError if one of these names, which the model does not take, is of quantized weights."""
+def check_quantized(names: Iterable[str], path: Path | None, method: str) -> None:
+    """Raise CheckpointError if one of these names, which the model does not take, is of quantized weights. method: the
+    scheme in the settings, "" if there is none."""
     for name in sorted(names):
         kind = next((kind for pattern, kind in QUANTIZED if re.search(pattern, name)), None)
         if kind is not None:
             beside = [file for file in _SETTINGS if path is not None and (path / file).exists()]
             also = f", beside {beside[0]}" if beside else ""
+            also += f"; quantization_config says {method!r}" if method else ""
             raise CheckpointError(
                 f"{path}: its weights are quantized ({kind}: {name!r}{also}) in a way that is not supported, or "
-                f"tensors beside them are missing. Supported: {supported()}. Complete the files, or dequantize "
-                "them in the library that made them, save_pretrained the result, and use that directory."
+                "tensors beside them are missing, or the settings are of another scheme. Supported: "
+                f"{supported()}. Complete the files, or dequantize them in the library that made them, "
+                "save_pretrained the result, and use that directory."
             )
 
 

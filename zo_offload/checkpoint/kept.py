@@ -97,17 +97,15 @@ def kept_part(
     """The streamed part of elements [start, start + count), from a multiple of the group on. CheckpointError: NaN."""
     codes, scales, minima = kept_codes(recipe, fmt, weights, files, start, count)
     scales = fmt.scales_of(scales).contiguous()
-    is_fp8 = fmt.kernel.startswith("fp8")
-    scales_are_fp8 = fmt.kernel == "nvfp4_two"
-    is_finite = all(bool(torch.isfinite(plane).all()) for plane in (scales, minima) if plane is not None)
-    numbers = codes if is_fp8 else scales if scales_are_fp8 else None
-    if not is_finite or (numbers is not None and bool(((numbers & 0x7F) == 0x7F).any())):
+    least = None if minima is None else fmt.minima_of(minima).contiguous()
+    fp8 = codes if fmt.kernel.startswith("fp8") else scales if fmt.kernel == "nvfp4_two" else None
+    is_finite = all(bool(torch.isfinite(plane).all()) for plane in (scales, least) if plane is not None)
+    if not is_finite or (fp8 is not None and bool(((fp8 & 0x7F) == 0x7F).any())):
         raise CheckpointError(f"{what}: its codes or scales hold NaN or infinity")
     if isinstance(fmt, FourBits):
         codes = fmt.pack_codes(codes)
     low = None
-    if minima is not None:
-        least = fmt.minima_of(minima).contiguous()
+    if least is not None:
         low = (least.bfloat16() if fmt.minimum_bytes == 2 else least).view(torch.uint8)
     return pack(fmt, count, codes, scales.view(torch.uint8), low)
 

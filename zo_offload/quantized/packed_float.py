@@ -30,7 +30,8 @@ class ModelOptimizer:
 
     def find(self, files: Files, wanted: Wanted) -> Iterator[Decoded]:
         for name, spec in files.specs.items():
-            if name.endswith(".weight") and spec.dtype == torch.uint8 and f"{name}_scale_2" in files:
+            if name.endswith(".weight") and spec.dtype == torch.uint8 and f"{name}_scale" in files:
+                need(files, f"{name}_scale_2", name, None, torch.float32)
                 if f"{name.removesuffix('weight')}pre_quant_scale" in files:
                     raise CheckpointError(f"{name!r}: AWQ scales of the inputs (pre_quant_scale) are not supported.")
                 yield packed_float(files, name, name, f"{name}_scale_2")

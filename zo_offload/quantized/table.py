@@ -37,7 +37,7 @@ _TOGETHER = ({"fp8", "modelopt nvfp4"},)
 
 def method_of(settings: Settings) -> str:
     """The scheme's name in the settings; "" if there is none. CheckpointError: not known."""
-    method = settings.get("quant_method", "")
+    method = settings.get("quant_method") or ""
     name = str(getattr(method, "value", method)).lower()
     if name and name not in METHODS:
         raise CheckpointError(f"its weights are quantized ({name}), which is not supported. Supported: {supported()}.")
