@@ -34,7 +34,17 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     # one unit an instruction set, chosen at run time: only these files may use what their flags allow
     SOURCES["csrc/cpu_avx2.cpp"] = "-mavx2 -mfma -mf16c".split()
     SOURCES["csrc/cpu_avx512.cpp"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c".split()
-HEADERS = ["noise.h", "formats.h", "api.h", "fused.h", "cpu_work.h", "cpu_formats.h", "cpu_tile.h", "cpu_threads.h"]
+HEADERS = [
+    "noise.h",
+    "formats.h",
+    "api.h",
+    "fused.h",
+    "cpu_work.h",
+    "cpu_formats.h",
+    "cpu_tile.h",
+    "cpu_ahead.h",
+    "cpu_threads.h",
+]
 
 CUDA_SOURCES = ["cuda.cu", "cuda_kernels.h", "cuda_formats.h", "fused.h", "api.h", "formats.h", "noise.h"]
 # A100; RTX 30; RTX 40 and L40; H100 and H200; and PTX, which the driver compiles for what comes later

@@ -14,7 +14,9 @@ speed beside the same pass over bf16, the two run in turns; a "step" writes the 
 --layouts: Gaussian cases run in turns with layout 1 of the noise; `of_layout_1` is how many times faster they are, by
 medians, and `of_layout_1_undisturbed` by each one's fastest tenth: on a machine that others use, the median is theirs.
 
-The size is chosen so that weights and lanes lie in memory, not in a cache.
+The size is chosen so that weights and lanes lie in memory, not in a cache (32 Mi elements; with --quick 8 Mi, which a
+large cache holds). "owners" is a step over the layers of a model: 128 Mi weights in calls of 768 x 768, each of which
+writes its lanes where the one before wrote them.
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ class Case:
     quick: bool = False
     fold: bool = True
     layout: int = 2
+    call: int = 0
+    """Elements a call, one call after another over `MODEL` weights; 0: one call for everything."""
 
     def bytes_per_element(self) -> float:
         fmt = get_format(self.store)
@@ -60,7 +64,12 @@ class Case:
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
+OWNER = 768 * 768
+MODEL = 227 * OWNER  # about 128 Mi
 CASES = [
+    Case("owners", "gaussian", "fp32", 1, 2, FP32, quick=True, call=OWNER),
+    Case("owners", "rademacher", "fp32", 1, 2, FP32, quick=True, call=OWNER),
+    Case("owners", "gaussian", "bf16", 1, 2, BF16, call=OWNER),
     Case("step", "gaussian", "bf16", 1, 2, BF16, torch_too=True, quick=True),
     Case("step", "gaussian", "bf16", 1, 2, FP32, torch_too=True, quick=True),
     Case("step", "gaussian", "fp32", 1, 2, FP32, torch_too=True, quick=True),
@@ -120,8 +129,12 @@ class Bench:
         self.outs = [torch.zeros(numel), torch.zeros(numel)]
         self.source, self.target = torch.zeros(4 * numel, dtype=torch.uint8), torch.zeros(4 * numel, dtype=torch.uint8)
 
+    def numel_of(self, case: Case) -> int:
+        """Elements of a pass."""
+        return MODEL if case.call else self.numel
+
     def lanes(self, case: Case) -> list[Tensor]:
-        return [out.view(case.out)[: self.numel] for out in self.outs[: case.lanes]]
+        return [out.view(case.out)[: case.call or self.numel] for out in self.outs[: case.lanes]]
 
     def memcpy_gb_per_s(self, threads: int) -> float:
         """Read and written bytes of a plain copy, both counted."""
@@ -135,16 +148,25 @@ class Bench:
 
     def ours(self, case: Case, threads: int) -> Callable[[], None]:
         fmt = get_format(case.store)
-        stored, residual = encode_values(self.values, fmt, threads=threads)
+        numel, call = self.numel_of(case), case.call or self.numel
+        values = self.values if numel <= self.numel else self.values.repeat(-(-numel // self.numel))[:numel]
+        stored, residual = encode_values(values, fmt, threads=threads)
         spec = NoiseSpec(case.distribution, case.rounds, case.layout)  # type: ignore[arg-type]
         updates = [Update(k, 2.0**-20, fold=case.fold) for k in range(case.updates)]
         scale = 0.0 if case.name.startswith("evaluation") else 2.0**-10
         lanes = [Perturbation(99, sign * scale) for sign in (1, -1)[: case.lanes]]
-        return lambda: fused_pass(
-            stored, fmt, param_id=1, numel=self.numel, updates=updates, rounding=case.rounding,  # type: ignore[arg-type]
-            noise=spec, perturbations=lanes, outs=self.lanes(case), residual=residual if case.fold else None,
-            threads=threads,
-        )  # fmt: skip
+
+        def work() -> None:
+            for first in range(0, numel, call):
+                part = stored if call == numel else stored[first * stored.numel() // numel :][: fmt.nbytes(call)]
+                fused_pass(
+                    part, fmt, param_id=1, numel=call, offset=first, updates=updates,
+                    rounding=case.rounding,  # type: ignore[arg-type]
+                    noise=spec, perturbations=lanes, outs=self.lanes(case), residual=residual if case.fold else None,
+                    threads=threads,
+                )  # fmt: skip
+
+        return work
 
     def plain_torch(self, case: Case, threads: int) -> list[float]:
         """MeZO as usually written: seed, draw, add, in the weight's dtype; noise drawn once for both lanes."""
@@ -186,13 +208,14 @@ def results(
                 works.append(bench.ours(replace(case, layout=1), threads))
             times, *beside = in_turns(works, bench.seconds)
             copy = max(copy_before, bench.memcpy_gb_per_s(threads))
-            speed = [bench.numel / quantile(times, q) / 1e9 for q in (0.5, 0.8, 0.2)]
+            numel = bench.numel_of(case)
+            speed = [numel / quantile(times, q) / 1e9 for q in (0.5, 0.8, 0.2)]
             moved = speed[0] * case.bytes_per_element()
             result: dict[str, object] = {
                 "case": case.name, "distribution": case.distribution, "rounds": case.rounds, "store": case.store,
                 "updates": case.updates, "lanes": case.lanes,
                 "out": str(case.out).removeprefix("torch.") if case.lanes else None,
-                "rounding": case.rounding, "threads": threads, "numel": bench.numel, "n": len(times),
+                "rounding": case.rounding, "threads": threads, "numel": numel, "n": len(times),
                 "gelem_per_s": round(speed[0], 4), "p20": round(speed[1], 4), "p80": round(speed[2], 4),
                 "per_core": round(speed[0] / threads, 4), "gb_per_s": round(moved, 2),
                 "memcpy_gb_per_s": round(copy, 2), "share_of_memcpy": round(moved / copy, 3),

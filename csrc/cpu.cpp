@@ -119,9 +119,10 @@ struct Job {
   zo_u64 begin, end, chunk, rows_per_chunk;
 };
 
+// Whoever takes the last chunk makes the others wait: many chunks a thread, so that this wait is a few percent.
 zo_u64 chunk_size(zo_u64 elements, int threads) {
   zo_u64 size = MAX_CHUNK;
-  while (size > MIN_CHUNK && elements < 4 * size * (zo_u64)threads) size /= 2;
+  while (size > MIN_CHUNK && elements < 32 * size * (zo_u64)threads) size /= 2;
   return size;
 }
 

@@ -8,6 +8,7 @@
 //
 // Included by one translation unit per instruction set, inside its anonymous namespace: nothing here may be shared by
 // the linker between units built with different flags. For the same reason no standard headers.
+#include "cpu_ahead.h"
 #include "cpu_formats.h"
 
 namespace {
@@ -282,14 +283,20 @@ struct Noise {
 };
 
 template <class V, int R>
-__attribute__((noinline)) void make_noise(const zo_key& key, zo_u64 g, int n, Noise& noise) {
-  const auto keep = [&](int i, typename V::F z) { V::store(noise.z + i, z); };
-  if (key.tag == ZO_TAG_GAUSSIAN)
+__attribute__((noinline)) void make_noise(const zo_key& key, zo_u64 g, int n, Noise& noise, const Ahead& ahead) {
+  const auto keep = [&](int i, typename V::F z) {
+    ahead(i);
+    V::store(noise.z + i, z);
+  };
+  if (key.tag == ZO_TAG_GAUSSIAN) {
     gaussian<V, R>(key, g, n, keep);
-  else if (key.tag == ZO_TAG_BOX_MULLER)
+  } else if (key.tag == ZO_TAG_BOX_MULLER) {
     box_muller<V, R>(key, g, n, keep);
-  else
+  } else {
     philox_words<V, R, 1>(key, g >> 7, n / 128, noise.signs);
+    if (ahead.asks())
+      for (int i = 0; i < n; i += V::WIDTH) ahead(i);
+  }
 }
 
 // ---- masks: a word an element, all ones where it is perturbed and updated
@@ -329,9 +336,10 @@ ZO_HD typename V::F kept(const zo_u32* mask, int i, typename V::F changed, typen
 // w = fma(scale, z, w), where the mask has the element
 template <class V, int R, bool MASKED>
 __attribute__((noinline)) void add_noise(float* w, float by, const zo_key& key, zo_u64 g, int n, zo_u32* signs,
-                                         const zo_u32* mask) {
+                                         const zo_u32* mask, const Ahead& ahead) {
   const typename V::F scale = V::f(by);
   const auto add = [&](int i, typename V::F z) {
+    ahead(i);
     const typename V::F was = V::load(w + i);
     V::store(w + i, kept<V, MASKED>(mask, i, zo_add_noise<V>(was, scale, z), was));
   };
@@ -342,6 +350,7 @@ __attribute__((noinline)) void add_noise(float* w, float by, const zo_key& key, 
   } else {
     philox_words<V, R, 1>(key, g >> 7, n / 128, signs);
     for (int i = 0; i < n; i += V::WIDTH) {
+      ahead(i);
       const typename V::F was = V::load(w + i);
       V::store(w + i, kept<V, MASKED>(mask, i, V::add_signed(was, scale, signs, i), was));
     }
@@ -349,7 +358,8 @@ __attribute__((noinline)) void add_noise(float* w, float by, const zo_key& key, 
 }
 
 template <class V, int R, bool MASKED>
-void update(float* w, const zo_update& u, const zo_key& key, zo_u64 g, int n, Noise& noise, const zo_u32* mask) {
+void update(float* w, const zo_update& u, const zo_key& key, zo_u64 g, int n, Noise& noise, const zo_u32* mask,
+            const Ahead& ahead) {
   if (u.decay != 1.0f) {
     const typename V::F decay = V::f(u.decay);
     for (int i = 0; i < n; i += V::WIDTH) {
@@ -357,22 +367,22 @@ void update(float* w, const zo_update& u, const zo_key& key, zo_u64 g, int n, No
       V::store(w + i, kept<V, MASKED>(mask, i, V::mul(was, decay), was));
     }
   }
-  if (u.coeff != 0.0f) add_noise<V, R, MASKED>(w, -u.coeff, key, g, n, noise.signs, mask);
+  if (u.coeff != 0.0f) add_noise<V, R, MASKED>(w, -u.coeff, key, g, n, noise.signs, mask, ahead);
 }
 
 // What lane j is perturbed along: noise of its seed, or a sum of noises, which is floats whatever they are of.
 template <class V, int R>
-void make_lane_noise(const zo_work* work, zo_u32 j, zo_u64 g, int n, Noise& noise) {
+void make_lane_noise(const zo_work* work, zo_u32 j, zo_u64 g, int n, Noise& noise, const Ahead& ahead) {
   const zo_lane& l = work->lanes[j];
   if (!(l.format & ZO_LANE_SUM)) {
-    make_noise<V, R>(work->lane_keys[j], g, n, noise);
+    make_noise<V, R>(work->lane_keys[j], g, n, noise, ahead);
     return;
   }
   __builtin_memset(noise.z, 0, 4 * n);
   const zo_u32 first = (zo_u32)l.seed, count = (zo_u32)(l.seed >> 32);
   for (zo_u32 k = first; k < first + count; ++k)
     if (work->terms[k].coeff != 0.0f)
-      add_noise<V, R, false>(noise.z, work->terms[k].coeff, work->term_keys[k], g, n, noise.signs, 0);
+      add_noise<V, R, false>(noise.z, work->terms[k].coeff, work->term_keys[k], g, n, noise.signs, 0, ahead);
 }
 
 // Its distribution as `lane` goes by it: floats, or signs.
@@ -516,6 +526,7 @@ void segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
   const bool master = zo_residual_bytes(format) && (work->last_fold >= 0 || pass.flags & ZO_MASTER);
   grid.group = (int)pass.group;
   grid.middle = zo_int4_middle(pass.flags & ZO_CENTRED);
+  const Ahead nothing(w);
   while (n) {
     const Cut cut = cut_tile(pass, g, n);
     const int span = cut.span;
@@ -535,13 +546,17 @@ void segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
       decode<V>(format, planes, grid, w, span);
     if (pass.mask == ZO_MASK_RANDOM) mask_random<V, R>(*work->mask_key, cut.first, pass.mask_limit, span, random, mask);
     if (pass.mask == ZO_MASK_LISTED) mask_listed(pass, cut.first, span, mask);
+    Ahead ahead(w);
+    if (n > (zo_u64)cut.count)
+      ahead.read_tile(work, planes_at(pass, cut.first + span).values);
+    if (!writes_later(work)) ahead.write_lanes(work, 0, out_at);
     for (zo_u32 k = 0; k < pass.num_updates; ++k) {
       if (pass.mask == ZO_MASK_MAGNITUDE && !(k && work->updates[k].flags & ZO_UPDATE_SAME_STEP))
         mask_magnitude<V>(w, pass.mask_limit, span, mask);
       if (pass.mask)
-        update<V, R, true>(w, work->updates[k], work->update_keys[k], cut.first, span, noise, mask);
+        update<V, R, true>(w, work->updates[k], work->update_keys[k], cut.first, span, noise, mask, k ? nothing : ahead);
       else
-        update<V, R, false>(w, work->updates[k], work->update_keys[k], cut.first, span, noise, mask);
+        update<V, R, false>(w, work->updates[k], work->update_keys[k], cut.first, span, noise, mask, k ? nothing : ahead);
       if (!(work->updates[k].flags & ZO_UPDATE_FOLD)) continue;
       if (stochastic)
         philox_words<V, R, V::GROUPS>(work->rounding_keys[k], cut.first >> 3, span / 8, (zo_u32*)random);
@@ -555,7 +570,11 @@ void segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
     if (pass.mask == ZO_MASK_MAGNITUDE && pass.num_lanes) mask_magnitude<V>(w, pass.mask_limit, span, mask);
     for (zo_u32 j = 0; j < pass.num_lanes; ++j) {
       const zo_lane& l = work->lanes[j];
-      if (work->lane_keys[j].fresh) make_lane_noise<V, R>(work, j, cut.first, span, noise);
+      if (work->lane_keys[j].fresh) {
+        Ahead later(w);
+        if (j > 1 || writes_later(work)) later.write_lanes(work, j, out_at);
+        make_lane_noise<V, R>(work, j, cut.first, span, noise, j || pass.num_updates ? later : ahead);
+      }
       emit_lane<V>(work, l, cut, out_at, l.scale, w, noise, pass.mask ? mask : 0, scratch.values);
     }
     g += cut.count;
@@ -587,14 +606,14 @@ void scales_segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
     __builtin_memset(scale, 0, sizeof scale);
     __builtin_memcpy(scale + begin, stored, 4 * (end - begin));
     for (zo_u32 k = 0; k < pass.num_updates; ++k) {
-      update<V, R, false>(scale, work->updates[k], work->update_keys[k], k0, GROUPS, noise, 0);
+      update<V, R, false>(scale, work->updates[k], work->update_keys[k], k0, GROUPS, noise, 0, Ahead(w));
       for (int i = begin; i < end; ++i) scale[i] = zo_trained_scale(scale[i]);
       if (pass.flags & ZO_WRITE_BACK && (int)k == work->last_fold)
         __builtin_memcpy(stored, scale + begin, 4 * (end - begin));
     }
     for (zo_u32 j = 0; j < pass.num_lanes; ++j) {
       const zo_lane& l = work->lanes[j];
-      if (work->lane_keys[j].fresh) make_lane_noise<V, R>(work, j, k0, GROUPS, noise);
+      if (work->lane_keys[j].fresh) make_lane_noise<V, R>(work, j, k0, GROUPS, noise, Ahead(w));
       lane<V, false, false>(scale, noise, tag_of_lane(work, l), l.scale, 0, ZO_FP32, (zo_u8*)moved, GROUPS);
       for (zo_u64 at = g; at < stop;) {
         const Cut cut = cut_tile(pass, at, stop - at);
@@ -662,7 +681,7 @@ void noise_segment(const zo_key* key, zo_u64 g, zo_u64 n, float* out) {
     const int head = (int)(g & (ALIGN - 1));
     const int count = n < (zo_u64)(TILE - head) ? (int)n : TILE - head;
     const int span = (head + count + ALIGN - 1) & ~(ALIGN - 1);
-    make_noise<V, R>(*key, g - head, span, noise);
+    make_noise<V, R>(*key, g - head, span, noise, Ahead(w));
     if (key->tag == ZO_TAG_RADEMACHER)  // 0 + 1 * sign
       for (int i = 0; i < span; i += V::WIDTH)
         V::store(noise.z + i, V::add_signed(V::load(w + i), V::f(1.0f), noise.signs, i));
