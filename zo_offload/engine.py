@@ -399,7 +399,7 @@ class Engine:
                     directory, max_shard_bytes=max_shard_bytes, overwrite=overwrite, merge=merge, scheme=scheme
                 )
         return save(
-            self.active, Path(directory), self.batching.to_export(), max_shard_bytes=max_shard_bytes,
+            self.active, Path(directory), self.batching.given, max_shard_bytes=max_shard_bytes,
             overwrite=overwrite, merge=merge, scheme=scheme,
         )  # fmt: skip
 

@@ -120,7 +120,7 @@ def test_decoded_as_the_library_decodes(case):
 MODELS = [
     ("llama", "fp8"), ("llama", "gptq"), ("llama", "awq"), ("llama", "compressed-tensors"), ("llama", "nvfp4"),
     ("llama", "nf4"), ("llama", "int8"), ("gpt-oss", "mxfp4"), ("mixtral", "fp8"), ("deepseek-v3", "fp8"),
-    ("qwen3-moe", "awq"), ("mixtral", "gptq"),
+    ("qwen3-moe", "awq"), ("mixtral", "gptq"), ("llama", "fp8 channels"), ("llama", "int8 channels"), ("llama", "fp4"),
 ]  # fmt: skip
 
 

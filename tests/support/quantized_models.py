@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +33,20 @@ def fp8_blocks(name, w, scale_dtype=torch.float32):
     each = scale.float().repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows, :width]
     codes = (w.float() / each).to(torch.float8_e4m3fn)
     return {name: codes, f"{name}_scale_inv": scale}, (codes.float() * each).to(torch.bfloat16)
+
+
+def fp8_channels(name, w):
+    """compressed-tensors: a scale in bf16 for each row."""
+    scale = (w.float().abs().amax(1, keepdim=True).clamp(min=1e-9) / 448).bfloat16()
+    codes = (w.float() / scale.float()).to(torch.float8_e4m3fn)
+    return {name: codes, f"{name}_scale": scale}, codes.bfloat16() * scale
+
+
+def int8_channels(name, w):
+    """compressed-tensors, symmetric."""
+    scale = (w.float().abs().amax(1, keepdim=True).clamp(min=1e-9) / 127.5).bfloat16()
+    codes = (w.float() / scale.float()).round().clamp(-128, 127).to(torch.int8)
+    return {name: codes, f"{name}_scale": scale}, codes.bfloat16() * scale
 
 
 def gptq(name, w, bits=4, group=16, order=True):
@@ -107,24 +122,29 @@ def nvfp4(name, w):
     return stored, (values * each).view(outputs, inputs).bfloat16()
 
 
-def nf4(name, w, block=64):
+NF4 = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+    0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+])  # fmt: skip
+TWELFTHS = torch.tensor([0.0, 0.0052083335, 0.6666667, 1.0, 0.33333334, 0.5, 0.16666667, 0.25])
+FP4 = torch.cat([TWELFTHS, -TWELFTHS])
+
+
+def nf4(name, w, block=64, kind="nf4"):
     """bitsandbytes, not nested; a block may span rows, and the last is short."""
-    table = torch.tensor([
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
-        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ])  # fmt: skip
+    table = {"nf4": NF4, "fp4": FP4}[kind].clone()
     flat, n = w.float().reshape(-1), w.numel()
     padded = torch.nn.functional.pad(flat, (0, -n % block)).view(-1, block)
     largest = padded.abs().amax(1)
     codes = ((padded / largest.clamp(min=1e-30)[:, None]).unsqueeze(-1) - table).abs().argmin(-1)
     values = (table[codes] * largest[:, None]).view(-1)[:n].view(w.shape)
     codes = torch.nn.functional.pad(codes.view(-1)[:n], (0, n % 2))
-    state = json.dumps({"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": list(w.shape)})
+    state = json.dumps({"quant_type": kind, "blocksize": block, "dtype": "bfloat16", "shape": list(w.shape)})
     stored = {
         name: (codes[::2] << 4 | codes[1::2]).to(torch.uint8).view(-1, 1),
         f"{name}.absmax": largest, f"{name}.quant_map": table,
-        f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(list(state.encode()), dtype=torch.uint8),
+        f"{name}.quant_state.bitsandbytes__{kind}": torch.tensor(list(state.encode()), dtype=torch.uint8),
     }  # fmt: skip
     return stored, values.bfloat16()
 
@@ -155,6 +175,13 @@ def mxfp4(name, w):
     return stored, values.contiguous().bfloat16()
 
 
+def channels(layout, kind):
+    """compressed-tensors' settings for 8 bits with a scale for each row."""
+    weights = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "channel"}
+    group = {"targets": ["Linear"], "weights": weights}
+    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group}}
+
+
 CT_INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
 WRITERS = {
     "fp8": (fp8_blocks, {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}),
@@ -164,8 +191,11 @@ WRITERS = {
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": CT_INT4}},
     }),
+    "fp8 channels": (fp8_channels, channels("float-quantized", "float")),
+    "int8 channels": (int8_channels, channels("int-quantized", "int")),
     "nvfp4": (nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}),
     "nf4": (nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+    "fp4": (partial(nf4, kind="fp4"), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "int8": (int8_rows, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "mxfp4": (mxfp4, {"quant_method": "mxfp4"}),
 }  # fmt: skip

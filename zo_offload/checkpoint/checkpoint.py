@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ from ..quantized.base import Settings
 from . import completeness
 from .architecture import find_class, read_config, read_generation_config, sibling_classes
 from .conversion import Group, loading_groups
-from .dequantized import TensorFile, dequantized, settings_of, without_settings
+from .dequantized import TensorFile, dequantized, take_settings
 from .export import save_pretrained
 from .files import carried_files, find_weights, resolve_path
 from .gguf import find_gguf, open_gguf
@@ -73,7 +73,7 @@ class Checkpoint(KeepsCodes):
 
     def __init__(
         self, config: Any, path: Path | None, files: list[SafetensorsFile], carried: list[Path],
-        trust_remote_code: bool = False, gguf: Path | None = None,
+        trust_remote_code: bool = False, gguf: Path | None = None, settings: Settings = MappingProxyType({}),
     ) -> None:  # fmt: skip
         """Use `open`."""
         self.config = config  # as read; never changed
@@ -82,7 +82,7 @@ class Checkpoint(KeepsCodes):
         self.carried = carried  # tokenizer, generation config, chat template, ...: copied into exports
         self._file_of: dict[str, TensorFile] = dict(files_by_tensor(files))
         self.gguf = gguf  # the file with the tokenizer, for a GGUF model that has one
-        self.settings: Settings = {}  # the quantization settings of its files
+        self.settings = settings  # the quantization settings of its files
         self._layout: _Layout | None = None
         self._crcs = Crcs()
         self._reader = Reader(self._read_into)
@@ -105,18 +105,18 @@ class Checkpoint(KeepsCodes):
         attn_implementation, ...). Raises CheckpointError.
         """
         if isinstance(path, transformers.PretrainedConfig):
-            return cls(copy.deepcopy(path), None, [], [])
+            config = copy.deepcopy(path)
+            return cls(config, None, [], [], settings=take_settings(config, None))
         if gguf := find_gguf(path):
             read = open_gguf(gguf, trust_remote_code=trust_remote_code, overrides=overrides)
             checkpoint = cls(read.config, gguf[0].parent, [], read.carried, trust_remote_code, read.tokenizer)
             return checkpoint._holding(dict.fromkeys(read.tensors.entries, read.tensors) if weights else {})
         directory = resolve_path(path, weights=weights, code=trust_remote_code)
         config = read_config(directory, trust_remote_code=trust_remote_code, overrides=overrides)
-        settings = settings_of(config, directory)
-        without_settings(config)
+        settings = take_settings(config, directory)
         files = [open_weights(file) for file in find_weights(directory)] if weights else []
-        checkpoint = cls(config, directory, files, carried_files(directory, code=trust_remote_code), trust_remote_code)
-        checkpoint.settings = settings
+        carried = carried_files(directory, code=trust_remote_code)
+        checkpoint = cls(config, directory, files, carried, trust_remote_code, settings=settings)
         return checkpoint._holding(dequantized(checkpoint._file_of, settings, checkpoint.dtype, directory))
 
     def _holding(self, file_of: dict[str, TensorFile]) -> Checkpoint:

@@ -65,8 +65,15 @@ def dequantized(
     return {**plain, **dict.fromkeys(decoded.entries, decoded)}
 
 
-def settings_of(config: Any, directory: Path) -> Settings:
-    """A checkpoint's quantization settings; {} if it has none. Raises CheckpointError if they are malformed."""
+def take_settings(config: Any, directory: Path | None) -> Settings:
+    """A checkpoint's quantization settings, which are removed from its config: models built and exported from it are
+    not quantized. {} if it has none. directory None: a config alone. Raises CheckpointError if they are malformed."""
+    found = _settings_of(config, directory)
+    without_settings(config)
+    return found
+
+
+def _settings_of(config: Any, directory: Path | None) -> Settings:
     for part in config_parts(config):
         found = getattr(part, "quantization_config", None)
         if found is None:
@@ -74,16 +81,17 @@ def settings_of(config: Any, directory: Path) -> Settings:
         if hasattr(found, "to_dict"):
             found = found.to_dict()
         if not isinstance(found, dict):
-            raise CheckpointError(f"{directory}: config.json has quantization_config={found!r:.60}; expected settings.")
+            where = "" if directory is None else f"{directory}: "
+            raise CheckpointError(f"{where}config.json has quantization_config={found!r:.60}; expected settings.")
         return found
     for name in _SETTINGS:
-        if (directory / name).is_file():
+        if directory is not None and (directory / name).is_file():
             return _read(directory / name)
     return {}
 
 
 def without_settings(config: Any) -> None:
-    """Remove quantization_config from a config: models built and exported from it are not quantized."""
+    """Remove quantization_config from a config."""
     for part in config_parts(config):
         if hasattr(part, "quantization_config"):
             delattr(part, "quantization_config")

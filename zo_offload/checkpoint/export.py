@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,16 +32,19 @@ from ..modules.away import is_away
 from ..modules.parameters import streams
 from ..quantized.files import Spec
 from ..system.plain import user_path
-from . import as_fp8, tokenizers
+from . import as_fp8, as_gguf, tokenizers
 from .adapters import Run, is_peft, save_adapter
 from .conversion import Group, names_to_save, saving_groups
 from .files import INDEX, SINGLE, is_run
+from .gguf import GGUFWeights
 from .publish import PRODUCER, earlier_files, publish, workplace
 from .recipe import Reader, Recipe
 from .safetensors_io import Shard, ShardWriter, header_bound
 from .tokenizers import is_of_tokenizer
 from .weights import Placed, Weights, chunks
 
+SCHEMES = ("fp8", *as_gguf.SCHEMES)
+"""Layouts besides safetensors in the weights' own dtypes."""
 GENERATION = "generation_config.json"
 METADATA = {"format": "pt", "producer": PRODUCER}
 
@@ -61,6 +64,16 @@ class Origin(Protocol):
     def config(self) -> Any:
         """The config as read."""
 
+    @property
+    def gguf(self) -> Path | None:
+        """The GGUF file with the tokenizer, if it is in one."""
+
+    def coded(self) -> object:
+        """Its quantized tensors, if there are any."""
+
+    @property
+    def trust_remote_code(self) -> bool: ...
+
 
 def save_pretrained(
     directory: str | os.PathLike[str],
@@ -74,6 +87,7 @@ def save_pretrained(
     tokenizer: Any = None,
     run: Run | None = None,
     scheme: str | None = None,
+    as_read: Collection[str] = (),
 ) -> list[Path]:
     """Writes `model` to `directory`; returns the files, weights first.
 
@@ -83,7 +97,9 @@ def save_pretrained(
     config, chat template, licence) are copied. Without it the model's own configs are written. tokenizer (anything with
     a `save_pretrained`): written in place of the checkpoint's. A model that is not a PreTrainedModel becomes plain
     safetensors of its state dict; for a PeftModel its adapters are written, as peft does. run: see
-    `adapters.save_adapter`. scheme: "fp8" rounds linear layers to fp8 (`as_fp8.py`).
+    `adapters.save_adapter`. scheme: another layout than safetensors in the weights' own dtypes, one of SCHEMES: fp8
+    (`as_fp8.py`), GGUF (`as_gguf.py`, one file whatever its size). as_read: names of parameters that hold exactly what
+    the checkpoint's files hold.
 
     A shard holds at most max_shard_bytes of tensors, or one tensor. The config's dtype is that of most elements. Raises
     CheckpointError: target not empty (unless overwrite), disk full, a parameter without a value.
@@ -92,10 +108,11 @@ def save_pretrained(
     target = given.resolve()
     _check_target(target, checkpoint, overwrite)
     known = None if names is None else set(names)
-    if scheme not in (None, "fp8"):
-        raise ConfigError(f"an export as {scheme!r} is not known; fp8 is")
+    check_scheme(scheme)
     if scheme is not None and is_peft(model):
         raise ConfigError(f"an adapter is not exported as {scheme}; with merge=True (--merge) the merged model is")
+    if scheme in as_gguf.SCHEMES:
+        as_gguf.check(model)
     entries = None if is_peft(model) else _Entries(model, known, weights)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -105,7 +122,7 @@ def save_pretrained(
                     tokenizers.save(tokenizer, work)
                 save_adapter(work, model, weights, METADATA, run)
             else:
-                _write(work, model, entries, checkpoint, tokenizer, int(max_shard_bytes), target, scheme)
+                _write(work, model, entries, checkpoint, tokenizer, int(max_shard_bytes), target, scheme, as_read)
             return [given / file.relative_to(target) for file in publish(work, target)]
     except OSError as error:
         raise CheckpointError(
@@ -115,11 +132,20 @@ def save_pretrained(
         ) from error
 
 
+def check_scheme(scheme: str | None) -> None:
+    """Raise ConfigError for a layout that is not written."""
+    if scheme is not None and scheme not in SCHEMES:
+        raise ConfigError(f"an export as {scheme!r} is not known; {', '.join(SCHEMES)} are")
+
+
 def _write(
     work: Path, model: nn.Module, entries: _Entries, checkpoint: Origin | None, tokenizer: Any,
-    max_shard_bytes: int, target: Path, scheme: str | None,
+    max_shard_bytes: int, target: Path, scheme: str | None, as_read: Collection[str],
 ) -> None:  # fmt: skip
     """Write all files of an export into `work`: the small ones first, so that the weights' metadata can list them."""
+    if scheme in as_gguf.SCHEMES:
+        _write_gguf(work, model, entries, checkpoint, tokenizer, target, scheme, as_read)
+        return
     groups, outputs = _outputs(model, entries)
     narrow = as_fp8.names_in_fp8(model, outputs) if scheme == "fp8" else frozenset[str]()
     settings = as_fp8.settings(model, narrow) if narrow else None
@@ -144,6 +170,28 @@ def _write(
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard.tensors}
         total = {"total_size": sum(shard.nbytes for shard in shards)}
         _write_json(work / INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _write_gguf(
+    work: Path, model: nn.Module, entries: _Entries, checkpoint: Origin | None, tokenizer: Any, target: Path,
+    scheme: str, as_read: Collection[str],
+) -> None:  # fmt: skip
+    """The same for one GGUF file. Its tokenizer is the given one, a copy of that in the model's own GGUF file, or made
+    of the tokenizer's files."""
+    dtypes = {name: Spec(meta.dtype, tuple(meta.shape)) for name, meta in entries.metas().items()}
+    _write_small_files(work, model, checkpoint, _main_dtype(dtypes), tokenizer, None)
+    if target.exists():
+        earlier_files(target, [as_gguf.NAME])
+    if tokenizer is None and checkpoint is not None and checkpoint.gguf is not None:
+        tokenizer = checkpoint.gguf
+    elif tokenizer is None and tokenizers.has_tokenizer(work):
+        trusted = checkpoint is not None and checkpoint.trust_remote_code
+        tokenizer = tokenizers.load_tokenizer(work, trust_remote_code=trusted)
+    config = model.config if checkpoint is None else checkpoint.config
+    name = "" if checkpoint is None or checkpoint.path is None else checkpoint.path.name
+    coded = None if checkpoint is None else checkpoint.coded()
+    source = coded if isinstance(coded, GGUFWeights) else None
+    as_gguf.write(work, model, config, entries, scheme, name=name, tokenizer=tokenizer, source=source, as_read=as_read)
 
 
 class _Entries:
@@ -312,6 +360,9 @@ def _write_small_files(
                 continue  # the tokenizer used in training replaces it
             (work / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, work / name)
+    file = None if checkpoint is None else checkpoint.gguf
+    if tokenizer is None and file is not None and not tokenizers.has_tokenizer(work):
+        tokenizer = tokenizers.load_tokenizer(file.parent if tokenizers.has_tokenizer(file.parent) else file)
     if tokenizer is not None:
         tokenizers.save(tokenizer, work)
     if not isinstance(model, PreTrainedModel):

@@ -14,27 +14,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointError
-from ..hf import (
-    TENSOR_PROCESSORS,
-    AutoConfig,
-    PreTrainedModel,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-    modeling_auto,
-    transformers,
-)
+from ..hf import AutoConfig, PreTrainedModel, modeling_auto, transformers
 from ..quantized.base import Decoded
 from ..quantized.files import Files
+from ..quantized.gguf_blocks import BLOCKS
 from ..quantized.gguf_file import GGUFFile
 from .architecture import MAX_COUNT, find_class, read_config
 from .dequantized import without_settings
 from .files import CONFIG, carried_files, has_weights
+from .gguf_names import Naming
 from .kept import made_of
 from .meta_model import construct
 from .recipe import Join, Reader, Recipe, Source, Turn
@@ -44,10 +39,7 @@ _log = logging.getLogger(__name__)
 
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _COUNTS = re.compile(r"block_count|expert_count|head_count|layer")
-_DONE = ("TensorProcessor", "LlamaTensorProcessor", "NemotronTensorProcessor", "Gemma2TensorProcessor",
-         "Qwen2MoeTensorProcessor")  # fmt: skip
-"""transformers' tensor processors whose conversions are also implemented here."""
-_FACTORS = "rope_freqs.weight"  # of rotary positions, computed from the config by the model
+FACTORS = "rope_freqs.weight"  # of rotary positions, computed from the config by the model
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,7 @@ def open_gguf(
     if beside:
         config = read_config(directory, trust_remote_code=trust_remote_code, overrides=overrides)
     else:
-        config = _read_config(files[0], dict(overrides or {}))
+        config = read_gguf_config(files[0], overrides or {})
     without_settings(config)
     tensors.name_as(find_class(config, None, directory, trust_remote_code=trust_remote_code), config)
     carried = carried_files(directory, code=trust_remote_code) if beside else []
@@ -107,7 +99,7 @@ def _parts(file: Path) -> list[Path]:
     return parts
 
 
-def _read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
+def read_gguf_config(file: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> Any:
     """transformers' config of the model in a GGUF file. CheckpointError: it cannot make one."""
     try:
         config, unknown = AutoConfig.from_pretrained(
@@ -128,28 +120,6 @@ def _read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
         model = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         config.architectures = [model.__name__] if isinstance(model, type) else None
     return config
-
-
-class Tower:
-    """A model for transformers' naming code, without the modules inside its layers.
-
-    transformers makes a table of all layers' names again for every module: quadratic in the layers, and minutes for
-    eighty. A layer's parts have no names of their own in a GGUF file; modules that contain layers may (a file of
-    BloomModel, opened as BloomForCausalLM).
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module, self.config = module, getattr(module, "config", None)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._module.state_dict()
-
-    def named_children(self) -> list[tuple[str, Tower]]:
-        return [
-            (name, Tower(child))
-            for name, child in self._module.named_children()
-            if not isinstance(child, nn.ModuleList) and any(isinstance(m, nn.ModuleList) for m in child.modules())
-        ]
 
 
 def _part(name: str, files: Files, start: int, count: int) -> Tensor:
@@ -179,46 +149,34 @@ class GGUFWeights:
 
     def name_as(self, cls: type[PreTrainedModel], config: Any) -> None:
         """Rename the tensors as in a model. Raises CheckpointError if transformers has no names for it."""
-        arch = str(self._files[0].values.get("general.architecture", ""))
-        processor: Any = TENSOR_PROCESSORS.get(arch, TensorProcessor)
-        processor = processor(config=config.to_dict())
-        kind = type(processor).__name__
-        if kind not in _DONE:
-            raise CheckpointError(
-                f"{self.path}: GGUF of architecture {arch!r} is not supported: transformers computes with its tensors "
-                f"({kind}). Convert it to safetensors there."
-            )
         model = construct(cls, config, torch.float32, most=64 * len(self._owner) + 8192)
-        try:
-            names = get_gguf_hf_weights_map(Tower(model), processor)
-        except Exception as error:  # an architecture that the package gguf does not know
-            raise CheckpointError(f"{self.path}: {type(error).__name__}: {error}") from error
+        naming = Naming.of(model, self.arch, config, self.path)
         joined: dict[str, dict[str, str]] = {}
         for name in self._owner:
-            target = names.get(name, name)
-            if name == _FACTORS:
+            if name == FACTORS:
                 _log.warning("%s: %s is not used; the config's own rotary scaling is", self.path, name)
-            elif target.endswith("gate_up_proj"):
-                joined.setdefault(target, {})["gate" if "ffn_gate" in name else "up"] = name
+            elif part := naming.part(name):
+                joined.setdefault(naming.names[name], {})[part] = name
             else:
-                self._add(target, name, kind, config)
+                self._add(naming.names.get(name, name), name, naming, config)
         for target, both in joined.items():
             self._join(target, both)
 
-    def _add(self, target: str, name: str, kind: str, config: Any) -> None:
+    @property
+    def arch(self) -> str:
+        return str(self._files[0].values.get("general.architecture", ""))
+
+    def _add(self, target: str, name: str, naming: Naming, config: Any) -> None:
         spec = self._owner[name].tensors[name].spec
         recipe: Recipe = Source(name, spec.numel, spec.dtype)
-        if kind == "LlamaTensorProcessor" and (part := re.search(r"\.attn_([qk])\.", name)):
-            heads = config.num_attention_heads
-            heads = getattr(config, "num_key_value_heads", None) or heads if part[1] == "k" else heads
+        if heads := naming.heads(name, config):
             half, left = divmod(spec.shape[0], 2 * heads)
             if left:
                 raise CheckpointError(f"{self.path}: {name!r} is {spec}, and has {heads} heads.")
             recipe = Turn(heads, recipe, (half, 2, spec.numel // spec.shape[0]), (1, 0, 2))
-        if kind in ("NemotronTensorProcessor", "Gemma2TensorProcessor") and "norm.weight" in name:
+        if naming.is_plus_one(name):
             self._less_one.add(target)
-        shape = (1, *spec.shape) if "ffn_gate_inp_shexp" in name else spec.shape
-        self._enter(target, recipe, shape)
+        self._enter(target, recipe, (1, *spec.shape) if naming.is_one_row(name) else spec.shape)
 
     def _join(self, target: str, both: dict[str, str]) -> None:
         """[experts, gate and up rows, in]"""
@@ -262,6 +220,21 @@ class GGUFWeights:
             for name, recipe in self._recipes.items()
             if name not in self._less_one and (kept := made_of(recipe, inner))
         }
+
+    def number_of(self, name: str) -> int | None:
+        """The type, as files number them, of a quantized tensor by its name in the files; None: it is none of those."""
+        kind = self._owner[name].tensors[name].kind if name in self._owner else None
+        return None if kind is None else next(number for number, known in BLOCKS.items() if known is kind)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor by its name in the files."""
+        return self._owner[name].tensors[name].spec.shape
+
+    def bytes_of(self, name: str, start: int, count: int) -> Tensor:
+        """Bytes [start, start + count) of a tensor as the files have them, by its name there."""
+        out = torch.empty(count, dtype=torch.uint8, device="cpu")
+        self._owner[name].bytes_into(name, start, out)
+        return out
 
     def close(self) -> None:
         for file in self._files:

@@ -19,8 +19,9 @@ from ..formats import get_format
 from ..formats.base import Format
 from ..formats.four_bits import FourBits
 from ..formats.grouped import pack
-from ..quantized.base import Codes, Decoded, Kept
+from ..quantized.base import Codes, Decoded, Kept, Settings
 from ..quantized.files import Files
+from ..quantized.sizes import kept_format
 from .dequantized import TensorFile
 from .recipe import Cut, Join, Reader, Recipe, Source, Turn
 
@@ -40,27 +41,34 @@ class KeepsCodes:
     """A checkpoint's interface to its codes (`weights.Keeping`)."""
 
     _file_of: dict[str, TensorFile]
+    settings: Settings
 
     def kept_formats(self, name: str) -> tuple[Format, ...]:
         """The storage formats that have a quantized weight's own codes, the smallest first. May read its scales."""
         known: dict[str, tuple[Format, ...]] = self.__dict__.setdefault("_kept_formats", {})
         if name not in known:
-            recipe, coded, found = self._recipe_of(name), self._coded(), tuple[Format, ...]()
+            recipe, coded, found = self._recipe_of(name), self.coded(), tuple[Format, ...]()
             if recipe is not None and coded is not None:
                 found = kept_formats(recipe, coded.weights, coded.files)
+            elif not self._file_of and (guess := kept_format(self.settings, name, tuple(self.shape_of(name)))):
+                found = (get_format(guess),)  # planned from a config alone
             known[name] = found
         return known[name]
 
     def kept_part(self, name: str, fmt: Format, start: int, count: int) -> Tensor:
         """Elements [start, start + count) of such a weight in one of them, from a multiple of its group on."""
-        recipe, coded = self._recipe_of(name), self._coded()
+        recipe, coded = self._recipe_of(name), self.coded()
         assert recipe is not None and coded is not None
         return kept_part(recipe, fmt, coded.weights, coded.files, start, count, f"parameter {name!r} of the base")
+
+    def shape_of(self, name: str) -> torch.Size:
+        raise NotImplementedError
 
     def _recipe_of(self, name: str) -> Recipe | None:
         raise NotImplementedError
 
-    def _coded(self) -> Coded | None:
+    def coded(self) -> Coded | None:
+        """Its quantized tensors, if there are any."""
         return next((file for file in self._file_of.values() if isinstance(file, Coded)), None)
 
 

@@ -23,7 +23,7 @@ REFUSED = {
     "load_in_4bit": _CODES, "load_in_8bit": _CODES, "quantization_config": _CODES,
     "cache_dir": _CACHE, "token": _CACHE, "use_auth_token": _CACHE, "proxies": _CACHE, "force_download": _CACHE,
     "local_files_only": "set HF_HUB_OFFLINE=1, or give a directory",
-    "subfolder": "give the directory itself", "gguf_file": "give the directory of a checkpoint in safetensors",
+    "subfolder": "give the directory itself", "gguf_file": "give the file itself as the model",
     "variant": "leave one variant's files in the directory: it is found by its name",
     "use_safetensors": "safetensors are taken where there are any, else pytorch_model.bin",
     "ignore_mismatched_sizes": "a checkpoint is used whole; for another head give num_labels and a body without a head",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -72,6 +73,10 @@ class Merged:
     @property
     def names(self) -> list[str]:
         return list(self._of)
+
+    def beside(self, names: Collection[str]) -> set[str]:
+        """The plain names of those of these parameters (named as in peft's model) that the adapter leaves alone."""
+        return {name for name, inner in self._of.items() if inner in names and inner not in self._layer_of}
 
     def shape_of(self, name: str) -> torch.Size:
         return self._weights.shape_of(self._of[name])

@@ -28,16 +28,21 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError
+from ..quantized.gguf_file import GGUFFile
 from ..system import diskio
 from .files import CONFIG, INDEX
 from .safetensors_io import read_header
 from .tokenizers import FILES as TOKENIZER_FILES
 
 PRODUCER = "zo_offload"
+OWN = "zo_offload."
+"""Before the keys of an export in a GGUF file: producer, files."""
 HEADS = (CONFIG, "adapter_config.json")
 """Files without which no library opens a directory."""
+_OF_WEIGHTS = (".safetensors", ".gguf")
 _EXCHANGE = 2  # RENAME_EXCHANGE
 _AT_FDCWD = -100
 _PLAIN = re.compile(r"(additional_chat_templates/)?[^/\\:\0]+")
@@ -84,8 +89,9 @@ def earlier_files(target: Path, new: Collection[str]) -> set[Path]:
     Raises CheckpointError for other weights, which would be mixed with the new ones.
     """
     found: set[Path] = set()
-    for file in sorted([*target.glob("model*.safetensors"), *target.glob("adapter_model*.safetensors")]):
-        metadata = read_header(file)[0]
+    patterns = ("model*.safetensors", "adapter_model*.safetensors", "model*.gguf")
+    for file in sorted(path for pattern in patterns for path in target.glob(pattern)):
+        metadata = _metadata(file)
         if metadata.get("producer") != PRODUCER:
             if file.name in new:
                 continue
@@ -98,6 +104,14 @@ def earlier_files(target: Path, new: Collection[str]) -> set[Path]:
     if found and (target / INDEX).is_file():
         found.add(Path(INDEX))
     return found
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    """What an export says in its weights of itself."""
+    if file.suffix != ".gguf":
+        return dict(read_header(file)[0])
+    with contextlib.closing(GGUFFile(file)) as opened:
+        return {key.removeprefix(OWN): value for key, value in opened.values.items() if key.startswith(OWN)}
 
 
 def _listed(text: object) -> list[str]:
@@ -172,7 +186,7 @@ def _move_in(work: Path, names: list[Path], target: Path, old: set[Path]) -> Non
         (target / head).unlink(missing_ok=True)
     diskio.sync_directory(target)
     for name in sorted({*old, *names}, key=_order, reverse=True):
-        if name.suffix != ".safetensors" and name.name != INDEX:
+        if name.suffix not in _OF_WEIGHTS and name.name != INDEX:
             (target / name).unlink(missing_ok=True)
     for name in names:
         if name.name not in HEADS:
@@ -197,7 +211,7 @@ def _order(name: Path) -> tuple[int, str]:
     files come last: without them there is no tokenizer, and once they exist all its settings do."""
     ranks = {INDEX: 1, "tokenizer.json": 3, **dict.fromkeys(HEADS, 5)}
     makes_one = name.name in TOKENIZER_FILES or name.suffix in (".model", ".tiktoken")
-    rank = 0 if name.suffix == ".safetensors" else ranks.get(name.name, 4 if makes_one else 2)
+    rank = 0 if name.suffix in _OF_WEIGHTS else ranks.get(name.name, 4 if makes_one else 2)
     return rank, str(name)
 
 

@@ -160,9 +160,12 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from ..checkpoint.export import check_scheme
+
     if args.out is None:
         raise ConfigError("--out is missing: a directory to write to")
     check_out(args.out)
+    check_scheme(args.scheme)
     with open_engine(args) as engine:
         if args.step is not None and engine.active.run_dir is None:
             raise ConfigError(f"--step {args.step} is for runs, but {args.model} is not a run")

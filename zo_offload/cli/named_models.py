@@ -37,11 +37,13 @@ def named_config(model: str) -> Any:
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{model}: this transformers does not know {row['model_type']!r}: {error}") from error
     config.architectures, config.dtype = [row["architecture"]], row["dtype"]
+    if "quantization_config" in row:
+        config.quantization_config = row["quantization_config"]
     return config
 
 
 def published_as(model: str) -> str:
-    """The format of its published files if it is not 16 bits, else ""."""
+    """The format of its published files if that is neither 16 bits nor read here, else ""."""
     return str(_table().get(model.lower(), {}).get("published_as", ""))
 
 

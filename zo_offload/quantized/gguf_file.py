@@ -70,6 +70,10 @@ class GGUFFile:
             blocks, begin = self._blocks(name, tensor.kind, start + at, len(part))
             part.copy_(tensor.kind.decode(blocks).reshape(-1)[begin : begin + len(part)])
 
+    def bytes_into(self, name: str, start: int, out: Tensor) -> None:
+        """Bytes [start, start + len(out)) of a tensor as the file has them into `out`, uint8."""
+        self._pread(name, self.tensors[name].begin + start, out)
+
     def kept(self, name: str) -> tuple[Kept, ...]:
         """The storage formats that hold a tensor's codes, the smallest first."""
         kind = self.tensors[name].kind

@@ -1,13 +1,14 @@
-"""The number of bytes of a quantized model's files, from its settings alone, for plans without the files."""
+"""What a quantized model's files take, and how codes are kept, from its settings alone: for plans without the files."""
 
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .base import Settings
+from .base import Settings, formats_of_groups
 from .table import method_of
 
 _UNQUANTIZED = re.compile(r"embed|lm_head|\bgate\.weight$|router|norm|score|wte|wpe")
@@ -52,6 +53,41 @@ def bytes_a_weight(settings: Settings) -> float | None:
         bits, size = _number(weights.get("num_bits")) or 8, _number(weights.get("group_size")) or 0
         return bits / 8 + ((1 if bits == 4 and weights.get("type") == "float" else 2) / size if size > 0 else 0)
     return None
+
+
+def kept_format(settings: Settings, name: str, shape: tuple[int, ...]) -> str | None:
+    """The storage format that storage="kept" would take for a weight; None: none, or the settings do not tell. With the
+    files at hand, their tensors decide."""
+    kind, group = _codes(settings, shape) if settings and _is_quantized(name, shape, settings) else ("", 0)
+    found = formats_of_groups(kind, math.gcd(shape[-1], group) if group > 0 else shape[-1]) if kind else []
+    return found[0] if found else None
+
+
+def _codes(settings: Settings, shape: tuple[int, ...]) -> tuple[str, int]:
+    """(kind of storage format, weights of a row in a group; 0: all of them)"""
+    method, group = method_of(settings), _number(settings.get("group_size")) or 0
+    bits = _number(settings.get("bits", settings.get("w_bit"))) or 4
+    if method in ("gptq", "awq", "auto-round", "intel/auto-round"):
+        if settings.get("desc_act") and group and not settings.get("static_groups"):
+            return "", 0  # groups of inputs that are not neighbours
+        return ("int4f" if bits <= 4 else "int8" if settings.get("sym") else "int8f"), group
+    if method in ("fp8", "fbgemm_fp8"):
+        block = settings.get("weight_block_size")
+        return "fp8_e4m3" if settings.get("scale_fmt") == "ue8m0" else "fp8f", block[1] if block else 0
+    if method == "mxfp4":  # gpt-oss: groups across the rows of stacked experts
+        return ("fp8_e4m3", 128) if len(shape) == 3 and shape[-1] % 4 == 0 else ("", 0)
+    if method in ("modelopt", "modelopt_fp4", "nvfp4"):
+        return ("nvfp4", 16) if "FP4" in str(settings.get("quant_algo", "NVFP4")) else ("fp8f", 0)
+    if method == "bitsandbytes" and settings.get("load_in_4bit"):
+        return str(settings.get("bnb_4bit_quant_type", "fp4")), 64
+    weights = _first_group(settings)
+    if weights is None:
+        return "", 0
+    bits, group = _number(weights.get("num_bits")) or 8, _number(weights.get("group_size")) or 0
+    if weights.get("type") == "float":
+        return ("nvfp4" if group == 16 else "mxfp4", group) if bits == 4 else ("fp8f", group)
+    symmetric = weights.get("symmetric") is not False
+    return ("int4" if symmetric else "int4f") if bits <= 4 else ("int8" if symmetric else "int8f"), group
 
 
 def _is_quantized(name: str, shape: tuple[int, ...], settings: Settings) -> bool:

@@ -95,12 +95,6 @@ class Batching:
             raise ConfigError("loss='options' and objective= are two losses: leave one of them out")
         return batches.objective
 
-    def to_export(self) -> Any:
-        """The tokenizer to write with the model; None: the checkpoint's tokenizer files are copied."""
-        checkpoint = self._opened.checkpoint
-        in_file = checkpoint is not None and checkpoint.gguf is not None and not has_tokenizer(checkpoint.gguf.parent)
-        return self.tokenizer() if in_file else self.given
-
     def tokenizer(self) -> Any:
         """The tokenizer that was given, else the checkpoint's own, if it has one."""
         path, checkpoint = self._opened.directory, self._opened.checkpoint

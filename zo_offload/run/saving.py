@@ -12,6 +12,7 @@ from ..journal.format import load_journal
 from ..journal.selection import Selection
 from ..kernels.records import STILL
 from ..lanes.hub import Lane
+from ..stream.ingest import kept_exactly
 from ..system.units import parse_bytes
 from .active import Run
 from .replaying import replayed_run
@@ -30,11 +31,12 @@ def save(
     with run.work() as parts:
         whole = run.opened.merged(parts.streamer.reader) if merge else None
         names = list(run.plan.params) if whole is None else whole.names
+        as_read = kept_exactly(run.plan, run.opened.prepared.layout, run.opened.base)
         return save_pretrained(
             directory, model=run.opened.model if whole is None else whole.model, names=names,
             weights=whole or parts.streamer.reader, checkpoint=run.opened.checkpoint,
             max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")), overwrite=overwrite,
-            tokenizer=tokenizer, scheme=scheme,
+            tokenizer=tokenizer, scheme=scheme, as_read=as_read if whole is None else whole.beside(as_read),
             run=lambda call: parts.passes.forward([Lane(STILL, {})], lambda *_: call(), exact=True)[0],
         )  # fmt: skip
 

@@ -129,7 +129,7 @@ def _train(
         run, batches, evaluation, steps, lambda step: method.lr * factor(step) * brake(step), micro_batches, call,
         selection,
         Callbacks(told, about, run.evals), save_dir,
-        None if save_dir is None else batching.to_export(), batching.tokenizer, shown,
+        None if save_dir is None else batching.given, batching.tokenizer, shown,
         agrees=run.ranks.world > 1 and bool(callbacks),
     ).run_steps()  # fmt: skip
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.weights import CHUNK, Base, Keeping, chunks, tensor_digest, together
 from ..errors import CheckpointError
+from ..formats import Format
 from ..formats.codec import PlaneEncoder
 from ..formats.grouped import paste
 from ..modules.away import check_present
@@ -109,6 +110,17 @@ def ingest(
         progress(nbytes)
 
 
+def has_codes(base: Base, name: str, fmt: Format) -> bool:
+    """Whether a base's own codes of a parameter are in this format: blocks then hold them as they are."""
+    return bool(fmt.group) and isinstance(base, Keeping) and fmt in base.kept_formats(name)
+
+
+def kept_exactly(plan: Plan, layout: Layout, base: Base) -> set[str]:
+    """The parameters that do not train and are in the base's own codes."""
+    formats = layout.formats
+    return {name for name, spec in plan.params.items() if not spec.trainable and has_codes(base, name, formats[name])}
+
+
 class Filler:
     """Blocks at version 0, from the base. Raises CheckpointError if a tensor's size is not the plan's."""
 
@@ -135,7 +147,8 @@ class Filler:
         place = self.layout.places[piece]
         stored = buffer[place.offset : place.offset + place.nbytes]
         residual = buffer[place.residual_offset : place.residual_offset + place.residual_nbytes]
-        if place.fmt.group and isinstance(self.base, Keeping) and place.fmt in self.base.kept_formats(piece.name):
+        if has_codes(self.base, piece.name, place.fmt):
+            assert isinstance(self.base, Keeping)
             chunk = max(CHUNK // place.fmt.group, 1) * place.fmt.group
             for at in range(piece.start, piece.stop, chunk):  # its own codes are in this format
                 count = min(chunk, piece.stop - at)
