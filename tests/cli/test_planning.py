@@ -225,3 +225,62 @@ def test_a_timeline_is_of_the_ops_that_run(capsys, tmp_path):
     assert one(lines, "timeline: ")
     events = json.loads(path.read_text())["traceEvents"]
     assert {event["ph"] for event in events} == {"M", "X"} and all(e.get("dur", 1) > 0 for e in events)
+
+
+MODELS = {
+    "deepseek-v3": (
+        dict(
+            model_type="deepseek_v3", architectures=["DeepseekV3ForCausalLM"], vocab_size=129280, hidden_size=7168,
+            intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=2, first_k_dense_replace=1,
+            num_attention_heads=128, num_key_value_heads=128, n_routed_experts=256, num_experts_per_tok=8, n_group=8,
+            topk_group=4, kv_lora_rank=512, q_lora_rank=1536, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128,
+            torch_dtype="bfloat16",
+            quantization_config={"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+        ),
+        2 * (1536 * 7168 + 128 * 192 * 1536 + 576 * 7168 + 128 * 256 * 512 + 7168 * 128 * 128)
+        + 3 * 7168 * (18432 + 2048 + 256 * 2048), 1.0, 1 + 4 / 128, "fp8f",
+        "q_a_proj+q_b_proj", 16 * 2 * (7168 + 1536 + 1536 + 128 * 192), 2 * 129280 * 7168,
+    ),
+    "gpt-oss-120b": (
+        dict(
+            model_type="gpt_oss", architectures=["GptOssForCausalLM"], vocab_size=201088, hidden_size=2880,
+            intermediate_size=2880, num_hidden_layers=2, num_attention_heads=64, num_key_value_heads=8, head_dim=64,
+            num_local_experts=128, num_experts_per_tok=4, sliding_window=128, torch_dtype="bfloat16",
+            layer_types=["sliding_attention", "full_attention"],
+            quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
+        ),
+        2 * 128 * 3 * 2880 * 2880, 17 / 32, 1 + 1 / 128, "fp8_e4m3",
+        "q_proj", 16 * 2 * (2880 + 64 * 64), 2 * 201088 * 2880 + 2 * 2 * 2880 * (64 + 8) * 64,
+    ),
+    "llama-70b-gptq": (
+        dict(
+            model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=32000, hidden_size=8192,
+            intermediate_size=28672, num_hidden_layers=2, num_attention_heads=64, num_key_value_heads=8,
+            torch_dtype="float16", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128},
+        ),
+        2 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672), 0.5 + 2.5 / 128, 0.5 + 8 / 128, "int4f",
+        "q_proj+v_proj", 16 * 2 * (8192 + 8192 + 8192 + 1024), 2 * 32000 * 8192,
+    ),
+}  # fmt: skip
+"""Real models, of two layers: config, quantized weights, their bytes each in the files and kept, the format, what an
+adapter of rank 16 is on, its parameters, and the other matrices' weights, counted by hand."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_adapter_on_a_quantized_model_is_planned_from_its_config_alone(name, capsys, tmp_path):
+    config, quantized, in_files, kept, form, targets, trained, plain = MODELS[name]
+    (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    adapter = f"r=16,target_modules={targets}"
+    lines = plan(
+        capsys, tmp_path / f"{name}.json", "--storage", "kept", "--adapter", adapter, "--offload", "disk", *SMALL
+    )
+    assert f"LORA adapter of {trained:,} parameters, new" in one(lines, "note: LORA")
+    told = [
+        re.search(r"([\d.]+) GB", one(lines, start))[1] for start in ("the files are", "stored as", "a step fetches")
+    ]
+    files, stored, fetched = map(float, told)
+    assert form in one(lines, "stored as")
+    assert files == pytest.approx((quantized * in_files + 2 * plain) / 1e9, rel=4e-3)
+    assert stored == pytest.approx((quantized * kept + 2 * plain + 4 * trained) / 1e9, rel=4e-3)
+    assert fetched == pytest.approx(stored - 4 * trained / 1e9, rel=4e-3)  # the adapter stays on the device
+    assert one(lines, "a step fetches").endswith("flushes 0 B (updates folded every 1 step)")

@@ -15,6 +15,7 @@ from ..formats import FORMATS
 from ..methods import Method
 from ..run.auto import STREAMED, Rates
 from ..system.units import show_bytes
+from ..tiers.disk import shapes_of
 from . import named_models as models
 from .costs import LONG, SHORT, Step, Work, step_seconds, work_of
 from .hardware import (
@@ -221,7 +222,7 @@ def _memory(found: Answer) -> Iterator[str]:
         largest = max(layout.block_bytes)
         yield f"host memory: about {show_bytes(3 * largest + 2e9)}, 3 buffers of a block included"
     read = found.machine.drive.read_gb_per_s if found.machine.drive is not None else READ_GB_PER_S
-    source = sum(p.numel for p in made.prepared.full_plan.params.values()) * made.checkpoint.dtype.itemsize
+    source = made.source_bytes
     yield (
         f"ingest, once: {source / min(read, READ_GB_PER_S) / 1e9 / 60:.1f} min for {show_bytes(source)} at "
         f"{min(read, READ_GB_PER_S):g} GB/s (reading, encoding and writing it are not measured here)"
@@ -231,11 +232,12 @@ def _memory(found: Answer) -> Iterator[str]:
 def _drive(found: Answer, count: int) -> Iterator[str]:
     made = found.planned
     layout, offload = made.prepared.layout, made.prepared.offload
-    source = sum(p.numel for p in made.prepared.full_plan.params.values()) * made.checkpoint.dtype.itemsize
-    blocks = 2 * layout.total_bytes  # two generations of what is trained
+    source = made.source_bytes
+    shapes = shapes_of(layout.block_bytes, layout.spans, layout.stream_bytes)
+    blocks = sum(shape.file_bytes for shape in shapes)
     yield (
-        f"disk: {show_bytes(source + blocks)}: the checkpoint {show_bytes(source)}, and two generations of blocks in "
-        f"the run directory{'' if offload == 'disk' else ', for snapshots'}"
+        f"disk: {show_bytes(source + blocks)}: the checkpoint {show_bytes(source)}, and in the run directory two "
+        f"generations of what trains and one of what is frozen{'' if offload == 'disk' else ', for snapshots'}"
     )
     if offload != "disk":
         yield "wear: none but snapshots; host memory does not wear" if offload == "host" else "wear: none but snapshots"

@@ -64,6 +64,19 @@ class Planned:
         assert self.plan_of_memory is not None
         return self.plan_of_memory
 
+    @property
+    def quantized_bytes(self) -> int | None:
+        """Bytes of the checkpoint's files if its settings say that they are quantized, about."""
+        checkpoint = self.checkpoint
+        return file_bytes(checkpoint.settings, ((name, tuple(checkpoint.shape_of(name))) for name in checkpoint.names))
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the checkpoint's files, about."""
+        if (found := self.quantized_bytes) is not None:
+            return found
+        return sum(map(self.checkpoint.numel, self.checkpoint.names)) * self.checkpoint.dtype.itemsize
+
     def with_memory(self, prepared: Prepared) -> Planned:
         """The same step, its model stored in another way. Raises BudgetError if that does not fit."""
         memory = prepared.plan_memory(
@@ -132,9 +145,9 @@ def details(planned: Planned, rate: Callable[[], Rates]) -> Iterator[str]:
     yield (
         f"{type(planned.module).__name__}: {_number(plan.numel)} parameters, {_number(plan.trainable_numel)} trainable"
     )
-    settings = planned.checkpoint.settings
-    if (nbytes := file_bytes(settings, ((n, tuple(p.shape)) for n, p in plan.params.items()))) is not None:
-        yield f"the files are quantized ({method_of(settings)}): about {show_bytes(nbytes)} on the disk"
+    if (nbytes := planned.quantized_bytes) is not None:
+        scheme = method_of(planned.checkpoint.settings)
+        yield f"the files are quantized ({scheme}): about {show_bytes(nbytes)} on the disk"
     yield f"stored as {_formats(layout)}: {show_bytes(layout.total_bytes)} in {len(plan.blocks)} blocks"
     yield from prepared.decided
     lives = {"none": "the device's memory", "host": "host memory", "disk": "files"}[prepared.offload]

@@ -60,6 +60,8 @@ def kept_format(settings: Settings, name: str, shape: tuple[int, ...]) -> str | 
     files at hand, their tensors decide."""
     kind, group = _codes(settings, shape) if settings and _is_quantized(name, shape, settings) else ("", 0)
     found = formats_of_groups(kind, math.gcd(shape[-1], group) if group > 0 else shape[-1]) if kind else []
+    if not found and kind == "fp8_e4m3" and method_of(settings) == "mxfp4":
+        return kind  # re-encoded, in groups that may span rows
     return found[0] if found else None
 
 
