@@ -37,7 +37,8 @@ from zo_offload.formats import FORMATS
 from zo_offload.kernels.driver import driver
 from zo_offload.kernels.records import Perturbation, Update
 from zo_offload.numerics import cuda_kernels
-from zo_offload.numerics.fused import fused_pass
+from zo_offload.numerics.calls import Mark
+from zo_offload.numerics.fused import fused_pass, ready_pass, ready_passes
 from zo_offload.numerics.noise import NoiseSpec
 from zo_offload.system.host_memory import available_bytes
 from zo_offload.tiers import HostTier
@@ -68,6 +69,9 @@ class AtOnce:
     def done(self, event: Any) -> bool:
         return True
 
+    def entered(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
     def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
@@ -81,6 +85,9 @@ class AtOnce:
         return torch.empty(nbytes, dtype=torch.uint8)
 
     staging = empty
+
+    def has_bf16(self) -> bool:
+        return True
 
     def memory(self) -> tuple[int, int]:
         return 8 << 30, 8 << 30
@@ -365,28 +372,48 @@ class Probe:
         )
 
     def check_cost_of_a_launch(self) -> Found:
-        """Host time of a fused pass of 4096 elements, and of an empty torch kernel beside it."""
+        """Host time of an owner's weight and bias of 4096 elements, in one launch and in two, and of an empty torch
+        kernel beside it."""
         from zo_offload.kernels.device_updates import UpdateTable
 
         fmt, n, times = FORMATS["bf16"], 4096, 20 if self.dry else 2000
-        stored = torch.zeros(fmt.nbytes(n), dtype=torch.uint8, device=self.where)
-        outs = [torch.zeros(n, dtype=torch.bfloat16, device=self.where) for _ in range(2)]
         lanes = [Perturbation(1, 2.0**-10), Perturbation(1, -(2.0**-10))]
         table = UpdateTable(self.where)
         table.append([Update(3, 2.0**-12)])
+        calls = []
+        for i in range(2):
+            stored = torch.zeros(fmt.nbytes(n), dtype=torch.uint8, device=self.where)
+            outs = [torch.zeros(n, dtype=torch.bfloat16, device=self.where) for _ in range(2)]
+            calls.append(
+                ready_pass(
+                    stored, fmt, param_id=i, numel=n, offset=0, rounding="nearest", noise=NoiseSpec(), outs=outs,
+                    residual=None, target="values", mask=None, threads=None,
+                )
+            )  # fmt: skip
+        ready = ready_passes(calls)
+        assert ready is not None
+        told = [(table.since(0, True), lanes, True, False)] * 2
 
-        def passes() -> None:
+        def together() -> None:
             for _ in range(times):
-                fused_pass(stored, fmt, param_id=1, numel=n, updates=table.since(0, True), noise=NoiseSpec(),
-                           perturbations=lanes, outs=outs)  # fmt: skip
+                ready.run(told, Mark())
+
+        def alone() -> None:
+            for _ in range(times):
+                for call in calls:
+                    fused_pass(call.stored, fmt, param_id=call.param_id, numel=n, updates=told[0][0],
+                               noise=NoiseSpec(), perturbations=lanes, outs=call.outs)  # fmt: skip
 
         def plain() -> None:
             for _ in range(times):
                 stored.add_(0)
 
-        passes(), plain()
-        ours, torchs = self.seconds(passes) / times * 1e6, self.seconds(plain) / times * 1e6
-        return None, f"{ours:.1f} us a pass, {torchs:.1f} us a torch kernel", {"pass_us": ours, "torch_us": torchs}
+        found = {}
+        for name, work in (("together_us", together), ("alone_us", alone), ("torch_us", plain)):
+            work()
+            found[name] = self.seconds(work) / times * 1e6
+        says = "{together_us:.1f} us in one launch, {alone_us:.1f} in two, {torch_us:.1f} a torch kernel"
+        return None, says.format(**found), found
 
     def check_nothing_waits_in_a_step(self) -> Found:
         """Who asks the GPU for a value in a step: torch's sync debug mode, by file and line."""

@@ -11,6 +11,9 @@
 //   boxmuller   two Philox blocks for a thread's 8 elements: the gaussian of layout 1            2 chunks
 //   rademacher  thread L makes word L of the tile's 32 sign words, a shuffle brings it to its users  4 chunks
 //
+// A launch takes the passes of several parameters that have one format: a block belongs to one of them, and finds it by its
+// own index, so all that a warp reads of it is the same for the whole block.
+//
 // Coefficients, decays and seeds of updates are read from device memory: the host need not know them when it launches.
 // A zero coefficient and a decay of one are skipped as fused.h says, so a step that diverged changes nothing.
 //
@@ -20,15 +23,19 @@
 #define ZO_CUDA_KERNELS_H
 #include "cuda_formats.h"
 
-#define ZO_CUDA_LANES 16    // a launch; more lanes take more launches
+#define ZO_CUDA_PARTS 8     // passes of a launch: the parameters of an owner
+#define ZO_CUDA_LANES 32    // of all of them; more take more launches
 #define ZO_CUDA_THREADS 256
 
-struct zo_cuda_args {  // the kernels' only parameter, by value
+struct zo_cuda_part {  // one pass of a launch; blocks [first_block, end_block) compute it
   zo_pass pass;        // updates, terms: device memory; lanes: unused
-  const float* scales;  // of the lanes, in device memory, or null: `lanes[j].scale`
-  zo_u64 total_rows;    // of the whole parameter, with rows; others are answered with NaN, by every piece
-  zo_i32 last_fold;     // index of the last update that folds, or -1: the host knows which fold
-  zo_u32 num_lanes;
+  zo_u64 total_rows;   // of the whole parameter, with rows; others are answered with NaN, by every piece
+  zo_i32 last_fold;    // index of the last update that folds, or -1: the host knows which fold
+  zo_u32 first_lane;   // of its pass.num_lanes lanes, among those of the launch
+  zo_u32 first_block, end_block;
+};
+struct zo_cuda_args {  // the kernels' only parameter, by value: nothing has to stay alive until the launch runs
+  zo_cuda_part parts[ZO_CUDA_PARTS];  // those after the last have end_block 2^32 - 1
   zo_lane lanes[ZO_CUDA_LANES];
 };
 
@@ -38,7 +45,8 @@ struct zo_cuda_noise_args {
   zo_u32 param_id, rounds;
 };
 
-static_assert(sizeof(zo_cuda_args) == sizeof(zo_pass) + 24 + 24 * ZO_CUDA_LANES, "packed by Python");
+static_assert(sizeof(zo_cuda_part) == sizeof(zo_pass) + 24, "packed by Python");
+static_assert(sizeof(zo_cuda_args) == sizeof(zo_cuda_part) * ZO_CUDA_PARTS + 24 * ZO_CUDA_LANES, "packed by Python");
 static_assert(sizeof(zo_cuda_noise_args) == 40, "packed by Python");
 
 namespace zo_cuda {
@@ -202,6 +210,21 @@ typedef RademacherOf<4> Rademacher;
 
 // ---- the pass over one tile
 
+// One pass of a launch, as a block has it: references to the kernel's argument, which cost one register.
+struct Work {
+  const zo_pass& pass;
+  const zo_cuda_part& own;
+  const zo_lane* lanes;
+};
+
+ZO_DEV Work work_of(const zo_cuda_args& args) {
+  zo_u32 p = 0;
+#pragma unroll
+  for (int k = 0; k < ZO_CUDA_PARTS - 1; ++k) p += blockIdx.x >= args.parts[k].end_block ? 1 : 0;
+  const zo_cuda_part& own = args.parts[p];
+  return Work{own.pass, own, args.lanes + own.first_lane};
+}
+
 // A run of consecutive elements [first, last) of the parameter, of which [low, high) are read: with groups, whole ones.
 // Element `base` lies at the start of the planes, and g's output `g - first + out_at` after an output's start.
 // valid: false for a row that does not exist.
@@ -293,16 +316,16 @@ ZO_DEV void make_along(const zo_pass& pass, const zo_lane& lane, zo_u64 g, float
 
 // The lanes of 8 elements.
 template <class Noise>
-ZO_DEV void emit_eight(const zo_cuda_args& args, const Run& run, zo_u64 g, const float (&w)[8], zo_u32 mask) {
+ZO_DEV void emit_eight(const Work& args, const Run& run, zo_u64 g, const float (&w)[8], zo_u32 mask) {
   const Span s = span_of<false>(run.first, run.last, g);
   if (s.lo >= s.hi) return;
   float z[8];
   zo_u64 made = 0;
   zo_u32 kind = ~0u;  // of what is made: nothing yet
 #pragma unroll 1
-  for (zo_u32 j = 0; j < args.num_lanes; ++j) {
+  for (zo_u32 j = 0; j < args.pass.num_lanes; ++j) {
     const zo_lane& lane = args.lanes[j];
-    const float scale = args.scales ? args.scales[j] : lane.scale;
+    const float scale = lane.scale;
     if (scale != 0.0f && !(made == lane.seed && kind == (lane.format & ZO_LANE_SUM))) {
       make_along<Noise>(args.pass, lane, g, z);
       made = lane.seed;
@@ -318,11 +341,11 @@ ZO_DEV void emit_eight(const zo_cuda_args& args, const Run& run, zo_u64 g, const
 // WHOLE: the tile lies inside the run and everything is aligned, and no lane is along a sum; the hot loop has nothing else
 // in it. A sum would take registers from it, and what its noises cost is far above what wide accesses save.
 template <int FORMAT, class Noise, bool WHOLE>
-ZO_DEV void tile_of(const zo_cuda_args& args, const Run& run, zo_u64 start) {
+ZO_DEV void tile_of(const Work& args, const Run& run, zo_u64 start) {
   enum { CHUNKS = Noise::CHUNKS };
   const zo_pass& pass = args.pass;
   const zo_u64 g = start + 8 * (threadIdx.x & 31);
-  const bool master = residual_size(FORMAT) != 0 && (args.last_fold >= 0 || (pass.flags & ZO_MASTER));
+  const bool master = residual_size(FORMAT) != 0 && (args.own.last_fold >= 0 || (pass.flags & ZO_MASTER));
   float w[CHUNKS][8];
   Group group[CHUNKS];
   zo_u32 mask[CHUNKS];
@@ -364,7 +387,7 @@ ZO_DEV void tile_of(const zo_cuda_args& args, const Run& run, zo_u64 start) {
       for (int c = 0; c < CHUNKS; ++c) add_where<Noise>(noise, c, -coeff, w[c], mask[c], w[c]);
     }
     if (!(u.flags & ZO_UPDATE_FOLD)) continue;
-    const bool last = (zo_i32)k == args.last_fold, keep = (pass.flags & ZO_WRITE_BACK) && last && run.valid;
+    const bool last = (zo_i32)k == args.own.last_fold, keep = (pass.flags & ZO_WRITE_BACK) && last && run.valid;
     const bool stochastic = (pass.flags & ZO_STOCHASTIC) && FORMAT != ZO_FP32 && FORMAT != ZO_BF16_16;
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
@@ -384,9 +407,9 @@ ZO_DEV void tile_of(const zo_cuda_args& args, const Run& run, zo_u64 start) {
   zo_u64 made = 0;
   bool have = false;
 #pragma unroll 1
-  for (zo_u32 j = 0; j < args.num_lanes; ++j) {
+  for (zo_u32 j = 0; j < args.pass.num_lanes; ++j) {
     const zo_lane& lane = args.lanes[j];
-    const float scale = args.scales ? args.scales[j] : lane.scale;
+    const float scale = lane.scale;
     if (scale != 0.0f && !(have && made == lane.seed)) {
       Noise::make(noise, g, lane.seed, pass.param_id, pass.rounds);
       made = lane.seed;
@@ -407,17 +430,17 @@ ZO_DEV void tile_of(const zo_cuda_args& args, const Run& run, zo_u64 start) {
 
 // Element 8 * i of the parameter is aligned for vectors in everything that this run touches.
 template <int FORMAT>
-ZO_DEV bool aligned(const zo_cuda_args& args, const Run& run) {
+ZO_DEV bool aligned(const Work& args, const Run& run) {
   const int bits = is_four(FORMAT) ? 4 : 8 * value_size(FORMAT);
   zo_u64 low = (zo_u64)args.pass.stored - run.base * bits / 8;
   if (residual_size(FORMAT)) low |= (zo_u64)args.pass.residual - run.base * residual_size(FORMAT);
-  for (zo_u32 j = 0; j < args.num_lanes; ++j)
+  for (zo_u32 j = 0; j < args.pass.num_lanes; ++j)
     low |= (zo_u64)args.lanes[j].out + (run.out_at - run.first) * (format_of(args.lanes[j]) == ZO_FP32 ? 4 : 2);
   return (low & 15) == 0 && run.valid && (run.base & 7) == 0;
 }
 
 template <int FORMAT, class Noise>
-ZO_DEV void tile(const zo_cuda_args& args, const Run& run, zo_u64 start, bool aligned) {
+ZO_DEV void tile(const Work& args, const Run& run, zo_u64 start, bool aligned) {
   if (aligned && args.pass.num_terms == 0 && start >= run.first && start + 256 * Noise::CHUNKS <= run.last)
     tile_of<FORMAT, Noise, true>(args, run, start);
   else
@@ -440,36 +463,40 @@ ZO_DEV Run run_of(const zo_pass& pass, zo_u64 first, zo_u64 out_at, bool valid) 
   return run;
 }
 
-// All warps of the grid walk over the tiles; every condition here is the same for a whole warp. One call of `tile`: it is
-// inlined, and most of the code there is.
+// All warps of the part walk over its tiles, fewer than 2^31 as the host has checked; every condition here is the same for
+// a whole warp. One call of `tile`: it is inlined, and most of the code there is.
 template <class Tile>
-ZO_DEV void walk(const zo_cuda_args& args, const zo_u64 TILE, Tile tile) {
+ZO_DEV void walk(const Work& args, const zo_u64 TILE, Tile tile) {
   const zo_pass& pass = args.pass;
-  const zo_u64 warps = (zo_u64)gridDim.x * (ZO_CUDA_THREADS / 32);
-  const zo_u64 warp = (zo_u64)blockIdx.x * (ZO_CUDA_THREADS / 32) + threadIdx.x / 32;
-  const zo_u64 a_row = pass.numel / TILE + 2;  // tiles a row touches, at most
-  const zo_u64 tiles = pass.rows ? pass.num_rows * a_row : tiles_of(pass.offset, pass.offset + pass.numel, TILE);
-  for (zo_u64 t = warp; t < tiles; t += warps) {
-    zo_u64 first = pass.offset, out_at = 0, nth = t;
+  const zo_u32 a_row = (zo_u32)(pass.numel / TILE) + 2;  // tiles a row touches, at most
+  const zo_u32 warp = (blockIdx.x - args.own.first_block) * (ZO_CUDA_THREADS / 32) + threadIdx.x / 32;
+  for (zo_u32 t = warp;; t += (args.own.end_block - args.own.first_block) * (ZO_CUDA_THREADS / 32)) {
+    zo_u64 first = pass.offset, out_at = 0;
+    zo_u32 nth = t;
     bool valid = true;
     if (pass.rows) {
-      const zo_u64 u = t / a_row;
+      const zo_u32 u = t / a_row;
+      if (u >= pass.num_rows) return;
       const zo_i64 row = pass.rows[u];
-      valid = row >= 0 && (zo_u64)row < args.total_rows;
+      valid = row >= 0 && (zo_u64)row < args.own.total_rows;
       if (valid) first = (zo_u64)row * pass.numel;
       if (first - pass.offset >= pass.total) continue;  // a row of another piece (or, wrapped around, of one before)
-      out_at = u * pass.numel;
+      out_at = (zo_u64)u * pass.numel;
       nth = t - u * a_row;
     }
     const Run run = run_of(pass, first, out_at, valid);
     const zo_u64 start = (first / TILE + nth) * TILE;
-    if (start < run.last) tile(run, start);
+    if (start < run.last)
+      tile(run, start);
+    else if (!pass.rows)
+      return;
   }
 }
 
 template <int FORMAT, class Noise>
-ZO_DEV void pass_kernel(const zo_cuda_args& args) {
+ZO_DEV void pass_kernel(const zo_cuda_args& all) {
   prepare<Noise>();
+  const Work args = work_of(all);
   walk(args, 256 * Noise::CHUNKS, [&](const Run& run, zo_u64 start) {
     tile<FORMAT, Noise>(args, run, start, aligned<FORMAT>(args, run));
   });
@@ -479,7 +506,7 @@ ZO_DEV void pass_kernel(const zo_cuda_args& args) {
 
 // 256 elements: a thread's 8 lie in one group, whose scale it moves by itself.
 template <int FORMAT, class Noise>
-ZO_DEV void scales_tile(const zo_cuda_args& args, const Run& run, zo_u64 start) {
+ZO_DEV void scales_tile(const Work& args, const Run& run, zo_u64 start) {
   const zo_pass& pass = args.pass;
   const zo_u64 g = start + 8 * (threadIdx.x & 31);
   const Eight e = eight_of<false>(run, g);
@@ -502,13 +529,13 @@ ZO_DEV void scales_tile(const zo_cuda_args& args, const Run& run, zo_u64 start) 
     if (u.decay != 1.0f) scale = S::mul(scale, u.decay);
     if (u.coeff != 0.0f) scale = Noise::add_one(index, u.seed, pass.param_id, pass.rounds, -u.coeff, scale);
     scale = zo_trained_scale(scale);
-    if ((pass.flags & ZO_WRITE_BACK) && (zo_i32)k == args.last_fold && run.valid && (e.at & (pass.group - 1)) == 0)
+    if ((pass.flags & ZO_WRITE_BACK) && (zo_i32)k == args.own.last_fold && run.valid && (e.at & (pass.group - 1)) == 0)
       ((float*)pass.scales)[group_of(pass, e.at)] = scale;
   }
 #pragma unroll 1
-  for (zo_u32 j = 0; j < args.num_lanes; ++j) {
+  for (zo_u32 j = 0; j < args.pass.num_lanes; ++j) {
     const zo_lane& lane = args.lanes[j];
-    const float by = args.scales ? args.scales[j] : lane.scale;
+    const float by = lane.scale;
     float moved = scale;
     if (by != 0.0f && lane.format & ZO_LANE_SUM) {
       float sum = 0.0f;
@@ -531,8 +558,9 @@ ZO_DEV void scales_tile(const zo_cuda_args& args, const Run& run, zo_u64 start) 
 }
 
 template <int FORMAT, class Noise>
-ZO_DEV void scales_kernel(const zo_cuda_args& args) {
+ZO_DEV void scales_kernel(const zo_cuda_args& all) {
   prepare<Noise>();
+  const Work args = work_of(all);
   const zo_u64 TILE = 256 * Noise::CHUNKS;
   walk(args, TILE, [&](const Run& run, zo_u64 start) {
 #pragma unroll 1
@@ -543,7 +571,7 @@ ZO_DEV void scales_kernel(const zo_cuda_args& args) {
 // Formats whose passes with signs as noise need so few registers that three blocks fit; older GPUs' compilers would spill.
 constexpr bool is_light(int format) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  return format == ZO_FP32 || format == ZO_BF16 || format == ZO_FP16 || format == ZO_INT4;
+  return format == ZO_FP32 || format == ZO_BF16 || format == ZO_INT4;
 #else
   return format < 0;
 #endif

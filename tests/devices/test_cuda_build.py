@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,9 @@ from support.cuda_simulated import compilers
 from zo_offload.config import EngineConfig
 from zo_offload.devices import make_device
 from zo_offload.errors import ConfigError
-from zo_offload.kernels import nvrtc
+from zo_offload.kernels import native, nvrtc
 from zo_offload.kernels.driver import CudaError
-from zo_offload.numerics import cuda_kernels
+from zo_offload.numerics import cuda_args, cuda_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "zo_offload" / "_zo_cuda.txt"
@@ -41,7 +42,7 @@ def test_no_kernel_spills_on_any_gpu():
     text = REPORT.read_text()
     found = re.findall(r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill "
                        r"stores, (\d+) bytes spill loads.*?Used (\d+) registers", text, re.S)  # fmt: skip
-    names = cuda_kernels.kernel_names()
+    names = cuda_args.kernel_names()
     archs = {arch for _, arch, *_ in found}
     assert archs and {(name, arch) for name, arch, *_ in found} == {(n, a) for n in names for a in archs}
     for name, arch, stack, stores, loads, registers in found:
@@ -52,12 +53,12 @@ def test_no_kernel_spills_on_any_gpu():
 def test_the_sources_have_a_kernel_for_every_format_and_distribution():
     """By what csrc/formats.h and csrc/cuda_kernels.h list: where no compiler is, too."""
     rows = re.findall(r"^  ROW\((\w+), \w+, (\d+), .*, ([01])\)", (ROOT / "csrc" / "formats.h").read_text(), re.M)
-    assert {int(code): name for name, code, _ in rows} == cuda_kernels.KERNELS
+    assert {int(code): name for name, code, _ in rows} == cuda_args.KERNELS
     text = (ROOT / "csrc" / "cuda_kernels.h").read_text()
     kinds = set(re.findall(r"ZO_KERNEL.* zo_pass_##NAME##_(\w+)\(", text))
     names = {f"zo_pass_{name}_{kind}" for name, *_ in rows for kind in kinds}
     names |= {f"zo_scales_{name}_{kind}" for name, _, scales in rows if scales == "1" for kind in kinds}
-    assert names | set(re.findall(r"ZO_KERNEL (zo_\w+)\(", text)) == cuda_kernels.kernel_names()
+    assert names | set(re.findall(r"ZO_KERNEL (zo_\w+)\(", text)) == cuda_args.kernel_names()
 
 
 def build(into, **settings):
@@ -126,12 +127,23 @@ def test_no_nvrtc_is_named_with_what_to_do(monkeypatch):
 
 def test_the_structs_are_as_the_kernels_read_them():
     lane = (2**64 - 1, 0x1000, -0.5, 2)
-    args = cuda_kernels.pack_args(
-        lanes=[lane] * 16, last_fold=-1, total_rows=7, lane_scales=0x2000, stored=1, rows=0, updates=3, numel=4,
-        offset=5, num_rows=0, num_updates=1, format=1, param_id=6, distribution="gaussian", rounds=10, write_back=True,
-        stochastic=False,
+    part = cuda_args.pack_part(
+        num_lanes=4, first_lane=4, first_block=5, end_block=9, last_fold=-1, total_rows=7, stored=1, rows=0, updates=3,
+        terms=11, numel=4, offset=5, num_rows=0, num_updates=1, format=1, param_id=6, distribution="gaussian",
+        rounds=10, write_back=True, stochastic=False,
     )  # fmt: skip
-    assert len(args) == cuda_kernels.ARGS_BYTES == cuda_kernels.ABI & 0xFFF
+    assert part[native.UPDATES_AT :][:16] == struct.pack("<2Q", 3, 11) and len(part) == cuda_args.PART_BYTES
+    args = cuda_args.pack_args([part] * cuda_args.PARTS, [lane] * cuda_args.LANES)
+    assert len(args) == cuda_args.ARGS_BYTES == cuda_args.ABI & 0xFFF
+
+
+def test_every_part_of_a_launch_has_blocks_and_no_launch_too_many():
+    """Eight warps a block; above the most, shares of it, and one at least."""
+    assert cuda_args.blocks_of([1, 8, 9, 80], 100) == [1, 2, 4, 14]
+    assert cuda_args.blocks_of([8 * 900, 1, 8 * 99], 100) == [90, 91, 100]
+    assert cuda_args.blocks_of([0], 100) == [1]
+    with pytest.raises(ConfigError, match=r"2147483648 tiles of 1024 elements.*pieces"):
+        cuda_args.tiles("rademacher", 1 << 41, 0)
 
 
 def test_a_device_that_is_not_there_is_named():
@@ -254,8 +266,8 @@ def test_one_formats_kernels_are_compiled_alone(tmp_path):
     names = set(
         re.findall(r"void [^;{]*?\b(zo_(?:pass|scales|noise|gaussian_table|cuda_abi)\w*)\s*\(const", out.read_text())
     )
-    assert names == {n for n in cuda_kernels.kernel_names() if cuda_kernels.part_of(n) in ("", "fp8_e5m2")}
-    assert {cuda_kernels.part_of(n) for n in cuda_kernels.kernel_names()} == {"", *cuda_kernels.KERNELS.values()}
+    assert names == {n for n in cuda_args.kernel_names() if cuda_args.part_of(n) in ("", "fp8_e5m2")}
+    assert {cuda_args.part_of(n) for n in cuda_args.kernel_names()} == {"", *cuda_args.KERNELS.values()}
 
 
 def test_this_machines_gpus_are_built_for(tmp_path, monkeypatch):

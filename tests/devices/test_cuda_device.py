@@ -359,6 +359,21 @@ def test_more_ids_that_the_host_does_not_know_than_there_are_rows():
     assert unseen([ids[:, :5]], 11)[0].tolist() == ids[:, :5].flatten().tolist()
 
 
+def test_bf16_where_it_is_emulated_is_warned_about(use, tmp_path):
+    """A T4 or V100, with a checkpoint in bf16: its own dtype, as everywhere, with a word about what would be fast."""
+    small_opt().bfloat16().save_pretrained(tmp_path / "base")
+    device = use(FakeCudaDevice())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Engine(tmp_path / "base", method=METHOD).close()
+    device.backend.bf16 = False
+    with pytest.warns(UserWarning, match=r"no bf16 units and emulates them.*compute='fp16'"):
+        Engine(tmp_path / "base", method=METHOD).close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Engine(tmp_path / "base", method=METHOD, compute="fp16").close()
+
+
 def test_nothing_is_warned_about_in_a_plain_run(use):
     use(FakeCudaDevice())
     with warnings.catch_warnings():

@@ -12,15 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.cuda_simulated import parts_of
 from zo_offload.devices import nvml as nvml_module
 from zo_offload.devices.backend import TorchCuda
 from zo_offload.devices.cuda import USUAL_CONTEXT_BYTES, context_bytes
 from zo_offload.devices.nvml import DriverMemory
+from zo_offload.formats import get_format
+from zo_offload.formats.codec import planes
 from zo_offload.kernels import driver as driver_module
+from zo_offload.kernels.device_updates import UpdateTable
 from zo_offload.kernels.driver import CudaError, Driver
-from zo_offload.kernels.records import Perturbation
-from zo_offload.numerics import cuda_kernels
+from zo_offload.kernels.records import Perturbation, Update, Updates
+from zo_offload.numerics import cuda_args, cuda_kernels
+from zo_offload.numerics.calls import Mark
+from zo_offload.numerics.fused import ready_pass
 from zo_offload.numerics.noise import NoiseSpec
+from zo_offload.numerics.on_gpu import OnGpu
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
@@ -112,7 +119,7 @@ def test_page_locking_goes_to_torchs_context_and_leaves_the_threads_own(library,
 
 @pytest.fixture
 def kernels(library, monkeypatch):
-    monkeypatch.setattr(cuda_kernels.CudaKernels, "_abi", lambda self: cuda_kernels.ABI)
+    monkeypatch.setattr(cuda_kernels.CudaKernels, "_abi", lambda self: cuda_args.ABI)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     return cuda_kernels.CudaKernels(Driver(library), 0, b"\x7fELF and so on", "a test")
 
@@ -127,7 +134,7 @@ def test_a_context_that_is_there_is_seen(library):
 
 def test_an_image_is_loaded_in_a_process_in_which_torch_has_not_used_the_gpu_yet(library, monkeypatch, calls):
     """torch leaves a thread without a context until its first tensor: the module goes to its context all the same."""
-    monkeypatch.setattr(cuda_kernels.CudaKernels, "_abi", lambda self: cuda_kernels.ABI)
+    monkeypatch.setattr(cuda_kernels.CudaKernels, "_abi", lambda self: cuda_args.ABI)
     loaded, now = [], ctypes.c_void_p(1)
 
     def load():
@@ -144,7 +151,7 @@ def test_an_image_is_loaded_in_a_process_in_which_torch_has_not_used_the_gpu_yet
 
 def test_a_launch_has_the_struct_the_grid_and_the_stream(library, kernels, calls):
     library.fake_clear()
-    library.fake_params(cuda_kernels.ARGS_BYTES)
+    library.fake_params(cuda_args.ARGS_BYTES)
     stored, outs = torch.zeros(2 << 20, dtype=torch.uint8), [torch.zeros(1 << 20, dtype=torch.bfloat16)] * 2
     lanes = [(p.seed, out.data_ptr(), p.scale, 1) for p, out in zip([Perturbation(5, 0.5)] * 2, outs, strict=True)]
     call = dict(
@@ -156,16 +163,62 @@ def test_a_launch_has_the_struct_the_grid_and_the_stream(library, kernels, calls
     assert lines[0] == "function zo_pass_bf16_gaussian of 0x710000000000"
     # 2048 warps of 512 elements, eight warps a block
     assert lines[1].startswith("launch 0x720000000000 256,1,1 x 256,1,1 shared 0 stream 0x700012345678 extra (nil)")
-    expected = cuda_kernels.pack_args(
-        lanes=lanes, last_fold=-1, total_rows=0, updates=0, num_updates=0, num_rows=0, distribution="gaussian",
-        rounds=10, target_scales=False, **call,
+    part = cuda_args.pack_part(
+        num_lanes=2, first_lane=0, first_block=0, end_block=256, last_fold=-1, total_rows=0, updates=0, num_updates=0,
+        num_rows=0,
+        distribution="gaussian", rounds=10, target_scales=False, **call,
     )  # fmt: skip
-    assert ctypes.string_at(library.fake_last_params(), cuda_kernels.ARGS_BYTES) == expected
+    expected = cuda_args.pack_args([part], lanes)
+    assert ctypes.string_at(library.fake_last_params(), cuda_args.ARGS_BYTES) == expected
+
+
+def test_an_owners_parameters_are_one_launch_whose_bytes_follow_the_visits(library, kernels, calls, monkeypatch):
+    """Weight, bias and a frozen parameter of another format, visited four times: one launch a format, in order, on the
+    stream, and each struct is that of the same passes packed anew. Nothing is made on the device."""
+    monkeypatch.setattr(kernels, "stream", lambda: 0x7000_0000_0001)
+    library.fake_params(cuda_args.ARGS_BYTES)
+    table, sizes = UpdateTable(torch.device("cpu")), [(1 << 20, "bf16", 2), (2048, "bf16", 2), (512, "int8", 1)]
+    passes = []
+    for i, (numel, name, count) in enumerate(sizes):
+        fmt, outs = get_format(name), [torch.zeros(numel, dtype=torch.bfloat16) for _ in range(count)]
+        passes.append(
+            ready_pass(
+                torch.zeros(fmt.nbytes(numel), dtype=torch.uint8), fmt, param_id=i, numel=numel, offset=0,
+                rounding="nearest", noise=NoiseSpec(), outs=outs,
+                residual=None, target="values", mask=None, threads=None,
+            )
+        )  # fmt: skip
+    ready = OnGpu(kernels).ready(passes)
+    for visit in range(4):
+        table.append([Update(visit, 2.0**-7, 0.5, fold=visit == 2)])
+        lanes, folds = [Perturbation(100 + visit, 0.5), Perturbation(100 + visit, -0.5)], visit >= 2
+        pending = [table.since(0, True), table.since(0, False), Updates()]
+        library.fake_clear()
+        ready.run([(u, lanes[:n], folds, False) for u, (_, _, n) in zip(pending, sizes, strict=True)], Mark())
+        lines = [line for line in calls() if line.startswith("launch")]
+        assert [line.split(" ")[2] for line in lines] == ["257,1,1", "1,1,1"]
+        assert all("stream 0x700000000001 " in line for line in lines)
+        told = ctypes.string_at(library.fake_last_params(), cuda_args.ARGS_BYTES)  # of the second launch
+        assert parts_of(told)[0][1] == [(100 + visit, passes[2].outs[0].data_ptr(), 0.5, 1)]
+        parts = [
+            cuda_args.pack_part(
+                **planes(call.stored, None, call.fmt, call.numel), rows=0, num_rows=0, numel=call.numel, offset=0,
+                updates=updates.address, num_updates=visit + 1, last_fold=2 if folds else -1, num_lanes=2, total_rows=0,
+                first_lane=2 * i, first_block=(0, 256)[i], end_block=(256, 257)[i], param_id=i,
+                distribution="gaussian", rounds=10, write_back=folds, stochastic=False,
+            )
+            for i, (call, updates) in enumerate(zip(passes[:2], pending[:2], strict=True))
+        ]  # fmt: skip
+        pairs = [pair for call in passes[:2] for pair in zip(lanes, call.outs, strict=True)]
+        listed = [(p.seed, out.data_ptr(), p.scale, 1) for p, out in pairs]
+        assert bytes(ready._launches[0].params.args) == cuda_args.pack_args(parts, listed)
+    functions = [line for line in calls() if line.startswith("function")]
+    assert functions == []  # found once, at the first visit
 
 
 def test_a_grid_has_a_limit_and_default_stream_is_null(library, kernels, calls):
     library.fake_clear()
-    library.fake_params(cuda_kernels._NOISE.size)
+    library.fake_params(cuda_args.NOISE_BYTES)
     kernels.noise(0x1000, "rademacher", 7, 1, 2, 1 << 40, 0, 0)
     assert calls()[-1].startswith(
         f"launch 0x720000000000 {132 * cuda_kernels._WAVES},1,1 x 256,1,1 shared 0 stream (nil)"
@@ -173,7 +226,7 @@ def test_a_grid_has_a_limit_and_default_stream_is_null(library, kernels, calls):
 
 
 def test_a_thread_without_a_context_gets_torchs(library, kernels, calls):
-    library.fake_params(cuda_kernels._NOISE.size)
+    library.fake_params(cuda_args.NOISE_BYTES)
     library.fake_clear()
 
     def work():
@@ -189,7 +242,7 @@ def test_a_thread_without_a_context_gets_torchs(library, kernels, calls):
 
 
 def test_a_kernel_is_launched_on_its_own_gpu(library, kernels, monkeypatch):
-    library.fake_params(cuda_kernels._NOISE.size)
+    library.fake_params(cuda_args.NOISE_BYTES)
     entered = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "device", lambda index: entered.append(index) or contextlib.nullcontext())
@@ -218,7 +271,7 @@ def test_a_stale_image_leaves_nvrtc(library, monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(cuda_kernels, "driver", lambda: Driver(library))
     monkeypatch.setattr(cuda_kernels.nvrtc, "compiled", images)
     monkeypatch.setattr(
-        cuda_kernels.CudaKernels, "_abi", lambda self: 7 if self.source == image.name else cuda_kernels.ABI
+        cuda_kernels.CudaKernels, "_abi", lambda self: 7 if self.source == image.name else cuda_args.ABI
     )
     assert cuda_kernels._open(0).source == "compiled for sm_99"
     assert "was built from other sources" in caplog.text and "NVRTC compiles" in caplog.text
@@ -226,7 +279,7 @@ def test_a_stale_image_leaves_nvrtc(library, monkeypatch, tmp_path, caplog):
     def absent(self):
         if self.source == image.name:
             raise CudaError("kernel zo_cuda_abi: the CUDA driver says CUDA_ERROR_NOT_FOUND", 500)
-        return cuda_kernels.ABI
+        return cuda_args.ABI
 
     monkeypatch.setattr(cuda_kernels.CudaKernels, "_abi", absent)
     assert cuda_kernels._open(0).source == "compiled for sm_99"
@@ -240,7 +293,7 @@ def test_nvrtc_compiles_a_format_when_it_is_first_used(library, monkeypatch, tmp
     monkeypatch.setattr(
         cuda_kernels.nvrtc, "compiled", lambda arch, only=None, say=None: asked.append(only) or images(arch)
     )
-    monkeypatch.setattr(cuda_kernels.CudaKernels, "_abi", lambda self: cuda_kernels.ABI)
+    monkeypatch.setattr(cuda_kernels.CudaKernels, "_abi", lambda self: cuda_args.ABI)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     found = cuda_kernels._open(0)
     assert set(asked) == {"", "fp32", "bf16", "fp16"}
@@ -257,7 +310,7 @@ def test_an_image_that_the_driver_does_not_take_leaves_nvrtc(library, monkeypatc
     monkeypatch.setattr(cuda_kernels, "IMAGE", image)
     monkeypatch.setattr(cuda_kernels, "driver", lambda: Driver(library))
     monkeypatch.setattr(cuda_kernels.nvrtc, "compiled", images)
-    monkeypatch.setattr(cuda_kernels.CudaKernels, "_abi", lambda self: cuda_kernels.ABI)
+    monkeypatch.setattr(cuda_kernels.CudaKernels, "_abi", lambda self: cuda_args.ABI)
     library.fake_answer(code)
     if falls_back:
         assert cuda_kernels._open(0).source == "compiled for sm_99"

@@ -21,11 +21,13 @@ from zo_offload.formats.codec import encode_values, planes
 from zo_offload.kernels import native
 from zo_offload.kernels.device_updates import UpdateTable
 from zo_offload.kernels.distributions import BOX_MULLER, all_kinds, gaussian_table
-from zo_offload.kernels.records import Mask, Perturbation, Terms, Update
-from zo_offload.numerics import cuda_kernels
+from zo_offload.kernels.records import STILL, Mask, Perturbation, Terms, Update, Updates
+from zo_offload.numerics import cuda_args, cuda_kernels
+from zo_offload.numerics.calls import Mark, PassCall
 from zo_offload.numerics.fused import fused_pass, fused_rows
-from zo_offload.numerics.fused_kernels import Mark, OnCpu, OnGpu, PassCall
+from zo_offload.numerics.fused_kernels import OnCpu
 from zo_offload.numerics.noise import NoiseSpec, noise
+from zo_offload.numerics.on_gpu import OnGpu
 
 REASONS = compilers()
 KINDS = tuple(kind.name for kind in all_kinds())
@@ -51,7 +53,7 @@ SCALES = [(n, k) for n in WITH_SCALES for k in KINDS] if ALL else [("int4", "gau
 
 
 def kernel_of(name: str, kind: str, what: str = "pass") -> str:
-    return cuda_kernels.pass_kernel(get_format(name).code, kind, what == "scales")
+    return cuda_args.pass_kernel(get_format(name).code, kind, what == "scales")
 
 
 def spec_of(kind: str, rounds=10) -> NoiseSpec:
@@ -60,7 +62,7 @@ def spec_of(kind: str, rounds=10) -> NoiseSpec:
 
 
 PASSES = [kernel_of(*pair) for pair in PAIRS] + [kernel_of(*pair, "scales") for pair in SCALES]
-NOISES = [*(cuda_kernels.noise_kernel(kind) for kind in KINDS), "zo_gaussian_table"]
+NOISES = [*(cuda_args.noise_kernel(kind) for kind in KINDS), "zo_gaussian_table"]
 FINGERPRINTED = [
     f"zo_pass_{name}_gaussian" for name in ("fp32", "bf16", "fp16")
 ]  # what `native.fingerprint` asks of a library
@@ -281,7 +283,7 @@ def test_more_lanes_than_a_launch_takes(kernels, updates):
     lanes = [Perturbation(20 + j // 2, EPS if j % 2 else -EPS) for j in range(37)]
     kernels.launches = 0
     assert_equal(both(kernels, "bf16", 1500, updates=UPDATES[updates], spec=NoiseSpec(), lanes=lanes))
-    assert kernels.launches == 3
+    assert kernels.launches == 2
 
 
 def test_infinities_and_nan_round_as_on_the_cpu(kernels):
@@ -397,7 +399,7 @@ def test_the_kernels_are_asked_who_they_are_as_on_a_gpu(kernels, monkeypatch):
     if "zo_cuda_abi" not in kernels.names:
         pytest.skip("only compiled for the first compiler")
     monkeypatch.setattr(kernels, "touch", None)
-    assert kernels._abi() == cuda_kernels.ABI
+    assert kernels._abi() == cuda_args.ABI
     assert native.fingerprint(cuda_kernels._OnDevice(kernels)) == native.FINGERPRINT
 
 
@@ -451,7 +453,101 @@ def test_scales_that_train_along_sums_of_noises(kernels, name, kind):
     assert_equal(along_sums(kernels, name, kind, "scales"))
 
 
-@pytest.mark.parametrize("count", [3, 2 * cuda_kernels.MAX_LANES + 1])
+# of each parameter: its elements, index of the first, format of its outputs; weights that do not train have no noise
+OWNER = [(3003, 640, 2), (61, 0, 2), (4096, 1 << 20, 2), (1, 0, 1), (515, 128, 2)]
+
+
+def owner_calls(names, kind, mask):
+    """The passes of an owner with these parameters' formats, in memory of their own: the same each time."""
+    calls = []
+    for i, (name, (numel, offset, outs)) in enumerate(zip(names, OWNER, strict=False)):
+        stored, residual = (None if part is None else part.clone() for part in values(numel, name, i))
+        calls.append(
+            PassCall(
+                stored=stored, residual=residual, fmt=get_format(name), numel=numel, offset=offset, param_id=7 + i,
+                updates=(), write_back=False, stochastic=i == 2, noise=spec_of(kind), perturbations=(),
+                outs=[out_like(numel, DTYPES[(i + j) % 3]) for j in range(outs)], target_scales=False, threads=1,
+                mask=mask if i == 2 else None,
+            )
+        )  # fmt: skip
+    return calls
+
+
+def owner_told(names, visit, lanes):
+    """What changes from visit to visit: updates, whether they fold, seeds; one parameter has another gain, one none."""
+    told = []
+    for i, (name, (_, _, outs)) in enumerate(zip(names, OWNER, strict=False)):
+        trains = get_format(name).trains
+        updates = [Update(31 + visit, 2.0**-8, 1 - 2.0**-8, fold=trains and visit != 1)] if outs > 1 else []
+        updates += [Update(51, 2.0**-7, fold=False)] if visit == 2 and i != 1 else []
+        own = [Perturbation(p.seed, 2 * p.scale, p.terms) for p in lanes] if i == 2 else lanes
+        folds = any(u.fold for u in updates)
+        told.append((Updates(updates), own[:outs] if outs > 1 else [STILL], folds and visit == 0, folds))
+    return told
+
+
+@pytest.mark.parametrize("names, kind, launches", [
+    (["bf16"] * 5, "gaussian", 1), (["bf16", "int8+8", "bf16", "bf16", "int8+8"], "gaussian", 2),
+    (["fp8_e5m2"] * 5, "rademacher", 1), (["bf16", "bf16+8", "bf16+8"], "rademacher", 2),
+    (["bf16"] * 2, "boxmuller", 1),
+])  # fmt: skip
+def test_an_owner_is_one_launch_a_format_with_the_bits_of_one_launch_a_parameter(kernels, names, kind, launches):
+    """Of the CPU library and of the kernels alone, at three visits; through five blocks, two of which are shared."""
+    for name in names:
+        need(kernels, name, kind)
+    along = Terms((21, 22), (0.5, -0.25))
+    lanes = [
+        [Perturbation(11, EPS), Perturbation(11, -EPS)], [Perturbation(12, EPS), STILL],
+        [Perturbation.along(along, EPS), Perturbation(13, EPS)],
+    ]  # fmt: skip
+    found, most = [], kernels.most_blocks
+    for way in ("alone", "joined", "in few blocks", "on the CPU"):
+        calls = owner_calls(names, kind, MASKS["small"])
+        kernels.most_blocks, seen = 3 if way == "in few blocks" else 2112, []
+        kernels.touch = None
+        on = OnCpu(native.library()) if way == "on the CPU" else OnGpu(kernels)
+        ready = None if way == "alone" else on.ready(calls)
+        for visit, given in enumerate(lanes):
+            told, before = owner_told(names, visit, given), kernels.launches
+            if ready is not None:
+                ready.run(told, Mark())
+            else:
+                for call, (updates, own, write_back, residual) in zip(calls, told, strict=True):
+                    part = call.residual if residual else None
+                    one = replace(call, updates=updates, perturbations=own, write_back=write_back, residual=part)
+                    on.run_pass(one, Mark())
+            if way in ("joined", "in few blocks"):
+                assert kernels.launches - before == launches
+            held = [t for call in calls for t in (call.stored, call.residual, *call.outs) if t is not None]
+            seen += [t.clone().view(torch.uint8) for t in held]
+        found.append(seen)
+    kernels.most_blocks = most
+    for other in found[1:]:
+        assert_same(found[0], other)
+
+
+def test_more_parameters_or_lanes_than_a_launch_takes_are_split(kernels):
+    fmt, lanes = get_format("bf16"), [Perturbation(seed, EPS) for seed in range(9)]
+    both_ways = []
+    for on in (OnCpu(native.library()), OnGpu(kernels)):
+        calls = owner_calls(["bf16"] * 5, "gaussian", None)
+        for call in calls:
+            call.outs = [out_like(call.numel, torch.bfloat16) for _ in lanes]
+        kernels.touch, before = None, kernels.launches
+        on.ready(calls).run([(Updates([Update(3, EPS)]), lanes, True, False)] * 5, Mark())
+        launched = kernels.launches - before
+        both_ways.append([t.view(torch.uint8) for call in calls for t in (call.stored, *call.outs)])
+    assert launched == 2  # 27 lanes and 18
+    assert_same(*both_ways)
+    few = [replace(calls[3], outs=[out_like(1, torch.bfloat16)]) for _ in range(cuda_args.PARTS + 1)]
+    before = kernels.launches
+    OnGpu(kernels).ready(few).run([(Updates(), [STILL], False, False)] * len(few), Mark())
+    assert kernels.launches - before == 2 and fmt.code == 1
+    many = replace(calls[0], outs=[out_like(calls[0].numel, torch.bfloat16)] * (cuda_args.LANES + 1))
+    assert OnGpu(kernels).ready([many]) is None  # a pass alone splits its lanes
+
+
+@pytest.mark.parametrize("count", [3, 2 * cuda_args.LANES + 1])
 def test_a_pass_with_the_hosts_updates(kernels, monkeypatch, count):
     """As `fused_pass` has it run for tensors on a GPU: updates go there first, lanes by the launch."""
     fmt, numel = get_format("bf16"), 3000
@@ -470,7 +566,7 @@ def test_a_pass_with_the_hosts_updates(kernels, monkeypatch, count):
         stochastic=False, noise=NoiseSpec(), perturbations=lanes, outs=pair[1][1], target_scales=False, threads=None,
     )  # fmt: skip
     OnGpu(kernels).run_pass(call, Mark())
-    assert kernels.launches - launches == -(-count // cuda_kernels.MAX_LANES)
+    assert kernels.launches - launches == -(-count // cuda_args.LANES)
     assert torch.equal(pair[0][0], pair[1][0])
     assert all(torch.equal(a, b) for a, b in zip(pair[0][1], pair[1][1], strict=True))
 

@@ -21,7 +21,9 @@ from support.zoo.archs import ARCH, build
 from support.zoo.small import tiny_opt
 from zo_offload import Engine, MeZO
 from zo_offload.modules import tiles
+from zo_offload.modules.experts import products_run_ahead
 from zo_offload.numerics import cuda_kernels
+from zo_offload.numerics.on_gpu import OnGpu
 from zo_offload.replay import replayed
 
 pytestmark = pytest.mark.skipif(bool(reason()), reason=reason() or "-")
@@ -96,6 +98,46 @@ def test_every_tier_gives_the_same_numbers_and_waits_for_nothing(gpu, tmp_path, 
         assert_same(results[0], other)
 
 
+@pytest.mark.parametrize("storage", ["fp32", "int8"])
+def test_a_step_launches_once_an_owner_with_the_numbers_of_once_a_parameter(gpu, monkeypatch, storage):
+    """Weight and bias together; a format of its own (what is too small for groups) is a launch of its own."""
+    results, launches = [], []
+    for joined in (True, False):
+        if not joined:
+            monkeypatch.setattr(OnGpu, "ready", lambda self, calls: None)
+        with Engine(
+            small_opt(), method=METHOD, device="cuda", offload="host", num_slots=2, storage=storage, fold_every=2
+        ) as engine:
+            losses, kernels = engine.fit(batches(3), steps=3, batch_size=4).losses, cuda_kernels.kernels(0)
+            kernels.launches.clear()
+            losses.append(engine.step(batches(4)[3]).loss)
+            launches.append(len(kernels.launches))
+            results.append((losses, dict(engine.weights())))
+            plan, places = engine.plan, engine.active.streamer.layout.places
+            owners = [plan.pieces_in(plan.owners[call]) for call in plan.calls]
+    assert_same(*results)
+    formats = [{(places[piece].block, places[piece].fmt.name) for piece in pieces} for pieces in owners]
+    assert launches == [sum(map(len, formats)), sum(map(len, owners))]
+    assert launches[0] == len(owners) < launches[1] or storage == "int8"
+
+
+def test_the_device_is_entered_once_a_pass_not_once_a_launch(gpu, monkeypatch):
+    """With another GPU as torch's current one, each launch would switch and switch back."""
+    inside, launch = [], HostKernels.launch
+
+    def watched(self, *args):
+        inside.append(gpu.devices[-1].backend.depth)
+        launch(self, *args)
+
+    with Engine(small_opt(), method=METHOD, device="cuda", offload="host", num_slots=2) as engine:
+        engine.step(batches(1)[0])
+        backend = gpu.devices[-1].backend
+        monkeypatch.setattr(HostKernels, "launch", watched)
+        before = backend.entries
+        engine.step(batches(2)[1])
+        assert backend.entries - before == 1 and len(inside) > 10 and set(inside) == {1}
+
+
 @pytest.mark.parametrize("name", "llama-tied gpt2 gpt_oss t5 Rows Routed Overlap NestedTies".split())
 def test_an_architecture_streams_as_it_runs_resident(gpu, name):
     arch = ARCH[name]
@@ -115,6 +157,27 @@ def test_an_architecture_streams_as_it_runs_resident(gpu, name):
     assert losses("none", block_numel=700) == losses("host", num_slots=2, block_numel=700)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_experts_read_their_rows_only_where_torchs_product_would_wait_more(gpu, monkeypatch, dtype):
+    """bf16 on Hopper and Blackwell's data centre cards: torch's grouped product runs ahead, and so do we. Elsewhere it
+    copies its offsets to the host twice a run of experts: the rows are read once a call instead."""
+    arch = ARCH["gpt_oss"]
+    with Engine(
+        build(arch).to(dtype), method=MeZO(lr=1e-3), device="cuda", offload="host", num_slots=2, block_numel=700
+    ) as engine:
+        engine.step(arch.batch(0))
+        gpu.waits.clear()
+        launched = engine.active.launch(arch.batch(1))
+        waits = [wait for wait in gpu.waits if "experts.py" in wait or "_grouped_mm" in wait]
+        engine.active.finish(launched)
+    assert bool(waits) == (dtype is torch.float32)
+    for capability, ahead in (((9, 0), True), ((10, 0), True), ((8, 9), False), ((12, 0), False), ((7, 5), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
+        assert products_run_ahead(DEVICE, torch.bfloat16) is ahead
+        assert not products_run_ahead(DEVICE, torch.float16)
+    assert not products_run_ahead(torch.device("cpu"), torch.bfloat16)
+
+
 def test_evaluation_of_a_split_format_stays_on_the_gpu(gpu):
     """Both planes of every piece went to the host and back, at every batch."""
     settings = dict(method=METHOD, device="cuda", offload="host", num_slots=2, storage="int8+8", fold_every=2)
@@ -123,7 +186,7 @@ def test_evaluation_of_a_split_format_stays_on_the_gpu(gpu):
         engine.evaluate(batches(1), batch_size=4)
         gpu.waits.clear()
         engine.evaluate(batches(1), batch_size=4)
-        assert not [wait for wait in gpu.waits if "streamer.py" in wait or "exact.py" in wait]
+        assert not [wait for wait in gpu.waits if "zo_offload/stream/" in wait or "zo_offload/numerics/" in wait]
 
 
 @pytest.mark.parametrize("offload", ["none", "host", "disk"])

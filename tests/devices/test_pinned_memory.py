@@ -21,6 +21,7 @@ from support.fake_cuda import FakeBackend, FakeCudaDevice
 from support.training import METHOD
 from support.zoo.small import tiny_opt
 from zo_offload import BudgetError, Engine
+from zo_offload.devices import pinned
 from zo_offload.devices.cpu import before_unmapping, map_memory
 from zo_offload.devices.pinned import RESERVE_BYTES, Lock
 from zo_offload.devices.staging import NUM_CHUNKS, HostSlabs, Ring
@@ -205,6 +206,14 @@ def test_unlocking_that_fails_is_told_and_keeps_nothing_from_being_closed(use, t
         engine.close()
     assert {Journal, Session} <= set(closed) and slabs > 3
     assert device.backend.unlocks >= slabs + 2 * NUM_CHUNKS
+
+
+@pytest.mark.parametrize("release, told", [("6.6.87.2-microsoft-standard-WSL2", True), ("6.8.0-48-generic", False)])
+def test_what_limits_page_locking_is_named(monkeypatch, release, told):
+    """The driver does not look at `ulimit -l`; WSL2 has a limit of its own."""
+    monkeypatch.setattr(pinned.platform, "release", lambda: release)
+    text = str(pinned.refusal("the ring", 0, 1 << 20, "out of memory"))
+    assert ("WSL2 lets all processes together lock" in text) is told and "ulimit" not in text
 
 
 def test_staged_flushes_overlap():

@@ -12,9 +12,10 @@ import torch
 from zo_offload.formats import CENTRED, FORMATS
 from zo_offload.formats.codec import encode_values
 from zo_offload.kernels import native
-from zo_offload.kernels.records import Perturbation, Update
+from zo_offload.kernels.records import Perturbation, Update, Updates
 from zo_offload.numerics import cuda_kernels
-from zo_offload.numerics.fused import fused_pass, fused_rows
+from zo_offload.numerics.calls import Mark
+from zo_offload.numerics.fused import fused_pass, fused_rows, ready_pass, ready_passes
 from zo_offload.numerics.noise import NoiseSpec, noise
 
 EPS = 2.0**-10
@@ -73,6 +74,34 @@ def test_fused_pass(gpu, name, kind, rounding, count, numel):
     updates = [Update(i, (-1) ** i * 2.0**-9, 1 - 2.0**-10, fold=fmt.trains and i != 3) for i in range(count)]
     pair = [run(device, fmt, numel, updates, kind, rounding) for device in ("cpu", gpu)]
     for a, b in zip(*pair, strict=True):
+        assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} bytes differ"
+
+
+def visited(device, names, sizes):
+    """An owner's parameters, made ready once and visited twice: with a fold that is written, and without one."""
+    calls, held = [], []
+    for i, (name, numel) in enumerate(zip(names, sizes, strict=True)):
+        fmt = FORMATS[name]
+        stored, residual = (None if part is None else part.to(device) for part in weights(numel, fmt))
+        outs = [torch.full((numel,), -3.0, dtype=DTYPES[j % 3], device=device) for j in range(len(LANES))]
+        held += [stored, *([] if residual is None else [residual]), *outs]
+        calls.append(
+            ready_pass(
+                stored, fmt, param_id=i, numel=numel, offset=1 << 20, rounding="nearest", noise=NoiseSpec(), outs=outs,
+                residual=residual, target="values", mask=None, threads=None,
+            )
+        )  # fmt: skip
+    ready = ready_passes(calls)
+    for fold in (True, False):
+        updates = Updates([Update(5, 2.0**-9, 1 - 2.0**-10, fold=fold), Update(6, 2.0**-9, fold=False)])
+        ready.run([(updates, LANES, fold, fold)] * len(calls), Mark())
+    return [t.cpu().view(torch.uint8) for t in held]
+
+
+@pytest.mark.parametrize("names", [["bf16"] * 3, ["bf16", "int8+8", "int8+8"], ["fp32"] * 9])
+def test_an_owner_in_one_launch(gpu, names):
+    sizes = [1 << 20, 4096 + 77, 130, *range(1, 7)][: len(names)]
+    for a, b in zip(visited("cpu", names, sizes), visited(gpu, names, sizes), strict=True):
         assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} bytes differ"
 
 

@@ -25,8 +25,9 @@ from zo_offload.formats.grouped import cut
 from zo_offload.kernels import native
 from zo_offload.kernels.distributions import DISTRIBUTIONS, Distribution
 from zo_offload.kernels.records import Mask, Perturbation, Terms, Update, Updates
+from zo_offload.numerics.calls import Mark
 from zo_offload.numerics.fused import fused_pass, fused_rows, ready_pass, ready_passes
-from zo_offload.numerics.fused_kernels import Mark, OnCpu, kernels_for
+from zo_offload.numerics.fused_kernels import OnCpu, kernels_for
 from zo_offload.numerics.noise import NoiseSpec, noise
 
 BF16, FP16, FP32 = FORMATS["bf16"], FORMATS["fp16"], FORMATS["fp32"]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
 import torch
 
 from zo_offload.kernels import native, nvrtc
-from zo_offload.kernels.driver import CudaError
-from zo_offload.kernels.records import LANE, UPDATE
-from zo_offload.numerics import cuda_kernels
+from zo_offload.kernels.distributions import all_kinds
+from zo_offload.kernels.driver import CudaError, Params
+from zo_offload.kernels.records import LANE, MASKS, UPDATE
+from zo_offload.numerics import cuda_args, cuda_kernels
 
 from .ptx_to_c import Simulated
 
@@ -52,36 +55,73 @@ def make_ptx(compiler: str, folder: Path, arch: str = "compute_90") -> str:
 class SimulatedKernels(cuda_kernels.CudaKernels):
     """Launches run at once, on host memory. `touch` names the memory a launch may access; None: any."""
 
+    where = "cpu"
+
     def __init__(self, simulated: Simulated, *, grid: int = 3) -> None:
-        self.device, self.source = 0, "PTX as C"
-        self._simulated, self._grid = simulated, grid
+        self.device, self.source, self.most_blocks = 0, "PTX as C", grid
+        self._simulated = simulated
         self.touch: list[torch.Tensor] | None = []
         self.launches = 0
-
-    where = "cpu"
 
     def stream(self) -> int:
         return 0
 
-    def _launch(self, name: str, args: bytes, warps: int, stream: int) -> None:
+    def launch(self, name: str, params: Params, blocks: int, stream: int) -> None:
         self.launches += 1
         ranges = [(0, 1 << 63)]
         if self.touch is not None:
             ranges = [(t.data_ptr(), t.numel() * t.element_size()) for t in self.touch]
-        self._simulated.launch(name, args, ranges, threads=cuda_kernels.THREADS, grid=min(self._grid, warps))
+        self._simulated.launch(name, bytes(params.args), ranges, threads=cuda_args.THREADS, grid=blocks)
 
 
-class CpuKernels:
-    """What tests ask of `CudaKernels`, answered by the CPU library: to rehearse tests that need a GPU."""
+class CpuKernels(cuda_kernels.CudaKernels):
+    """The kernels' launches, read byte by byte from their structs and computed by the CPU library.
 
-    device, where = 0, "cpu"
+    `launches`: the name of each. A struct that does not describe itself rightly is an AssertionError.
+    """
+
+    device, where, most_blocks = 0, "cpu", 2112
+    elsewhere = 0
+    """Added to all addresses."""
+
+    def __init__(self) -> None:
+        self.launches: list[str] = []
 
     @property
-    def source(self) -> str:
+    def source(self) -> str:  # type: ignore[override]
         return cuda_kernels.IMAGE.name if os.environ.get("ZO_CUDA") != "nvrtc" else "NVRTC"
 
     def stream(self) -> int:
         return 0
+
+    def launch(self, name: str, params: Params, blocks: int, stream: int) -> None:
+        self.launches.append(name)
+        assert len(params.args) == cuda_args.ARGS_BYTES, f"{name} is no fused pass: the CPU's library is asked directly"
+        first = 0
+        for part, lanes in parts_of(bytes(params.args)):
+            assert part["first_block"] == first < part["end_block"] <= blocks and part["format"] in cuda_args.KERNELS
+            first = part["end_block"]
+            kind = next(kind.name for kind in all_kinds() if kind.code == part["distribution"])
+            assert name == cuda_args.pass_kernel(part["format"], kind, bool(part["flags"] & _TARGET_SCALES))
+            self._compute(part, lanes)
+        assert first == blocks
+
+    def _compute(self, part: dict[str, int], lanes: list[tuple[int, int, float, int]]) -> None:
+        """One part of a launch."""
+        library = native.library()
+        assert library is not None
+        here = dict(part)
+        for field in ("stored", "scales", "minima", "residual", "rows", "updates", "terms"):
+            here[field] -= self.elsewhere if here[field] else 0
+        if here["mask"] == MASKS["listed"]:
+            here["mask_seed"] -= self.elsewhere
+        updates = UPDATE.iter_unpack(_bytes_at(here["updates"], UPDATE.size * here["num_updates"]))
+        assert here["last_fold"] == max((k for k, (*_, flags, _) in enumerate(updates) if flags & 1), default=-1)
+        listed = b"".join(LANE.pack(seed, out - self.elsewhere, scale, code) for seed, out, scale, code in lanes)
+        held = ctypes.create_string_buffer(listed, max(1, len(listed)))
+        here["lanes"] = ctypes.addressof(held)
+        packed = struct.pack(_PASS, *(here[field] for field in PASS_FIELDS))
+        assert library._pass(packed, library._isa_code, 1) == 0
 
     def noise(self, out, distribution, rounds, seed, param_id, numel, offset, stream) -> None:
         library = native.library()
@@ -93,14 +133,29 @@ class CpuKernels:
         assert library is not None
         library.gaussian_table(out)
 
-    def run_pass(self, *, updates, lanes, noise, stream, terms=None, **call) -> None:
-        library = native.library()
-        assert library is not None
-        listed = [] if updates is None else updates.read()
-        sums = b"" if terms is None else terms.numpy().tobytes()
-        tail = [u.packed for u in listed] + [sums] + [LANE.pack(*lane) for lane in lanes]
-        library.run_pass(
-            num_updates=len(listed), num_terms=len(sums) // UPDATE.size, num_lanes=len(lanes),
-            distribution=noise.kind.name, rounds=noise.rounds,
-            tail=b"".join(tail), threads=1, num_rows=0, **call,
-        )  # fmt: skip
+
+_PASS = "<13Q12I"
+PASS_FIELDS = (
+    "stored scales minima residual rows updates terms lanes numel offset num_rows total mask_seed num_updates "
+    "num_lanes format group param_id distribution rounds flags mask mask_limit num_terms across"
+).split()
+"""struct zo_pass of csrc/api.h."""
+_TAIL_FIELDS = ["total_rows", "last_fold", "first_lane", "first_block", "end_block"]
+_TARGET_SCALES = 4
+
+
+def parts_of(args: bytes) -> list[tuple[dict[str, int], list[tuple[int, int, float, int]]]]:
+    """The parts of a launch, and the lanes of each, from the bytes of struct zo_cuda_args."""
+    lanes = list(LANE.iter_unpack(args[cuda_args.LANES_AT :]))
+    found = []
+    for values in struct.iter_unpack(f"{_PASS}QiIII", args[: cuda_args.LANES_AT]):
+        part = dict(zip([*PASS_FIELDS, *_TAIL_FIELDS], values, strict=True))
+        if part["end_block"] == 0xFFFFFFFF:
+            break
+        assert part["lanes"] == 0
+        found.append((part, lanes[part["first_lane"] : part["first_lane"] + part["num_lanes"]]))
+    return found
+
+
+def _bytes_at(address: int, nbytes: int) -> bytes:
+    return ctypes.string_at(address, nbytes) if nbytes else b""

@@ -98,7 +98,7 @@ class FakeBackend:
         self._longest, self._fail_lock, self.pool, self._fail_unlock = longest_s, fail_lock, pool, fail_unlock
         self._registered: dict[int, int] = {}
         self._cache: list[tuple[int, weakref.ref[Any]]] = []
-        self.unlocks = self.refusals = 0
+        self.unlocks = self.refusals = self.entries = self.depth = 0
         self._current = threading.local()
         self._lock = threading.Lock()
         self.compute_clock: Clock = {COMPUTE: 0}
@@ -118,6 +118,15 @@ class FakeBackend:
         with self._lock:
             wait = self._random.choice((0.0, 0.0, self._random.uniform(0, self._longest)))
         time.sleep(wait)
+
+    @contextlib.contextmanager
+    def entered(self) -> Any:
+        self.depth += 1
+        self.entries += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
 
     def make_stream(self) -> FakeStream:
         stream = FakeStream(1 + len(self.streams), self._delay)
@@ -250,6 +259,11 @@ class FakeBackend:
             raise CudaError("cuMemHostUnregister: CUDA_ERROR_ILLEGAL_ADDRESS", 700)
         if self._registered.pop(address, None) is None:
             raise CudaError("cuMemHostUnregister: CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED", 713)
+
+    bf16 = True
+
+    def has_bf16(self) -> bool:
+        return self.bf16
 
     def memory(self) -> tuple[int, int]:
         return 8 << 30, 8 << 30

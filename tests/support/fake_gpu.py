@@ -329,34 +329,11 @@ class FakeGpu(FakeCudaDevice):
         super().__init__(GpuBackend(gpu, **options))
 
 
-_ADDRESSES = ("stored", "residual", "scales", "minima", "rows")
-
-
 class HostKernels(CpuKernels):
     """The CPU's kernels for passes over device memory."""
 
-    where = "cuda:0"
+    where, elsewhere = "cuda:0", ELSEWHERE
 
     def __init__(self, gpu: Gpu) -> None:
+        super().__init__()
         self.gpu = gpu
-        self.launches = 0
-
-    def run_pass(self, *, updates: Any, lanes: Any, terms: Any, noise: Any, stream: int, **call: Any) -> None:
-        from zo_offload.kernels import native
-        from zo_offload.kernels.records import LANE, UPDATE
-
-        self.launches += 1
-        library = native.library()
-        assert library is not None
-        with self.gpu.quiet():
-            listed = [] if updates is None else updates.read()
-            sums = b"" if terms is None else terms.cpu().numpy().tobytes()
-            call["mask"] = None if call.get("mask") is None else call["mask"].on(lambda elements: elements.cpu())
-        tail = [*(u.packed for u in listed), sums]
-        tail += [LANE.pack(seed, out - ELSEWHERE, scale, code) for seed, out, scale, code in lanes]
-        call |= {name: call[name] - ELSEWHERE for name in _ADDRESSES if call.get(name)}
-        library.run_pass(
-            num_updates=len(listed), num_terms=len(sums) // UPDATE.size, num_lanes=len(lanes),
-            distribution=noise.distribution, rounds=noise.rounds,
-            tail=b"".join(tail), threads=1, **{k: v for k, v in call.items() if k != "total_rows"},
-        )  # fmt: skip

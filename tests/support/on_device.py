@@ -12,7 +12,7 @@ import zo_offload.run.opening
 import zo_offload.stream.emitter
 import zo_offload.stream.reading
 from zo_offload.devices.cuda import CudaDevice
-from zo_offload.numerics.fused_kernels import Mark
+from zo_offload.numerics.calls import Mark
 
 from .fake_cuda import COMPUTE, FakeBackend
 

@@ -19,6 +19,7 @@ class Backend(Protocol):
     def device(self) -> torch.device:
         """The device on which torch computes."""
 
+    def entered(self) -> contextlib.AbstractContextManager[Any]: ...
     def make_stream(self) -> Any: ...
     def make_event(self) -> Any: ...
     def record(self, event: Any, stream: Any) -> None: ...
@@ -34,6 +35,7 @@ class Backend(Protocol):
     def lock(self, memory: Tensor) -> None: ...
     def unlock(self, address: int) -> None: ...
     def memory(self) -> tuple[int, int]: ...
+    def has_bf16(self) -> bool: ...
     def trim(self) -> None: ...
 
 
@@ -45,6 +47,9 @@ class TorchCuda:
         torch.zeros(1, device=self.device)  # makes the context
         self._driver = driver()
         self._context = self._driver.primary_context(index)
+
+    def entered(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.cuda.device(self.device)
 
     def make_stream(self) -> Any:
         return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -102,6 +107,10 @@ class TorchCuda:
         """(free, total) bytes of the device, by the driver's count."""
         free, total = torch.cuda.mem_get_info(self.device)
         return int(free), int(total)
+
+    def has_bf16(self) -> bool:
+        """Whether its matrix units take bfloat16: from compute capability 8 on."""
+        return torch.cuda.get_device_capability(self.device)[0] >= 8
 
     def trim(self) -> None:
         torch.cuda.empty_cache()

@@ -8,6 +8,7 @@ and flushes, and events for completion. Kernels are chosen by the device of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -81,6 +82,9 @@ class Device(PlannedDevice, Protocol):
 
     def upload(self, tensor: Tensor) -> Tensor:
         """Copy a host tensor to the compute device, enqueued after all computation so far."""
+
+    def entered(self) -> AbstractContextManager[object]:
+        """Inside, it is torch's current device in the calling thread: launches then need no switch of their own."""
 
     def synchronize(self) -> None:
         """Wait until all computation so far is done."""

@@ -106,6 +106,9 @@ class CpuDevice:
         """A host tensor on the model's device."""
         return tensor
 
+    def entered(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def synchronize(self) -> None:
         """Wait until all computation so far is done."""
 

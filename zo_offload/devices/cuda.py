@@ -18,7 +18,9 @@ checks (tests/support/fake_cuda.py). **Not run on a GPU yet.**
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -122,7 +124,13 @@ class CudaDevice:
         self._link: Link | None = None
 
     def default_compute(self, own: torch.dtype) -> torch.dtype:
-        """The checkpoint's own dtype: matrix units compute in 16 bits."""
+        """The checkpoint's own dtype: matrix units compute in 16 bits. Warns where they have no bfloat16 (T4, V100)."""
+        if own is torch.bfloat16 and not self.backend.has_bf16():
+            warnings.warn(
+                "forwards in bf16, the checkpoint's own dtype: this GPU has no bf16 units and emulates them, many "
+                "times slower. compute='fp16' is fast here, with a smaller range",
+                stacklevel=1,  # of one line: Python shows it once
+            )
         return own
 
     def alloc(self, nbytes: int) -> Tensor:
@@ -176,6 +184,9 @@ class CudaDevice:
             assert isinstance(tier, HostTier)
             return HostSlabs(tier, self.backend, pin, streamed)
         return ThroughHost(tier, self.backend, max(block_bytes), pin) if offload == "disk" else tier
+
+    def entered(self) -> AbstractContextManager[object]:
+        return self.backend.entered()
 
     def synchronize(self) -> None:
         self.backend.drain(None)

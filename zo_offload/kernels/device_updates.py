@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,11 +37,11 @@ class DeviceUpdates:
     def __len__(self) -> int:
         return len(self.folds)
 
-    @property
+    @cached_property
     def address(self) -> int:
         return self.records.data_ptr() + RECORD_BYTES * self.first
 
-    @property
+    @cached_property
     def last_fold(self) -> int:
         """Index of the last update that folds, -1 if none does."""
         return max((i for i, fold in enumerate(self.folds) if fold), default=-1)

@@ -31,6 +31,17 @@ class CudaError(ZOError):
         self.code = code
 
 
+class Params:
+    """A kernel's only parameter, a struct, as `Driver.launch` takes it; its bytes may be rewritten between launches."""
+
+    __slots__ = ("_data", "args", "pointers")
+
+    def __init__(self, args: bytes | bytearray) -> None:
+        self.args = args if isinstance(args, bytearray) else bytearray(args)
+        self._data = (ctypes.c_char * len(self.args)).from_buffer(self.args)  # the bytes stay where they are
+        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._data))
+
+
 class Driver:
     """libcuda.so.1, initialised. Methods return plain integers (handles) and raise CudaError."""
 
@@ -116,12 +127,11 @@ class Driver:
         self.check(code, f"kernel {name}")
         return int(function.value or 0)
 
-    def launch(self, function: int, grid: int, threads: int, stream: int, args: bytes) -> None:
-        """Enqueue a kernel whose only parameter is the struct `args`, which is copied before this returns."""
-        params = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.c_char_p(args), ctypes.c_void_p))
-        code = self._launch(function, grid, 1, 1, threads, 1, 1, 0, stream, params, None)
+    def launch(self, function: int, blocks: int, threads: int, stream: int, params: Params) -> None:
+        """Enqueue a kernel whose only parameter is a struct, which is copied before this returns."""
+        code = self._launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, params.pointers, None)
         if code:
-            self.check(code, f"launch of {grid} x {threads} threads")
+            self.check(code, f"launch of {blocks} x {threads} threads")
 
     def lock_host(self, address: int, nbytes: int) -> None:
         """Page-lock host memory, so that copies from and to it run asynchronously."""

@@ -42,6 +42,7 @@ _ERRORS = {
 # struct zo_pass of csrc/api.h
 _PASS = struct.Struct("<13Q12I")
 PASS_BYTES = _PASS.size
+UPDATES_AT = 40  # of the address of the updates, then that of the terms, in struct zo_pass
 _FACTS = struct.Struct("<6I")
 _MOST_FORMATS = 256  # a library is asked for codes below this
 

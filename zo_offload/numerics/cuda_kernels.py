@@ -20,7 +20,6 @@ import ctypes
 import functools
 import logging
 import os
-import struct
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,11 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..formats import FORMATS, KEPT, PLAIN, get_format
+from ..formats import PLAIN
 from ..kernels import native, nvrtc
 from ..kernels.device_updates import RECORD_BYTES, DeviceUpdates
-from ..kernels.distributions import all_kinds, row
 from ..kernels.driver import (
     ATTRIBUTE_MAJOR,
     ATTRIBUTE_MINOR,
@@ -43,79 +40,29 @@ from ..kernels.driver import (
     ERRORS_OF_IMAGES,
     CudaError,
     Driver,
+    Params,
     driver,
 )
 from ..kernels.records import LANE, UPDATE
+from .cuda_args import (
+    ABI,
+    LANES,
+    THREADS,
+    blocks_of,
+    noise_kernel,
+    pack_args,
+    pack_noise,
+    pack_part,
+    part_of,
+    pass_kernel,
+    tiles,
+)
 from .noise import NoiseSpec
 
 _log = logging.getLogger(__name__)
 
 IMAGE = Path(__file__).parent.with_name("_zo_cuda.fatbin")
-THREADS, MAX_LANES = 256, 16
-KERNELS = {fmt.code: fmt.kernel for fmt in (*FORMATS.values(), *KEPT.values(), get_format("mxfp4_across_8"))}
-"""The names of a storage format's kernels, by its code."""
 _WAVES = 16  # at most so many blocks per multiprocessor; each computes a share of the tiles
-
-_LANES_BYTES = LANE.size * MAX_LANES
-_TAIL = struct.Struct("<QQiI")  # scales, total_rows, last_fold, num_lanes
-_NOISE = struct.Struct("<QQQQII")
-ARGS_BYTES = native.PASS_BYTES + _TAIL.size + _LANES_BYTES
-ABI = native.ABI_VERSION << 16 | native.LAYOUT_VERSION << 12 | ARGS_BYTES
-
-
-def pack_args(
-    *,
-    lanes: Sequence[tuple[int, int, float, int]],
-    last_fold: int,
-    total_rows: int,
-    lane_scales: int = 0,
-    **fields: Any,
-) -> bytes:
-    """struct zo_cuda_args of csrc/cuda_kernels.h: `native.pack_pass` of the fields, then fields for GPUs only.
-
-    lanes: (seed, address, scale, format code), see `records.LANE`. All addresses are device memory.
-    """
-    head = native.pack_pass(num_lanes=0, **fields)
-    listed = b"".join(LANE.pack(*lane) for lane in lanes)
-    return head + _TAIL.pack(lane_scales, total_rows, last_fold, len(lanes)) + listed.ljust(_LANES_BYTES, b"\0")
-
-
-def pack_noise(out: int, numel: int, offset: int, seed: int, param_id: int, rounds: int) -> bytes:
-    """struct zo_cuda_noise_args."""
-    return _NOISE.pack(out, numel, offset, seed, param_id, rounds)
-
-
-def tiles(distribution: str, numel: int, offset: int, num_rows: int = 0) -> int:
-    """The number of warps of a pass."""
-    size = row(distribution).warp
-    if size is None:
-        raise ConfigError(f"distribution={distribution!r}: the CUDA kernels do not make it; train on the CPU")
-    if num_rows:
-        return num_rows * (numel // size + 2)
-    return -(-(offset + numel) // size) - offset // size
-
-
-def pass_kernel(code: int, distribution: str, target_scales: bool = False) -> str:
-    """The kernel of a fused pass over values of the format with that code."""
-    return f"zo_{'scales' if target_scales else 'pass'}_{KERNELS[code]}_{distribution}"
-
-
-def part_of(kernel: str) -> str:
-    """The storage format of a kernel; "" if it has none."""
-    _, what, rest = kernel.split("_", 2)
-    return rest.rpartition("_")[0] if what in ("pass", "scales") else ""
-
-
-def noise_kernel(distribution: str) -> str:
-    return f"zo_noise_{distribution}"
-
-
-def kernel_names() -> set[str]:
-    """The names of all kernels of an image."""
-    kinds = [kind.name for kind in all_kinds() if kind.warp is not None]
-    passes = {pass_kernel(code, kind) for code in KERNELS for kind in kinds}
-    passes |= {pass_kernel(fmt.code, kind, True) for fmt in FORMATS.values() if fmt.trains_scales for kind in kinds}
-    return passes | {noise_kernel(kind) for kind in kinds} | {"zo_gaussian_table", "zo_cuda_abi"}
 
 
 class StaleImage(CudaError):
@@ -138,7 +85,7 @@ class CudaKernels:
         self._modules: dict[str, int] = {}
         self._module("")
         self._functions: dict[str, int] = {}
-        self._max_grid = _WAVES * library.attribute(device, ATTRIBUTE_SM_COUNT)
+        self.most_blocks = _WAVES * library.attribute(device, ATTRIBUTE_SM_COUNT)
         found = self._abi()
         if found != ABI:
             raise StaleImage(
@@ -159,7 +106,7 @@ class CudaKernels:
     def _abi(self) -> int:
         """The image's interface number, from its own kernel."""
         told = torch.zeros(1, dtype=torch.int32, device=self.where)
-        self._launch("zo_cuda_abi", pack_noise(told.data_ptr(), 1, 0, 0, 0, 0), 1, self.stream())
+        self._launch_noise("zo_cuda_abi", pack_noise(told.data_ptr(), 1, 0, 0, 0, 0), 1, self.stream())
         return int(told.item()) & 0xFFFFFFFF
 
     @property
@@ -171,16 +118,19 @@ class CudaKernels:
         """The driver's handle of torch's current stream on the device."""
         return int(torch._C._cuda_getCurrentRawStream(self.device))  # as current_stream, but makes no object
 
-    def _launch(self, name: str, args: bytes, warps: int, stream: int) -> None:
+    def launch(self, name: str, params: Params, blocks: int, stream: int) -> None:
+        """Enqueue a kernel. params: its struct, which is copied before this returns."""
         if not hasattr(self._threads, "ready"):  # a thread in which torch has not used the device has no context
             self._driver.ensure_current(self._context)
             self._threads.ready = True
-        grid = max(1, min(self._max_grid, -(-warps // (THREADS // 32))))
         if torch.cuda.current_device() == self.device:
-            self._driver.launch(self._function(name), grid, THREADS, stream, args)
+            self._driver.launch(self._function(name), blocks, THREADS, stream, params)
         else:
             with torch.cuda.device(self.device):  # a kernel must be launched in its own context
-                self._driver.launch(self._function(name), grid, THREADS, stream, args)
+                self._driver.launch(self._function(name), blocks, THREADS, stream, params)
+
+    def _launch_noise(self, name: str, args: bytes, warps: int, stream: int) -> None:
+        self.launch(name, Params(args), blocks_of([warps], self.most_blocks)[0], stream)
 
     def _function(self, name: str) -> int:
         function = self._functions.get(name)
@@ -205,41 +155,42 @@ class CudaKernels:
         target_scales: bool = False,
         **fields: Any,
     ) -> None:
-        """One fused pass. More lanes than a launch takes are split over several launches; the first writes back.
+        """One fused pass, alone: of gathered rows, or what `on_gpu.py` has not prepared. More lanes than a launch
+        takes are split over several launches; the first writes back.
 
         terms: struct zo_update of the sums' terms in device memory, [terms, 24 bytes]. fields: the other fields of
         `native.pack_pass`, with device addresses.
         """
         kind = noise.kind.name
         name = pass_kernel(format, kind, target_scales)
-        warps = tiles(kind, numel, offset, num_rows)
+        (blocks,) = blocks_of([tiles(kind, numel, offset, num_rows)], self.most_blocks)
         first = True
         while first or lanes:
             count = 0 if updates is None else len(updates)
             last_fold = -1 if updates is None else updates.last_fold
-            args = pack_args(
+            part = pack_part(
                 updates=updates.address if count and updates is not None else 0,
                 terms=0 if terms is None else terms.data_ptr(), num_terms=0 if terms is None else len(terms),
-                numel=numel, offset=offset,
-                num_rows=num_rows, total_rows=total_rows, num_updates=count, last_fold=last_fold, format=format,
-                distribution=kind, rounds=noise.rounds, write_back=write_back,
-                target_scales=target_scales, lanes=lanes[:MAX_LANES], **fields,
+                numel=numel, offset=offset, num_rows=num_rows, total_rows=total_rows, num_updates=count,
+                last_fold=last_fold, format=format, distribution=kind, rounds=noise.rounds, write_back=write_back,
+                target_scales=target_scales, num_lanes=len(lanes[:LANES]), first_lane=0, first_block=0,
+                end_block=blocks, **fields,
             )  # fmt: skip
-            self._launch(name, args, warps, stream)
+            self.launch(name, Params(pack_args([part], lanes[:LANES])), blocks, stream)
             if write_back and updates is not None:
                 updates = updates.after(last_fold + 1)  # folded updates are in the stored bytes now
-            first, lanes = False, lanes[MAX_LANES:]
+            first, lanes = False, lanes[LANES:]
 
     def noise(
         self, out: int, distribution: str, rounds: int, seed: int, param_id: int, numel: int, offset: int, stream: int
     ) -> None:
         """Write z to `numel` floats at device address `out`."""
         args = pack_noise(out, numel, offset, seed, param_id, rounds)
-        self._launch(noise_kernel(distribution), args, tiles(distribution, numel, offset), stream)
+        self._launch_noise(noise_kernel(distribution), args, tiles(distribution, numel, offset), stream)
 
     def gaussian_table(self, out: int, stream: int) -> None:
         """Write the Gaussian of every half-word to 65,536 floats at device address `out`."""
-        self._launch("zo_gaussian_table", pack_noise(out, 1 << 16, 0, 0, 0, 0), 1 << 11, stream)
+        self._launch_noise("zo_gaussian_table", pack_noise(out, 1 << 16, 0, 0, 0, 0), 1 << 11, stream)
 
 
 class _OnDevice:

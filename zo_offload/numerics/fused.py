@@ -41,7 +41,8 @@ from ..errors import ConfigError
 from ..formats import Format
 from ..kernels.device_updates import DeviceUpdates
 from ..kernels.records import Mask, Perturbation, Rounding, Target, Update, sums_of
-from .fused_kernels import Mark, PassCall, Ready, kernels_for
+from .calls import Mark, PassCall, Ready
+from .fused_kernels import kernels_for
 from .noise import NoiseSpec
 
 _ROUNDINGS, _TARGETS = get_args(Rounding), get_args(Target)

@@ -163,9 +163,8 @@ def open_model(
         checkpoint = Checkpoint.open(
             model, trust_remote_code=config.trust_remote_code, overrides=config.config_overrides
         )
-        own = device.default_compute(checkpoint.dtype)
         config, decided = decide_compute(config, device, checkpoint.dtype, ranks)
-        compute = DTYPES[config.compute] if config.compute is not None else own
+        compute = DTYPES[config.compute] if config.compute is not None else device.default_compute(checkpoint.dtype)
         adapted = built(checkpoint, compute, model_class, config, _absolute(model))
         base, module = adapted.base, adapted.model
     kind = kind_of(module)

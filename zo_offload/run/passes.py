@@ -293,6 +293,7 @@ class Passes:
             seen = hub.trace
             try:
                 with (
+                    self.device.entered(),
                     torch.no_grad(),
                     matmul_precision(self._compute),
                     inputs_in(self.model, self._input_dtype),

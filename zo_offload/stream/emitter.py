@@ -16,8 +16,8 @@ from torch import Tensor
 from ..kernels.device_updates import DeviceUpdates
 from ..kernels.float32 import scaled
 from ..kernels.records import ONE, STILL, Gains, Mask, Masks, Perturbation, Rounding, Target, Updates
+from ..numerics.calls import Mark, Ready, Told
 from ..numerics.fused import fused_pass, fused_rows, ready_pass, ready_passes
-from ..numerics.fused_kernels import Mark, Ready, Told
 from ..numerics.noise import NoiseSpec
 from ..numerics.updates import UpdateLog
 from ..plan.blocks import ParamSpec, Piece

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..devices import Event
-from ..numerics.fused_kernels import Mark
+from ..numerics.calls import Mark
 from ..plan.blocks import Piece
 from ..plan.layout import Layout
 from ..plan.plan import Plan
