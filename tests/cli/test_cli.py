@@ -258,6 +258,16 @@ def test_numbers_below_one_are_refused(files, capsys):
     assert "--steps: 0 is less than 1" in capsys.readouterr().err
 
 
+def test_a_small_gpu_is_told_which_allocator_does_not_fragment():
+    """8 and 16 GB are; where it is set, under either name, it is shown."""
+    for set_to in ({}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}):
+        for total in (8 << 30, 16 << 30):
+            assert doctor.allocator(total, set_to).startswith("set PYTORCH_ALLOC_CONF=expandable_segments:True before")
+        assert doctor.allocator(24 << 30, set_to).startswith("torch's allocator as it is")
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        assert doctor.allocator(8 << 30, {name: "expandable_segments:True"}).startswith("expandable segments (")
+
+
 def test_doctor(capsys):
     assert doctor.examine() == 0
     text = capsys.readouterr().out

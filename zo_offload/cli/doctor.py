@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -28,6 +30,7 @@ def examine() -> int:
     print(f"copy         {_copy_gb_per_s():.1f} GB/s (read + write, one thread)")
     if torch.cuda.is_available():
         print(f"gpu          {_gpu()}")
+        print(f"gpu memory   {allocator(torch.cuda.mem_get_info()[1], os.environ)}")
     problem = _one_step()
     print(f"one step     {problem or 'ok: streamed from disk == in memory, bit for bit'}")
     return 1 if problem else 0
@@ -83,6 +86,23 @@ def _gpu() -> str:
         f"fetch {link.fetch_gbs:.1f} GB/s, flush {link.flush_gbs:.1f}, both at once {link.both_fetch_gbs:.1f} + "
         f"{link.both_flush_gbs:.1f}; {same}"
     )
+
+
+def allocator(total_bytes: int, environment: Mapping[str, str]) -> str:
+    """The setting of torch's allocator, with a hint where the GPU is so small that fragments matter."""
+    set_to = next((environment[name] for name in _ALLOCATOR if environment.get(name)), "")
+    if "expandable_segments:true" in set_to.lower():
+        return f"expandable segments ({set_to})"
+    if total_bytes > _ROOMY_BYTES:
+        return f"torch's allocator as it is{f' ({set_to})' if set_to else ''}"
+    return (
+        f"set {_ALLOCATOR[0]}=expandable_segments:True before Python starts ({_ALLOCATOR[1]} before torch 2.9): "
+        "activations of rows of many lengths fragment the memory of a small GPU"
+    )
+
+
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_ROOMY_BYTES = 17_500_000_000  # a 16 GB GPU counts as small
 
 
 def _losses(**settings: Any) -> list[float]:
