@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import json
 import math
@@ -86,6 +87,21 @@ def test_micro_batches_are_lanes_of_the_same_step(tmp_path):
     assert_same(parts, again)
     # the mean over parts is the mean over rows up to the rounding of float32 sums
     assert parts[0] == pytest.approx(whole[0], rel=2e-5)
+
+
+def test_losses_of_parts_add_up_as_on_any_python(monkeypatch):
+    """From Python 3.12 on, sum() of floats is compensated; a GPU, and Python 3.11, round at each addition."""
+    plain = builtins.sum
+
+    def compensated(values, start=0):
+        values = list(values)
+        return math.fsum([start, *values]) if all(type(value) is float for value in values) else plain(values, start)
+
+    data = batches(6, rows=7)  # in parts of unequal rows
+    found = train(tiny_opt(), 6, data, micro_batches=3)
+    assert compensated([0.1] * 10) == 1.0
+    monkeypatch.setattr(builtins, "sum", compensated)
+    assert_same(found, train(tiny_opt(), 6, data, micro_batches=3))
 
 
 @pytest.mark.parametrize("make", [tiny_opt, tiny_llama])

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ConfigError, DataError
+from ..kernels.scalars import added
 from ..system.nearest import did_you_mean
 from .encode import IGNORED, Batch
 
@@ -68,9 +69,9 @@ class Weighing:
     def together(self, losses: Sequence[Any], weights: Sequence[float], divide: Callable[[Any, float], Any]) -> Any:
         """The loss of the whole from the losses of its parts."""
         if self.summed:
-            return sum(losses[1:], losses[0])
-        total = sum(w * loss for w, loss in zip(weights, losses, strict=True))
-        return divide(total, sum(weights))
+            return added(losses)
+        total = added([w * loss for w, loss in zip(weights, losses, strict=True)])
+        return divide(total, added(weights))
 
 
 def agree(counts: Sequence[Mapping[str, float]]) -> bool:

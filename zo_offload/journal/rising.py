@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..kernels.scalars import added
 from .format import StepRecord
 
 _log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class LossWatch:
         self._seen += 1
         if len(self._last) < WINDOW:
             return None
-        mean = sum(self._last) / WINDOW
+        mean = added(list(self._last)) / WINDOW
         self._best = min(self._best, mean)
         before = self._seen - WINDOW
         if before < WINDOW:

@@ -8,6 +8,9 @@ other operation (exp, log, pow) must be added here before a method may use it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +21,15 @@ _NEWTON = 32  # far from the root each step removes a tenth; from 1e30, 24 are e
 def divide(x: Tensor, by: float) -> Tensor:
     """x / by, rounded once. torch divides a CUDA tensor by a Python number by multiplying with its reciprocal."""
     return x / torch.full_like(x, by)
+
+
+def added(values: Sequence[Any]) -> Any:
+    """The sum of numbers or tensors from the first to the last, each sum rounded once. From Python 3.12 on, `sum` of
+    floats is compensated: other bits than on a GPU, and than on Python 3.11."""
+    found = values[0]
+    for value in values[1:]:
+        found = found + value
+    return found
 
 
 def total(x: Tensor) -> Tensor:
