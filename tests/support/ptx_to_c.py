@@ -100,8 +100,9 @@ class _Arrays:
 
 
 class _Kernel:
-    def __init__(self, name: str, params: list[str], text: str, arrays: _Arrays) -> None:
-        self.name, self.params, self.text, self.arrays = name, params, text, arrays
+    def __init__(self, name: str, params: list[str], text: str, arrays: _Arrays, first_line: int | None) -> None:
+        """first_line: of the text in the module's, to count how often threads come to each of its lines; None: no."""
+        self.name, self.params, self.text, self.arrays, self.first_line = name, params, text, arrays, first_line
         self.registers: list[str] = []
         self.code: list[str] = []
         self.shuffles = False
@@ -148,6 +149,8 @@ class _Kernel:
             m = re.match(r"@(!?)%(p\d+)\s+(.*)", line)
             if m:
                 guard, line = f"if ({m[1]}_{m[2]}) ", m[3]
+            if self.first_line is not None:
+                self.code.append(f"line_times[{self.first_line + number}]++;")
             self.code.append(guard + "{" + self.instruction(line.rstrip(";").strip(), number) + ";}")
         body = "\n".join(self.registers + self.code)
         return (
@@ -412,27 +415,31 @@ class _Kernel:
         return f"{self.value(out)} = shfl({int(p[2] == 'bfly')}, {self.value(a[1])}, {self.value(a[2])}, {n}){sets}"
 
 
-def translate(ptx: str, kernels: Iterable[str]) -> str:
-    """C source with a function `NAME(args, threads, grid)` for each kernel; UnknownInstruction names what it lacks."""
+def translate(ptx: str, kernels: Iterable[str], *, counts: bool = False) -> str:
+    """C source with a function `NAME(args, threads, grid)` for each kernel; UnknownInstruction names what it lacks.
+
+    counts: also an array `line_times` of u64: for each line of the PTX, from 0, how often threads came to it."""
     arrays = _Arrays(ptx)
-    out = [_PRELUDE, *arrays.code, _SHARED]
+    out = [_PRELUDE, *arrays.code, _SHARED, f"u64 line_times[{ptx.count(chr(10)) + 1}];" if counts else ""]
     for name in kernels:
         m = re.search(rf"\.entry {name}\((.*?)\)(.*?)\n\}}", ptx, re.S)
         if not m:
             raise ValueError(f"no kernel {name} in this PTX")
-        out.append(_Kernel(name, re.findall(rf"({name}_param_\d+)", m[1]), m[2], arrays).translate())
+        first = ptx.count("\n", 0, m.start(2)) if counts else None
+        out.append(_Kernel(name, re.findall(rf"({name}_param_\d+)", m[1]), m[2], arrays, first).translate())
     return "\n".join(out)
 
 
 class Simulated:
     """Kernels from PTX, compiled as C; `launch` runs one with struct bytes as its parameter."""
 
-    def __init__(self, ptx: str, kernels: Iterable[str], folder: Path) -> None:
+    def __init__(self, ptx: str, kernels: Iterable[str], folder: Path, *, counts: bool = False) -> None:
+        self._lines = ptx.count("\n") + 1
         names = list(kernels)
         jobs = []
         for name in names:  # a file each: two compile side by side
             source, library = folder / f"{name}.c", folder / f"{name}.so"
-            source.write_text(translate(ptx, [name]))
+            source.write_text(translate(ptx, [name], counts=counts))
             flags = "-O0 -mfma -ffp-contract=off -w -shared -fPIC".split()
             jobs.append((name, library, ["gcc", *flags, str(source), "-o", str(library), "-lm"]))
         running: list[subprocess.Popen[bytes]] = []
@@ -442,6 +449,10 @@ class Simulated:
             running.append(subprocess.Popen(command))
         assert all(process.wait() == 0 for process in running)
         self._libraries = {name: ctypes.CDLL(str(library)) for name, library, _ in jobs}
+
+    def times(self, name: str) -> list[int]:
+        """For each line of the PTX, how often threads of a kernel came to it so far; with `counts`."""
+        return list((ctypes.c_uint64 * self._lines).in_dll(self._libraries[name], "line_times"))
 
     def launch(
         self, name: str, args: bytes, ranges: Iterable[tuple[int, int]], *, threads: int = 256, grid: int = 3
