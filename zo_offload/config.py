@@ -265,6 +265,22 @@ class EngineSettings(TypedDict, total=False):
     revision: str
 
 
+def as_config(config: Any, given: Mapping[str, Any]) -> EngineConfig:
+    """An engine's settings, from `config=` or by their names. ConfigError: both, or a config of something else."""
+    if config is None:
+        check_settings(given)
+        return EngineConfig(**given)
+    if not isinstance(config, EngineConfig):
+        raise ConfigError(
+            f"config= takes an EngineConfig, and this is a {type(config).__name__}. Settings of a checkpoint's "
+            "config.json are replaced by config_overrides={...}; a model made of a config is given itself, as the model"
+        )
+    if given:
+        name = next(iter(given))
+        raise ConfigError(f"{name}= is given beside config=, which has it: dataclasses.replace(config, {name}=...)")
+    return config
+
+
 def check_settings(given: Iterable[str]) -> None:
     """Raise ConfigError for a name that is not a setting of an engine."""
     known = [field.name for field in fields(EngineConfig)]

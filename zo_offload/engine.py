@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .checkpoint.basis import Basis
 from .checkpoint.load_options import as_settings
-from .config import EngineConfig, EngineSettings, check_settings
+from .config import EngineConfig, EngineSettings, as_config
 from .data.batches import check_options
 from .data.idle import idle_of
 from .data.losses import Batch, Objective, as_objective, model_loss
@@ -98,9 +98,7 @@ class Engine:
         team = find(ranks)
         with team.together("opening"):
             model, given = as_settings(model, {**settings})
-            if config is None:
-                check_settings(given)
-                config = EngineConfig(**given)
+            config = as_config(config, given)
             method = method if method is not None else DEFAULT()
             objective = as_objective(objective) if objective is not None else model_loss
             opened = open_model(model, method, config, model_class=model_class, example=example, base=base, ranks=team)

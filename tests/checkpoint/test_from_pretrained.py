@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 from support.compare import assert_same
 from support.zoo.models import ZOO
-from zo_offload import Engine, MeZO
+from zo_offload import Engine, EngineConfig, MeZO
 from zo_offload.checkpoint.load_options import REFUSED
 from zo_offload.cli import main
 from zo_offload.errors import CheckpointError, ConfigError
@@ -88,6 +89,31 @@ def test_settings_of_the_config_may_stand_by_themselves(base, tmp_path, capsys):
     assert main(["plan", str(base), "--attn-implementation", "eager"]) == 0
 
 
+def test_settings_that_are_given_twice_or_are_no_settings_are_named(base):
+    for settings, said in (
+        ({"dtype": "bfloat16", "torch_dtype": "float32"}, "dtype='bfloat16' and torch_dtype='float32' are one setting"),
+        ({"num_labels": 0}, "num_labels=0: expected a whole number of classes"),
+        ({"num_labels": "3"}, "num_labels='3': expected a whole number of classes"),
+        ({"config": ZOO["llama"].build().config}, "config= takes an EngineConfig, and this is a LlamaConfig"),
+        ({"config": EngineConfig(), "storage": "int8"}, "storage= is given beside config="),
+        (
+            {"adapter": {"peft_type": "CARTRIDGE", "num_virtual_tokens": 3, "num_frozen_tokens": 1}},
+            "num_frozen_tokens=1",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            Engine(base, **settings)
+
+
+def test_flex_attention_is_served_as_plain_transformers_computes_it(base):
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="flex_attention").eval()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        want = model(**BATCH).logits
+    with Engine(base, attn_implementation="flex_attention", method=METHOD, offload="host", num_slots=2) as engine:
+        assert_same(engine.run(BATCH).logits, want)
+        assert engine.step(BATCH).grad != 0
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_has_no_place_here_is_refused_with_what_has(base, name):
     with pytest.raises(ConfigError, match=f"{name}= is an argument of from_pretrained that has no place here: "):
@@ -134,6 +160,19 @@ def test_a_tokenizer_of_ones_own_and_one_in_old_files_are_exported(base, tmp_pat
     assert transformers.GPT2Tokenizer.from_pretrained(tmp_path / "old")("ab").input_ids == old("ab").input_ids == [3]
 
 
+def test_a_tokenizer_may_be_given_by_its_place(base, tmp_path):
+    words = {w: i for i, w in enumerate(["<unk>", "</s>", *(f"w{i}" for i in range(90))])}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(tmp_path / "own")
+    with Engine(base, tokenizer=str(tmp_path / "own"), method=METHOD, offload="none") as engine:
+        assert engine.fit([{"text": "w1 w5 w9"}] * 2, steps=1, batch_size=2).steps == 1
+        engine.save_pretrained(tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("w7").input_ids[0] == words["w7"]
+    with pytest.raises(CheckpointError, match="nowhere.*cannot load its tokenizer"):
+        Engine(base, tokenizer=str(tmp_path / "nowhere"))
+
+
 # ---- modules as they come --------------------------------------------------------------------------------------------
 
 
@@ -172,6 +211,24 @@ def test_packed_linears_stay_as_they_are_and_the_rest_trains(tmp_path):
         engine.restore()
     assert len(set(losses)) == 3
     assert_same({n: p.detach() for n, p in model.named_parameters() if n in want}, want)
+
+
+@pytest.mark.parametrize("scheme", [None, "fp8", "gguf"])
+def test_layers_that_are_compiled_are_exported_by_their_plain_names(tmp_path, scheme):
+    tiny = ZOO["llama"]
+    model = replace(tiny, options=tiny.options | dict(hidden_size=128, intermediate_size=128, head_dim=64)).build()
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = torch.compile(layer, backend="eager")
+    with Engine(model, method=METHOD, offload="none") as engine:
+        engine.step(BATCH)
+        want = engine.run(BATCH).logits
+        engine.save_pretrained(tmp_path / "out", scheme=scheme)
+    names = {"gguf_file": "model.gguf"} if scheme == "gguf" else {}
+    again, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", **names, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    if scheme != "fp8":
+        with torch.no_grad():
+            assert_same(again.eval()(**BATCH).logits, want)
 
 
 def test_a_model_with_hooks_of_accelerate_and_its_weights_there_is_served(tmp_path):

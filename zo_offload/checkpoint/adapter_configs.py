@@ -198,4 +198,10 @@ def make_config(fields: Mapping[str, Any], where: str, kind: ModelKind, *, loads
         config.inference_mode = loads and config.is_prompt_learning
     except Exception as error:  # whatever peft makes of its fields
         raise ConfigError(f"{where}: peft refuses it: {type(error).__name__}: {error}") from error
+    frozen = given.get("num_frozen_tokens", getattr(config, "num_frozen_tokens", 0))
+    if frozen and not config.inference_mode:
+        raise ConfigError(
+            f"{where}: num_frozen_tokens={frozen}: peft joins frozen tokens to the others outside of its modules when "
+            "it saves them, and the weights are away there. Pass num_frozen_tokens=0"
+        )
     return config

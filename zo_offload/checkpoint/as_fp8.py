@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..modules.compiled import plain_name
 from ..quantized.files import Spec
 from .recipe import Reader, Recipe
 
@@ -33,14 +34,18 @@ def names_in_fp8(model: nn.Module, outputs: Mapping[str, Spec]) -> frozenset[str
     head = get_head()
     found = frozenset(
         f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and _fits(outputs.get(f"{name}.weight"))
+        for name, module in _linear(model)
+        if module is not head and _fits(outputs.get(f"{name}.weight"))
     )
     if not found:
         raise ConfigError(
             f"an export as fp8 is of linear layers with sizes that are multiples of {BLOCK}; there are none"
         )
     return found
+
+
+def _linear(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(plain_name(name), module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 def _fits(spec: Spec | None) -> bool:
@@ -59,7 +64,7 @@ def with_scales(outputs: Mapping[str, Spec], names: Collection[str]) -> dict[str
 
 def settings(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
     """quantization_config for transformers."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name, _ in _linear(model)]
     return {
         "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK],
         "modules_to_not_convert": [name for name in linear if f"{name}.weight" not in names],

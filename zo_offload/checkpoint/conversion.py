@@ -31,6 +31,7 @@ from ..hf import (
     rename_source_key,
 )
 from ..modules.away import shapes_only
+from ..modules.compiled import plain_name
 from .recipe import Finder, Reader, Recipe, Source, Whole
 
 
@@ -177,12 +178,15 @@ def tied_name_patterns(model: nn.Module) -> list[str]:
 def names_to_save(model: nn.Module) -> dict[str, Tensor]:
     """State dict entries that belong in the files: tensors shared under several names once, ignored ones left out.
 
-    Which of the names is kept follows `remove_tied_weights_from_state_dict`, but identity decides what is shared, so
+    Parts that torch.compile wraps have their plain names, which a model that is not compiled has. Which of the names is
+    kept of a shared tensor follows `remove_tied_weights_from_state_dict`, but identity decides what is shared, so
     it is right whatever the tensors' data is. A tie that the model class does not declare is kept under every name
     for a PreTrainedModel (loading would not tie it again), else under the first.
     """
     with shapes_only():
         entries = {k: t for k, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    if isinstance(model, PreTrainedModel):
+        entries = {plain_name(name): tensor for name, tensor in entries.items()}
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         entries.pop(name, None)
     shared: dict[int, list[str]] = {}

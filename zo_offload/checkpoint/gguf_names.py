@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..hf import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from ..modules.away import shapes_only
+from ..modules.compiled import plain_name
 
 _DONE = ("TensorProcessor", "LlamaTensorProcessor", "NemotronTensorProcessor", "Gemma2TensorProcessor",
          "Qwen2MoeTensorProcessor")  # fmt: skip
@@ -37,7 +38,7 @@ class Tower:
 
     def state_dict(self) -> dict[str, Tensor]:
         with shapes_only():
-            return self._module.state_dict()
+            return {plain_name(name): tensor for name, tensor in self._module.state_dict().items()}
 
     def named_children(self) -> list[tuple[str, Tower]]:
         return [

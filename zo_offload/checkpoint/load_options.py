@@ -49,6 +49,10 @@ def check_overrides(kind: ModelKind, overrides: Mapping[str, Any] | None) -> Non
         )
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def as_settings(model: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """(model, settings of the engine) of a call with some of from_pretrained's arguments. Raises ConfigError.
 
@@ -67,6 +71,13 @@ def as_settings(model: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, An
         if twice := sorted(overrides.keys() & written.keys()):
             raise ConfigError(f"{twice[0]} is given twice, by itself and in config_overrides: leave one out")
         settings["config_overrides"] = {**written, **overrides}
+    if not _is_count(overrides.get("num_labels", 1)):
+        raise ConfigError(f"num_labels={overrides['num_labels']!r}: expected a whole number of classes, 1 or more")
+    if settings.get("dtype", settings.get("torch_dtype")) != settings.get("torch_dtype", settings.get("dtype")):
+        raise ConfigError(
+            f"dtype={settings['dtype']!r} and torch_dtype={settings['torch_dtype']!r} are one setting of "
+            "from_pretrained, given twice: leave one out"
+        )
     dtypes = [(name, settings.pop(name)) for name in ("dtype", "torch_dtype") if name in settings]
     for name, dtype in dtypes:
         if dtype in (None, "auto"):

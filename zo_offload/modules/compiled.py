@@ -21,6 +21,11 @@ def without_wrapper(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
+def plain_name(name: str) -> str:
+    """A parameter's or module's name without the wrappers that torch.compile puts around parts of a model."""
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
+
+
 def eagerly() -> contextlib.AbstractContextManager[Any]:
     """While open, nothing is compiled, and compiled code runs eagerly."""
     return cast(contextlib.AbstractContextManager[Any], torch.compiler.set_stance("force_eager"))

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -85,6 +86,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 class UseWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes which op reads which parameter, for the recorder in `self.recorder` (None: not looking)."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recorder: Recorder | None = None
@@ -119,6 +122,12 @@ class UseWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self.execute(func, args, kwargs)
         inputs = [(t, storage_key(t)) for t in (*tensors_in(args), *tensors_in(tuple(kwargs.values())))]
         hits = [(t, self.origins[key]) for t, key in inputs if key in self.origins]
+        if isinstance(func, HigherOrderOperator):  # flex_attention: it has functions among its arguments, and no schema
+            for t, origin in hits:
+                self.read(recorder, t, origin)
+            out = self.execute(func, args, kwargs)
+            self.after(recorder, inputs, list(tensors_in(out)))
+            return out
         written = _written(func, args, kwargs)
         for value in (*args, *kwargs.values()):
             if isinstance(value, torch.Generator) and value._cdata not in self.generators:  # type: ignore[attr-defined]

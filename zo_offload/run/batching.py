@@ -33,6 +33,9 @@ class Batching:
 
     def __init__(self, opened: Opened, objective: Objective, tokenizer: Any, encoding: Callable[[], int]) -> None:
         self._opened, self._objective, self._encoding = opened, objective, encoding
+        if isinstance(tokenizer, (str, Path)):
+            trusted = opened.prepared.config.trust_remote_code
+            tokenizer = load_tokenizer(tokenizer, trust_remote_code=trusted)
         self.given = tokenizer
         """The tokenizer that was passed; `tokenizer` falls back on the checkpoint's."""
         self._own: Any = None
