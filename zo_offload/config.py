@@ -81,10 +81,11 @@ class EngineConfig:
     rounding: Rounding = "nearest"
     """How an update is rounded into 16-bit storage. "stochastic" keeps small updates on average; its random bits are a
     function of the update's seed, so it is reproducible."""
-    fold_every: int | None = None
+    fold_every: int | str | None = None
     """Steps between two write-backs of a block: updates in between are applied in float32 registers at each visit, and
     flushes and roundings drop by this factor. Default 4 with Gaussian, 8 with Rademacher noise; 1 for float32 weights
-    that are never flushed (`storage.choose_fold_every` says why)."""
+    that are never flushed (`storage.choose_fold_every` says why). "auto": on a CPU the least costly number by what
+    noise and writing cost when the run begins, and part of its record (`run/folding.py`)."""
     device: str = "cpu"
     """"cpu", "cuda" or "cuda:N". The CUDA path is complete but has not run on a GPU yet (README, status table)."""
     host_memory: HostMemory = "auto"
@@ -172,7 +173,9 @@ class EngineConfig:
             raise ConfigError(f"prefetch={self.prefetch} with num_slots={slots}: expected 0..{slots - 1}")
         if not self.overlap and self.prefetch:
             raise ConfigError(f"prefetch={self.prefetch} with overlap=False: nothing is fetched ahead; leave it out")
-        if self.fold_every is not None and self.fold_every < 1:
+        if isinstance(self.fold_every, str) and self.fold_every != "auto":
+            raise ConfigError(f"fold_every={self.fold_every!r}: expected a whole number or 'auto'")
+        if isinstance(self.fold_every, int) and self.fold_every < 1:
             raise ConfigError(f"fold_every={self.fold_every}: expected at least 1 (fold after every step)")
         if self.scrub_every < 1:
             raise ConfigError(f"scrub_every={self.scrub_every}: expected at least 1 (sum at every visit)")
@@ -199,10 +202,11 @@ class EngineConfig:
     def _check_kinds(self) -> None:
         """Raise ConfigError, with the name, for a setting of a wrong type: it may come from an edited file."""
         always = ("block_numel", "io_threads", "scrub_every", "seed", "device", "overlap")
-        numbers = ("num_slots", "prefetch", "threads", "fold_every", "snapshot_steps")
+        numbers = ("num_slots", "prefetch", "threads", "snapshot_steps")
         for names, kind, what in (
             (("block_numel", "io_threads", "scrub_every", "seed", *numbers), int, "a whole number"),
             (("snapshot_minutes",), (int, float), "a number"),
+            (("fold_every",), (int, str), "a whole number or 'auto'"),
             (("storage", "compute", "device"), str, "a name"),
             (("run_dir",), (str, Path), "a path"),
             (("overlap",), bool, "True or False"),
@@ -237,7 +241,7 @@ class EngineSettings(TypedDict, total=False):
     compute: str | None
     mode: Mode
     rounding: Rounding
-    fold_every: int | None
+    fold_every: int | str | None
     device: str
     host_memory: HostMemory
     device_memory: int | float | str | None

@@ -173,6 +173,11 @@ def count(text: str) -> int:
     return value
 
 
+def count_or_auto(text: str) -> int | str:
+    """argparse type: a whole number of at least 1, or "auto"."""
+    return text if text == "auto" else count(text)
+
+
 def which_step(text: str) -> int | str:
     """argparse type: a step's number, or "best"."""
     try:

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 from ..errors import ConfigError
 from ..system.nearest import did_you_mean
 from ..system.plain import user_path
-from . import views
+from . import fields, views
 from .config_file import ConfigFile, read_config
-from .fields import Option, add_options_of, as_option, count, json_object, options_of, temperature, which_step
+from .fields import Option, add_options_of, as_option, count, options_of
 
 IDENTITY = (
     "storage", "keep", "compute", "mode", "rounding", "fold_every", "block_numel", "trainable", "seed", "num_labels",
@@ -207,7 +207,7 @@ def _eval(evaluate: Parser, argv: Sequence[str], config: ConfigFile | None) -> N
     evaluate.add_argument("--data", help="what to evaluate on (default: the run's --eval-data)")
     evaluate.add_argument("--batch-size", type=count, help="rows at a time (default: a run's, else 16)")
     evaluate.add_argument("--eval-rows", type=count, help="number of rows, chosen by the seed (default: all)")
-    evaluate.add_argument("--step", type=which_step, help="for a run: this step, or best (default: the last)")
+    evaluate.add_argument("--step", type=fields.which_step, help="for a run: this step, or best (default: the last)")
     shots = "a table: with this many demonstrations before each prompt; for a run, its base too"
     evaluate.add_argument("--shots", type=int, nargs="+", metavar="N", help=shots)
     evaluate.add_argument("--demonstrations", help="their source (default: a task's train split, a run's data)")
@@ -219,7 +219,7 @@ def _generate(generate: Parser, argv: Sequence[str], config: ConfigFile | None) 
     generate.add_argument("--prompt", nargs="+", help="texts to be continued")
     generate.add_argument("--max-new-tokens", type=count, default=32, help="maximum number of new tokens (default: 32)")
     coldest = "0 (default): always the likeliest token"
-    generate.add_argument("--temperature", type=temperature, default=0.0, help=coldest)
+    generate.add_argument("--temperature", type=fields.temperature, default=0.0, help=coldest)
 
 
 def _export(export: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
@@ -228,7 +228,7 @@ def _export(export: Parser, argv: Sequence[str], config: ConfigFile | None) -> N
     _merge(export)
     text = "layout: fp8 (linear layers, with a scale for each 128 x 128); gguf, or gguf-f16, gguf-q8_0, ... (one file)"
     export.add_argument("--as", dest="scheme", metavar="LAYOUT", help=text)
-    export.add_argument("--step", type=which_step, help="for a run: this step, or best (default: the last)")
+    export.add_argument("--step", type=fields.which_step, help="for a run: this step, or best (default: the last)")
     export.add_argument("--max-shard", default="5GB", help="largest file (default: 5GB)")
 
 
@@ -358,9 +358,10 @@ def _settings(kind: type) -> dict[str, Option]:
     """The fields of EngineConfig as options."""
     given: dict[str, dict[str, Any]] = {
         "keep": {"nargs": "+"}, "trainable": {"nargs": "+"},
-        "config_overrides": {"type": json_object, "metavar": "JSON"},
+        "config_overrides": {"type": fields.json_object, "metavar": "JSON"},
         "adapter": {"type": str, "metavar": "DIR|SETTINGS"},
-        **{name: {"type": count} for name in ("fold_every", "num_slots", "block_numel", "io_threads", "threads",
+        "fold_every": {"type": fields.count_or_auto, "metavar": "N|auto"},
+        **{name: {"type": count} for name in ("num_slots", "block_numel", "io_threads", "threads",
                                               "scrub_every", "snapshot_steps")},
     }  # fmt: skip
     return options_of(kind, given)

@@ -111,6 +111,8 @@ def plan_step(
     checkpoint = open_config(model, trust_remote_code=config.trust_remote_code, overrides=config.config_overrides)
     device = _device(config) if on is None else on
     config, decided = decide_compute(config, device, checkpoint.dtype, Alone())
+    if config.fold_every == "auto":
+        decided += ("fold_every auto is measured when a run on a CPU's disk begins; the default is planned with",)
     dtype = _compute_dtype(config.compute, device, checkpoint, config.storage)
     model_built = built(checkpoint, dtype, model_class, config, None)
     module, base = model_built.model, model_built.base
@@ -156,6 +158,7 @@ def details(planned: Planned, rate: Callable[[], Rates]) -> Iterator[str]:
     yield from _lifts(plan)
     yield from _memory(prepared, memory, f"{planned.batch_size} x {planned.tokens} tokens", planned.micro_batches)
     yield from _traffic(plan, layout, memory, prepared.fold_every)
+    yield _noise(prepared)
     yield from _compared(prepared, planned.base.dtype_of, rate())
 
 
@@ -303,6 +306,16 @@ def _traffic(plan: Plan, layout: Layout, memory: MemoryPlan, fold_every: int) ->
         f"a step fetches {show_bytes(fetched)} and flushes {show_bytes(flushed)} (updates folded every {fold_every} "
         f"step{'s' * (fold_every > 1)})"
     )
+
+
+def _noise(prepared: Prepared) -> str:
+    """The numbers that are drawn, and what draws them faster (ratios of whole passes: `benchmarks.kernels`)."""
+    method = prepared.method
+    drawn = (prepared.fold_every + 1) / 2 * method.noises + method.lane_noises
+    faster = ["--rounds 7 makes the passes about a sixth faster"] * (method.rounds == 10)
+    faster += ["--distribution rademacher (signs) up to twice as fast"] * (method.distribution == "gaussian")
+    told = f"noise: {drawn:g} numbers a trained weight and step ({method.distribution}, {method.rounds} rounds)"
+    return "; ".join([told, *faster])
 
 
 def _compared(prepared: Prepared, dtype_of: Callable[[str], torch.dtype], rate: Rates) -> Iterator[str]:

@@ -182,9 +182,9 @@ def is_lossless(plan: Plan, layout: Layout) -> bool:
 
 
 def choose_fold_every(
-    given: int | None, plan: Plan, layout: Layout, in_place: bool, distribution: str, noises: int = 1
+    given: int | str | None, plan: Plan, layout: Layout, in_place: bool, distribution: str, noises: int = 1
 ) -> int:
-    """`fold_every`, with the default resolved.
+    """`fold_every`, with the default resolved. "auto", too, is the default until it is measured (`run/folding.py`).
 
     In float32 the numbers do not depend on it, so weights that are never flushed (in_place: blocks are used in place;
     or all trained parameters are resident) fold every step, which avoids making the noise of pending updates again.
@@ -197,7 +197,7 @@ def choose_fold_every(
     25 % of the least cost of both, and keeps four times more of an update that 16 bits would round away. Rademacher
     noise costs a fifth (`benchmarks.kernels`): K is sqrt(5) larger.
     """
-    if given is not None:
+    if isinstance(given, int):
         return given
     flushed = not in_place and not layout.written <= plan.resident
     usual = get_distribution(distribution).fold_every

@@ -100,7 +100,7 @@ def compare(
     dtype_of: Callable[[str], torch.dtype],
     *,
     keep: Any = None,
-    fold_every: int | None = None,
+    fold_every: int | str | None = None,
     lanes: Sequence[Perturbation] = (),
     distribution: str = "gaussian",
     noises: int = 1,

@@ -41,6 +41,7 @@ from ..stream.ingest import Base, ModuleBase
 from ..system.host_memory import process_bytes
 from ..system.plain import user_path
 from .compute import check_module, decide_compute
+from .folding import decide_folds
 from .idle import check_idle
 from .prepare import Prepared, prepare
 
@@ -179,6 +180,7 @@ def open_model(
     agreed = _agreed(config, prepared, ranks)
     if agreed != (prepared.config.storage, prepared.offload):
         prepared = make(replace(config, storage=agreed[0]), offload=agreed[1])
+    prepared = decide_folds(prepared, ranks, recorded)
     if fresh:
         check_idle(config, prepared, base, tells=ranks.leads)
     opened = Opened(
