@@ -17,12 +17,19 @@ disturbs both; `ratio` is the median of the pairs' ratios. Ways:
 sets up memory, host, and disk with and without copies at once, steps them in turn, and gives for each the median of
 its ratios to the step in memory beside it, and what a step costs that does not depend on who else uses the machine: CPU
 seconds of each thread, page faults, bytes and calls of reads and writes, context switches.
+
+    python -m benchmarks.step --cold [--tokens 128] [--storage bf16]
+
+steps from files that are not in the page cache, which is emptied of them before each: `of_slower` is the median ratio
+to the slower of reading the same bytes from the same files, one after another, and the step in memory. Nothing is
+folded meanwhile. The drive is that of --folder; a drive that reads slower than memory computes binds by itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import resource
 import tempfile
 import threading
@@ -40,6 +47,7 @@ from torch import nn
 from benchmarks.common import about, emit, opt_config, quantile
 from zo_offload import FZOO, Engine, Method, MeZO
 from zo_offload.plan.blocks import BLOCK_NUMEL
+from zo_offload.tiers.block_file import DATA
 
 Work = Callable[[], Any]
 
@@ -227,6 +235,64 @@ def tiers_in_turn(options: argparse.Namespace, name: str, tokens: int, method: M
             )  # fmt: skip
 
 
+def evict(paths: Sequence[Path]) -> None:
+    """Take files out of the page cache."""
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_through(paths: Sequence[Path], nbytes: Sequence[int]) -> None:
+    """The blocks' bytes, from their files' first generation."""
+    buffer = memoryview(bytearray(1 << 22))
+    for path, size in zip(paths, nbytes, strict=True):
+        with path.open("rb", buffering=0) as file:
+            left, _ = size, file.seek(DATA)
+            while left > 0:
+                left -= file.readinto(buffer[:left]) or left
+
+
+def seconds_of(work: Work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def cold_steps(options: argparse.Namespace, name: str, tokens: int, method: Method, common: dict[str, Any]) -> None:
+    """Steps from files that are not in the page cache, beside reading them and beside the step in memory."""
+    ids = torch.randint(5, 50000, (1, tokens), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "labels": ids}
+    settings: dict[str, Any] = dict(
+        method=method, storage=options.storage, fold_every=1 << 20, snapshot_minutes=None, num_slots=3
+    )
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        with Engine(make_model(name, DTYPES[options.dtype]), offload="none", **settings) as engine:
+            engine.step(batch)
+            memory_s = [seconds_of(lambda: engine.step(batch)) for _ in range(options.repeats)]
+        run = Path(folder) / "run"
+        with Engine(make_model(name, DTYPES[options.dtype]), offload="disk", run_dir=run, **settings) as engine:
+            engine.step(batch)
+            paths, nbytes = sorted(run.rglob("*.zob")), engine.layout.block_bytes
+            reads, steps = list[float](), list[float]()
+            for _ in range(options.repeats):
+                evict(paths)
+                reads.append(seconds_of(lambda: read_through(paths, nbytes)))
+                evict(paths)
+                steps.append(seconds_of(lambda: engine.step(batch)))
+    compute = quantile(memory_s, 0.5)
+    ratios = [step / max(read, compute) for step, read in zip(steps, reads, strict=True)]
+    emit(
+        {
+            "model": name, "tokens": tokens, "way": "ours disk, cold", "of_slower": round(quantile(ratios, 0.5), 3),
+            "p20": round(quantile(ratios, 0.2), 3), "p80": round(quantile(ratios, 0.8), 3), "n": len(ratios),
+            "step_s": round(quantile(steps, 0.5), 3), "read_s": round(quantile(reads, 0.5), 3),
+            "memory_s": round(compute, 3), "read_gb_per_s": round(sum(nbytes) / quantile(reads, 0.5) / 1e9, 3),
+        },
+        common,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["opt-125m", "opt-1.3b"])
@@ -236,11 +302,14 @@ def main() -> None:
     parser.add_argument("--block-numel", nargs="+", type=int, default=[BLOCK_NUMEL], help="of ours: elements a block")
     parser.add_argument("--method", choices=["mezo", "fzoo"], default="mezo")
     parser.add_argument("--tiers", action="store_true", help="memory, host and disk in turn, and what each costs")
+    parser.add_argument("--cold", action="store_true", help="steps from files that are not in the page cache")
     parser.add_argument("--storage", help="of ours; default the model's own dtype")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of all forwards, the plain ones too")
     parser.add_argument("--fold-every", type=int, help="of --tiers")
     parser.add_argument("--warm", type=int, default=8, help="of --tiers: steps before those that count")
-    parser.add_argument("--folder", type=Path, help="of --tiers: where the run on disk is, default a temporary one")
+    parser.add_argument(
+        "--folder", type=Path, help="of --tiers and --cold: where the run on disk is, default a temporary one"
+    )
     parser.add_argument("--quick", action="store_true", help="opt-125m at 128 tokens, three repeats")
     options = parser.parse_args()
     if options.quick:
@@ -253,7 +322,9 @@ def main() -> None:
     dtype = DTYPES[options.dtype]
     for name, tokens in product(options.models, options.tokens) if options.tiers else ():
         tiers_in_turn(options, name, tokens, method, common)
-    for name in () if options.tiers else options.models:
+    for name, tokens in product(options.models, options.tokens) if options.cold else ():
+        cold_steps(options, name, tokens, method, common)
+    for name in () if options.tiers or options.cold else options.models:
         plain = make_model(name, dtype)
         for tokens in options.tokens:
             ids = torch.randint(5, 50000, (1, tokens), generator=torch.Generator().manual_seed(1))
