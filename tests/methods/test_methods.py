@@ -773,7 +773,8 @@ def test_a_class_of_one_s_own_file_is_a_method_on_the_command_line(own_file, che
 @pytest.mark.parametrize("text, message", [
     ("{}:Nobody", "has no class 'Nobody' that is a Method"), ("{}", "is not known: there are"),
     ("{}/no.py:Damped", "does not exist"), ("json:loads", "has no class 'loads'"),
-    ("nowhere.to_be:Found", "cannot be loaded: ModuleNotFoundError"),
+    ("nowhere.to_be:Found", "cannot be loaded: ModuleNotFoundError"), ("hizoo", "streamed bytes would double"),
+    ("ZO_SignSGD", "zo-signsgd is method 'sign' here"), ("Deep-Zero", "Deep-Zero is not here: a forward"),
 ], ids=str)  # fmt: skip
 def test_a_class_that_is_none_is_told_in_a_line(own_file, checkpoint, text, message, capsys):
     assert call("plan", checkpoint, "--method", text.format(own_file)) == 2

@@ -83,6 +83,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _methods(args: argparse.Namespace) -> int:
+    from ..methods import missing
     from .methods_table import presets, table
 
     for line in table():
@@ -90,6 +91,9 @@ def _methods(args: argparse.Namespace) -> int:
     print("\nrecipes, for fit and plan:")
     for line in presets():
         print(f"  --method {line}")
+    print("\npublished under other names, or not here:")
+    for line in missing.lines():
+        print(f"  {line}")
     return 0
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..journal.run_directory import make_method as method_of_record
-from ..methods import DEFAULT, METHODS, PRESETS, Method
+from ..methods import DEFAULT, METHODS, PRESETS, Method, missing
 from ..system.nearest import did_you_mean
 from .fields import Option, docstrings, options_of
 
@@ -32,6 +32,8 @@ def find_class(text: str | None) -> type[Method]:
         return METHODS[text]
     place, colon, name = text.rpartition(":")
     if not colon:
+        if told := missing.answer(text):
+            raise ConfigError(f"method {text!r}: {told}")
         hint = did_you_mean(text, _own())
         raise ConfigError(f"method {text!r} is not known: there are {', '.join(_own())}, and your own as {OWN}.{hint}")
     kind = getattr(_module(place), name, None)

@@ -1,8 +1,9 @@
 """Methods: noises, lanes, and the way from losses to updates. One file each; MeZO first.
 
-Every file in this folder is a method: METHODS, the command line, plans and `from zo_offload import ...` find it. This
-module also exports what a method in your own file needs besides torch: `Method`, `Perturbation`, `step_seed`, and the
-arithmetic of `scalars.py`. The imports by name are for type checkers.
+Every file in this folder but base, outcome, presets and missing is a method: METHODS, the command line, plans and
+`from zo_offload import ...` find it. This module also exports what a method in your own file needs besides torch:
+`Method`, `Perturbation`, `step_seed`, and the arithmetic of `scalars.py`. The imports by name are for type
+checkers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..errors import ConfigError
 from ..kernels.records import Mask, Perturbation, Smallest, Terms, Trains
 from ..kernels.scalars import divide, sqrt, total
 from ..numerics.noise import step_seed
+from . import missing
 from .base import METHODS, Method, lr_schedule
 from .conmezo import ConMeZO
 from .conservative import Conservative
@@ -77,6 +79,8 @@ def method_from(record: Mapping[str, Any], kind: type[Method] | None = None) -> 
     name, units = fields.pop("name", DEFAULT.name), fields.pop("units", None)
     fields.pop("class", None)
     if kind is None and not (name in METHODS and METHODS[name].own()):
+        if told := missing.answer(str(name)):
+            raise ConfigError(f"method {name!r}: {told}")
         own = sorted(known for known, method in METHODS.items() if method.own())
         raise ConfigError(f"method {name!r} is not known; there are {', '.join(own)}")
     method = (kind or METHODS[name])(**fields)
