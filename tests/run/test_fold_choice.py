@@ -79,6 +79,15 @@ def test_where_nothing_depends_on_it_it_is_measured_anew(base, tmp_path, monkeyp
         engine.step(BATCH)
 
 
+@pytest.mark.parametrize("free, through", [(1 << 40, False), (1 << 10, True)])
+def test_what_the_page_cache_does_not_hold_is_measured_to_the_medium(base, tmp_path, monkeypatch, free, through):
+    asked = []
+    monkeypatch.setattr(folding, "available_bytes", lambda: free)
+    monkeypatch.setattr(folding, "measure", lambda *given: asked.append(given[-1]) or FoldCosts(1 * NS, 2 * NS))
+    Engine(base, offload="disk", storage="fp32", run_dir=tmp_path / "run", fold_every="auto").close()
+    assert asked == [through]
+
+
 @pytest.mark.parametrize("storage, usual", [("fp32", 1), ("bf16", 4)])
 def test_what_writes_no_files_keeps_the_default(base, monkeypatch, storage, usual):
     monkeypatch.setattr(folding, "measure", never)
@@ -109,10 +118,13 @@ def test_other_values_are_refused(base, wrong):
         Engine(base, fold_every=wrong)
 
 
-def test_costs_are_measured(tmp_path):
-    costs = folding.measure(NoiseSpec(), tmp_path / "not yet" / "run", None)
-    assert 0 < costs.noise_s < 1e-6 and 0 < costs.byte_s < 1e-6
-    assert not list(tmp_path.iterdir()) and math.isfinite(costs.noise_s + costs.byte_s)
+@pytest.mark.parametrize("through", [False, True])
+def test_costs_are_measured(tmp_path, monkeypatch, through):
+    synced = []
+    monkeypatch.setattr(folding.diskio, "sync", synced.append)
+    costs = folding.measure(NoiseSpec(), tmp_path / "not yet" / "run", None, through)
+    assert 0 < costs.noise_s < 1e-6 and 0 < costs.byte_s < 1e-6 and math.isfinite(costs.noise_s + costs.byte_s)
+    assert bool(synced) == through and not list(tmp_path.iterdir())
 
 
 def test_a_directory_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
@@ -121,4 +133,4 @@ def test_a_directory_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(folding.diskio, "write_at", full)
     with pytest.raises(StorageError, match=r"No space left.*Nothing was trained yet"):
-        folding.measure(NoiseSpec(), tmp_path, None)
+        folding.measure(NoiseSpec(), tmp_path, None, True)

@@ -3,9 +3,10 @@
 A step that does not fold makes the noise of all pending updates again, and writes nothing. With c seconds for a
 weight's noise, f seconds to write one and n noises in a step, folding every K steps costs n c (K + 1) / 2 + f / K a
 weight and step, which is least at K = sqrt(2 f / (n c)). Both are measured when the run begins: c with the run's noise
-on its threads, f in the run's directory, through to the medium. In 16 bits and less each fold rounds, and K is at least
-the default, so that small updates add up before they are rounded. Where numbers depend on it, the choice is part of the
-run's record.
+on its threads, f in the run's directory. Writes are measured through to the medium, unless the page cache holds all
+that is written several times over: then a block is written many times before the system brings it to the medium. In 16
+bits and less each fold rounds, and K is at least the default, so that small updates add up before they are rounded.
+Where numbers depend on it, the choice is part of the run's record.
 
 Only runs on a CPU that write blocks to files are measured; the others keep their default. On a GPU the link, the host
 and the kernels would have to be measured together.
@@ -33,10 +34,13 @@ from ..plan.plan import Plan
 from ..plan.storage import is_lossless
 from ..ranks.alone import Alone
 from ..system import diskio
+from ..system.host_memory import available_bytes
 from .prepare import Prepared
 
 MOST = 16
 """No K is larger: stored blocks that are many steps old make a resume replay as many, and gain little more."""
+CACHES = 4
+"""Linux lets a fifth of the memory be unwritten pages before it holds up who writes."""
 _NUMEL = 1 << 22
 _PENDING = 4
 _WRITTEN = 32 << 20
@@ -62,7 +66,8 @@ def decide_folds(prepared: Prepared, ranks: Alone, recorded: Mapping[str, Any] |
         return replace(prepared, decided=(*prepared.decided, why))
     assert config.run_dir is not None, "offload='disk' has one"
     run_dir = Path(config.run_dir)
-    costs = ranks.first("opening", lambda: asdict(measure(prepared.method.noise, run_dir, config.threads)))
+    through = 2 * prepared.layout.total_bytes > available_bytes() / CACHES
+    costs = ranks.first("opening", lambda: asdict(measure(prepared.method.noise, run_dir, config.threads, through)))
     chosen, why = least_costly(FoldCosts(**costs), prepared.plan, prepared.layout, prepared.method.noises)
     if not is_lossless(prepared.plan, prepared.layout) and chosen < prepared.fold_every:
         chosen, why = prepared.fold_every, f"{why}, and fewer would round small updates away"
@@ -79,9 +84,10 @@ def least_costly(costs: FoldCosts, plan: Plan, layout: Layout, noises: int) -> t
     return found, f"a weight's noise takes {1e9 * noise_s:.2f} ns a step here, writing it {1e9 * write_s:.2f} ns"
 
 
-def measure(noise: NoiseSpec, run_dir: Path, threads: int | None) -> FoldCosts:
-    """The costs of the run's noise and of writing to its directory, now; takes some tenths of a second."""
-    return FoldCosts(_noise_seconds(noise, threads), _byte_seconds(run_dir))
+def measure(noise: NoiseSpec, run_dir: Path, threads: int | None, through: bool) -> FoldCosts:
+    """The costs of the run's noise and of writing to its directory, now; takes some tenths of a second. through: to the
+    medium, not to the page cache alone."""
+    return FoldCosts(_noise_seconds(noise, threads), _byte_seconds(run_dir, through))
 
 
 def _noise_seconds(noise: NoiseSpec, threads: int | None) -> float:
@@ -100,8 +106,8 @@ def _noise_seconds(noise: NoiseSpec, threads: int | None) -> float:
     return max(many - few, many / 100) / (_PENDING * _NUMEL)
 
 
-def _byte_seconds(run_dir: Path) -> float:
-    """Of writing a byte to a file through to the medium, and of reading it again from the page cache."""
+def _byte_seconds(run_dir: Path, through: bool) -> float:
+    """Of writing a byte to a file, and of reading it again from the page cache."""
     folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
     data = bytearray(os.urandom(1 << 20))
     try:
@@ -110,7 +116,8 @@ def _byte_seconds(run_dir: Path) -> float:
             def write() -> None:
                 for at in range(0, _WRITTEN, len(data)):
                     diskio.write_at(file.fileno(), memoryview(data), at)
-                diskio.sync(file.fileno())
+                if through:
+                    diskio.sync(file.fileno())
 
             def read() -> None:
                 file.seek(0)
