@@ -63,7 +63,7 @@ def test_a_run_keeps_its_number_and_has_its_numbers(base, tmp_path, monkeypatch)
         losses = [engine.step(BATCH).loss for _ in range(4)]
     monkeypatch.setattr(folding, "measure", never)
     with Engine.resume(tmp_path / "auto") as engine:
-        assert engine.fold_every == 6
+        assert (engine.fold_every, engine.config.fold_every) == (6, 6)
         losses += [engine.step(BATCH).loss for _ in range(4)]
     with Engine(base, run_dir=tmp_path / "given", fold_every=6, **settings) as engine:
         assert_same(losses, [engine.step(BATCH).loss for _ in range(8)])

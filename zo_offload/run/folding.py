@@ -18,7 +18,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,25 +54,33 @@ class FoldCosts:
     byte_s: float
 
 
-def decide_folds(prepared: Prepared, ranks: Alone, recorded: Mapping[str, Any] | None) -> Prepared:
+def decide_folds(prepared: Prepared, ranks: Alone) -> Prepared:
     """`prepared` with fold_every="auto" decided, and a line with the reason. Ranks use rank 0's measurement: all must
-    fold at the same steps. recorded: the header of the journal that goes on; what numbers depend on is decided there.
-    Raises StorageError if the run's directory cannot be written to."""
-    config = prepared.config
-    if config.fold_every != "auto" or (recorded is not None and recorded.get("fold_every") != "any"):
+    fold at the same steps. Where numbers depend on it, the number takes the place of "auto" in the settings, and so in
+    the run's record; elsewhere each resume measures again. Raises StorageError if the run's directory cannot be
+    written to."""
+    config, layout = prepared.config, prepared.layout
+    if config.fold_every != "auto":
         return prepared
-    if prepared.offload != "disk" or config.device != "cpu" or prepared.layout.written <= prepared.plan.resident:
-        why = f"fold_every auto takes {prepared.fold_every}, the default: only a CPU that writes files is measured"
-        return replace(prepared, decided=(*prepared.decided, why))
+    rounds = not is_lossless(prepared.plan, layout)
+    if prepared.offload != "disk" or config.device != "cpu" or layout.written <= prepared.plan.resident:
+        chosen, why = prepared.fold_every, "the default: only a CPU that writes files is measured"
+    else:
+        chosen, why = _measured(prepared, ranks)
+        if rounds and chosen < prepared.fold_every:
+            chosen, why = prepared.fold_every, f"{why}, and fewer would round small updates away"
+    decided = (*prepared.decided, f"fold_every auto takes {chosen}: {why}")
+    config = replace(config, fold_every=chosen) if rounds else config
+    return replace(prepared, config=config, fold_every=chosen, decided=decided)
+
+
+def _measured(prepared: Prepared, ranks: Alone) -> tuple[int, str]:
+    config, layout, method = prepared.config, prepared.layout, prepared.method
     assert config.run_dir is not None, "offload='disk' has one"
     run_dir = Path(config.run_dir)
-    through = 2 * prepared.layout.total_bytes > available_bytes() / CACHES
-    costs = ranks.first("opening", lambda: asdict(measure(prepared.method.noise, run_dir, config.threads, through)))
-    chosen, why = least_costly(FoldCosts(**costs), prepared.plan, prepared.layout, prepared.method.noises)
-    if not is_lossless(prepared.plan, prepared.layout) and chosen < prepared.fold_every:
-        chosen, why = prepared.fold_every, f"{why}, and fewer would round small updates away"
-    line = f"fold_every auto takes {chosen}: {why}"
-    return replace(prepared, fold_every=chosen, decided=(*prepared.decided, line))
+    through = 2 * layout.total_bytes > available_bytes() / CACHES
+    costs = ranks.first("opening", lambda: asdict(measure(method.noise, run_dir, config.threads, through)))
+    return least_costly(FoldCosts(**costs), prepared.plan, layout, method.noises)
 
 
 def least_costly(costs: FoldCosts, plan: Plan, layout: Layout, noises: int) -> tuple[int, str]:

@@ -180,7 +180,7 @@ def open_model(
     agreed = _agreed(config, prepared, ranks)
     if agreed != (prepared.config.storage, prepared.offload):
         prepared = make(replace(config, storage=agreed[0]), offload=agreed[1])
-    prepared = decide_folds(prepared, ranks, recorded)
+    prepared = decide_folds(prepared, ranks)
     if fresh:
         check_idle(config, prepared, base, tells=ranks.leads)
     opened = Opened(

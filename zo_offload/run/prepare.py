@@ -243,7 +243,7 @@ def prepare(
     offload = choose_offload(config, layout, device, sharers) if offload is None else offload
     stays = _in_place(config, offload, device)
     folds = config.fold_every
-    if not isinstance(folds, int) and recorded is not None and type(recorded.get("fold_every")) is int:
+    if folds is None and recorded is not None and type(recorded.get("fold_every")) is int:
         folds = recorded["fold_every"]
     every = choose_fold_every(folds, stored.plan, layout, stays, method.distribution, method.noises)
     return Prepared(_shadow(model), full, stored.plan, layout, config, method, device, offload, every, decided)
