@@ -8,8 +8,9 @@ A synthetic checkpoint whose largest parameter has `--mib` MiB in bf16, written 
     vocabulary   an embedding of that size, one plain tensor in the file
     experts      one layer's gate and up projections of that size, in the file a tensor for each expert and projection,
                  which transformers merges when it loads
-    gptq, ...    a layer's gate, up and down projections of that size each, in a quantization scheme
-                 (`ingest_schemes.py`; gpt-oss: its experts), for --storage kept; the norms train
+    gptq, ...    one layer's gate and up projections of that size, in one weight as Phi-3's, and the down projection
+                 beside it, in a quantization scheme (`ingest_schemes.py`), for --storage kept; gpt-oss: its experts.
+                 The norms train
 
 Each case runs in a process of its own, one phase after another:
 
@@ -57,7 +58,7 @@ PHASES = ("digest", "make", "ingest", "step", "export", "resume", "replay")
 
 
 def config_of(case: str, mib: int) -> Any:
-    from transformers import GptOssConfig, LlamaConfig, MixtralConfig
+    from transformers import GptOssConfig, LlamaConfig, MixtralConfig, Phi3Config
 
     small: dict[str, Any] = dict(
         hidden_size=1024, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=64,
@@ -74,7 +75,10 @@ def config_of(case: str, mib: int) -> Any:
             num_experts_per_tok=2, architectures=["GptOssForCausalLM"],
         )  # fmt: skip
     if case in SCHEMES:
-        return LlamaConfig(**small, vocab_size=1024, intermediate_size=mib << 9, architectures=["LlamaForCausalLM"])
+        return Phi3Config(
+            **small, vocab_size=1024, intermediate_size=mib << 8, pad_token_id=0, eos_token_id=0,
+            architectures=["Phi3ForCausalLM"],
+        )  # fmt: skip
     return MixtralConfig(
         **small, vocab_size=1024, intermediate_size=1024, num_local_experts=mib >> 2, num_experts_per_tok=2,
         architectures=["MixtralForCausalLM"],
