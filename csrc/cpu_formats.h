@@ -58,10 +58,14 @@ inline void load_across(const zo_u8* scales, zo_u32 across, zo_u64 at, int begin
 
 // nvfp4_two: the scales of a tile's groups that hold elements [begin, end); the first lies `at` after the planes' first.
 inline void load_two(const float* wholes, zo_u64 at, int begin, int end, Grid& grid) {
-  for (int k = begin / 16; k < (end + 15) / 16; ++k) {
-    // half floats have 8 less exponent bias
-    const float number = zo_fp16_decode<ZoScalar>(zo_e4m3_half<ZoScalar>(grid.exponent[k]) & 0xffffu) * 256.0f;
-    grid.scale[k] = zo_two_scale(number, wholes[(at + 16 * k) / ZO_TWO]);
+  const int last = (end + 15) / 16;
+  for (int k = begin / 16; k < last;) {
+    const zo_u64 from = at + 16 * k;
+    const int left = (int)(ZO_TWO - from % ZO_TWO) / 16, stop = left < last - k ? k + left : last;
+    const float whole = wholes[from / ZO_TWO];
+    for (; k < stop; ++k)  // half floats have 8 less exponent bias
+      grid.scale[k] = zo_two_scale(
+          zo_fp16_decode<ZoScalar>(zo_e4m3_half<ZoScalar>(grid.exponent[k]) & 0xffffu) * 256.0f, whole);
   }
 }
 

@@ -182,7 +182,7 @@ class _Header:
         kind = BLOCKS.get(code)
         if kind is None and code not in PLAIN:
             known = ", ".join(["F32", "F16", "BF16", *(block.name for block in BLOCKS.values())])
-            raise self.wrong(f"tensor {name!r} has type {code}, which is not supported. Supported: {known}")
+            raise self.wrong(f"has tensor {name!r} of type {code}, which is not supported. Supported: {known}")
         if math.prod(shape) > 8 * 256 * self.size or (kind is not None and shape[-1] % kind.numel):
             raise self.wrong(f"tensor {name!r} of type {code} has the shape {list(shape)}")
         return name, kind, Spec(PLAIN.get(code, torch.float32), shape), offset
