@@ -22,7 +22,7 @@ from .base import FLOATS, Codes, Decoded, Kept, Wanted, by_rows, is_exact, kept_
 from .bits import stream
 from .files import Files
 
-_ALIGN = 32  # outputs: whole words of zero points, for any number of bits
+_ALIGN = 32  # outputs whose zero points are whole words, for any number of bits
 
 
 class GPTQ:
@@ -75,10 +75,10 @@ def _weight(files: Files, module: str, settings: Mapping[str, Any]) -> Decoded:
 
     def parts(files: Files, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
         """codes [n, inputs], zero points and scales [n, groups] of outputs [first, last)"""
-        last = min(-(-last // _ALIGN) * _ALIGN, outputs)
         codes = stream(files.columns(name, first, last).T, bits)
-        packed = files.columns(f"{module}.qzeros", first * bits // 32, -(-last * bits // 32))
-        stored = stream(packed, bits)[:, : last - first]
+        low = first // _ALIGN * _ALIGN
+        packed = files.columns(f"{module}.qzeros", low * bits // 32, -(-last * bits // 32))
+        stored = stream(packed, bits)[:, first - low : last - low]
         zero = stored if is_v2 else (stored + 1) % (1 << bits)
         if symmetric and bool((zero != middle).any()):
             other = (stored + 1) % (1 << bits) if is_v2 else stored  # a file whose settings have the wrong version
@@ -103,12 +103,12 @@ def _weight(files: Files, module: str, settings: Mapping[str, Any]) -> Decoded:
     keeps: tuple[Kept, ...] = ()
     group, exact = run_length(index), is_exact(files.specs[f"{module}.scales"])
     if bits <= 4 and exact:
-        keeps += kept_as("int4f", group, kept_rows(inputs, above, _ALIGN))
+        keeps += kept_as("int4f", group, kept_rows(inputs, above))
     if bits <= 4 or symmetric:
-        keeps += kept_as("int8", group, kept_rows(inputs, signed, _ALIGN))
+        keeps += kept_as("int8", group, kept_rows(inputs, signed))
     if bits == 8 and exact:
-        keeps += kept_as("int8f", group, kept_rows(inputs, above, _ALIGN))
-    return Decoded(f"{module}.weight", (outputs, inputs), dtype, uses, by_rows(inputs, rows, _ALIGN), keeps)
+        keeps += kept_as("int8f", group, kept_rows(inputs, above))
+    return Decoded(f"{module}.weight", (outputs, inputs), dtype, uses, by_rows(inputs, rows), keeps)
 
 
 def _groups(files: Files, module: str, inputs: int, groups: int, settings: Mapping[str, Any]) -> Tensor:
