@@ -31,10 +31,15 @@ def padded_words(words: Tensor, bits: int) -> Tensor:
     return (words.to(torch.int64).unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2).to(torch.int16)
 
 
-def nibbles(raw: Tensor, *, high_first: bool = False) -> Tensor:
-    """[..., n] bytes -> [..., 2 n] codes 0 .. 15 (int64), the low half of a byte first."""
+def halves(raw: Tensor, *, high_first: bool = False) -> Tensor:
+    """[..., n] bytes -> [..., 2 n] codes 0 .. 15 (uint8), the low half of a byte first."""
     both = [raw >> 4, raw & 15] if high_first else [raw & 15, raw >> 4]
-    return torch.stack(both, -1).flatten(-2).long()
+    return torch.stack(both, -1).flatten(-2)
+
+
+def nibbles(raw: Tensor) -> Tensor:
+    """The same as indices of a table (int64)."""
+    return halves(raw).long()
 
 
 def powers(exponents: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from ..errors import CheckpointError
 from ..formats.four_bits import NF4_VALUES
 from ..formats.kept import FP4_VALUES, INVERSE_127
 from .base import Codes, Decoded, Wanted, by_rows, kept_as, kept_rows, need
-from .bits import nibbles
+from .bits import halves
 from .files import Files
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -62,8 +62,9 @@ def _state(files: Files, name: str) -> dict[str, Any]:
 
 def _four_bits(files: Files, name: str, state_name: str) -> Decoded:
     state = _state(files, state_name)
-    shape, size = tuple(state["shape"]), state["blocksize"]
+    shape = tuple(state["shape"])
     n = math.prod(shape)
+    size = min(state["blocksize"], n)
     spec, absmax, table = need(files, name, state_name), f"{name}.absmax", f"{name}.quant_map"
     blocks = -(-n // size)
     if spec.nbytes != -(-n // 2):
@@ -96,11 +97,10 @@ def _four_bits(files: Files, name: str, state_name: str) -> Decoded:
         """The table index and absmax of each element."""
         low, high = start // (2 * itemsize), -(-(start + count) // (2 * itemsize))
         raw = files.part(name, low, min(high, spec.numel) - low).view(torch.uint8)
-        codes = nibbles(raw, high_first=True)[start - low * 2 * itemsize :][:count]
-        first = start // size
-        values = largest(files, first, -(-(start + count) // size))
-        block = torch.arange(start, start + count, device="cpu").div(size, rounding_mode="floor") - first
-        return codes.to(torch.uint8), values[block], None
+        codes = halves(raw, high_first=True)[start - low * 2 * itemsize :][:count]
+        first, last = start // size, -(-(start + count) // size)
+        edges = (torch.arange(first, last + 1, device="cpu") * size).clamp(start, start + count)
+        return codes, largest(files, first, last).repeat_interleave(edges.diff()), None
 
     def run(files: Files, start: int, count: int) -> Tensor:
         codes, values, _ = kept(files, start, count)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .base import RUN, Codes, Decoded, Kept, Wanted, by_rows, kept_as, kept_rows, need
-from .bits import E2M1, nibbles, powers
+from .bits import E2M1, halves, nibbles, powers
 from .files import Files
 
 
@@ -76,13 +76,13 @@ def packed_float(files: Files, codes: str, name: str, whole: str | None) -> Deco
         return values.mul_(factors(files, first, last).unsqueeze(2)).view(last - first, width).to(torch.bfloat16)
 
     def kept(files: Files, first: int, last: int) -> Codes:
-        both = nibbles(files.rows(codes, first, last)).to(torch.uint8)
+        both = halves(files.rows(codes, first, last))
         return both, files.rows(scale, first, last) if whole is None else factors(files, first, last), None
 
     def own(files: Files, first: int, last: int) -> Codes:
         """With both scales as they are in the files."""
         assert whole is not None
-        both = nibbles(files.rows(codes, first, last)).to(torch.uint8)
+        both = halves(files.rows(codes, first, last))
         factor = files.part(whole, 0, 1) * (-1 if divides else 1)
         return both, files.rows(scale, first, last).view(torch.uint8), factor.expand(last - first, 1)
 
