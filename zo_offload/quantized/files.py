@@ -20,6 +20,8 @@ from ..errors import CheckpointError
 
 SLAB_BYTES = 8 << 20
 SLABS = 3
+SHORT_ROW = 16 << 10
+"""Bytes of a row that are read whole for some of its columns: a read costs as much as copying a few times these."""
 SMALL = 1 << 20
 """The most elements of a tensor that is read whole: group indices, tables, descriptions."""
 
@@ -96,14 +98,27 @@ class Files:
                     self._slabs.popitem(last=False)
                 fitting = SLAB_BYTES // max(1, rows * inner * spec.dtype.itemsize)
                 end = min(columns, max(last, first + fitting))
-                slab = torch.empty(rows, (end - first) * inner, dtype=spec.dtype, device="cpu")
-                origin = matrix * rows * columns * inner
-                if end - first == columns:
-                    self._read_into(name, origin, slab.view(-1))
-                else:
-                    for row in range(rows):
-                        self._read_into(name, origin + (row * columns + first) * inner, slab[row])
-                held = self._slabs[key] = (first, slab)
+                held = self._slabs[key] = (first, self._slab(name, matrix, first, end))
             else:
                 self._slabs.move_to_end(key)
             return held[1][:, (first - held[0]) * inner : (last - held[0]) * inner]
+
+    def _slab(self, name: str, matrix: int, first: int, end: int) -> Tensor:
+        """Columns [first, end) of a matrix, as `columns` returns them."""
+        spec = self.specs[name]
+        rows, columns, inner = (*spec.shape[-2:], 1) if len(spec.shape) < 4 else spec.shape[-3:]
+        width, low, high = columns * inner, first * inner, end * inner
+        origin = matrix * rows * width
+        slab = torch.empty(rows, high - low, dtype=spec.dtype, device="cpu")
+        if high - low == width:
+            self._read_into(name, origin, slab.view(-1))
+        elif width * spec.dtype.itemsize > SHORT_ROW:
+            for row in range(rows):
+                self._read_into(name, origin + row * width + low, slab[row])
+        else:
+            at_once = max(1, SMALL // width)
+            for row in range(0, rows, at_once):
+                count = min(at_once, rows - row)
+                whole = self.part(name, origin + row * width, count * width).view(count, width)
+                slab[row : row + count] = whole[:, low:high]
+        return slab
