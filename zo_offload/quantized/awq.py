@@ -58,13 +58,13 @@ def _weight(files: Files, module: str, wanted: Wanted) -> Decoded:
 
     def codes(files: Files, of: str, first: int, last: int) -> Tensor:
         """[outputs, rows] of the packed tensor"""
-        packed = stream(files.columns(of, first // 8, last // 8), 4)
+        low = first // 8 * 8  # a word has 8 outputs
+        packed = stream(files.columns(of, low // 8, -(-last // 8)), 4)
         rows = packed.shape[0]
-        return packed.view(rows, -1, 8)[:, :, ORDER].view(rows, -1).T
+        return packed.view(rows, -1, 8)[:, :, ORDER].view(rows, -1).T[first - low : last - low]
 
     def parts(files: Files, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
         """codes [outputs, groups, group], zero points and scales [outputs, groups]"""
-        last = -(-last // 8) * 8
         packed = codes(files, name, first, last).reshape(last - first, groups, group)
         return (
             packed,
@@ -87,6 +87,6 @@ def _weight(files: Files, module: str, wanted: Wanted) -> Decoded:
     uses = tuple(f"{module}.{part}" for part in ("qweight", "qzeros", "scales"))
     keeps: tuple[Kept, ...] = ()
     if is_exact(files.specs[f"{module}.scales"]):
-        keeps = kept_as("int4f", group, kept_rows(inputs, above, 8))
-    keeps += kept_as("int8", group, kept_rows(inputs, signed, 8))
-    return Decoded(f"{module}.weight", (words * 8, inputs), dtype, uses, by_rows(inputs, rows, 8), keeps)
+        keeps = kept_as("int4f", group, kept_rows(inputs, above))
+    keeps += kept_as("int8", group, kept_rows(inputs, signed))
+    return Decoded(f"{module}.weight", (words * 8, inputs), dtype, uses, by_rows(inputs, rows), keeps)
