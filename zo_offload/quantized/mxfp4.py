@@ -20,7 +20,7 @@ from ..formats.codec import encode_values
 from ..formats.fp8 import FP8E4M3
 from ..formats.grouped import each, scales_plane
 from .base import RUN, Codes, Decoded, Kept, Wanted, by_rows, kept_rows, need
-from .bits import E2M1, nibbles, powers
+from .bits import E2M1, powers
 from .files import Files
 from .packed_float import all_finite
 
@@ -40,6 +40,7 @@ class MXFP4:
             yield _experts(files, name, scales)
 
 
+_E2M1 = E2M1.to(torch.bfloat16)
 _FP8 = FP8E4M3()
 _SPREAD, _MOST = 14, 240  # the exponents' range; the largest exponent with a valid fp8 scale
 
@@ -79,26 +80,27 @@ def _experts(files: Files, name: str, scales: str) -> Decoded:
             yield end - begin, raw, files.columns(scales, low, high, matrix=expert)
             first += end - begin
 
+    def turned(raw: Tensor) -> Tensor:
+        """The codes of blocks [outputs, 16 n], one row for each input. Moves bytes, not values."""
+        both = raw.T.contiguous()  # a byte has two inputs
+        return torch.stack([both & 15, both >> 4], 1).view(-1, outputs)
+
     def rows(files: Files, first: int, last: int) -> Tensor:
         """Inputs [first, last), from a multiple of 32 on; [., outputs]"""
         found = []
         for count, raw, exponents in parts(files, first, last):
-            values = E2M1[nibbles(raw)].view(outputs, -1, 32)
-            values *= powers(exponents).unsqueeze(2)
-            found.append(values.view(outputs, -1)[:, :count].T)
-        return torch.cat(found).to(torch.bfloat16)
+            values = _E2M1[turned(raw).long()].view(-1, 32, outputs)
+            values *= powers(exponents.T.contiguous()).to(torch.bfloat16).unsqueeze(1)
+            found.append(values.view(-1, outputs)[:count])
+        return torch.cat(found)
 
     def across(files: Files, first: int, last: int) -> Codes:
-        """The codes themselves, turned."""
-        codes = torch.empty(last - first, outputs, dtype=torch.uint8, device="cpu")
-        factors = torch.empty(last - first, outputs, dtype=torch.uint8, device="cpu")
-        at = 0
-        for count, raw, exponents in parts(files, first, last):
-            turned = raw.T.contiguous()  # bytes: a small move; then each is two rows
-            codes[at : at + count] = torch.stack([turned & 15, turned >> 4], 1).view(-1, outputs)[:count]
-            factors[at : at + count] = exponents.T.repeat_interleave(32, 0)[:count]
-            at += count
-        return codes, factors, None
+        """The codes themselves."""
+        found = [
+            (turned(raw)[:count], exponents.T.repeat_interleave(32, 0)[:count])
+            for count, raw, exponents in parts(files, first, last)
+        ]
+        return torch.cat([codes for codes, _ in found]), torch.cat([factors for _, factors in found]), None
 
     def kept(files: Files, first: int, last: int) -> Codes:
         """Encoded as fp8_e4m3, which is exact if `fits`."""
