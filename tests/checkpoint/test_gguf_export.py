@@ -42,9 +42,12 @@ FAMILIES = {
     "starcoder2": Tiny("Starcoder2ForCausalLM", "Starcoder2Config", dict(
         NARROW, vocab_size=49152, sliding_window=None)),
     "nemotron": Tiny("NemotronForCausalLM", "NemotronConfig", NARROW),
-    "gemma2": Tiny("Gemma2ForCausalLM", "Gemma2Config", dict(WIDE, head_dim=16, sliding_window=16)),
-    "gemma3": Tiny("Gemma3ForCausalLM", "Gemma3TextConfig", dict(WIDE, head_dim=16, sliding_window=16)),
+    "gemma2": Tiny("Gemma2ForCausalLM", "Gemma2Config", dict(NARROW, head_dim=256, sliding_window=16)),
+    "gemma3": Tiny("Gemma3ForCausalLM", "Gemma3TextConfig", dict(NARROW, head_dim=256, sliding_window=16)),
 }  # fmt: skip
+
+ROPE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32}  # fmt: skip
 
 
 def built(family, folder, dtype=torch.float32):
@@ -144,9 +147,7 @@ def test_what_came_as_gguf_and_is_frozen_leaves_as_the_bytes_that_came(tmp_path)
 
 
 def test_the_rotary_factors_of_llama_3_are_written_and_a_config_beside_the_file_is_used(tmp_path, caplog):
-    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32}  # fmt: skip
-    model = replace(FAMILIES["llama"], options=dict(WIDE, rope_parameters=rope)).build()
+    model = replace(FAMILIES["llama"], options=dict(WIDE, rope_parameters=ROPE)).build()
     with caplog.at_level(logging.WARNING):
         save_pretrained(tmp_path / "out", model=model, scheme="gguf")
     assert "rope_parameters under llama.cpp's keys" in caplog.text
@@ -213,6 +214,7 @@ def test_a_tokenizer_on_bytes_is_read_again_as_it_is(tmp_path, caplog, pattern, 
     assert "reads the tokenizer" not in caplog.text
     assert (values["tokenizer.ggml.model"], values["tokenizer.ggml.pre"]) == ("gpt2", name)
     assert values["tokenizer.ggml.tokens"] == 300 and values["tokenizer.ggml.eos_token_id"] == 258
+    assert values["tokenizer.ggml.add_bos_token"] is False  # llama.cpp's default for llama-bpe is to add one
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
     text = "the <think>other</think><|end|> naïve 1234"
     assert again(text, add_special_tokens=False).input_ids == tokenizer(text, add_special_tokens=False).input_ids
@@ -253,6 +255,34 @@ def test_a_tokenizer_without_a_place_in_gguf_is_refused_by_name(tmp_path, make, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "llama3"])
+def test_llama_cpp_computes_what_transformers_does(family, tmp_path):
+    """The next token's log probabilities, and the number of a text's tokens. llama.cpp's gelu is a table in float16."""
+    llama = pytest.importorskip("xllamacpp", reason="xllamacpp (llama.cpp for Python) is not installed")
+    tiny, tokenizer = FAMILIES.get(family, FAMILIES["llama"]), pieces() if "gemma" in family else byte_level()
+    options = tiny.options | dict(vocab_size=max(320, tiny.options["vocab_size"]), max_position_embeddings=256)
+    options |= {"rope_parameters": ROPE} if family == "llama3" else {}
+    model = replace(tiny, options=options).build()
+    save_pretrained(tmp_path / "out", model=model, tokenizer=tokenizer, scheme="gguf")
+    settings = llama.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel, settings.warmup = (
+        str(tmp_path / "out" / "model.gguf"), 256, 1, False
+    )  # fmt: skip
+    settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server, ids = llama.Server(settings), list(range(60, 100))
+    asked = {"n_predict": 1, "n_probs": options["vocab_size"], "temperature": 0.0, "ignore_eos": True}
+    found = server.handle_completions({"prompt": ids, **asked})["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    with torch.no_grad():
+        want = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0, -1], -1)
+    got = torch.tensor([entry["logprob"] for entry in sorted(found, key=lambda entry: entry["id"])])
+    gelu = family.startswith(("gemma", "starcoder2"))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-3 if gelu else 1e-5)
+    for text in ("the quick the 1234  tabs\n\nnaïve", "abc a bc  a"):
+        count = server.handle_completions({"prompt": text, "n_predict": 1})["usage"]["prompt_tokens"]
+        assert count == len(tokenizer(text).input_ids)
+
+
 # ---- refusals, and what was there before -----------------------------------------------------------------------------
 
 
@@ -264,9 +294,10 @@ def test_a_tokenizer_without_a_place_in_gguf_is_refused_by_name(tmp_path, make, 
         (replace(FAMILIES["llama"], options=dict(WIDE, attention_bias=True)), "attention_bias=True has no place"),
         (replace(FAMILIES["llama"], options=dict(WIDE, hidden_act="gelu")), "hidden_act='gelu' has no place"),
         (replace(FAMILIES["mistral"], options=dict(WIDE, sliding_window=8)), "sliding_window=8 has no place"),
+        (Tiny("Gemma2ForCausalLM", "Gemma2Config", dict(WIDE, head_dim=16)), "query_pre_attn_scalar=256 has no place"),
         (Tiny("Qwen3MoeForCausalLM", "Qwen3MoeConfig", dict(MOE, norm_topk_prob=False)), "norm_topk_prob=False has no"),
     ],
-    ids=["opt", "mixtral", "bias", "act", "window", "topk"],
+    ids=["opt", "mixtral", "bias", "act", "window", "scale", "topk"],
 )
 def test_what_gguf_cannot_say_is_refused_by_name(tmp_path, tiny, said):
     with pytest.raises(ConfigError, match=said):

@@ -70,6 +70,12 @@ def add_config(writer: Any, config: Any, name: str) -> set[str]:
     """Add a config's values to gguf's writer; returns the settings that they say. ConfigError: a rotary scaling that
     has no keys."""
     arch, told = writer.arch, {"rope_parameters", "rope_theta"}
+    scale = getattr(config, "query_pre_attn_scalar", head_dim(config))
+    if scale != head_dim(config):
+        raise ConfigError(
+            f"query_pre_attn_scalar={scale} has no place in GGUF's {arch!r}: llama.cpp takes head_dim, which is "
+            f"{head_dim(config)}. Export it as safetensors (without --as)"
+        )
     writer.add_string("general.type", "model")
     if name and name != "mistral":  # a name that transformers takes for an architecture, which it then cannot read
         writer.add_string("general.name", name)

@@ -69,10 +69,19 @@ def add(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     writer.add_token_types(kinds)
     with tempfile.TemporaryDirectory() as folder:
         tokenizers.save(tokenizer, Path(folder))
-        gguf.SpecialVocab(folder, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
+        special = gguf.SpecialVocab(folder, n_vocab=vocab_size)
+        special.add_special_token |= _added(tokenizer)
+        special.add_to_gguf(writer, quiet=True)
     if any(" " in piece for pair in merges for piece in pair):
         raise CheckpointError(f"the tokenizer ({named}) merges pieces with spaces, which GGUF separates merges by.")
     writer.add_token_merges([" ".join(pair) for pair in merges])
+
+
+def _added(tokenizer: Any) -> dict[str, bool]:
+    """Whether a tokenizer puts its first token before a text, and its last one after it; llama.cpp has defaults."""
+    ids = tokenizer("a").input_ids
+    first, last = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+    return {"bos": first is not None and ids[:1] == [first], "eos": last is not None and ids[-1:] == [last]}
 
 
 def check(path: Path, tokenizer: Any) -> None:
