@@ -255,6 +255,30 @@ def test_a_pass_that_fails_leaves_a_run_that_goes_on(gpu):
         assert found + [engine.step(batch).loss for batch in batches(4)[2:]] == expected
 
 
+@pytest.mark.parametrize("offload", ["host", "disk"])
+def test_one_read_that_fails_ends_one_step(gpu, monkeypatch, tmp_path, offload):
+    """The first failure was raised again by the clean-up, which then never came to its end: the engine was dead."""
+    settings = dict(method=METHOD, device="cuda", offload=offload, num_slots=2, fold_every=1)
+    more = dict(run_dir=tmp_path / "run") if offload == "disk" else {}
+    with Engine(small_opt(), **settings, **(dict(run_dir=tmp_path / "whole") if more else {})) as engine:
+        expected = [engine.step(batch).loss for batch in batches(4)]
+    with Engine(small_opt(), **settings, **more) as engine:
+        found = [engine.step(batch).loss for batch in batches(2)]
+        tier, left = engine.active.streamer.window.tier, [3]
+        fetch = tier.fetch
+
+        def failing(*args):
+            left[0] -= 1
+            if left[0] == 0:
+                raise OSError("one read failed")
+            fetch(*args)
+
+        monkeypatch.setattr(tier, "fetch", failing)
+        with pytest.raises(OSError, match="one read failed"):
+            engine.step(batches(3)[2])
+        assert found + [engine.step(batch).loss for batch in batches(4)[2:]] == expected
+
+
 def test_the_stand_in_sees_what_it_is_there_for(gpu):
     """Tensors of both sides in one op, and each kind of wait."""
     there, here = torch.ones(4, device="cuda"), torch.ones(4)
