@@ -25,6 +25,7 @@ from zo_offload.devices import pinned
 from zo_offload.devices.cpu import before_unmapping, map_memory
 from zo_offload.devices.pinned import RESERVE_BYTES, Lock
 from zo_offload.devices.staging import NUM_CHUNKS, HostSlabs, Ring
+from zo_offload.devices.streams import Stream
 from zo_offload.journal.journal import Journal
 from zo_offload.kernels.driver import CudaError
 from zo_offload.run.session import Session
@@ -149,6 +150,20 @@ def test_an_engine_that_nobody_closes_unlocks_and_is_freed(use):
             break
         time.sleep(0.02)
     assert device.backend.locked == 0 and [ref() for ref in gone] == [None, None]
+
+
+def test_a_worker_keeps_nothing_of_an_op_that_has_run():
+    """It waited for the next one with the last one in its hands, and with that the window, its slots and the slabs."""
+    stream, held = Stream("test"), torch.empty(8)
+    gone = weakref.ref(held)
+    stream.submit(lambda held=held: None).wait()
+    del held
+    for _ in range(100):
+        if gone() is None:
+            break
+        time.sleep(0.01)
+    assert gone() is None
+    stream.close()
 
 
 def test_a_start_without_room_on_the_gpu_leaves_nothing_locked(use, monkeypatch):
