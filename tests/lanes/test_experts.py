@@ -35,6 +35,7 @@ from support.zoo import archs
 from support.zoo.archs import Arch
 from zo_offload import Engine, MeZO
 from zo_offload.lanes.hub import Hub, Lane
+from zo_offload.modules import experts as experts_module
 from zo_offload.modules.experts import in_runs, is_stack_of_experts, set_rows
 from zo_offload.plan.activations import measure_activations
 from zo_offload.plan.blocks import ParamSpec, cut_runs
@@ -149,6 +150,22 @@ def test_every_choice_is_computed_once(cuts: list[slice], masked: bool, monkeypa
     monkeypatch.setattr(nn.functional, "grouped_mm", counted)
     run(experts(MixtralExperts, "grouped_mm"), cuts, *routed(tokens=11, choices=3), masked=masked)
     assert sum(computed) == 2 * 11 * 3, "two products for each"
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_rows_are_read_where_torchs_product_waits_for_the_host(ahead: bool, monkeypatch: Any) -> None:
+    """There a run gets the rows that chose its experts; where the product runs ahead, all rows, and none is read."""
+    given: list[int] = []
+    product = nn.functional.grouped_mm
+
+    def noted(x: Tensor, w: Tensor, *, offs: Tensor) -> Tensor:
+        given.append(len(x))
+        return product(x, w, offs=offs)
+
+    monkeypatch.setattr(nn.functional, "grouped_mm", noted)
+    monkeypatch.setattr(experts_module, "products_run_ahead", lambda device, dtype: ahead)
+    run(experts(MixtralExperts, "grouped_mm"), CUTS["pairs"], *routed(tokens=11, choices=3))
+    assert set(given) == {33} if ahead else sum(given) == 2 * 33
 
 
 def test_no_tokens_and_one_choice() -> None:

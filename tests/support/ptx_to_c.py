@@ -145,6 +145,9 @@ class _Kernel:
                 continue
             if line in "{}":
                 continue
+            m = re.fullmatch(r"\{ \.reg \.b32 tmp; mov\.b64 \{(tmp|%\w+), *(tmp|%\w+)\}, (%\w+); \}", line)
+            if m:  # one half of a 64-bit register, as the compiler writes it for sm_120
+                line = f"mov.b64 {{{m[1]}, {m[2]}}}, {m[3]};".replace("tmp", "_")
             guard = ""
             m = re.match(r"@(!?)%(p\d+)\s+(.*)", line)
             if m:
