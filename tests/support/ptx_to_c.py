@@ -163,10 +163,8 @@ class _Kernel:
         )
 
     def instruction(self, line: str, number: int) -> str:
-        op, _, rest = line.partition(" ")
-        if not rest:
-            op, _, rest = line.partition("\t")
-        op, rest = op.strip(), rest.strip()
+        op, *rests = line.split(None, 1)
+        rest = "".join(rests)
         if op == "ret":
             return "return"
         a = _split(rest)
