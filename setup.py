@@ -2,13 +2,12 @@
 kernels' machine code. No torch, no Python headers.
 
 Everything else is in pyproject.toml. Without a working C++ compiler the package installs all the same and runs its
-slow reference. CXX chooses the compiler, CXXFLAGS is added to ours (a build whose floating point differs is refused
-when it is loaded). Without nvcc the CUDA kernels are compiled on first use by the NVRTC that torch brings. NVCC chooses
-another nvcc, ZO_CUDA_ARCHS=90 builds for these GPUs alone, ZO_CUDA=0 does without.
+slow reference. CXX chooses the compiler, and with it the CPU; CXXFLAGS is added to ours (a build whose floating point
+differs is refused when it is loaded). Without nvcc the CUDA kernels are compiled on first use by the NVRTC that torch
+brings. NVCC chooses another nvcc, ZO_CUDA_ARCHS=90 builds for these GPUs alone, ZO_CUDA=0 does without.
 """
 
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -30,10 +29,12 @@ FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-er
 FLAGS += ["-Wno-maybe-uninitialized"]
 LINK_FLAGS = "-shared -s -pthread -static-libstdc++ -static-libgcc".split()
 SOURCES = {"csrc/cpu.cpp": [], "csrc/cpu_scalar.cpp": [], "csrc/cpu_checksum.cpp": [], "csrc/cpu_io.cpp": []}
-if platform.machine().lower() in ("x86_64", "amd64"):
-    # one unit an instruction set, chosen at run time: only these files may use what their flags allow
-    SOURCES["csrc/cpu_avx2.cpp"] = "-mavx2 -mfma -mf16c".split()
-    SOURCES["csrc/cpu_avx512.cpp"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c".split()
+# one unit an instruction set, chosen at run time: only these files may use what their flags allow
+X86_SOURCES = {
+    "csrc/cpu_avx2.cpp": "-mavx2 -mfma -mf16c".split(),
+    "csrc/cpu_avx512.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c".split(),
+}
+ARM_SOURCES: dict[str, list[str]] = {"csrc/cpu_neon.cpp": []}
 HEADERS = [
     "noise.h",
     "formats.h",
@@ -81,6 +82,14 @@ def nvcc_command(compiler: str, target: Path, *extra: str) -> list[str]:
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     flags = ["-std=c++17", "-O3", "--threads=0", "-fatbin"]
     return [compiler, *flags, *codes, *extra, "csrc/cuda.cu", "-o", str(target)]
+
+
+def cpu_sources(compiler: list[str]) -> dict[str, list[str]]:
+    """The sources for the CPU that this compiler builds for, each with the flags that it alone gets."""
+    told = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+    machine = told.strip().split("-")[0].lower()
+    of_machine = {"x86_64": X86_SOURCES, "amd64": X86_SOURCES, "aarch64": ARM_SOURCES, "arm64": ARM_SOURCES}
+    return SOURCES | of_machine.get(machine, {})
 
 
 class AnyPython3(bdist_wheel):
@@ -140,7 +149,7 @@ class BuildNative(build_ext):
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         objects, running = [], []
         try:
-            for source, flags in SOURCES.items():  # side by side: each takes some seconds
+            for source, flags in cpu_sources(compiler).items():  # side by side: each takes some seconds
                 objects.append(str(temporary / (Path(source).stem + ".o")))
                 command = [*compiler, *FLAGS, *extra, *flags, "-c", source, "-o", objects[-1]]
                 running.append((command, subprocess.Popen(command)))
@@ -160,7 +169,7 @@ if __name__ == "__main__":
         ext_modules=[
             Extension(
                 "zo_offload._zo_cpu",
-                sources=list(SOURCES),
+                sources=list(SOURCES | X86_SOURCES | ARM_SOURCES),
                 depends=[f"csrc/{header}" for header in HEADERS],
                 optional=True,
             ),

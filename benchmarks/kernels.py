@@ -1,6 +1,6 @@
 """Speed of the fused pass on this CPU, beside the memory it runs on and beside the same work in plain torch.
 
-    python -m benchmarks.kernels [--quick] [--match TEXT] [--isa scalar|avx2|avx512] [--threads 1 2 ...]
+    python -m benchmarks.kernels [--quick] [--match TEXT] [--isa scalar|avx2|avx512|neon] [--threads 1 2 ...]
 
 One JSON line a result. `gelem_per_s` is the median over repeats (p20, p80, n beside it) of wall time; `per_core` is
 that over the threads used. `gb_per_s` counts what the pass must read and write once: weight, weight back, lanes (of a

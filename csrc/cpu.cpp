@@ -5,6 +5,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define ZO_X86 1
+#elif defined(__aarch64__) && defined(__AARCH64EL__)
+#define ZO_ARM 1
 #endif
 
 namespace {
@@ -26,6 +28,17 @@ class StandardFloat {
 
  private:
   unsigned saved_;
+#elif ZO_ARM
+ public:
+  StandardFloat() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    write(0);
+  }
+  ~StandardFloat() { write(saved_); }
+
+ private:
+  static void write(zo_u64 mode) { asm volatile("msr fpcr, %0" : : "r"(mode) : "memory"); }
+  zo_u64 saved_;
 #endif
 };
 
@@ -45,6 +58,8 @@ bool has_isa(int isa) {
     case ZO_AVX512:
       return has_isa(ZO_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#elif ZO_ARM
+    case ZO_NEON: return true;  // every such CPU has it
 #endif
     default: return false;
   }
@@ -54,6 +69,8 @@ zo_kernels kernels_of(int isa) {
 #if ZO_X86
   if (isa == ZO_AVX512) return zo_kernels_avx512();
   if (isa == ZO_AVX2) return zo_kernels_avx2();
+#elif ZO_ARM
+  if (isa == ZO_NEON) return zo_kernels_neon();
 #endif
   return zo_kernels_scalar();
 }

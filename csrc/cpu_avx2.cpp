@@ -31,7 +31,7 @@ struct Avx2Words {  // what formats.h needs to widen 8-bit floats, in 16-bit lan
 
 struct Avx2 {
   typedef Avx2Words Words;
-  typedef __m256i U;
+  typedef __m256i U, Word;
   typedef __m256 F;
   enum { WIDTH = 8, BLOCKS = 4, GROUPS = 4, REGISTERS = 16 };
   static ZO_HD U u(zo_u32 x) { return _mm256_set1_epi32((int)x); }
@@ -64,14 +64,16 @@ struct Avx2 {
   static ZO_HD F value(U a) { return _mm256_castsi256_ps(a); }
 
   static ZO_HD U u64(zo_u64 x) { return _mm256_set1_epi64x((zo_i64)x); }
+  static ZO_HD Word word(zo_u64 x) { return u64(x); }
   static ZO_HD U add64(U a, U b) { return _mm256_add_epi64(a, b); }
-  static ZO_HD U mul64(U a, U b) { return _mm256_mul_epu32(a, b); }
-  static ZO_HD U upper(U a) { return _mm256_srli_epi64(a, 32); }
-  static ZO_HD U lift(U a) { return _mm256_slli_epi64(a, 32); }
+  static ZO_HD U mul64(Word a, Word b) { return _mm256_mul_epu32(a, b); }
+  static ZO_HD Word lower(U a) { return a; }
+  static ZO_HD Word upper(U a) { return _mm256_srli_epi64(a, 32); }
+  static ZO_HD U lift(Word a) { return _mm256_slli_epi64(a, 32); }
   static ZO_HD U xor3(U a, U b, U c) { return xor_(a, xor_(b, c)); }
   // block order of the 64-bit lanes: what unpacklo takes from each 128 bits comes first in memory
   static ZO_HD U lanes() { return _mm256_setr_epi64x(0, 2, 1, 3); }
-  static ZO_HD U merge(U low, U high) { return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA); }
+  static ZO_HD U merge(Word low, Word high) { return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA); }
   static ZO_HD F zip_low(F a, F b) { return _mm256_unpacklo_ps(a, b); }
   static ZO_HD F zip_high(F a, F b) { return _mm256_unpackhi_ps(a, b); }
   static ZO_HD U unpack64_low(U a, U b) { return _mm256_unpacklo_epi64(a, b); }
@@ -91,7 +93,7 @@ struct Avx2 {
     if (__builtin_expect(_mm256_movemask_ps(tail) == 0, 1)) return z;  // but for one vector in 32
     return _mm256_blendv_ps(z, gaussian_of(s, a, HALVES.tail), tail);
   }
-  static ZO_HD void store_blocks(zo_u32* out, U c0, U c1, U c2, U c3) {
+  static ZO_HD void store_blocks(zo_u32* out, Word c0, Word c1, Word c2, Word c3) {
     U a = merge(c0, c1), b = merge(c2, c3);
     _mm256_storeu_si256((__m256i*)out, _mm256_unpacklo_epi64(a, b));
     _mm256_storeu_si256((__m256i*)(out + 8), _mm256_unpackhi_epi64(a, b));

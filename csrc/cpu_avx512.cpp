@@ -20,7 +20,7 @@ struct Avx512Words {  // what formats.h needs to widen 8-bit floats, in 16-bit l
 
 struct Avx512 {
   typedef Avx512Words Words;
-  typedef __m512i U;
+  typedef __m512i U, Word;
   typedef __m512 F;
   enum { WIDTH = 16, BLOCKS = 8, GROUPS = 4, REGISTERS = 32 };
   static ZO_HD U u(zo_u32 x) { return _mm512_set1_epi32((int)x); }
@@ -53,14 +53,16 @@ struct Avx512 {
   static ZO_HD F value(U a) { return _mm512_castsi512_ps(a); }
 
   static ZO_HD U u64(zo_u64 x) { return _mm512_set1_epi64((zo_i64)x); }
+  static ZO_HD Word word(zo_u64 x) { return u64(x); }
   static ZO_HD U add64(U a, U b) { return _mm512_add_epi64(a, b); }
-  static ZO_HD U mul64(U a, U b) { return _mm512_mul_epu32(a, b); }
-  static ZO_HD U upper(U a) { return _mm512_srli_epi64(a, 32); }
-  static ZO_HD U lift(U a) { return _mm512_slli_epi64(a, 32); }
+  static ZO_HD U mul64(Word a, Word b) { return _mm512_mul_epu32(a, b); }
+  static ZO_HD Word lower(U a) { return a; }
+  static ZO_HD Word upper(U a) { return _mm512_srli_epi64(a, 32); }
+  static ZO_HD U lift(Word a) { return _mm512_slli_epi64(a, 32); }
   static ZO_HD U xor3(U a, U b, U c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
   // block order of the 64-bit lanes: what unpacklo takes from each 128 bits comes first in memory
   static ZO_HD U lanes() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
-  static ZO_HD U merge(U low, U high) { return _mm512_mask_shuffle_epi32(low, 0xAAAA, high, _MM_PERM_CCAA); }
+  static ZO_HD U merge(Word low, Word high) { return _mm512_mask_shuffle_epi32(low, 0xAAAA, high, _MM_PERM_CCAA); }
   static ZO_HD F zip_low(F a, F b) { return _mm512_unpacklo_ps(a, b); }
   static ZO_HD F zip_high(F a, F b) { return _mm512_unpackhi_ps(a, b); }
   static ZO_HD U unpack64_low(U a, U b) { return _mm512_unpacklo_epi64(a, b); }
@@ -81,7 +83,7 @@ struct Avx512 {
       return value(_mm512_permutexvar_epi32(row, _mm512_load_si512(ROWS.c[k])));
     });
   }
-  static ZO_HD void store_blocks(zo_u32* out, U c0, U c1, U c2, U c3) {
+  static ZO_HD void store_blocks(zo_u32* out, Word c0, Word c1, Word c2, Word c3) {
     U a = merge(c0, c1), b = merge(c2, c3);
     _mm512_storeu_si512(out, _mm512_unpacklo_epi64(a, b));
     _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi64(a, b));

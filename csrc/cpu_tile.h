@@ -44,75 +44,77 @@ struct Wide {  // N vectors side by side, so that N dependent chains overlap; a 
 #undef ZO_EACH
 };
 
-// Rounds FROM..TO-1 of Philox, a block a 64-bit lane.
+// V::Word is one word of each of V::BLOCKS blocks, V::U as many products of two words, a block a 64-bit lane. With AVX a
+// word is the low half of such a lane, and upper halves are rubbish; with NEON words lie side by side.
+
+// Rounds FROM..TO-1 of Philox.
 template <class V, int FROM, int TO, int G>
-ZO_HD void philox_rounds(const zo_key& key, typename V::U (&c0)[G], typename V::U (&c1)[G], typename V::U (&c2)[G],
-                         typename V::U (&c3)[G]) {
+ZO_HD void philox_rounds(const zo_key& key, typename V::Word (&c0)[G], typename V::Word (&c1)[G],
+                         typename V::Word (&c2)[G], typename V::Word (&c3)[G]) {
   typedef typename V::U U;
-  const U m0 = V::u64(ZO_PHILOX_M0), m1 = V::u64(ZO_PHILOX_M1);
+  const typename V::Word m0 = V::word(ZO_PHILOX_M0), m1 = V::word(ZO_PHILOX_M1);
   ZO_UNROLL
   for (int r = FROM; r < TO; ++r) {
     ZO_UNROLL
     for (int g = 0; g < G; ++g) {
       U p0 = V::mul64(m0, c0[g]), p1 = V::mul64(m1, c2[g]);
-      c0[g] = V::xor3(V::upper(p1), c1[g], V::u64(key.k0[r]));
-      c2[g] = V::xor3(V::upper(p0), c3[g], V::u64(key.k1[r]));
-      c1[g] = p1;
-      c3[g] = p0;
+      c0[g] = V::xor3(V::upper(p1), c1[g], V::word(key.k0[r]));
+      c2[g] = V::xor3(V::upper(p0), c3[g], V::word(key.k1[r]));
+      c1[g] = V::lower(p1);
+      c3[g] = V::lower(p0);
     }
   }
 }
 
-// Philox of G groups of V::BLOCKS consecutive blocks, one block a 64-bit SIMD lane, so that the 32 x 32 -> 64 bit
-// multiply needs no shuffles. `last` gets what goes into round R - 1: word j is the low half of its lane in c[j], upper
-// halves are rubbish.
+// Philox of G groups of V::BLOCKS consecutive blocks, up to what goes into round R - 1.
 //
 // In rounds 0 to 2 most of what is multiplied is the same in all lanes (words 2 and 3 of the counter are, and word 1 is
 // unless the 2^32-th block lies inside of these), so it is multiplied once, outside of the vectors.
 template <class V, int R, int G>
-ZO_HD void philox_before_last(const zo_key& key, zo_u64 block, typename V::U (&c0)[G], typename V::U (&c1)[G],
-                              typename V::U (&c2)[G], typename V::U (&c3)[G]) {
+ZO_HD void philox_before_last(const zo_key& key, zo_u64 block, typename V::Word (&c0)[G], typename V::Word (&c1)[G],
+                              typename V::Word (&c2)[G], typename V::Word (&c3)[G]) {
   typedef typename V::U U;
-  const U m0 = V::u64(ZO_PHILOX_M0), m1 = V::u64(ZO_PHILOX_M1);
+  typedef typename V::Word Word;
+  const Word m0 = V::word(ZO_PHILOX_M0), m1 = V::word(ZO_PHILOX_M1);
   const zo_u64 first = (zo_u64)ZO_PHILOX_M1 * key.param_id, upper = block >> 32;
-  const U tagged = V::u64(key.k1[0] ^ key.tag);
+  const Word tagged = V::word(key.k1[0] ^ key.tag);
   if (__builtin_expect(((block + V::BLOCKS * G - 1) >> 32) == upper, 1)) {
     const zo_u64 second = (zo_u64)ZO_PHILOX_M0 * (zo_u32)((first >> 32) ^ upper ^ key.k0[0]);
-    const U x0 = V::u64((zo_u32)first ^ key.k0[1]), x2 = V::u64((second >> 32) ^ key.k1[1]),
-            x3 = V::u64((zo_u32)second ^ key.k1[2]), k0 = V::u64(key.k0[2]);
+    const Word x0 = V::word((zo_u32)first ^ key.k0[1]), x2 = V::word((second >> 32) ^ key.k1[1]),
+               x3 = V::word((zo_u32)second ^ key.k1[2]), k0 = V::word(key.k0[2]);
     ZO_UNROLL
     for (int g = 0; g < G; ++g) {
-      U p0 = V::mul64(m0, V::add64(V::u64(block + V::BLOCKS * g), V::lanes()));
+      U p0 = V::mul64(m0, V::lower(V::add64(V::u64(block + V::BLOCKS * g), V::lanes())));
       c2[g] = V::xor_(V::upper(p0), tagged);
       U p1 = V::mul64(m1, c2[g]);
       c0[g] = V::xor_(V::upper(p1), x0);
-      c2[g] = V::xor_(p0, x2);
-      c1[g] = p1;
+      c2[g] = V::xor_(V::lower(p0), x2);
+      c1[g] = V::lower(p1);
       p0 = V::mul64(m0, c0[g]);
       p1 = V::mul64(m1, c2[g]);
       c0[g] = V::xor3(V::upper(p1), c1[g], k0);
       c2[g] = V::xor_(V::upper(p0), x3);
-      c1[g] = p1;
-      c3[g] = p0;
+      c1[g] = V::lower(p1);
+      c3[g] = V::lower(p0);
     }
   } else {
     ZO_UNROLL
     for (int g = 0; g < G; ++g) {
-      const U b = V::add64(V::u64(block + V::BLOCKS * g), V::lanes()), p0 = V::mul64(m0, b);
-      c0[g] = V::xor_(V::upper(b), V::u64(key.k0[0] ^ (first >> 32)));
+      const U b = V::add64(V::u64(block + V::BLOCKS * g), V::lanes()), p0 = V::mul64(m0, V::lower(b));
+      c0[g] = V::xor_(V::upper(b), V::word(key.k0[0] ^ (first >> 32)));
       c2[g] = V::xor_(V::upper(p0), tagged);
-      c1[g] = V::u64(first);
-      c3[g] = p0;
+      c1[g] = V::word(first);
+      c3[g] = V::lower(p0);
     }
     philox_rounds<V, 1, 3, G>(key, c0, c1, c2, c3);
   }
   philox_rounds<V, 3, R - 1, G>(key, c0, c1, c2, c3);
 }
 
-// The words of the blocks, word j in the low halves of c[j].
+// The words of the blocks, word j in c[j].
 template <class V, int R, int G>
-ZO_HD void philox_groups(const zo_key& key, zo_u64 block, typename V::U (&c0)[G], typename V::U (&c1)[G],
-                         typename V::U (&c2)[G], typename V::U (&c3)[G]) {
+ZO_HD void philox_groups(const zo_key& key, zo_u64 block, typename V::Word (&c0)[G], typename V::Word (&c1)[G],
+                         typename V::Word (&c2)[G], typename V::Word (&c3)[G]) {
   philox_before_last<V, R, G>(key, block, c0, c1, c2, c3);
   philox_rounds<V, R - 1, R, G>(key, c0, c1, c2, c3);
 }
@@ -121,9 +123,9 @@ ZO_HD void philox_groups(const zo_key& key, zo_u64 block, typename V::U (&c0)[G]
 template <class V, int R, int G>
 ZO_HD void philox_pairs(const zo_key& key, zo_u64 block, typename V::U (&a)[G], typename V::U (&b)[G]) {
   typedef typename V::U U;
-  U c0[G], c1[G], c2[G], c3[G];
+  typename V::Word c0[G], c1[G], c2[G], c3[G];
   philox_before_last<V, R, G>(key, block, c0, c1, c2, c3);
-  const U m0 = V::u64(ZO_PHILOX_M0), m1 = V::u64(ZO_PHILOX_M1);
+  const typename V::Word m0 = V::word(ZO_PHILOX_M0), m1 = V::word(ZO_PHILOX_M1);
   const U k0 = V::u64(key.k0[R - 1] << 32), k1 = V::u64(key.k1[R - 1] << 32);
   ZO_UNROLL
   for (int g = 0; g < G; ++g) {
@@ -134,9 +136,8 @@ ZO_HD void philox_pairs(const zo_key& key, zo_u64 block, typename V::U (&a)[G], 
 
 template <class V, int R, int G, class Sink>
 ZO_HD void vector_box_muller(const zo_key& key, zo_u64 g, int n, Sink sink) {
-  typedef typename V::U U;
   for (int i = 0; i < n; i += 4 * V::BLOCKS * G) {
-    U c0[G], c1[G], c2[G], c3[G];
+    typename V::Word c0[G], c1[G], c2[G], c3[G];
     philox_groups<V, R, G>(key, (g + i) >> 2, c0, c1, c2, c3);
     typename Wide<V, G>::U a, b;
     typename Wide<V, G>::F x, y;
@@ -244,7 +245,7 @@ ZO_HD void philox_words(const zo_key& key, zo_u64 block, int count, zo_u32* out)
     }
   } else {
     for (int i = 0; i < count; i += V::BLOCKS * G) {
-      typename V::U c0[G], c1[G], c2[G], c3[G];
+      typename V::Word c0[G], c1[G], c2[G], c3[G];
       philox_groups<V, R, G>(key, block + i, c0, c1, c2, c3);
       ZO_UNROLL
       for (int k = 0; k < G; ++k) V::store_blocks(out + 4 * (i + V::BLOCKS * k), c0[k], c1[k], c2[k], c3[k]);

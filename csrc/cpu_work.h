@@ -35,6 +35,7 @@ extern "C" {
 zo_kernels zo_kernels_scalar(void);
 zo_kernels zo_kernels_avx2(void);
 zo_kernels zo_kernels_avx512(void);
+zo_kernels zo_kernels_neon(void);
 }
 
 #endif

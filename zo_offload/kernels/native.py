@@ -7,8 +7,8 @@ with -ffast-math, or from other sources, would train another model and is refuse
 
 It computes on the threads of torch's OpenMP runtime if that is found (csrc/cpu_threads.h says why), else on its own.
 
-Environment: ZO_NATIVE=0 disables the library; ZO_ISA=scalar|avx2|avx512 selects a variant; ZO_THREADS=own does not use
-torch's threads.
+Environment: ZO_NATIVE=0 disables the library; ZO_ISA=scalar|avx2|avx512|neon selects a variant; ZO_THREADS=own does
+not use torch's threads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .records import LANE, MASKS, UPDATE, Mask
 
 LIBRARY = Path(__file__).parent.with_name("_zo_cpu.so")
 ABI_VERSION, LAYOUT_VERSION = 10, 2
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avx512", "neon")
 
 _ERRORS = {
     1: "a storage format it does not know, or cannot use this way",
