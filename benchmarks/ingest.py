@@ -9,8 +9,8 @@ A synthetic checkpoint whose largest parameter has `--mib` MiB in bf16, written 
     experts      one layer's gate and up projections of that size, in the file a tensor for each expert and projection,
                  which transformers merges when it loads
     gptq, ...    one layer's gate and up projections of that size, in one weight as Phi-3's, and the down projection
-                 beside it, in a quantization scheme (`ingest_schemes.py`), for --storage kept; gpt-oss: its experts.
-                 The norms train
+                 beside it, in a quantization scheme or in GGUF (`ingest_schemes.py`), for --storage kept; gpt-oss: its
+                 experts. The norms train
 
 Each case runs in a process of its own, one phase after another:
 
@@ -48,12 +48,12 @@ from typing import Any
 import torch
 
 from benchmarks.common import ROOT, about, emit
-from benchmarks.ingest_schemes import SCHEMES, Part, plain
+from benchmarks.ingest_schemes import GGUF, SCHEMES, Part, plain, repeat, write_gguf
 
 CONSTANT_BYTES = 64 << 20
 MOST_BYTES = 300_000_000
 """The goal for quantized checkpoints."""
-CASES = ("vocabulary", "experts", *SCHEMES)
+CASES = ("vocabulary", "experts", *SCHEMES, *GGUF)
 PHASES = ("digest", "make", "ingest", "step", "export", "resume", "replay")
 
 
@@ -74,7 +74,7 @@ def config_of(case: str, mib: int) -> Any:
             **small, head_dim=128, vocab_size=1024, intermediate_size=1024, num_local_experts=mib >> 2,
             num_experts_per_tok=2, architectures=["GptOssForCausalLM"],
         )  # fmt: skip
-    if case in SCHEMES:
+    if case in SCHEMES or case in GGUF:
         return Phi3Config(
             **small, vocab_size=1024, intermediate_size=mib << 8, pad_token_id=0, eos_token_id=0,
             architectures=["Phi3ForCausalLM"],
@@ -99,6 +99,8 @@ def write_checkpoint(folder: Path, case: str, mib: int) -> int:
     shapes = {name: meta.shape for group in saving_groups(model, metas) for name, meta in group.outputs.items()}
     parts: dict[str, Part] = {}
     config.save_pretrained(folder)
+    if case in GGUF:
+        return write_gguf(folder / "model.gguf", case, {name: tuple(shape) for name, shape in shapes.items()})
     for name, shape in shapes.items():
         if case in SCHEMES and "mlp." in name and len(shape) == (3 if case == "gpt-oss" else 2):
             parts |= SCHEMES[case][0](name, *shape)
@@ -123,10 +125,7 @@ def write_tensors(path: Path, parts: dict[str, Part]) -> int:
     with open(path, "wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for part in parts.values():
-            tile = part.tile.contiguous().view(torch.uint8).numpy().tobytes()
-            left = math.prod(part.shape) * part.tile.element_size()
-            while left:
-                left -= file.write(tile[:left])
+            repeat(file, part.tile, math.prod(part.shape) * part.tile.element_size())
     return at
 
 
@@ -263,7 +262,10 @@ def main() -> None:
                 for row in json.loads(done.stdout.splitlines()[-1]):
                     about_case = {"case": case, "storage": storage, "largest_bytes": options.mib << 20, "bytes": nbytes}
                     row["share_of_memcpy"] = round(nbytes / copied / row["cpu_seconds"], 4)
-                    emit(about_case | row | {"goal_bytes": MOST_BYTES if case in SCHEMES else goal}, common)
+                    emit(
+                        about_case | row | {"goal_bytes": MOST_BYTES if case in SCHEMES or case in GGUF else goal},
+                        common,
+                    )
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ Names, dtypes and shapes are those of the tensors that a library would write. Co
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -159,3 +162,52 @@ SCHEMES: Mapping[str, tuple[Callable[..., Parts], dict[str, Any]]] = {
     "gpt-oss": (_experts, {"quant_method": "mxfp4"}),
 }
 """Case -> the tensors of a weight's name and sizes, and quantization_config."""
+
+GGUF = {"gguf-q4_k": ("Q4_K", (0, 2)), "gguf-q6_k": ("Q6_K", (208,))}
+"""Case -> GGUF's type, and where its blocks have a float16 scale."""
+_GGUF_NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output", "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def write_gguf(path: Path, case: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """A Phi-3 as a GGUF file whose projections of the MLP are of the case's type; the tensors' bytes."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[GGUF[case][0]]
+    numel, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = _CODES[: len(_CODES) // nbytes * nbytes].clone().view(-1, nbytes)
+    for at in GGUF[case][1]:
+        blocks[:, at : at + 2] = _small(torch.float16)[: len(blocks)].repeat(4)[: len(blocks), None].view(torch.uint8)
+    writer = gguf.GGUFWriter(path, "phi3")
+    writer.add_block_count(1)
+    tiles = []
+    for name, shape in shapes.items():
+        module, _, last = name.rpartition(".")
+        inner = module.removeprefix("model.layers.0.")
+        whole = f"{'' if inner == module else 'blk.0.'}{_GGUF_NAMES[inner]}.{last}"
+        big = "mlp." in name
+        tile = blocks if big else plain(shape).tile.float() if len(shape) == 1 else plain(shape).tile.half()
+        size = math.prod(shape) // numel * nbytes if big else math.prod(shape) * tile.element_size()
+        raw = kind if big else gguf.GGMLQuantizationType["F32" if len(shape) == 1 else "F16"]
+        bytes_of = gguf.quant_shape_to_byte_shape(shape, raw) if big else shape
+        writer.add_tensor_info(whole, bytes_of, np.dtype(np.uint8 if big else np.float16), size, raw_dtype=raw)
+        tiles.append((tile, size))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with open(path, "ab") as file:
+        for tile, size in tiles:
+            file.write(b"\0" * (-file.tell() % 32))
+            repeat(file, tile, size)
+    return sum(size for _, size in tiles)
+
+
+def repeat(file: BinaryIO, tile: Tensor, nbytes: int) -> None:
+    """A tile's bytes again and again."""
+    raw = tile.contiguous().view(torch.uint8).numpy().tobytes()
+    while nbytes:
+        nbytes -= file.write(raw[:nbytes])
