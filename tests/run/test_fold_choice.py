@@ -92,7 +92,10 @@ def test_what_the_page_cache_does_not_hold_is_measured_to_the_medium(base, tmp_p
 def test_what_writes_no_files_keeps_the_default(base, monkeypatch, storage, usual):
     monkeypatch.setattr(folding, "measure", never)
     with Engine(base, offload="none", storage=storage, fold_every="auto") as engine:
-        assert engine.fold_every == usual and f"auto takes {usual}, the default" in engine.decided[-1]
+        assert (
+            engine.fold_every == usual
+            and f"auto takes {usual}: only a CPU that writes files is measured" in engine.decided[-1]
+        )
 
 
 def test_fit_prints_what_was_taken(base, tmp_path, monkeypatch, capsys):

@@ -64,7 +64,7 @@ def decide_folds(prepared: Prepared, ranks: Alone) -> Prepared:
         return prepared
     rounds = not is_lossless(prepared.plan, layout)
     if prepared.offload != "disk" or config.device != "cpu" or layout.written <= prepared.plan.resident:
-        chosen, why = prepared.fold_every, "the default: only a CPU that writes files is measured"
+        chosen, why = prepared.fold_every, "only a CPU that writes files is measured, and this is the default"
     else:
         chosen, why = _measured(prepared, ranks)
         if rounds and chosen < prepared.fold_every:
