@@ -53,6 +53,12 @@ struct Ahead {
   }
 };
 
+// As `ahead(i)`, but not an element at a time: there the question costs more than the wait.
+template <class V>
+ZO_HD void ask(const Ahead& ahead, int i) {
+  if constexpr (V::WIDTH > 1) ahead(i);
+}
+
 // Whether the first lanes' outputs are asked for when their own noise is made, not with the first update's: making floats
 // leaves time for that; signs are there at once.
 inline bool writes_later(const zo_work* work) { return work->pass->num_updates && work->tag != ZO_TAG_RADEMACHER; }

@@ -286,7 +286,7 @@ struct Noise {
 template <class V, int R>
 __attribute__((noinline)) void make_noise(const zo_key& key, zo_u64 g, int n, Noise& noise, const Ahead& ahead) {
   const auto keep = [&](int i, typename V::F z) {
-    ahead(i);
+    ask<V>(ahead, i);
     V::store(noise.z + i, z);
   };
   if (key.tag == ZO_TAG_GAUSSIAN) {
@@ -296,7 +296,7 @@ __attribute__((noinline)) void make_noise(const zo_key& key, zo_u64 g, int n, No
   } else {
     philox_words<V, R, 1>(key, g >> 7, n / 128, noise.signs);
     if (ahead.asks())
-      for (int i = 0; i < n; i += V::WIDTH) ahead(i);
+      for (int i = 0; i < n; i += V::WIDTH) ask<V>(ahead, i);
   }
 }
 
@@ -340,7 +340,7 @@ __attribute__((noinline)) void add_noise(float* w, float by, const zo_key& key, 
                                          const zo_u32* mask, const Ahead& ahead) {
   const typename V::F scale = V::f(by);
   const auto add = [&](int i, typename V::F z) {
-    ahead(i);
+    ask<V>(ahead, i);
     const typename V::F was = V::load(w + i);
     V::store(w + i, kept<V, MASKED>(mask, i, zo_add_noise<V>(was, scale, z), was));
   };
@@ -351,7 +351,7 @@ __attribute__((noinline)) void add_noise(float* w, float by, const zo_key& key, 
   } else {
     philox_words<V, R, 1>(key, g >> 7, n / 128, signs);
     for (int i = 0; i < n; i += V::WIDTH) {
-      ahead(i);
+      ask<V>(ahead, i);
       const typename V::F was = V::load(w + i);
       V::store(w + i, kept<V, MASKED>(mask, i, V::add_signed(was, scale, signs, i), was));
     }
