@@ -137,19 +137,24 @@ def test_only_what_streams_is_locked_and_what_is_visited_next_first(use):
 
 def test_an_engine_that_nobody_closes_unlocks_and_is_freed(use):
     """In a notebook: `engine = Engine(...)` again, and the first one's pinned memory must not stay for good."""
-    device = use(FakeCudaDevice())
+    device, before = use(FakeCudaDevice()), set(threading.enumerate())
+
+    def workers():
+        return [t.name for t in set(threading.enumerate()) - before if t.name.startswith("zo_offload")]
+
     engine = Engine(small_opt(), method=METHOD, device="cuda", offload="host", num_slots=2)
     engine.step(batches()[0])
+    assert workers()
     engine.active.streamer.window.tier.wait_pinned()
     assert device.backend.locked > 0
     gone = [weakref.ref(engine), weakref.ref(engine.active.streamer)]
     del engine
     for _ in range(50):
         gc.collect()
-        if device.backend.locked == 0 and not any(ref() for ref in gone):
+        if device.backend.locked == 0 and not any(ref() for ref in gone) and not workers():
             break
         time.sleep(0.02)
-    assert device.backend.locked == 0 and [ref() for ref in gone] == [None, None]
+    assert device.backend.locked == 0 and [ref() for ref in gone] == [None, None] and workers() == []
 
 
 def test_a_worker_keeps_nothing_of_an_op_that_has_run():
