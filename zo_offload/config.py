@@ -70,7 +70,7 @@ class EngineConfig:
     compute: str | None = None
     """Dtype of the perturbed weights and so of the forward. Default: fp32 on the CPU for a checkpoint (16-bit matmuls
     are slow on most CPUs), the checkpoint's own on a GPU. "auto": on a CPU bf16 where that is measured to be faster
-    when the run begins, and part of its record (`run/compute.py`); its coarser losses may teach less per step.
+    when the run begins, and part of its record (`run/compute.py`); its coarser forwards may teach less per step.
     "tf32" (GPU): float32 weights and activations, products on the matrix units. A module in memory is computed in
     its own dtypes. In 16 bits a parameter whose weights are too large for eps to move (norms, mostly) is perturbed
     with more than eps: `gains.py`."""
