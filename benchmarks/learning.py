@@ -226,7 +226,8 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
                 [signs[seed][what] - gaussian[seed][what] for seed in both] for what in ("loss", "accuracy")
             )
             told.append(
-                f"signs - Gaussian, {at['task']} {at['way']}, {at['forwards']} forwards, {len(both)} seeds: loss "
+                f"signs - Gaussian, {at['task']} {at['way']} {at['compute']}, lr {at['lr']:g}, {at['forwards']} "
+                f"forwards, rows {at['rows_of']}, seeds {', '.join(map(str, both))}: loss "
                 f"{spread(of_loss, sign='+')}, accuracy {spread([100 * x for x in of_right], 1, '+')} points"
             )
     return told
