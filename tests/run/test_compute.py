@@ -143,6 +143,7 @@ def test_the_last_layer_of_a_head_on_classes_is_found(name, head):
     assert class_heads(model.bfloat16()) == (() if head is None else (head,))
 
 
+@pytest.mark.filterwarnings("ignore:the loss of")
 def test_a_run_of_an_earlier_version_goes_on_with_its_head_in_16_bits(tmp_path, monkeypatch):
     ZOO["bert"].build().save_pretrained(tmp_path / "bert")
     losses = {}
