@@ -12,6 +12,7 @@ from support.zoo.models import ZOO
 from zo_offload import FZOO, Engine, MeZO
 from zo_offload.errors import PlanError
 from zo_offload.kernels.records import STILL
+from zo_offload.run import passes
 
 
 def batch() -> dict[str, Any]:
@@ -92,3 +93,18 @@ def test_a_forward_that_runs_nothing_of_what_trains_is_refused_at_the_first_step
                 engine.step(rows)
         assert engine.log.version == 0
         assert set(engine.evaluate([rows], batch_size=2)) == {"loss"}, "an evaluation needs nothing that trains"
+
+
+def test_memory_that_the_allocator_keeps_is_given_back_once_the_process_has_grown(monkeypatch: Any) -> None:
+    """Buffers of many sizes leave gaps in it, which added up over the steps of a LoRA run, beyond its plan."""
+    with Engine(ZOO["llama"].build(), method=MeZO(), offload="host", num_slots=2) as engine:
+        engine.step(batch())
+        sizes, trims, counts = iter([1000, 1000, 1100, 1126, 1010, 1126]), [], []
+        running = engine.active.start().passes
+        monkeypatch.setattr(passes, "resident_bytes", lambda: next(sizes))
+        monkeypatch.setattr(running.device, "trim", lambda: trims.append(1))
+        running._tidied = 0
+        for _ in range(4):
+            engine.step(batch())
+            counts.append(len(trims))
+        assert counts == [1, 1, 2, 2]  # at 1000 and 1126: an eighth more than what was left

@@ -21,7 +21,12 @@ def process_bytes() -> int:
         torch.nn.functional.cross_entropy(
             torch.nn.functional.linear(x, x), torch.zeros(64, dtype=torch.int64, device="cpu")
         )
-    return int(psutil.Process().memory_info().rss) + _RUNTIME_BYTES
+    return resident_bytes() + _RUNTIME_BYTES
+
+
+def resident_bytes() -> int:
+    """Resident bytes of this process now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def available_bytes() -> int:
