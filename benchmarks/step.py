@@ -46,6 +46,7 @@ from torch import nn
 
 from benchmarks.common import about, emit, opt_config, quantile
 from zo_offload import FZOO, Engine, Method, MeZO
+from zo_offload.kernels.distributions import DISTRIBUTIONS
 from zo_offload.plan.blocks import BLOCK_NUMEL
 from zo_offload.tiers.block_file import DATA
 
@@ -301,6 +302,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="NAME", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--block-numel", nargs="+", type=int, default=[BLOCK_NUMEL], help="of ours: elements a block")
     parser.add_argument("--method", choices=["mezo", "fzoo"], default="mezo")
+    parser.add_argument("--noise", choices=DISTRIBUTIONS, help="of our ways; default the method's")
     parser.add_argument("--tiers", action="store_true", help="memory, host and disk in turn, and what each costs")
     parser.add_argument("--cold", action="store_true", help="steps from files that are not in the page cache")
     parser.add_argument("--storage", help="of ours; default the model's own dtype")
@@ -314,11 +316,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.models, options.tokens, options.repeats = ["opt-125m"], [128], 3
-    method: Method = FZOO(lr=1e-6) if options.method == "fzoo" else MeZO(lr=1e-6)
+    noise = {} if options.noise is None else {"distribution": options.noise}
+    method: Method = FZOO(lr=1e-6, **noise) if options.method == "fzoo" else MeZO(lr=1e-6, **noise)
     count = len(method.perturbations(0, 0))
     if options.method == "fzoo":
         options.ways = [way for way in options.ways if way.startswith("ours")]
-    common = about("step") | {"method": options.method, "forwards": count, "dtype": options.dtype}
+    common = about("step") | {
+        "method": options.method, "noise": method.distribution, "forwards": count, "dtype": options.dtype
+    }  # fmt: skip
     dtype = DTYPES[options.dtype]
     for name, tokens in product(options.models, options.tokens) if options.tiers else ():
         tiers_in_turn(options, name, tokens, method, common)

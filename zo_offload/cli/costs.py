@@ -20,8 +20,8 @@ from .hardware import Drive, Gpu, Link
 
 SHORT, LONG = 0.5, 0.65  # share of the peak that products reach, below and from 1024 tokens per forward
 ISSUED, COPIED = 0.65, 0.8  # shares of full issue and of the memory's rate that a fused pass reaches
-# Instructions per element of the bf16 passes on sm_80 to sm_120, counted in machine code (`benchmarks.sass`): decode and
-# output; a stream of noise; a fold.
+# Instructions per element of the bf16 passes on sm_80 to sm_120, counted in machine code (`benchmarks.sass`): decode
+# and output; a stream of noise; a fold.
 BASE, NOISE, FOLD = 18.5, {"gaussian": 21.0, "rademacher": 10.0}, 4.0
 
 
