@@ -37,6 +37,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -264,8 +265,9 @@ def cold_steps(options: argparse.Namespace, name: str, tokens: int, method: Meth
     """Steps from files that are not in the page cache, beside reading them and beside the step in memory."""
     ids = torch.randint(5, 50000, (1, tokens), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "labels": ids}
+    still = replace(method, lr=0.0)  # an update of nothing costs no noise, however many are pending
     settings: dict[str, Any] = dict(
-        method=method, storage=options.storage, fold_every=1 << 20, snapshot_minutes=None, num_slots=3
+        method=still, storage=options.storage, fold_every=1 << 20, snapshot_minutes=None, num_slots=3
     )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         with Engine(make_model(name, DTYPES[options.dtype]), offload="none", **settings) as engine:
