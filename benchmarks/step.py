@@ -6,7 +6,7 @@ two-point method; nine for FZOO (--method fzoo, ways "ours" only).
 
 Random weights, random tokens, batch 1, compute and storage in fp32 (or as --dtype and --storage say). For each way of
 running, its step and the plain forwards (loss included) are timed in turn in the same process, so a noisy machine
-disturbs both; `ratio` is the median of the pairs' ratios. Ways:
+disturbs both; `ratio` is the median of the pairs' ratios. `fused_s` is what a step's fused passes take. Ways:
     ours none | host | disk        Engine.step, everything resident, or streamed through 3 slots
     plain mezo                     MeZO as usually written: +eps, forward, -2 eps, forward, +eps, update; torch noise
     accelerate cpu | disk, twice   two forwards through accelerate's cpu_offload / disk_offload (it cannot train;
@@ -142,6 +142,7 @@ def ways(
                     "resident_bytes": streamer.resident_bytes,
                     "scratch_bytes": streamer.scratch_bytes,
                     "model_bytes": engine.layout.total_bytes,
+                    "fused_s": lambda engine=engine: fused_seconds(engine, batch),
                 },
             )
         del engine, streamer
@@ -162,6 +163,18 @@ def ways(
         yield f"accelerate {where}, twice", forwards(model, batch, 2), {}
         del model
         gc.collect()
+
+
+def fused_seconds(engine: Engine, batch: dict[str, torch.Tensor]) -> float:
+    """Of a step, what its fused passes take, their calls included; the median of five steps."""
+    found = []
+    for _ in range(5):
+        before = engine.active.streamer.traffic
+        start = before.fused_s
+        engine.step(batch)
+        now = engine.active.streamer.traffic
+        found.append(now.fused_s - (start if now is before else 0.0))
+    return round(quantile(found, 0.5), 3)
 
 
 def forwards(model: nn.Module, batch: dict[str, torch.Tensor], count: int) -> Work:
@@ -342,6 +355,7 @@ def main() -> None:
                 for way, work, extra in ways(name, batch, folder, *settings):
                     ours, plainly = pairs(work, floor, options.repeats)
                     ratios = [a / b for a, b in zip(ours, plainly, strict=True)]
+                    extra = {key: value() if callable(value) else value for key, value in extra.items()}
                     emit(
                         {
                             "model": name, "tokens": tokens, "way": way, "ratio": round(quantile(ratios, 0.5), 3),

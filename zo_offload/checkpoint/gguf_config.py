@@ -111,7 +111,8 @@ def rope_factors(config: Any) -> Tensor | None:
         return None
     size, length = head_dim(config), float(rope["original_max_position_embeddings"])
     factor, low, high = (float(rope[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
-    waves = 2 * math.pi * float(rope["rope_theta"]) ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+    even = torch.arange(0, size, 2, dtype=torch.float64, device="cpu")
+    waves = 2 * math.pi * float(rope["rope_theta"]) ** (even / size)
     smooth = ((length / waves - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - smooth) / factor + smooth)).float()
 
