@@ -250,6 +250,24 @@ def test_a_peft_model_in_memory_is_merged_too(tmp_path):
     assert_same(dict(got.named_parameters()), dict(want.named_parameters()), "merged")
 
 
+def test_the_usual_layouts_have_names(base, tmp_path):
+    def saved(name, **how):
+        engine.save_pretrained(tmp_path / name, **how)
+        return {file.name for file in (tmp_path / name).iterdir()}
+
+    with Engine(base, adapter="r=2", offload="none") as engine:
+        assert saved("peft", scheme="peft") == saved("safetensors", scheme="safetensors") == saved("plain")
+        merged = saved("merged", scheme="merged")
+        assert merged == saved("by flag", merge=True) >= {"model.safetensors"} and "adapter_config.json" not in merged
+        with pytest.raises(ConfigError, match="'peft' is the adapter alone"):
+            saved("both", scheme="peft", merge=True)
+    with Engine(base, offload="none") as engine:
+        assert saved("whole", scheme="safetensors") >= {"model.safetensors", "config.json"}
+    for scheme in ("peft", "merged"):
+        assert main(["export", str(base), "--as", scheme, "--out", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "none").exists() and not (tmp_path / "both").exists()
+
+
 @pytest.mark.parametrize("adapter, said", [(None, "has none"), ("prefix=3", "PREFIX_TUNING is no change of weights")])
 def test_what_cannot_be_merged_is_refused_before_anything_is_written(base, tmp_path, adapter, said):
     with Engine(base, adapter=adapter, offload="none") as engine, pytest.raises(ConfigError, match=said):

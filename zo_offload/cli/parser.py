@@ -226,7 +226,9 @@ def _export(export: Parser, argv: Sequence[str], config: ConfigFile | None) -> N
     _opens(export)
     export.add_argument("--out", help="directory to write")
     _merge(export)
-    text = "layout: fp8 (linear layers, with a scale for each 128 x 128); gguf, or gguf-f16, gguf-q8_0, ... (one file)"
+    text = (
+        "safetensors, peft or merged; fp8 (linear layers, a scale for each 128 x 128); gguf, gguf-q8_0, ... (one file)"
+    )
     export.add_argument("--as", dest="scheme", metavar="LAYOUT", help=text)
     export.add_argument("--step", type=fields.which_step, help="for a run: this step, or best (default: the last)")
     export.add_argument("--max-shard", default="5GB", help="largest file (default: 5GB)")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpoint.checkpoint import save_pretrained
+from ..checkpoint.export import check_scheme, usual
 from ..errors import ConfigError
 from ..journal import run_directory
 from ..journal.format import load_journal
@@ -25,6 +26,8 @@ def save(
     merge: bool = False, scheme: str | None = None,
 ) -> list[Path]:  # fmt: skip
     """Write the current weights; see `Engine.save_pretrained`."""
+    check_scheme(scheme)
+    scheme, merge = usual(run.opened.model, scheme, merge)
     if wrong := run.opened.cannot_be_saved(merge):
         raise ConfigError(wrong)
     run.flush()
