@@ -10,6 +10,7 @@ import torch
 
 from support.zoo.models import ZOO
 from zo_offload import FZOO, Engine, MeZO
+from zo_offload.devices import cpu
 from zo_offload.errors import PlanError
 from zo_offload.kernels.records import STILL
 from zo_offload.run import passes
@@ -93,6 +94,32 @@ def test_a_forward_that_runs_nothing_of_what_trains_is_refused_at_the_first_step
                 engine.step(rows)
         assert engine.log.version == 0
         assert set(engine.evaluate([rows], batch_size=2)) == {"loss"}, "an evaluation needs nothing that trains"
+
+
+@pytest.mark.parametrize("grows, trims", [(0, 0), (20 << 20, 3), (40 << 20, 6)])
+def test_visits_of_a_window_give_back_what_the_allocator_keeps(monkeypatch: Any, grows: int, trims: int) -> None:
+    """Within a pass, too: a model of many layers has as many visits."""
+    model = ZOO["llama"].build()
+    with Engine(model, method=MeZO(), offload="host", num_slots=2, block_numel=4096) as engine:
+        engine.step(batch())
+        size, found, device = [1 << 30], [], engine.active.start().passes.device
+
+        def private_bytes() -> int:
+            return size[0]
+
+        def trim() -> None:
+            found.append(1)
+
+        monkeypatch.setattr(cpu, "private_bytes", private_bytes)
+        monkeypatch.setattr(device, "trim", trim)
+        device._tidied = 1 << 30
+        for _ in range(6):
+            size[0] += grows
+            device.tidy()
+        assert len(found) == trims
+        size[0] += 1 << 40
+        engine.step(batch())
+        assert len(found) == trims + 1, "a window's visits ask for it"
 
 
 def test_memory_that_the_allocator_keeps_is_given_back_once_the_process_has_grown(monkeypatch: Any) -> None:

@@ -210,6 +210,9 @@ class CudaDevice:
         """Release unused memory: the allocator keeps freed blocks of every size. Waits for the GPU."""
         self.backend.trim()
 
+    def tidy(self) -> None:
+        """Nothing: the allocator's memory was set aside by the plan."""
+
     def measure_link(self) -> Link | None:
         """Once per process: nothing else may use the link meanwhile, least of all page-locking."""
         if self._link is None:

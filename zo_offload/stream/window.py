@@ -253,6 +253,7 @@ class BlockWindow:
                 self._settle(self._slot)
             self._mark_used(self._slot)
             self._stray = None
+            self.device.tidy()
         self._position += 1
         if self._position == len(self._visits):
             self._slot = None
