@@ -18,12 +18,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..modules.away import shapes_only
 from .weights import Weights
 
 Run = Callable[[Callable[[], Any]], Any]
 """Calls a function while the model's modules have their current weights, and returns its result."""
+
+USUAL = ("safetensors", "peft", "merged")
+"""Names of what is written without a scheme; see `usual`."""
+
+
+def usual(model: nn.Module, scheme: str | None, merge: bool) -> tuple[str | None, bool]:
+    """(scheme, merge) without the names of the usual layouts: "safetensors", as without a scheme; "peft", the adapter
+    alone; "merged", the whole model with its adapter merged. ConfigError if the model has no adapter for that."""
+    if scheme in ("peft", "merged"):
+        if not is_peft(model):
+            raise ConfigError(f"an export as {scheme!r} is of a model with an adapter: this one has none, leave it out")
+        if scheme == "peft" and merge:
+            raise ConfigError("an export as 'peft' is the adapter alone: leave out merge=True (--merge), or the scheme")
+        return None, scheme == "merged"
+    return (None if scheme == "safetensors" else scheme), merge
 
 
 def is_peft(model: nn.Module) -> bool:

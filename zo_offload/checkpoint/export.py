@@ -33,7 +33,7 @@ from ..modules.parameters import streams
 from ..quantized.files import Spec
 from ..system.plain import user_path
 from . import as_fp8, as_gguf, tokenizers
-from .adapters import Run, is_peft, save_adapter
+from .adapters import USUAL, Run, is_peft, save_adapter
 from .conversion import Group, names_to_save, saving_groups
 from .files import INDEX, SINGLE, is_run
 from .gguf import GGUFWeights
@@ -44,8 +44,6 @@ from .tokenizers import is_of_tokenizer
 from .weights import Placed, Weights, chunks
 
 SCHEMES = ("fp8", *as_gguf.SCHEMES)
-USUAL = ("safetensors", "peft", "merged")
-"""Names of what is written without a scheme; see `usual`."""
 """Layouts besides safetensors in the weights' own dtypes."""
 GENERATION = "generation_config.json"
 METADATA = {"format": "pt", "producer": PRODUCER}
@@ -136,21 +134,8 @@ def save_pretrained(
 
 def check_scheme(scheme: str | None) -> None:
     """Raise ConfigError for a layout that is not written."""
-    known = (*USUAL, *SCHEMES)
-    if scheme is not None and scheme not in known:
+    if scheme is not None and scheme not in (known := (*USUAL, *SCHEMES)):
         raise ConfigError(f"an export as {scheme!r} is not known; {', '.join(known)} are")
-
-
-def usual(model: nn.Module, scheme: str | None, merge: bool) -> tuple[str | None, bool]:
-    """(scheme, merge) without the names of the usual layouts: "safetensors", as without a scheme; "peft", the adapter
-    alone; "merged", the whole model with its adapter merged. ConfigError if the model has no adapter for that."""
-    if scheme in ("peft", "merged"):
-        if not is_peft(model):
-            raise ConfigError(f"an export as {scheme!r} is of a model with an adapter: this one has none, leave it out")
-        if scheme == "peft" and merge:
-            raise ConfigError("an export as 'peft' is the adapter alone: leave out merge=True (--merge), or the scheme")
-        return None, scheme == "merged"
-    return (None if scheme == "safetensors" else scheme), merge
 
 
 def _write(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from ..checkpoint.adapters import usual
 from ..checkpoint.checkpoint import save_pretrained
-from ..checkpoint.export import check_scheme, usual
+from ..checkpoint.export import check_scheme
 from ..errors import ConfigError
 from ..journal import run_directory
 from ..journal.format import load_journal
