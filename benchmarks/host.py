@@ -51,6 +51,14 @@ def cpu_seconds(work: Callable[[], Any], repeats: int) -> list[float]:
     return found
 
 
+def turns(steps: list[float], forwards: list[float], owners: int) -> dict[str, float]:
+    """Microseconds of an owner's turn, from the seconds of steps and of as many plain forwards."""
+    return {
+        "turn_us": round(1e6 * (quantile(steps, 0.5) - quantile(forwards, 0.5)) / owners, 1),
+        "turn_us_quickest": round(1e6 * (min(steps) - min(forwards)) / owners, 1),
+    }
+
+
 def measured(layers: int, offload: Any, run_dir: Path | None, repeats: int) -> dict[str, Any]:
     """One tier's line."""
     ids = torch.randint(5, 100, (1, 16), generator=torch.Generator().manual_seed(1))
@@ -70,8 +78,7 @@ def measured(layers: int, offload: Any, run_dir: Path | None, repeats: int) -> d
         owners = len(engine.plan.calls)
     return {
         "layers": layers, "offload": offload, "owners": owners, "lanes": 2, "repeats": repeats,
-        "turn_us": round(1e6 * (quantile(steps, 0.5) - quantile(forwards, 0.5)) / owners, 1),
-        "turn_us_quickest": round(1e6 * (min(steps) - min(forwards)) / owners, 1),
+        **turns(steps, forwards, owners),
         "forward_us": round(1e6 * quantile(forwards, 0.5) / owners, 1),
         "step_ms": round(1e3 * quantile(steps, 0.5), 2),
     }  # fmt: skip

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import zo_offload.run.opening
 from benchmarks.common import about, emit, quantile
-from benchmarks.host import STEPS, cpu_seconds, narrow_opt
+from benchmarks.host import STEPS, cpu_seconds, narrow_opt, turns
 from zo_offload import Engine, MeZO
 from zo_offload.devices import Later
 from zo_offload.devices.cpu import CpuDevice
@@ -127,8 +127,7 @@ def measured(layers: int, repeats: int) -> list[dict[str, Any]]:
         line |= {
             "layers": layers, "owners": owners, "lanes": 2, "repeats": repeats,
             "visit_us": round(1e6 * quantile(visit[way], 0.5), 1), "visit_us_quickest": round(1e6 * min(visit[way]), 1),
-            "turn_us": round(1e6 * (quantile(steps[way], 0.5) - quantile(forwards, 0.5)) / owners, 1),
-            "turn_us_quickest": round(1e6 * (min(steps[way]) - min(forwards)) / owners, 1),
+            **turns(steps[way], forwards, owners),
         }  # fmt: skip
     return found
 

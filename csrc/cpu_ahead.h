@@ -10,6 +10,8 @@
 
 namespace {
 
+inline int format_of_lane(const zo_lane& l) { return (int)(l.format & ~(zo_u32)ZO_LANE_SUM); }
+
 // The next tile's stored values, and the places of two lanes' outputs in this tile.
 struct Ahead {
   enum { LINE = 16 };  // elements for which a line is asked at a time: a cache line of float32
@@ -47,7 +49,7 @@ struct Ahead {
     if (work->past_cache) return;
     for (zo_u32 k = 0; k < 2 && j + k < work->pass->num_lanes; ++k) {
       const zo_lane& lane = work->lanes[j + k];
-      const zo_u64 size = zo_format_bytes((int)(lane.format & ~(zo_u32)ZO_LANE_SUM));
+      const zo_u64 size = zo_format_bytes(format_of_lane(lane));
       written[k] = {(const zo_u8*)lane.out + out_at * size, LINE * size};
     }
   }

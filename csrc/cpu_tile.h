@@ -391,8 +391,6 @@ inline int tag_of_lane(const zo_work* work, const zo_lane& l) {
   return l.format & ZO_LANE_SUM ? (int)ZO_TAG_GAUSSIAN : work->tag;
 }
 
-inline int format_of_lane(const zo_lane& l) { return (int)(l.format & ~(zo_u32)ZO_LANE_SUM); }
-
 template <class V, bool PAST_CACHE, bool MASKED>
 __attribute__((noinline)) void lane(const float* w, const Noise& noise, int tag, float scale, const zo_u32* mask,
                                     int format, zo_u8* out, int n) {

@@ -32,8 +32,7 @@ def find_class(text: str | None) -> type[Method]:
         return METHODS[text]
     place, colon, name = text.rpartition(":")
     if not colon:
-        if told := missing.answer(text):
-            raise ConfigError(f"method {text!r}: {told}")
+        missing.check(text)
         hint = did_you_mean(text, _own())
         raise ConfigError(f"method {text!r} is not known: there are {', '.join(_own())}, and your own as {OWN}.{hint}")
     kind = getattr(_module(place), name, None)

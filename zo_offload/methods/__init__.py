@@ -79,8 +79,7 @@ def method_from(record: Mapping[str, Any], kind: type[Method] | None = None) -> 
     name, units = fields.pop("name", DEFAULT.name), fields.pop("units", None)
     fields.pop("class", None)
     if kind is None and not (name in METHODS and METHODS[name].own()):
-        if told := missing.answer(str(name)):
-            raise ConfigError(f"method {name!r}: {told}")
+        missing.check(str(name))
         own = sorted(known for known, method in METHODS.items() if method.own())
         raise ConfigError(f"method {name!r} is not known; there are {', '.join(own)}")
     method = (kind or METHODS[name])(**fields)

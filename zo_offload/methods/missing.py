@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Missing:
@@ -77,6 +79,12 @@ def answer(name: str) -> str | None:
         if wanted in map(_plain, missing.names):
             return f"{name} is not here: {missing.why}"
     return None
+
+
+def check(name: str) -> None:
+    """Raise ConfigError with what is to say of a published name that is no method here."""
+    if told := answer(name):
+        raise ConfigError(f"method {name!r}: {told}")
 
 
 def lines() -> Iterator[str]:
