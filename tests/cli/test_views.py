@@ -52,6 +52,10 @@ def test_the_history_is_what_the_run_did(run):
     assert history.fetch_bytes == written[2]["fetch_bytes"] + written[-1]["fetch_bytes"] > 0
     assert history.seconds == pytest.approx(written[2]["seconds"] + written[-1]["seconds"])
     assert [values["step"] for values in history.evals] == [2, 3, 4, 5]
+    # memory as it was planned, once a call of fit, and as the process had it
+    planned = [line["memory"] for line in written if "memory" in line]
+    assert len(planned) == 2 and history.memory == planned[-1] and {"window", "process"} <= set(history.memory)
+    assert history.formats == ["fp32"] and history.peak_bytes == written[-1]["peak_bytes"] > planned[-1]["window"]
     assert [y for _, y in history.curve("loss", "steps")] == [values["loss"] for values in history.evals]
     assert [x for x, _ in history.curve("loss", "forwards")] == [4, 6, 8, 10]
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 640, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 34, 48
+WIDTH, HEIGHT = 640, 340  # the legend comes below
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 26, 34, 48
+_LINE, _SHORT, _LONG = 18, 20, 44  # of the legend: height; characters of a name, two names or one in a line
 COLOURS = ("#2563ab", "#c8501e", "#2b8a3e", "#8e44ad", "#b8860b", "#0f8b8d", "#d6336c", "#555555")
 """Distinct in grey as well as in colour; from the ninth curve on they repeat, dashed."""
 
@@ -41,11 +42,13 @@ def line_chart(curves: Sequence[Curve], title: str, x_name: str, y_name: str, *,
             round(HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM), 1),
         )
 
+    columns = 2 if all(len(curve.name) <= _SHORT for curve in shown) else 1
+    height = HEIGHT + _LINE * math.ceil(len(shown) / columns)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
         f'font-family="sans-serif" font-size="12" aria-label="{escape(title, quote=True)}">',
         "<!-- drawn by zo_offload -->",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
         f'<text x="{_LEFT}" y="18" font-size="14" font-weight="bold">{escape(title)}</text>',
     ]
     for tick in y_ticks:
@@ -65,13 +68,14 @@ def line_chart(curves: Sequence[Curve], title: str, x_name: str, y_name: str, *,
         f"{escape(y_name)}</text>"
     )
     for number, curve in enumerate(shown):
-        parts.extend(_drawn(curve, number, [at(x, y) for x, y in curve.pairs]))
+        legend = (_LEFT + number % columns * 280, HEIGHT + 8 + _LINE * (number // columns))
+        parts.extend(_drawn(curve, number, [at(x, y) for x, y in curve.pairs], legend))
     parts.append("</svg>")
     return "\n".join(parts)
 
 
-def _drawn(curve: Curve, number: int, places: Sequence[tuple[float, float]]) -> list[str]:
-    """A curve, and its name in the legend, one below the other at the upper right."""
+def _drawn(curve: Curve, number: int, places: Sequence[tuple[float, float]], legend: tuple[float, float]) -> list[str]:
+    """A curve, and its name in the legend at that place."""
     colour = COLOURS[number % len(COLOURS)]
     style = f'stroke="{colour}" fill="none" stroke-width="{1 if curve.pale else 2}"'
     style += ' stroke-dasharray="6 3"' * (number >= len(COLOURS)) + ' opacity="0.55"' * curve.pale
@@ -79,10 +83,15 @@ def _drawn(curve: Curve, number: int, places: Sequence[tuple[float, float]]) -> 
     parts = [f'<path d="{line}" {style} stroke-linejoin="round"/>']
     if curve.dots or len(places) == 1:
         parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in places]
-    y = _TOP + 8 + 16 * number
-    parts.append(f'<path d="M{WIDTH - 170} {y}h22" {style}/>')
-    parts.append(f'<text x="{WIDTH - 142}" y="{y + 4}">{escape(curve.name[:24])}</text>')
+    x, y = legend
+    parts.append(f'<path d="M{x} {y}h22" {style}/>')
+    parts.append(f'<text x="{x + 28}" y="{y + 4}">{escape(_cut(curve.name))}</text>')
     return parts
+
+
+def _cut(name: str) -> str:
+    """A name that fits into a line of the legend. The middle is left out: runs of a sweep often differ at the end."""
+    return name if len(name) <= _LONG else f"{name[: _LONG // 2 - 2]}...{name[-(_LONG // 2 - 1) :]}"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

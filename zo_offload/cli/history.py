@@ -7,7 +7,7 @@ repeated, and the last entry of a repeated step counts. Nothing here opens the m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,12 @@ class History:
     seconds: float
     waited: float
     """Seconds that compute waited for blocks."""
+    memory: Mapping[str, float]
+    """Planned bytes by term, of the newest call of `fit`; empty if unknown, as in runs of earlier versions."""
+    formats: Sequence[str]
+    """Names of its storage formats."""
+    peak_bytes: float
+    """The most resident bytes of the processes that trained; 0 if unknown."""
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -110,7 +116,7 @@ def read_history(run: Path | str) -> History:
     return History(
         path=path, header=contents.header, settings=_settings(path), points=points, evals=evals,
         skipped=sum(map(is_skipped, steps)), fetch_bytes=total["fetch"], flush_bytes=total["flush"],
-        seconds=total["seconds"], waited=total["waited"],
+        seconds=total["seconds"], waited=total["waited"], **_planned(metrics),
         warnings=[*warnings_of(steps), *(str(n.values["warning"]) for n in contents.notes if "warning" in n.values)],
     )  # fmt: skip
 
@@ -118,6 +124,20 @@ def read_history(run: Path | str) -> History:
 _COUNTED = {
     "fetch": "fetch_bytes", "flush": "flush_bytes", "seconds": "seconds", "waited": "wait_share", "tokens": "tokens"
 }  # fmt: skip
+
+
+def _planned(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Memory by term and formats, as the newest call of `fit` wrote them, and the highest peak of all."""
+    memory: dict[str, float] = {}
+    formats: list[str] = []
+    for values in metrics:
+        if isinstance(values.get("memory"), dict):
+            memory = {str(name): _number(nbytes) for name, nbytes in values["memory"].items()}
+        if isinstance(values.get("formats"), list):
+            formats = [str(name) for name in values["formats"]]
+    return dict(
+        memory=memory, formats=formats, peak_bytes=max((_number(v.get("peak_bytes")) for v in metrics), default=0)
+    )
 
 
 def _number(value: Any) -> float:

@@ -17,11 +17,12 @@ from .step_chart import read_times, step_chart, told
 _STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 980px; margin: 2em auto; padding: 0 1em; color: #222 }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
-svg { max-width: 640px }
+svg { width: 100%; max-width: 640px }
 table { border-collapse: collapse } td, th { text-align: left; padding: 2px 14px 2px 0; vertical-align: top }
-td.number { text-align: right } tr + tr { border-top: 1px solid #eee }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(430px, 1fr)); gap: 1em }
+tr + tr { border-top: 1px solid #eee }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(430px, 100%), 1fr)); gap: 1em }
 .warning { background: #fff3cd; padding: 4px 10px } .right { background: #e6f4ea } .wrong { background: #fdecea }
+.right::after { content: " ✓" } .wrong::after { content: " ✗" }
 code { white-space: pre-wrap; word-break: break-word }
 """
 
@@ -55,22 +56,26 @@ def report(runs: Sequence[History], examples: Mapping[str, Sequence[Example]] | 
         if axis == "bytes":
             body.append("<h2>Against bytes moved</h2>")
         body += ['<div class="charts">', *charts(runs, axis).values(), "</div>"]
+    body += ["<h2>Before and after</h2>"] if examples else []
     for name, rows in (examples or {}).items():
-        body += ["<h2>Before and after</h2>", f"<h3>{escape(name)}</h3>" * (len(runs) > 1), _answers(rows)]
+        body += [f"<h3>{escape(name)}</h3>" * (len(runs) > 1), _answers(rows)]
     body += ["<h2>Cost</h2>", _table(["", *names], _cost(runs))]
+    if any(run.memory for run in runs):
+        body += ["<h2>Memory</h2>", _table(["", *names], _memory(runs))]
     body += _steps(runs)
     body += ["<h2>Settings</h2>", _table(["", *names], _settings(runs))]
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="generator" content="zo_offload"><title>{escape(title)}</title>'
+        f'<meta name="generator" content="zo_offload">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 
 
 _LONGEST = 400  # characters of a row or an answer
-_HEADER = (
-    "model", "method", "storage", "noise", "seed", "fold_every", "rounding", "objective", "data", "versions", "created"
-)  # fmt: skip
+_HEADER = ("model", "method", "noise", "seed", "fold_every", "rounding", "objective", "versions", "created")
+_ASKED = ("offload", "device", "device_memory", "num_slots", "compute", "trainable", "adapter")
+_CALLED = ("data", "eval_data", "batch_size", "micro_batches", "train_rows", "eval_rows", "eval_every")
 
 
 def _reached(runs: Sequence[History]) -> Iterable[Sequence[str]]:
@@ -112,6 +117,25 @@ def _cost(runs: Sequence[History]) -> Iterable[Sequence[str]]:
     yield ["the journal, which rebuilds the weights", *map(show_bytes, files)]
 
 
+_TERMS = {
+    "window": "window of blocks", "pinned": "blocks that stay in the window", "scratch": "weights of the lanes",
+    "activations": "activations", "store": "the model in host memory", "process": "the process before the run",
+}  # fmt: skip
+
+
+def _memory(runs: Sequence[History]) -> Iterable[Sequence[str]]:
+    """The planned terms, and the measured peak of the whole process."""
+    for term, words in _TERMS.items():
+        if any(term in run.memory for run in runs):
+            yield [words, *(show_bytes(int(run.memory[term])) if term in run.memory else "-" for run in runs)]
+    yield ["together, as planned", *(_bytes_or_unknown(sum(run.memory.values())) for run in runs)]
+    yield ["peak of the process, measured", *(_bytes_or_unknown(run.peak_bytes) for run in runs)]
+
+
+def _bytes_or_unknown(nbytes: float) -> str:
+    return show_bytes(int(nbytes)) if nbytes else "not known"
+
+
 def _steps(runs: Sequence[History]) -> Iterable[str]:
     """The timed step of each run that has one."""
     found = [(run, times) for run in runs if (times := read_times(run.path)) is not None]
@@ -148,18 +172,27 @@ def _settings(runs: Sequence[History]) -> Iterable[Sequence[str]]:
         found = [run.header.get(key) for run in runs]
         if any(value is not None for value in found):
             yield [key, *map(_plain, found)]
-    for key in ("offload", "device", "num_slots", "compute", "trainable"):
-        found = [_setting(run.settings, key) for run in runs]
-        if any(value is not None for value in found):
-            yield [key, *map(_plain, found)]
+    if any(run.formats for run in runs):
+        yield ["storage", *(", ".join(run.formats) or "not known" for run in runs)]
+    for part, keys in (("settings", _ASKED), ("fit", _CALLED)):
+        for key in keys:
+            found = [_part(run.settings, part).get(key) for run in runs]
+            if any(value is not None for value in found):
+                yield [key, *map(_plain, found)]
+    options = [_part(_part(run.settings, "fit"), "options") for run in runs]
+    for key in dict.fromkeys(key for found in options for key in found):
+        yield [key, *(_plain(found.get(key)) for found in options)]
 
 
-def _setting(record: Mapping[str, Any], key: str) -> Any:
-    settings = record.get("settings")
-    return settings.get(key) if isinstance(settings, dict) else None
+def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A mapping inside of a mapping; empty if it is missing or something else: files may be damaged."""
+    found = record.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _plain(value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items() if inner is not None)
     return value if isinstance(value, str) else json.dumps(value)

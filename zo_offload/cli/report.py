@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,7 +149,7 @@ def details(planned: Planned, rate: Callable[[], Rates]) -> Iterator[str]:
     if (nbytes := planned.quantized_bytes) is not None:
         scheme = method_of(planned.checkpoint.settings)
         yield f"the files are quantized ({scheme}): about {show_bytes(nbytes)} on the disk"
-    yield f"stored as {_formats(layout)}: {show_bytes(layout.total_bytes)} in {len(plan.blocks)} blocks"
+    yield f"stored as {', '.join(layout.format_names())}: {show_bytes(layout.total_bytes)} in {len(plan.blocks)} blocks"
     yield from prepared.decided
     lives = {"none": "the device's memory", "host": "host memory", "disk": "files"}[prepared.offload]
     yield f"offload {prepared.offload}{' (auto)' * (config.offload == 'auto')}: blocks live in {lives}"
@@ -182,14 +181,6 @@ def _compute_dtype(
         return DTYPES[compute]
     named = checkpoint.path is None and storage in FORMATS
     return device.default_compute(FORMATS[storage].torch_dtype if named and storage else checkpoint.dtype)
-
-
-def _formats(layout: Layout) -> str:
-    """The formats in use, the one with the most bytes first."""
-    nbytes: Counter[str] = Counter()
-    for place in layout.places.values():
-        nbytes[place.fmt.name] += place.nbytes + place.residual_nbytes
-    return ", ".join(name for name, _ in nbytes.most_common())
 
 
 def open_config(

@@ -14,7 +14,7 @@ from ..run.timed import FILE, LANES
 from ..system import diskio
 from .chart import COLOURS, ticks
 
-_WIDTH, _LEFT, _ROW, _TOP = 960, 110, 26, 30
+_WIDTH, _LEFT, _ROW, _TOP = 960, 130, 26, 30
 _LEAST = 0.25  # pixels: narrower bars are drawn this wide, and only where there is no bar yet
 _ROWS = {
     "wait": "compute waits", "fused": "weights are made", "fetch": "blocks fetched", "flush": "blocks flushed",

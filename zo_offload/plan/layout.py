@@ -10,6 +10,7 @@ folds need, are one range after it.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,6 +61,13 @@ class Layout:
     def formats(self) -> dict[str, Format]:
         """Each parameter's storage format, by canonical name."""
         return {piece.name: place.fmt for piece, place in self.places.items()}
+
+    def format_names(self) -> list[str]:
+        """Names of the formats in use, the one with the most bytes first."""
+        nbytes: Counter[str] = Counter()
+        for place in self.places.values():
+            nbytes[place.fmt.name] += place.nbytes + place.residual_nbytes
+        return [name for name, _ in nbytes.most_common()]
 
     @property
     def total_bytes(self) -> int:

@@ -10,11 +10,13 @@ from ..checkpoint.checkpoint import save_pretrained
 from ..checkpoint.export import check_scheme
 from ..errors import ConfigError
 from ..journal import run_directory
+from ..journal.calls import FitCall
 from ..journal.format import load_journal
 from ..journal.selection import Selection
 from ..kernels.records import STILL
 from ..lanes.hub import Lane
 from ..stream.ingest import kept_exactly
+from ..system.plain import user_path
 from ..system.units import parse_bytes
 from .active import Run
 from .replaying import replayed_run
@@ -82,3 +84,20 @@ def at_step(run: Run, which: Which) -> Run:
         **({"adapter": config.adapter} if config.adapter is not None else {}), device=config.device,
         threads=config.threads, trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
+
+
+def dir_of_saves(run: Run, call: FitCall) -> Path | None:
+    """The directory for exports during training; None if there are none. Raises ConfigError if none is given."""
+    in_memory = run.opened.name is None
+    if not (call.save_every or (call.keep_best and in_memory)):
+        if call.save_dir is not None:
+            raise ConfigError(f"save_dir={call.save_dir!r}: nothing is exported during training; pass save_every= too")
+        return None
+    if wrong := run.opened.cannot_be_saved():
+        raise ConfigError(wrong)
+    if call.save_dir is not None:
+        return user_path(call.save_dir).absolute()
+    if run.run_dir is None:
+        why = "save_every exports" if call.save_every else "keep_best of a model in memory exports its best step"
+        raise ConfigError(f"{why}: pass save_dir=, or a run_dir=")
+    return run.run_dir / "saved"

@@ -31,7 +31,7 @@ from ..journal.selection import Selection
 from ..methods import lr_schedule
 from ..ranks.member import Over
 from ..stream.slots import Traffic
-from ..system.plain import user_path
+from ..system.host_memory import peak_bytes
 from ..system.signals import Stopped, StopRequest, stop_signals
 from ..tiers.disk import shapes_of
 from .active import Run
@@ -42,7 +42,7 @@ from .joining import admit_members
 from .late import Launched
 from .progress import Progress
 from .result import FitResult
-from .saving import save
+from .saving import dir_of_saves, save
 from .timed import FILE as TIMELINE
 from .timed import TimedStep
 
@@ -78,7 +78,7 @@ def _train(
             "callbacks that are functions, report_to, or engine.evaluate(..., compute_metrics=...) on one of them"
         )
     call.check()
-    save_dir = _save_dir(run, call)
+    save_dir = dir_of_saves(run, call)
     told = [*callbacks, *(trackers(call.report_to) if run.ranks.leads else [])]
     rows, micro_batches = call.batch_size or method.batch_size, call.micro_batches or 1
     batches = batching.batches(call.data, rows, call.options, rows=call.train_rows)
@@ -165,23 +165,6 @@ def _steps(call: FitCall, batches: Batches, default: int) -> int:
     return max(1, math.ceil(call.epochs * an_epoch))
 
 
-def _save_dir(run: Run, call: FitCall) -> Path | None:
-    """The directory for exports during training; None if there are none. Raises ConfigError if none is given."""
-    in_memory = run.opened.name is None
-    if not (call.save_every or (call.keep_best and in_memory)):
-        if call.save_dir is not None:
-            raise ConfigError(f"save_dir={call.save_dir!r}: nothing is exported during training; pass save_every= too")
-        return None
-    if wrong := run.opened.cannot_be_saved():
-        raise ConfigError(wrong)
-    if call.save_dir is not None:
-        return user_path(call.save_dir).absolute()
-    if run.run_dir is None:
-        why = "save_every exports" if call.save_every else "keep_best of a model in memory exports its best step"
-        raise ConfigError(f"{why}: pass save_dir=, or a run_dir=")
-    return run.run_dir / "saved"
-
-
 @dataclass(frozen=True)
 class Training:
     """One call of `fit`. lr(step): the learning rate; evaluation: None for none; save_dir: None if nothing is exported
@@ -231,7 +214,8 @@ class Training:
                     history.append(_kept(record))
                     metrics.write(
                         **history[-1], tokens=tokens, seconds=round(seconds, 3), wait_share=round(wait, 4),
-                        fetch_bytes=traffic.fetch_bytes, flush_bytes=traffic.flush_bytes,
+                        fetch_bytes=traffic.fetch_bytes, flush_bytes=traffic.flush_bytes, peak_bytes=peak_bytes(),
+                        **(self._planned() if done == 1 else {}),
                     )  # fmt: skip
                     shown.step(
                         record.loss, record.lr, tokens / seconds, wait, traffic.fetch_bytes / done,
@@ -257,6 +241,10 @@ class Training:
             flush_bytes=traffic.flush_bytes, warnings=found, history=history, last_step=run.log.version,
             best=self.selection.best(run.evals), metric=self.call.metric, stopped=run.stopping,
         )  # fmt: skip
+
+    def _planned(self) -> dict[str, Any]:
+        """Facts of a call of `fit` that do not change, for its first line of metrics: memory by term, formats."""
+        return {"memory": dict(self.run.memory.rows()), "formats": list(self.run.prepared.layout.format_names())}
 
     def _timed(self, traffic: Traffic, first: int) -> TimedStep:
         """Times one step, if the times show the host's own work."""

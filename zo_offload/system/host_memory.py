@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,11 @@ def process_bytes() -> int:
 def resident_bytes() -> int:
     """Resident bytes of this process now."""
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_bytes() -> int:
+    """The most resident bytes that this process had at once, since it began."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # Linux counts in kibibytes
 
 
 def private_bytes() -> int:
