@@ -287,7 +287,7 @@ def test_jsonl_and_csv(tmp_path, tokenizer):
         ("a.csv", b"text,n\na,1\nb\n", "a.csv line 3: .* header text, n"),
         ("a.csv", b"text,label\na,1,2\n", "a.csv line 2: .* header text, label"),
         ("a.csv", b'text,label\n"a,1\n', "a.csv after line 1: unexpected end"),
-        ("a.csv", b"text,label\n\xff,1\n", "a.csv after line"),
+        ("a.csv", b"text,label\n\xff,1\n", "a.csv after line .* Save it as UTF-8"),
         ("a.csv", b"text,label\n", "holds no rows"),
         ("a.doc", b"x", r"\.doc is not read; give \.jsonl, "),
         ("a.jsonl", None, "does not exist"),

@@ -293,6 +293,7 @@ REFUSED = {
     "text None": ("causal", rows_with({"text": "the film"}, {"text": None}), {}, "row 5: column 'text' is empty"),
     "text NaN": ("causal", rows_with({"text": "a"}, {"text": float("nan")}), {}, "row 5: column 'text' is empty"),
     "text empty": ("causal", rows_with({"text": "the film"}, {"text": " "}), {}, "row 5: no text in 'text'"),
+    "template without a column": ("causal", [TEXT] * 2, {**PROMPT, "template": "It was"}, "has no column in braces"),
     "text a list": ("causal", rows_with({"text": "a"}, {"text": "a", "x": 1} | {"text": ["a"]}), {}, "row 5"),
     "half a surrogate": ("causal", rows_with({"text": "a"}, {"text": "a \ud83d"}), {}, "row 5: .* surrogate pair"),
     "label unknown to the words": ("causal", rows_with(TEXT, {**TEXT, "label": 7}), PROMPT, "row 5: label=7"),

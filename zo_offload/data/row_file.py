@@ -134,7 +134,8 @@ class TextFile(RowFile):
                     try:
                         yield begin, self._parse(line)
                     except UnicodeDecodeError as error:
-                        raise DataError(f"{self.path} line {number} is not UTF-8: {error}.") from error
+                        what = f"{self.path} line {number} is not UTF-8"
+                        raise DataError(f"{what}: {error}. Save it as UTF-8.") from error
                 begin += len(line)
 
     def _parse(self, data: bytes) -> FileRow:
@@ -181,6 +182,7 @@ class CsvFile(RowFile):
                     begin, lines_before = at, reader.line_num
             except (csv.Error, UnicodeDecodeError) as error:
                 hint = f" {_QUOTES}" if isinstance(error, csv.Error) and '"' in str(error) else ""
+                hint += " Save it as UTF-8." if isinstance(error, UnicodeDecodeError) else ""
                 raise DataError(f"{self.path} after line {reader.line_num}: {error}.{hint}") from error
 
     def _parse(self, data: bytes) -> FileRow:

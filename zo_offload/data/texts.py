@@ -86,7 +86,9 @@ def check_unicode(text: str, what: str) -> None:
 
 
 def check_not_empty(texts: Sequence[str], where: str, columns: Sequence[str]) -> None:
-    """Raise DataError if there is no text in any of the columns."""
+    """Raise DataError if there is no text in any of the columns, or no column."""
+    if not columns:
+        raise DataError(f"{where}: the template has no column in braces; all rows would read the same. Add {{text}}.")
     if not any(text.strip() for text in texts):
         raise DataError(f"{where}: no text in {', '.join(map(repr, columns))}. Remove empty rows.")
 
