@@ -35,6 +35,7 @@ _HOMES = {
     "RankError": "errors",
     "Group": "ranks.find",
     "Pool": "ranks.pool",
+    "Round": "journal.rounds",
 }
 
 _SHOWN = (
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from .errors import RankError as RankError
     from .errors import StorageError as StorageError
     from .errors import ZOError as ZOError
+    from .journal.rounds import Round as Round
     from .methods import *  # noqa: F403 - see methods/__init__.py
     from .ranks.find import Group as Group
     from .ranks.pool import Pool as Pool

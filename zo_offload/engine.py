@@ -39,6 +39,7 @@ from .errors import ConfigError, JournalError, ZOError
 from .journal.calls import OPTIONS, FitCall
 from .journal.identity import objective_name
 from .journal.journal import Journal, StepRecord
+from .journal.rounds import Round
 from .kernels.records import Gains
 from .methods import DEFAULT, Method
 from .numerics.updates import UpdateLog
@@ -52,6 +53,7 @@ from .run.basis import activation_basis
 from .run.batching import Batching, Shots
 from .run.evaluation import evaluated
 from .run.generation import check_generates, generate_texts
+from .run.local_round import take_rounds, train_round
 from .run.memory import MemoryPlan
 from .run.opening import open_model
 from .run.reopening import check_changes, joined, resumed
@@ -302,6 +304,39 @@ class Engine:
             return self.active.finish(
                 self.active.launch(batch, None if lr is None else as_rate(lr), micro_batches=micro_batches)
             )
+
+    @entry
+    def train_round(
+        self,
+        data: Any,
+        *,
+        client: str,
+        steps: int,
+        batch_size: int | None = None,
+        micro_batches: int = 1,
+        rows: int | None = None,
+        callback: Callable[[StepRecord], Any] | None = None,
+        **data_options: Unpack[DataOptions],
+    ) -> Round:
+        """Local steps of a client on its own data, for a round of FedKSeed (method SeedPool): they are taken back, so
+        the run and its weights stay as they are, and a sum for each seed is returned. docs/ranks.md has an example.
+
+        data, data_options: as in `fit`. client: a name that no other client has: which seeds are drawn depends on it.
+        steps: local steps. rows: the weight in the mean (default: the number of rows of the data). callback: gets each
+        local step's record. Raises ConfigError, DataError, DivergenceError.
+        """
+        check_options(data_options, OPTIONS)
+        return train_round(
+            self.active, self.batching, data, client=client, steps=steps, batch_size=batch_size,
+            micro_batches=micro_batches, rows=rows, options={**data_options}, callback=callback,
+        )  # fmt: skip
+
+    @entry
+    def take_rounds(self, rounds: Iterable[Round | str | Path]) -> StepRecord:
+        """Take the mean of clients' rounds, weighted by their rows, as the run's next step: `Round.mean`, in an engine
+        that is open. rounds: the clients', or one mean; or their files. Raises JournalError for a round of another run
+        or another step, ConfigError for a client that is there twice; then nothing was changed."""
+        return take_rounds(self.active, [each if isinstance(each, Round) else Round.load(each) for each in rounds])
 
     @entry
     def evaluate(

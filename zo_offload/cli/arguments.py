@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..ranks.launcher import launched
 from ..system.plain import once
-from .parser import IDENTITY, NOT_SETTINGS
+from .option_groups import IDENTITY, NOT_SETTINGS
 
 
 def own_method(args: argparse.Namespace) -> dict[str, Any]:

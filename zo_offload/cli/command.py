@@ -224,8 +224,16 @@ def _doctor(args: argparse.Namespace) -> int:
     return examine()
 
 
+def _round(args: argparse.Namespace) -> int:
+    from .round_tools import lines_of
+
+    for line in lines_of(args):
+        print(line, flush=True)
+    return 0
+
+
 RUN = {
     "fit": fit, "plan": _plan, "eval": _eval, "generate": _generate, "export": _export, "replay": _replay,
     "join": join, "ranks": roster, "journal": _journal, "doctor": _doctor, "rate": rate, "sweep": sweep,
-    "methods": _methods, "basis": _basis,
+    "methods": _methods, "basis": _basis, "round": _round,
 }  # fmt: skip

@@ -15,17 +15,9 @@ from ..errors import ConfigError
 from ..system.nearest import did_you_mean
 from ..system.plain import user_path
 from . import fields, views
+from . import option_groups as groups
 from .config_file import ConfigFile, read_config
-from .fields import Option, add_options_of, as_option, count, options_of
-
-IDENTITY = (
-    "storage", "keep", "compute", "mode", "rounding", "fold_every", "block_numel", "trainable", "seed", "num_labels",
-    "config_overrides",
-    "attn_implementation",
-)  # fmt: skip
-"""Options that numbers depend on: a run keeps them."""
-NOT_SETTINGS = ("num_labels", "attn_implementation")  # not fields of EngineConfig
-_MODEL_ONLY = ("rounding", "fold_every", "order", "trainable", "snapshot_minutes", "snapshot_steps")  # training only
+from .fields import add_options_of, as_option, count, options_of
 
 
 class Parser(argparse.ArgumentParser):
@@ -111,8 +103,8 @@ _Add = Callable[[Parser, Sequence[str], ConfigFile | None], None]
 def _fit(fit: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     from ..journal.calls import FitCall
 
-    _model(fit, "checkpoint directory or cached hub id; with --resume, the run directory")
-    _base(fit)
+    groups.model(fit, "checkpoint directory or cached hub id; with --resume, the run directory")
+    groups.base(fit)
     fit.add_argument("--resume", action="store_true", default=None,
                      help="continue the run in MODEL; data, steps and so on stay as before unless given")  # fmt: skip
     fit.add_argument("--new-data", action="store_true", default=None,
@@ -120,25 +112,26 @@ def _fit(fit: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     dry = "show a summary of the data, and its first rows as the model will see them; no step"
     fit.add_argument("--dry-run", action="store_true", default=None, help=dry)
     fit.add_argument("--out", help="export the tuned checkpoint here: the last step, with --keep-best the best")
-    _merge(fit)
+    groups.merge(fit)
     waits = "under torchrun, or with --serve: seconds to wait for another rank (default: measured)"
     fit.add_argument("--patience", type=float, help=waits)
     fit.add_argument("--serve", metavar="HOST:PORT", help="let others join the run there (docs/ranks.md)")
-    _token_file(fit, "with --serve: a file with the token that members need (default: RUN_DIR/token, created)")
+    groups.token_file(fit, "with --serve: a file with the token that members need (default: RUN_DIR/token, created)")
     audit = "with --serve: share of the members' lanes that is recomputed and compared (default: 0.02)"
     fit.add_argument("--audit", type=float, help=audit)
     tolerance = "with --serve: relative difference that such losses may have (default: 0.001)"
     fit.add_argument("--tolerance", type=float, help=tolerance)
     fit.add_argument("--quiet", action="store_true", default=None, help="show no progress")
     run = fit.add_argument_group("run", "length, evaluation, and what is kept")
-    add_options_of(run, options_of(FitCall, {"data": {"type": str}, "eval_data": {"type": str}} | _COUNTS, lists=False))
-    _engine(fit)
-    _data(fit)
-    _methods(fit, argv, config)
+    given = {"data": {"type": str}, "eval_data": {"type": str}} | groups.COUNTS
+    add_options_of(run, options_of(FitCall, given, lists=False))
+    groups.engine(fit)
+    groups.data(fit)
+    groups.methods(fit, argv, config)
 
 
 def _plan(plan: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
-    _model(plan, "checkpoint or run directory, a config's file, or a name such as llama-3-70b")
+    groups.model(plan, "checkpoint or run directory, a config's file, or a name such as llama-3-70b")
     plan.add_argument("--tokens", type=count, help="tokens per row (default: 512, or the model's maximum)")
     plan.add_argument("--batch-size", type=count, help="rows (default: fit's)")
     plan.add_argument("--micro-batches", type=count, default=1, help="parts a batch is cut into (default: 1)")
@@ -156,21 +149,21 @@ def _plan(plan: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
         "--ranks", type=count, metavar="N", help="a table: tokens/s of 1, 2, 4, ... N GPUs, and the bottleneck"
     )
     plan.add_argument("--timeline", metavar="FILE", help="write a predicted timeline of one step, for ui.perfetto.dev")
-    _engine(plan, without=["host_memory"])  # there it is how memory is locked; here the flag gives its size
-    _methods(plan, argv, config)
+    groups.engine(plan, without=["host_memory"])  # there it is how memory is locked; here the flag gives its size
+    groups.methods(plan, argv, config)
 
 
 def _rate(rate: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
-    _model(rate, "checkpoint directory or cached hub id")
+    groups.model(rate, "checkpoint directory or cached hub id")
     rate.add_argument("--data", help="training data, as fit takes it")
     rates = "learning rates (default: a tenth to ten times the method's)"
     rate.add_argument("--rates", type=float, nargs="+", help=rates)
     rate.add_argument("--steps", type=count, default=20, help="steps at each rate (default: 20)")
     rate.add_argument("--batch-size", type=count, help="rows per step (default: the method's)")
     rate.add_argument("--micro-batches", type=count, help="parts a batch is cut into (default: 1)")
-    _engine(rate)
-    _data(rate)
-    _methods(rate, argv, config)
+    groups.engine(rate)
+    groups.data(rate)
+    groups.methods(rate, argv, config)
 
 
 def _sweep(sweep: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
@@ -178,7 +171,7 @@ def _sweep(sweep: Parser, argv: Sequence[str], config: ConfigFile | None) -> Non
 
     if config is not None and "seed" in config.values:  # of one run, such as the file of a run that is to be varied
         config.values.setdefault("seeds", [config.values.pop("seed")])
-    _model(sweep, "checkpoint directory or cached hub id")
+    groups.model(sweep, "checkpoint directory or cached hub id")
     sweep.add_argument("--methods", nargs="+", metavar="METHOD", help="several methods (default: that of --method)")
     sweep.add_argument("--rates", type=float, nargs="+", metavar="LR", help="learning rates (default: the method's)")
     times = "instead of --rates: factors of each method's own rate, such as 0.3 1 3"
@@ -186,24 +179,25 @@ def _sweep(sweep: Parser, argv: Sequence[str], config: ConfigFile | None) -> Non
     sweep.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="a run for each (default: 0)")
     sweep.add_argument("--quiet", action="store_true", default=None, help="show no progress within a run")
     run = sweep.add_argument_group("run", "length, evaluation, and what is kept, for every run")
-    add_options_of(run, options_of(FitCall, {"data": {"type": str}, "eval_data": {"type": str}} | _COUNTS, lists=False))
-    _engine(sweep, without=["seed"])
-    _data(sweep)
-    _methods(sweep, argv, config)
+    given = {"data": {"type": str}, "eval_data": {"type": str}} | groups.COUNTS
+    add_options_of(run, options_of(FitCall, given, lists=False))
+    groups.engine(sweep, without=["seed"])
+    groups.data(sweep)
+    groups.methods(sweep, argv, config)
 
 
 def _basis(basis: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
-    _opens(basis)
+    groups.opens(basis)
     basis.add_argument("--data", help="rows of the task: the first batch of them is used")
     basis.add_argument("--batch-size", type=count, default=16, help="rows of that batch (default: 16)")
     basis.add_argument("--rank", type=count, default=4, help="directions per layer (default: 4)")
     basis.add_argument("--layers", nargs="+", help="globs of the layers (default: all but the vocabulary's head)")
     basis.add_argument("--out", help="fresh directory for it: a peft adapter that is still 0")
-    _data(basis)
+    groups.data(basis)
 
 
 def _eval(evaluate: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
-    _opens(evaluate)
+    groups.opens(evaluate)
     evaluate.add_argument("--data", help="what to evaluate on (default: the run's --eval-data)")
     evaluate.add_argument("--batch-size", type=count, help="rows at a time (default: a run's, else 16)")
     evaluate.add_argument("--eval-rows", type=count, help="number of rows, chosen by the seed (default: all)")
@@ -211,11 +205,11 @@ def _eval(evaluate: Parser, argv: Sequence[str], config: ConfigFile | None) -> N
     shots = "a table: with this many demonstrations before each prompt; for a run, its base too"
     evaluate.add_argument("--shots", type=int, nargs="+", metavar="N", help=shots)
     evaluate.add_argument("--demonstrations", help="their source (default: a task's train split, a run's data)")
-    _data(evaluate)
+    groups.data(evaluate)
 
 
 def _generate(generate: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
-    _opens(generate)
+    groups.opens(generate)
     generate.add_argument("--prompt", nargs="+", help="texts to be continued")
     generate.add_argument("--max-new-tokens", type=count, default=32, help="maximum number of new tokens (default: 32)")
     coldest = "0 (default): always the likeliest token"
@@ -223,9 +217,9 @@ def _generate(generate: Parser, argv: Sequence[str], config: ConfigFile | None) 
 
 
 def _export(export: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
-    _opens(export)
+    groups.opens(export)
     export.add_argument("--out", help="directory to write")
-    _merge(export)
+    groups.merge(export)
     text = (
         "safetensors, peft or merged; fp8 (linear layers, a scale for each 128 x 128); gguf, gguf-q8_0, ... (one file)"
     )
@@ -239,13 +233,13 @@ def _replay(replay: Parser, argv: Sequence[str], config: ConfigFile | None) -> N
     replay.add_argument("journal", nargs="?", help="journal.zoj, or the run directory")
     replay.add_argument("--to", type=int, help="steps to take (default: all)")
     replay.add_argument("--out", help="directory to write")
-    _merge(replay)
+    groups.merge(replay)
     replay.add_argument("--adapter", metavar="DIR", help="the adapter that the run began with, if it was moved")
     replay.add_argument("--max-shard", default="5GB", help="largest file (default: 5GB)")
     replay.add_argument("--overwrite", action="store_true", help="write into a directory that is not empty")
     replay.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base")
-    _own_class(replay)
-    _config(replay)
+    groups.own_class(replay)
+    groups.config(replay)
 
 
 def _journal(journal: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
@@ -261,7 +255,7 @@ def _join(join: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     join.add_argument("address", nargs="?", metavar="HOST:PORT", help="where `fit --serve` listens, or a tunnel to it")
     join.add_argument("base", nargs="?", metavar="BASE", help="the run's base here: a checkpoint directory or hub id")
     join.add_argument("--data", help="the run's data on this machine (default: the keeper's path)")
-    _token_file(join, "a file with the keeper's token (or it in ZO_OFFLOAD_TOKEN)")
+    groups.token_file(join, "a file with the keeper's token (or it in ZO_OFFLOAD_TOKEN)")
     join.add_argument("--patience", type=float, help="seconds until another's lanes are late (default: keeper's)")
     wait = "seconds to look for a keeper that does not answer (default: 300)"
     join.add_argument("--wait", type=float, default=300.0, help=wait)
@@ -270,18 +264,33 @@ def _join(join: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     join.add_argument("--model-class", help="such as AutoModelForSequenceClassification, if the run's is your own")
     join.add_argument("--tokenizer", help="directory or cached hub id, if the run was given one")
     group = join.add_argument_group("engine", "where weights live here; settings that numbers depend on are the run's")
-    kept = (*IDENTITY, *_MODEL_ONLY, "whole")
-    add_options_of(group, {name: option for name, option in _settings(EngineConfig).items() if name not in kept})
-    _config(join)
+    kept = (*groups.IDENTITY, *groups.MODEL_ONLY, "whole")
+    add_options_of(group, {name: option for name, option in groups.settings(EngineConfig).items() if name not in kept})
+    groups.config(join)
 
 
 def _ranks(ranks: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     ranks.add_argument("address", nargs="?", metavar="HOST:PORT", help="where `fit --serve` listens")
-    _token_file(ranks, "a file with the keeper's token (or it in ZO_OFFLOAD_TOKEN)")
+    groups.token_file(ranks, "a file with the keeper's token (or it in ZO_OFFLOAD_TOKEN)")
 
 
-def _token_file(command: Parser, text: str) -> None:
-    command.add_argument("--token-file", metavar="FILE", help=text)
+def _round(round_: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
+    text = "begin a run, train a client's part of a round, merge clients' files, or show a file"
+    round_.add_argument("action", nargs="?", choices=["start", "train", "merge", "show"], help=text)
+    round_.add_argument("model", nargs="?", metavar="PATH", help="the base; the run directory; or a round's file")
+    round_.add_argument("files", nargs="*", metavar="FILE", help="merge: the clients' files, or one file of a mean")
+    groups.base(round_)
+    round_.add_argument("--data", help="train: the client's data, as fit takes it")
+    round_.add_argument("--client", help="train: the client's name; no two clients have the same")
+    round_.add_argument("--steps", type=count, help="train: local steps")
+    round_.add_argument("--batch-size", type=count, help="train: rows per step (default: the method's)")
+    round_.add_argument("--micro-batches", type=count, default=1, help="train: parts of a batch (default: 1)")
+    round_.add_argument("--rows", type=count, help="train: weight in the mean (default: rows of the data)")
+    round_.add_argument("--out", help="train: the file to write; merge: also write the mean here, for the clients")
+    groups.engine(round_)
+    groups.data(round_)
+    groups.methods(round_, argv, config)
+    groups.config(round_)
 
 
 def _nothing(command: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
@@ -293,6 +302,7 @@ _COMMANDS: dict[str, tuple[str, _Add]] = {
     "plan": ("time and memory of a run, on this or named hardware; reads no weights", _plan),
     "join": ("join a run that somebody else serves, from anywhere, for as long as you like", _join),
     "ranks": ("list the members of a served run, and their speed", _ranks),
+    "round": ("federated rounds: clients train apart on their own data, and their mean is one step", _round),
     "methods": ("costs of a step for each method, and all recipes", _nothing),
     "rate": ("try a few steps at each of several learning rates; keeps no weights", _rate),
     "sweep": ("one run for each of several methods, rates and seeds, and a table of results", _sweep),
@@ -309,6 +319,8 @@ _COMMANDS: dict[str, tuple[str, _Add]] = {
 _USAGE = {
     "fit": "MODEL --data FILE [--run-dir DIR] [options]", "plan": "MODEL [options]",
     "join": "HOST:PORT BASE --token-file FILE [options]", "ranks": "HOST:PORT --token-file FILE",
+    "round": "start BASE --run-dir RUN | train RUN --data FILE --client NAME --steps N --out FILE | "
+             "merge RUN FILE ... [--out FILE] | show FILE",
     "methods": "", "rate": "MODEL --data FILE [options]",
     "sweep": "MODEL --data FILE --eval-data FILE --run-dir DIR [options]",
     "basis": "MODEL --data FILE --out DIR [options]",
@@ -316,83 +328,3 @@ _USAGE = {
     "export": "RUN --out DIR [options]", "replay": "BASE JOURNAL --out DIR [options]",
     "journal": "show | check | cut | csv JOURNAL [options]", "doctor": "",
 }  # fmt: skip
-
-
-# ---- options that commands share -------------------------------------------------------------------------------------
-
-_COUNTS = {name: {"type": count} for name in ("steps", "batch_size", "micro_batches", "eval_every", "save_every",
-                                              "log_every")}  # fmt: skip
-
-
-def _model(command: Parser, text: str) -> None:
-    command.add_argument("model", nargs="?", metavar="MODEL", help=text)
-    _config(command)
-
-
-def _config(command: Parser) -> None:
-    command.add_argument("--config", metavar="FILE", help="options by name, in YAML or JSON, or a run's config.json")
-
-
-def _opens(command: Parser) -> None:
-    """Add options for opening a checkpoint or a run without training."""
-    _model(command, "checkpoint or run directory")
-    _base(command)
-    _own_class(command)
-    _engine(command, without=_MODEL_ONLY)
-
-
-def _engine(command: Parser, without: Sequence[str] = ()) -> None:
-    from ..config import EngineConfig
-
-    group = command.add_argument_group("engine", "where weights live, and how they are stored and computed")
-    options = _settings(EngineConfig)
-    add_options_of(group, {name: option for name, option in options.items() if name not in without})
-    group.add_argument("--model-class", help="such as AutoModelForSequenceClassification")
-    group.add_argument("--lora", metavar="RANK", type=int, help="train a new LoRA adapter; the rest stays as it is")
-    attention = "such as eager or sdpa, instead of the model's own choice"
-    group.add_argument("--attn-implementation", help=attention)
-    group.add_argument("--num-labels", type=count, help="classes of a new head, instead of config.json's")
-    tokenizer = "directory or cached hub id, if the checkpoint has none or to use another"
-    group.add_argument("--tokenizer", help=tokenizer)
-
-
-def _settings(kind: type) -> dict[str, Option]:
-    """The fields of EngineConfig as options."""
-    given: dict[str, dict[str, Any]] = {
-        "keep": {"nargs": "+"}, "trainable": {"nargs": "+"},
-        "config_overrides": {"type": fields.json_object, "metavar": "JSON"},
-        "adapter": {"type": str, "metavar": "DIR|SETTINGS"},
-        "fold_every": {"type": fields.count_or_auto, "metavar": "N|auto"},
-        **{name: {"type": count} for name in ("num_slots", "block_numel", "io_threads", "threads",
-                                              "scrub_every", "snapshot_steps")},
-    }  # fmt: skip
-    return options_of(kind, given)
-
-
-def _data(command: Parser) -> None:
-    from ..data.encode import Encoder
-
-    group = command.add_argument_group("data", "what rows become")
-    options = options_of(Encoder, {"max_length": {"type": count}})
-    hidden = ("own_objective", "version")
-    add_options_of(group, {name: option for name, option in options.items() if name not in hidden})
-
-
-def _methods(command: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
-    from .method_options import add_options
-
-    method = None if config is None else config.values.get("method")
-    add_options(command, argv, method if isinstance(method, str) else None)
-
-
-def _own_class(command: Parser) -> None:
-    command.add_argument("--method", metavar="FILE.py:CLASS", help="for a run: your own class that it was made with")
-
-
-def _merge(command: Parser) -> None:
-    text = "for an adapter: export the whole model with the adapter merged"
-    command.add_argument("--merge", action="store_true", default=None, help=text)
-
-
-def _base(command: Parser) -> None:
-    command.add_argument("--base", help="for a run: the new path of its base checkpoint, if it was moved")

@@ -18,7 +18,7 @@ from . import scaling, timeline
 from .answer import Answer, Machine, answer, command, compare, lines, machines, named_rates
 from .hardware import find_drive, find_gpu, find_link
 from .method_options import make_method
-from .parser import IDENTITY
+from .option_groups import IDENTITY
 from .report import Planned, details, plan_step
 
 USUAL_STEPS = 20_000

@@ -21,7 +21,7 @@ from .arguments import (
     refuse,
     tokenizer_of,
 )
-from .parser import IDENTITY
+from .option_groups import IDENTITY
 
 
 def fit(args: argparse.Namespace) -> int:

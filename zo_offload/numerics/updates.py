@@ -140,4 +140,4 @@ class UpdateLog:
             pending = (pending or (trains and bool(updates))) and not any(update.fold for update in updates)
         if gain != 1.0:
             flat = [replace(update, coeff=scaled(update.coeff, gain)) for update in flat]
-        return Updates(flat if decay else (replace(update, decay=1.0) for update in flat))
+        return Updates(flat if decay else (u if u.decay == 1.0 else replace(u, decay=1.0) for u in flat))

@@ -263,7 +263,7 @@ class Run:
         batch, lr = as_made(batch), self.method.lr if lr is None else lr
         parts = self.start_steps(batch, micro_batches, objective)
         self.check_objective(self.journal)
-        self._keep_budget(parts, batch, micro_batches, objective)
+        self.keep_budget(parts, batch, micro_batches, objective)
         stepper = parts.stepper
         self._ranked.meet(parts.session)
         with self.work():
@@ -291,7 +291,7 @@ class Run:
             self.brake.follow([record] if self.journal is None else self.journal.steps)
             return record
 
-    def _keep_budget(self, parts: Parts, batch: Batch, micro_batches: int, objective: Objective | None) -> None:
+    def keep_budget(self, parts: Parts, batch: Batch, micro_batches: int, objective: Objective | None) -> None:
         """Raise BudgetError, before its step, if a batch larger than all before exceeds the memory budget."""
         if self.memory.budget is None or as_made(batch).nbytes // micro_batches <= self._planned_bytes:
             return

@@ -35,6 +35,7 @@ from .late import LateLog, Launched
 from .prepare import Prepared
 from .remembered import after, remembered
 
+_NEVER = 1 << 62  # steps: local steps do not fold
 MAX_HALVINGS = 10  # of eps, by on_nonfinite="halve_eps": with a thousandth of the given eps it is another method
 
 
@@ -64,6 +65,7 @@ class Stepper:
         self.memory = remembered(method, records)
         self._late_memory = self.memory.on(log.version, device.upload) if self.late else self.memory
         self._lane_terms: Tensor | None = None  # coefficients that the step's lanes were given, on the device
+        self._apart_from: int | None = None  # version at which local steps began, which are not the run's
         self._lock = threading.RLock()  # reentrant: a write of blocks may settle during a settle
 
     @property
@@ -146,6 +148,27 @@ class Stepper:
         launched = Launched(record.step, record.lr, record.batch_crc, self.current, losses=(), decided=record)
         self._open.append(launched)
         return launched
+
+    def take(self, record: StepRecord) -> None:
+        """Take, at once, a step that is known with its updates: losses are not needed, so they cannot be late."""
+        assert record.step == self.log.version and self._apart_from is None
+        self.settle_before(record.step)
+        self.memory.put(record.step + 1, after(self.method, self.memory[record.step], record))
+        self._write(record)
+        self.log.append(record.updates)
+
+    def apart(self, method: Method) -> Stepper:
+        """A stepper for local steps of `method` after the run's. They are in no journal and fold nothing, so no stored
+        weight changes. `take_back` ends them; until then this stepper takes no step."""
+        self.settle_before(self.log.version)
+        self._apart_from = self.log.version
+        return Stepper(method, self.run_seed, _NEVER, self.log, None, self.device, self.limit)
+
+    def take_back(self) -> None:
+        """Forget all local steps, if there are any: lanes and evaluations see the run's weights again."""
+        if self._apart_from is not None:
+            self.log.cut(self._apart_from)
+            self._apart_from = None
 
     def settle(self, launched: Launched) -> StepRecord:
         """Journal the step and return its record. Raises DivergenceError if the method stops at such a step."""
@@ -233,6 +256,7 @@ class Stepper:
         """
         with self._lock:
             self.log.mend()
+            self.take_back()
             version = self.log.version
             self.memory.cut(version)
             self._late_memory.cut(version)
