@@ -35,7 +35,7 @@ from .data.metrics import ComputeMetrics
 from .data.options import DataOptions
 from .data.survey import examples, survey
 from .devices.placing import as_inputs, input_dtype
-from .errors import ConfigError, JournalError, ZOError
+from .errors import BudgetError, ConfigError, JournalError, ZOError
 from .journal.calls import OPTIONS, FitCall
 from .journal.identity import objective_name
 from .journal.journal import Journal, StepRecord
@@ -73,14 +73,14 @@ class Engine:
 
     model: a checkpoint directory, a cached hub id, or an nn.Module. A module's weights move into the engine at its
     first use; `restore`, or the end of `with Engine(module)`, puts the trained weights back; after `close` alone its
-    parameters hold NaN. objective: (model, batch) -> scalar, default `model(**batch).loss`; it need not be
-    differentiable. example: a batch to trace with, if the model has no dummy inputs of its own. base: the initial
-    weights of a module on meta. ranks: the processes that train together, each of which makes this engine: "auto":
-    those that torchrun or accelerate launched, or those of an initialised process group; `Group(...)`: the same with
-    settings; None: this process alone (docs/ranks.md). settings: fields of `EngineConfig`, and these arguments of
-    from_pretrained: num_labels, attn_implementation, dtype, revision. An error in a setting is raised here, before
-    weights are read or anything is written. An error that depends on the batch is raised at the first `fit`, before
-    memory is taken.
+    parameters hold NaN. Weights that accelerate offloaded are read from its hooks. objective: (model, batch) -> scalar,
+    default `model(**batch).loss`; it need not be differentiable. example: a batch to trace with, if the model has no
+    dummy inputs of its own. base: the initial weights of a module on meta. ranks: the processes that train together,
+    each of which makes this engine: "auto": those that torchrun or accelerate launched, or those of an initialised
+    process group; `Group(...)`: the same with settings; None: this process alone (docs/ranks.md). settings: fields of
+    `EngineConfig`, and these arguments of from_pretrained: num_labels, attn_implementation, dtype, revision. An error
+    in a setting is raised here, before weights are read or anything is written. An error that depends on the batch is
+    raised at the first `fit`, before memory is taken.
     """
 
     def __init__(
@@ -482,13 +482,15 @@ class Engine:
         away = isinstance(self.base, ModuleBase) and run.parts is not None and not run.closed and not run.at_once
         if not away or self.door.is_forked:
             self.close()
-        elif error is None:
-            self.restore()
         else:
             try:
                 self.restore()
-            except (ZOError, OSError) as also:  # the first error is the one to report
-                _log.warning("the module did not get its weights back: %s", also)
+            except (ZOError, OSError) as also:
+                if error is None and not isinstance(also, BudgetError):
+                    raise
+                _log.warning(
+                    "the module did not get its weights back: %s", also
+                )  # the first error is the one to report
                 self.close()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

@@ -287,15 +287,6 @@ def test_a_model_without_values_is_refused() -> None:
         engine_of(nn.Sequential(nn.Linear(D, D, device="meta")))
 
 
-@pytest.mark.parametrize("offloaded", ["cpu_offload", "disk_offload"])
-def test_a_model_that_accelerate_offloaded_is_refused(tmp_path: Path, offloaded: str) -> None:
-    accelerate = pytest.importorskip("accelerate")
-    places = (str(tmp_path),) if offloaded == "disk_offload" else ()
-    model = getattr(accelerate, offloaded)(Pair(lambda _: None), *places, execution_device="cpu")
-    with pytest.raises(PlanError, match=r"meta device.*accelerate.*device_map.*directory"):
-        engine_of(model)
-
-
 # ---- compiled, scripted, transformed ---------------------------------------------------------------------------------
 
 

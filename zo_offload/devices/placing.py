@@ -60,7 +60,7 @@ class Homes:
         for name, p in model.named_parameters():
             home = self._of[name]
             if name not in values:
-                if p.device != home:
+                if p.device != home and not p.is_meta:
                     new[id(p)] = _moved(p, home)
                 continue
             value = laid_out(values[name].to(home, p.dtype), self._strides[name])

@@ -111,8 +111,10 @@ def shapes_only() -> Iterator[None]:
         _here.shapes_only = before
 
 
-def check_present(model: nn.Module) -> None:
-    """Raise PlanError, with the name, if weights are missing: in another engine, on meta, or not made yet."""
+def check_present(model: nn.Module, elsewhere: Collection[str] = ()) -> None:
+    """Raise PlanError, with the name, if weights are missing: in another engine, on meta, or not made yet.
+
+    elsewhere: parameters on meta whose values are known to be somewhere else."""
     for name, p in model.named_parameters():
         if isinstance(p, nn.UninitializedParameter):
             raise PlanError(
@@ -122,9 +124,9 @@ def check_present(model: nn.Module) -> None:
         away: Away | None = getattr(p, _MARK, None)
         if away is not None:
             away.refuse("given to another engine")
-        if p.is_meta:
+        if p.is_meta and name not in elsewhere:
             hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-            how = " (accelerate has hooks on the model: it was loaded with device_map, or offloaded)" if hooked else ""
+            how = " (accelerate has hooks on the model, but holds no value of this one)" if hooked else ""
             raise PlanError(
                 f"parameter {name!r} of {type(model).__name__} is on the meta device, without values{how}. Give the "
                 "engine the checkpoint's directory, or a model loaded whole (no device_map), or base= to read from"

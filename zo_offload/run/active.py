@@ -312,8 +312,7 @@ class Run:
         """`call(model, batch)` at the current weights, default `model(**batch)`."""
         self.start(batch, objective=plain_forward)  # no loss is asked for
         with self.work() as parts:
-            call = call or (lambda model, inputs: model(**inputs))
-            return parts.passes.forward([Lane(STILL, batch)], call, exact=True)[0]
+            return parts.passes.forward([Lane(STILL, batch)], call or (lambda m, inputs: m(**inputs)), exact=True)[0]
 
     @entry
     def read(self, name: str) -> Tensor:
@@ -373,6 +372,7 @@ class Run:
     def restore(self) -> nn.Module:
         """The module as it was given, with the current weights; the run is closed."""
         if self._restoring is None:
+            self._vacated.check_room()
             self.flush()
             names = [name for name, _ in self.opened.model.named_parameters() if name in self.plan.params]
             self._restoring = {name: self.read(name) for name in names}

@@ -10,6 +10,7 @@ parameters are noted. Every error that a setting can cause is raised here.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from ..kernels.records import Gains
 from ..methods import Method
 from ..modules.compiled import without_wrapper
 from ..modules.kind import ModelKind, kind_of
+from ..modules.offloaded import Offloaded
 from ..modules.parameters import Tied, tie
 from ..ranks.alone import Alone
 from ..stream.ingest import Base, ModuleBase
@@ -65,6 +67,8 @@ class Opened:
     """The settings that numbers depend on, of the adapter that was put on a checkpoint."""
     given: nn.Module | None = None
     """A module in memory as it was passed."""
+    offloaded: Offloaded | None = None
+    """What hooks of accelerate hold of the module; they are set aside while the engine runs it."""
     ties: tuple[Tied, ...] = ()
     """The module's names that were made one parameter; they are separated again when it gets its weights back."""
     name: str | None = None
@@ -136,6 +140,30 @@ def open_model(
     ranks: all open it now; settings of "auto" are decided once for all of them. recorded: as in `prepare`.
     """
     ranks = Alone() if ranks is None else ranks
+    module = without_wrapper(model) if isinstance(model, nn.Module) else None
+    offloaded = Offloaded.of(module) if module is not None and base is None else None
+    with contextlib.nullcontext() if offloaded is None else offloaded.aside():
+        return _open(
+            model, method, config, model_class=model_class, example=example, base=base, fresh=fresh, offload=offload,
+            ranks=ranks, recorded=recorded, offloaded=offloaded,
+        )  # fmt: skip
+
+
+def _open(
+    model: str | Path | nn.Module,
+    method: Method,
+    config: EngineConfig,
+    *,
+    model_class: Any,
+    example: Batch | None,
+    base: Base | None,
+    fresh: bool,
+    offload: str | None,
+    ranks: Alone,
+    recorded: Mapping[str, Any] | None,
+    offloaded: Offloaded | None,
+) -> Opened:
+    """`open_model`, of a model without accelerate's hooks."""
     if config.run_dir is not None:  # absolute: the process may change its directory
         run_dir = user_path(config.run_dir).absolute()
         config = replace(config, run_dir=run_dir)
@@ -157,7 +185,7 @@ def open_model(
                 raise ConfigError("model_class= is for a checkpoint: a module in memory has a class, leave it out")
         given, module = model, without_wrapper(model)
         ties = tie(module)
-        base = base if base is not None else ModuleBase(module)
+        base = base if base is not None else ModuleBase(module, offloaded)
     else:
         if fresh and base is not None:
             raise ConfigError("base= is of a module on meta; a checkpoint has its weights itself: leave it out")
@@ -184,7 +212,8 @@ def open_model(
     if fresh:
         check_idle(config, prepared, base, tells=ranks.leads)
     opened = Opened(
-        module, base, kind, device, prepared, None, checkpoint, given=given, ties=ties,
+        module, base, kind, device, prepared, None, checkpoint, given=given, offloaded=offloaded,
+        ties=ties,
         adapter=None if adapted is None else adapted.config,
         name=None if isinstance(model, nn.Module) else _absolute(model),
         model_class=model_class if isinstance(model_class, str) else getattr(model_class, "__name__", None),

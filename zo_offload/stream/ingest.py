@@ -7,6 +7,7 @@ the base's dtype, for parameters of any size.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -19,6 +20,7 @@ from ..formats import Format
 from ..formats.codec import PlaneEncoder
 from ..formats.grouped import paste
 from ..modules.away import check_present
+from ..modules.offloaded import Offloaded
 from ..plan.blocks import Piece
 from ..plan.layout import Layout
 from ..plan.plan import Plan
@@ -30,14 +32,22 @@ __all__ = ["Base", "Filler", "ModuleBase", "ingest"]
 class ModuleBase:
     """A module in memory as a base. Holds the parameters' own storages; `let_go` drops them once they are ingested.
 
-    Raises PlanError if they are missing: on meta, where accelerate leaves offloaded ones, or in another engine.
+    offloaded: what hooks of accelerate hold of the module; it is read one tensor at a time. Raises PlanError for other
+    parameters without values: on meta, or in another engine.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        check_present(model)
-        self._data: dict[str, Tensor] = {name: p.data for name, p in model.named_parameters()}
-        self._metas = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in self._data.items()}
+    def __init__(self, model: nn.Module, offloaded: Offloaded | None = None) -> None:
+        self._offloaded = offloaded
+        self._elsewhere = frozenset[str]() if offloaded is None else offloaded.names
+        check_present(model, self._elsewhere)
+        named = dict(model.named_parameters())
+        self._data: dict[str, Tensor] = {name: p.data for name, p in named.items() if name not in self._elsewhere}
+        self._metas = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in named.items()}
         self._digests: dict[str, str] = {}
+        self._last: tuple[str, Tensor] | None = None  # the tensor that was read last from the hooks
+        self._lock = threading.Lock()
+        self.is_here = True
+        """Whether the parameters' values were not dropped."""
 
     def shape_of(self, name: str) -> torch.Size:
         return self._metas[name].shape
@@ -46,26 +56,41 @@ class ModuleBase:
         return self._metas[name].dtype
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        data = self._data[name].detach()
+        data = self._value(name)
         if not data.is_contiguous():
             data = data.contiguous()
         out.copy_(data.view(-1)[start : start + len(out)])
+        if start + len(out) == data.numel():
+            self._last = None
 
     def digest_of(self, name: str) -> str:
         if name not in self._digests:
-            self._digests[name] = tensor_digest(name, self._data[name])
+            self._digests[name] = tensor_digest(name, self._value(name))
         return self._digests[name]
 
     def digest(self) -> str:
         return together({name: self.digest_of(name) for name in self._metas})
 
+    def _value(self, name: str) -> Tensor:
+        if name not in self._elsewhere:
+            return self._data[name].detach()
+        assert self._offloaded is not None
+        with self._lock:
+            last = self._last
+            if last is None or last[0] != name:
+                self._last = last = None  # one at a time
+                self._last = last = (name, self._offloaded.read(name))
+                if name not in self._digests:
+                    self._digests[name] = tensor_digest(name, last[1])
+            return last[1]
+
     @property
     def values(self) -> dict[str, Tensor]:
-        """The parameters' values by name; empty once they were dropped."""
+        """The values of parameters that are in the module, by name; empty once they were dropped."""
         return self._data
 
     def let_go(self) -> None:
-        self._data = {}
+        self._data, self._last, self.is_here = {}, None, False
 
 
 def load_kept(model: nn.Module, names: Iterable[str], base: Base) -> None:
