@@ -25,6 +25,7 @@ from .fzoo import FZOO
 from .fzoo_loo import FZOOLeaveOneOut
 from .fzoo_reuse import FZOOReuse
 from .lezo import LeZO
+from .lozo import LOZO
 from .meazo import MEAZO
 from .mezo import MeZO
 from .momentum import Momentum
@@ -41,7 +42,7 @@ from .sparse_mezo import SparseMeZO
 from .spsa15 import SPSA15
 
 __all__ = [
-    "DEFAULT", "FZOO", "MEAZO", "METHODS", "NSPSA", "PRESETS", "QZO", "SPSA15", "ConMeZO", "Conservative",
+    "DEFAULT", "FZOO", "LOZO", "MEAZO", "METHODS", "NSPSA", "PRESETS", "QZO", "SPSA15", "ConMeZO", "Conservative",
     "FZOOLeaveOneOut", "FZOOReuse", "LeZO", "Mask", "MeZO", "Method", "Momentum", "Perturbation", "QZOShift",
     "RandomMask", "RankSGD", "SeedPool", "SensZOQ", "SignSGD", "Smallest", "SparseMeZO", "Step", "Terms",
     "Told", "check_tunes", "divide", "known_record", "lr_schedule", "method_from", "method_training", "sqrt",

@@ -144,7 +144,7 @@ class Method(ABC):
             raise ConfigError(
                 f"method {self.name!r} trains {self.target}: a mask selects values, which it does not train"
             )
-        NoiseSpec(self.distribution, self.rounds, self.noise_layout)  # checks them
+        _ = self.noise  # checks the fields that it is made of
         lr_schedule(self.schedule, self.warmup_steps, max(self.steps, self.warmup_steps))
 
     def _check_kinds(self) -> None:

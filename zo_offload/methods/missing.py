@@ -50,9 +50,10 @@ MISSING = (
         "--trainable model.layers.1",
     ),
     Missing(
-        ("LOZO", "LOZO-M", "SubZero", "EGGROLL", "ZO-Muon", "ZO-Act", "GRZO"),
-        "noise of low rank is not built. An adapter in a basis of the layers' own inputs trains few directions of each "
-        "layer: zo-offload basis",
+        ("LOZO-M", "SubZero", "EGGROLL", "ZO-Muon", "ZO-Act", "GRZO"),
+        "of directions of low rank there is lozo: no momentum of a factor, no orthogonal factors, and no direction for "
+        "each row of a batch. An adapter in a basis of the layers' own inputs trains few directions of each layer: "
+        "zo-offload basis",
     ),
     Missing(
         ("forward gradient", "forward-grad", "hybrid ZO-FO"),

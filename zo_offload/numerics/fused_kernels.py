@@ -112,11 +112,13 @@ _REFERENCE = Reference()
 
 def kernels_for(stored: Tensor, fmt: Format, noise: NoiseSpec) -> Kernels:
     """The fastest kernels on the bytes' device that implement the format and the noise."""
+    if stored.is_cuda and noise.rank:
+        raise ConfigError(f"directions of rank {noise.rank} are not on a GPU yet: train on the CPU")
     if stored.is_cuda:
         return OnGpu(cuda_kernels.kernels(stored.device.index))
     if stored.device.type != "cpu":
         raise ConfigError(f"stored is on {stored.device}: this pass runs on the CPU and on CUDA devices")
     library = native.library()
-    if library is None or fmt.code not in library.formats or noise.kind.code is None:
+    if library is None or fmt.code not in library.formats or noise.kind.code is None or noise.rank:
         return _REFERENCE
     return OnCpu(library)

@@ -11,6 +11,8 @@ so any slice of any parameter has the same z, in any order, at any time and on a
     tag 2  rounding               8 x 16 random bits a block, low half of a word first
     tag 3  seeds                  the seed of a step, keyed by the run's seed
     tag 4  gaussian               8 elements a block: j = i & 7 is the low (j < 4) or high half of word (j & 3) ^ 1
+    tag 5  masks                  as rounding
+    tag 6  columns                as tag 4: the factor V of directions of low rank (`kernels/low_rank.py`)
 
 Only integer operations, look-ups and IEEE-754 binary32 mul, add, fma, int -> float (and in layout 1 sqrt) are used
 (csrc/noise.h), so every implementation gives the same bits; `philox.py` and `distributions.py` are the slow one.
@@ -22,8 +24,9 @@ another model. New runs use LAYOUT_VERSION; a resumed or replayed run has the la
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -32,6 +35,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..kernels import native, philox
 from ..kernels.distributions import Distribution, get_distribution, kind_of
+from ..kernels.float32 import F32
+from ..kernels.low_rank import MOST_RANK, low_rank_into
 
 Rounds = Literal[7, 10]
 Layout = Literal[1, 2]
@@ -56,17 +61,52 @@ class NoiseSpec:
     layout: Layout = LAYOUT_VERSION
     """The layout of the streams. Layout 1 has a Box-Muller Gaussian of 32 bits per normal: another z, half as fast."""
 
+    rank: int = 0
+    """0: every element has a number of its own. Else matrices have directions of this rank: see `of`."""
+
+    columns: int = 0
+    """Of the matrix that this is the noise of; 0: of no particular one, or of what has no low rank."""
+
     def __post_init__(self) -> None:
         get_distribution(self.distribution)  # raises if not known
         if self.rounds not in get_args(Rounds):
             raise ConfigError(f"rounds={self.rounds!r}: choose one of {get_args(Rounds)}")
         if self.layout not in get_args(Layout):
             raise ConfigError(f"noise_layout={self.layout!r}: choose one of {get_args(Layout)}")
+        if not 0 <= self.rank <= MOST_RANK:
+            raise ConfigError(f"rank={self.rank}: expected 1 to {MOST_RANK}, or 0 for noise without a rank")
+        if self.rank and (self.distribution, self.layout) != ("gaussian", 2):
+            raise ConfigError(
+                f"rank={self.rank}: directions of low rank are made of Gaussians of layout 2, not of "
+                f"{self.distribution} of layout {self.layout}"
+            )
 
     @property
     def kind(self) -> Distribution:
         """The distribution object in this layout."""
         return kind_of(self.distribution, self.layout)
+
+    @property
+    def largest(self) -> float:
+        """The largest |z|."""
+        return self.kind.largest if not self.rank else self.rank * self.kind.largest**2
+
+    def of(self, shape: Sequence[int]) -> NoiseSpec:
+        """The noise of a parameter of this shape. With a rank: a matrix has its last dimension as columns, and all
+        others together as rows; if it has no more rows or columns than the rank, and for vectors, noise without a
+        rank."""
+        if not self.rank:
+            return self
+        columns, rows = (shape[-1], math.prod(shape[:-1])) if len(shape) > 1 else (0, 0)
+        return replace(self, columns=columns) if min(rows, columns) > self.rank else replace(self, rank=0)
+
+    def into(self, out: F32, seed: int, param_id: int, offset: int) -> None:
+        """z of elements [offset, offset + len(out)) of a parameter, the slow way."""
+        if not self.rank:
+            self.kind.into(out, self.rounds, seed, param_id, offset)
+            return
+        assert self.columns, "noise of low rank is that of a matrix: `of` its shape"
+        low_rank_into(out, self.kind, self.rounds, seed, param_id, offset, self.rank, self.columns)
 
 
 def param_id(name: str) -> int:
@@ -114,8 +154,8 @@ def noise(spec: NoiseSpec, seed: int, param_id: int, n: int, offset: int = 0, *,
         raise ConfigError(f"noise of elements [{offset}, {offset} + {n}): need 0 <= offset and offset + n <= 2**62")
     out = torch.empty(n, dtype=torch.float32, device="cpu")
     library = native.library()
-    if library is None or spec.kind.code is None:
-        spec.kind.into(out.numpy(), spec.rounds, seed, param_id, offset)
+    if library is None or spec.kind.code is None or spec.rank:
+        spec.into(out.numpy(), seed, param_id, offset)
     else:
         threads = torch.get_num_threads() if threads is None else threads
         library.noise(out.data_ptr(), spec.kind.name, spec.rounds, seed, param_id, n, offset, threads)

@@ -25,7 +25,7 @@ LEAST_TRAINED_SCALE = np.float32(1e-7)
 
 def _z(noise: NoiseSpec, seed: int, param_id: int, n: int, offset: int) -> F32:
     z = np.empty(n, np.float32)
-    noise.kind.into(z, noise.rounds, seed, param_id, offset)
+    noise.into(z, seed, param_id, offset)
     return z
 
 

@@ -103,6 +103,8 @@ def _noise_seconds(noise: NoiseSpec, threads: int | None) -> float:
     stored = torch.zeros(4 * _NUMEL, dtype=torch.uint8, device="cpu")
     out = torch.zeros(_NUMEL, dtype=torch.float32, device="cpu")
 
+    noise = noise.of((_NUMEL >> 10, 1 << 10))
+
     def passed(pending: int) -> None:
         updates = [Update(seed, 2.0**-20, fold=False) for seed in range(pending)]
         fused_pass(

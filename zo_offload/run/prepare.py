@@ -223,6 +223,11 @@ def prepare(
     version chose is kept, where this version would choose otherwise. Raises ConfigError for settings that contradict
     each other, BudgetError if a memory tier cannot hold the model.
     """
+    if method.noise.rank and config.device != "cpu":
+        raise ConfigError(
+            f"method {method.name!r} is not on a GPU yet: its directions of low rank are made on CPUs only. Use "
+            "device='cpu', or mezo"
+        )
     traced = {} if call is None else {"call": call}
     with undisturbed(model, config.mode, config.seed):
         full = make_plan(

@@ -136,7 +136,7 @@ class Stepper:
                 launched.later = sent
                 self._open.append(launched)
 
-            largest = self.method.noise.kind.largest
+            largest = self.method.noise.largest
             late.launch(self.log, known, stacked, terms, outcome, self.limit, largest, self.device.later, under_way)
             return launched
         self._open.append(launched)
@@ -284,7 +284,7 @@ class Stepper:
 
     def _check_update(self, step: int, updates: Sequence[Update]) -> None:
         """Raise if an update would overflow a 16-bit float format, before it reaches any weight."""
-        largest = max((abs(update.coeff) for update in updates), default=0.0) * self.method.noise.kind.largest
+        largest = max((abs(update.coeff) for update in updates), default=0.0) * self.method.noise.largest
         if largest >= self.limit:
             raise DivergenceError(
                 f"step {step}: an update of {largest:g} would overflow the storage format (largest value "

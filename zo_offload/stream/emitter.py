@@ -42,6 +42,7 @@ class Part:
     lane_gain: float
     update_gain: float
     mask: Mask | None
+    noise: NoiseSpec
     of: str | None
     """The part of the model that it is in, if steps may leave that out."""
     trains: bool
@@ -80,14 +81,14 @@ class Emitter:
         masks: Masks,
         threads: int | None,
     ) -> None:
-        self._layout, self._log, self._noise, self._rounding, self._threads = layout, log, noise, rounding, threads
+        self._layout, self._log, self._rounding, self._threads = layout, log, rounding, threads
         self._fold_every, self._first_fold = fold_every, log.folded
         self._masks = {name: mask for name, mask in masks.items() if specs[name].trainable}
         self._parts = {
             piece: Part(
                 piece, specs[piece.name], place, decay[piece.name], gains.get(piece.name, ONE).lane,
                 gains.get(piece.name, ONE).update, self._masks.get(piece.name),
-                log.parts.of.get(piece.name), specs[piece.name].trainable,
+                noise.of(specs[piece.name].shape), log.parts.of.get(piece.name), specs[piece.name].trainable,
             )
             for piece, place in layout.places.items()
         }  # fmt: skip
@@ -172,7 +173,7 @@ class Emitter:
             calls.append(
                 ready_pass(
                     slot.streamed_part(part.piece, place.offset, place.nbytes), place.fmt, param_id=part.spec.param_id,
-                    numel=part.piece.numel, offset=part.piece.start, rounding=self._rounding, noise=self._noise,
+                    numel=part.piece.numel, offset=part.piece.start, rounding=self._rounding, noise=part.noise,
                     outs=outs, residual=residual, target=self._target(part), mask=part.mask, threads=self._threads,
                 )
             )  # fmt: skip
@@ -267,7 +268,7 @@ class Emitter:
         fused_rows(
             slot.memory[place.offset : place.offset + place.nbytes], place.fmt, param_id=spec.param_id,
             numel=part.piece.numel, row_numel=spec.row_numel, rows=rows, first_row=part.piece.start // spec.row_numel,
-            total_rows=spec.shape[0], updates=self._lacking(part, slot), noise=self._noise, rounding=self._rounding,
+            total_rows=spec.shape[0], updates=self._lacking(part, slot), noise=part.noise, rounding=self._rounding,
             perturbations=lanes, outs=outs, residual=residual, target=self._target(part), mask=part.mask,
             threads=self._threads,
         )  # fmt: skip
@@ -296,13 +297,13 @@ class Emitter:
         if rows is None:
             fused_pass(
                 stored, place.fmt, param_id=spec.param_id, numel=piece.numel, offset=piece.start, updates=updates,
-                write_back=False, noise=self._noise, perturbations=still, outs=outs, residual=residual, master=True,
+                write_back=False, noise=part.noise, perturbations=still, outs=outs, residual=residual, master=True,
                 mask=part.mask, threads=self._threads,
             )  # fmt: skip
             return
         fused_rows(
             stored, place.fmt, param_id=spec.param_id, numel=piece.numel, row_numel=spec.row_numel, rows=rows,
-            first_row=piece.start // spec.row_numel, total_rows=spec.shape[0], updates=updates, noise=self._noise,
+            first_row=piece.start // spec.row_numel, total_rows=spec.shape[0], updates=updates, noise=part.noise,
             perturbations=still, outs=outs, residual=residual, master=True, mask=part.mask, threads=self._threads,
         )  # fmt: skip
 
@@ -325,7 +326,7 @@ class Emitter:
         mark = slot.begin_write(folds, self._log.folded) if writes and folds else None
         fused_pass(
             stored, place.fmt, param_id=spec.param_id, numel=piece.numel, offset=piece.start, updates=updates,
-            write_back=mark is not None, rounding=self._rounding, noise=self._noise, perturbations=lanes, outs=outs,
+            write_back=mark is not None, rounding=self._rounding, noise=part.noise, perturbations=lanes, outs=outs,
             residual=residual, target=self._target(part), mask=part.mask, threads=self._threads, mark=mark,
         )  # fmt: skip
         if mark is not None:

@@ -106,6 +106,7 @@ class Reader:
     def _current(self, piece: Piece, slot: Slot, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a piece whose folds are done, on the CPU."""
         spec, place = self._params[piece.name], self._layout.places[piece]
+        noise = self._noise.of(spec.shape)
         unit = max(ALIGN, place.fmt.group)  # whole groups
         low, high = start // unit * unit, min(piece.numel, -(-stop // unit) * unit)
         stored = cut(place.fmt, slot.memory[place.offset : place.offset + place.nbytes], piece.numel, low, high)
@@ -116,14 +117,14 @@ class Reader:
             exact_values(
                 stored.cpu(), slot.memory[at + wide * low : at + wide * high].cpu(), place.fmt, value,
                 param_id=spec.param_id, numel=high - low, offset=piece.start + low,
-                pending=pending.read() if isinstance(pending, DeviceUpdates) else pending, noise=self._noise,
+                pending=pending.read() if isinstance(pending, DeviceUpdates) else pending, noise=noise,
                 mask=self._mask_of(piece.name), threads=self._threads,
             )  # fmt: skip
         else:
             value = torch.empty(high - low, dtype=place.fmt.torch_dtype, device=stored.device)
             fused_pass(
                 stored, place.fmt, param_id=spec.param_id, numel=high - low, offset=piece.start + low, updates=pending,
-                write_back=False, noise=self._noise, perturbations=[STILL], outs=[value],
+                write_back=False, noise=noise, perturbations=[STILL], outs=[value],
                 target=self._layout.target if spec.trainable else "values", mask=self._mask_of(piece.name),
                 threads=self._threads,
             )  # fmt: skip
