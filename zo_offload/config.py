@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -30,6 +31,7 @@ DTYPES: dict[str, torch.dtype] = {
     "tf32": torch.float32,
 }
 MAX_THREADS = 1024
+TAIL_LR = 1e-3
 
 
 def _are_names(value: Any) -> bool:
@@ -123,6 +125,15 @@ class EngineConfig:
     trainable: Any = None
     """The trained parameters: a glob on module paths, a list of them, a predicate (name, parameter), "requires_grad",
     or None for all."""
+    tail: Any = None
+    """Of what trains, the parameters that their exact gradient trains, not lanes: a glob or globs such as "classifier".
+    They are used last in the forward (a class head, an adapter's coefficients in the last layers) and kept in float32
+    on the device; autograd gives their gradient from one lane, without a further visit of the weights. The run's
+    directory then holds them as tensors, since no journal of scalars rebuilds them (`run/tail.py`)."""
+    tail_lr: float | None = None
+    """The tail's peak learning rate, which follows the method's schedule and brake. Default 1e-3."""
+    tail_optimizer: Literal["adam", "sgd"] | None = None
+    """How the tail's gradient changes it. Default adam."""
     seed: int = 0
     """Run seed: noise and data order are functions of it and the step."""
     run_dir: str | Path | None = None
@@ -191,6 +202,7 @@ class EngineConfig:
             raise ConfigError(f"whole={self.whole!r}: expected names, such as ('class_weights',)")
         if self.whole is not None:
             object.__setattr__(self, "whole", tuple(self.whole))  # as it is written into a run's configuration
+        self._check_tail()
         if not 0 <= self.seed < 1 << 64:
             raise ConfigError(f"seed={self.seed}: expected 0 .. 2**64 - 1")
         if not isinstance(self.trust_remote_code, bool):
@@ -199,13 +211,22 @@ class EngineConfig:
         if self.offload == "disk" and self.run_dir is None:
             raise ConfigError("offload='disk' needs run_dir=...: the blocks are written there")
 
+    def _check_tail(self) -> None:
+        if self.tail_optimizer not in (None, "adam", "sgd"):
+            raise ConfigError(f"tail_optimizer={self.tail_optimizer!r}: choose one of adam, sgd")
+        if self.tail_lr is not None and not (math.isfinite(self.tail_lr) and self.tail_lr > 0):
+            raise ConfigError(f"tail_lr={self.tail_lr}: expected a positive number")
+        for name in ("tail_lr", "tail_optimizer") if self.tail is None else ():
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name}={getattr(self, name)!r} without a tail: name its parameters, tail=GLOB")
+
     def _check_kinds(self) -> None:
         """Raise ConfigError, with the name, for a setting of a wrong type: it may come from an edited file."""
         always = ("block_numel", "io_threads", "scrub_every", "seed", "device", "overlap")
         numbers = ("num_slots", "prefetch", "threads", "snapshot_steps")
         for names, kind, what in (
             (("block_numel", "io_threads", "scrub_every", "seed", *numbers), int, "a whole number"),
-            (("snapshot_minutes",), (int, float), "a number"),
+            (("snapshot_minutes", "tail_lr"), (int, float), "a number"),
             (("fold_every",), (int, str), "a whole number or 'auto'"),
             (("storage", "compute", "device"), str, "a name"),
             (("run_dir",), (str, Path), "a path"),
@@ -217,11 +238,16 @@ class EngineConfig:
                 wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
                 if wrong and (value is not None or name in always):
                     raise ConfigError(f"{name}={value!r}: expected {what}")
-        for name in ("trainable", "keep"):
+        for name in ("trainable", "keep", "tail"):
             globs, may_choose = getattr(self, name), name == "trainable"
             if not (globs is None or isinstance(globs, str) or _are_names(globs) or (may_choose and callable(globs))):
                 or_function = ", or a function (name, parameter)" if may_choose else ""
                 raise ConfigError(f"{name}={globs!r}: expected a glob, or a list of globs{or_function}")
+
+    @property
+    def about_tail(self) -> dict[str, Any]:
+        """How the tail is trained, with the defaults."""
+        return {"lr": TAIL_LR if self.tail_lr is None else self.tail_lr, "optimizer": self.tail_optimizer or "adam"}
 
     @property
     def ahead(self) -> int:
@@ -255,6 +281,9 @@ class EngineSettings(TypedDict, total=False):
     order: Order
     whole: Collection[str] | None
     trainable: Any
+    tail: Any
+    tail_lr: float | None
+    tail_optimizer: Literal["adam", "sgd"] | None
     seed: int
     run_dir: str | Path | None
     snapshot_minutes: float | None

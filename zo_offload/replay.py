@@ -56,6 +56,7 @@ def replayed(
     """An engine at the weights after `to` steps of a journal. It evaluates, generates and exports; it does not train.
 
     options: `objective`, `method` (the caller's own method or its class) and settings that do not alter the numbers
-    (device, threads, order, ...).
+    (device, threads, order, ...). tail_file: for a run with a tail, the file of its numbers after `to` steps; default:
+    that of the run's directory. Raises JournalError if that step's is not there: a journal cannot rebuild a tail.
     """
     return Engine.of(replayed_run(base, load_journal(journal), str(journal), to=to, **options), tokenizer)

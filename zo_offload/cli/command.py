@@ -188,7 +188,7 @@ def _replay(args: argparse.Namespace) -> int:
         check_out(args.out)
     files = replay(args.base, args.journal, args.out, to=args.to, max_shard_bytes=args.max_shard,
                    overwrite=args.overwrite, merge=bool(args.merge), trust_remote_code=args.trust_remote_code,
-                   **given_of(args, "adapter"), **own_method(args))  # fmt: skip
+                   **given_of(args, "adapter", "tail_file"), **own_method(args))  # fmt: skip
     print(f"wrote {len(files)} files to {args.out}")
     return 0
 

@@ -11,13 +11,16 @@ from .config_file import ConfigFile
 from .fields import Option, add_options_of, count, options_of
 
 IDENTITY = (
-    "storage", "keep", "compute", "mode", "rounding", "fold_every", "block_numel", "trainable", "seed", "num_labels",
-    "config_overrides",
-    "attn_implementation",
+    "storage", "keep", "compute", "mode", "rounding", "fold_every", "block_numel", "trainable", "tail", "tail_lr",
+    "tail_optimizer", "seed", "num_labels", "config_overrides", "attn_implementation",
 )  # fmt: skip
 """Options that numbers depend on: a run keeps them."""
 NOT_SETTINGS = ("num_labels", "attn_implementation")  # not fields of EngineConfig
-MODEL_ONLY = ("rounding", "fold_every", "order", "trainable", "snapshot_minutes", "snapshot_steps")  # training only
+MODEL_ONLY = (
+    "rounding", "fold_every", "order", "trainable", "tail", "tail_lr", "tail_optimizer", "snapshot_minutes",
+    "snapshot_steps",
+)  # fmt: skip
+"""Options of training only."""
 
 COUNTS = {name: {"type": count} for name in ("steps", "batch_size", "micro_batches", "eval_every", "save_every",
                                               "log_every")}  # fmt: skip
@@ -58,7 +61,7 @@ def engine(command: argparse.ArgumentParser, without: Sequence[str] = ()) -> Non
 def settings(kind: type) -> dict[str, Option]:
     """The fields of EngineConfig as options."""
     given: dict[str, dict[str, Any]] = {
-        "keep": {"nargs": "+"}, "trainable": {"nargs": "+"},
+        "keep": {"nargs": "+"}, "trainable": {"nargs": "+"}, "tail": {"nargs": "+"},
         "config_overrides": {"type": fields.json_object, "metavar": "JSON"},
         "adapter": {"type": str, "metavar": "DIR|SETTINGS"},
         "fold_every": {"type": fields.count_or_auto, "metavar": "N|auto"},

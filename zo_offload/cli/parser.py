@@ -232,6 +232,7 @@ def _replay(replay: Parser, argv: Sequence[str], config: ConfigFile | None) -> N
     replay.add_argument("base", nargs="?", help="the checkpoint that the run began with")
     replay.add_argument("journal", nargs="?", help="journal.zoj, or the run directory")
     replay.add_argument("--to", type=int, help="steps to take (default: all)")
+    replay.add_argument("--tail-file", metavar="FILE", help="a tail's numbers at that step (default: the run's)")
     replay.add_argument("--out", help="directory to write")
     groups.merge(replay)
     replay.add_argument("--adapter", metavar="DIR", help="the adapter that the run began with, if it was moved")

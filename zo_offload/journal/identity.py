@@ -34,8 +34,8 @@ _log = logging.getLogger(__name__)
 
 MAY_CHANGE = (
     "Steps, evaluation, devices, window, threads and offload tier may change; the base (weights and config), storage, "
-    "folding, compute, mode, rounding, block_numel, trainable parameters, seed, noise, method, objective and data may "
-    "not (data may, if asked for: new_data=True)"
+    "folding, compute, mode, rounding, block_numel, trainable parameters, tail, seed, noise, method, objective and "
+    "data may not (data may, if asked for: new_data=True)"
 )
 SAMPLE = 16
 FORMAT = 3
@@ -56,11 +56,12 @@ def identity(
     base_digest: str,
     about: Mapping[str, Any],
     modes: str,
+    tail: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything that must be equal for a journal to mean the same weights; checked on resume, key by key.
 
     about: from `about_base`. modes: which modules train while the engine runs them (`modes.modes_of`). Data and
-    objective are kept separately: see binding.py.
+    objective are kept separately: see binding.py. tail: parameters that their exact gradient trains.
     """
     trained = "\n".join(sorted(name for name, spec in plan.params.items() if spec.trainable))
     shapes = "\n".join(
@@ -84,6 +85,7 @@ def identity(
             for k, v in run_directory.method_of(method).items()
             if k not in ("steps", "batch_size", "on_nonfinite", "tunes")
         },
+        **({"tail": {"parameters": sorted(tail), **config.about_tail}} if tail else {}),
     }
 
 

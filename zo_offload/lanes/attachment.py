@@ -32,6 +32,7 @@ from ..plan.blocks import Piece
 from ..plan.plan import Owner, Plan
 from .control import Control
 from .hollow import install, placeholder, set_data
+from .recording import Recording
 from .serving import LaneRun, PlainState, Portion, Served
 
 
@@ -39,10 +40,14 @@ class Attachment:
     """A model whose values are put aside, with hooks on the owners of a plan.
 
     control: the control of the hub that the model is attached to. wide: paths of linear layers that compute in float32.
+    recorded: parameters whose gradient some lanes record.
     """
 
-    def __init__(self, model: nn.Module, control: Control, wide: Collection[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, control: Control, wide: Collection[str] = (), recorded: Collection[str] = ()
+    ) -> None:
         self.model, self._control, self._wide = model, control, wide
+        self.recording = Recording(recorded)
         self.params: dict[str, nn.Parameter] = {}
         """The parameters that stream, while attached."""
         self.served: list[Served] = []
@@ -83,6 +88,7 @@ class Attachment:
         self.params = params
         for name, p in params.items():
             set_data(p, self._resting[name])
+        self.recording.begin(params)
         self.put_hooks_on(plan)
 
     def detach(self) -> None:
@@ -94,6 +100,7 @@ class Attachment:
             state.put_back()
         for name, data in self._own_data.items():
             set_data(self.params[name], data)
+        self.recording.end()
         self.params, self._own_data, self._resting = {}, {}, {}
 
     def mend(self, plan: Plan) -> None:
@@ -223,6 +230,7 @@ class Attachment:
                 begun.put_back()
             lane.want, lane.portion, lane.last = index, 0, name
             control.wait(lane)
+            self.recording.entered(lane, served.owner.params)
 
         return enter
 

@@ -57,13 +57,14 @@ Order = Literal["module", "block", "lane"]
 class Hub:
     """Runs lanes of one model. Use as a context manager, or `attach` and `detach`.
 
-    While attached, the model's own values are put aside (a hollow model has none) and restored on detach; the model can
-    only be called through `run`. Not thread-safe; one run at a time. wide: linear layers that compute in float32.
+    While attached, the model's own values are put aside (a hollow model has none), and it can only be called by `run`.
+    Not thread-safe; one run at a time. wide: linear layers that compute in float32. recorded: see `recording.py`.
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, source: Source, *, order: Order = "module", wide: Collection[str] = ()
-    ) -> None:
+        self, model: nn.Module, plan: Plan, source: Source, *, order: Order = "module", wide: Collection[str] = (),
+        recorded: Collection[str] = (),
+    ) -> None:  # fmt: skip
         if order not in ("module", "block", "lane"):
             raise PlanError(f"order={order!r}: choose 'module', 'block' or 'lane'")
         self.model, self.source, self.order = model, source, order
@@ -76,7 +77,8 @@ class Hub:
         self._host_of: Callable[[Tensor], Tensor | None] | None = None  # for the current run, like this:
         self._upload: Callable[[Tensor], Tensor] = _as_it_is
         self._control = Control()
-        self._attachment = Attachment(model, self._control, wide)
+        self._attachment = Attachment(model, self._control, wide, recorded)
+        self.recording = self._attachment.recording
         self._installed: LaneRun | None = None  # the lane whose weights are in the model
         self._lanes: list[LaneRun] = []  # of the current run
         self._unentered: list[Frame] = []  # served, but their lanes have not gone on yet
@@ -162,9 +164,8 @@ class Hub:
         if not lanes:
             return []
         call = call or _call_model
-        code = code_of(call)
         modes = tuple([module.training for module in self._modules])
-        kinds = {(kind_of(lane.batch), code, modes) for lane in lanes}
+        kinds = {(kind_of(lane.batch), code_of(lane.call or call), modes) for lane in lanes}
         new = not kinds <= self._seen if watch is None else watch
         known = self._state.note(watching=new)
         watching = new or not known if watch is None else watch
@@ -179,7 +180,7 @@ class Hub:
         batch = copy.copy(lane.batch) if isinstance(lane.batch, dict) else lane.batch
         if self._own_batches:
             batch = tree_map_only(Tensor, Tensor.clone, dict(batch) if isinstance(batch, Mapping) else batch)
-        return Lane(lane.perturbation, batch)
+        return Lane(lane.perturbation, batch, lane.call)
 
     def _run(self, lanes: list[LaneRun], call: ForwardCall, watching: bool, seed: int | None) -> list[Any]:
         if watching:
@@ -199,8 +200,9 @@ class Hub:
             first = self._generators.state(self._carried)
             for lane in lanes:
                 lane.rng = first
-                self._control.launch(lane, partial(call, self.model, lane.lane.batch))
-            self._loop(lanes)
+                self._control.launch(lane, partial(lane.lane.call or call, self.model, lane.lane.batch))
+            with self.recording.keeping(self._control.lane_here):
+                self._loop(lanes)
             for lane in lanes:
                 if lane.error is not None:
                     where = f"in module {lane.failed_in!r}" if lane.failed_in else f"at or after module {lane.last!r}"

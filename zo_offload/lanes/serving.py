@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..kernels.records import Perturbation
 from ..modules.modes import LaneModes
 from ..modules.parameters import laid_out
-from ..modules.recorder import Recorder
+from ..modules.recorder import ForwardCall, Recorder
 from ..modules.tree import gathers_rows
 from ..modules.watch import Origin
 from ..plan.blocks import Piece
@@ -36,6 +36,8 @@ class Lane:
 
     perturbation: Perturbation
     batch: Any
+    call: ForwardCall | None = None
+    """This lane's own call, in place of that of all lanes: it records a gradient (`recording.py`)."""
 
 
 class Source(Protocol):

@@ -5,10 +5,11 @@
     scratch      weights of the modules that lanes are inside, in compute bytes: trained weights one copy per lane, the
                  others one copy for all lanes that are served together
     activations  held by the running lane's forward, and by the other lanes while they wait (`activations.py`)
+    tail         a tail's numbers, and what one lane keeps for its gradient (`tail.py`)
     store        the model itself, if the tier is memory (offload "none" or "host")
     process      in use before: interpreter, torch, libraries, the caller's own data
 
-The budget `device_memory` covers the first four (and the store for "none", because the tier is then the device).
+The budget `device_memory` covers the first five (and the store for "none", because the tier is then the device).
 
 Some forwards cannot be measured without weights (they branch on values, or leave torch). Then the plan says so, and
 under a budget takes the smallest window and reserves the rest for activations. The first pass measures them; if it
@@ -70,7 +71,7 @@ class MemoryPlan:
     @property
     def device_bytes(self) -> int:
         """The bytes that `device_memory` limits."""
-        return sum(self.terms[name] for name in ("window", "pinned", "scratch", "activations"))
+        return sum(self.terms[name] for name in ("window", "pinned", "scratch", "activations", "tail"))
 
     @property
     def total_bytes(self) -> int:
@@ -157,6 +158,7 @@ def plan_memory(
     order: str = "auto",
     io_threads: int = 1,
     process: int = 0,
+    tail: int = 0,
 ) -> MemoryPlan:
     """The window and order to run with. Without a budget: the smallest window that overlaps, module order.
 
@@ -173,6 +175,7 @@ def plan_memory(
         fixed = {
             "scratch": scratch_bytes(plan, which, perturbations, rows, micro_batches),
             "activations": held,
+            "tail": tail,
             "process": process,
         }
         for slots in slot_choices:
@@ -237,6 +240,7 @@ class _Ask:
             "pinned": sum(sizes[b] for b in pinned),
             "scratch": self.fixed["scratch"],
             "activations": self.fixed["activations"],
+            "tail": self.fixed["tail"],
             "store": self.layout.total_bytes if self.offload == "host" else 0,
             "process": self.fixed["process"],
         }

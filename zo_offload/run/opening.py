@@ -99,6 +99,12 @@ class Opened:
             return self.run_dir
         return self.run_dir / run_directory.RANKS / str(self.ranks.rank)
 
+    @property
+    def trained(self) -> set[str]:
+        """The parameters that train, by lanes or as the tail."""
+        prepared = self.prepared
+        return {name for name, spec in prepared.plan.params.items() if spec.trainable} | {*prepared.tail}
+
     def merged(self, weights: Weights) -> merging.Merged:
         """The model with its adapter merged into its weights, a layer at a time. Raises ConfigError if peft cannot."""
         shadow = self.prepared.shadow
@@ -108,7 +114,7 @@ class Opened:
 
     def check_trains(self, objective: Objective) -> None:
         """Raise ConfigError where steps would train what the forward does not use: an adapter that is merged, say."""
-        trained = [name for name, spec in self.prepared.plan.params.items() if spec.trainable]
+        trained = sorted(self.trained)
         switches = not is_ours(objective)
         if wrong := beside_forward(self.model, trained, self.prepared.config.trainable, switches=switches):
             raise ConfigError(wrong)
@@ -117,8 +123,7 @@ class Opened:
         """Why `save_pretrained` refuses this model, in words. merge: with its adapter merged into its weights."""
         if merge:
             return merging.why_not(self.model)
-        trained = {name for name, spec in self.prepared.plan.params.items() if spec.trainable}
-        return beside_adapter(self.model, trained)
+        return beside_adapter(self.model, self.trained)
 
 
 def open_model(
@@ -169,6 +174,11 @@ def _open(
         config = replace(config, run_dir=run_dir)
         if fresh:
             run_directory.check_fresh(run_dir)
+    if config.tail is not None and (ranks.world > 1 or ranks.elastic):
+        raise ConfigError(
+            f"tail={config.tail!r}: a tail's exact gradient is of one process, and several share this run's lanes. "
+            "Train on one (ranks=None), or leave out the tail"
+        )
     before = process_bytes()
     one_each = config.device == "cuda" and ranks.world > 1
     device = make_device(f"cuda:{ranks.local_rank}" if one_each else config.device)

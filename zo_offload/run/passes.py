@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,7 @@ from ..plan.plan import Plan, relift
 from ..ranks.alone import Alone
 from ..stream.streamer import Streamer
 from ..system.host_memory import resident_bytes
+from .tail import Tail, recording_lane
 
 _MAX_CORRECTIONS = 8  # corrections of the plan by watched runs; each adds a use, so a few are enough
 
@@ -57,7 +59,7 @@ class Passes:
     layers that compute in float32 (`class_heads.py`). whole: see `split_micro_batches`. ranks: the processes that share
     the lanes of a step, and evaluations if asked to. on_measured: called with the bytes of activations that a watched
     pass held, batches included; if it raises, the pass has no results. `plan` is the current plan: as given, or
-    corrected.
+    corrected. tail: gets its exact gradient from one lane of each step.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Passes:
         whole: Collection[str] | None = None,
         ranks: Alone,
         on_measured: Callable[[int], None],
+        tail: Tail | None = None,
     ) -> None:
         self.model, self.plan, self.streamer, self.device, self.objective = model, plan, streamer, device, objective
         self._fixed, self._compute, self._on_measured = fixed, compute, on_measured
@@ -85,7 +88,7 @@ class Passes:
         self._mode, self._seed, self._modules = mode, seed, list(model.modules())
         self._parts, self._whole, self._ranks = language_models(model), whole, ranks
         self._own_weighing = weighing(model, objective)
-        self._input_dtype = input_dtype(model)
+        self._input_dtype, self._tail = input_dtype(model), tail
         self._hub = self._attach(order)
 
     def close(self) -> None:
@@ -115,7 +118,7 @@ class Passes:
         while lanes:
             more = self.losses(
                 batch, bound(lanes), micro_batches, step=step, late=late, objective=objective,
-                empty=method.on_nonfinite == "skip",
+                empty=method.on_nonfinite == "skip", tail=None if found else self._tail,
             )  # fmt: skip
             if more is None:
                 break
@@ -133,13 +136,14 @@ class Passes:
         late: bool,
         objective: Objective | None = None,
         empty: bool = False,
+        tail: Tail | None = None,
     ) -> list[float] | list[Tensor] | None:
         """The loss of each perturbation over the whole batch; each micro-batch has the weight of its counted labels.
 
         Returns None if the step was meanwhile decided elsewhere. step: all lanes get the random numbers of this step.
         late: return float64 scalars on the device without waiting for them. objective: used in place of the engine's.
         empty: compute a loss also for a batch in which nothing counts; otherwise such a batch raises DataError. A part
-        in which nothing counts is left out.
+        in which nothing counts is left out. tail: gets its gradient from one of the perturbations.
         """
         objective = self.objective if objective is None else objective
         weigh = self._weighing(objective)
@@ -149,14 +153,22 @@ class Passes:
         weights = [weight for weight in weights if weight]
         if isinstance(objective, OptionsLoss):
             parts = [objective.prepared(part) for part in parts]
-        lanes = [Lane(perturbation, part) for perturbation in perturbations for part in parts]
+        own = None if tail is None else partial(self._recorded_loss, objective)
+        at = -1 if tail is None else recording_lane(perturbations)
+        lanes = [Lane(p, part, own if i == at else None) for i, p in enumerate(perturbations) for part in parts]
         with without_cache(self.model, objective, self._parts):
             call = partial(self._late_loss if late else self._loss, objective)
             losses: list[Any] | None = self._shared(lanes, call, step, late)
+        if tail is not None and losses is not None:
+            pairs = losses[at * len(parts) : (at + 1) * len(parts)]
+            losses[at * len(parts) : (at + 1) * len(parts)] = [loss for loss, _ in pairs]
+            of_each = zip(*[gradient for _, gradient in pairs], strict=True)  # micro-batches, of each parameter
+            whole = len(parts) == 1
+            tail.offer(step, [g[0] if whole else weigh.together(g, weights, lambda x, by: x / by) for g in of_each])
         if len(parts) == 1 or losses is None:
             return losses
-        of_each = (losses[i : i + len(parts)] for i in range(0, len(losses), len(parts)))
-        return [weigh.together(these, weights, _divide) for these in of_each]
+        by_lane = (losses[i : i + len(parts)] for i in range(0, len(losses), len(parts)))
+        return [weigh.together(these, weights, _divide) for these in by_lane]
 
     def _shared(
         self, lanes: Sequence[Lane], call: Callable[[nn.Module, Batch], Any], step: int, late: bool
@@ -250,6 +262,14 @@ class Passes:
         loss = self._scalar(objective, model, batch)
         return float(loss.item()) if isinstance(loss, Tensor) else loss
 
+    def _recorded_loss(self, objective: Objective, model: nn.Module, batch: Batch) -> tuple[float, tuple[Tensor, ...]]:
+        """The loss, and its gradient by the tail. The lane's hooks turn autograd on; it is off again afterwards."""
+        with torch.set_grad_enabled(False):
+            made = objective(model, batch)
+            loss = self._told(scalar(made))
+            gradient = self._hub.recording.gradients(made)
+        return (float(loss.item()) if isinstance(loss, Tensor) else loss), gradient
+
     def _late_loss(self, objective: Objective, model: nn.Module, batch: Batch) -> Tensor:
         """The loss as float64 on the device, without waiting for it."""
         loss = self._scalar(objective, model, batch)
@@ -258,12 +278,14 @@ class Passes:
         return torch.full((), loss, dtype=torch.float64, device=self.device.torch_device)
 
     def _scalar(self, objective: Objective, model: nn.Module, batch: Batch) -> Tensor | float:
+        return self._told(scalar(objective(model, batch)))
+
+    def _told(self, loss: Tensor | float) -> Tensor | float:
         """The loss, with one warning if it has 16 bits: the difference between two lanes is smaller than its steps."""
-        loss = scalar(objective(model, batch))
         if isinstance(loss, Tensor) and loss.dtype in _COARSE and not self._told_coarse:
             self._told_coarse = True
             warnings.warn(
-                f"the loss of {type(model).__name__} comes in {str(loss.dtype).removeprefix('torch.')}, with "
+                f"the loss of {type(self.model).__name__} comes in {str(loss.dtype).removeprefix('torch.')}, with "
                 f"{_COARSE[loss.dtype]} digits: lanes differ by less than that, and steps teach little. Compute in "
                 "fp32 (compute='fp32'), or give an objective that computes the loss in float32 from the logits",
                 stacklevel=2,
@@ -288,7 +310,7 @@ class Passes:
         cannot be corrected, LanesShareState if lanes need another order and the order is fixed.
         """
         placed = PlacedBatches(self.device)
-        lanes = [Lane(lane.perturbation, placed.place(lane.batch)) for lane in lanes]
+        lanes = [replace(lane, batch=placed.place(lane.batch)) for lane in lanes]
         for _ in range(_MAX_CORRECTIONS):
             hub, streamer = self._hub, self.streamer
             streamer.begin_pass(exact)
@@ -371,6 +393,7 @@ class Passes:
         self._hub.adopt(plan)
 
     def _attach(self, order: ServiceOrder) -> Hub:
-        hub = Hub(self.model, self.plan, self.streamer, order=order, wide=self._wide)
+        recorded = () if self._tail is None else self._tail.names
+        hub = Hub(self.model, self.plan, self.streamer, order=order, wide=self._wide, recorded=recorded)
         hub.attach()
         return hub

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..config import EngineConfig
-from ..data.losses import Objective, for_a_loss
+from ..data.losses import Objective, for_a_loss, plain_forward
 from ..data.made import as_made
 from ..data.micro_batches import split_micro_batches
 from ..devices import PlannedDevice
@@ -41,6 +41,7 @@ from ..system.host_memory import available_bytes
 from ..system.units import parse_bytes, show_bytes
 from .auto import choose_storage
 from .memory import MemoryPlan, held_together, plan_memory
+from .tail_plan import tail_bytes, without_tail
 
 Batch = Mapping[str, Any]
 
@@ -68,6 +69,8 @@ class Prepared:
     fold_every: int
     decided: tuple[str, ...]
     """A line for each setting of "auto": what was chosen, and why."""
+    tail: tuple[str, ...] = ()
+    """The parameters that their exact gradient trains; they do not train in `plan`, which is of the lanes."""
 
     @property
     def in_place(self) -> bool:
@@ -102,12 +105,12 @@ class Prepared:
         process: bytes that the process took before. activations: an earlier measurement on the same batch. Raises
         BudgetError, with the terms, if `device_memory` is less than the least that works.
         """
-        found, rows = NOT_MEASURED, 0
+        found, rows, tail = NOT_MEASURED, 0, self.tail_bytes(None, objective)
         if batch is not None:
             part = split_micro_batches(batch, micro_batches, self.config.whole)[0]
             found = self.activations(part, objective) if activations is None else activations
-            rows = as_made(batch).most_ids
-        memory = self._within_budget(micro_batches, rows, found, process)
+            rows, tail = as_made(batch).most_ids, self.tail_bytes(part, objective)
+        memory = self._within_budget(micro_batches, rows, found, process, tail)
         for note in memory.notes:
             _log.warning("%s", note)
         return memory
@@ -125,7 +128,7 @@ class Prepared:
         the host's memory, since the plan may be for another host."""
         config = replace(self.config, storage=storage, device_memory=device_memory or self.config.device_memory)
         stored = decide_formats(
-            _with_gain(self.full_plan, self.method), storage, dtype_of, config.keep, self.method.target,
+            self._of_lanes(), storage, dtype_of, config.keep, self.method.target,
             resident=config.adapter is not None, kept_of=kept_of,
         )  # fmt: skip
         layout = make_layout(stored.plan, stored.format_of, stored.target)
@@ -137,13 +140,17 @@ class Prepared:
     def formats_without_keep(self, dtype_of: Callable[[str], torch.dtype], kept_of: KeptOf) -> Mapping[str, Format]:
         """The format that each parameter would have if the settings had no `keep`."""
         return decide_formats(
-            _with_gain(self.full_plan, self.method), self.config.storage, dtype_of, None, self.method.target,
+            self._of_lanes(), self.config.storage, dtype_of, None, self.method.target,
             resident=self.config.adapter is not None, kept_of=kept_of,
         ).formats  # fmt: skip
 
+    def _of_lanes(self) -> Plan:
+        return without_tail(_with_gain(self.full_plan, self.method), self.config.tail)[0]
+
     def plan_blindly(self, *, process: int = 0) -> MemoryPlan:
         """As `plan_memory`, for a run that starts without a batch: reserves the rest of the budget for activations."""
-        return self._within_budget(1, 0, Activations(unknown="the run was started without a batch"), process)
+        unknown = Activations(unknown="the run was started without a batch")
+        return self._within_budget(1, 0, unknown, process, self.tail_bytes(None, plain_forward))
 
     def check_batch(self, memory: MemoryPlan, batch: Batch, *, objective: Objective, micro_batches: int) -> None:
         """Raise BudgetError if a batch takes more than the budget leaves after the window that `memory` planned."""
@@ -161,11 +168,13 @@ class Prepared:
                 f"{show_bytes(need)}"
             )
 
-    def _within_budget(self, micro_batches: int, rows: int, activations: Activations, process: int) -> MemoryPlan:
+    def _within_budget(
+        self, micro_batches: int, rows: int, activations: Activations, process: int, tail: int
+    ) -> MemoryPlan:
         asked = None if self.config.device_memory is None else parse_bytes(self.config.device_memory, "device_memory")
         budget = self.device.budget(asked, chosen=self.config.num_slots is not None)
         try:
-            return self._fit_into(budget, micro_batches, rows, activations, process)
+            return self._fit_into(budget, micro_batches, rows, activations, process, tail)
         except BudgetError as error:
             if asked is None or budget is None or asked == budget:
                 raise
@@ -184,8 +193,17 @@ class Prepared:
                 losses=lambda model: for_a_loss(model, objective),
             )  # fmt: skip
 
+    def tail_bytes(self, part: Batch | None, objective: Objective) -> int:
+        """The tail's numbers, and what the lane that records its gradient keeps for it on a part of a batch."""
+        if not self.tail or part is None or isinstance(self.shadow, str):
+            return tail_bytes(self.plan, self.tail)
+        with undisturbed(self.shadow, self.config.mode, self.config.seed):
+            return tail_bytes(
+                self.plan, self.tail, self.shadow, part, objective, losses=lambda model: for_a_loss(model, objective)
+            )
+
     def _fit_into(
-        self, budget: int | None, micro_batches: int, rows: int, activations: Activations, process: int
+        self, budget: int | None, micro_batches: int, rows: int, activations: Activations, process: int, tail: int
     ) -> MemoryPlan:
         config = self.config
         return plan_memory(
@@ -193,7 +211,7 @@ class Prepared:
             num_slots=config.num_slots,
             perturbations=self.perturbations, micro_batches=micro_batches,
             order=config.order, ahead=config.prefetch, io_threads=config.io_threads if config.overlap else 0,
-            rows=rows, activations=activations, process=process,
+            rows=rows, activations=activations, process=process, tail=tail,
         )  # fmt: skip
 
 
@@ -233,7 +251,7 @@ def prepare(
         full = make_plan(
             model, example, trainable=config.trainable, block_numel=config.block_numel, notes=notes, **traced
         )
-    trains = _with_gain(full, method)
+    trains, tail = without_tail(_with_gain(full, method), config.tail)
     check_tunes(method.tunes, method.lr, method.eps, trains)
     _parts(trains, config, method)  # raises if the method finds no parts
     if config.storage == "auto":
@@ -251,7 +269,7 @@ def prepare(
     if folds is None and recorded is not None and type(recorded.get("fold_every")) is int:
         folds = recorded["fold_every"]
     every = choose_fold_every(folds, stored.plan, layout, stays, method.distribution, method.noises)
-    return Prepared(_shadow(model), full, stored.plan, layout, config, method, device, offload, every, decided)
+    return Prepared(_shadow(model), full, stored.plan, layout, config, method, device, offload, every, decided, tail)
 
 
 def _as_recorded(newest: Stored, decide: Callable[..., Stored], kept_of: KeptOf, recorded: Mapping[str, Any]) -> Stored:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from ..config import EngineConfig
 from ..data.losses import model_loss
 from ..errors import ConfigError, JournalError
-from ..journal import run_directory
-from ..journal.format import Contents
+from ..journal import run_directory, tail_files
+from ..journal.format import Contents, histories
 from ..journal.gains import gains_of
 from ..journal.identity import check_identity, check_sample
 from ..journal.journal import Journal
@@ -32,11 +33,13 @@ from ..plan.plan import Plan
 from ..stream.ingest import Base, Filler
 from ..stream.slots import WindowSize
 from ..stream.streamer import Streamer
+from ..system.plain import user_path
 from ..tiers import Fetched
 from .active import Run
 from .opening import Opened, open_model
 from .session import Session, identity_of
 from .stepper import make_stepper
+from .tail import Tail, tail_at
 
 
 def replayed_run(
@@ -52,7 +55,7 @@ def replayed_run(
     run_directory.check_settings(header["settings"], where)
     settings = run_directory.with_mode(header["settings"], header.get("model"))
     settings |= {"offload": "auto", "device_memory": None, "num_slots": None, "prefetch": None}
-    passed: dict[str, Any] = {k: options.pop(k, None) for k in ("objective", "example", "method")}
+    passed: dict[str, Any] = {k: options.pop(k, None) for k in ("objective", "example", "method", "tail_file")}
     opened = open_model(
         base, run_directory.make_method(header["method"], passed["method"]),
         EngineConfig(**{**settings, **options, "run_dir": None}), example=passed["example"],
@@ -63,13 +66,25 @@ def replayed_run(
     for record in steps[:to]:
         log.append(record.updates)
     objective = model_loss if passed["objective"] is None else passed["objective"]
-    begin = partial(_begin, opened, header, log, where)
+    tail = _tail(opened, contents, to, where, passed["tail_file"])
+    begin = partial(_begin, opened, header, log, where, tail)
     return Run(opened, objective, begin, example=passed["example"], replays=True)
 
 
+def _tail(opened: Opened, contents: Contents, to: int, where: str, given: str | Path | None) -> Tail | None:
+    """The tail after `to` steps, from the given file, or from the run's directory. Raises ConfigError, JournalError."""
+    if given is not None and not opened.prepared.tail:
+        raise ConfigError(f"tail_file={str(given)!r}: {where} is of a run without a tail; leave it out")
+    run_dir = Path(where) if Path(where).is_dir() else Path(where).parent
+    paths = [tail_files.path_of(run_dir, to)] if given is None else [user_path(given)]
+    history = next(islice(histories(contents.header, contents.steps), to, None))
+    return tail_at(opened, to, history, where, paths)
+
+
 def _begin(
-    opened: Opened, header: dict[str, Any], log: UpdateLog, where: str, admit: Callable[[Journal], None]
-) -> Session:
+    opened: Opened, header: dict[str, Any], log: UpdateLog, where: str, tail: Tail | None,
+    admit: Callable[[Journal], None],
+) -> Session:  # fmt: skip
     """The session of a replay: nothing is written, and blocks are made from the base when they are fetched."""
     check_identity(identity_of(opened, str(header.get("base"))), header)
     check_sample(opened.base, header)
@@ -82,8 +97,9 @@ def _begin(
         check_identity({"base": opened.base.digest()}, header)
 
     return Session(
-        ReplayTier(opened, log, gains, masks, check), make_stepper(opened.prepared, opened.device, log, None, gains),
-        gains, masks, wide_of(header, opened.model),
+        ReplayTier(opened, log, gains, masks, check),
+        make_stepper(opened.prepared, opened.device, log, None, gains, tail=tail), gains, masks,
+        wide_of(header, opened.model),
     )  # fmt: skip
 
 

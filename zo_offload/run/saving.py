@@ -37,7 +37,7 @@ def save(
     with run.work() as parts:
         whole = run.opened.merged(parts.streamer.reader) if merge else None
         names = list(run.plan.params) if whole is None else whole.names
-        as_read = kept_exactly(run.plan, run.opened.prepared.layout, run.opened.base)
+        as_read = kept_exactly(run.plan, run.opened.prepared.layout, run.opened.base) - {*run.prepared.tail}
         return save_pretrained(
             directory, model=run.opened.model if whole is None else whole.model, names=names,
             weights=whole or parts.streamer.reader, checkpoint=run.opened.checkpoint,

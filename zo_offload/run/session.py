@@ -36,6 +36,7 @@ from .origin import RunOrigin
 from .prepare import Prepared
 from .snapshot import Snapshots
 from .stepper import Stepper, make_stepper
+from .tail import tail_of
 
 _log = logging.getLogger(__name__)
 
@@ -212,7 +213,8 @@ class Maker:
 
     def _stepper(self, log: UpdateLog, journal: Journal | None, gains: Gains) -> Stepper:
         waits = self.opened.ranks.elastic
-        return make_stepper(self._prepared, self.opened.device, log, journal, gains, waits=waits)
+        tail = tail_of(self.opened, log.version, journal)
+        return make_stepper(self._prepared, self.opened.device, log, journal, gains, waits=waits, tail=tail)
 
     def _shapes(self) -> tuple[FileShape, ...]:
         layout = self._prepared.layout
@@ -389,5 +391,5 @@ def identity_of(opened: Opened, base_digest: str) -> dict[str, Any]:
     about = about_base(opened.model, opened.directory, prepared.config, opened.adapter)
     return identity(
         prepared.plan, prepared.layout, prepared.config, prepared.method, prepared.fold_every, base_digest, about,
-        modes_of(opened.model, prepared.config.mode),
+        modes_of(opened.model, prepared.config.mode), prepared.tail,
     )  # fmt: skip

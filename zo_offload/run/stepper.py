@@ -34,6 +34,7 @@ from . import late
 from .late import LateLog, Launched
 from .prepare import Prepared
 from .remembered import after, remembered
+from .tail import Tail
 
 _NEVER = 1 << 62  # steps: local steps do not fold
 MAX_HALVINGS = 10  # of eps, by on_nonfinite="halve_eps": with a thousandth of the given eps it is another method
@@ -54,8 +55,10 @@ class Stepper:
         *,
         halvings: int = 0,
         records: Sequence[StepRecord] = (),
+        tail: Tail | None = None,
     ) -> None:
         """records: the records of the run's steps so far."""
+        self.tail = tail
         self.method, self.run_seed, self.fold_every = method, run_seed, fold_every
         self.log, self.journal, self.device, self.limit = log, journal, device, limit
         self._halvings_before = halvings
@@ -203,6 +206,8 @@ class Stepper:
         try:
             outcome = launched.method.update(self.run_seed, step, losses, lr, self.memory[step])
             self._check_update(step, outcome.updates)
+            if self.tail is not None:
+                self.tail.check(step)
             updates = with_folds(outcome.updates, step, self.fold_every)
             record = StepRecord(
                 step, updates, outcome.loss, outcome.grad, lr, False, launched.batch_crc, scalars=outcome.scalars
@@ -220,6 +225,8 @@ class Stepper:
             return error
         self.memory.put(step + 1, after(self.method, self.memory[step], record))
         if launched.later is None:
+            if self.tail is not None:
+                self.tail.advance(record, self.journal)  # ahead of the journal: it cannot be rebuilt
             self._write(record)
             self.log.append(record.updates)
             return record
@@ -293,14 +300,15 @@ class Stepper:
 
 
 def make_stepper(
-    prepared: Prepared, device: Device, log: UpdateLog, journal: Journal | None, gains: Gains, *, waits: bool = False
-) -> Stepper:
+    prepared: Prepared, device: Device, log: UpdateLog, journal: Journal | None, gains: Gains, *, waits: bool = False,
+    tail: Tail | None = None,
+) -> Stepper:  # fmt: skip
     """The stepper of a run with the steps of `log` and its journal. On a device with late losses, the log is late too.
 
-    Exceptions: losses are not late if the method takes more lanes in a step depending on its losses, or if each step
-    waits for other processes.
+    Exceptions: losses are not late if the method takes more lanes in a step depending on its losses, if each step waits
+    for other processes, or if there is a tail, whose file is written before the journal.
     """
-    if device.late and not prepared.method.comes_back and not waits:
+    if device.late and not prepared.method.comes_back and not waits and tail is None:
         factors = {gain.update for gain in gains.values()}
         log = LateLog(log, UpdateTable(device.torch_device, device.upload, factors, log.parts.names))
     formats = [place.fmt.torch_dtype for place in prepared.layout.places.values()]
@@ -309,5 +317,5 @@ def make_stepper(
         prepared.method, prepared.config.seed, prepared.fold_every, log, journal, device,
         largest / max((1.0, *(gain.update for gain in gains.values()))),
         halvings=sum(record.halved for record in journal.steps) if journal is not None else 0,
-        records=() if journal is None else journal.steps,
+        records=() if journal is None else journal.steps, tail=tail,
     )  # fmt: skip

@@ -39,16 +39,17 @@ def wire(
     tier = device.wrap(session.tier, offload, layout.block_bytes, streamed, config.host_memory)
     if tier is not session.tier:
         closing.add(tier.close)
+    tail = session.stepper.tail
     streamer = Streamer(
         plan, layout, tier, device, session.stepper.log, window=memory.window, fold_every=prepared.fold_every,
         noise=prepared.method.noise, rounding=config.rounding, gains=session.gains, masks=session.masks,
-        threads=config.threads, look=look,
+        threads=config.threads, look=look, held=(lambda version: {}) if tail is None else tail.values,
     )  # fmt: skip
     closing.add(streamer.close)
     passes = Passes(
         opened.model, plan, streamer, device, objective=objective, order=memory.order, fixed=config.order != "auto",
         compute=config.compute, mode=config.mode, seed=config.seed, wide=session.wide, whole=config.whole,
-        ranks=opened.ranks, on_measured=memory.check_reserve,
+        ranks=opened.ranks, on_measured=memory.check_reserve, tail=tail,
     )  # fmt: skip
     closing.add(passes.close)
     watch = LearningWatch(streamer.changes, _warns(session.journal))

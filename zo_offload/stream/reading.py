@@ -6,7 +6,7 @@ read through the window's memory, which is empty between passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Reader:
     """Reads parameters by name (`weights.Placed`). Not in a pass.
 
     settle(slot): bring the pieces of a block to the last fold; lacking(piece, slot): the updates that a piece lacks;
-    mask_of(name): which elements of a parameter they change.
+    mask_of(name): which elements of a parameter they change. held(): the values that replace those of blocks, float32.
     """
 
     def __init__(
@@ -44,7 +44,9 @@ class Reader:
         mask_of: Callable[[str], Mask | None],
         noise: NoiseSpec,
         threads: int | None,
+        held: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
+        self._held = held
         self._params, self._blocks, self._pieces_of = plan.params, plan.blocks, plan.pieces_of  # of any relifted plan
         self._layout, self._window, self._settle, self._lacking = layout, window, settle, lacking
         self._noise, self._threads, self._mask_of = noise, threads, mask_of
@@ -56,6 +58,8 @@ class Reader:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype of a parameter's values: its storage dtype."""
+        if name in self._held():
+            return torch.float32
         return self._layout.formats[name].torch_dtype
 
     def place_of(self, name: str, element: int) -> int:
@@ -77,6 +81,9 @@ class Reader:
         layer's parameters may be read in any order: small ones are read together with their block, so that a block is
         fetched at most once for each large parameter in it, and once for consecutive reads.
         """
+        if (value := self._held().get(name)) is not None:
+            out.copy_(value.view(-1)[start : start + len(out)])
+            return
         if self._window.is_ahead:
             self.forget()
             self._window.restart()  # the slots hold blocks fetched ahead for the next pass

@@ -15,7 +15,7 @@ Span for profilers: `zo_offload.stream:fused`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -51,6 +51,9 @@ class _Recipe:
     """The part of the model that each parameter is in, if steps may leave that out."""
     is_chosen: bool
     """Steps may leave some parameters out."""
+    names: tuple[str, ...]
+    first: tuple[int, ...]
+    """The index of each parameter's first element here."""
     shares: tuple[Share, ...]
     """The owner's pieces: one share per run of pieces in one block."""
 
@@ -59,7 +62,8 @@ class Streamer:
     """The lanes' source of weights (`lanes.serving.Source`) over a tier, a window of slots and the update log.
 
     window: how blocks move. decays(spec): whether weight decay applies to a parameter. look: called before each owner's
-    weights are made; it may raise to end the pass.
+    weights are made; it may raise to end the pass. held(version): parameters whose values are not those of their
+    blocks, by name, float32 on the device: a tail's (`run/tail.py`).
     """
 
     def __init__(
@@ -79,8 +83,9 @@ class Streamer:
         masks: Masks | None = None,
         threads: int | None = None,
         look: Callable[[], None] = lambda: None,
+        held: Callable[[int], Mapping[str, Tensor]] = lambda version: {},
     ) -> None:
-        self.plan, self.layout, self.log = plan, layout, log
+        self.plan, self.layout, self.log, self._held = plan, layout, log, held
         self._emitter = Emitter(
             plan.params,
             layout,
@@ -117,6 +122,7 @@ class Streamer:
             mask_of=self._emitter.mask,
             noise=noise,
             threads=threads,
+            held=lambda: held(log.version),
         )
         """The current weights, between passes."""
 
@@ -214,6 +220,10 @@ class Streamer:
             with span("zo_offload.stream:fused", window.traffic.times, slot.block):
                 self._emitter.emit(share, window, slot, writes, perturbations, once, scratch, rows)
             window.traffic.fused_s += time.perf_counter() - start
+        if held := self._held(step):
+            for i, name in enumerate(recipe.names):
+                if name in held:
+                    _put(held[name], scratch.tensors, i, recipe.first[i], rows)
         return scratch.tensors
 
     def _recipe(self, owner: Owner, pieces: Sequence[Piece] | None) -> _Recipe:
@@ -231,6 +241,8 @@ class Streamer:
             tuple(not self.plan.params[name].trainable for name in names),
             of,
             any(of),
+            tuple(names),
+            tuple(first[name] for name in names),
             tuple(self._emitter.share(block, list(together)) for block, together in in_blocks),
         )
 
@@ -245,3 +257,10 @@ class Streamer:
     def release(self, scratch: list[list[Tensor]]) -> None:
         """The last lane has left the owner: its scratch may be used again."""
         self._pool.give(scratch)
+
+
+def _put(value: Tensor, scratch: list[list[Tensor]], i: int, first: int, rows: Tensor | None) -> None:
+    """Copy a parameter's value, its part from element `first` on or these rows, into its tensors in scratch."""
+    for out in {id(tensors[i]): tensors[i] for tensors in scratch}.values():
+        part = value.view(-1)[first : first + out.numel()] if rows is None else value[rows]
+        out.copy_(part.view(out.shape))
