@@ -3,6 +3,7 @@
     config.json      how the engine was made (for `Engine.resume`) and how `fit` was last called; plain JSON
     journal.zoj      every step, see journal.py; written when the first weights are in place: without it, no run
     metrics.jsonl    one line per step or evaluation, for people and plots
+    tail/            the numbers of a tail, which scalars do not rebuild; see tail_files.py
     timeline.json    the times of one step, for people: see run/timed.py; only if blocks stream
     blocks/          the blocks of offload="disk", or the snapshots of a run in memory; see tiers/block_file.py
     lock             held by the process that uses the directory, see lock.py

@@ -1,6 +1,7 @@
 """The files of a tail: the numbers of a run that scalars cannot rebuild (`run/tail.py`).
 
-    RUN/tail/0.safetensors, RUN/tail/1.safetensors       after an even and an odd number of steps
+    RUN/tail/0.safetensors, RUN/tail/1.safetensors       after an even and an odd number of steps: the last two
+    RUN/tail/step-200.safetensors                        after 200 steps: kept at each evaluation, for `replay`
 
 Each holds the tail after some number of steps: a tensor a parameter under its name, and the optimiser's under
 `first.NAME` and `second.NAME`, all float32. Its metadata says of what: `step`, the number of steps; `taken`, how many
@@ -48,6 +49,22 @@ def path_of(run_dir: Path, step: int) -> Path:
     return run_dir / TAIL / f"{step % 2}.safetensors"
 
 
+def paths_of(run_dir: Path, step: int) -> list[Path]:
+    """Where the tail after `step` steps may be: as the last, or as one that was kept."""
+    return [path_of(run_dir, step), run_dir / TAIL / f"step-{step}.safetensors"]
+
+
+def keep(run_dir: Path, step: int) -> None:
+    """Keep the last file, which is after `step` steps, beside those to come. Raises StorageError."""
+    last, kept = paths_of(run_dir, step)
+    if step == 0 or kept.exists():  # before the first step, the base has it
+        return
+    try:
+        diskio.replace_file(kept, diskio.read_file(last))
+    except OSError as error:
+        raise diskio.storage_error(error, "keeping the tail in", kept, then="The run is as it was.") from error
+
+
 def write(path: Path, tail: TailFile) -> None:
     """Replace a file atomically, synced. Raises StorageError."""
     about = {"step": str(tail.step), "taken": str(tail.taken), "history": f"{tail.history:016x}"}
@@ -84,7 +101,7 @@ def read_at(paths: list[Path], step: int, history: int, where: str) -> TailFile:
     Raises JournalError that names the files and what each holds.
     """
     told = []
-    for path in paths:
+    for path in [path for path in paths if path.exists()] or paths[:1]:
         try:
             found = read(path)
         except JournalError as error:

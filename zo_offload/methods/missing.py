@@ -56,8 +56,13 @@ MISSING = (
         "zo-offload basis",
     ),
     Missing(
-        ("forward gradient", "forward-grad", "hybrid ZO-FO"),
-        "a tangent of each activation, or gradients: no journal of scalars can rebuild their weights",
+        ("forward gradient", "forward-grad"),
+        "a tangent of each activation: twice the memory, and forwards of their own for each direction",
+    ),
+    Missing(
+        ("hybrid ZO-FO",),
+        "it is no method, but an option of each: --tail classifier trains what is used last by its exact gradient, and "
+        "the method's lanes train the rest",
     ),
     Missing(
         ("ZeroQAT", "QuZO", "QES"),

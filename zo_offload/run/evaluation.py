@@ -14,6 +14,7 @@ from ..data.tasks import Scoring, task_of
 from ..data.texts import as_text
 from ..devices.placing import as_inputs, input_dtype
 from ..errors import ConfigError, DataError
+from ..journal import tail_files
 from ..journal.calls import FitCall
 from ..methods import lr_schedule
 from ..system.plain import user_path
@@ -28,6 +29,8 @@ def evaluated(
     """Loss, accuracy and metrics of `batches`; also "em" and "f1" if texts are generated. between: called before each
     batch; at: see `Passes.measure`, also for when it returns None."""
     values = run.measure(batches, between=between, at=at)
+    if values is not None and at is not None and run.journal is not None and run.prepared.tail:
+        tail_files.keep(run.journal.path.parent, run.log.version)
     if values is None or batches.scoring is None:
         return values
     return {**values, **_generated(run, batches, batches.scoring, tokenizer(), between)}

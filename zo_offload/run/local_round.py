@@ -44,6 +44,7 @@ def train_round(
 ) -> Round:
     """Local steps, taken back at the end, and their sums. See `Engine.train_round`."""
     pooled(run.method)
+    _check_tail(run)
     check_client(client)
     if not is_whole(steps := plain_value(steps), 1) or not is_whole(micro_batches := plain_value(micro_batches), 1):
         raise ConfigError(f"steps={steps!r}, micro_batches={micro_batches!r}: expected whole numbers of at least 1")
@@ -99,6 +100,7 @@ def _local_steps(
 def take_rounds(run: Run, rounds: Sequence[Round]) -> StepRecord:
     """Take the mean of rounds as the run's next step. See `Engine.take_rounds`."""
     pooled(run.method)
+    _check_tail(run)
     if run.ranks.world > 1 or run.ranks.elastic:
         raise ConfigError("rounds are taken by a single process: open the run without ranks")
     run.start()
@@ -110,3 +112,11 @@ def take_rounds(run: Run, rounds: Sequence[Round]) -> StepRecord:
         run.journal.note(mean.note)
         parts.stepper.take(record)
     return record
+
+
+def _check_tail(run: Run) -> None:
+    if run.prepared.tail:
+        raise ConfigError(
+            f"tail={run.config.tail!r}: a round's file has sums of coefficients, from which nobody rebuilds a tail's "
+            "numbers. Begin the run without a tail"
+        )

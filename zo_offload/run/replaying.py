@@ -76,7 +76,7 @@ def _tail(opened: Opened, contents: Contents, to: int, where: str, given: str | 
     if given is not None and not opened.prepared.tail:
         raise ConfigError(f"tail_file={str(given)!r}: {where} is of a run without a tail; leave it out")
     run_dir = Path(where) if Path(where).is_dir() else Path(where).parent
-    paths = [tail_files.path_of(run_dir, to)] if given is None else [user_path(given)]
+    paths = tail_files.paths_of(run_dir, to) if given is None else [user_path(given)]
     history = next(islice(histories(contents.header, contents.steps), to, None))
     return tail_at(opened, to, history, where, paths)
 

@@ -8,7 +8,7 @@ else its first lane, whose other weights are perturbed. The tail itself is not p
     g        the gradient of that lane's loss by the tail, at the weights before the step, float32
     adam     m += (1 - b1) (g - m), v = b2 v + (1 - b2) g^2,  w -= rate m' / (sqrt(v') + 1e-8), with m' = m / (1 - b1^t)
              and v' = v / (1 - b2^t), b1 = 0.9, b2 = 0.999, t the steps that changed the tail: torch.optim.Adam
-    sgd      w -= rate g
+    sgd      w -= rate g: torch.optim.SGD
     rate     `tail_lr` times the step's rate over the method's peak rate: it follows the method's schedule and brake
 
 No journal of scalars can rebuild these numbers, so a run keeps them as tensors in its directory
@@ -49,7 +49,7 @@ class State:
     def after(self, gradient: Mapping[str, Tensor], rate: float) -> State:
         """The state after one more step; this one stays as it is."""
         if not self.first:
-            return State(self.taken + 1, {n: w - rate * gradient[n] for n, w in self.values.items()}, {}, {})
+            return State(self.taken + 1, {n: w.add(gradient[n], alpha=-rate) for n, w in self.values.items()}, {}, {})
         taken = self.taken + 1
         of_first, of_second = (1 - beta**taken for beta in BETAS)
         values, first, second = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
@@ -129,7 +129,7 @@ def tail_of(opened: Opened, version: int, journal: Journal | None) -> Tail | Non
     if version == 0:
         return _made(opened, version, None)
     assert journal is not None
-    paths = [tail_files.path_of(journal.path.parent, version)]
+    paths = tail_files.paths_of(journal.path.parent, version)
     return _made(opened, version, tail_files.read_at(paths, version, journal.history(version), str(journal.path)))
 
 
