@@ -22,10 +22,13 @@ from support.training import stored_weights
 from support.zoo.small import VOCAB, tiny_llama, tiny_opt, with_adapters
 from zo_offload import FZOO, ConfigError, DivergenceError, Engine, JournalError, MeZO, PlanError
 from zo_offload.cli import main
+from zo_offload.config import EngineConfig
 from zo_offload.journal import tail_files
 from zo_offload.numerics.noise import noise, step_seed
 from zo_offload.plan.plan import make_plan
+from zo_offload.ranks.alone import Alone
 from zo_offload.replay import load_journal, replay, replayed
+from zo_offload.run.opening import open_model
 
 SIZE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=VOCAB)
 STEPS, RATE = 5, 2e-2
@@ -324,6 +327,14 @@ def test_the_command_line_has_it(base, tmp_path):
     assert not torch.equal(one.classifier.weight, bert().classifier.weight)
 
 
+def test_several_ranks_are_refused():
+    class Two(Alone):
+        world = 2
+
+    with pytest.raises(ConfigError, match=r"tail='classifier': a tail's exact gradient is of one process"):
+        open_model(bert(), FEW, EngineConfig(tail="classifier"), ranks=Two())
+
+
 # ---- refused by name -------------------------------------------------------------------------------------------------
 
 
@@ -431,5 +442,6 @@ def test_evaluated_steps_are_kept_for_replay_and_for_the_best(base, tmp_path):
         with engine.at(2) as then:
             two = stored_weights(then)
         with engine.at("best") as then:
+            then.run(data("bert")[0])
             assert then.log.version == result.best["step"]
     assert_same(two, begun(base, tmp_path / "two", 2))
