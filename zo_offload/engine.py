@@ -58,7 +58,7 @@ from .run.memory import MemoryPlan
 from .run.opening import open_model
 from .run.reopening import check_changes, joined, resumed
 from .run.result import FitResult
-from .run.saving import Which, at_step, save, step_of
+from .run.saving import Which, at_step, save, save_run, step_of
 from .run.session import Maker
 from .run.training import train
 from .run.whole import entry, release_dropped
@@ -162,18 +162,19 @@ class Engine:
     ) -> Engine:
         """A member of the run that a keeper serves at `address` (`ranks=Pool(...)`): `fit` trains with it.
 
-        model: the path of the run's base on this machine, or a module in memory with its initial weights. token: the
-        keeper's token. wait: how many seconds to look for a keeper that does not answer, now and later. patience: as in
-        `Pool`. changes: settings that do not alter the numbers (offload, window, threads, a run_dir of the member's own
-        for blocks on disk), and `objective`, `tokenizer`, `example`. `fit()` uses the arguments that the keeper was
-        given; pass data to it if the keeper's was not a file, or if the file has another path here. It ends with the
-        run, or by a signal; the other processes go on. Raises RankError if nobody answers or the keeper refuses (it
-        says why); JournalError if the base or the data is not the run's.
+        address: HOST:PORT, or several with commas between them: another keeper may take the run over there
+        (`save_run`). model: the path of the run's base on this machine, or a module in memory with its initial weights.
+        token: the keeper's token. wait: how many seconds to look for a keeper that does not answer, now and later.
+        patience: as in `Pool`. changes: settings that do not alter the numbers (offload, window, threads, a run_dir of
+        the member's own for blocks on disk), and `objective`, `tokenizer`, `example`. `fit()` uses the arguments that
+        the keeper was given; pass data to it if the keeper's was not a file, or if the file has another path here. It
+        ends with the run, or by a signal; the other processes go on. Raises RankError if nobody answers or the keeper
+        refuses (it says why); JournalError if the base or the data is not the run's.
         """
         check_changes(changes)
         member = Member.join(address, token, patience=patience, wait_s=wait)
         with member.together("opening"):
-            found = joined(member, address, model, method, changes)
+            found = joined(member, model, method, changes)
             return cls.of(found.run, found.tokenizer)
 
     # ---- its state ---------------------------------------------------------------------------------------------------
@@ -437,6 +438,16 @@ class Engine:
             self.active, Path(directory), self.batching.given, max_shard_bytes=max_shard_bytes,
             overwrite=overwrite, merge=merge, scheme=scheme,
         )  # fmt: skip
+
+    def save_run(self, directory: str | Path) -> Path:
+        """Write the run as this process knows it, its config.json and its journal, into a directory that holds no run;
+        returns the directory. Any process with the base resumes it (`Engine.resume`), also as the keeper of a pool: so
+        a member whose keeper is gone saves the run. No weights are written, and this engine stays as it is.
+
+        Of the arguments of `fit`, a member knows those that numbers depend on: give evaluations and exports again.
+        Raises ConfigError, StorageError.
+        """
+        return save_run(self.active, user_path(directory).absolute())
 
     @entry
     def at(self, step: Which) -> Engine:

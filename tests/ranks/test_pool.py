@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import socket
 import time
@@ -13,7 +14,7 @@ import pytest
 
 from support.fake_cuda import FakeBackend, FakeCudaDevice
 from support.on_device import put_in_place
-from support.pool import TOKEN, Party, digest, instead_of_computing
+from support.pool import TOKEN, Party, digest, free_port, instead_of_computing
 from support.ranks import FORK
 from support.training import METHOD, batches
 from support.zoo.small import tiny_opt
@@ -22,9 +23,10 @@ from zo_offload.cli import main
 from zo_offload.cli.journal_tools import cut
 from zo_offload.cli.pool_tools import roster
 from zo_offload.errors import ConfigError, RankError
-from zo_offload.journal.format import StepRecord, load_journal
+from zo_offload.journal.format import StepRecord, histories, load_journal
 from zo_offload.kernels.records import Update
 from zo_offload.ranks.decided import heard, told
+from zo_offload.ranks.desk import AHEAD
 from zo_offload.ranks.keeper import Keeper
 from zo_offload.ranks.line import Lost, dialled, over, parse, served
 from zo_offload.ranks.pace import FIRST_PATIENCE_S, Patience, lanes_of, weighted
@@ -133,28 +135,82 @@ def test_one_that_was_stopped_finds_its_lanes_done_and_catches_up(party, one_pro
     assert member.value()["weights"] == keeper.value()["weights"] == one_process["weights"]
 
 
+def holds_at(step):
+    """The keeper takes this step and no other: it is killed meanwhile. Before it, steps leave time to join."""
+    return lambda record: time.sleep(60 if record.step == step else 0.05)
+
+
 def test_a_keeper_that_was_killed_goes_on_and_its_members_come_back_by_themselves(party, one_process):
-    keeper = party.keeper(each_step=slowly(0.1))
+    keeper = party.keeper(each_step=holds_at(6))
     member = party.member()
-    member.until(is_step(3))
+    member.until(is_step(6))
     keeper.send(signal.SIGKILL)
     assert keeper.result() == {}
-    again = party.keeper(resumes=True, each_step=slowly(0.05))
+    again = party.keeper(resumes=True)
     assert again.value()["weights"] == member.value()["weights"] == one_process["weights"]
-    assert member.end["value"]["steps"] == STEPS, "it kept its weights"
+    first = member.until(lambda told: told[0] == "step")[1]
+    assert member.end["value"]["steps"] == STEPS - first and first <= 6, "it kept its weights"
 
 
 def test_a_member_whose_steps_the_keeper_lost_is_told_to_join_anew(party, one_process):
-    keeper = party.keeper(each_step=slowly(0.1))
+    keeper = party.keeper(each_step=holds_at(6))
     member = party.member()
-    member.until(is_step(3))
+    member.until(is_step(6))
     keeper.send(signal.SIGKILL)
     keeper.result()
-    cut(party.run_dir, 2)  # as a power cut on its host does
+    cut(party.run_dir, 6 - AHEAD)  # as a power cut on its host does
+    there = FORK.Event()
     # before it takes the lost steps again, which would be the member's own, the member has to come
-    again = party.keeper(resumes=True, each_step=lambda record: time.sleep(3.0 if record.step == 2 else 0.0))
+    again = party.keeper(resumes=True, each_step=lambda record: record.step > 6 - AHEAD or there.wait(60))
     assert "steps of another history than the run" in (text := member.error()) and "Join again" in text
+    there.set()
     assert again.value()["weights"] == one_process["weights"]
+
+
+def test_another_host_with_an_older_copy_of_the_journal_is_the_keeper_from_then_on(party, one_process):
+    """Its last steps are lost with the first keeper: a member that has them waits until they are taken again."""
+    there = free_port()
+    keeper = party.keeper(each_step=holds_at(6))
+    member = party.member(address=f"{party.address},127.0.0.1:{there}")
+    member.until(is_step(6))
+    keeper.send(signal.SIGKILL)
+    keeper.result()
+    copy = party.run_dir.parent / "copy"
+    copy.mkdir()
+    for name in ("config.json", "journal.zoj"):
+        shutil.copy(party.run_dir / name, copy)
+    cut(copy, 5)
+    party.run_dir, party.port = copy, there
+    again = party.keeper(resumes=True, each_step=lambda record: time.sleep(3.0 if record.step == 5 else 0.0))
+    assert again.value()["weights"] == member.value()["weights"] == one_process["weights"]
+    assert member.end["value"]["steps"] == STEPS - member.until(lambda told: told[0] == "step")[1]
+
+
+def test_a_run_is_saved_by_a_member_with_the_history_that_it_has(party, one_process, tmp_path):
+    keeper = party.keeper(each_step=holds_at(6))
+
+    def saves(tell):
+        with Engine.join(party.address, make(), token=TOKEN, wait=0.5) as engine:
+            with pytest.raises(ConfigError, match="has not begun"):
+                engine.save_run(tmp_path / "saved")
+            with pytest.raises(RankError, match="is gone"):
+                engine.fit(batches(), callback=lambda record: tell(("step", record.step)))
+            engine.save_run(tmp_path / "saved")
+            with pytest.raises(ConfigError, match="holds a run"):
+                engine.save_run(tmp_path / "saved")
+            return engine.log.version
+
+    member = party.start(saves)
+    member.until(is_step(6))
+    keeper.send(signal.SIGKILL)
+    assert member.value() == 7
+    found, wanted = (load_journal(path / "journal.zoj") for path in (tmp_path / "saved", party.run_dir))
+    assert found.steps == wanted.steps and found.header == wanted.header
+    assert [*histories(found.header, found.steps)] == [*histories(wanted.header, wanted.steps)]
+    assert [note for note in found.notes if "data" in note.values] == wanted.notes
+    with Engine.resume(tmp_path / "saved", make()) as engine:
+        engine.fit(batches())
+        assert digest(engine) == one_process["weights"]
 
 
 def test_members_end_with_the_keepers_error_or_when_it_stays_away(party):
@@ -281,6 +337,41 @@ def test_the_commands_serve_join_and_tell_who_is_there(party, tmp_path, capfd):
     assert main([str(word) for word in [*fit, "--serve", party.address]]) == 2
     err = capfd.readouterr().err
     assert "is gone" in err and "--token-file is missing" in err and "--serve needs --run-dir" in err
+
+
+def test_a_member_takes_the_run_over_when_its_keeper_is_gone(party, tmp_path, capfd):
+    """The other member finds it at its second address; the journal is that of one process."""
+    make().save_pretrained(tmp_path / "base")
+    rows = [{"input_ids": row.tolist()} for batch in batches(8) for row in batch["input_ids"]]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "token").write_text(TOKEN)
+    base, data, fit = tmp_path / "base", tmp_path / "train.jsonl", dict(steps=10, batch_size=4)
+
+    def keeps(tell):
+        ranks = Pool(address=party.address, token=TOKEN)
+        with Engine(base, method=RUN["method"], offload="host", run_dir=tmp_path / "run", ranks=ranks) as engine:
+            engine.fit(data, **fit, callback=lambda record: [tell(("step", record.step)), holds_at(4)(record)])
+
+    second = f"127.0.0.1:{free_port()}"
+    join = ["join", f"{party.address},{second}", base, "--token-file", tmp_path / "token", "--quiet"]
+    more = [["--take-over", second, "--wait", 1, "--run-dir", tmp_path / "mine", "--offload", "disk"], ["--wait", 60]]
+    keeper = party.start(keeps)
+    keeper.until(is_step(0))
+    members = [party.start(lambda tell, words=words: main([str(w) for w in (*join, *words)])) for words in more]
+    keeper.until(is_step(4))
+    until = time.monotonic() + 30
+    while len(list(roster(party.address, TOKEN))) < 4 and time.monotonic() < until:
+        time.sleep(0.1)
+    keeper.send(signal.SIGKILL)
+    assert [member.value() for member in members] == [0, 0]
+    with Engine(base, method=RUN["method"], offload="host", run_dir=tmp_path / "one") as engine:
+        engine.fit(data, **fit)
+    one, mine = (load_journal(tmp_path / name / "journal.zoj") for name in ("one", "mine"))
+    assert [record.updates for record in mine.steps] == [record.updates for record in one.steps]
+    assert main([str(word) for word in [*join, "--take-over", second]]) == 2
+    out, err = capfd.readouterr()
+    assert "this member takes the run over" in out and f"serving at {second}" in out
+    assert "--take-over needs --run-dir" in err
 
 
 # ---- without engines -------------------------------------------------------------------------------------------------

@@ -160,13 +160,13 @@ class Party:
         return self.start(body)
 
     def member(self, *, each_step: Callable[[Any], Any] = lambda record: None, data: Any = None, make: Any = None,
-               token: str = TOKEN, before: Callable[[Any], Any] = lambda engine: None, wait: float = 20.0,
-               **settings: Any) -> Process:  # fmt: skip
+               token: str = TOKEN, before: Callable[[Any], Any] = lambda engine: None, wait: float = 60.0,
+               address: str | None = None, **settings: Any) -> Process:  # fmt: skip
         """As `keeper`."""
 
         def body(tell: Callable[[Any], None]) -> Any:
             model = (make or self.make)()
-            with Engine.join(self.address, model, token=token, wait=wait, **settings) as engine:
+            with Engine.join(address or self.address, model, token=token, wait=wait, **settings) as engine:
                 tell(("joined", len(engine.ranks.journal)))
                 before(engine)
 

@@ -253,13 +253,16 @@ def _journal(journal: Parser, argv: Sequence[str], config: ConfigFile | None) ->
 def _join(join: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     from ..config import EngineConfig
 
-    join.add_argument("address", nargs="?", metavar="HOST:PORT", help="where `fit --serve` listens, or a tunnel to it")
+    where = "where `fit --serve` listens, or a tunnel to it; several, with commas, where another keeper may follow"
+    join.add_argument("address", nargs="?", metavar="HOST:PORT", help=where)
     join.add_argument("base", nargs="?", metavar="BASE", help="the run's base here: a checkpoint directory or hub id")
     join.add_argument("--data", help="the run's data on this machine (default: the keeper's path)")
     groups.token_file(join, "a file with the keeper's token (or it in ZO_OFFLOAD_TOKEN)")
     join.add_argument("--patience", type=float, help="seconds until another's lanes are late (default: keeper's)")
     wait = "seconds to look for a keeper that does not answer (default: 300)"
     join.add_argument("--wait", type=float, default=300.0, help=wait)
+    over = "if the keeper is gone for --wait seconds, serve the run here, from --run-dir"
+    join.add_argument("--take-over", metavar="HOST:PORT", help=over)
     join.add_argument("--quiet", action="store_true", default=None, help="show no progress")
     join.add_argument("--method", metavar="FILE.py:CLASS", help="your own class, if the run was made with one")
     join.add_argument("--model-class", help="such as AutoModelForSequenceClassification, if the run's is your own")

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, RankError
-from ..ranks.line import dialled
-from ..ranks.member import Parted
+from ..journal.run_directory import JOURNAL
+from ..ranks.line import dialled, parse
+from ..ranks.member import Gone, Parted
 from ..ranks.pool import TOKEN, Pool, read_token
 from ..ranks.sealed import ERA, Sealed
 
@@ -66,19 +67,49 @@ def members_token(args: argparse.Namespace) -> str:
 
 
 def join(args: argparse.Namespace, settings: dict[str, Any], *, show: bool) -> Any:
-    """Train with a run until it ends; joins again if the two have parted. Returns the last fit's result."""
+    """Train with a run until it ends; joins again if the two have parted. Returns the last fit's result. With
+    --take-over, becomes the keeper where nobody answers any more."""
     from ..engine import Engine
 
+    if args.take_over is not None:
+        parse(args.take_over, "--take-over")
+        if args.run_dir is None:
+            raise ConfigError("--take-over needs --run-dir: a directory of this member's own, which gets the journal")
     while True:
         engine = Engine.join(
             args.address, args.base, token=members_token(args), patience=args.patience, wait=args.wait, **settings
         )
         try:
             with engine:
-                return engine.fit(args.data, progress=show)
+                return _fit_or_save(engine, args, show)
+        except Gone as gone:
+            if args.take_over is None or not (Path(args.run_dir) / JOURNAL).exists():
+                raise
+            print(f"{gone}: this member takes the run over", flush=True)
+            return _take_over(args, settings, show)
         except Parted as parted:
             if show:
                 print(f"{parted}: joining anew", flush=True)
+
+
+def _fit_or_save(engine: Any, args: argparse.Namespace, show: bool) -> Any:
+    try:
+        return engine.fit(args.data, progress=show)
+    except Gone:
+        if args.take_over is not None:
+            engine.save_run(args.run_dir)
+        raise
+
+
+def _take_over(args: argparse.Namespace, settings: dict[str, Any], show: bool) -> Any:
+    """Go on with the run that was saved in --run-dir, as its keeper."""
+    from ..engine import Engine
+
+    pool = Pool(address=args.take_over, token=members_token(args), patience=args.patience)
+    own = {name: value for name, value in settings.items() if name != "run_dir"}
+    with Engine.resume(args.run_dir, args.base, ranks=pool, **own) as engine:
+        print(f"serving at {args.take_over}", flush=True)
+        return engine.fit(args.data, progress=show)
 
 
 def roster(address: str, token: str) -> Iterator[str]:

@@ -32,6 +32,8 @@ GONE_S, THERE_S = 15.0, 3.0
 UNREAD_S, LATE_S = 120.0, 30.0
 """Seconds after which an unread answer is deleted; seconds to wait for the request of a member that took a number."""
 RECORDS_AT_ONCE = 20_000
+AHEAD = 4
+"""A member with so many steps more than a new keeper waits for it to take them again, with the same losses."""
 _MOST = float(1 << 53)
 
 
@@ -163,10 +165,13 @@ class Desk:
         return {"member": member, "about": self._about, "journal": data}
 
     def _lacking(self, steps: int, history: str) -> dict[str, Any]:
-        """The records from a step on; none if the member's steps so far differ from the journal's."""
+        """The records from a step on; none if the member's steps so far differ from the journal's, or are a few more
+        (then their histories are compared later)."""
         assert self._journal is not None
         known: list[StepRecord] = self._journal.steps
         last = len(known)
+        if last < steps <= last + AHEAD:
+            return {"ahead": last}
         if steps > last or f"{self._journal.history(steps):016x}" != history:
             return {"parted": last}
         return {"records": [told(record) for record in known[steps : min(last, steps + RECORDS_AT_ONCE)]]}

@@ -4,8 +4,10 @@
     member.about_run, member.journal                    # the run's description, and its steps so far
 
 A member that was away (stopped or disconnected, or its keeper was) finds its step decided: it discards its losses,
-reads the missing records, and continues at the run's present step. If the keeper is gone, the member tries its address
-for `wait_s`; a restarted keeper has another store, and the member asks at its door with its own number of steps.
+reads the missing records, and continues at the run's present step. If the keeper is gone, the member tries its
+addresses, one after another, for `wait_s`; a restarted keeper, or another one in its place, has another store, and the
+member asks at its door with its own number of steps. If that is a step or two more than the keeper has, which was not
+told the last ones, the member waits until they are taken again.
 """
 
 from __future__ import annotations
@@ -40,21 +42,28 @@ class Over(RankError):
     """The keeper has ended the run before all its steps."""
 
 
+class Gone(RankError):
+    """No keeper answers at any address."""
+
+
 class Parted(RankError):
     """The run's history differs from this member's: it must join again, from the base."""
 
 
 class Member(Sharing):
-    """A process that joined. wait_s: seconds to look for a keeper that does not answer."""
+    """A process that joined. address: HOST:PORT, or several with commas between them, where a keeper may be. wait_s:
+    seconds to look for a keeper that does not answer."""
 
     leads = False
 
     def __init__(self, address: str, token: str, *, patience: float | None = None, wait_s: float = WAIT_S) -> None:
-        parse(address)
+        self._places = [place.strip() for place in address.split(",")]
+        for place in self._places:
+            parse(place)
         check_token(token)
         check_patience(patience)
         super().__init__("", patience)
-        self.address, self._token, self._wait = address, token, wait_s
+        self._token, self._wait = token, wait_s
         self._beats, self._felt = -1, time.monotonic()
         self._history: Callable[[], tuple[int, str]] | None = None  # number and history of the applied steps
         self._lacked: dict[int, StepRecord] = {}
@@ -79,6 +88,11 @@ class Member(Sharing):
         member._beater.start()
         return member
 
+    @property
+    def address(self) -> str:
+        """The address that was tried last: the keeper's, while there is one."""
+        return self._places[0]
+
     about_run: dict[str, Any]
     """The run's description: settings, method, and the arguments of `fit`."""
     journal: bytes
@@ -98,10 +112,12 @@ class Member(Sharing):
                     self._room = None
                 self._heed_stop()
                 if (waited := time.monotonic() - began) > self._wait:
-                    raise RankError(
-                        f"the keeper at {self.address} is gone, for {waited:.0f} s now: {lost}. Where it is started "
-                        "again (zo-offload fit RUN --resume --serve ...), members that wait join by themselves: --wait"
+                    raise Gone(
+                        f"the keeper at {', '.join(self._places)} is gone, for {waited:.0f} s now: {lost}. Where it is "
+                        "started again (zo-offload fit RUN --resume --serve ...), members that wait join by "
+                        "themselves: --wait"
                     ) from None
+                self._places = self._places[1:] + self._places[:1]
                 time.sleep(min(NAP_S, self._wait / 10))
 
     def _enter(self) -> dict[str, Any]:
@@ -161,6 +177,10 @@ class Member(Sharing):
             "version": __version__, "name": here(), "member": self.me, "steps": steps, "history": history
         }  # fmt: skip
         answer = self._enter() if self._room is None else self._knock()
+        while "ahead" in answer:
+            self._see_end()
+            time.sleep(NAP_S)
+            answer = self._knock()
         if "parted" in answer:
             raise Parted(
                 f"this member has {steps} steps of another history than the run, which has {answer['parted']} steps: "

@@ -58,11 +58,11 @@ def check_changes(changes: Mapping[str, Any]) -> None:
         raise ConfigError(f"{', '.join(unknown)}: a member takes what the run has; leave it out")
 
 
-def joined(member: Member, address: str, model: Any, method: Any, changes: Mapping[str, Any]) -> Reopened:
+def joined(member: Member, model: Any, method: Any, changes: Mapping[str, Any]) -> Reopened:
     """The run of a keeper, as its member; arguments and errors of `Engine.join`."""
     changes = dict(changes)
     record, passed = record_of(member.about_run), _passed(changes)
-    run_directory.check_settings(record["settings"], f"the keeper at {address}")
+    run_directory.check_settings(record["settings"], f"the keeper at {member.address}")
     config = EngineConfig(**{**record["settings"], "snapshot_minutes": None, **changes})
     header = None if member.journal is None else read_journal(member.journal).header
     return _reopened(model, config, record, header, member.journal, method, passed, member)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +13,13 @@ from ..errors import ConfigError
 from ..journal import run_directory
 from ..journal.calls import FitCall
 from ..journal.format import load_journal
+from ..journal.journal import Journal
+from ..journal.masks import save_lists
 from ..journal.selection import Selection
 from ..kernels.records import STILL
 from ..lanes.hub import Lane
 from ..stream.ingest import kept_exactly
+from ..system import diskio
 from ..system.plain import user_path
 from ..system.units import parse_bytes
 from .active import Run
@@ -45,6 +49,47 @@ def save(
             tokenizer=tokenizer, scheme=scheme, as_read=as_read if whole is None else whole.beside(as_read),
             run=lambda call: parts.passes.forward([Lane(STILL, {})], lambda *_: call(), exact=True)[0],
         )  # fmt: skip
+
+
+def save_run(run: Run, directory: Path) -> Path:
+    """Write config.json and journal of the run as this process knows it; see `Engine.save_run`."""
+    journal, prepared = run.journal, run.prepared
+    if journal is None or run.session is None:
+        raise ConfigError("there is no journal to save: the run has not begun, or has no run_dir")
+    path = directory / run_directory.JOURNAL
+    if path.exists():
+        raise ConfigError(f"{directory} holds a run: give another directory")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        run_directory.save_config(directory, run.opened.name, run.opened.model_class, prepared.config, prepared.method)
+        if run.last_fit is not None:
+            run_directory.save_fit(directory, run.last_fit)
+        save_lists(directory, run.session.masks)
+        new = path.with_name(f"{path.name}.new")
+        new.unlink(missing_ok=True)
+        copy_of(journal, new).close()
+        new.rename(path)
+        diskio.sync_directory(directory)
+    except OSError as error:
+        raise diskio.storage_error(error, "saving the run in", directory, then="The run is as it was.") from error
+    return directory
+
+
+def copy_of(journal: Journal, path: Path) -> Journal:
+    """A new journal with the same header, steps and notes: another file, of the same history."""
+    copy = Journal.create(path, journal.header)
+    try:
+        notes = deque(journal.notes)
+        for record in (*journal.steps, None):
+            while notes and (record is None or notes[0].step <= record.step):
+                copy.note(notes.popleft().values)
+            if record is not None:
+                copy.append(record)
+        copy.make_durable(len(copy.steps))
+    except BaseException:
+        copy.close()
+        raise
+    return copy
 
 
 def known_evals(run: Run) -> list[dict[str, float]]:
