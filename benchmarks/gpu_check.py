@@ -31,6 +31,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -43,7 +44,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, commit, machine
+from benchmarks.common import ROOT, commit
+from benchmarks.gpu_page import page, report
 from zo_offload.devices.nvml import DriverMemory
 
 MEASURE = [sys.executable, "-m", "benchmarks.gpu_measure"]
@@ -51,6 +53,7 @@ NEEDED = ("torch", "transformers", "safetensors", "accelerate", "greenlet", "num
 WITHOUT_LANES = ("host", "build", "probe", "link", "kernels", "zo2")  # parts that run without greenlet
 WHEELS = ROOT / ".whl"
 ZO2_TEST = Path("test", "mezo_sgd", "hf_opt")
+KEPT_FOR_THE_END = 45.0  # seconds that no other part may take: figures beside the plan
 
 
 @dataclass
@@ -83,7 +86,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
     link, kernels = (Part(name, [*MEASURE, name, *_dry(options)], 60) for name in ("link", "kernels"))
     doctor = Part("doctor", [sys.executable, "-m", "zo_offload"], 60, reads="text")
     asked = ["opt-13b", "--storage", "bf16", "--tokens", "2048", "--device", "cpu" if options.dry else "cuda"]
-    plan = Part("plan", [sys.executable, "-m", "zo_offload.cli.command", "plan", *asked], 60, reads="text")
+    plan = Part("plan", [sys.executable, "-m", "zo_offload", "plan", *asked], 60, reads="text")
     small, large, budget, losses, archs, sanitizer = test_parts(options)
     if options.dry:
         steps = [step(options, "opt-1.3b"), step(options, "opt-1.3b", what="naive")]
@@ -268,106 +271,6 @@ def read_memory(text: str, part: Part) -> Iterator[dict[str, Any]]:
 READERS = {"json": read_json, "zo2 speed": read_speed, "zo2 memory": read_memory, "text": lambda text, part: iter(())}
 
 
-# ---- the page
-
-
-def page(done: list[Part], options: argparse.Namespace, seconds: float) -> str:
-    rows = [row for part in done for row in part.rows]
-    about = next((row for row in rows if "versions" in row), {})
-    lines = ["# GPU check" + (" (dry run on a CPU: no number here is a measurement)" if options.dry else ""), ""]
-    lines += [f"Commit {commit()}, {about.get('date', 'no date')}, {about.get('device', 'no device')}, {machine()}."]
-    lines += [f"Versions: {about.get('versions', {})}. Took {seconds:.0f} s.", ""]
-    for row in rows:
-        if row.get("part") == "host memory":
-            sizes = [f"{row[key] / 1e9:.1f} GB" for key in ("available_before_bytes", "reached_bytes")]
-            lines += [f"Host memory: {sizes[0]} available at first, {sizes[1]} taken to see whether it grows.", ""]
-    lines += ["| part | status | seconds | last line | command |", "| --- | --- | --- | --- | --- |"]
-    for part in done:
-        said = last_line(part.tail) if part.reads == "text" else ""
-        command = " ".join(part.command[1:])
-        lines.append(f"| {part.name} | {part.status} | {part.seconds:.0f} | {said} | `{command}` |")
-    lines += ["", "## Probe", "", "What no machine without a GPU could settle.", ""]
-    lines += table([r for r in rows if r.get("part") == "probe"], PROBE)
-    lines += ["", "## Link, GB/s", ""] + table([r for r in rows if r.get("part") == "link"], LINK)
-    lines += ["", "## Fused pass", ""] + table([r for r in rows if r.get("part") == "kernels"], KERNEL)
-    steps = sorted((r for r in rows if r.get("part") == "step"), key=lambda r: (r["tokens"], r["model"]))
-    lines += [
-        "",
-        "## Steps",
-        "",
-        "step / limit: over max(fetch time, two plain forwards), measured in the same process.",
-        "",
-    ]
-    lines += table(steps, STEP)
-    lines += [
-        "",
-        "## Memory of ZO2",
-        "",
-        "told: by its own count, which has all that is in use on the device. driver: the most that was, less what was "
-        "before it ran.",
-        "",
-    ]
-    lines += table([r for r in rows if r.get("part") == "memory"], MEMORY)
-    lines += ["", "## Goals", ""] + goals(rows)
-    failed = [part for part in done if part.status != "ok"]
-    for part in failed:
-        lines += ["", f"## {part.name}: {part.status}", "", "```", part.tail.strip()[-1500:], "```"]
-    return "\n".join(lines) + "\n"
-
-
-def last_line(text: str) -> str:
-    """Of a part that prints text: pytest's counts, the doctor's verdict."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:100].replace("|", "/") if lines else ""
-
-
-PROBE = ("check", "verdict", "says")
-LINK = ("fetch_gbs", "flush_gbs", "both_fetch_gbs", "both_flush_gbs")
-KERNEL = ("case", "gelem_per_s", "gb_per_s", "share_of_copy")
-STEP = ("model", "tokens", "way", "dtype", "tokens_per_s", "step_s", "step_over_limit", "binds", "peak_allocator_bytes",
-        "peak_reserved_bytes", "peak_driver_bytes", "planned_device_bytes", "host_over_model")  # fmt: skip
-MEMORY = ("model", "tokens", "way", "dtype", "told_bytes", "peak_driver_bytes", "host_bytes")
-
-
-def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[str]:
-    if not rows:
-        return ["nothing was measured"]
-    head = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    return head + [f"| {' | '.join(show(row.get(c), c) for c in columns)} |" for row in rows]
-
-
-def show(value: Any, column: str) -> str:
-    if value is None:
-        return "-"
-    if column.endswith("_bytes"):
-        return f"{value / 1e9:.2f} GB"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def goals(rows: list[dict[str, Any]]) -> list[str]:
-    """What was aimed at, and whether it was reached; each only where both of its numbers were measured."""
-    lines = []
-    by = {(r["model"], r["tokens"], r["way"]): r for r in rows if r.get("part") == "step"}
-    peaks = {(r["model"], r["tokens"]): r for r in rows if r.get("part") == "memory"}
-    for (model, tokens, way), row in sorted(by.items()):
-        if way != "ours host":
-            continue
-        name = f"{model}, {tokens} tokens"
-        if row.get("step_over_limit") is not None:
-            lines.append(f"- {name}: step is {row['step_over_limit']} of its limit (goal: 1.10 from 6.7B up)")
-        if row.get("host_over_model") is not None:
-            lines.append(f"- {name}: host bytes are {row['host_over_model']} of the model's (goal: 1.05)")
-        rival = by.get((model, tokens, "ZO2, its test_speed"))
-        if rival:
-            times = row["tokens_per_s"] / rival["tokens_per_s"]
-            lines.append(f"- {name}: {times:.2f} x ZO2's tokens/s (goal: 1.5 where the link binds, never below 1)")
-        peak = peaks.get((model, tokens))
-        if peak and row.get("peak_driver_bytes"):
-            share = row["peak_driver_bytes"] / peak["peak_driver_bytes"]
-            lines.append(f"- {name}: {share:.2f} of ZO2's device memory (goal: 0.5)")
-    return lines or ["nothing to compare"]
-
-
 def unpack(wheels: Path | None, into: Path) -> Path | None:
     """Wheels are zip files of what is to be on the path. SystemExit where there is none, or one of another Python."""
     if wheels is None:
@@ -435,7 +338,7 @@ def check(options: argparse.Namespace, folder: Path) -> int:
     results.unlink(missing_ok=True)
     logs.unlink(missing_ok=True)
     for part in done:
-        left = 60 * options.minutes - (time.monotonic() - begin)
+        left = 60 * options.minutes - KEPT_FOR_THE_END - (time.monotonic() - begin)
         if missing and part.name.split()[0] not in WITHOUT_LANES:
             part.status = f"not run: needs {', '.join(missing)}"
             continue
@@ -451,12 +354,28 @@ def check(options: argparse.Namespace, folder: Path) -> int:
             file.write((folder / "part.log").read_text(errors="replace")[-200_000:])
         (options.out / "gpu_check.md").write_text(page(done, options, time.monotonic() - begin))
         print(f"{part.name:<28} {part.status:<24} {part.seconds:6.1f} s  {len(part.rows)} results", flush=True)
-    text = page(done, options, time.monotonic() - begin)
-    (options.out / "gpu_check.md").write_text(text)
+    pages = [options.out / "gpu_check_predicted.md", options.out / "gpu_check.md"]
+    done.append(beside_the_plan(results, pages[0]))
+    run(done[-1], done[-1].limit, folder / "part.log")
+    pages[1].write_text(page(done, options, time.monotonic() - begin))
     failed = [f"{part.name} ({part.status})" for part in done if part.status != "ok"]
-    print(f"\nresults: {results}\npage:    {options.out / 'gpu_check.md'}")
+    print(f"\nresults: {results}\npages:   {pages[1]}\n         {pages[0]}")
     print("every part ran" if not failed else f"NOT ok: {'; '.join(failed)}")
+    told = options.out / "gpu_check_report.md"
+    told.write_text(report(pages, results))
+    print(f"to send it to the maintainers, from a clone of their repository:\n  {sending(told, done)}")
     return 1 if failed else 0
+
+
+def beside_the_plan(results: Path, into: Path) -> Part:
+    command = [sys.executable, "-m", "benchmarks.gpu_predicted", str(results), "--out", str(into)]
+    return Part("beside the plan", command, KEPT_FOR_THE_END, reads="text")
+
+
+def sending(told: Path, done: list[Part]) -> str:
+    """The command that opens an issue with the report in it."""
+    device = next((row["device"] for part in done for row in part.rows if "device" in row), "no result")
+    return shlex.join(["gh", "issue", "create", "--title", f"gpu-check: {device}", "--body-file", str(told)])
 
 
 if __name__ == "__main__":

@@ -16,17 +16,19 @@ from zo_offload import FZOO, ConMeZO, Engine, MeZO
 from zo_offload.checkpoint.checkpoint import Checkpoint
 from zo_offload.cli import hardware
 from zo_offload.cli import named_models as models
-from zo_offload.cli.answer import Machine, answer
+from zo_offload.cli.answer import Machine, answer, command, lines
 from zo_offload.cli.command import RUN, main
 from zo_offload.cli.costs import NOISE, Work, pass_seconds, step_seconds
 from zo_offload.cli.hardware import Link, backprop_gb, find_drive, find_gpu, find_link
 from zo_offload.cli.parser import parse
 from zo_offload.cli.scaling import shared
 from zo_offload.cli.timeline import simulate
+from zo_offload.errors import ConfigError
 from zo_offload.formats import FORMATS
 from zo_offload.plan.layout import make_layout
 from zo_offload.plan.plan import make_plan
 from zo_offload.stream.slots import WindowSize
+from zo_offload.system.units import parse_bytes
 
 
 def plan(capsys, *words):
@@ -88,6 +90,45 @@ def test_what_is_slow_or_cannot_be_is_warned_of(capsys):
     assert "names like it are llama-3-70b" in capsys.readouterr().err
     assert main(["plan", "smollm2-135m", "--disk", "nvme-gen4"]) == 2
     assert "name it, --gpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--batch-size 100000000 --tokens 64", "6,400 million tokens in a step"),
+        ("--host-memory 128", "that is 128 B; give it as 64GB"),
+        ("--device-memory 100GB", "rtx-4090 has 24 GB"),
+        ("--timeline /no/where/step.json", "there is no directory /no/where"),
+        ("--device cpu", "a device of this machine"),
+        ("--compare disks --ranks 4", "has no use for --ranks"),
+    ],
+)
+def test_nonsense_is_refused_by_name(words, said, capsys):
+    assert main(["plan", "smollm2-135m", "--gpu", "rtx-4090", *words.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["--disk-size 0", "--disk-size nan", "--host-bandwidth 0", "--host-bandwidth -3"])
+def test_numbers_of_hardware_are_above_zero(words, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "smollm2-135m", "--gpu", "rtx-4090", *words.split()])
+    assert "is not a finite number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("model", "every"), [("smollm2-135m", 1), ("opt-1.3b", 4), ("deepseek-v2-lite", 7)])
+def test_fit_takes_the_command_of_every_plan_and_no_figure_is_nonsense(model, every):
+    """On all GPUs, with little and much host memory: what `fit` is given, times, bytes, and what is said of LoRA."""
+    made = None
+    for name, host in itertools.product(hardware.gpu_names()[::every], (8, 2000)):
+        gpu = find_gpu(name)
+        found = answer(model, Machine(gpu, gpu.link, host * 10**9), method=METHOD, made=made, tokens=64, batch_size=2)
+        made = found.planned
+        told = "\n".join(lines(found, 100, 100))
+        assert not re.search(r"\bnan\b|\binf\b|(?<![\w.])-\d|\b0\.0+ (ms|s|minutes)\b", told), told
+        args = parse(shlex.split(command(made, 100, []))[1:], RUN)
+        assert (args.steps, args.offload) == (100, made.prepared.offload)
+        assert ("has no bf16" in told) == (not gpu.bf16 and model != "opt-1.3b")
+        assert "FITS this GPU" in told or "nothing with gradients fits this GPU" in told
 
 
 def test_a_config_of_any_name_and_a_run(capsys, tmp_path):
@@ -156,7 +197,11 @@ def test_what_several_gpus_make_of_a_step(capsys):
 
 
 def test_names_numbers_and_what_is_between_them():
-    assert find_gpu("NVIDIA GeForce RTX 4090").memory_gb == 24 and find_gpu("h200").link.gb_per_s > 50
+    assert all(find_gpu(t).memory_gb == 24 for t in ("NVIDIA GeForce RTX 4090", "RTX4090", "4090"))
+    assert find_gpu("NVIDIA A100-SXM4-80GB").name == "a100" and find_gpu("Tesla T4").name == "t4"
+    with pytest.raises(ConfigError, match="known are"):
+        find_gpu("RTX 4090 Laptop GPU")
+    assert parse_bytes("3TB") == 3 * 10**12 and find_gpu("h200").link.gb_per_s > 50
     assert find_link("pcie4-x8").gb_per_s == 12.5 and find_link("20", find_link("pcie5-x16")).flush_cost == 0.1
     assert find_drive("7").read_gb_per_s == 7.0
     assert backprop_gb("qlora", 8) == 6 and 35 < backprop_gb("qlora", 60) < 41 and backprop_gb("lora", 1) < 8

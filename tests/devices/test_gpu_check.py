@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -13,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check, gpu_probe, host_memory
+from benchmarks import gpu_check, gpu_predicted, gpu_probe, host_memory
 from benchmarks.gpu_check import Part
+from benchmarks.gpu_page import report
+from zo_offload.cli.costs import COPIED
+from zo_offload.cli.hardware import find_gpu
 from zo_offload.system.host_memory import available_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +38,11 @@ def test_a_dry_run_measures_nothing_and_says_so(tmp_path):
     page = (tmp_path / "gpu_check.md").read_text()
     assert "no number here is a measurement" in page and "ours host" in page
     assert "no date" not in page and "Versions: {'torch'" in page
+    beside = (tmp_path / "gpu_check_predicted.md").read_text()
+    assert "no number here is a measurement" in beside and "opt-tiny, 32 tokens, host: step" in beside
+    assert shlex.join(["--body-file", str(tmp_path / "gpu_check_report.md")]) in done.stdout.splitlines()[-1]
+    report = (tmp_path / "gpu_check_report.md").read_text()
+    assert beside in report and page in report and "naive MeZO" in report.splitlines()[-2]
 
 
 def test_a_part_that_fails_is_named_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
@@ -61,6 +70,32 @@ def test_what_zo2_prints_is_read():
     assert row["peak_driver_bytes"] == 300 << 20
     list(gpu_check.read_speed("nothing", part))
     assert part.status == "printed no throughput"
+
+
+def test_figures_stand_beside_their_predictions():
+    rows = [
+        {"part": "link", "device": "NVIDIA GeForce RTX 4090", "measured": True, "fetch_gbs": 12.0, "flush_gbs": 24.0,
+         "both_fetch_gbs": 8.0, "both_flush_gbs": 8.0},
+        {"part": "kernels", "case": "copy"},
+        {"part": "kernels", "case": "bf16, gaussian, K=1, 2 bf16 lanes", "gelem_per_s": 100.0},
+    ]  # fmt: skip
+    told = "\n".join(gpu_predicted.page(rows))
+    assert "| fetch (pcie4-x16) | 12 GB/s | 24 GB/s | 0.5 |" in told
+    assert "| both at once, fetch (pcie4-x16) | 8 GB/s | 16 GB/s | 0.5 |" in told
+    gpu = find_gpu("rtx-4090")
+    moved = (2 + 4) * 1e9 / (COPIED * gpu.memory_gb_per_s * 1e9)  # memory binds: bytes read and two lanes written
+    assert f"| bf16, gaussian, K=1, 2 bf16 lanes | 100 Gelem/s | {1 / moved:.4g} Gelem/s |" in told
+    rows[0]["device"] = "Voodoo 2"
+    assert "Voodoo 2 has no row in" in "\n".join(gpu_predicted.page(rows))
+
+
+def test_a_report_fits_into_an_issue(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"part": "x", "n": i}) + "\n" for i in range(5000)))
+    (tmp_path / "page.md").write_text("# A page\n")
+    text = report([tmp_path / "page.md", tmp_path / "none.md"], tmp_path / "rows.jsonl")
+    assert text.startswith("# A page\n") and len(text) < 65_536
+    kept = text.count('"part"')
+    assert f"... {5000 - kept} more in rows.jsonl" in text
 
 
 def test_zo2_runs_from_its_own_directory_unmodified(tmp_path):

@@ -14,7 +14,7 @@ from ..errors import BudgetError
 from ..formats import FORMATS
 from ..methods import Method
 from ..run.auto import STREAMED, Rates
-from ..system.units import show_bytes
+from ..system.units import parse_bytes, show_bytes
 from ..tiers.disk import shapes_of
 from . import named_models as models
 from .costs import LONG, SHORT, Step, Work, step_seconds, work_of
@@ -74,6 +74,9 @@ def answer(model: str, machine: Machine, *, method: Method, made: Planned | None
     """
     gpu = machine.gpu
     device = AbsentGpu(int(gpu.memory_gb * 1e9), automatic=True)
+    asked = options.get("device_memory")
+    if asked is not None and (over := parse_bytes(asked, "device_memory")) > gpu.memory_gb * 1e9:
+        raise BudgetError(f"device_memory={show_bytes(over)}: {gpu.name} has {gpu.memory_gb:g} GB")
     if made is None:
         made = plan_step(model, method=method, on=device, blind=True, **options)
     made = replace(made, prepared=replace(made.prepared, device=device))
@@ -104,7 +107,8 @@ def answer(model: str, machine: Machine, *, method: Method, made: Planned | None
         other = stored(STREAMED, tier)
         if other[2].seconds < 0.95 * chosen[2].seconds:
             why = (
-                f"{STREAMED} moves less than {own} ({other[2].seconds:.2f} s a step, {chosen[2].seconds:.2f} in {own}) "
+                f"{STREAMED} moves less than {own} ({_time(other[2].seconds)} a step, "
+                f"{_time(chosen[2].seconds)} in {own}) "
                 "and keeps small updates, which 16 bits round away"
             )
             chosen = other
@@ -165,13 +169,12 @@ def lines(found: Answer, steps: int | None, usual_steps: int) -> Iterator[str]:
         f"{made.model}, {plan.numel / 1e9:.2f} billion parameters, on {gpu.name} ({gpu.memory_gb:g} GB, "
         f"{machine.link.name} at {machine.link.gb_per_s:g} GB/s each way): public rates, nothing was measured"
     )
-    hours = step.seconds * count / 3600
     yield (
-        f"{count} steps of {made.batch_size} x {made.tokens} tokens: about {_hours(hours)}; {step.seconds:.2f} s a "
-        f"step, {step.binds} binds"
+        f"{count} steps of {made.batch_size} x {made.tokens} tokens: about {_time(step.seconds * count)}; "
+        f"{_time(step.seconds)} a step, {step.binds} binds"
     )
-    yield f"  {', '.join(f'{name} {seconds:.2f} s' for name, seconds in sorted(step.parts.items(), key=_largest))}"
-    yield f"  of the GPU's, forwards {step.forwards:.2f} s and fused passes {step.passes:.2f} s"
+    yield f"  {', '.join(f'{name} {_time(seconds)}' for name, seconds in sorted(step.parts.items(), key=_largest))}"
+    yield f"  of the GPU's, forwards {_time(step.forwards)} and fused passes {_time(step.passes)}"
     yield f"--offload {prepared.offload} --storage {_storage(made)}: {found.why}"
     yield from _rows(found)
     yield from _memory(found)
@@ -184,8 +187,14 @@ def _largest(item: tuple[str, float]) -> float:
     return -item[1]
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
+def _time(seconds: float) -> str:
+    """A time for people: "7.5 ms", "1.26 s", "3.4 minutes"; from milliseconds to years."""
+    units = ((0.1, 1e3, ".1f", "ms"), (120, 1, ".2f", "s"), (7200, 1 / 60, ".1f", "minutes"),
+             (48 * 3600, 1 / 3600, ".1f", "hours"), (1000 * 86400, 1 / 86400, ".1f", "days"))  # fmt: skip
+    for below, factor, form, unit in units:
+        if seconds < below:
+            return f"{seconds * factor:{form}} {unit}"
+    return f"{seconds / 86400 / 365:,.0f} years"
 
 
 def _storage(made: Planned) -> str:
@@ -216,7 +225,7 @@ def _memory(found: Answer) -> Iterator[str]:
         lock = layout.total_bytes / LOCKED_GB_PER_S / 1e9
         yield (
             f"host memory: {show_bytes(layout.total_bytes)} of blocks and about 2 GB; page-locked behind the first "
-            f"steps, {lock / 60:.1f} min. Under WSL2 no more than 0.5 to 1 GB can be locked: there half the speed"
+            f"steps, {_time(lock)}. Under WSL2 no more than 0.5 to 1 GB can be locked: there half the speed"
         )
     elif offload == "disk":
         largest = max(layout.block_bytes)
@@ -224,7 +233,7 @@ def _memory(found: Answer) -> Iterator[str]:
     read = found.machine.drive.read_gb_per_s if found.machine.drive is not None else READ_GB_PER_S
     source = made.source_bytes
     yield (
-        f"ingest, once: {source / min(read, READ_GB_PER_S) / 1e9 / 60:.1f} min for {show_bytes(source)} at "
+        f"ingest, once: {_time(source / min(read, READ_GB_PER_S) / 1e9)} for {show_bytes(source)} at "
         f"{min(read, READ_GB_PER_S):g} GB/s (reading, encoding and writing it are not measured here)"
     )
 
@@ -325,14 +334,15 @@ def compare(
         try:
             found = plan(machine)
         except BudgetError:
-            yield f"{name:<16}  the batch does not fit its memory"
+            yield f"{name:<16}  it does not fit its memory"
             continue
         made, step = found.planned, found.step
+        digits = ".2f" if step.seconds >= 1 else ".4f"
         billions = made.prepared.plan.numel / 1e9
         fits = [k for k in ("LoRA", "QLoRA") if backprop_gb(k.lower(), billions) <= 0.95 * machine.gpu.memory_gb]
         yield (
-            f"{name:<16}{made.prepared.offload:>9}{_storage(made):>9}{step.seconds:>10.2f}{step.binds:>13}"
-            f"{_hours(step.seconds * steps / 3600):>14}  {fits[0] if fits else '-'}"
+            f"{name:<16}{made.prepared.offload:>9}{_storage(made):>9}{step.seconds:>10{digits}}{step.binds:>13}"
+            f"{_time(step.seconds * steps):>14}  {fits[0] if fits else '-'}"
         )
 
 

@@ -186,6 +186,17 @@ def which_step(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a step's number nor best") from None
 
 
+def positive(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return value
+
+
 def temperature(text: str) -> float:
     """argparse type: a finite number of at least 0."""
     try:
@@ -198,6 +209,6 @@ def temperature(text: str) -> float:
 
 
 _WORDS: dict[Any, str] = {
-    int: "a whole number", count: "a whole number", float: "a number", str: "a text",
+    int: "a whole number", count: "a whole number", float: "a number", positive: "a number above 0", str: "a text",
     which_step: "a step's number, or best",
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,16 +105,26 @@ def drive_names() -> list[str]:
 
 
 def find_gpu(name: str) -> Gpu:
-    """A GPU by its name, in upper or lower case, with or without "NVIDIA GeForce". ConfigError lists the known ones."""
-    plain = name.lower().replace("nvidia", "").replace("geforce", "").strip(" -").replace(" ", "-")
+    """A GPU by its name, in any spelling of it ("RTX 4090", "4090"), or by torch's ("NVIDIA A100-SXM4-80GB").
+    ConfigError lists the known ones."""
     table = _table()["gpus"]
-    if plain not in table:
-        raise ConfigError(f"--gpu {name}: known are {', '.join(table)}. Another: its memory as --device-memory, --link")
-    row = table[plain]
+    spelled = {_letters(text): known for known, row in table.items() for text in (known, row["torch_name"])}
+    found = spelled.get(_letters(name)) or spelled.get("rtx" + _letters(name))
+    if found is None:
+        raise ConfigError(
+            f"--gpu {name}: known are {', '.join(table)}. For another, plan with --device cuda, its memory as "
+            "--device-memory 24GB, and its --link"
+        )
+    row = table[found]
     return Gpu(
-        plain, row["memory_gb"], row["memory_gb_per_s"], row["tensor_tflops"], row["instructions_per_ns"], row["bf16"],
+        found, row["memory_gb"], row["memory_gb_per_s"], row["tensor_tflops"], row["instructions_per_ns"], row["bf16"],
         row["capability"], find_link(row["link"]),
     )  # fmt: skip
+
+
+def _letters(name: str) -> str:
+    """The letters and digits of a GPU's name, without its maker's."""
+    return re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())
 
 
 def find_link(text: str, other: Link | None = None) -> Link:

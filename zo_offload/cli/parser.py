@@ -17,7 +17,7 @@ from ..system.plain import user_path
 from . import fields, views
 from . import option_groups as groups
 from .config_file import ConfigFile, read_config
-from .fields import add_options_of, as_option, count, options_of
+from .fields import add_options_of, as_option, count, options_of, positive
 
 
 class Parser(argparse.ArgumentParser):
@@ -138,11 +138,9 @@ def _plan(plan: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     plan.add_argument("--steps", type=count, help="total steps, for hours and wear")
     plan.add_argument("--gpu", help="such as rtx-4090, t4, a100, h200: planned for with its public rates")
     plan.add_argument("--host-memory", dest="machine_memory", help="of that machine, such as 128GB")
-    plan.add_argument("--host-bandwidth", type=float, help="GB/s that its memory reads, a possible bottleneck")
+    plan.add_argument("--host-bandwidth", type=positive, help="GB/s that its memory reads, a possible bottleneck")
     plan.add_argument("--disk", help="nvme-gen3, nvme-gen4, nvme-gen4-qlc, nvme-gen5, nvme-datacenter, or GB/s")
-    plan.add_argument(
-        "--disk-size", type=float, default=2.0, metavar="TB", help="of the drive, for its wear (default: 2)"
-    )
+    plan.add_argument("--disk-size", type=positive, metavar="TB", help="of the drive, for its wear (default: 2)")
     plan.add_argument("--link", help="GB/s that blocks move at, or pcie4-x8 (default: the GPU's, or measured)")
     plan.add_argument("--compare", choices=["gpus", "disks"], help="a table of all known GPUs or drives")
     plan.add_argument(

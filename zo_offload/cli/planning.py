@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..journal import run_directory
 from ..methods import Method, method_from
 from ..run.auto import rates
-from ..system.units import parse_bytes
+from ..system.units import parse_bytes, show_bytes
 from . import scaling, timeline
 from .answer import Answer, Machine, answer, command, compare, lines, machines, named_rates
 from .hardware import find_drive, find_gpu, find_link
@@ -34,16 +34,8 @@ def plan_lines(args: argparse.Namespace, settings: dict[str, Any]) -> Iterator[s
         tokens=args.tokens, batch_size=args.batch_size or method.batch_size, micro_batches=args.micro_batches,
         model_class=args.model_class, **settings,
     )  # fmt: skip
+    _check(args)
     if args.gpu is None and args.compare != "gpus":
-        flags = {
-            "host-memory": args.machine_memory,
-            "disk": args.disk,
-            "compare": args.compare,
-            "timeline": args.timeline,
-            "ranks": args.ranks,
-        }
-        if given := [flag for flag, value in flags.items() if value]:
-            raise ConfigError(f"--{given[0]} plans for a GPU: name it, --gpu rtx-4090")
         yield from _here(args, method, options)
         return
     options.pop("device", None)
@@ -69,6 +61,29 @@ def plan_lines(args: argparse.Namespace, settings: dict[str, Any]) -> Iterator[s
     yield _command(args, found.planned)
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Raise ConfigError for flags that do not go together: none is ignored."""
+    machine = {"host-memory": args.machine_memory, "host-bandwidth": args.host_bandwidth, "disk": args.disk,
+               "disk-size": args.disk_size}  # fmt: skip
+    pictures = {"timeline": args.timeline, "ranks": args.ranks}
+    if args.compare is not None:
+        if args.compare == "gpus":
+            pictures |= {"gpu": args.gpu, "link": args.link}  # every GPU has its own link
+        if given := _given(pictures):
+            raise ConfigError(f"--compare {args.compare} has no use for --{given[0]}: leave one of them out")
+    if args.gpu is None and args.compare != "gpus":
+        if given := _given(machine | pictures | {"compare": args.compare}):
+            raise ConfigError(f"--{given[0]} plans for a GPU: name it, --gpu rtx-4090")
+    elif args.device not in (None, "cuda"):
+        raise ConfigError(f"--device {args.device} is a device of this machine: leave it out, or --gpu")
+    if args.timeline is not None and not Path(args.timeline).absolute().parent.is_dir():
+        raise ConfigError(f"--timeline {args.timeline}: there is no directory {Path(args.timeline).parent}")
+
+
+def _given(flags: dict[str, Any]) -> list[str]:
+    return [flag for flag, value in flags.items() if value is not None]
+
+
 def _here(args: argparse.Namespace, method: Method, options: dict[str, Any]) -> Iterator[str]:
     """The report for the device in `settings`, with measured rates if it is present."""
     rate = None if args.link is None else find_link(args.link).gb_per_s
@@ -78,11 +93,13 @@ def _here(args: argparse.Namespace, method: Method, options: dict[str, Any]) -> 
 
 
 def _machine(args: argparse.Namespace) -> Machine:
-    gpu = find_gpu(args.gpu or "rtx-4090")
+    gpu = find_gpu("rtx-4090" if args.gpu is None else args.gpu)
     link = gpu.link if args.link is None else find_link(args.link, gpu.link)
     host = None if args.machine_memory is None else parse_bytes(args.machine_memory, "--host-memory")
+    if host is not None and host < 1e9:
+        raise ConfigError(f"--host-memory {args.machine_memory}: that is {show_bytes(host)}; give it as 64GB")
     drive = None if args.disk is None else find_drive(args.disk)
-    return Machine(gpu, link, host, args.host_bandwidth, drive, args.disk_size)
+    return Machine(gpu, link, host, args.host_bandwidth, drive, args.disk_size or 2.0)
 
 
 def _of_run(path: Path, args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Method, dict[str, Any]]:

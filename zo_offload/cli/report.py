@@ -38,6 +38,8 @@ from ..system.units import parse_bytes, show_bytes
 from . import named_models as models
 from .hardware import CONTEXT_BYTES, AbsentGpu
 
+MOST_TOKENS = 1 << 24  # of a planned batch, whose ids are made, and masks and positions from them
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -120,6 +122,11 @@ def plan_step(
     if tokens is not None and limit is not None and tokens > limit:
         raise ConfigError(f"tokens={tokens}: {model} takes at most {limit}")
     tokens = tokens if tokens is not None else min(512, limit or 512)
+    if batch_size * tokens > MOST_TOKENS:
+        raise ConfigError(
+            f"batch_size={batch_size} x tokens={tokens}: {batch_size * tokens / 1e6:,.0f} million tokens in a step. No "
+            f"device holds such a batch; give at most {MOST_TOKENS / 1e6:.0f} million"
+        )
     batch = example_batch(module, kind, batch_size, tokens)
     prepared = prepare(
         module, base.dtype_of, config, method, device, example=batch, call=_forward, notes=model_built.notes,
