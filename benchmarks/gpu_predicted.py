@@ -84,7 +84,7 @@ def step(row: dict[str, Any], gpu: Gpu, fetch_gbs: float | None, folder: Path) -
     from benchmarks.gpu_measure import DTYPES as TORCH
     from benchmarks.gpu_measure import opt_model
 
-    config = opt_model(row["model"], TORCH[row["dtype"]], row["tokens"]).config
+    config: Any = opt_model(row["model"], TORCH[row["dtype"]], row["tokens"]).config
     path = folder / f"{row['model']}.json"
     path.write_text(json.dumps(config.to_dict() | {"dtype": DTYPES[row["dtype"]]}, default=str))
     offload = row["way"].removeprefix("ours ")
