@@ -16,6 +16,7 @@ what trains, and how the weights are stored:
     mezo, fzoo         all weights that the task trains, bf16+16; FZOO with 8 directions, at 1e-3
     basis              an adapter in a basis of the inputs (rank 4, of one batch), FZOO, 32 directions; fp32
     basis-int4, -loo   the same on a base in int4; with a leave-one-out baseline
+    basis-tail, basis-int4-tail        the same, with the last two blocks' coefficients trained by their exact gradient
     adam               backpropagation and torch's Adam on the same weights in memory; a "forward" is a step
     probe              logistic regression on the frozen model's states: no forward but one a row
     zero-shot          the model as it is
@@ -55,12 +56,21 @@ WAYS: dict[str, tuple[type[Method], dict[str, Any], dict[str, Any]]] = {
     "basis-int4": (FZOO, MANY, dict(storage="int4")),
     "basis-loo": (FZOOLeaveOneOut, MANY, dict(storage="int4")),
 }
+BASES = ("basis", "basis-int4")
 RATES: dict[str, dict[str, float]] = {
     "sms": {"mezo": 3e-4, "fzoo": 1e-2, "basis": 6e-2, "basis-int4": 0.12, "basis-loo": 6e-2, "adam": 3e-5},
     "sms-head": {"mezo": 3e-4, "fzoo": 2e-2, "basis": 6e-2, "basis-int4": 0.12, "basis-loo": 6e-2, "adam": 3e-5},
     "trec": {"mezo": 1e-4, "fzoo": 5e-3, "basis": 3e-2, "basis-int4": 3e-2, "basis-loo": 3e-2, "adam": 5e-5},
     "reviews": {"mezo": 3e-5, "fzoo": 5e-3, "basis": 3e-2, "basis-int4": 3e-2, "basis-loo": 3e-2, "adam": 1e-5},
 }
+TAIL = {
+    "sms": ["layer.4", "layer.5"], "sms-head": ["layer.4", "layer.5"], "trec": ["layer.4", "layer.5"],
+    "reviews": ["layers.28", "layers.29"],
+}  # fmt: skip
+"""The last two blocks of a task's model."""
+WAYS["basis-tail"], WAYS["basis-int4-tail"] = ((*WAYS[way][:2], {**WAYS[way][2], "tail": True}) for way in BASES)
+for rates in RATES.values():
+    rates |= {f"{way}-tail": rates[way] for way in BASES}
 OTHERS = ("adam", "probe", "zero-shot")
 SHORT = 20
 """Fewer visits than these have a constant rate."""
@@ -78,7 +88,7 @@ def run(task: RealTask, way: str, seed: int, options: argparse.Namespace, change
     visits = max(1, round(options.forwards / lanes))
     method = method.with_options(schedule="linear" if visits >= SHORT else "constant")
     train, rows = task.train(seed, visits), task.tuning if options.tune else task.held
-    with make(task, way, compute, batch_of(train, 0), method, seed) as engine:
+    with make(task, way, compute, batch_of(train, 0), method, seed, options.tail_lr) as engine:
         every = max(1, visits // options.curve) if options.curve else visits
         started = time.process_time()
         result = engine.fit(train, steps=visits, eval_data=rows, eval_every=every)
@@ -93,7 +103,8 @@ def run(task: RealTask, way: str, seed: int, options: argparse.Namespace, change
             for at in result.evals
         ]
         return {
-            "lr": method.lr, "eps": method.eps, "noise": method.distribution, "schedule": method.schedule,
+            "lr": method.lr, **({"tail_lr": options.tail_lr} if settings.get("tail") else {}),
+            "eps": method.eps, "noise": method.distribution, "schedule": method.schedule,
             "directions": fields.get("directions", 1), **settings, "compute": compute,
             "visits": visits, "forwards": visits * lanes, "trained": engine.plan.trainable_numel,
             "loss": round(last["loss"], 4), "accuracy": round(last["accuracy"], 4),
@@ -102,7 +113,9 @@ def run(task: RealTask, way: str, seed: int, options: argparse.Namespace, change
         }  # fmt: skip
 
 
-def make(task: RealTask, way: str, compute: str, batch: Any, method: Method, seed: int) -> Engine:
+def make(
+    task: RealTask, way: str, compute: str, batch: Any, method: Method, seed: int, tail_lr: float = 1e-3
+) -> Engine:
     model = task.computing(compute)
     settings: dict[str, Any] = dict(WAYS[way][2], trainable=task.layers, num_slots=3)
     if way.startswith("basis"):
@@ -110,6 +123,8 @@ def make(task: RealTask, way: str, compute: str, batch: Any, method: Method, see
             basis = engine.activation_basis(batch, rank=4, layers=task.layers)
             engine.restore()
         model, settings = basis.put_on(model), {**settings, "trainable": "requires_grad", "keep": ["lora_A"]}
+    if settings.get("tail"):
+        settings |= {"tail": TAIL[task.name], "tail_lr": tail_lr}
     return Engine(model, method=method, offload="host", seed=seed, example=batch, **settings)
 
 
@@ -198,7 +213,7 @@ def runs(options: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) ->
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
-SETTINGS = ("task", "way", "noise", "compute", "eps", "lr", "directions", "forwards", "visits", "rows_of")
+SETTINGS = ("task", "way", "noise", "compute", "eps", "lr", "tail_lr", "directions", "forwards", "visits", "rows_of")
 
 
 def table(lines: list[dict[str, Any]]) -> list[str]:
@@ -248,6 +263,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=[*WAYS, *OTHERS], choices=[*WAYS, *OTHERS])
     parser.add_argument("--noise", nargs="+", default=[None], choices=list(DISTRIBUTIONS), help="default: a way's")
     parser.add_argument("--directions", type=int, help="of fzoo and the basis; default: a way's")
+    parser.add_argument("--tail-lr", type=float, default=1e-3, help="of a tail (default: 0.001)")
     parser.add_argument("--compute", nargs="+", default=["fp32"], choices=COMPUTE)
     parser.add_argument("--eps", type=float, nargs="+", default=[None], help="default: a way's")
     parser.add_argument("--times", type=float, nargs="+", help="factors of the way's rate; default: 1")
