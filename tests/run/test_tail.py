@@ -18,10 +18,12 @@ from transformers import (
 )
 
 from support.compare import assert_same
+from support.fake_cuda import DelayedCpuDevice, FakeBackend, FakeCudaDevice
 from support.training import stored_weights
 from support.zoo.small import VOCAB, tiny_llama, tiny_opt, with_adapters
 from zo_offload import FZOO, ConfigError, DivergenceError, Engine, JournalError, MeZO, PlanError
 from zo_offload.cli import main
+from zo_offload.cli.journal_tools import cut
 from zo_offload.config import EngineConfig
 from zo_offload.journal import tail_files
 from zo_offload.numerics.noise import noise, step_seed
@@ -177,6 +179,13 @@ def test_an_adapter_on_a_frozen_int4_base():
     assert_same(fit("adapters", 3, **way), fit("adapters", 3, offload="host", num_slots=2, **way))
 
 
+@pytest.mark.parametrize("make", [lambda: DelayedCpuDevice(1), lambda: FakeCudaDevice(FakeBackend())])
+def test_on_a_device_whose_losses_are_late_it_waits_for_them(use, make):
+    want = fit("bert", 3)
+    use(make())
+    assert_same(want, fit("bert", 3, device="cuda", offload="host"))
+
+
 def test_micro_batches_give_the_mean_of_their_gradients():
     whole, parts = fit("bert", 1, tail_optimizer="sgd"), fit("bert", 1, tail_optimizer="sgd", micro_batches=2)
     start = dict(bert().named_parameters())["classifier.weight"]
@@ -327,6 +336,19 @@ def test_the_command_line_has_it(base, tmp_path):
     assert not torch.equal(one.classifier.weight, bert().classifier.weight)
 
 
+def test_the_journals_commands_know_of_it(base, tmp_path, capsys):
+    want, run = begun(base, tmp_path / "whole", 6), tmp_path / "run"
+    begun(base, run, 3)
+    assert main(["journal", "check", str(run)]) == 0
+    assert "tail: its numbers after 3 steps are sound" in capsys.readouterr().out
+    with pytest.raises(JournalError, match="numbers after 1 steps are needed"):
+        cut(run, 1)
+    cut(run, 2)
+    assert_same(want, gone_on(run))
+    (run / "tail" / "0.safetensors").write_bytes(b"")
+    assert main(["journal", "check", str(run)]) != 0
+
+
 def test_several_ranks_are_refused():
     class Two(Alone):
         world = 2
@@ -421,6 +443,8 @@ def test_parameters_require_a_gradient_afterwards_as_before():
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     with Engine(model, method=FEW, tail=["layers.2"], trainable="requires_grad") as engine:
         engine.step(data("adapters")[0])
+        want = stored_weights(engine)
+    assert_same(want, {n: p.detach() for n, p in model.named_parameters()})  # given back
     assert before == {n: p.requires_grad for n, p in model.named_parameters()}
 
 

@@ -12,7 +12,7 @@ from typing import IO
 import torch
 
 from ..errors import ConfigError, JournalError
-from ..journal import run_directory
+from ..journal import run_directory, tail_files
 from ..journal.format import Contents, histories, load_journal, read_journal
 from ..journal.learning_watch import is_skipped, warnings_of
 from ..system import diskio
@@ -42,8 +42,8 @@ def show(path: Path, last: int = 10) -> Iterator[str]:
     yield f"{file}: {len(steps)} steps ({skipped} skipped), {size} bytes"
     yield from _warnings(contents)
     for key in ("model", "base", "plan", "storage", "fold_every", "rounding", "seed", "noise", "method",
-                "objective", "data", "versions", "created"):  # fmt: skip
-        if key != "data" or key in header:  # otherwise it is a note, shown below
+                "tail", "objective", "data", "versions", "created"):  # fmt: skip
+        if key not in ("data", "tail") or key in header:  # data may also be a note, shown below
             yield f"  {key:<11} {json.dumps(header.get(key))}"
     for note in (note for note in contents.notes if "warning" not in note.values):
         yield f"  note after {note.step} steps: {json.dumps(note.values, sort_keys=True)}"
@@ -72,9 +72,28 @@ def check(path: Path) -> Iterator[tuple[bool, str]]:
     cut = f", and {tail} bytes of an unfinished step that a resume drops" if tail else ""
     yield True, f"{file}: {len(contents.steps)} steps are sound{cut}"
     yield from ((True, line) for line in _warnings(contents))
+    if path.is_dir() and "tail" in contents.header and contents.steps:
+        yield _check_tail(path, contents)
     blocks = path / run_directory.BLOCKS
     if path.is_dir() and blocks.is_dir():
         yield from _check_blocks(blocks, contents)
+
+
+def _check_tail(run_dir: Path, contents: Contents) -> tuple[bool, str]:
+    """Whether the numbers of the run's tail after the last step are there."""
+    step = len(contents.steps)
+    try:
+        _tail_at(run_dir, contents, step)
+    except JournalError as error:
+        return False, str(error)
+    kept = sorted((run_dir / tail_files.TAIL).glob("step-*.safetensors"))
+    return True, f"tail: its numbers after {step} steps are sound; {len(kept)} evaluated steps are kept"
+
+
+def _tail_at(run_dir: Path, contents: Contents, step: int) -> None:
+    """Raise JournalError unless a file holds the run's tail after `step` steps."""
+    history = list(histories(contents.header, contents.steps[:step]))[-1]
+    tail_files.read_at(tail_files.paths_of(run_dir, step), step, history, str(run_dir))
 
 
 def _check_blocks(directory: Path, contents: Contents) -> Iterator[tuple[bool, str]]:
@@ -100,7 +119,8 @@ def _check_blocks(directory: Path, contents: Contents) -> Iterator[tuple[bool, s
 def cut(path: Path, to: int) -> Path:
     """Discard the steps from `to` on; returns the path of the old journal's copy. Later block states are dropped.
 
-    Works on a journal that is damaged after step `to`. Raises JournalError if fewer than `to` steps can be read.
+    Works on a journal that is damaged after step `to`. Raises JournalError if fewer than `to` steps can be read, or if
+    no file holds the run's tail of that step.
     """
     file = journal_file(path)
     lock = RunLock.take(file.parent)
@@ -111,6 +131,8 @@ def cut(path: Path, to: int) -> Path:
         contents = read_journal(data, str(file), damaged_end=True)
         if not 0 <= to <= len(contents.steps):
             raise ConfigError(f"cut to {to} steps: {file} holds {len(contents.steps)} that can be read")
+        if "tail" in contents.header and to:
+            _tail_at(file.parent, contents, to)  # without it the run could not go on from there
         backup = next(p for n in range(1 << 20) if not (p := file.with_name(f"{file.name}.before-cut-{n}")).exists())
         os.link(file, backup)
         _forget_blocks(
