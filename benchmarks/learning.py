@@ -17,6 +17,7 @@ what trains, and how the weights are stored:
     basis              an adapter in a basis of the inputs (rank 4, of one batch), FZOO, 32 directions; fp32
     basis-int4, -loo   the same on a base in int4; with a leave-one-out baseline
     basis-tail, basis-int4-tail        the same, with the last two blocks' coefficients trained by their exact gradient
+    basis-alone, basis-int4-alone      those alone, with one forward a visit and no lanes
     adam               backpropagation and torch's Adam on the same weights in memory; a "forward" is a step
     probe              logistic regression on the frozen model's states: no forward but one a row
     zero-shot          the model as it is
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import about, emit
 from benchmarks.real_tasks import COMPUTE, ROWS, TASKS, RealTask
-from zo_offload import FZOO, Engine, FZOOLeaveOneOut, Method, MeZO
+from zo_offload import FZOO, Engine, FZOOLeaveOneOut, Method, MeZO, TailAlone
 from zo_offload.data.batches import Batches
 from zo_offload.data.losses import model_loss
 from zo_offload.kernels.distributions import DISTRIBUTIONS
@@ -69,8 +70,9 @@ TAIL = {
 }  # fmt: skip
 """The last two blocks of a task's model."""
 WAYS["basis-tail"], WAYS["basis-int4-tail"] = ((*WAYS[way][:2], {**WAYS[way][2], "tail": True}) for way in BASES)
+WAYS["basis-alone"], WAYS["basis-int4-alone"] = ((TailAlone, {}, WAYS[f"{way}-tail"][2]) for way in BASES)
 for rates in RATES.values():
-    rates |= {f"{way}-tail": rates[way] for way in BASES}
+    rates |= {f"{way}-tail": rates[way] for way in BASES} | {f"{way}-alone": 1e-3 for way in BASES}
 OTHERS = ("adam", "probe", "zero-shot")
 SHORT = 20
 """Fewer visits than these have a constant rate."""
@@ -103,7 +105,7 @@ def run(task: RealTask, way: str, seed: int, options: argparse.Namespace, change
             for at in result.evals
         ]
         return {
-            "lr": method.lr, **({"tail_lr": options.tail_lr} if settings.get("tail") else {}),
+            "lr": method.lr, **({"tail_lr": options.tail_lr} if way.endswith("-tail") else {}),
             "eps": method.eps, "noise": method.distribution, "schedule": method.schedule,
             "directions": fields.get("directions", 1), **settings, "compute": compute,
             "visits": visits, "forwards": visits * lanes, "trained": engine.plan.trainable_numel,
@@ -124,7 +126,7 @@ def make(
             engine.restore()
         model, settings = basis.put_on(model), {**settings, "trainable": "requires_grad", "keep": ["lora_A"]}
     if settings.get("tail"):
-        settings |= {"tail": TAIL[task.name], "tail_lr": tail_lr}
+        settings |= {"tail": TAIL[task.name], "tail_lr": None if method.tail_alone else tail_lr}
     return Engine(model, method=method, offload="host", seed=seed, example=batch, **settings)
 
 

@@ -543,7 +543,8 @@ def checkpoint(tmp_path_factory):
 def test_every_method_is_planned_by_its_name(name, checkpoint, capsys):
     kind = METHODS[name]
     storage = ["--storage", "int4"] if kind.target != "values" else []
-    few = ["--directions", "4" if name == "fzoo-r" else "3"] if hasattr(kind, "directions") else []
+    few = ["--tail", "layers.3.final_layer_norm"] if kind.tail_alone else []
+    few += ["--directions", "4" if name == "fzoo-r" else "3"] if hasattr(kind, "directions") else []
     assert main(["plan", str(checkpoint), "--method", name, "--tokens", "8", *storage, *few]) == 0
     lanes = {
         "fzoo": 4,
@@ -554,6 +555,7 @@ def test_every_method_is_planned_by_its_name(name, checkpoint, capsys):
         "fzoo-loo": 3,
         "rank": 3,
         "spsa-1.5": 7,
+        "tail-alone": 1,
     }.get(name, 2)
     assert f", {lanes} lanes in " in capsys.readouterr().out
 

@@ -21,7 +21,7 @@ from support.compare import assert_same
 from support.fake_cuda import DelayedCpuDevice, FakeBackend, FakeCudaDevice
 from support.training import stored_weights
 from support.zoo.small import VOCAB, tiny_llama, tiny_opt, with_adapters
-from zo_offload import FZOO, ConfigError, DivergenceError, Engine, JournalError, MeZO, PlanError
+from zo_offload import FZOO, ConfigError, DivergenceError, Engine, JournalError, MeZO, PlanError, TailAlone
 from zo_offload.cli import main
 from zo_offload.cli.journal_tools import cut
 from zo_offload.config import EngineConfig
@@ -81,7 +81,7 @@ def data(kind, steps=STEPS):
 
 def fit(kind, steps=STEPS, method=FEW, micro_batches=1, **settings):
     make, of_tail = MODELS[kind]
-    with Engine(make(), method=method, tail_lr=RATE, **{**of_tail, **settings}) as engine:
+    with Engine(make(), method=method, **{"tail_lr": RATE, **of_tail, **settings}) as engine:
         losses = engine.fit(data(kind)[:steps], steps=steps, micro_batches=micro_batches).losses
         return losses, stored_weights(engine)
 
@@ -469,3 +469,41 @@ def test_evaluated_steps_are_kept_for_replay_and_for_the_best(base, tmp_path):
             then.run(data("bert")[0])
             assert then.log.version == result.best["step"]
     assert_same(two, begun(base, tmp_path / "two", 2))
+
+
+# ---- the tail alone --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [{}, dict(offload="host", num_slots=2), dict(storage="int4", offload="disk")], ids=str)
+@pytest.mark.parametrize("kind", ["t5", "adapters"])
+def test_alone_it_is_plain_backpropagation(kind, way, tmp_path):
+    more = {**way, **(dict(run_dir=tmp_path / "run") if way.get("offload") == "disk" else {})}
+    method, more = TailAlone(lr=RATE, batch_size=4), {"tail_lr": None, **more}
+    losses, weights = fit(kind, method=method, **more)
+    make, settings = MODELS[kind]
+    tail = chosen(make(), settings["tail"])
+    if "storage" in way:  # the frozen base is rounded: resumed in the middle it is the same
+        fit(kind, 2, method, **{**more, "run_dir": tmp_path / "again"})
+        with Engine.resume(tmp_path / "again", make()) as engine:
+            engine.fit(data(kind), steps=STEPS, new_data=True)
+            assert_same(weights, stored_weights(engine))
+        return
+    model = make()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in tail)
+    kept = [p for p in model.parameters() if p.requires_grad]
+    own, want = torch.optim.Adam(kept, lr=RATE, foreach=False), []
+    for batch in data(kind):
+        own.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        own.step()
+        want.append(float(loss.detach()))
+    assert_same((want, {n: p.detach() for n, p in model.named_parameters()}), (losses, weights))
+
+
+def test_alone_it_needs_a_tail_and_has_a_rate_of_its_own():
+    with pytest.raises(ConfigError, match="tail_lr=0.1: this method has a rate of its own"):
+        Engine(bert(), method=TailAlone(), tail="classifier", tail_lr=0.1)
+    with pytest.raises(ConfigError, match="trains a tail alone, and none is named"):
+        Engine(bert(), method=TailAlone())

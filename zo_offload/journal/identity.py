@@ -64,6 +64,7 @@ def identity(
     objective are kept separately: see binding.py. tail: parameters that their exact gradient trains.
     """
     trained = "\n".join(sorted(name for name, spec in plan.params.items() if spec.trainable))
+    about_tail = {**config.about_tail, **({"lr": method.lr} if method.tail_alone else {})}
     shapes = "\n".join(
         f"{n} {s.param_id} {list(s.shape)} {s.dtype}{_cuts(plan, n)}" for n, s in sorted(plan.params.items())
     )
@@ -85,7 +86,7 @@ def identity(
             for k, v in run_directory.method_of(method).items()
             if k not in ("steps", "batch_size", "on_nonfinite", "tunes")
         },
-        **({"tail": {"parameters": sorted(tail), **config.about_tail}} if tail else {}),
+        **({"tail": {"parameters": sorted(tail), **about_tail}} if tail else {}),
     }
 
 

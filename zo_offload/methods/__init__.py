@@ -40,12 +40,13 @@ from .senszoq import SensZOQ
 from .sign import SignSGD
 from .sparse_mezo import SparseMeZO
 from .spsa15 import SPSA15
+from .tail_alone import TailAlone
 
 __all__ = [
     "DEFAULT", "FZOO", "LOZO", "MEAZO", "METHODS", "NSPSA", "PRESETS", "QZO", "SPSA15", "ConMeZO", "Conservative",
     "FZOOLeaveOneOut", "FZOOReuse", "LeZO", "Mask", "MeZO", "Method", "Momentum", "Perturbation", "QZOShift",
-    "RandomMask", "RankSGD", "SeedPool", "SensZOQ", "SignSGD", "Smallest", "SparseMeZO", "Step", "Terms",
-    "Told", "check_tunes", "divide", "known_record", "lr_schedule", "method_from", "method_training", "sqrt",
+    "RandomMask", "RankSGD", "SeedPool", "SensZOQ", "SignSGD", "Smallest", "SparseMeZO", "Step", "TailAlone",
+    "Terms", "Told", "check_tunes", "divide", "known_record", "lr_schedule", "method_from", "method_training", "sqrt",
     "step_seed", "total",
 ]  # fmt: skip
 

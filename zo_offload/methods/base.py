@@ -97,6 +97,8 @@ class Method(ABC):
     """Which part of the stored weights is perturbed and updated."""
     unit_scales: ClassVar[bool] = False
     """Whether scales are trained in units of the weights that they scale: see `gains.py`."""
+    tail_alone: ClassVar[bool] = False
+    """Whether nothing but a tail trains (`run/tail.py`): lanes learn nothing."""
     comes_back: ClassVar[bool] = False
     """Whether `next_lanes` may return lanes. On a GPU the host then waits for each visit's losses."""
 

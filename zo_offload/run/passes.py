@@ -349,7 +349,7 @@ class Passes:
             self._tidy()
             if not self.plan.traced and hub.trace is not None and hub.trace.complete:
                 self._adopt(relift(self.plan, hub.trace))  # the first real run shows what tracing could not
-            if hub.trace is not seen and any(lane.perturbation.scale for lane in lanes):
+            if hub.trace is not seen and any(lane.perturbation.scale or lane.call for lane in lanes):
                 self._check_reach(hub.trace)
             return results
         raise PlanError(f"the plan still has faults after {_MAX_CORRECTIONS} corrections; the last: {last}")
@@ -366,7 +366,7 @@ class Passes:
         """Raise PlanError where a whole pass used nothing that trains, and ran no module that has any of it. An
         objective that does not call the model is left to the learning watch."""
         assert trace is not None
-        trains = {name for name, spec in self.plan.params.items() if spec.trainable}
+        trains = {n for n, s in self.plan.params.items() if s.trainable} or {*(self._tail.names if self._tail else ())}
         run = {"", *(name for _, name in trace.order)}
         held = (owner.params for owner in self.plan.owners if owner.name in run)
         if trace.complete and trace.order and not trains & {*trace.uses, *(name for params in held for name in params)}:

@@ -145,7 +145,7 @@ class Prepared:
         ).formats  # fmt: skip
 
     def _of_lanes(self) -> Plan:
-        return without_tail(_with_gain(self.full_plan, self.method), self.config.tail)[0]
+        return without_tail(_with_gain(self.full_plan, self.method), self.config, self.method.tail_alone)[0]
 
     def plan_blindly(self, *, process: int = 0) -> MemoryPlan:
         """As `plan_memory`, for a run that starts without a batch: reserves the rest of the budget for activations."""
@@ -251,7 +251,7 @@ def prepare(
         full = make_plan(
             model, example, trainable=config.trainable, block_numel=config.block_numel, notes=notes, **traced
         )
-    trains, tail = without_tail(_with_gain(full, method), config.tail)
+    trains, tail = without_tail(_with_gain(full, method), config, method.tail_alone)
     check_tunes(method.tunes, method.lr, method.eps, trains)
     _parts(trains, config, method)  # raises if the method finds no parts
     if config.storage == "auto":

@@ -9,7 +9,8 @@ else its first lane, whose other weights are perturbed. The tail itself is not p
     adam     m += (1 - b1) (g - m), v = b2 v + (1 - b2) g^2,  w -= rate m' / (sqrt(v') + 1e-8), with m' = m / (1 - b1^t)
              and v' = v / (1 - b2^t), b1 = 0.9, b2 = 0.999, t the steps that changed the tail: torch.optim.Adam
     sgd      w -= rate g: torch.optim.SGD
-    rate     `tail_lr` times the step's rate over the method's peak rate: it follows the method's schedule and brake
+    rate     `tail_lr` times the step's rate over the method's peak rate: it follows the method's schedule and brake.
+             For a method that trains a tail alone, the step's rate
 
 No journal of scalars can rebuild these numbers, so a run keeps them as tensors in its directory
 (`journal/tail_files.py` says in which order). They live in float32 on the device and replace what blocks hold of these
@@ -152,7 +153,8 @@ def _made(opened: Opened, version: int, found: TailFile | None) -> Tail:
         held = {name: tensor.to(device) for name, tensor in found.tensors.items()}
         first, second = ({n: held[f"{of}.{n}"] for n in names} if adam else {} for of in ("first", "second"))
         state = State(found.taken, {name: held[name] for name in names}, first, second)
-    return Tail(state, version, lr=about["lr"], peak=prepared.method.lr)
+    peak = prepared.method.lr
+    return Tail(state, version, lr=peak if prepared.method.tail_alone else about["lr"], peak=peak)
 
 
 def _of_base(opened: Opened, name: str) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..config import EngineConfig
 from ..errors import ConfigError
 from ..modules.compiled import eagerly
 from ..modules.recorder import ForwardCall
@@ -29,9 +30,17 @@ _COPIES = 7
 """float32 numbers of a parameter of the tail: values and two moments, before and after a step, and the gradient."""
 
 
-def without_tail(plan: Plan, globs: Any) -> tuple[Plan, tuple[str, ...]]:
+def without_tail(plan: Plan, config: EngineConfig, alone: bool) -> tuple[Plan, tuple[str, ...]]:
     """The plan of the lanes, in which the tail does not train, and the tail: what trains of the parameters that the
-    globs select, in the plan's order. Raises ConfigError where that is nothing, all, or cannot be cut off."""
+    globs select, in the plan's order. alone: nothing trains beside it. Raises ConfigError where the tail is nothing, or
+    cannot be cut off, or where it is all and lanes are to train, too."""
+    globs = config.tail
+    if alone and config.tail_lr is not None:
+        raise ConfigError(f"tail_lr={config.tail_lr}: this method has a rate of its own, lr, and trains a tail alone")
+    if globs is None and alone:
+        raise ConfigError(
+            "this method trains a tail alone, and none is named: tail=GLOB (--tail), such as 'classifier'"
+        )
     if globs is None:
         return plan, ()
     chosen = select_names(plan.tree, globs, "tail")
@@ -58,13 +67,13 @@ def without_tail(plan: Plan, globs: Any) -> tuple[Plan, tuple[str, ...]]:
             f"tail={globs!r}: this model's forward changes its weights in place ({written[0]!r}), so the tail cannot "
             "be cut off. Leave it out"
         )
-    params = {name: replace(spec, trainable=spec.trainable and name not in tail) for name, spec in plan.params.items()}
-    if not any(spec.trainable for spec in params.values()):
+    lanes = frozenset() if alone else {name for name, spec in plan.params.items() if spec.trainable} - {*tail}
+    if not lanes and not alone:
         raise ConfigError(
-            f"tail={globs!r} selects all that trains, and nothing is left to the lanes. Train less as the tail; where "
-            "all that trains is used last, backpropagation in any library does it"
+            f"tail={globs!r} selects all that trains, and nothing is left to the lanes. Train less as the tail; or "
+            "take method 'tail-alone', which has no other lanes"
         )
-    return replace(plan, params=params), tail
+    return replace(plan, params={n: replace(spec, trainable=n in lanes) for n, spec in plan.params.items()}), tail
 
 
 def tail_bytes(
