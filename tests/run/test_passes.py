@@ -13,7 +13,6 @@ from zo_offload import FZOO, Engine, MeZO
 from zo_offload.devices import cpu
 from zo_offload.errors import PlanError
 from zo_offload.kernels.records import STILL
-from zo_offload.run import passes
 
 
 def batch() -> dict[str, Any]:
@@ -96,42 +95,25 @@ def test_a_forward_that_runs_nothing_of_what_trains_is_refused_at_the_first_step
         assert set(engine.evaluate([rows], batch_size=2)) == {"loss"}, "an evaluation needs nothing that trains"
 
 
-@pytest.mark.parametrize("grows, trims", [(0, 0), (20 << 20, 3), (40 << 20, 6)])
-def test_visits_of_a_window_give_back_what_the_allocator_keeps(monkeypatch: Any, grows: int, trims: int) -> None:
-    """Within a pass, too: a model of many layers has as many visits."""
-    model = ZOO["llama"].build()
-    with Engine(model, method=MeZO(), offload="host", num_slots=2, block_numel=4096) as engine:
+@pytest.mark.parametrize("offload", ["none", "host"])
+@pytest.mark.parametrize("grows, trims", [(0, [0, 0]), (20 << 20, [0, 3]), (40 << 20, [1, 6])])
+def test_what_the_allocator_keeps_is_given_back_once_the_process_has_grown(
+    monkeypatch: Any, offload: Any, grows: int, trims: list[int]
+) -> None:
+    """By 32 MB where blocks stream, within a pass too, as a model of many layers has many visits. Beside a model in
+    memory by an eighth, and after a pass: its steps would pay for what the next one takes again."""
+    with Engine(ZOO["llama"].build(), method=MeZO(), offload=offload, num_slots=2, block_numel=4096) as engine:
         engine.step(batch())
-        size, found, device = [1 << 30], [], engine.active.start().passes.device
-
-        def private_bytes() -> int:
-            return size[0]
-
-        def trim() -> None:
-            found.append(1)
-
-        monkeypatch.setattr(cpu, "private_bytes", private_bytes)
-        monkeypatch.setattr(device, "trim", trim)
+        size, found, device = [1 << 30], list[int](), engine.active.start().passes.device
+        streams = offload != "none"
+        monkeypatch.setattr(cpu, "private_bytes", lambda: size[0])
+        monkeypatch.setattr(device, "trim", lambda: found.append(1))
         device._tidied = 1 << 30
         for _ in range(6):
             size[0] += grows
-            device.tidy()
-        assert len(found) == trims
-        size[0] += 1 << 40
+            device.tidy(streams)
+        assert len(found) == trims[streams]
+        asked, tidy = list[bool](), device.tidy
+        monkeypatch.setattr(device, "tidy", lambda streams: (asked.append(streams), tidy(streams)))
         engine.step(batch())
-        assert len(found) == trims + 1, "a window's visits ask for it"
-
-
-def test_memory_that_the_allocator_keeps_is_given_back_once_the_process_has_grown(monkeypatch: Any) -> None:
-    """Buffers of many sizes leave gaps in it, which added up over the steps of a LoRA run, beyond its plan."""
-    with Engine(ZOO["llama"].build(), method=MeZO(), offload="host", num_slots=2) as engine:
-        engine.step(batch())
-        sizes, trims, counts = iter([1000, 1000, 1100, 1126, 1010, 1126]), [], []
-        running = engine.active.start().passes
-        monkeypatch.setattr(passes, "resident_bytes", lambda: next(sizes))
-        monkeypatch.setattr(running.device, "trim", lambda: trims.append(1))
-        running._tidied = 0
-        for _ in range(4):
-            engine.step(batch())
-            counts.append(len(trims))
-        assert counts == [1, 1, 2, 2]  # at 1000 and 1126: an eighth more than what was left
+        assert asked == [streams] * (len(engine.plan.visits) if streams else 1)

@@ -19,7 +19,8 @@ from .streams import Event, Later, Stream
 # glibc only. Tensors that are read one after another leave holes of tens of megabytes in the heap.
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 LET_GROW = 32 << 20
-"""Bytes that a process may grow by before the allocator gives back what it keeps."""
+"""Bytes that a process may grow by before the allocator gives back what it keeps; where nothing streams, an eighth of
+its memory if that is more."""
 
 
 class _Mapping(mmap.mmap):
@@ -120,10 +121,11 @@ class CpuDevice:
         if _malloc_trim is not None:
             _malloc_trim(0)
 
-    def tidy(self) -> None:
+    def tidy(self, streams: bool) -> None:
         """Buffers of many sizes come and go in every visit, and the gaps between them would add up: to half as much
-        again as the plan for a LoRA of OPT-6.7B. Trimming takes milliseconds, so it waits until the process grows."""
-        if private_bytes() > self._tidied + LET_GROW:
+        again as the plan for a LoRA of OPT-6.7B. Trimming takes milliseconds, and then page faults, so it waits until
+        the process grows: beside a model in memory by more than the buffers of a pass, which would all fault anew."""
+        if private_bytes() > self._tidied + (LET_GROW if streams else max(LET_GROW, self._tidied // 8)):
             self.trim()
             self._tidied = private_bytes()
 

@@ -210,7 +210,7 @@ class CudaDevice:
         """Release unused memory: the allocator keeps freed blocks of every size. Waits for the GPU."""
         self.backend.trim()
 
-    def tidy(self) -> None:
+    def tidy(self, streams: bool) -> None:
         """Nothing: the allocator's memory was set aside by the plan."""
 
     def measure_link(self) -> Link | None:

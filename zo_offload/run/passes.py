@@ -36,7 +36,6 @@ from ..plan.activations import ServiceOrder
 from ..plan.plan import Plan, relift
 from ..ranks.alone import Alone
 from ..stream.streamer import Streamer
-from ..system.host_memory import resident_bytes
 from .tail import Tail, recording_lane
 
 _MAX_CORRECTIONS = 8  # corrections of the plan by watched runs; each adds a use, so a few are enough
@@ -84,7 +83,6 @@ class Passes:
         self.model, self.plan, self.streamer, self.device, self.objective = model, plan, streamer, device, objective
         self._fixed, self._compute, self._on_measured = fixed, compute, on_measured
         self._told_coarse, self._wide = False, wide
-        self._tidied = 0  # resident bytes after the allocator gave back what it kept
         self._mode, self._seed, self._modules = mode, seed, list(model.modules())
         self._parts, self._whole, self._ranks = language_models(model), whole, ranks
         self._own_weighing = weighing(model, objective)
@@ -346,21 +344,12 @@ class Passes:
             if hub.trace is not seen:  # a watched run: each module's weights had memory of their own
                 self.device.trim()
                 self._measured(hub.activation_bytes + tensor_bytes(lane.batch for lane in lanes))
-            self._tidy()
             if not self.plan.traced and hub.trace is not None and hub.trace.complete:
                 self._adopt(relift(self.plan, hub.trace))  # the first real run shows what tracing could not
             if hub.trace is not seen and any(lane.perturbation.scale or lane.call for lane in lanes):
                 self._check_reach(hub.trace)
             return results
         raise PlanError(f"the plan still has faults after {_MAX_CORRECTIONS} corrections; the last: {last}")
-
-    def _tidy(self) -> None:
-        """Give back what the host's allocator keeps once the process has grown by an eighth: buffers of many sizes come
-        and go in every pass, and the gaps between them would add up over the steps, beyond the plan."""
-        if self.device.own_memory or resident_bytes() <= self._tidied * 9 // 8:
-            return
-        self.device.trim()
-        self._tidied = max(self._tidied, resident_bytes())
 
     def _check_reach(self, trace: Trace | None) -> None:
         """Raise PlanError where a whole pass used nothing that trains, and ran no module that has any of it. An

@@ -16,9 +16,7 @@ If a pass is interrupted anywhere (a signal handler's exception can occur at any
 usable again without any fold or flush. The slots' contents are dropped, since the tier has every block at some version.
 In a block that lives in the window, each piece is at the version before or after the pass that wrote it (`Slot.mend`),
 and the next visit continues from there. A block whose version is unknown, and which has no other copy, is lost: `mend`
-reports it.
-
-Spans for profilers: `zo_offload.stream:fetch`, `:flush`, `:wait`.
+reports it. Spans for profilers: `zo_offload.stream:fetch`, `:flush`, `:wait`.
 """
 
 from __future__ import annotations
@@ -104,6 +102,8 @@ class BlockWindow:
         for slot in [self._pinned[b] for b in self.plan.resident if b in self._pinned and b in self.layout.written]:
             self._settle(slot)
             self._mark_used(slot)
+        if not self._slots:
+            self.device.tidy(streams=False)
 
     def mend(self) -> list[int]:
         """See the module: nothing is folded, flushed or forgotten that the tier does not have. The blocks that are
@@ -253,7 +253,8 @@ class BlockWindow:
                 self._settle(self._slot)
             self._mark_used(self._slot)
             self._stray = None
-            self.device.tidy()
+            if self._slots:
+                self.device.tidy(streams=True)
         self._position += 1
         if self._position == len(self._visits):
             self._slot = None
@@ -340,8 +341,7 @@ class BlockWindow:
             return
         block, version = slot.block, slot.uniform_version(self.plan)
         slot.dirty = False
-        data = slot.memory[: self.layout.block_bytes[block]]
-        spans = self.layout.spans[block]
+        data, spans = slot.memory[: self.layout.block_bytes[block]], self.layout.spans[block]
 
         def flush() -> None:
             with span("zo_offload.stream:flush", self.traffic.times, block):
