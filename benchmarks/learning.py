@@ -18,8 +18,10 @@ what trains, and how the weights are stored:
     basis-int4, -loo   the same on a base in int4; with a leave-one-out baseline
     basis-tail, basis-int4-tail        the same, with the last two blocks' coefficients trained by their exact gradient
     basis-alone, basis-int4-alone      those alone, with one forward a visit and no lanes
+    few, few-int4      the same, but only of the values' and the second dense layers of the last half of the blocks
     adam               backpropagation and torch's Adam on the same weights in memory; a "forward" is a step
     probe              logistic regression on the frozen model's states: no forward but one a row
+    shots              the nearest mean of 8 labelled rows' states of each class, other ones for each seed
     zero-shot          the model as it is
 
 Rates decay linearly to 0 over the run, where it has 20 visits or more. --noise, --compute and --eps replace what a way
@@ -31,10 +33,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch
@@ -56,6 +59,8 @@ WAYS: dict[str, tuple[type[Method], dict[str, Any], dict[str, Any]]] = {
     "basis": (FZOO, MANY, dict(storage="fp32")),
     "basis-int4": (FZOO, MANY, dict(storage="int4")),
     "basis-loo": (FZOOLeaveOneOut, MANY, dict(storage="int4")),
+    "few": (FZOO, MANY, dict(storage="fp32")),
+    "few-int4": (FZOO, MANY, dict(storage="int4")),
 }
 BASES = ("basis", "basis-int4")
 RATES: dict[str, dict[str, float]] = {
@@ -63,17 +68,23 @@ RATES: dict[str, dict[str, float]] = {
     "sms-head": {"mezo": 3e-4, "fzoo": 2e-2, "basis": 6e-2, "basis-int4": 0.12, "basis-loo": 6e-2, "adam": 3e-5},
     "trec": {"mezo": 1e-4, "fzoo": 5e-3, "basis": 3e-2, "basis-int4": 3e-2, "basis-loo": 3e-2, "adam": 5e-5},
     "reviews": {"mezo": 3e-5, "fzoo": 5e-3, "basis": 3e-2, "basis-int4": 3e-2, "basis-loo": 3e-2, "adam": 1e-5},
+    "tweets": {"mezo": 3e-4, "fzoo": 1e-2, "basis": 6e-2, "basis-int4": 6e-2, "basis-loo": 6e-2, "adam": 3e-5},
+    "products": {"mezo": 3e-4, "fzoo": 1e-2, "basis": 6e-2, "basis-int4": 6e-2, "basis-loo": 6e-2, "adam": 3e-5},
 }
 TAIL = {
     "sms": ["layer.4", "layer.5"], "sms-head": ["layer.4", "layer.5"], "trec": ["layer.4", "layer.5"],
-    "reviews": ["layers.28", "layers.29"],
+    "reviews": ["layers.28", "layers.29"], "tweets": ["layer.4", "layer.5"], "products": ["layer.4", "layer.5"],
 }  # fmt: skip
 """The last two blocks of a task's model."""
 WAYS["basis-tail"], WAYS["basis-int4-tail"] = ((*WAYS[way][:2], {**WAYS[way][2], "tail": True}) for way in BASES)
 WAYS["basis-alone"], WAYS["basis-int4-alone"] = ((TailAlone, {}, WAYS[f"{way}-tail"][2]) for way in BASES)
 for rates in RATES.values():
     rates |= {f"{way}-tail": rates[way] for way in BASES} | {f"{way}-alone": 1e-3 for way in BASES}
-OTHERS = ("adam", "probe", "zero-shot")
+FEW_RATES = {"sms": 0.2, "sms-head": 0.2, "trec": 0.1, "reviews": 0.1, "tweets": 0.1, "products": 0.1}
+for task_name, few in FEW_RATES.items():
+    RATES[task_name] |= {"few": few, "few-int4": few}
+OTHERS = ("adam", "probe", "shots", "zero-shot")
+SHOTS = 8
 SHORT = 20
 """Fewer visits than these have a constant rate."""
 
@@ -90,44 +101,54 @@ def run(task: RealTask, way: str, seed: int, options: argparse.Namespace, change
     visits = max(1, round(options.forwards / lanes))
     method = method.with_options(schedule="linear" if visits >= SHORT else "constant")
     train, rows = task.train(seed, visits), task.tuning if options.tune else task.held
-    with make(task, way, compute, batch_of(train, 0), method, seed, options.tail_lr) as engine:
+    with (
+        tempfile.TemporaryDirectory() as run_dir,
+        make(task, way, compute, batch_of(train, 0), method, seed, options.tail_lr, run_dir=run_dir) as engine,
+    ):
         every = max(1, visits // options.curve) if options.curve else visits
         started = time.process_time()
         result = engine.fit(train, steps=visits, eval_data=rows, eval_every=every)
         seconds = time.process_time() - started
-        evaluations = sum(1 for value in result.evals if value["step"])
-        forwards = sum(1 for _ in rows.epoch()) if isinstance(rows, Batches) else len(rows)
-        fetched = result.fetch_bytes * visits / (visits + evaluations * forwards)  # the rest was for evaluations
-        moved = (fetched + result.flush_bytes) / 1e6
-        last = result.evals[-1]
+        moved = moved_by_steps(Path(run_dir) / "metrics.jsonl", result.flush_bytes)
+        last, choice = result.evals[-1], engine.evaluate(task.tuning)
         curve = [
-            (int(at["step"]), round(moved * at["step"] / visits, 1), round(at["loss"], 4), round(at["accuracy"], 4))
-            for at in result.evals
-        ]
+            (int(at["step"]), round(moved[int(at["step"]) - 1], 1), round(at["loss"], 4), round(at["accuracy"], 4))
+            for at in result.evals if at["step"]
+        ]  # fmt: skip
         return {
             "lr": method.lr, **({"tail_lr": options.tail_lr} if way.endswith("-tail") else {}),
             "eps": method.eps, "noise": method.distribution, "schedule": method.schedule,
             "directions": fields.get("directions", 1), **settings, "compute": compute,
             "visits": visits, "forwards": visits * lanes, "trained": engine.plan.trainable_numel,
             "loss": round(last["loss"], 4), "accuracy": round(last["accuracy"], 4),
-            "moved_mb": round(moved, 1), "cpu_s_with_evaluations": round(seconds, 1), "warnings": result.warnings,
+            "tuning_loss": round(choice["loss"], 4), "tuning_accuracy": round(choice["accuracy"], 4),
+            "moved_mb": round(moved[-1], 1), "cpu_s_with_evaluations": round(seconds, 1), "warnings": result.warnings,
             **({"curve": curve} if options.curve else {}),
         }  # fmt: skip
 
 
+def moved_by_steps(metrics: Path, flushed: float) -> list[float]:
+    """MB that a run had moved after each of its steps. Evaluations move weights between two steps, so that every step
+    counts as the median one; what was written is shared among the steps."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    fetched = [line["fetch_bytes"] for line in lines if "fetch_bytes" in line]
+    a_step = median(after - before for before, after in itertools.pairwise([0, *fetched]))
+    return [(a_step + flushed / len(fetched)) * (step + 1) / 1e6 for step in range(len(fetched))]
+
+
 def make(
-    task: RealTask, way: str, compute: str, batch: Any, method: Method, seed: int, tail_lr: float = 1e-3
+    task: RealTask, way: str, compute: str, batch: Any, method: Method, seed: int, tail_lr: float = 1e-3, **given: Any
 ) -> Engine:
     model = task.computing(compute)
     settings: dict[str, Any] = dict(WAYS[way][2], trainable=task.layers, num_slots=3)
-    if way.startswith("basis"):
+    if way.startswith(("basis", "few")):
         with Engine(model, trainable=task.layers, example=batch) as engine:
-            basis = engine.activation_basis(batch, rank=4, layers=task.layers)
+            basis = engine.activation_basis(batch, rank=4, layers=task.few if way.startswith("few") else task.layers)
             engine.restore()
         model, settings = basis.put_on(model), {**settings, "trainable": "requires_grad", "keep": ["lora_A"]}
     if settings.get("tail"):
         settings |= {"tail": TAIL[task.name], "tail_lr": None if method.tail_alone else tail_lr}
-    return Engine(model, method=method, offload="host", seed=seed, example=batch, **settings)
+    return Engine(model, method=method, offload="host", seed=seed, example=batch, **settings, **given)
 
 
 def batch_of(data: Any, step: int) -> Any:
@@ -162,17 +183,19 @@ def measured(task: RealTask, model: nn.Module, options: argparse.Namespace) -> d
     return {"loss": round(values["loss"], 4), "accuracy": round(values["accuracy"], 4)}
 
 
+def states_of(task: RealTask, model: nn.Module, data: Any) -> tuple[Tensor, Tensor]:
+    """What a probe sees of each row, and the row's class."""
+    batches = batches_of(data)
+    with torch.no_grad():
+        found = [task.states(model, batch) for batch in batches]
+    return torch.cat(found), torch.cat([task.classes(batch) for batch in batches])
+
+
 def probe(task: RealTask, options: argparse.Namespace) -> dict[str, Any]:
     """Logistic regression with a little weight decay, to its optimum."""
     model = task.model()
 
-    def states(data: Any) -> tuple[Tensor, Tensor]:
-        batches = batches_of(data)
-        with torch.no_grad():
-            found = [task.states(model, batch) for batch in batches]
-        return torch.cat(found), torch.cat([task.classes(batch) for batch in batches])
-
-    x, y = states(task.probed)
+    x, y = states_of(task, model, task.probed)
     scale = x.std()
     head = nn.Linear(x.shape[1], int(y.max()) + 1)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
@@ -184,7 +207,7 @@ def probe(task: RealTask, options: argparse.Namespace) -> dict[str, Any]:
         return loss
 
     optimizer.step(closure)
-    held, labels = states(task.tuning if options.tune else task.held)
+    held, labels = states_of(task, model, task.tuning if options.tune else task.held)
     with torch.no_grad():
         logits = head(held * 0.05 / scale)
         loss = float(nn.functional.cross_entropy(logits, labels))
@@ -192,10 +215,25 @@ def probe(task: RealTask, options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": len(x), "loss": round(loss, 4), "accuracy": round(right, 4)}
 
 
+def shots(task: RealTask, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The nearest mean of a class's states: the means of SHOTS training rows of each class, drawn by the seed."""
+    model = task.model()
+    generator = torch.Generator().manual_seed(seed)
+    x, y = states_of(task, model, task.probed)
+    drawn = [torch.randperm(int((y == k).sum()), generator=generator)[:SHOTS] for k in range(int(y.max()) + 1)]
+    means = torch.stack([x[y == k][rows].mean(0) for k, rows in enumerate(drawn)])
+    held, labels = states_of(task, model, task.tuning if options.tune else task.held)
+    logits = 10 * nn.functional.normalize(held, dim=1) @ nn.functional.normalize(means, dim=1).T
+    loss, right = nn.functional.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
+    return {"rows": sum(map(len, drawn)), "loss": round(float(loss), 4), "accuracy": round(float(right), 4)}
+
+
 def other(task: RealTask, way: str, seed: int, options: argparse.Namespace, times: float) -> dict[str, Any]:
     """A result of one of OTHERS."""
     if way == "adam":
         return adam(task, seed, options, times)
+    if way == "shots":
+        return shots(task, seed, options)
     return probe(task, options) if way == "probe" else measured(task, task.model(), options)
 
 
@@ -204,7 +242,7 @@ def runs(options: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) ->
         for way, seed in itertools.product(options.ways, options.seeds):
             of = {"task": task.name, "way": way, "seed": seed}
             if way in OTHERS:
-                for times in options.times if way == "adam" else (1.0,) * (seed == options.seeds[0]):
+                for times in options.times if way == "adam" else (1.0,) * (way == "shots" or seed == options.seeds[0]):
                     tell({**of, **other(task, way, seed, options, times)})
                 continue
             several = options.noise, options.compute, options.eps, options.times

