@@ -37,7 +37,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -128,12 +128,17 @@ def run(task: RealTask, way: str, seed: int, options: argparse.Namespace, change
 
 
 def moved_by_steps(metrics: Path, flushed: float) -> list[float]:
-    """MB that a run had moved after each of its steps. Evaluations move weights between two steps, so that every step
-    counts as the median one; what was written is shared among the steps."""
+    """MB that a run had moved after each of its steps: all steps count as the mean one. A step after an evaluation,
+    which moves weights too, is left out of that mean."""
+    fetched, before, evaluated = [], 0, False
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    fetched = [line["fetch_bytes"] for line in lines if "fetch_bytes" in line]
-    a_step = median(after - before for before, after in itertools.pairwise([0, *fetched]))
-    return [(a_step + flushed / len(fetched)) * (step + 1) / 1e6 for step in range(len(fetched))]
+    for line in lines:
+        if "fetch_bytes" in line:
+            fetched += [] if evaluated else [line["fetch_bytes"] - before]
+            before = line["fetch_bytes"]
+        evaluated = "fetch_bytes" not in line
+    steps = sum("fetch_bytes" in line for line in lines)
+    return [(mean(fetched) + flushed / steps) * (step + 1) / 1e6 for step in range(steps)]
 
 
 def make(
