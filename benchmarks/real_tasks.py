@@ -151,7 +151,7 @@ class Anchored(RealTask):
     """Texts by class for all-MiniLM-L6-v2, with one sentence a class as its head."""
 
     layers = "encoder.layer"
-    few = ("encoder.layer.[345].attention.self.value*", "encoder.layer.[345].output.dense*")
+    few: Sequence[str] = ("encoder.layer.[345].attention.self.value*", "encoder.layer.[345].output.dense*")
 
     def __init__(self, texts: Sequence[Sequence[str]], anchors: Sequence[str], max_length: int) -> None:
         from transformers import AutoTokenizer
