@@ -1,13 +1,14 @@
 """Peak memory and speed of the ways in and out: from a checkpoint into blocks, and back into one.
 
     python -m benchmarks.ingest [--cases vocabulary experts] [--storage bf16 ...] [--mib 1024]
-                                [--block-numel N] [--only PHASE ...]
+                                [--block-numel N] [--only PHASE ...] [--as LAYOUT ...] [--lora R]
 
 A synthetic checkpoint whose largest parameter has `--mib` MiB in bf16, written in the names that transformers saves:
 
     vocabulary   an embedding of that size, one plain tensor in the file
     experts      one layer's gate and up projections of that size, in the file a tensor for each expert and projection,
                  which transformers merges when it loads
+    layer        a Llama layer whose three MLP matrices have that size each
     gptq, ...    one layer's gate and up projections of that size, in one weight as Phi-3's, and the down projection
                  beside it, in a quantization scheme or in GGUF (`ingest_schemes.py`), for --storage kept; gpt-oss: its
                  experts. The norms train
@@ -18,6 +19,9 @@ Each case runs in a process of its own, one phase after another:
     ingest    first weights into block files                     step      one step
     export    save_pretrained                                    resume    Engine.resume and its first evaluation
     replay    base and journal into another checkpoint
+
+--as adds an export in each of these layouts ("export gguf-q8_0"), and --lora R an adapter on a frozen base, which
+"peft" and "merged" are for.
 
 For each, `peak_bytes` is the most anonymous memory (RssAnon of /proc/self/status, every millisecond) during the phase,
 above that of the process before the first: pages of files that are mapped or cached are not ours and not in it, copies
@@ -36,6 +40,7 @@ import argparse
 import contextlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,7 +58,7 @@ from benchmarks.ingest_schemes import GGUF, SCHEMES, Part, plain, repeat, write_
 CONSTANT_BYTES = 64 << 20
 MOST_BYTES = 300_000_000
 """The goal for quantized checkpoints."""
-CASES = ("vocabulary", "experts", *SCHEMES, *GGUF)
+CASES = ("vocabulary", "experts", "layer", *SCHEMES, *GGUF)
 PHASES = ("digest", "make", "ingest", "step", "export", "resume", "replay")
 
 
@@ -69,6 +74,9 @@ def config_of(case: str, mib: int) -> Any:
             **small, vocab_size=mib << 9, intermediate_size=1024, tie_word_embeddings=True,
             architectures=["LlamaForCausalLM"],
         )  # fmt: skip
+    if case == "layer":
+        wide = small | dict(hidden_size=8192, num_attention_heads=64)
+        return LlamaConfig(**wide, vocab_size=1024, intermediate_size=mib << 6, architectures=["LlamaForCausalLM"])
     if case == "gpt-oss":
         return GptOssConfig(
             **small, head_dim=128, vocab_size=1024, intermediate_size=1024, num_local_experts=mib >> 2,
@@ -170,7 +178,9 @@ class Meter:
         })  # fmt: skip
 
 
-def run(folder: Path, storage: str, block_numel: int, only: list[str], nbytes: int) -> list[dict[str, Any]]:
+def run(
+    folder: Path, storage: str, block_numel: int, only: list[str], nbytes: int, layouts: list[str], lora: int | None
+) -> list[dict[str, Any]]:
     """All phases in this process."""
     from zo_offload import Engine, MeZO
     from zo_offload.checkpoint.checkpoint import Checkpoint
@@ -192,7 +202,8 @@ def run(folder: Path, storage: str, block_numel: int, only: list[str], nbytes: i
     with meter.phase("make", nbytes):
         engine = Engine(base, method=MeZO(lr=1e-6), offload="disk", run_dir=run_dir, storage=storage,
                         block_numel=block_numel, example=batch,
-                        trainable="*norm*" if storage == "kept" else None)  # fmt: skip
+                        trainable="*norm*" if storage == "kept" and not lora else None,
+                        adapter=f"r={lora}" if lora else None)  # fmt: skip
     with meter.phase("ingest", nbytes):
         engine.active.start(batch)
     if "step" in only:
@@ -201,6 +212,10 @@ def run(folder: Path, storage: str, block_numel: int, only: list[str], nbytes: i
     if "export" in only:
         with meter.phase("export", nbytes):
             engine.save_pretrained(run_dir.parent / "out")
+    for layout in layouts:
+        with meter.phase(f"export {layout}", nbytes):
+            engine.save_pretrained(run_dir.parent / layout, scheme=layout)
+        shutil.rmtree(run_dir.parent / layout)
     engine.close()
     del engine
     if "resume" in only:
@@ -210,7 +225,7 @@ def run(folder: Path, storage: str, block_numel: int, only: list[str], nbytes: i
     if "replay" in only:
         with meter.phase("replay", nbytes):
             replay(base, run_dir, run_dir.parent / "replayed")
-    return [row for row in meter.rows if row["phase"] in only]
+    return [row for row in meter.rows if row["phase"] in only or row["phase"].removeprefix("export ") in layouts]
 
 
 def copied_per_cpu_second() -> float:
@@ -230,11 +245,16 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=1024, help="of the largest parameter in the checkpoint")
     parser.add_argument("--block-numel", type=int, default=64 << 20)
     parser.add_argument("--only", nargs="+", default=list(PHASES), choices=PHASES, metavar="PHASE")
+    parser.add_argument("--as", nargs="+", default=[], dest="layouts", metavar="LAYOUT", help="layouts to export in")
+    parser.add_argument("--lora", type=int, help="rank of an adapter on the frozen base")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "BYTES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        found = run(Path(options.one[0]), options.storage[0], options.block_numel, options.only, int(options.one[1]))
+        found = run(
+            Path(options.one[0]), options.storage[0], options.block_numel, options.only, int(options.one[1]),
+            options.layouts, options.lora,
+        )  # fmt: skip
         print(json.dumps(found))
         return
     common = about("ingest")
@@ -258,9 +278,17 @@ def main() -> None:
                         storage,
                     ]
                     command += ["--block-numel", str(options.block_numel), "--only", *options.only]
+                    command += ["--as", *options.layouts] if options.layouts else []
+                    command += ["--lora", str(options.lora)] if options.lora else []
                     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
                 for row in json.loads(done.stdout.splitlines()[-1]):
-                    about_case = {"case": case, "storage": storage, "largest_bytes": options.mib << 20, "bytes": nbytes}
+                    about_case = {
+                        "case": case,
+                        "storage": storage,
+                        "lora": options.lora,
+                        "largest_bytes": options.mib << 20,
+                        "bytes": nbytes,
+                    }
                     row["share_of_memcpy"] = round(nbytes / copied / row["cpu_seconds"], 4)
                     emit(
                         about_case | row | {"goal_bytes": MOST_BYTES if case in SCHEMES or case in GGUF else goal},
