@@ -283,6 +283,13 @@ WRONG = [
     ("fp8", drop("weight_scale_inv"), r"q_proj.weight' is float8_e4m3fn \[64, 64\], and its scales are missing"),
     ("fp8", put("weight_scale_inv", torch.ones(3, 1)), r"float32 \[3, 1\], which does not fit .*blocks of 128 x 128"),
     ("fp8", put("weight_scale_inv", torch.ones(1, 1, dtype=torch.int32)), "one of float32, bfloat16"),
+    ("fp8", put("weight", torch.empty(0, 64).to(torch.float8_e4m3fn)), r"float8_e4m3fn \[0, 64\]; a matrix of"),
+    ("fp8 channels", put("weight_scale", torch.ones(1).bfloat16()), "one scale for all of .* settings say channel"),
+    ("fp8 channels", put("weight", torch.ones(64, 64, dtype=torch.int8)), "the settings say codes of the type float"),
+    ("int8 channels", put("weight", torch.tensor(1, dtype=torch.int8)), "a matrix of codes is expected"),
+    ("int8 channels", put("weight_scale", torch.ones(64, 1, dtype=torch.uint8)), "exponents are scales of floats"),
+    ("compressed-tensors", put("weight_scale", torch.ones(64, 8).bfloat16()), "of 8 inputs; the settings say 16"),
+    ("gptq", drop("g_idx"), "g_idx' is missing, and the settings say desc_act"),
     ("gptq", drop("scales"), "q_proj.scales', which it cannot be decoded without, is missing"),
     ("gptq", drop("qzeros"), "q_proj.qzeros', which it cannot be decoded without, is missing"),
     ("gptq", cut("qzeros"), r"qzeros' is int32 \[3, 8\], which does not fit .* 4 groups"),
@@ -345,6 +352,7 @@ def test_values_that_are_not_finite_name_the_weight(tmp_path):
         ({"quant_method": "gptq", "bits": 8}, "zero points of 4 bits; the settings say 8"),
         ({"quant_method": "gptq", "bits": 4, "sym": True}, "the settings say sym, and zero points are not all 8"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"(": {}}}, "no expression"),
+        ({"quant_method": "gptq", "bits": 4, "rotation": "hadamard"}, "rotation='hadamard' is not supported"),
         ({"quant_method": "hqq"}, r"quantized \(hqq\), which is not supported. Supported: .*gptq"),
         ({"quant_method": ["x"]}, "not supported"), ("int4", "cannot use it"),
         ({"quant_method": "bitsandbytes"}, r"GPTQ or AWQ: .*; quantization_config says 'bitsandbytes'\) .* of another"),
@@ -357,6 +365,31 @@ def test_settings_that_contradict_the_tensors(tmp_path, settings, told):
     (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     with pytest.raises(CheckpointError, match=told):
         Engine(path, offload="none").fit(batches(1, vocab=96), steps=1)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings", "told"),
+    [
+        ("awq", {"group_size": 32}, r"has \d groups; \d\d inputs in groups of 32 are others"),
+        ("awq", {"group_size": -1}, r"has \d groups; \d\d inputs in groups of -1 are others"),
+        ("compressed-tensors", {"transform_config": {"config_groups": {"u": {"apply": [
+            {"targets": ["Linear"], "location": "input"}, {"targets": ["Linear"], "location": "weight_input"}]}}}},
+         "transform_config has transforms at input"),
+        ("compressed-tensors", {"transform_config": {"config_groups": 5}}, "at an unknown place"),
+        ("compressed-tensors", {"format": ["marlin-24"]}, ""),
+        ("compressed-tensors", {"transform_config": {"config_groups": {"v": {"apply": [
+            {"targets": ["Linear"], "location": "weight_input"}]}}}}, ""),
+        ("awq", {"group_size": 32, "extra_config": {"a": {"group_size": 16}}}, ""),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_ask_for_what_the_tensors_are_not(tmp_path, scheme, settings, told):
+    path, _, _ = written(tmp_path, "llama", scheme)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] |= settings
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=told) if told else contextlib.nullcontext():
+        Checkpoint.open(path).build_model()
 
 
 @pytest.mark.parametrize("scheme", ["gptq", "nf4", "fp8"])

@@ -207,6 +207,8 @@ def quantize_checkpoint(source: Path, target: Path, scheme: str, plain: Path, wr
     same decoded by the writer's own formula, with no trace of a scheme, into `plain`. The decoded weights by name."""
     usual, settings = WRITERS[scheme]
     writer = writer or usual
+    if (group := getattr(writer, "keywords", {}).get("group")) is not None:
+        settings = json.loads(json.dumps(settings).replace('"group_size": 16', f'"group_size": {group}'))
     tensors = load_file(source / "model.safetensors")
     stored, decoded = {}, {}
     for name, w in tensors.items():

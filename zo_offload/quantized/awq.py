@@ -9,8 +9,8 @@ weight[n, k] = RN((code[k, n] - zero[g, n]) * scale[g, n]), g = k // group, in t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ def _weight(files: Files, module: str, wanted: Wanted) -> Decoded:
         raise CheckpointError(
             f"'{module}.scales' has {groups} groups, and {inputs} inputs are not as many times anything."
         )
+    _check_groups(wanted.settings, f"{module}.scales", inputs, groups)
     group, dtype = inputs // groups, files.specs[f"{module}.scales"].dtype
 
     def codes(files: Files, of: str, first: int, last: int) -> Tensor:
@@ -90,3 +91,13 @@ def _weight(files: Files, module: str, wanted: Wanted) -> Decoded:
         keeps = kept_as("int4f", group, kept_rows(inputs, above))
     keeps += kept_as("int8", group, kept_rows(inputs, signed))
     return Decoded(f"{module}.weight", (words * 8, inputs), dtype, uses, by_rows(inputs, rows), keeps)
+
+
+def _check_groups(settings: Mapping[str, Any], scales: str, inputs: int, groups: int) -> None:
+    """Raise CheckpointError if the settings name another size of groups. Settings of single modules, which
+    AutoRound has, are not compared."""
+    size = settings.get("group_size", settings.get("q_group_size"))
+    if not isinstance(size, int) or isinstance(size, bool) or size == 0 or settings.get("extra_config"):
+        return
+    if groups != (-(-inputs // size) if size > 0 else 1):
+        raise CheckpointError(f"{scales!r} has {groups} groups; {inputs} inputs in groups of {size} are others.")

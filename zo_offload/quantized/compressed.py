@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .base import FLOATS, Codes, Decoded, Kept, Wanted, by_rows, is_exact, kept_as, kept_rows, need, run_length
 from .bits import padded_words, stream
-from .files import Files
+from .files import Files, Spec
 from .packed_float import packed_float
 from .scaled import scaled
 
@@ -35,8 +35,10 @@ class CompressedTensors:
 
     def find(self, files: Files, wanted: Wanted) -> Iterator[Decoded]:
         groups = _weights_of_groups(wanted.settings)
-        for layout in {wanted.settings.get("format"), *(group.get("format") for group in groups)} & {*_REFUSED}:
-            raise CheckpointError(f"compressed-tensors' format {layout!r} is not supported.")
+        for layout in (wanted.settings.get("format"), *(group.get("format") for group in groups)):
+            if str(layout) in _REFUSED:
+                raise CheckpointError(f"compressed-tensors' format {layout!r} is not supported.")
+        _check_transforms(wanted.settings.get("transform_config"))
         for name, spec in files.specs.items():
             stem, scale = name.removesuffix("_packed"), f"{name.removesuffix('_packed')}_scale"
             if name.endswith("weight_packed") and spec.dtype == torch.int32:
@@ -60,9 +62,36 @@ def _weights_of_groups(settings: Any) -> list[dict[str, Any]]:
     return found
 
 
+def _check_transforms(given: Any) -> None:
+    """Raise CheckpointError for transforms that a forward must apply to activations; those in weights are done."""
+    if not given:
+        return
+    try:
+        places = {str(use["location"]) for group in given["config_groups"].values() for use in group["apply"]}
+    except (KeyError, TypeError, AttributeError):
+        places = {"an unknown place"}
+    if wrong := sorted(places - {"weight_input", "weight_output"}):
+        raise CheckpointError(
+            f"quantization_config: transform_config has transforms at {', '.join(wrong)}: forwards would have to apply "
+            "them, which is not supported. Those of weights alone are."
+        )
+
+
+def _check_settings(name: str, spec: Spec, scale: str, grid: Spec, groups: list[dict[str, Any]]) -> None:
+    """Raise CheckpointError if none of the settings' groups can have written an 8-bit weight and its scales."""
+    kinds, strategies = ({str(g[key]) for g in groups if g.get(key)} for key in ("type", "strategy"))
+    kind = "int" if spec.dtype == torch.int8 else "float"
+    if kinds and kind not in kinds:
+        raise CheckpointError(f"{name!r} is {spec}; the settings say codes of the type {', '.join(sorted(kinds))}.")
+    if strategies and "tensor" not in strategies and grid.numel == 1 and spec.numel != spec.shape[-1]:
+        said = ", ".join(sorted(strategies))
+        raise CheckpointError(f"{scale!r} is {grid}: one scale for all of {name!r} ({spec}); the settings say {said}.")
+
+
 def _plain(files: Files, name: str, groups: list[dict[str, Any]]) -> Decoded:
     scale = f"{name}_scale"
     spec = need(files, scale, name)
+    _check_settings(name, files.specs[name], scale, spec, groups)
     zero = f"{name}_zero_point"
     blocks = [g["block_structure"] for g in groups if isinstance(g.get("block_structure"), (list, str))]
     given = blocks[0].split("x") if blocks and isinstance(blocks[0], str) else blocks[0] if blocks else (128, 128)
@@ -91,6 +120,10 @@ def _packed(files: Files, name: str, groups: list[dict[str, Any]]) -> Decoded:
     many = scales.shape[-1] if len(scales.shape) == 2 and scales.shape[0] == outputs else 0
     if not many or inputs % many:
         raise CheckpointError(f"{scale!r} is {scales}, which does not fit {[outputs, inputs]} of {codes!r}.")
+    sizes = {g["group_size"] for g in groups if isinstance(g.get("group_size"), int) and g["group_size"] > 0}
+    if sizes and all(g.get("strategy") == "group" for g in groups) and inputs // many not in {*sizes, inputs}:
+        said = " or ".join(map(str, sorted(sizes)))
+        raise CheckpointError(f"{scale!r} is {scales}: groups of {inputs // many} inputs; the settings say {said}.")
     place = _places(files, index, codes, inputs, many)
     middle = 1 << bits - 1
 

@@ -41,6 +41,10 @@ class GPTQ:
 
 
 def _check_layout(settings: Mapping[str, Any]) -> None:
+    if settings.get("rotation"):
+        raise CheckpointError(
+            f"GPTQ with rotation={settings['rotation']!r:.40} is not supported: forwards may have to rotate activations"
+        )
     layout = str(settings.get("checkpoint_format") or settings.get("format") or "gptq")
     if layout not in ("gptq", "gptq_v2"):
         raise CheckpointError(
@@ -122,6 +126,10 @@ def _groups(files: Files, module: str, inputs: int, groups: int, settings: Mappi
                 f"{name!r} names groups {int(index.min())} .. {int(index.max())}; there are {groups}."
             )
         return index
+    if settings.get("desc_act") is True and groups > 1 and settings.get("static_groups") is not True:
+        raise CheckpointError(
+            f"{name!r} is missing, and the settings say desc_act: the order of its groups is unknown."
+        )
     size = settings.get("group_size", settings.get("q_group_size"))
     if not isinstance(size, int) or size <= 0:
         size = inputs // groups if size is None and inputs % groups == 0 else inputs

@@ -81,6 +81,10 @@ def scaled(
 ) -> Decoded:
     """The weight with codes `name`, scales `scale` and zero points `zero`. CheckpointError: shapes that do not fit."""
     spec, grid = files.specs[name], need(files, scale, name, None, *_SCALES)
+    if spec.numel == 0 or not spec.shape:
+        raise CheckpointError(f"{name!r} is {spec}; a matrix of codes is expected beside {scale!r}.")
+    if spec.dtype == torch.int8 and grid.dtype not in FLOATS:
+        raise CheckpointError(f"{scale!r} is {grid}: exponents are scales of floats, and {name!r} is {spec}.")
     lead, rows, width = math.prod(spec.shape[:-2]), *((1, *spec.shape)[-2:])
     tall, wide = block_shape(name, spec, scale, grid, block)
     up, across = -(-rows // tall), -(-width // wide)  # scales of one matrix, a grid
