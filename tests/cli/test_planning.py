@@ -21,7 +21,7 @@ from zo_offload.cli.command import RUN, main
 from zo_offload.cli.costs import NOISE, Work, pass_seconds, step_seconds
 from zo_offload.cli.hardware import Link, backprop_gb, find_drive, find_gpu, find_link
 from zo_offload.cli.parser import parse
-from zo_offload.cli.scaling import shared
+from zo_offload.cli.scaling import ONE_HOST, SHARDS, SLICES, fits, shared
 from zo_offload.cli.timeline import simulate
 from zo_offload.errors import ConfigError
 from zo_offload.formats import FORMATS
@@ -185,15 +185,49 @@ def test_what_several_gpus_make_of_a_step(capsys):
     assert [row[0] for row in table] == ["1", "2", "2", "4", "4", "6", "6"]
     machine = Machine(find_gpu("rtx-4090"), find_gpu("rtx-4090").link, 256 * 10**9, 100.0)
     found = answer("opt-13b", machine, method=MeZO(), tokens=128, batch_size=16, micro_batches=4)
-    one, two, eight = (shared(found, n, one_host=False) for n in (1, 2, 8))
+    one, two, eight = (shared(found, n) for n in (1, 2, 8))
     assert one.seconds == found.step.seconds and one.binds == found.step.binds == "the GPU"
     assert 0.5 * one.seconds <= two.seconds < 0.6 * one.seconds and eight.idle == 0
-    assert shared(found, 9, one_host=False).idle == 1, "two perturbations of four micro-batches"
+    assert shared(found, 9).idle == 1, "two perturbations of four micro-batches"
     assert eight.binds == "the link" and eight.seconds == found.step.parts["the link"]
-    together = shared(found, 8, one_host=True)
+    together = shared(found, 8, ONE_HOST)
     assert together.binds == "host memory" and together.seconds == 8 * found.step.parts["host memory"]
-    more = shared(found, 2, one_host=False, rows=2)
+    more = shared(found, 2, rows=2)
     assert more.tokens == 2 * one.tokens and more.seconds <= one.seconds * 1.0000001
+
+
+def test_slices_and_shards_are_the_formulas_and_are_said_not_to_be_built(capsys):
+    """Of a model whose shards fit two GPUs, but not one."""
+    base = ["opt-66b", "--gpu", "a100", "--host-memory", "2TB", "--tokens", "64", "--batch-size", "4", "--link", "24"]
+    lines = plan(capsys, *base, "--ranks", "8", "--nvlink", "230", "--host-bandwidth", "150", "--micro-batches", "4")
+    table = {
+        tuple(found.groups()) for line in lines if (found := re.match(r" +([1248])  (one host, \w+|one|hosts)", line))
+    }
+    assert table >= {("8", "one host, slices"), ("8", "one host, shards"), ("2", "one host, slices"), ("1", "one")}
+    assert not {found for found in table if found[0] == "1"} - {("1", "one")}
+    assert any("slices and shards are NOT BUILT: predicted for 230 GB/s" in line for line in lines)
+    machine = Machine(find_gpu("a100"), find_link("24", find_gpu("a100").link), 2 * 10**12, 150.0)
+    found = answer("opt-66b", machine, method=MeZO(), tokens=64, batch_size=4, micro_batches=4, storage="bf16")
+    assert fits(found, 2) and not fits(found, 1)
+    whole, slices, shards = (shared(found, 8, way, nvlink=23.0) for way in (ONE_HOST, SLICES, SHARDS))
+    work, parts = found.work, found.step.parts
+    assert whole.seconds == 8 * parts["host memory"] > parts["the link"]
+    assert slices.seconds == 7 / 8 * work.fetched / 23e9 and slices.binds == shards.binds == "nvlink"
+    prepared = found.planned.prepared
+    moved = sum(prepared.layout.stream_bytes[block] for block in prepared.plan.visits[1:])  # the head is the embedding
+    assert shards.seconds == 7 / 8 * moved / 23e9 > slices.seconds
+    assert shared(found, 8, SLICES, nvlink=1e9).seconds == max(parts["the link"] / 8, parts["host memory"])
+    assert shared(found, 8, SHARDS, nvlink=1e9).binds == "the GPU"
+
+
+@pytest.mark.parametrize("what, words", [
+    ("--nvlink is the rate between several GPUs", ["--nvlink", "230"]),
+    ("--ranks 1000000: at most 65536", ["--ranks", "1000000"]),
+    ("--compare disks has no use for --ranks", ["--ranks", "2", "--nvlink", "3", "--compare", "disks"]),
+])  # fmt: skip
+def test_numbers_of_several_gpus_that_make_no_sense_are_refused(what, words, capsys):
+    assert main(["plan", "opt-125m", "--gpu", "a100", *words]) == 2
+    assert what in capsys.readouterr().err
 
 
 def test_names_numbers_and_what_is_between_them():

@@ -146,6 +146,8 @@ def _plan(plan: Parser, argv: Sequence[str], config: ConfigFile | None) -> None:
     plan.add_argument(
         "--ranks", type=count, metavar="N", help="a table: tokens/s of 1, 2, 4, ... N GPUs, and the bottleneck"
     )
+    nvlink = "GB/s that a GPU receives from the others: adds what slices and shards would give"
+    plan.add_argument("--nvlink", type=positive, metavar="GB/S", help=nvlink)
     plan.add_argument("--timeline", metavar="FILE", help="write a predicted timeline of one step, for ui.perfetto.dev")
     groups.engine(plan, without=["host_memory"])  # there it is how memory is locked; here the flag gives its size
     groups.methods(plan, argv, config)

@@ -53,7 +53,7 @@ def plan_lines(args: argparse.Namespace, settings: dict[str, Any]) -> Iterator[s
     yield from lines(found, args.steps, USUAL_STEPS)
     yield ""
     if args.ranks:
-        yield from scaling.lines(found, args.ranks)
+        yield from scaling.lines(found, args.ranks, args.nvlink)
         yield ""
     yield from details(found.planned, lambda: named_rates(found))
     if args.timeline:
@@ -65,7 +65,7 @@ def _check(args: argparse.Namespace) -> None:
     """Raise ConfigError for flags that do not go together: none is ignored."""
     machine = {"host-memory": args.machine_memory, "host-bandwidth": args.host_bandwidth, "disk": args.disk,
                "disk-size": args.disk_size}  # fmt: skip
-    pictures = {"timeline": args.timeline, "ranks": args.ranks}
+    pictures = {"timeline": args.timeline, "ranks": args.ranks, "nvlink": args.nvlink}
     if args.compare is not None:
         if args.compare == "gpus":
             pictures |= {"gpu": args.gpu, "link": args.link}  # every GPU has its own link
@@ -76,6 +76,10 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{given[0]} plans for a GPU: name it, --gpu rtx-4090")
     elif args.device not in (None, "cuda"):
         raise ConfigError(f"--device {args.device} is a device of this machine: leave it out, or --gpu")
+    if args.nvlink is not None and args.ranks is None:
+        raise ConfigError("--nvlink is the rate between several GPUs: give --ranks N, too")
+    if args.ranks is not None and args.ranks > scaling.MOST:
+        raise ConfigError(f"--ranks {args.ranks}: at most {scaling.MOST} GPUs are planned for")
     if args.timeline is not None and not Path(args.timeline).absolute().parent.is_dir():
         raise ConfigError(f"--timeline {args.timeline}: there is no directory {Path(args.timeline).parent}")
 
