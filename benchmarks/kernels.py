@@ -56,6 +56,8 @@ class Case:
     layout: int = 2
     call: int = 0
     """Elements a call, one call after another over `MODEL` weights; 0: one call for everything."""
+    rank: int = 0
+    """Of the directions; 0: each element has noise of its own."""
 
     def bytes_per_element(self) -> float:
         fmt = get_format(self.store)
@@ -65,12 +67,17 @@ class Case:
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
-OWNER = 768 * 768
+SIDE = 768
+OWNER = SIDE * SIDE
 MODEL = 227 * OWNER  # about 128 Mi
 CASES = [
     Case("owners", "gaussian", "fp32", 1, 2, FP32, quick=True, call=OWNER),
     Case("owners", "rademacher", "fp32", 1, 2, FP32, quick=True, call=OWNER),
     Case("owners", "gaussian", "bf16", 1, 2, BF16, call=OWNER),
+    Case("owners", "gaussian", "fp32", 1, 2, FP32, quick=True, call=OWNER, rank=1),
+    Case("owners", "gaussian", "fp32", 1, 2, FP32, quick=True, call=OWNER, rank=2),
+    Case("owners", "gaussian", "bf16", 1, 2, BF16, call=OWNER, rank=2),
+    Case("owners, 4 pending", "gaussian", "fp32", 4, 2, FP32, call=OWNER, rank=2),
     Case("step", "gaussian", "bf16", 1, 2, BF16, torch_too=True, quick=True),
     Case("step", "gaussian", "bf16", 1, 2, FP32, torch_too=True, quick=True),
     Case("step", "gaussian", "fp32", 1, 2, FP32, torch_too=True, quick=True),
@@ -107,7 +114,9 @@ def repeat(work: Callable[[], None], seconds: float, least: int = 3) -> list[flo
     return in_turns([work], seconds, least)[0]
 
 
-def in_turns(works: list[Callable[[], None]], seconds: float, least: int = 3) -> list[list[float]]:
+def in_turns(
+    works: list[Callable[[], None]], seconds: float, least: int = 3, clock: Callable[[], float] = time.perf_counter
+) -> list[list[float]]:
     """The same for several, one repeat of each after the other: what the machine does meanwhile hits all alike."""
     for work in works:
         work()
@@ -115,9 +124,9 @@ def in_turns(works: list[Callable[[], None]], seconds: float, least: int = 3) ->
     end = time.perf_counter() + seconds * len(works)
     while len(times[0]) < least or time.perf_counter() < end:
         for work, found in zip(works, times, strict=True):
-            start = time.perf_counter()
+            start = clock()
             work()
-            found.append(time.perf_counter() - start)
+            found.append(clock() - start)
     return times
 
 
@@ -152,7 +161,8 @@ class Bench:
         numel = self.numel_of(case)
         values = self.values if numel <= self.numel else self.values.repeat(-(-numel // self.numel))[:numel]
         stored, residual = encode_values(values, fmt, threads=threads)
-        spec = NoiseSpec(case.distribution, case.rounds, case.layout)  # type: ignore[arg-type]
+        spec = NoiseSpec(case.distribution, case.rounds, case.layout, case.rank)  # type: ignore[arg-type]
+        spec = spec.of((numel // SIDE, SIDE))
         updates = [Update(k, 2.0**-20, fold=case.fold) for k in range(case.updates)]
         scale = 0.0 if case.name.startswith("evaluation") else 2.0**-10
         lanes = [Perturbation(99, sign * scale) for sign in (1, -1)[: case.lanes]]
@@ -215,7 +225,7 @@ def results(
             works = [bench.ours(case, threads)]
             if not case.fold:
                 works.append(bench.ours(replace(case, store="bf16"), threads))
-            former = layouts and case.distribution == "gaussian"
+            former = layouts and case.distribution == "gaussian" and not case.rank
             if former:
                 works.append(bench.ours(replace(case, layout=1), threads))
             times, *beside = in_turns(works, bench.seconds)
@@ -232,6 +242,8 @@ def results(
                 "per_core": round(speed[0] / threads, 4), "gb_per_s": round(moved, 2),
                 "memcpy_gb_per_s": round(copy, 2), "share_of_memcpy": round(moved / copy, 3),
             }  # fmt: skip
+            if case.rank:
+                result |= {"rank": case.rank} | of_others(bench, case, threads)
             if former:
                 was = beside.pop()
                 result["of_layout_1"] = round(quantile(was, 0.5) / quantile(times, 0.5), 3)
@@ -243,6 +255,23 @@ def results(
                 result |= {"torch_gelem_per_s": round(plain, 4), "times_torch": round(speed[0] / plain, 1)}
             yield common | result
     yield common | call_overhead()
+
+
+def of_others(bench: Bench, case: Case, threads: int) -> dict[str, float]:
+    """How many times less CPU time the pass takes than with noise of its own for each element, and how much it takes
+    of what a copy of as many bytes by torch takes; medians, in turns."""
+    moved = round(case.bytes_per_element() * bench.numel_of(case)) // 2
+    few = [min(moved, bench.source.numel())] * (moved // bench.source.numel()) + [moved % bench.source.numel()]
+
+    def copy() -> None:
+        for size in few:
+            bench.target[:size].copy_(bench.source[:size])
+
+    others = [replace(case, rank=0), replace(case, rank=0, distribution="rademacher")]
+    works = [bench.ours(one, threads) for one in (case, *others)] + [copy]
+    times, gaussian, signs, copied = in_turns(works, bench.seconds, least=5, clock=time.process_time)
+    found = {"of_gaussian": (gaussian, times), "of_signs": (signs, times), "of_a_copy": (times, copied)}
+    return {name: round(quantile(a, 0.5) / quantile(b, 0.5), 3) for name, (a, b) in found.items()}
 
 
 def call_overhead() -> dict[str, object]:

@@ -7,7 +7,7 @@
 #define ZO_API_H
 #include "formats.h"
 
-#define ZO_ABI_VERSION 10
+#define ZO_ABI_VERSION 11
 
 enum { ZO_OK = 0, ZO_ERROR_FORMAT = 1, ZO_ERROR_NOISE = 2, ZO_ERROR_ISA = 3, ZO_ERROR_MEMORY = 4, ZO_ERROR_MASK = 5,
        ZO_ERROR_TERMS = 6 };
@@ -49,6 +49,10 @@ enum {
 enum { ZO_MASK_NONE = 0, ZO_MASK_MAGNITUDE = 1, ZO_MASK_RANDOM = 2, ZO_MASK_LISTED = 3, ZO_NUM_MASKS = 4 };
 enum { ZO_LISTED = 1024 };
 
+// Directions of low rank: with `rank`, the noises of updates, terms and lanes are z = U V^T of a matrix of `columns`
+// columns, made of Gaussians (zo_offload/kernels/low_rank.py). On CPUs only, and of values only.
+enum { ZO_MOST_RANK = 16 };
+
 struct zo_pass {
   void* stored;              // values plane, from the parameter's element `offset` on; as below
   void* scales;              // formats with groups: a byte or a float32 a group
@@ -69,9 +73,10 @@ struct zo_pass {
   zo_u32 mask, mask_limit;   // with values as the target only
   zo_u32 num_terms;
   zo_u32 across;             // mxfp4_across: elements a row, a multiple of 8, and `offset` one of ZO_BAND rows; else 0
+  zo_u32 rank, columns;      // rank 0: each element has noise of its own
 };
 
-static_assert(sizeof(zo_update) == 24 && sizeof(zo_lane) == 24 && sizeof(zo_pass) == 152, "packed by Python");
+static_assert(sizeof(zo_update) == 24 && sizeof(zo_lane) == 24 && sizeof(zo_pass) == 160, "packed by Python");
 
 #if !defined(__CUDACC_RTC__)
 #if defined(_WIN32)

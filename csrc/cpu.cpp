@@ -92,15 +92,69 @@ void make_key(zo_key* key, zo_u64 seed, zo_u32 param_id, zo_u32 tag) {
   key->param_id = param_id;
   key->tag = tag;
   key->fresh = 1;
+  key->columns = nullptr;
 }
+
+zo_u64 seed_of(const zo_key& key) { return key.k0[0] | key.k1[0] << 32; }
+
+// The factors V of a pass's directions, one for each upper half of a seed, made before the pass: they are few numbers.
+class Columns {
+ public:
+  Columns(const zo_pass& pass, const zo_kernels& kernels) : pass_(pass), noise_(kernels.noise[pass.rounds == 10]) {}
+  ~Columns() {
+    while (made_) {
+      One* before = made_->before;
+      delete[] made_->v;
+      delete made_;
+      made_ = before;
+    }
+  }
+
+  // Gives each key the V of its direction; false if there is no memory.
+  bool give(zo_key* keys, zo_u32 count) {
+    for (zo_u32 k = 0; k < count; ++k)
+      if (keys[k].fresh && !(keys[k].columns = of(seed_of(keys[k]) >> 32 << 32))) return false;
+    return true;
+  }
+
+ private:
+  struct One {
+    zo_u64 seed;
+    float* v;
+    One* before;
+  };
+
+  const float* of(zo_u64 seed) {
+    for (One* one = made_; one; one = one->before)
+      if (one->seed == seed) return one->v;
+    const zo_u64 numel = (zo_u64)pass_.rank * pass_.columns, beyond = 64;  // whole vectors are read at the end
+    float* v = new (std::nothrow) float[numel + beyond]();
+    One* one = v ? new (std::nothrow) One{seed, v, made_} : nullptr;
+    if (!one) {
+      delete[] v;
+      return nullptr;
+    }
+    made_ = one;
+    StandardFloat guard;
+    zo_key key;
+    make_key(&key, seed, pass_.param_id, ZO_TAG_COLUMNS);
+    noise_(&key, 0, numel, v);
+    return v;
+  }
+
+  const zo_pass& pass_;
+  void (*noise_)(const zo_key*, zo_u64, zo_u64, float*);
+  One* made_ = nullptr;
+};
 
 // Noise, and for stochastic rounding random bits, of every update; noise of every term, and of every lane whose seed is a
 // new one.
-void make_keys(const zo_pass& pass, zo_work* work, zo_key* keys) {
+bool make_keys(const zo_pass& pass, zo_work* work, zo_key* keys, Columns& columns) {
   const zo_u32 tag = tag_of(pass.distribution);
   work->tag = (int)tag;
   work->update_keys = keys;
   for (zo_u32 k = 0; k < pass.num_updates; ++k) make_key(keys++, work->updates[k].seed, pass.param_id, tag);
+  if (pass.rank && !columns.give(keys - pass.num_updates, pass.num_updates)) return false;
   work->rounding_keys = keys;
   if (pass.flags & ZO_STOCHASTIC)
     for (zo_u32 k = 0; k < pass.num_updates; ++k)
@@ -109,6 +163,7 @@ void make_keys(const zo_pass& pass, zo_work* work, zo_key* keys) {
   if (pass.mask == ZO_MASK_RANDOM) make_key(keys++, pass.mask_seed, pass.param_id, ZO_TAG_MASK);
   work->term_keys = keys;
   for (zo_u32 k = 0; k < pass.num_terms; ++k) make_key(keys++, work->terms[k].seed, pass.param_id, tag);
+  if (pass.rank && !columns.give(keys - pass.num_terms, pass.num_terms)) return false;
   work->lane_keys = keys;
   const zo_lane* made = nullptr;  // whose noise is there
   zo_u64 bytes = 0;
@@ -118,11 +173,13 @@ void make_keys(const zo_pass& pass, zo_work* work, zo_key* keys) {
     bytes += pass.numel * zo_format_bytes((int)(lane.format ^ sum));
     keys->fresh = 0;
     if (lane.scale == 0.0f || (made && made->seed == lane.seed && (made->format & ZO_LANE_SUM) == sum)) continue;
-    if (!sum) make_key(keys, lane.seed, pass.param_id, tag);
     keys->fresh = 1;
+    if (!sum) make_key(keys, lane.seed, pass.param_id, tag);
+    if (pass.rank && !sum && !columns.give(keys, 1)) return false;
     made = &lane;
   }
   work->past_cache = !pass.rows && bytes > PAST_CACHE;
+  return true;
 }
 
 struct Job {
@@ -236,6 +293,9 @@ int check(const zo_pass& pass, const zo_work& work, int isa) {
     if (lane.format & ZO_LANE_SUM && (zo_u32)lane.seed + (lane.seed >> 32) > pass.num_terms) return ZO_ERROR_TERMS;
   }
   if (pass.distribution >= ZO_NUM_NOISES || (pass.rounds != 7 && pass.rounds != 10)) return ZO_ERROR_NOISE;
+  if (pass.rank && (pass.rank > ZO_MOST_RANK || !pass.columns || pass.distribution != ZO_GAUSSIAN ||
+                    pass.flags & ZO_TARGET_SCALES))
+    return ZO_ERROR_NOISE;
   if (pass.mask >= ZO_NUM_MASKS || (pass.mask && pass.flags & ZO_TARGET_SCALES)) return ZO_ERROR_MASK;
   return ZO_OK;
 }
@@ -256,11 +316,15 @@ int run_pass(zo_work work, int isa, int threads) {
   const zo_u64 num_keys = 2 * (zo_u64)pass->num_updates + pass->num_terms + pass->num_lanes + 1;
   zo_key* keys = num_keys <= 16 ? few : new (std::nothrow) zo_key[num_keys];
   if (!keys) return ZO_ERROR_MEMORY;
-  make_keys(*pass, &work, keys);
+  const zo_kernels kernels = kernels_of(isa);
+  Columns columns(*pass, kernels);
+  if (!make_keys(*pass, &work, keys, columns)) {
+    if (keys != few) delete[] keys;
+    return ZO_ERROR_MEMORY;
+  }
 
   Job job = {};
   job.work = &work;
-  const zo_kernels kernels = kernels_of(isa);
   job.segment = (pass->flags & ZO_TARGET_SCALES ? kernels.scales : kernels.segment)[pass->rounds == 10];
   const zo_u64 streams = 1 + pass->num_updates + pass->num_terms + pass->num_lanes;
   if (pass->rows)

@@ -283,13 +283,115 @@ struct Noise {
   alignas(64) zo_u32 signs[TILE / 32];  // rademacher: a bit an element
 };
 
+// ---- directions of low rank: z = U V^T (zo_offload/kernels/low_rank.py)
+
+// A pass's factors: V lies in memory, U is made a few rows ahead.
+class LowRank {
+ public:
+  explicit LowRank(const zo_pass& pass) : columns_(pass.columns), rank_((int)pass.rank) {
+    for (Near& near : near_) near.key = nullptr;
+  }
+
+  // z of elements [g, g + n), as `gaussian`.
+  template <class V, int R, class Sink>
+  ZO_HD void noise(const zo_key& key, zo_u64 g, int n, Sink sink) {
+    if (V::WIDTH == 1 || columns_ % V::WIDTH == 0) {  // then a row's end is a vector's
+      rows<V, R>(key, g, n, sink);
+      return;
+    }
+    alignas(64) float z[TILE + V::WIDTH];
+    unaligned<V, R>(key, g, n, z);
+    for (int i = 0; i < n; i += V::WIDTH) sink(i, V::load(z + i));
+  }
+
+ private:
+  struct Near {  // ALIGN numbers of U from `first` on
+    const zo_key* key;
+    zo_u64 first;
+    alignas(64) float u[ALIGN];
+  };
+  enum { NEAR = 8 };  // updates and lanes take turns in each tile
+
+  // A vector at a row's end goes on beyond it: the next row, which comes later, writes over that.
+  template <class V, int R>
+  __attribute__((noinline)) void unaligned(const zo_key& key, zo_u64 g, int n, float* z) {
+    rows<V, R>(key, g, n, [&](int i, typename V::F x) { V::store(z + i, x); });
+  }
+
+  template <class V, int R, class Sink>
+  ZO_HD void rows(const zo_key& key, zo_u64 g, int n, Sink sink) {
+    zo_u64 row = g / columns_, column = g % columns_;
+    for (int i = 0; i < n; ++row, column = 0) {
+      const int end = columns_ - column < (zo_u64)(n - i) ? i + (int)(columns_ - column) : n;
+      float u[ZO_MOST_RANK];
+      row_of<V, R>(key, row, u);
+      const float* v = key.columns + column;
+      switch (rank_) {
+        case 1: run<V, 1>(u, v, i, end, sink); break;
+        case 2: run<V, 2>(u, v, i, end, sink); break;
+        case 4: run<V, 4>(u, v, i, end, sink); break;
+        default: run<V, 0>(u, v, i, end, sink);
+      }
+      i = end;
+    }
+  }
+
+  // Elements [i, end) of a tile, of one row. KNOWN: the rank, or 0. What the loop reads is in registers: a compiler has to
+  // assume that it changes with each vector that is stored.
+  template <class V, int KNOWN, class Sink>
+  ZO_HD void run(const float* u, const float* v, int i, int end, Sink sink) const {
+    enum { FEW = KNOWN ? KNOWN : 1 };
+    const int rank = KNOWN ? KNOWN : rank_;
+    const zo_u64 columns = columns_;
+    typename V::F first[FEW];
+    ZO_UNROLL
+    for (int k = 0; k < FEW; ++k) first[k] = V::f(u[k]);
+    for (; i < end; i += V::WIDTH, v += V::WIDTH) {
+      typename V::F z = V::mul(first[0], V::load(v));
+      ZO_UNROLL
+      for (int k = 1; k < FEW; ++k) z = V::fma(first[k], V::load(v + k * columns), z);
+      for (int k = FEW; k < rank; ++k) z = V::fma(V::f(u[k]), V::load(v + k * columns), z);
+      sink(i, z);
+    }
+  }
+
+  template <class V, int R>
+  ZO_HD void row_of(const zo_key& key, zo_u64 row, float* u) {
+    Near& near = near_[((zo_u64)&key / sizeof(zo_key)) % NEAR];
+    for (int k = 0; k < rank_; ++k) {
+      const zo_u64 at = row * rank_ + k, first = at & ~(zo_u64)(ALIGN - 1);
+      if (near.key != &key || near.first != first) {
+        make<V, R>(key, first, near.u);
+        near.key = &key;
+        near.first = first;
+      }
+      u[k] = near.u[at - first];
+    }
+  }
+
+  template <class V, int R>
+  __attribute__((noinline)) static void make(const zo_key& key, zo_u64 first, float* u) {
+    gaussian<V, R>(key, first, ALIGN, [&](int i, typename V::F z) { V::store(u + i, z); });
+  }
+
+  zo_u64 columns_;
+  int rank_;
+  Near near_[NEAR];
+};
+
+// low: of a pass with a rank; else null.
 template <class V, int R>
-__attribute__((noinline)) void make_noise(const zo_key& key, zo_u64 g, int n, Noise& noise, const Ahead& ahead) {
+__attribute__((noinline)) void make_noise(const zo_key& key, zo_u64 g, int n, Noise& noise, const Ahead& ahead,
+                                          LowRank* low) {
   const auto keep = [&](int i, typename V::F z) {
     ask<V>(ahead, i);
     V::store(noise.z + i, z);
   };
-  if (key.tag == ZO_TAG_GAUSSIAN) {
+  if (low && ahead.asks()) {
+    low->noise<V, R>(key, g, n, keep);
+  } else if (low) {
+    low->noise<V, R>(key, g, n, [&](int i, typename V::F z) { V::store(noise.z + i, z); });
+  } else if (key.tag == ZO_TAG_GAUSSIAN || key.tag == ZO_TAG_COLUMNS) {
     gaussian<V, R>(key, g, n, keep);
   } else if (key.tag == ZO_TAG_BOX_MULLER) {
     box_muller<V, R>(key, g, n, keep);
@@ -337,14 +439,21 @@ ZO_HD typename V::F kept(const zo_u32* mask, int i, typename V::F changed, typen
 // w = fma(scale, z, w), where the mask has the element
 template <class V, int R, bool MASKED>
 __attribute__((noinline)) void add_noise(float* w, float by, const zo_key& key, zo_u64 g, int n, zo_u32* signs,
-                                         const zo_u32* mask, const Ahead& ahead) {
+                                         const zo_u32* mask, const Ahead& ahead, LowRank* low) {
   const typename V::F scale = V::f(by);
-  const auto add = [&](int i, typename V::F z) {
-    ask<V>(ahead, i);
+  const auto add_quietly = [&](int i, typename V::F z) {
     const typename V::F was = V::load(w + i);
     V::store(w + i, kept<V, MASKED>(mask, i, zo_add_noise<V>(was, scale, z), was));
   };
-  if (key.tag == ZO_TAG_GAUSSIAN) {
+  const auto add = [&](int i, typename V::F z) {
+    ask<V>(ahead, i);
+    add_quietly(i, z);
+  };
+  if (low && ahead.asks()) {
+    low->noise<V, R>(key, g, n, add);
+  } else if (low) {
+    low->noise<V, R>(key, g, n, add_quietly);  // with so few instructions, asking for nothing is half of them
+  } else if (key.tag == ZO_TAG_GAUSSIAN) {
     gaussian<V, R>(key, g, n, add);
   } else if (key.tag == ZO_TAG_BOX_MULLER) {
     box_muller<V, R>(key, g, n, add);
@@ -360,7 +469,7 @@ __attribute__((noinline)) void add_noise(float* w, float by, const zo_key& key, 
 
 template <class V, int R, bool MASKED>
 void update(float* w, const zo_update& u, const zo_key& key, zo_u64 g, int n, Noise& noise, const zo_u32* mask,
-            const Ahead& ahead) {
+            const Ahead& ahead, LowRank* low) {
   if (u.decay != 1.0f) {
     const typename V::F decay = V::f(u.decay);
     for (int i = 0; i < n; i += V::WIDTH) {
@@ -368,22 +477,22 @@ void update(float* w, const zo_update& u, const zo_key& key, zo_u64 g, int n, No
       V::store(w + i, kept<V, MASKED>(mask, i, V::mul(was, decay), was));
     }
   }
-  if (u.coeff != 0.0f) add_noise<V, R, MASKED>(w, -u.coeff, key, g, n, noise.signs, mask, ahead);
+  if (u.coeff != 0.0f) add_noise<V, R, MASKED>(w, -u.coeff, key, g, n, noise.signs, mask, ahead, low);
 }
 
 // What lane j is perturbed along: noise of its seed, or a sum of noises, which is floats whatever they are of.
 template <class V, int R>
-void make_lane_noise(const zo_work* work, zo_u32 j, zo_u64 g, int n, Noise& noise, const Ahead& ahead) {
+void make_lane_noise(const zo_work* work, zo_u32 j, zo_u64 g, int n, Noise& noise, const Ahead& ahead, LowRank* low) {
   const zo_lane& l = work->lanes[j];
   if (!(l.format & ZO_LANE_SUM)) {
-    make_noise<V, R>(work->lane_keys[j], g, n, noise, ahead);
+    make_noise<V, R>(work->lane_keys[j], g, n, noise, ahead, low);
     return;
   }
   __builtin_memset(noise.z, 0, 4 * n);
   const zo_u32 first = (zo_u32)l.seed, count = (zo_u32)(l.seed >> 32);
   for (zo_u32 k = first; k < first + count; ++k)
     if (work->terms[k].coeff != 0.0f)
-      add_noise<V, R, false>(noise.z, work->terms[k].coeff, work->term_keys[k], g, n, noise.signs, 0, ahead);
+      add_noise<V, R, false>(noise.z, work->terms[k].coeff, work->term_keys[k], g, n, noise.signs, 0, ahead, low);
 }
 
 // Its distribution as `lane` goes by it: floats, or signs.
@@ -526,6 +635,7 @@ void segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
   grid.group = (int)pass.group;
   grid.middle = zo_int4_middle(pass.flags & ZO_CENTRED);
   const Ahead nothing(w);
+  LowRank factors(pass), *low = pass.rank ? &factors : nullptr;
   while (n) {
     const Cut cut = cut_tile(pass, g, n);
     const int span = cut.span;
@@ -553,9 +663,11 @@ void segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
       if (pass.mask == ZO_MASK_MAGNITUDE && !(k && work->updates[k].flags & ZO_UPDATE_SAME_STEP))
         mask_magnitude<V>(w, pass.mask_limit, span, mask);
       if (pass.mask)
-        update<V, R, true>(w, work->updates[k], work->update_keys[k], cut.first, span, noise, mask, k ? nothing : ahead);
+        update<V, R, true>(w, work->updates[k], work->update_keys[k], cut.first, span, noise, mask,
+                           k ? nothing : ahead, low);
       else
-        update<V, R, false>(w, work->updates[k], work->update_keys[k], cut.first, span, noise, mask, k ? nothing : ahead);
+        update<V, R, false>(w, work->updates[k], work->update_keys[k], cut.first, span, noise, mask,
+                            k ? nothing : ahead, low);
       if (!(work->updates[k].flags & ZO_UPDATE_FOLD)) continue;
       if (stochastic)
         philox_words<V, R, V::GROUPS>(work->rounding_keys[k], cut.first >> 3, span / 8, (zo_u32*)random);
@@ -572,7 +684,7 @@ void segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
       if (work->lane_keys[j].fresh) {
         Ahead later(w);
         if (j > 1 || writes_later(work)) later.write_lanes(work, j, out_at);
-        make_lane_noise<V, R>(work, j, cut.first, span, noise, j || pass.num_updates ? later : ahead);
+        make_lane_noise<V, R>(work, j, cut.first, span, noise, j || pass.num_updates ? later : ahead, low);
       }
       emit_lane<V>(work, l, cut, out_at, l.scale, w, noise, pass.mask ? mask : 0, scratch.values);
     }
@@ -605,14 +717,14 @@ void scales_segment(const zo_work* work, zo_u64 g, zo_u64 n, zo_u64 out_at) {
     __builtin_memset(scale, 0, sizeof scale);
     __builtin_memcpy(scale + begin, stored, 4 * (end - begin));
     for (zo_u32 k = 0; k < pass.num_updates; ++k) {
-      update<V, R, false>(scale, work->updates[k], work->update_keys[k], k0, GROUPS, noise, 0, Ahead(w));
+      update<V, R, false>(scale, work->updates[k], work->update_keys[k], k0, GROUPS, noise, 0, Ahead(w), nullptr);
       for (int i = begin; i < end; ++i) scale[i] = zo_trained_scale(scale[i]);
       if (pass.flags & ZO_WRITE_BACK && (int)k == work->last_fold)
         __builtin_memcpy(stored, scale + begin, 4 * (end - begin));
     }
     for (zo_u32 j = 0; j < pass.num_lanes; ++j) {
       const zo_lane& l = work->lanes[j];
-      if (work->lane_keys[j].fresh) make_lane_noise<V, R>(work, j, k0, GROUPS, noise, Ahead(w));
+      if (work->lane_keys[j].fresh) make_lane_noise<V, R>(work, j, k0, GROUPS, noise, Ahead(w), nullptr);
       lane<V, false, false>(scale, noise, tag_of_lane(work, l), l.scale, 0, ZO_FP32, (zo_u8*)moved, GROUPS);
       for (zo_u64 at = g; at < stop;) {
         const Cut cut = cut_tile(pass, at, stop - at);
@@ -680,7 +792,7 @@ void noise_segment(const zo_key* key, zo_u64 g, zo_u64 n, float* out) {
     const int head = (int)(g & (ALIGN - 1));
     const int count = n < (zo_u64)(TILE - head) ? (int)n : TILE - head;
     const int span = (head + count + ALIGN - 1) & ~(ALIGN - 1);
-    make_noise<V, R>(*key, g - head, span, noise, Ahead(w));
+    make_noise<V, R>(*key, g - head, span, noise, Ahead(w), nullptr);
     if (key->tag == ZO_TAG_RADEMACHER)  // 0 + 1 * sign
       for (int i = 0; i < span; i += V::WIDTH)
         V::store(noise.z + i, V::add_signed(V::load(w + i), V::f(1.0f), noise.signs, i));

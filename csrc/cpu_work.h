@@ -8,6 +8,7 @@ struct zo_key {  // of one Philox stream; round keys are widened so that SIMD co
   zo_u32 param_id, tag;
   zo_u32 fresh;  // of a lane: its noise, or its sum of noises, is not that of the lane before
   zo_u32 unused;
+  const float* columns;  // of a direction of low rank: V, column after column of it; null: noise without a rank
 };
 
 struct zo_work {

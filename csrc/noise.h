@@ -40,7 +40,7 @@ typedef long long zo_i64;
 
 // stream tags, counter word 3
 enum { ZO_TAG_BOX_MULLER = 0, ZO_TAG_RADEMACHER = 1, ZO_TAG_ROUNDING = 2, ZO_TAG_SEED = 3, ZO_TAG_GAUSSIAN = 4,
-       ZO_TAG_MASK = 5 };
+       ZO_TAG_MASK = 5, ZO_TAG_COLUMNS = 6 };
 // what a pass may ask for; Box-Muller is the Gaussian of layout 1
 enum { ZO_BOX_MULLER = 0, ZO_RADEMACHER = 1, ZO_GAUSSIAN = 2, ZO_NUM_NOISES = 3 };
 

@@ -8,10 +8,11 @@ import torch
 
 from support.compare import assert_same
 from support.fake_cuda import FakeBackend, FakeCudaDevice
-from support.native_variants import each_variant, using
+from support.native_variants import VARIANTS, using
 from support.training import batches, placed, stored_weights, train
 from support.zoo.small import tiny_llama, tiny_opt
 from zo_offload import LOZO, ConfigError, Engine
+from zo_offload.cli import main
 from zo_offload.kernels.distributions import DISTRIBUTIONS
 from zo_offload.kernels.float32 import fma
 from zo_offload.kernels.philox import words
@@ -72,8 +73,7 @@ def plain(model, steps, method):
     return told, {name: p.detach() for name, p in model.named_parameters()}
 
 
-@each_variant
-@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("variant, rank", [(VARIANTS[0], 3), (VARIANTS[-1], 1)])
 def test_steps_are_the_plain_loops_wherever_blocks_live(variant, rank, tmp_path):
     """V changes after two steps; the third step has another V, and pending updates of both."""
     method = LOZO(lr=1e-2, eps=1e-2, rank=rank, interval=2, weight_decay=0.1, batch_size=4)
@@ -135,3 +135,8 @@ def test_a_gpu_is_refused_before_anything_is_read(use):
     use(FakeCudaDevice(FakeBackend()))
     with pytest.raises(ConfigError, match="'lozo' is not on a GPU yet"):
         Engine(tiny_opt(), method=LOZO(), device="cuda").fit(batches(), steps=1)
+
+
+def test_a_plan_for_a_gpu_is_refused_too(capsys):
+    assert main(["plan", "opt-125m", "--gpu", "rtx-4090", "--method", "lozo"]) == 2
+    assert "'lozo' is not on a GPU yet" in capsys.readouterr().err

@@ -121,10 +121,20 @@ def random_case(chance: random.Random, fmt=None, target="values"):
         write_back=chance.random() < 0.8,
         rounding=chance.choice(["nearest", "stochastic"]),
         shift=chance.choice([0, 0, 1, 3]),
-        noise=NoiseSpec(chance.choice(["gaussian", "rademacher"]), chance.choice([7, 10])),
+        noise=plain_noise(chance) if target == "scales" or chance.random() < 0.6 else low_rank(chance),
         param_id=chance.randrange(1 << 32),
         mask=None if target == "scales" else chance.choice([None, *masks(chance), *near(chance, offset, n, fmt)]),
     )
+
+
+def plain_noise(chance):
+    return NoiseSpec(chance.choice(["gaussian", "rademacher"]), chance.choice([7, 10]))
+
+
+def low_rank(chance):
+    """Rows that end with a vector of elements, within one, and many in one."""
+    columns = chance.choice([2, 5, 61, 384, 400, 768, 3000])
+    return NoiseSpec(rounds=chance.choice([7, 10]), rank=chance.choice([1, 2, 2, 3, 4, 16]), columns=columns)
 
 
 def near(chance, offset, numel, fmt):
@@ -217,6 +227,35 @@ def test_a_fold_of_what_was_not_made_ready_for_it_is_refused_and_nothing_is_run(
             with pytest.raises(ConfigError, match="not made ready"):
                 ready.run([(fold, [], True, False)] * 2, Mark())
             assert torch.equal(before[0], good) and torch.equal(before[1], bytes_)
+
+
+@each_isa
+def test_directions_of_low_rank_are_the_same_in_slices_rows_and_threads(isa):
+    """A matrix at once; in pieces that begin inside of rows; by gathered rows; V shared by some updates and not by
+    others, more of them than have a place for their U."""
+    rows, columns = 300, 330
+    n, spec = rows * columns, NoiseSpec(rank=3, columns=columns)
+    stored = BF16.encode(torch.randn(n, generator=torch.Generator().manual_seed(1)) * 0.02)
+    updates = [Update((k // 4) << 32 | k, f32(1e-2), fold=False) for k in range(9)]
+    lanes = [Perturbation(5 << 32 | 77, f32(s)) for s in (1e-3, -1e-3)]
+
+    def passed(start, stop, threads=1):
+        outs = [torch.empty(stop - start) for _ in lanes]
+        fused_pass(stored[2 * start : 2 * stop].clone(), BF16, param_id=5, numel=stop - start, offset=start, noise=spec,
+                   updates=updates, perturbations=lanes, outs=outs, threads=threads)  # fmt: skip
+        return outs
+
+    want = run("reference", stored, BF16, lanes, [torch.float32] * 2, noise=spec, updates=updates)[1:]
+    with using(isa):
+        assert_same(want, [bits(out) for out in passed(0, n, threads=3)])
+        cuts = [0, 1, 4000, 4001, 33_333, n]
+        pieces = zip(*(passed(*pair) for pair in itertools.pairwise(cuts)), strict=True)
+        assert_same(want, [bits(torch.cat(piece)) for piece in pieces])
+        chosen = torch.tensor([299, 0, 7, 7, 150])
+        outs = [torch.empty(len(chosen), columns) for _ in lanes]
+        fused_rows(stored, BF16, param_id=5, row_numel=columns, rows=chosen, updates=updates, noise=spec,
+                   perturbations=lanes, outs=outs)  # fmt: skip
+        assert_same([lane.view(rows, columns)[chosen] for lane in want], [bits(out) for out in outs])
 
 
 @each_isa

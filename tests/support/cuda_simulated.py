@@ -134,10 +134,10 @@ class CpuKernels(cuda_kernels.CudaKernels):
         library.gaussian_table(out)
 
 
-_PASS = "<13Q12I"
+_PASS = "<13Q14I"
 PASS_FIELDS = (
     "stored scales minima residual rows updates terms lanes numel offset num_rows total mask_seed num_updates "
-    "num_lanes format group param_id distribution rounds flags mask mask_limit num_terms across"
+    "num_lanes format group param_id distribution rounds flags mask mask_limit num_terms across rank columns"
 ).split()
 """struct zo_pass of csrc/api.h."""
 _TAIL_FIELDS = ["total_rows", "last_fold", "first_lane", "first_block", "end_block"]

@@ -324,7 +324,7 @@ def _compared(prepared: Prepared, dtype_of: Callable[[str], torch.dtype], rate: 
     choices = compare(
         prepared.full_plan, dtype_of, keep=config.keep, fold_every=config.fold_every,
         lanes=method.perturbations(0, 0),
-        distribution=method.distribution, noises=method.noises, link_seconds=rate.link_seconds,
+        usual_folds=method.noise.fold_every, noises=method.noises, link_seconds=rate.link_seconds,
         seconds_per_element=rate.pass_seconds,
     )  # fmt: skip
     for choice in choices:

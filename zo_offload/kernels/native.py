@@ -28,7 +28,7 @@ from .distributions import all_kinds, row
 from .records import LANE, MASKS, UPDATE, Mask
 
 LIBRARY = Path(__file__).parent.with_name("_zo_cpu.so")
-ABI_VERSION, LAYOUT_VERSION = 10, 2
+ABI_VERSION, LAYOUT_VERSION = 11, 2
 ISAS = ("scalar", "avx2", "avx512", "neon")
 
 _ERRORS = {
@@ -40,7 +40,7 @@ _ERRORS = {
     6: "a sum of noises whose terms are not there",
 }
 # struct zo_pass of csrc/api.h
-_PASS = struct.Struct("<13Q12I")
+_PASS = struct.Struct("<13Q14I")
 PASS_BYTES = _PASS.size
 UPDATES_AT = 40  # of the address of the updates, then that of the terms, in struct zo_pass
 _FACTS = struct.Struct("<6I")
@@ -78,6 +78,8 @@ def pack_pass(
     master: bool = False,
     centred: bool = False,
     mask: Mask | None = None,
+    rank: int = 0,
+    columns: int = 0,
 ) -> bytes:
     """struct zo_pass. updates, terms: their addresses, or 0 if they follow the struct in this order. total: default
     `numel`. distribution: the name of a row of `distributions.all_kinds`."""
@@ -88,7 +90,7 @@ def pack_pass(
         rounds,
         write_back | stochastic << 1 | target_scales << 2 | master << 3 | centred << 4,
         0 if mask is None else MASKS[mask.kind],
-        0 if mask is None else mask.words[1], num_terms, across,
+        0 if mask is None else mask.words[1], num_terms, across, rank, columns,
     )  # fmt: skip
 
 

@@ -123,6 +123,7 @@ def fields_of(call: PassCall, residual: Tensor | None) -> dict[str, Any]:
         num_rows=0 if rows is None else rows.numel(), numel=call.computed, offset=call.offset, total=call.numel,
         num_lanes=len(call.outs), param_id=call.param_id, distribution=call.noise.kind.name, rounds=call.noise.rounds,
         stochastic=call.stochastic, target_scales=call.target_scales, master=call.master, mask=call.mask,
+        rank=call.noise.rank, columns=call.noise.columns,
     )  # fmt: skip
 
 

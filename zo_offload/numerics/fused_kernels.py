@@ -119,6 +119,6 @@ def kernels_for(stored: Tensor, fmt: Format, noise: NoiseSpec) -> Kernels:
     if stored.device.type != "cpu":
         raise ConfigError(f"stored is on {stored.device}: this pass runs on the CPU and on CUDA devices")
     library = native.library()
-    if library is None or fmt.code not in library.formats or noise.kind.code is None or noise.rank:
+    if library is None or fmt.code not in library.formats or noise.kind.code is None:
         return _REFERENCE
     return OnCpu(library)

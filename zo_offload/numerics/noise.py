@@ -91,6 +91,11 @@ class NoiseSpec:
         """The largest |z|."""
         return self.kind.largest if not self.rank else self.rank * self.kind.largest**2
 
+    @property
+    def fold_every(self) -> int:
+        """Default `fold_every` if blocks are flushed; see `storage.choose_fold_every`."""
+        return self.kind.fold_every if not self.rank else get_distribution("rademacher").fold_every
+
     def of(self, shape: Sequence[int]) -> NoiseSpec:
         """The noise of a parameter of this shape. With a rank: a matrix has its last dimension as columns, and all
         others together as rows; if it has no more rows or columns than the rank, and for vectors, noise without a

@@ -20,7 +20,6 @@ import torch
 
 from ..errors import ConfigError
 from ..formats import Format, format_of, get_format
-from ..kernels.distributions import get_distribution
 from ..kernels.records import Target, Trains
 from ..modules.tree import select_names
 from .blocks import ParamSpec
@@ -182,24 +181,23 @@ def is_lossless(plan: Plan, layout: Layout) -> bool:
 
 
 def choose_fold_every(
-    given: int | str | None, plan: Plan, layout: Layout, in_place: bool, distribution: str, noises: int = 1
+    given: int | str | None, plan: Plan, layout: Layout, in_place: bool, usual: int, noises: int = 1
 ) -> int:
     """`fold_every`, with the default resolved. "auto", too, is the default until it is measured (`run/folding.py`).
 
     In float32 the numbers do not depend on it, so weights that are never flushed (in_place: blocks are used in place;
     or all trained parameters are resident) fold every step, which avoids making the noise of pending updates again.
-    Otherwise it is part of the run's identity and must not depend on the tier. noises: number of noises per step; each
-    is a pending update of its own.
+    Otherwise it is part of the run's identity and must not depend on the tier. usual: the noise's `fold_every`; noises:
+    number of noises per step; each is a pending update of its own.
 
     With c seconds of noise per element, and f seconds to flush one, folding every K steps costs c (K + 1) / 2 + f / K
     per element and step, least at K = sqrt(2 f / c). bf16 to a disk at 1 GB/s (f = 2 ns) and one CPU core of Gaussian
     noise (c = 1 ns): K = 2; two cores, 2.8; a PCIe 5 link at 50 GB/s and an H200 (0.04 ns, 1.3 ps): K = 8. 4 is within
     25 % of the least cost of both, and keeps four times more of an update that 16 bits would round away. Rademacher
-    noise costs a fifth (`benchmarks.kernels`): K is sqrt(5) larger.
+    noise costs a fifth (`benchmarks.kernels`), directions of low rank about as much: K is sqrt(5) larger.
     """
     if isinstance(given, int):
         return given
     flushed = not in_place and not layout.written <= plan.resident
-    usual = get_distribution(distribution).fold_every
     every = max(1, round(usual / math.sqrt(noises)))  # the c above is for all noises of a step together
     return every if flushed or not is_lossless(plan, layout) else 1

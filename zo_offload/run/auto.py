@@ -102,7 +102,7 @@ def compare(
     keep: Any = None,
     fold_every: int | str | None = None,
     lanes: Sequence[Perturbation] = (),
-    distribution: str = "gaussian",
+    usual_folds: int = 4,
     noises: int = 1,
     link_seconds: Callable[[float, float], float] | None = None,
     seconds_per_element: PassSeconds | None = None,
@@ -117,7 +117,7 @@ def compare(
         if (way := _trained(plan, dtype_of, name, keep)) is None:
             continue
         stored, layout = way
-        every = choose_fold_every(fold_every, stored.plan, layout, False, distribution, noises)
+        every = choose_fold_every(fold_every, stored.plan, layout, False, usual_folds, noises)
         fetched, flushed = step_bytes(stored.plan, layout, stored.plan.resident, every)
         seconds = 0.0
         if link_seconds is not None:

@@ -134,7 +134,7 @@ class Prepared:
         layout = make_layout(stored.plan, stored.format_of, stored.target)
         method = self.method
         stays = _in_place(config, offload, self.device)
-        every = choose_fold_every(config.fold_every, stored.plan, layout, stays, method.distribution, method.noises)
+        every = choose_fold_every(config.fold_every, stored.plan, layout, stays, method.noise.fold_every, method.noises)
         return replace(self, plan=stored.plan, layout=layout, config=config, offload=offload, fold_every=every)
 
     def formats_without_keep(self, dtype_of: Callable[[str], torch.dtype], kept_of: KeptOf) -> Mapping[str, Format]:
@@ -241,7 +241,7 @@ def prepare(
     version chose is kept, where this version would choose otherwise. Raises ConfigError for settings that contradict
     each other, BudgetError if a memory tier cannot hold the model.
     """
-    if method.noise.rank and config.device != "cpu":
+    if method.noise.rank and device.kind != "cpu":
         raise ConfigError(
             f"method {method.name!r} is not on a GPU yet: its directions of low rank are made on CPUs only. Use "
             "device='cpu', or mezo"
@@ -268,7 +268,7 @@ def prepare(
     folds = config.fold_every
     if folds is None and recorded is not None and type(recorded.get("fold_every")) is int:
         folds = recorded["fold_every"]
-    every = choose_fold_every(folds, stored.plan, layout, stays, method.distribution, method.noises)
+    every = choose_fold_every(folds, stored.plan, layout, stays, method.noise.fold_every, method.noises)
     return Prepared(_shadow(model), full, stored.plan, layout, config, method, device, offload, every, decided, tail)
 
 
