@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,25 +96,26 @@ def test_a_forward_that_runs_nothing_of_what_trains_is_refused_at_the_first_step
         assert set(engine.evaluate([rows], batch_size=2)) == {"loss"}, "an evaluation needs nothing that trains"
 
 
-@pytest.mark.parametrize("offload", ["none", "host"])
+@pytest.mark.parametrize("offload", ["none", "host", "disk"])
 @pytest.mark.parametrize("grows, trims", [(0, [0, 0]), (20 << 20, [0, 3]), (40 << 20, [1, 6])])
 def test_what_the_allocator_keeps_is_given_back_once_the_process_has_grown(
-    monkeypatch: Any, offload: Any, grows: int, trims: list[int]
+    monkeypatch: Any, tmp_path: Path, offload: Any, grows: int, trims: list[int]
 ) -> None:
-    """By 32 MB where blocks stream, within a pass too, as a model of many layers has many visits. Beside a model in
-    memory by an eighth, and after a pass: its steps would pay for what the next one takes again."""
-    with Engine(ZOO["llama"].build(), method=MeZO(), offload=offload, num_slots=2, block_numel=4096) as engine:
+    """By 32 MB where blocks stream from files, within a pass too, as a model of many layers has many visits. Beside a
+    model in memory by an eighth, and after a pass: its steps would pay for what the next one takes again."""
+    files, how = offload == "disk", dict(offload=offload, num_slots=2, block_numel=4096)
+    run_dir = tmp_path / "run" if files else None
+    with Engine(ZOO["llama"].build(), method=MeZO(), run_dir=run_dir, **how) as engine:
         engine.step(batch())
         size, found, device = [1 << 30], list[int](), engine.active.start().passes.device
-        streams = offload != "none"
         monkeypatch.setattr(cpu, "private_bytes", lambda: size[0])
         monkeypatch.setattr(device, "trim", lambda: found.append(1))
         device._tidied = 1 << 30
         for _ in range(6):
             size[0] += grows
-            device.tidy(streams)
-        assert len(found) == trims[streams]
+            device.tidy(files)
+        assert len(found) == trims[files]
         asked, tidy = list[bool](), device.tidy
         monkeypatch.setattr(device, "tidy", lambda streams: (asked.append(streams), tidy(streams)))
         engine.step(batch())
-        assert asked == [streams] * (len(engine.plan.visits) if streams else 1)
+        assert asked == [files] * (len(engine.plan.visits) if files else 1)

@@ -94,7 +94,7 @@ class Device(PlannedDevice, Protocol):
 
     def tidy(self, streams: bool) -> None:
         """`trim`, if what an allocator keeps has grown beyond what a plan leaves room for. After each visit where
-        blocks stream, else after each pass."""
+        blocks stream from files, else after each pass."""
 
     def measure_link(self) -> Link | None:
         """Measure the speed of fetches and flushes, if the device has a link of its own."""

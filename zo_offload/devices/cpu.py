@@ -19,8 +19,8 @@ from .streams import Event, Later, Stream
 # glibc only. Tensors that are read one after another leave holes of tens of megabytes in the heap.
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 LET_GROW = 32 << 20
-"""Bytes that a process may grow by before the allocator gives back what it keeps; where nothing streams, an eighth of
-its memory if that is more."""
+"""Bytes that a process may grow by before the allocator gives back what it keeps; where all blocks lie in its memory,
+an eighth of that if it is more."""
 
 
 class _Mapping(mmap.mmap):

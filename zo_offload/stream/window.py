@@ -102,7 +102,7 @@ class BlockWindow:
         for slot in [self._pinned[b] for b in self.plan.resident if b in self._pinned and b in self.layout.written]:
             self._settle(slot)
             self._mark_used(slot)
-        if not self._slots:
+        if not self._slots or self.tier.in_memory:
             self.device.tidy(streams=False)
 
     def mend(self) -> list[int]:
@@ -253,7 +253,7 @@ class BlockWindow:
                 self._settle(self._slot)
             self._mark_used(self._slot)
             self._stray = None
-            if self._slots:
+            if self._slots and not self.tier.in_memory:
                 self.device.tidy(streams=True)
         self._position += 1
         if self._position == len(self._visits):
