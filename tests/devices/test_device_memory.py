@@ -20,6 +20,7 @@ from support.training import METHOD, squares
 from support.zoo.archs import ARCH, build
 from support.zoo.small import tiny_opt
 from zo_offload import Engine, MeZO
+from zo_offload.devices import placing
 from zo_offload.modules import tiles
 from zo_offload.modules.experts import products_run_ahead
 from zo_offload.numerics import cuda_kernels
@@ -96,6 +97,27 @@ def test_every_tier_gives_the_same_numbers_and_waits_for_nothing(gpu, tmp_path, 
             results.append((losses, dict(engine.weights())))
     for other in results[1:]:
         assert_same(results[0], other)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
+def test_models_that_look_at_masks_wait_for_nothing(gpu, monkeypatch, name):
+    """transformers' code asks whether rows are padded; the numbers are the same if it has to ask the GPU."""
+    batch = ARCH[name].batch(0)
+    mask = torch.ones_like(batch["input_ids"])
+    padded = batch | {"attention_mask": mask.clone()}
+    padded["attention_mask"][0, -2:] = 0
+    losses = []
+    for asked in (False, True):
+        if asked:
+            monkeypatch.setattr(placing, "known", lambda there, host: there)
+        with Engine(build(ARCH[name]), method=METHOD, device="cuda", offload="host", num_slots=2) as engine:
+            losses.append([engine.step(each).loss for each in (padded, batch | {"attention_mask": mask})])
+            gpu.waits.clear()
+            launched = engine.active.launch(padded)
+            waited = [wait for wait in gpu.waits if "watch.py" not in wait]
+            assert bool(waited) == asked, waited
+            losses[-1].append(engine.active.finish(launched).loss)
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("storage", ["fp32", "int8"])

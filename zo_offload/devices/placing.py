@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from ..hf import PreTrainedModel
 from ..modules.parameters import is_plain, laid_out
 from . import Device
+from .known import known
 
 
 def move_what_stays(model: nn.Module, device: torch.device, kept: Collection[str] = ()) -> None:
@@ -93,7 +94,10 @@ class PlacedBatches:
             return batch
         if id(batch) not in self._placed:
             as_dict = dict(batch) if isinstance(batch, Mapping) else batch
-            self._placed[id(batch)] = (batch, tree_map_only(Tensor, self._move, as_dict))
+            moved = tree_map_only(Tensor, self._move, as_dict)
+            if isinstance(moved, dict):
+                moved = {name: self._answering(name, value) for name, value in moved.items()}
+            self._placed[id(batch)] = (batch, moved)
         return self._placed[id(batch)][1]
 
     def host_of(self, tensor: Tensor) -> Tensor | None:
@@ -102,6 +106,12 @@ class PlacedBatches:
             return None
         found = self._host.get((tensor.data_ptr(), tensor.numel()))
         return None if found is None else found.view(tensor.shape)
+
+    def _answering(self, name: str, value: Any) -> Any:
+        """A mask or positions that model code can ask without waiting for the device; any other value as it is."""
+        asked = name.endswith("attention_mask") or name == "position_ids"
+        host = self.host_of(value) if asked and isinstance(value, Tensor) else None
+        return value if host is None else known(value, host)
 
     def _move(self, tensor: Tensor) -> Tensor:
         moved = self._device.upload(tensor.contiguous())
