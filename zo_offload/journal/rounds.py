@@ -88,7 +88,8 @@ class Round:
                 )
 
     def __str__(self) -> str:
-        who = f"the mean of {self.clients} clients" if self.client is None else f"client {self.client!r}"
+        several = f"the mean of {self.clients} client{'s' * (self.clients != 1)}"
+        who = several if self.client is None else f"client {self.client!r}"
         return f"{who}, round after {self.step} steps"
 
     @property
