@@ -681,6 +681,30 @@ def test_lora_on_kept_codes_is_trained_from_disk(tmp_path, capsys, scheme):
         assert f"stored as {name_of_format}, " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("scheme", ["fp8", "gptq", "awq", "compressed-tensors", "nvfp4", "int8", "nf4", "plain"])
+def test_an_export_in_float32_has_the_logits_of_few_bits(tmp_path, scheme):
+    """What plain transformers computes of it equals the engine; in the usual layout it is rounded to bf16."""
+    if scheme == "plain":
+        path, *_ = written(tmp_path, "llama", "fp8", hidden=128, inner=256)
+        settings = dict(storage="int8+8")
+    else:
+        writer, _, _ = KEPT[scheme]
+        path, *_ = written(tmp_path, "llama", scheme, hidden=128, inner=256, writer=writer)
+        settings = dict(storage="kept", trainable="*norm*")
+    with Engine(path, method=MeZO(lr=1e-2), offload="none", **settings) as engine:
+        engine.step(ROWS_BATCH | {"labels": ROWS_BATCH["input_ids"]})
+        want = engine.run(ROWS_BATCH).logits
+        engine.save_pretrained(tmp_path / "full", scheme="safetensors-f32")
+        engine.save_pretrained(tmp_path / "usual")
+    found = {}
+    for name in ("full", "usual"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+        with torch.no_grad():
+            found[name] = model(**ROWS_BATCH).logits
+    assert_same(found["full"], want)
+    assert not torch.equal(found["usual"], want)
+
+
 @pytest.mark.parametrize(
     ("config", "settings", "gigabytes"),
     [

@@ -25,7 +25,9 @@ from .weights import Weights
 Run = Callable[[Callable[[], Any]], Any]
 """Calls a function while the model's modules have their current weights, and returns its result."""
 
-USUAL = ("safetensors", "peft", "merged")
+IN_FULL = "safetensors-f32"
+"""safetensors with values of formats of few bits, or of split ones, in float32, which holds them exactly."""
+USUAL = ("safetensors", IN_FULL, "peft", "merged")
 """Names of what is written without a scheme; see `usual`."""
 
 

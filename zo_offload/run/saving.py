@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
-from ..checkpoint.adapters import usual
+from ..checkpoint.adapters import IN_FULL, usual
+from ..checkpoint.as_gguf import SCHEMES as GGUF
 from ..checkpoint.checkpoint import save_pretrained
 from ..checkpoint.export import check_scheme
 from ..errors import ConfigError
@@ -38,7 +40,8 @@ def save(
     if wrong := run.opened.cannot_be_saved(merge):
         raise ConfigError(wrong)
     run.flush()
-    with run.work() as parts:
+    in_full, layout = scheme in (IN_FULL, *GGUF[1:]), None if scheme == IN_FULL else scheme
+    with run.work() as parts, parts.streamer.reader.in_full() if in_full else contextlib.nullcontext():
         whole = run.opened.merged(parts.streamer.reader) if merge else None
         names = list(run.plan.params) if whole is None else whole.names
         as_read = kept_exactly(run.plan, run.opened.prepared.layout, run.opened.base) - {*run.prepared.tail}
@@ -46,7 +49,7 @@ def save(
             directory, model=run.opened.model if whole is None else whole.model, names=names,
             weights=whole or parts.streamer.reader, checkpoint=run.opened.checkpoint,
             max_shard_bytes=int(parse_bytes(max_shard_bytes, "max_shard_bytes")), overwrite=overwrite,
-            tokenizer=tokenizer, scheme=scheme, as_read=as_read if whole is None else whole.beside(as_read),
+            tokenizer=tokenizer, scheme=layout, as_read=as_read if whole is None else whole.beside(as_read),
             run=lambda call: parts.passes.forward([Lane(STILL, {})], lambda *_: call(), exact=True)[0],
         )  # fmt: skip
 

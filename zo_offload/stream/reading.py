@@ -6,11 +6,13 @@ read through the window's memory, which is empty between passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from ..formats import Format
 from ..formats.grouped import cut
 from ..kernels.device_updates import DeviceUpdates
 from ..kernels.records import STILL, Mask, Update
@@ -52,6 +54,7 @@ class Reader:
         self._noise, self._threads, self._mask_of = noise, threads, mask_of
         self._slot: Slot | None = None  # the block that the last read left in the window
         self._along: dict[Piece, Tensor] = {}  # small pieces of blocks that were read, not asked for yet
+        self._is_full = False  # whether values of grouped formats are read in float32
 
     def shape_of(self, name: str) -> torch.Size:
         return self._params[name].shape
@@ -60,7 +63,22 @@ class Reader:
         """The dtype of a parameter's values: its storage dtype."""
         if name in self._held():
             return torch.float32
-        return self._layout.formats[name].torch_dtype
+        return self._value_dtype(self._layout.formats[name])
+
+    @contextmanager
+    def in_full(self) -> Iterator[None]:
+        """While open, values of formats with scales are read in float32, which holds them exactly, instead of being
+        rounded to 16 bits."""
+        self.forget()
+        self._is_full = True
+        try:
+            yield
+        finally:
+            self._is_full = False
+            self.forget()
+
+    def _value_dtype(self, fmt: Format) -> torch.dtype:
+        return torch.float32 if self._is_full and (fmt.group or fmt.residual_bytes) else fmt.torch_dtype
 
     def place_of(self, name: str, element: int) -> int:
         """The block of an element: reading in this order fetches each block once."""
@@ -120,7 +138,7 @@ class Reader:
         pending = self._lacking(piece, slot)
         if place.residual_nbytes:
             wide, at = place.fmt.residual_bytes, place.residual_offset
-            value = torch.empty(high - low, dtype=place.fmt.torch_dtype, device="cpu")
+            value = torch.empty(high - low, dtype=self._value_dtype(place.fmt), device="cpu")
             exact_values(
                 stored.cpu(), slot.memory[at + wide * low : at + wide * high].cpu(), place.fmt, value,
                 param_id=spec.param_id, numel=high - low, offset=piece.start + low,
@@ -128,7 +146,7 @@ class Reader:
                 mask=self._mask_of(piece.name), threads=self._threads,
             )  # fmt: skip
         else:
-            value = torch.empty(high - low, dtype=place.fmt.torch_dtype, device=stored.device)
+            value = torch.empty(high - low, dtype=self._value_dtype(place.fmt), device=stored.device)
             fused_pass(
                 stored, place.fmt, param_id=spec.param_id, numel=high - low, offset=piece.start + low, updates=pending,
                 write_back=False, noise=noise, perturbations=[STILL], outs=[value],
