@@ -312,7 +312,8 @@ def test_values_that_a_type_does_not_hold_are_refused(tmp_path):
         with pytest.raises(CheckpointError, match="'blk.0.ffn_up.weight' has values .*too large for"):
             save_pretrained(tmp_path / "out", model=model, scheme=scheme)
     with pytest.raises(
-        ConfigError, match="an export as 'gguf-q3' is not known; safetensors, peft, merged, fp8, gguf, gguf-f32"
+        ConfigError,
+        match="an export as 'gguf-q3' is not known; safetensors, safetensors-f32, peft, merged, fp8, gguf, ",
     ):
         save_pretrained(tmp_path / "out", model=model, scheme="gguf-q3")
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "out"), "--as", "int4"]) == 2
