@@ -51,6 +51,17 @@ def test_every_test_that_is_named_is_there():
     assert named and all((ROOT / "tests" / name).exists() for name in named)
 
 
+def test_every_test_that_the_findings_name_is_there():
+    text = (ROOT / "docs" / "gpu.md").read_text().partition("third reading found")[2]
+    named = re.findall(r"`(test_\w+)`(?:: ([^;`|]*))?", text)
+    for file, phrases in named:
+        (path,) = (ROOT / "tests").rglob(f"{file}.py")
+        tests = re.findall(r"def (test_\w+)", path.read_text())
+        for phrase in filter(None, (re.sub(r"\W+", "_", p.strip().lower()) for p in phrases.split(","))):
+            assert any(phrase.strip("_") in test for test in tests), (file, phrase)
+    assert len(named) > 15
+
+
 def test_every_word_is_defined_once():
     text = (ROOT / "docs" / "words.md").read_text()
     words = [

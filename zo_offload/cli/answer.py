@@ -17,7 +17,7 @@ from ..run.auto import STREAMED, Rates
 from ..system.units import parse_bytes, show_bytes
 from ..tiers.disk import shapes_of
 from . import named_models as models
-from .costs import LONG, SHORT, Step, Work, step_seconds, work_of
+from .costs import HOST_LANE, HOST_VISIT, LONG, SHORT, Step, Work, step_seconds, work_of
 from .hardware import (
     CONTEXT_BYTES,
     AbsentGpu,
@@ -292,6 +292,13 @@ def _warnings(found: Answer) -> Iterator[str]:
         yield f"warning: it is published in {published}; the 16-bit copy that is trained from has to be made first"
     if made.prepared.offload == "disk" and machine.drive is not None and machine.drive.write_gb_per_s < 0.5:
         yield f"warning: {machine.drive.name} writes {machine.drive.write_gb_per_s:g} GB/s once its cache is full"
+    owners, lanes = len(made.prepared.plan.calls), made.prepared.perturbations * made.micro_batches
+    host = owners * (HOST_VISIT + HOST_LANE * lanes)
+    if host > found.step.seconds:
+        yield (
+            f"warning: the host takes about {_time(host)} to launch a step ({owners} modules, {lanes} lanes; measured "
+            "on a Xeon), more than all else: so long is a step at least, and more rows are free until that"
+        )
     tokens = made.batch_size * made.tokens
     yield f"assumed: {SHORT if tokens < 1024 else LONG:.0%} of the GPU's peak in forwards; costs in docs/planning.md"
 

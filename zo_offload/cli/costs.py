@@ -25,6 +25,10 @@ ISSUED, COPIED = 0.65, 0.8  # shares of full issue and of the memory's rate that
 BASE, NOISE, FOLD = 18.5, {"gaussian": 21.0, "rademacher": 10.0}, 4.0
 
 
+HOST_VISIT, HOST_LANE = 45e-6, 73e-6
+"""Seconds of one core to make an owner's weights, and for each lane's turn at it (`benchmarks.host_gpu`, a Xeon)."""
+
+
 @dataclass(frozen=True)
 class Work:
     """The work of one step: bytes moved, flops of multiply-adds, elements."""
