@@ -152,9 +152,12 @@ def test_a_config_of_any_name_and_a_run(capsys, tmp_path):
     assert main([*again, "--steps", "1", "--quiet"]) == 2 and "train_data" in capsys.readouterr().err, (
         "options are taken"
     )
-    (tmp_path / "no.json").write_text("{}")
-    assert main(["plan", str(tmp_path / "no.json")]) == 2
-    assert "is not a config.json of a model" in capsys.readouterr().err
+    odd = ("{}", "[1]", '{"model_type": "none"}', '{"model_type": "llama", "hidden_size": "big"}',
+           '{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 7}')  # fmt: skip
+    for text in odd:
+        (tmp_path / "no.json").write_text(text)
+        assert main(["plan", str(tmp_path / "no.json")]) == 2
+        assert "is not a config.json of a model" in capsys.readouterr().err
 
 
 def test_tables_over_gpus_and_drives(capsys):

@@ -51,9 +51,13 @@ def config_of_file(path: Path) -> Any:
     """The config in a JSON file of any name."""
     try:
         fields = json.loads(path.read_text())
-        kind = fields.pop("model_type")
+        kind = fields.pop("model_type", None) if isinstance(fields, dict) else None
+        if not isinstance(kind, str) or kind not in hf.transformers.CONFIG_MAPPING:
+            raise ValueError(
+                f"its model_type is {kind!r}, which transformers {hf.transformers.__version__} does not know"
+            )
         return hf.AutoConfig.for_model(kind, **fields)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever transformers makes of a stranger's file
         raise CheckpointError(f"{path} is not a config.json of a model: {type(error).__name__}: {error}") from error
 
 
