@@ -57,7 +57,7 @@ def paths_of(run_dir: Path, step: int) -> list[Path]:
 def keep(run_dir: Path, step: int) -> None:
     """Keep the last file, which is after `step` steps, beside those to come. Raises StorageError."""
     last, kept = paths_of(run_dir, step)
-    if step == 0 or kept.exists():  # before the first step, the base has it
+    if step == 0:  # the base has it
         return
     try:
         diskio.replace_file(kept, diskio.read_file(last))
