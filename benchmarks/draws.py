@@ -81,7 +81,7 @@ class Draw:
 
 
 def draw_method(rng: random.Random, steps: int) -> Method:
-    name = rng.choice(sorted(METHODS.keys() - {"senszoq"}))  # which needs a file
+    name = rng.choice(sorted(METHODS.keys() - {"senszoq", "tail-alone"}))  # which need a file, and a tail
     kind = METHODS[name]
     options: dict[str, Any] = {
         "lr": RATES.get(name, 1e-3) * rng.choice((0.1, 1.0)), "eps": rng.choice((1e-3, 1e-2, 3e-3)),
