@@ -222,6 +222,12 @@ Case draw_case(Chance& chance, int format, bool scales) {
   if (format == ZO_INT4 && chance.in(2)) pass.flags |= ZO_CENTRED;
   if (zo_residual_bytes(format) && chance.in(3)) pass.flags |= ZO_MASTER;
   if (!scales) draw_mask(chance, c);
+  if (!scales && chance.in(3)) {  // rows that end with a vector of elements, within one, and many in one
+    static const zo_u32 columns[] = {3, 5, 61, 384, 400, 768, 3000};
+    pass.distribution = ZO_GAUSSIAN;
+    pass.rank = 1 + (zo_u32)chance.below(5);
+    pass.columns = columns[chance.below(7)];
+  }
   c.updates.resize(chance.below(4));
   for (zo_update& u : c.updates) {
     const bool folds = (zo_trains(format) || scales) && !chance.in(4);

@@ -14,6 +14,10 @@ speed beside the same pass over bf16, the two run in turns; a "step" writes the 
 --layouts: Gaussian cases run in turns with layout 1 of the noise; `of_layout_1` is how many times faster they are, by
 medians, and `of_layout_1_undisturbed` by each one's fastest tenth: on a machine that others use, the median is theirs.
 
+Directions of low rank run in turns with noise of other kinds and with a copy by torch: `of_gaussian`, `of_signs` are
+how many times less CPU time they take, `of_a_copy` their share of that of a copy of as many bytes (below 1: lanes that
+are written in the cache are no traffic).
+
 The size is chosen so that weights and lanes lie in memory, not in a cache (32 Mi elements; with --quick 8 Mi, which a
 large cache holds). "owners" is a step over the layers of a model: 128 Mi weights in calls of 768 x 768, each of which
 writes its lanes where the one before wrote them.

@@ -62,8 +62,10 @@ ZO_HD void ask(const Ahead& ahead, int i) {
 }
 
 // Whether the first lanes' outputs are asked for when their own noise is made, not with the first update's: making floats
-// leaves time for that; signs are there at once.
-inline bool writes_later(const zo_work* work) { return work->pass->num_updates && work->tag != ZO_TAG_RADEMACHER; }
+// leaves time for that; signs and directions of low rank are there at once.
+inline bool writes_later(const zo_work* work) {
+  return work->pass->num_updates && work->tag != ZO_TAG_RADEMACHER && !work->pass->rank;
+}
 
 }  // namespace
 
