@@ -410,6 +410,25 @@ def test_tied_weights_of_a_quantized_checkpoint_stay_tied(tmp_path):
     assert quantized.digest() == expected.digest()
 
 
+def test_what_transformers_does_not_read_of_a_gguf_header_is_told(tmp_path, monkeypatch, caplog):
+    gguf = pytest.importorskip("gguf", reason="the package gguf writes the file of this test")
+    add_heads = gguf.GGUFWriter.add_head_count
+
+    def with_scaling(writer, count):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_logit_scale(1.0)  # changes nothing
+        add_heads(writer, count)
+
+    write_gguf(tmp_path / "plain.gguf", ZOO["llama"].build(), "llama", {}, "F16")
+    Checkpoint.open(tmp_path / "plain.gguf").close()
+    assert "llama.cpp" not in caplog.text
+    monkeypatch.setattr(gguf.GGUFWriter, "add_head_count", with_scaling)
+    write_gguf(tmp_path / "scaled.gguf", ZOO["llama"].build(), "llama", {}, "F16")
+    Checkpoint.open(tmp_path / "scaled.gguf").close()
+    assert "does not read llama.rope.scaling.type='linear', llama.rope.scaling.factor=4.0. For" in caplog.text
+
+
 def test_a_gguf_file_that_is_damaged_is_an_error_of_ours(tmp_path):
     pytest.importorskip("gguf", reason="the package gguf writes the file of this test")
     write_gguf(tmp_path / "whole.gguf", ZOO["llama"].build(), "llama", {}, "F16")

@@ -39,6 +39,13 @@ _log = logging.getLogger(__name__)
 
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _COUNTS = re.compile(r"block_count|expert_count|head_count|layer")
+_IN_FORWARD: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none",), "rope.scaling.factor": (0.0, 1.0), "attention.sliding_window": (0,),
+    "attn_logit_softcapping": (0.0,), "final_logit_softcapping": (0.0,), "logit_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0), "residual_scale": (0.0, 1.0), "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,), "attention.causal": (True,),
+}  # fmt: skip
+"""Settings by which llama.cpp computes otherwise, and the values with which it does not."""
 FACTORS = "rope_freqs.weight"  # of rotary positions, computed from the config by the model
 
 
@@ -63,6 +70,12 @@ def open_gguf(
         config = read_config(directory, trust_remote_code=trust_remote_code, overrides=overrides)
     else:
         config = read_gguf_config(files[0], overrides or {})
+        if unused := tensors.unused_settings(config):
+            _log.warning(
+                "%s: its forward is not that of llama.cpp: transformers does not read %s. For a config with them, put "
+                "the model's config.json next to the file",
+                files[0], ", ".join(unused),
+            )  # fmt: skip
     without_settings(config)
     tensors.name_as(find_class(config, None, directory, trust_remote_code=trust_remote_code), config)
     carried = carried_files(directory, code=trust_remote_code) if beside else []
@@ -146,6 +159,17 @@ class GGUFWeights:
     @property
     def has_tokenizer(self) -> bool:
         return "tokenizer.ggml.model" in self._files[0].values
+
+    def unused_settings(self, config: Any) -> list[str]:
+        """Settings of the header that change a forward, and that transformers' config lacks."""
+        values = self._files[0].values
+        found = []
+        for name, neutral in _IN_FORWARD.items():
+            value = values.get(f"{self.arch}.{name}")
+            known = getattr(config, name.rpartition(".")[2], None)
+            if value is not None and value not in neutral and value != known:
+                found.append(f"{self.arch}.{name}={value!r:.40}")
+        return found
 
     def name_as(self, cls: type[PreTrainedModel], config: Any) -> None:
         """Rename the tensors as in a model. Raises CheckpointError if transformers has no names for it."""
