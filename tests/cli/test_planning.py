@@ -90,6 +90,8 @@ def test_what_is_slow_or_cannot_be_is_warned_of(capsys):
     assert "known are rtx-3060" in capsys.readouterr().err
     assert main(["plan", "llama-3-71b"]) == 2
     assert "names like it are llama-3-70b" in capsys.readouterr().err
+    assert main(["plan", "nobody/Meta-Llama-3-8B"]) == 2
+    assert "A plan needs no files: it knows llama-3-8b" in capsys.readouterr().err
     assert main(["plan", "smollm2-135m", "--disk", "nvme-gen4"]) == 2
     assert "name it, --gpu" in capsys.readouterr().err
 

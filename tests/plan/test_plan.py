@@ -17,6 +17,7 @@ from zo_offload.errors import PlanError
 from zo_offload.modules.recorder import Trace
 from zo_offload.plan.blocks import BLOCK_NUMEL
 from zo_offload.plan.plan import Plan, make_plan, plan_digest, relift
+from zo_offload.plan.trace import trace_on_meta
 
 
 def block_names(plan: Plan) -> list[str]:
@@ -357,3 +358,22 @@ def test_a_model_that_cannot_be_planned_says_why() -> None:
         make_plan(nn.ReLU())
     with pytest.raises(PlanError, match=r"without a shape yet: \['0.weight', '0.bias'\]"):
         make_plan(nn.Sequential(nn.LazyLinear(4)))
+
+
+class _Counts(nn.Module):
+    """Counts ids in integers, which torch has for a GPU but not for a CPU (DeepSeek-V4's hashed experts)."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(8, 4)
+
+    def forward(self, input_ids):
+        counts = torch.histc(input_ids.int(), bins=8, min=0, max=7)
+        assert counts.tolist() == [0, 2, 1, 0, 0, 0, 0, 0] and counts.dtype is torch.int32
+        return self.table(input_ids).sum()
+
+
+def test_a_trace_counts_integers_as_a_gpu_does():
+    ids = torch.tensor([[1, 2, 1]])
+    trace = trace_on_meta(_Counts(), {"input_ids": ids}, lambda model, batch: model(**batch))
+    assert trace.complete, trace.notes

@@ -61,11 +61,16 @@ def config_of_file(path: Path) -> Any:
         raise CheckpointError(f"{path} is not a config.json of a model: {type(error).__name__}: {error}") from error
 
 
+def like(model: str, cutoff: float = 0.6) -> list[str]:
+    """Known names that are like it, or like the last part of a hub's id."""
+    return difflib.get_close_matches(model.rpartition("/")[2].lower(), model_names(), 4, cutoff)
+
+
 def unknown(model: str) -> ConfigError:
     """The error for a model that is no directory, file or known name; it lists similar names."""
-    near = difflib.get_close_matches(model.lower(), model_names(), 4, 0.4)
-    like = f"; names like it are {', '.join(near)}" if near else f"; such as {', '.join(model_names()[::12])}"
+    near = like(model, 0.4)
+    told = f"; names like it are {', '.join(near)}" if near else f"; such as {', '.join(model_names()[::12])}"
     return ConfigError(
-        f"{model} does not exist, and is not a known name{like}. Give a directory with config.json, or a config's "
+        f"{model} does not exist, and is not a known name{told}. Give a directory with config.json, or a config's "
         "own file"
     )

@@ -18,7 +18,7 @@ from ..config import DTYPES, EngineConfig
 from ..data.losses import model_loss
 from ..data.micro_batches import split_micro_batches
 from ..devices import PlannedDevice, make_device
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..formats import FORMATS
 from ..journal import run_directory
 from ..methods import DEFAULT, Method
@@ -209,10 +209,15 @@ def open_config(
     if not path.exists() and "/" not in model:
         raise models.unknown(model)
     weights = path.name != "config.json" and (bool(find_gguf(path)) or (path.is_dir() and has_weights(path)))
-    return Checkpoint.open(
-        path.parent if path.name == "config.json" else model, weights=weights, trust_remote_code=trust_remote_code,
-        overrides=overrides,
-    )  # fmt: skip
+    try:
+        return Checkpoint.open(
+            path.parent if path.name == "config.json" else model, weights=weights, trust_remote_code=trust_remote_code,
+            overrides=overrides,
+        )  # fmt: skip
+    except CheckpointError as error:
+        if path.exists() or not (near := models.like(model)):
+            raise
+        raise CheckpointError(f"{error} A plan needs no files: it knows {', '.join(near)}") from error
 
 
 def example_batch(module: Any, kind: ModelKind, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
