@@ -321,4 +321,5 @@ def check_settings(given: Iterable[str]) -> None:
     for name in given:
         if name not in known:
             hint = did_you_mean(name, [*known, *own], "{}=") or f" There are {', '.join(sorted(known))}."
+            hint += f" A setting of the model's config.json goes into config_overrides={{{name!r}: ...}}."
             raise ConfigError(f"{name}= is no setting of Engine.{hint}")

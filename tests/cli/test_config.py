@@ -141,7 +141,10 @@ def test_what_is_missing_is_said(capsys, args, message):
 def test_misspelt_keywords_are_told_with_the_nearest():
     with pytest.raises(ConfigError, match=r"offlod= is no setting of Engine. Did you mean offload=\?"):
         Engine(tiny_llama(), offlod="disk")
-    with pytest.raises(ConfigError, match=r"methd= is no setting of Engine. Did you mean method=\?"):
+    with pytest.raises(
+        ConfigError,
+        match=r"methd= is no setting of Engine. Did you mean method=\? A .*config_overrides={'methd'",
+    ):
         Engine(tiny_llama(), methd=MeZO(lr=1e-3))
     with Engine(tiny_llama()) as engine:
         with pytest.raises(DataError, match=r"step= is not an option of fit.*Did you mean steps=\?"):
