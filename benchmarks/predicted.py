@@ -19,7 +19,7 @@ from zo_offload import MeZO
 from zo_offload.cli.answer import shares, work_in
 from zo_offload.cli.costs import Step, Work, step_seconds
 from zo_offload.cli.hardware import AbsentGpu, Gpu, find_gpu
-from zo_offload.cli.report import Planned, plan_step
+from zo_offload.cli.plan_details import Planned, plan_step
 from zo_offload.cli.timeline import simulate
 from zo_offload.plan.activations import NOT_MEASURED
 

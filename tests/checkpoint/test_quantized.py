@@ -36,7 +36,7 @@ from zo_offload.checkpoint.checkpoint import Checkpoint
 from zo_offload.checkpoint.kept import kept_formats, kept_part
 from zo_offload.checkpoint.recipe import Join, Source
 from zo_offload.cli import command as cli
-from zo_offload.cli.report import open_config
+from zo_offload.cli.plan_details import open_config
 from zo_offload.errors import CheckpointError, ConfigError, JournalError
 from zo_offload.formats import decode_values, get_format, kept_since
 from zo_offload.formats.grouped import pack

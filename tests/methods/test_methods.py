@@ -649,7 +649,7 @@ def test_nothing_outside_the_methods_names_one():
             "command.py",
             "train_commands.py",
             "method_options.py",
-            "report.py",
+            "plan_details.py",
             "auto.py",
         ):
             text = file.read_text()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zo_offload.cli.report import details, plan_step
+from zo_offload.cli.plan_details import details, plan_step
 from zo_offload.run.auto import rates
 
 

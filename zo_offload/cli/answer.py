@@ -1,5 +1,5 @@
 """Answers questions before a run: where the weights live, how long it takes, how much it wears the disk, and whether
-another tool is better. Uses public rates of named hardware, or given numbers; `report.py` has the details."""
+another tool is better. Uses public rates of named hardware, or given numbers; `plan_details.py` has the details."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .hardware import (
     find_gpu,
     gpu_names,
 )
-from .report import Planned, plan_step
+from .plan_details import Planned, plan_step
 
 HOST_SHARE, HOST_KEPT = 0.92, 6e9  # host memory: share that blocks may take; bytes for the system and the process
 LOCKED_GB_PER_S = 1.5  # page-locking; others measured 1 to 2

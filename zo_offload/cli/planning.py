@@ -19,7 +19,7 @@ from .answer import Answer, Machine, answer, command, compare, lines, machines, 
 from .hardware import find_drive, find_gpu, find_link
 from .method_options import make_method
 from .option_groups import IDENTITY
-from .report import Planned, details, plan_step
+from .plan_details import Planned, details, plan_step
 
 USUAL_STEPS = 20_000
 """The paper's recipe, used without --steps."""

@@ -20,7 +20,7 @@ from .streams import Event, Later, Stream
 
 
 class PlannedDevice(Protocol):
-    """The part of the interface that plans use; a device that is not present can provide it (`report.py`)."""
+    """The part of the interface that plans use; a device that is not present can provide it (`cli/hardware.py`)."""
 
     @property
     def kind(self) -> str:
