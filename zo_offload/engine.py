@@ -422,10 +422,11 @@ class Engine:
         adapter is written, for `PeftModel.from_pretrained`; ConfigError if anything else was trained. merge: write the
         whole model with the adapter merged into its weights; one adapted layer at a time is then whole in memory.
         scheme: another layout. "fp8" rounds the linear layers to 8-bit floats in blocks of 128 x 128, for transformers;
-        "gguf" writes one GGUF file, "gguf-f16", "gguf-q8_0" and others with matrices of that type. "safetensors",
-        "peft" and "merged" name what is written without a scheme. "safetensors-f32": values of storage formats with
-        scales or residuals in float32, exactly, instead of rounded to bf16. The run stays as it is. With several ranks,
-        rank 0 writes; on the other ranks this does nothing and does not wait.
+        "gguf" writes one GGUF file, "gguf-f16", "gguf-q8_0" and others with matrices of that type. "kept" writes the
+        layout that a quantized checkpoint came in, its codes as they were read. "safetensors", "peft" and "merged" name
+        what is written without a scheme. "safetensors-f32": values of storage formats with scales or residuals in
+        float32, exactly, instead of rounded to bf16. The run stays as it is. With several ranks, rank 0 writes; on the
+        other ranks this does nothing and does not wait.
         """
         if not self.ranks.leads:
             return []

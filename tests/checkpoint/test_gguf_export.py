@@ -313,7 +313,7 @@ def test_values_that_a_type_does_not_hold_are_refused(tmp_path):
             save_pretrained(tmp_path / "out", model=model, scheme=scheme)
     with pytest.raises(
         ConfigError,
-        match="an export as 'gguf-q3' is not known; safetensors, safetensors-f32, peft, merged, fp8, gguf, ",
+        match="an export as 'gguf-q3' is not known; safetensors, safetensors-f32, peft, merged, fp8, kept, gguf, ",
     ):
         save_pretrained(tmp_path / "out", model=model, scheme="gguf-q3")
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "out"), "--as", "int4"]) == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from ..quantized.table import find
 from .meta_model import config_parts
 from .safetensors_io import Entry
 
-_SETTINGS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+SETTINGS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """GPTQ's, AWQ's and Model Optimizer's own, beside config.json."""
 _MOST = 32 << 20
 
@@ -36,9 +36,10 @@ class TensorFile(Protocol):
 class Dequantized:
     """Decoded weights, by their names in an unquantized model."""
 
-    def __init__(self, weights: list[Decoded], files: Files) -> None:
+    def __init__(self, weights: list[Decoded], files: Files, hidden: Collection[str]) -> None:
         self.weights = {weight.name: weight for weight in weights}
         self.files = files
+        self.beside = sorted(set(hidden) - {name for weight in weights for name in weight.uses})
         self.entries = {w.name: _entry(w.name, w.dtype, w.shape) for w in weights}
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
@@ -61,7 +62,7 @@ def dequantized(
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     plain = {name: file for name, file in file_of.items() if name not in hidden}
-    decoded = Dequantized(weights, files)
+    decoded = Dequantized(weights, files, hidden)
     return {**plain, **dict.fromkeys(decoded.entries, decoded)}
 
 
@@ -84,7 +85,7 @@ def _settings_of(config: Any, directory: Path | None) -> Settings:
             where = "" if directory is None else f"{directory}: "
             raise CheckpointError(f"{where}config.json has quantization_config={found!r:.60}; expected settings.")
         return found
-    for name in _SETTINGS:
+    for name in SETTINGS:
         if directory is not None and (directory / name).is_file():
             return _read(directory / name)
     return {}

@@ -11,17 +11,16 @@ computes with it are the tensors of that conversion in memory together.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from ..modules.away import is_away
 from ..modules.parameters import streams
 from ..quantized.files import Spec
 from ..system.plain import user_path
-from . import as_fp8, as_gguf, tokenizers
+from . import as_fp8, as_gguf, as_kept, tokenizers
 from .adapters import USUAL, Run, is_peft, save_adapter
 from .conversion import Group, names_to_save, saving_groups
 from .files import INDEX, SINGLE, is_run
@@ -40,39 +39,12 @@ from .gguf import GGUFWeights
 from .publish import PRODUCER, earlier_files, publish, workplace
 from .recipe import Reader, Recipe
 from .safetensors_io import Shard, ShardWriter, header_bound
-from .tokenizers import is_of_tokenizer
+from .small_files import Origin, write_json, write_small_files
 from .weights import Placed, Weights, chunks
 
-SCHEMES = ("fp8", *as_gguf.SCHEMES)
+SCHEMES = ("fp8", as_kept.NAME, *as_gguf.SCHEMES)
 """Layouts besides safetensors in the weights' own dtypes."""
-GENERATION = "generation_config.json"
 METADATA = {"format": "pt", "producer": PRODUCER}
-
-
-class Origin(Protocol):
-    """The parts of a model's original checkpoint that an export reads (`checkpoint.Checkpoint`)."""
-
-    @property
-    def path(self) -> Path | None:
-        """Its directory; None for a config alone."""
-
-    @property
-    def carried(self) -> Sequence[Path]:
-        """Files to copy: tokenizer, generation config, chat template, ..."""
-
-    @property
-    def config(self) -> Any:
-        """The config as read."""
-
-    @property
-    def gguf(self) -> Path | None:
-        """The GGUF file with the tokenizer, if it is in one."""
-
-    def coded(self) -> object:
-        """Its quantized tensors, if there are any."""
-
-    @property
-    def trust_remote_code(self) -> bool: ...
 
 
 def save_pretrained(
@@ -98,8 +70,8 @@ def save_pretrained(
     a `save_pretrained`): written in place of the checkpoint's. A model that is not a PreTrainedModel becomes plain
     safetensors of its state dict; for a PeftModel its adapters are written, as peft does. run: see
     `adapters.save_adapter`. scheme: another layout than safetensors in the weights' own dtypes, one of SCHEMES: fp8
-    (`as_fp8.py`), GGUF (`as_gguf.py`, one file whatever its size). as_read: names of parameters that hold exactly what
-    the checkpoint's files hold.
+    (`as_fp8.py`), the quantized files' own (`as_kept.py`), GGUF (`as_gguf.py`, one file whatever its size). as_read:
+    names of parameters that hold exactly what the checkpoint's files hold.
 
     A shard holds at most max_shard_bytes of tensors, or one tensor. The config's dtype is that of most elements. Raises
     CheckpointError: target not empty (unless overwrite), disk full, a parameter without a value.
@@ -109,10 +81,14 @@ def save_pretrained(
     _check_target(target, checkpoint, overwrite)
     known = None if names is None else set(names)
     check_scheme(scheme)
+    if scheme == as_kept.NAME and is_peft(model):
+        raise ConfigError("an adapter leaves its base as it came: leave out the layout: the adapter alone is written")
     if scheme is not None and is_peft(model):
         raise ConfigError(f"an adapter is not exported as {scheme}; with merge=True (--merge) the merged model is")
     if scheme in as_gguf.SCHEMES:
         as_gguf.check(model)
+    if scheme == as_kept.NAME:
+        as_kept.check(model, checkpoint)
     entries = None if is_peft(model) else _Entries(model, known, weights)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -149,16 +125,29 @@ def _write(
     groups, outputs = _outputs(model, entries)
     narrow = as_fp8.names_in_fp8(model, outputs) if scheme == "fp8" else frozenset[str]()
     settings = as_fp8.settings(model, narrow) if narrow else None
-    _write_small_files(work, model, checkpoint, _main_dtype(outputs), tokenizer, settings)
+    came = as_kept.check(model, checkpoint) if scheme == as_kept.NAME else None
+    write_small_files(work, model, checkpoint, None if came else _main_dtype(outputs), tokenizer, settings)
+    parts: dict[str, tuple[str, ...]] = {}
+    written = as_fp8.with_scales(outputs, narrow)
+    if came is not None:
+        recipes = {name: recipe for group in groups for name, recipe in group.recipes.items()}
+        parts = as_kept.parts_of(recipes, came, lambda name: entries.canonical(name) in as_read)
+        written = as_kept.with_codes(outputs, parts, came)
+        assert checkpoint is not None and checkpoint.path is not None
+        as_kept.restore_settings(work, checkpoint.path)
     small = sorted(file.relative_to(work).as_posix() for file in work.rglob("*") if file.is_file())
     metadata = {**METADATA, "files": json.dumps(small)}
-    shards = _into_shards(as_fp8.with_scales(outputs, narrow), max_shard_bytes, metadata)
+    shards = _into_shards(written, max_shard_bytes, metadata)
     files = _shard_names(len(shards), target)
     if target.exists():
         earlier_files(target, files)  # raises for weights of others, before ours are written
     with _Files(work, shards, files, metadata) as writing:
         reader = Reader(entries.read_into)
+        if came is not None:
+            as_kept.write(parts, came, writing.write, writing.end)
         for name, recipe in _in_order(groups, entries):
+            if name in parts:
+                continue
             if name in narrow:
                 as_fp8.write(name, outputs[name], recipe, reader, writing.write)
                 writing.end(f"{name}{as_fp8.SCALES}")
@@ -169,7 +158,7 @@ def _write(
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard.tensors}
         total = {"total_size": sum(shard.nbytes for shard in shards)}
-        _write_json(work / INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(work / INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _write_gguf(
@@ -179,7 +168,7 @@ def _write_gguf(
     """The same for one GGUF file. Its tokenizer is the given one, a copy of that in the model's own GGUF file, or made
     of the tokenizer's files."""
     dtypes = {name: Spec(meta.dtype, tuple(meta.shape)) for name, meta in entries.metas().items()}
-    _write_small_files(work, model, checkpoint, _main_dtype(dtypes), tokenizer, None)
+    write_small_files(work, model, checkpoint, _main_dtype(dtypes), tokenizer, None)
     if target.exists():
         earlier_files(target, [as_gguf.NAME])
     if tokenizer is None and checkpoint is not None and checkpoint.gguf is not None:
@@ -227,6 +216,10 @@ class _Entries:
             return tensor.dtype
         assert self._weights is not None
         return self._weights.dtype_of(self._given[name])
+
+    def canonical(self, name: str) -> str:
+        """The parameter's canonical name of an entry."""
+        return self._given.get(name, name)
 
     def place_of(self, name: str, element: int) -> int:
         """The block of an element, if `weights` come in blocks."""
@@ -350,38 +343,6 @@ def _shard_names(count: int, target: Path) -> list[str]:
     raise AssertionError
 
 
-def _write_small_files(
-    work: Path, model: nn.Module, checkpoint: Origin | None, dtype: torch.dtype | None, tokenizer: Any, settings: Any
-) -> None:
-    if checkpoint is not None and checkpoint.path is not None:
-        for source in checkpoint.carried:
-            name = source.relative_to(checkpoint.path)
-            if tokenizer is not None and is_of_tokenizer(name.as_posix()):
-                continue  # the tokenizer used in training replaces it
-            (work / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source, work / name)
-    file = None if checkpoint is None else checkpoint.gguf
-    if tokenizer is None and file is not None and not tokenizers.has_tokenizer(work):
-        tokenizer = tokenizers.load_tokenizer(file.parent if tokenizers.has_tokenizer(file.parent) else file)
-    if tokenizer is not None:
-        tokenizers.save(tokenizer, work)
-    if not isinstance(model, PreTrainedModel):
-        return
-    config = copy.deepcopy(model.config if checkpoint is None else checkpoint.config)
-    config.architectures = [type(model).__name__]
-    if settings is not None:
-        config.quantization_config = settings
-    if dtype is not None:
-        config.dtype = dtype
-        for name in getattr(config, "sub_configs", {}):
-            if (part := getattr(config, name, None)) is not None:
-                part.dtype = dtype
-    config.save_pretrained(work)
-    if model.can_generate() and not (work / GENERATION).exists():
-        # as it is: its own save_pretrained refuses what transformers finds inconsistent, and the weights would be lost
-        model.generation_config.to_json_file(work / GENERATION, use_diff=True, keys_to_pop=["compile_config"])
-
-
 def _check_target(target: Path, checkpoint: Origin | None, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a directory to write to.")
@@ -394,7 +355,3 @@ def _check_target(target: Path, checkpoint: Origin | None, overwrite: bool) -> N
         raise CheckpointError(f"{target} is not empty (it holds {some}). Give a fresh directory, or overwrite=True.")
     if checkpoint is not None and checkpoint.path is not None and target.samefile(checkpoint.path):
         raise CheckpointError(f"{target} is the checkpoint this model is read from. Give another directory.")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

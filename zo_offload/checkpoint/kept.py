@@ -79,10 +79,10 @@ def kept_formats(recipe: Recipe, weights: Mapping[str, Decoded], files: Files) -
 
 def made_of(recipe: Recipe, weights: Mapping[str, Decoded]) -> tuple[Kept, ...]:
     """How what is made of weights is kept: in formats that all of them are in, if their groups stay whole."""
-    sources = [weights.get(name) for name in dict.fromkeys(_sources(recipe))]
-    if any(weight is None or not weight.kept for weight in sources):
+    made = [weights.get(name) for name in dict.fromkeys(sources(recipe))]
+    if any(weight is None or not weight.kept for weight in made):
         return ()
-    found = [{kept.format: kept for kept in weight.kept} for weight in sources if weight is not None]
+    found = [{kept.format: kept for kept in weight.kept} for weight in made if weight is not None]
     formats = [get_format(name) for name in found[0] if all(name in kept for kept in found)]
     return tuple(
         Kept(
@@ -141,12 +141,13 @@ def kept_of(weight: Decoded, fmt: Format) -> Kept:
     return next(kept for kept in weight.kept if kept.format == fmt.name)
 
 
-def _sources(recipe: Recipe) -> Iterator[str]:
+def sources(recipe: Recipe) -> Iterator[str]:
+    """Names of the tensors that something is made of; "" for what is made of none."""
     if isinstance(recipe, Join):
         for part in recipe.parts:
-            yield from _sources(part)
+            yield from sources(part)
     elif isinstance(recipe, (Cut, Turn)):
-        yield from _sources(recipe.of)
+        yield from sources(recipe.of)
     else:
         yield recipe.name if isinstance(recipe, Source) else ""
 

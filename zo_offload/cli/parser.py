@@ -221,8 +221,8 @@ def _export(export: Parser, argv: Sequence[str], config: ConfigFile | None) -> N
     export.add_argument("--out", help="directory to write")
     groups.merge(export)
     text = (
-        "safetensors, safetensors-f32, peft or merged; fp8 (linear layers, a scale for each 128 x 128); gguf, "
-        "gguf-q8_0, ... (one file)"
+        "safetensors, safetensors-f32, peft or merged; kept (a quantized checkpoint's own layout); fp8 (linear layers, "
+        "a scale for each 128 x 128); gguf, gguf-q8_0, ... (one file)"
     )
     export.add_argument("--as", dest="scheme", metavar="LAYOUT", help=text)
     export.add_argument("--step", type=fields.which_step, help="for a run: this step, or best (default: the last)")

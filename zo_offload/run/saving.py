@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ..checkpoint.adapters import IN_FULL, usual
 from ..checkpoint.as_gguf import SCHEMES as GGUF
+from ..checkpoint.as_kept import NAME as KEPT
 from ..checkpoint.checkpoint import save_pretrained
 from ..checkpoint.export import check_scheme
 from ..errors import ConfigError
@@ -20,7 +21,7 @@ from ..journal.masks import save_lists
 from ..journal.selection import Selection
 from ..kernels.records import STILL
 from ..lanes.hub import Lane
-from ..stream.ingest import kept_exactly
+from ..stream.ingest import kept_exactly, read_exactly
 from ..system import diskio
 from ..system.plain import user_path
 from ..system.units import parse_bytes
@@ -44,7 +45,9 @@ def save(
     with run.work() as parts, parts.streamer.reader.in_full() if in_full else contextlib.nullcontext():
         whole = run.opened.merged(parts.streamer.reader) if merge else None
         names = list(run.plan.params) if whole is None else whole.names
-        as_read = kept_exactly(run.plan, run.opened.prepared.layout, run.opened.base) - {*run.prepared.tail}
+        held = run.plan, run.opened.prepared.layout, run.opened.base
+        exactly = read_exactly(*held, trained=run.log.version > 0) if scheme == KEPT else kept_exactly(*held)
+        as_read = exactly - {*run.prepared.tail}
         return save_pretrained(
             directory, model=run.opened.model if whole is None else whole.model, names=names,
             weights=whole or parts.streamer.reader, checkpoint=run.opened.checkpoint,

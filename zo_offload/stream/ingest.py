@@ -146,6 +146,18 @@ def kept_exactly(plan: Plan, layout: Layout, base: Base) -> set[str]:
     return {name for name, spec in plan.params.items() if not spec.trainable and has_codes(base, name, formats[name])}
 
 
+def read_exactly(plan: Plan, layout: Layout, base: Base, *, trained: bool = True) -> set[str]:
+    """Those, and the parameters that do not train whose blocks have the base's own dtype. trained=False: no step was
+    taken, so it does not matter what trains."""
+
+    def is_exact(name: str) -> bool:
+        fmt = layout.formats[name]
+        plain = not (fmt.group or fmt.residual_bytes) and (base.dtype_of(name) == fmt.torch_dtype or not fmt.rounds)
+        return plain or has_codes(base, name, fmt)
+
+    return {name for name, spec in plan.params.items() if not (spec.trainable and trained) and is_exact(name)}
+
+
 class Filler:
     """Blocks at version 0, from the base. Raises CheckpointError if a tensor's size is not the plan's."""
 
