@@ -49,6 +49,9 @@ def page(tmp_path_factory):
             "--batch-size", "4", "--lr", "1e-3", "--seed", str(seed), "--offload", "disk", "--run-dir", str(run),
             "--quiet",
         ]) == 0  # fmt: skip
+    for run, seconds in zip(runs, (0.0125, 0.00123), strict=True):  # a mark at the end, and a long one near it
+        times = json.loads((run / "timeline.json").read_text())
+        (run / "timeline.json").write_text(json.dumps(times | {"seconds": seconds}))
     out = path / "page.html"
     assert main(["report", *map(str, runs), "--examples", "3", "--out", str(out)]) == 0
     return out

@@ -14,7 +14,7 @@ from ..run.timed import FILE, LANES
 from ..system import diskio
 from .chart import COLOURS, ticks
 
-_WIDTH, _LEFT, _ROW, _TOP = 960, 130, 26, 30
+_WIDTH, _LEFT, _RIGHT, _ROW, _TOP = 960, 130, 60, 26, 30  # right: half of the last mark's text, and a little more
 _LEAST = 0.25  # pixels: narrower bars are drawn this wide, and only where there is no bar yet
 _ROWS = {
     "wait": "compute waits", "fused": "weights are made", "fetch": "blocks fetched", "flush": "blocks flushed",
@@ -70,7 +70,7 @@ def step_chart(times: StepTimes) -> str:
     ]
     bottom = _TOP + _ROW * len(LANES)
     for mark in marks:
-        x = round(_LEFT + (_WIDTH - _LEFT - 20) * mark / (times.seconds * 1e3), 1)
+        x = round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * mark / (times.seconds * 1e3), 1)
         parts.append(f'<path d="M{x} {_TOP}V{bottom}" stroke="#ddd"/>')
         parts.append(f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{mark:g} ms</text>')
     for number, lane in enumerate(LANES):
@@ -82,7 +82,7 @@ def step_chart(times: StepTimes) -> str:
 
 
 def _bars(times: StepTimes, lane: str, y: int, colour: str) -> Iterator[str]:
-    scale, drawn = (_WIDTH - _LEFT - 20) / times.seconds, -1.0
+    scale, drawn = (_WIDTH - _LEFT - _RIGHT) / times.seconds, -1.0
     for _, name, start, seconds in sorted((s for s in times.spans if s[0] == lane), key=lambda span: span[2]):
         x, width = _LEFT + scale * start, scale * max(0.0, min(seconds, times.seconds - start))
         if start > times.seconds or (width < _LEAST and x < drawn):
