@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,16 @@ def about(benchmark: str) -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
         "measured": True,
     }
+
+
+def tell(lines: Iterable[str], out: Path | None) -> None:
+    """Print lines as they come, and write them to a file if one is given."""
+    told = []
+    for line in lines:
+        print(line, flush=True)
+        told.append(line)
+    if out:
+        out.write_text("\n".join(told) + "\n")
 
 
 def emit(result: dict[str, Any], common: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import tell
 from zo_offload import MeZO
 from zo_offload.cli.answer import Machine, answer
 from zo_offload.cli.costs import Work, pass_seconds
@@ -122,12 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     rows = [json.loads(text) for text in args.results.read_text().splitlines()]
-    lines = []
-    for text in page(rows):
-        print(text, flush=True)
-        lines.append(text)
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n")
+    tell(page(rows), args.out)
 
 
 if __name__ == "__main__":

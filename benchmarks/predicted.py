@@ -9,12 +9,14 @@ slots as fit into the GPU's memory. No GPU is used or needed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from benchmarks.common import tell
 from zo_offload import MeZO
 from zo_offload.cli.answer import shares, work_in
 from zo_offload.cli.costs import Step, Work, step_seconds
@@ -83,12 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         "run on a GPU takes as many slots as fit into its memory.",
         "",
     ]
-    lines = []
-    for line in [*head, *rows(args.models)]:
-        print(line, flush=True)
-        lines.append(line)
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n")
+    tell(itertools.chain(head, rows(args.models)), args.out)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
-from ..quantized.base import Decoded
-from ..quantized.files import Files, Spec
+from ..quantized.files import Spec
 from .dequantized import SETTINGS
-from .kept import sources
+from .kept import Coded, sources
 from .recipe import Recipe
 from .small_files import Origin, write_json
 from .weights import CHUNK
@@ -30,14 +29,8 @@ _KEY = "quantization_config"
 
 
 @runtime_checkable
-class Came(Protocol):
+class Came(Coded, Protocol):
     """A checkpoint's quantized tensors (`dequantized.Dequantized`)."""
-
-    @property
-    def weights(self) -> Mapping[str, Decoded]: ...
-
-    @property
-    def files(self) -> Files: ...
 
     @property
     def beside(self) -> Collection[str]:

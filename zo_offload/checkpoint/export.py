@@ -82,7 +82,7 @@ def save_pretrained(
     known = None if names is None else set(names)
     check_scheme(scheme)
     if scheme == as_kept.NAME and is_peft(model):
-        raise ConfigError("an adapter leaves its base as it came: leave out the layout: the adapter alone is written")
+        raise ConfigError("an adapter leaves its base as it came: without a layout the adapter alone is written")
     if scheme is not None and is_peft(model):
         raise ConfigError(f"an adapter is not exported as {scheme}; with merge=True (--merge) the merged model is")
     if scheme in as_gguf.SCHEMES:
